@@ -1,0 +1,50 @@
+# make demo | make test | make check: each creates .venv first, from nothing but Python, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the networks are tiny: more threads only wait for one another
+export OMP_NUM_THREADS = 1
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/installed
+	@echo "== 1/2  a teacher on all training labels (configs/teacher_digits.yaml)"
+	@test -f runs/teacher_digits/version_0/student.safetensors \
+		&& echo "is done: runs/teacher_digits/version_0" || $(MAKE) --no-print-directory teacher
+	@echo "== 2/2  a small student on 10 labels per class, alone and distilled (configs/distill_digits.yaml)"
+	$(BIN)/python -m kd_lightning experiment configs/distill_digits.yaml --seeds 3
+
+.PHONY: teacher
+teacher: $(VENV)/installed
+	rm -rf runs/teacher_digits/version_0
+	$(BIN)/python -m kd_lightning fit --config configs/teacher_digits.yaml
+	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path best
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml $(VENV)/bin/python
+	@echo "== installing into $(VENV): a few minutes and a few GB, once"
+	$(BIN)/python -m pip install --progress-bar off --editable .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml $(VENV)/bin/python
+	@echo "== installing into $(VENV): a few minutes and a few GB, once"
+	$(BIN)/python -m pip install --progress-bar off --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV)

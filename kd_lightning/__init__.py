@@ -1,0 +1,34 @@
+"""Knowledge distillation and learning from few labels with PyTorch Lightning."""
+
+from kd_lightning.batch import Batch
+from kd_lightning.callbacks import PredictionWriter, SoftWeightAnnealing, StepSeed, StudentWriter
+from kd_lightning.data import (
+    DatasetSource,
+    Digits,
+    FakeData,
+    ImageFolder,
+    SemiSupervisedDataModule,
+    TorchvisionDataset,
+)
+from kd_lightning.errors import InputError
+from kd_lightning.modules import DistillModule, SupervisedModule
+from kd_lightning.teachers import Teacher, load_weights
+
+__all__ = [
+    "SupervisedModule",
+    "DistillModule",
+    "Teacher",
+    "load_weights",
+    "Batch",
+    "SemiSupervisedDataModule",
+    "Digits",
+    "TorchvisionDataset",
+    "ImageFolder",
+    "FakeData",
+    "DatasetSource",
+    "SoftWeightAnnealing",
+    "StudentWriter",
+    "PredictionWriter",
+    "StepSeed",
+    "InputError",
+]

@@ -1,0 +1,43 @@
+"""``python -m kd_lightning``: hands a command to ``commands/``, all else to the CLI."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from kd_lightning.errors import InputError
+
+COMMANDS = {
+    "experiment": "Train a method and its twin without a teacher over several seeds, and compare them.",
+    "compare": "Set finished runs side by side: accuracy, size, cost.",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; wrong input ends in one clear line and exit status 2, without a traceback."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        if args and args[0] in COMMANDS:
+            importlib.import_module(f"kd_lightning.commands.{args[0]}").main(args[1:])
+        else:
+            from kd_lightning.cli import DistillCLI
+
+            DistillCLI(args)
+    except (InputError, MisconfigurationException) as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not args or args[0] in ("-h", "--help"):
+        print_commands()
+
+
+def print_commands() -> None:
+    """The commands beside LightningCLI's."""
+    for name, text in COMMANDS.items():
+        print(f"  {name:<22}{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The one batch that every module reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.errors import InputError
+
+MISSING = -100
+"""A label that training may not see (``NaN`` where targets are floats)."""
+
+
+@dataclass
+class Batch:
+    """A batch of samples; all fields but ``x`` are optional.
+
+    Attributes:
+        x: Inputs, (B, ...).
+        y: Labels: (B,) class indices, (B, L) zeros and ones for the multilabel task. ``-100`` (``NaN`` where
+            floats) is a missing label.
+        index: Which sample each row is, (B,) integers. Labels and teacher outputs are looked up by it.
+        view: Which augmentation of its sample each row is, (B,) integers.
+        mean_labels: Known labels that a batch of this optimiser step holds on average over the processes and the
+            accumulated batches. Set by the data loader, or by the module where a loader does not know it; divides
+            the hard term, so that one process and two give the same gradient.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    index: Tensor | None = None
+    view: Tensor | None = None
+    mean_labels: float | Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch:
+        """Take a ``Batch`` as it is; make one of ``(x, y)``, ``(x,)`` or ``x``, as any DataLoader gives them.
+
+        Raises:
+            InputError: For anything else.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, Tensor):
+            return cls(batch)
+        if isinstance(batch, Sequence) and len(batch) in (1, 2) and all(isinstance(part, Tensor) for part in batch):
+            return cls(*batch)
+        got = [type(part).__name__ for part in batch] if isinstance(batch, Sequence) else type(batch).__name__
+        raise InputError(f"a batch must be a Batch, a tensor x, or a pair of tensors (x, y), got {got}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor; DataLoader calls it where ``pin_memory=True``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def is_labeled(y: Tensor) -> Tensor:
+    """Where a label is known: a boolean tensor of the shape of ``y``."""
+    return ~torch.isnan(y) if y.is_floating_point() else y != MISSING

@@ -1,0 +1,70 @@
+"""Write the student alone, ready to deploy."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+
+
+class StudentWriter(Callback):
+    """At the end of a fit write ``student.safetensors`` into the run's folder.
+
+    The weights are those of the best checkpoint where one is monitored, else the last ones. The metadata says which,
+    and holds the task, the input shape (of one sample), the class names and the preprocessing (evaluation
+    transforms) as the datamodule has them. Works on any LightningModule with a ``student``.
+
+    Raises:
+        InputError: If the module has no ``student``.
+    """
+
+    def __init__(self) -> None:
+        self.input_shape: list[int] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a student."""
+        if not isinstance(getattr(pl_module, "student", None), torch.nn.Module):
+            raise InputError(f"StudentWriter needs a module with a student, {type(pl_module).__name__} has none")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the input shape."""
+        if self.input_shape is None:
+            self.input_shape = [*Batch.of(batch).x.shape[1:]]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in monitors if c.best_model_path), "")
+        state: dict[str, Tensor] = pl_module.student.state_dict()  # type: ignore[union-attr]
+        if best:
+            saved = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            state = {key: saved[f"student.{key}"] for key in state}
+        data = getattr(trainer, "datamodule", None)
+        metadata = {
+            "kd_lightning": version("kd-lightning"),
+            "task": getattr(pl_module, "task", None),
+            "input_shape": self.input_shape,
+            "classes": getattr(data, "class_names", None),
+            "preprocessing": repr(getattr(data, "eval_transform", None)),
+            "weights": Path(best).name if best else f"step {trainer.global_step}",
+        }
+        path = Path(folder) / "student.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # cloned: safetensors refuses tensors that share memory, as tied weights do
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+        save_file(tensors, path, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+        rank_zero_info(f"student written to {path}")

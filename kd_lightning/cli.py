@@ -1,0 +1,195 @@
+"""The command line: fit, validate, test and predict from YAML."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
+from kd_lightning.callbacks import PredictionWriter, StepSeed, StudentWriter
+from kd_lightning.complaints import one_line
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.errors import InputError
+from kd_lightning.loggers import ResumableCSVLogger
+from kd_lightning.modules import SupervisedModule
+
+T = TypeVar("T")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaints are InputErrors of one line."""
+
+    command_line: tuple[str, ...] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise instead of printing the usage and exiting."""
+        raise InputError(one_line(message, self, Parser.command_line)) from ex
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI in subclass mode for model and data, with what every run of this package gets.
+
+    A run lies in ``<trainer.default_root_dir>/<name>/version_k``. With ``--ckpt_path`` in such a folder, it goes on
+    in there.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self.run_folder: Path | None = None
+        super().__init__(
+            # any subclass of LightningModule; None leaves data optional, for modules that bring their own loaders
+            LightningModule,
+            None,
+            subclass_mode_model=True,
+            trainer_defaults={"default_root_dir": "runs"},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's name, and checkpoints and early stopping on validation data."""
+        parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.save_last": True}
+        )
+        parser.add_argument(
+            "--early_stopping",
+            type=int | None,
+            default=None,
+            help="Stop after so many validations without a better value of the checkpoint's monitor.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; without Lightning's warning when called from a program that has arguments of its own."""
+        Parser.command_line = tuple(args) if isinstance(args, list) else tuple(sys.argv[1:])
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
+
+    def _parse_ckpt_path(self) -> None:
+        """The command line wins over the hyperparameters in a checkpoint."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run that a checkpoint belongs to, and do without a teacher where it is not needed."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self.subcommand is not None:
+            path = self._checkpoint_file(config)
+            if path is not None and path.parent.name == "checkpoints" and path.parent.parent.is_dir():
+                self.run_folder = path.parent.parent
+        if self.subcommand != "fit" or self.run_folder is not None:
+            self.save_config_callback = None  # fit's own config stays
+        if self.subcommand in ("test", "predict"):
+            self._drop_missing_teacher(config)
+
+    def _checkpoint_file(self, config: Any) -> Path | None:
+        """The checkpoint's path; ``last`` and ``best`` of the newest run of this name are looked up."""
+        asked = config.get("ckpt_path")
+        if asked in (None, "hpc", "registry"):
+            return None
+        if asked in ("last", "best"):
+            runs = Path(config.trainer.default_root_dir) / config.name
+            found: list[Path] = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=os.path.getmtime)
+            found = [p for p in found if p.stem.startswith("last") == (asked == "last")]
+            if not found:
+                raise InputError(f"ckpt_path: {asked}, but there is no such checkpoint below {runs}")
+            config["ckpt_path"] = str(found[-1])
+            return found[-1]
+        if not Path(asked).is_file():
+            raise InputError(f"ckpt_path: no checkpoint at {asked}; allowed: a file, last, best")
+        return Path(asked)
+
+    @staticmethod
+    def _drop_missing_teacher(config: Any) -> None:
+        """A trained student is tested without its teacher where the teacher's file is gone."""
+        arguments = config.model.get("init_args")
+        if arguments is None or arguments.get("teacher") is None:
+            return
+        paths = [v for k, v in arguments.teacher.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
+        if any(not Path(path).is_file() for path in paths):
+            arguments["teacher"] = None
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is a wrong config."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except (TypeError, ValueError, ImportError, OSError) as error:
+            raise InputError(one_line(str(error), None, Parser.command_line)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Loggers and callbacks that every run gets."""
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        trainer = {**config["trainer"], **kwargs}
+        if trainer["logger"] in (None, True):
+            trainer["logger"] = self._loggers(trainer["default_root_dir"], config["name"])
+        callbacks: list[Callback] = [config["checkpoint"], StepSeed(), PredictionWriter()]
+        if isinstance(getattr(self.model, "student", None), torch.nn.Module):
+            callbacks.append(StudentWriter())
+        if not self._validates(trainer):
+            config["checkpoint"].monitor = None
+        if config["early_stopping"] is not None:
+            monitor = config["checkpoint"].monitor
+            if monitor is None:
+                raise InputError("early_stopping needs checkpoint.monitor and a validation part")
+            callbacks.append(EarlyStopping(monitor, mode=config["checkpoint"].mode, patience=config["early_stopping"]))
+        if trainer["enable_progress_bar"] is not False:
+            callbacks.append(RichProgressBar())
+        if trainer["enable_checkpointing"] is False:
+            callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+        return self._instantiate_trainer(trainer, callbacks)
+
+    def _validates(self, trainer: dict[str, Any]) -> bool:
+        """Whether the default monitor will be there: not in somebody else's module, nor without validation."""
+        if self.config_init_monitor != "val/accuracy":
+            return True
+        data = self.datamodule
+        no_part = isinstance(data, SemiSupervisedDataModule) and data.val == 0 and not _is_path(data.labeled)
+        return isinstance(self.model, SupervisedModule) and not no_part and trainer["limit_val_batches"] != 0
+
+    @property
+    def config_init_monitor(self) -> str | None:
+        """The checkpoint's monitor as configured."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        monitor: str | None = config.checkpoint.monitor
+        return monitor
+
+    def _loggers(self, root: str, name: str) -> list[Any]:
+        version: int | str | None = None
+        step = None
+        if self.run_folder is not None:
+            root, name, version = str(self.run_folder.parent.parent), self.run_folder.parent.name, self.run_folder.name
+            if self.subcommand == "fit":
+                config = self.config[self.subcommand]
+                step = torch.load(config.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        board = TensorBoardLogger(root, name=name, version=version, default_hp_metric=False, purge_step=step)
+        return [board, ResumableCSVLogger(root, name=name, version=board.version, purge_step=step)]
+
+
+def build(base: type[T], config: dict[str, Any]) -> T:
+    """An object from its ``class_path`` and ``init_args``, as the CLI would build it.
+
+    Raises:
+        InputError: If it cannot be built.
+    """
+    parser = Parser()
+    parser.add_subclass_arguments(base, "object", fail_untyped=False)
+    try:
+        built = parser.instantiate_classes(parser.parse_object({"object": config}))["object"]
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise InputError(one_line(str(error))) from error
+    assert isinstance(built, base)
+    return built
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path)

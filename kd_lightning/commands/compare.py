@@ -1,0 +1,251 @@
+"""``compare RUN...``: set finished runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from scipy.stats import t as student_t
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_lightning.cli import build
+from kd_lightning.errors import InputError
+from kd_lightning.teachers import load_weights
+
+FIGURES = ("accuracy", "agreement", "calibration_error")
+
+
+@dataclass
+class Run:
+    """What a run's folder says."""
+
+    folder: Path
+    group: str
+    seed: int | None
+    stage: str
+    figures: dict[str, float]
+    curve: list[tuple[int, float]]
+    size_kb: float | None = None
+    student: dict[str, Any] | None = None
+    input_shape: list[int] | None = None
+
+
+@dataclass
+class Group:
+    """Runs of one name: the same method over seeds."""
+
+    name: str
+    runs: list[Run]
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def values(self, figure: str) -> list[float]:
+        """A figure of each run that has it."""
+        return [run.figures[figure] for run in self.runs if figure in run.figures]
+
+
+def main(args: list[str]) -> None:
+    """Read the command line, and print the table."""
+    parser = argparse.ArgumentParser(prog="kd_lightning compare", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or the folder of all versions of one")
+    parser.add_argument("--out", metavar="DIR", help="also write comparison.json, .md and .png there")
+    options = parser.parse_args(args)
+    report([Path(run) for run in options.runs], None if options.out is None else Path(options.out))
+
+
+def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
+    """Compare runs, print the table, and write it where asked.
+
+    Runs of one name are a group of seeds. Differences are to the first group, paired by seed.
+
+    Args:
+        folders: Folders of runs, or of all versions of a run.
+        out: Where to write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
+
+    Raises:
+        InputError: For a folder that is no run.
+    """
+    by_name: dict[str, list[Run]] = defaultdict(list)
+    for folder in folders:
+        versions = sorted(folder.glob("version_*"), key=lambda p: (len(p.name), p.name)) or [folder]
+        for version in versions:
+            run = read_run(version)
+            by_name[run.group].append(run)
+    groups = [Group(name, runs) for name, runs in by_name.items()]
+    measure_costs(groups)
+    header, rows = table(groups)
+    console = Console()
+    view = Table(*header, title="Comparison")
+    for row in rows:
+        view.add_row(*row)
+    console.print(view)
+    stages = {run.stage for group in groups for run in group.runs}
+    note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
+    note += f"interval (Student's t). Figures of the {' and '.join(sorted(stages))} part."
+    console.print(note)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        (out / "comparison.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+        (out / "comparison.json").write_text(json.dumps(_as_json(groups), indent=1) + "\n", encoding="utf-8")
+        figure(groups).savefig(out / "comparison.png", dpi=120)
+        console.print(f"written to {out}")
+    return groups
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        InputError: If it holds no figures.
+    """
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise InputError(f"{folder} is no finished run: it has no metrics.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figures: dict[str, dict[str, float]] = defaultdict(dict)
+    curve = []
+    for row in rows:
+        for key, value in row.items():
+            if value and key is not None and "/" in key:
+                stage, _, name = key.rpartition("/")
+                figures[stage][name] = float(value)  # the last one counts
+        if row.get("val/accuracy"):
+            curve.append((int(row["step"]), float(row["val/accuracy"])))
+    stage = next((s for s in ("test", "transductive/test", "val") if "accuracy" in figures[s]), None)
+    if stage is None:
+        raise InputError(f"{folder} has neither test nor validation accuracy in its metrics.csv; run test on it first")
+    run = Run(folder, folder.parent.name, None, stage, figures[stage], curve)
+    if (folder / "config.yaml").is_file():
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        run.seed = config.get("seed_everything")
+        run.student = config["model"].get("init_args", {}).get("student")
+    weights = folder / "student.safetensors"
+    if weights.is_file():
+        run.size_kb = weights.stat().st_size / 1000
+        with safe_open(weights, "pt") as content:
+            run.input_shape = json.loads((content.metadata() or {}).get("input_shape", "null"))
+    return run
+
+
+def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
+    """Parameters, MACs, size in KB, and CPU latency in ms (batch 1, one thread), of each group's student.
+
+    Latencies are taken in turn, and each group's is the median over the rounds.
+    """
+    timers: list[tuple[Group, Timer, list[float]]] = []
+    for group in groups:
+        run = group.runs[0]
+        if run.student is None or run.input_shape is None or run.size_kb is None:
+            continue
+        student = load_weights(build(nn.Module, run.student), run.folder / "student.safetensors").eval()
+        x = torch.zeros(1, *run.input_shape)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            student(x)
+        group.costs = {
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "macs": counter.get_total_flops() / 2,
+            "size_kb": run.size_kb,
+        }
+        timers.append(
+            (group, Timer("with no_grad(): net(x)", globals={"net": student, "x": x, "no_grad": torch.no_grad}), [])
+        )
+    for _ in range(rounds):
+        for _, timer, times in timers:
+            times.append(timer.blocked_autorange(min_run_time=0.05).median * 1000)
+    for group, _, times in timers:
+        group.costs["latency_ms"] = statistics.median(times)
+
+
+def paired_difference(group: Group, base: Group, figure: str = "accuracy") -> tuple[float, float, int] | None:
+    """Mean paired difference, half of its 95 % interval, and the number of pairs; None with fewer than two."""
+    before = {run.seed: run.figures.get(figure) for run in base.runs}
+    pairs = [(run.figures.get(figure), before[run.seed]) for run in group.runs if run.seed in before]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    if len(differences) < 2:
+        return None
+    count = len(differences)
+    half = student_t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return statistics.mean(differences), float(half), count
+
+
+def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """The comparison as text."""
+    header = ["run", "seeds", "accuracy %", "difference", "agreement %", "calibration error %"]
+    header += ["parameters", "MACs", "size KB", "latency ms"]
+    rows = []
+    for group in groups:
+        difference = None if group is groups[0] else paired_difference(group, groups[0])
+        row = [group.name, str(len(group.runs)), _mean_sd(group.values("accuracy"))]
+        if difference is not None:
+            mean, half, _ = difference
+            row.append(f"{100 * mean:+.2f} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]")
+        else:
+            row.append("-")
+        row += [_mean_sd(group.values(name)) for name in FIGURES[1:]]
+        for name, form in {"parameters": ",.0f", "macs": ",.0f", "size_kb": ",.1f", "latency_ms": ".3f"}.items():
+            row.append(format(group.costs[name], form) if name in group.costs else "-")
+        rows.append(row)
+    return header, rows
+
+
+def figure(groups: Sequence[Group]) -> Figure:
+    """Accuracy against MACs, and the learning curves."""
+    picture = Figure(figsize=(11, 4.2), layout="constrained")
+    cost, curves = picture.subplots(1, 2)
+    for number, group in enumerate(groups):
+        color = f"C{number}"
+        values = [100 * value for value in group.values("accuracy")]
+        if "macs" in group.costs:
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            macs = group.costs["macs"]
+            cost.errorbar(macs, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
+        by_step: dict[int, list[float]] = defaultdict(list)
+        for run in group.runs:
+            for step, value in run.curve:
+                by_step[step].append(100 * value)
+        steps = sorted(by_step)
+        curves.plot(steps, [statistics.mean(by_step[step]) for step in steps], color=color, label=group.name)
+    cost.set(xscale="log", xlabel="MACs for one image", ylabel="accuracy %", title="Accuracy against cost")
+    curves.set(xlabel="step", ylabel="validation accuracy %", title="Learning curves (mean over seeds)")
+    for axes in (cost, curves):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    return picture
+
+
+def _mean_sd(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    content = []
+    for group in groups:
+        difference = None if group is groups[0] else paired_difference(group, groups[0])
+        runs = [{"folder": str(r.folder), "seed": r.seed, "stage": r.stage, **r.figures} for r in group.runs]
+        entry: dict[str, Any] = {"name": group.name, **group.costs, "runs": runs}
+        if difference is not None:
+            mean, half, pairs = difference
+            entry["difference"] = {"to": groups[0].name, "mean": mean, "half_interval_95": half, "pairs": pairs}
+        content.append(entry)
+    return content

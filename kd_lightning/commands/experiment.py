@@ -1,0 +1,137 @@
+"""``experiment CONFIG --seeds N``: does the method help? The same student with it and without, over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+
+from kd_lightning.cli import DistillCLI, build
+from kd_lightning.commands.compare import report
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.errors import InputError
+
+Config = dict[str, Any]
+
+
+def main(args: list[str]) -> None:
+    """Read the command line, run what is missing, and compare."""
+    parser = argparse.ArgumentParser(prog="kd_lightning experiment", description=__doc__)
+    parser.add_argument("config", help="YAML of the method, on a SemiSupervisedDataModule")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N - 1 (default 3)")
+    parser.add_argument("--out", metavar="DIR", help="of the comparison (default: <root>/<name>_comparison)")
+    options, overrides = parser.parse_known_args(args)
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
+    config = _parse(["--config", options.config, *overrides])
+    seeded = [with_seed(config, seed) for seed in range(options.seeds)]
+    plan = [twin for _, twin in [(method, twin_of(method)) for method in seeded]] + seeded
+
+    console = Console()
+    folders = []
+    for number, run_config in enumerate(plan, 1):
+        name, seed = run_config["name"], run_config["seed_everything"]
+        folder = _finished(run_config)
+        done = "" if folder is None else f" is done: {folder}"
+        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]{done}")
+        folders.append(folder or _run(run_config))
+    teacher = _teacher_run(config)
+    root = Path(config["trainer"]["default_root_dir"])
+    out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
+    report([*folders, *([teacher] if teacher else [])], out)
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The config with this seed for weights, split, order and augmentation."""
+    config = deepcopy(config)
+    config["seed_everything"] = seed
+    config["data"].setdefault("init_args", {})["seed"] = seed
+    return config
+
+
+def twin_of(method: Config) -> Config:
+    """The same student trained on the same labels without a teacher and without unlabeled images.
+
+    Same steps, augmentation and schedule: since its epoch would be shorter, it sees each labeled image in several
+    views an epoch, until there are as many steps.
+    """
+    twin = deepcopy(method)
+    data = build(LightningDataModule, method["data"])
+    if not isinstance(data, SemiSupervisedDataModule):
+        raise InputError(f"experiment needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    data.prepare_data()
+    images = len(data.train_dataloader().dataset)  # type: ignore[arg-type]
+    data.setup("")
+    assert data.split is not None
+    batches = math.ceil(images * data.copies / data.batch_size)
+    limit = method["trainer"].get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
+    arguments = method["model"]["init_args"]
+    twin["name"] = f"{method['name']}_alone"
+    twin["model"] = {
+        "class_path": "kd_lightning.SupervisedModule",
+        "init_args": {name: arguments[name] for name in kept if name in arguments},
+    }
+    twin["data"]["init_args"]["unlabeled"] = "none"
+    twin["data"]["init_args"]["copies"] = math.ceil(batches * data.batch_size / len(data.split.labeled))
+    twin["trainer"]["limit_train_batches"] = batches
+    callbacks = twin["trainer"].get("callbacks") or []
+    twin["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("SoftWeightAnnealing")]
+    return twin
+
+
+class _ParsedCLI(DistillCLI):
+    """Parses, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the config."""
+
+
+def _parse(args: list[str]) -> Config:
+    cli = _ParsedCLI(args, run=False)
+    config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_validation=True))
+    if not config.get("data"):
+        raise InputError("experiment needs data in the config: a SemiSupervisedDataModule")
+    return config
+
+
+def _run(config: Config) -> Path:
+    """Fit, and test the weights that the run would deploy."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        cli = DistillCLI(["fit", "--config", str(path)])
+    checkpoint = next((c for c in cli.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    best = checkpoint is not None and checkpoint.monitor is not None and checkpoint.best_model_path
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best" if best else None, verbose=False)
+    assert cli.trainer.log_dir is not None
+    run = Path(cli.trainer.log_dir)
+    (run / "experiment.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return run
+
+
+def _finished(config: Config) -> Path | None:
+    """The run of exactly this config, if there is one that came to its end."""
+    folder = Path(config["trainer"]["default_root_dir"]) / config["name"]
+    text = yaml.safe_dump(config)
+    found: list[Path] = sorted(folder.glob("version_*/experiment.yaml"))
+    return next((path.parent for path in found if path.read_text(encoding="utf-8") == text), None)
+
+
+def _teacher_run(config: Config) -> Path | None:
+    """The run that the teacher's weights come from, if they come from one that was tested."""
+    teacher = config["model"]["init_args"].get("teacher") or {}
+    path = teacher.get("init_args", {}).get("path")
+    folder = Path(path).parent if path else None
+    return folder if folder is not None and (folder / "metrics.csv").is_file() else None

@@ -1,0 +1,211 @@
+"""One datamodule for supervised, semi-supervised and distillation runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from kd_lightning.batch import MISSING
+from kd_lightning.data.sources import Parts, Source
+from kd_lightning.data.splits import Split, make_split
+from kd_lightning.data.views import ShareSampler, ViewDataset, ViewLoader, ViewSampler
+from kd_lightning.errors import InputError
+
+
+class SemiSupervisedDataModule(LightningDataModule):
+    """Split a source into labeled, unlabeled and validation images, and serve them as ``Batch``es.
+
+    Training batches mix labeled and unlabeled images; a label that training may not see is -100 (NaN where floats).
+    The truth of unlabeled images stays in here and never enters a training batch. The split is written beside the
+    run as ``split.json`` and checked on every process and on resume. ``predict`` serves the test images.
+
+    Args:
+        source: Where the images come from.
+        labeled: How many training labels may be seen: an int per class, a fraction of each class, the path of a
+            saved ``split.json`` (which then decides validation too), or None for all.
+        unlabeled: The unlabeled images to train on: the ``"rest"`` of the training part, ``"none"``, the unlabeled
+            part of the ``"source"``, or the ``"test"`` images themselves. The last is the transductive setting: its
+            test metrics carry the prefix ``transductive/``.
+        val: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
+        batch_size: Images in a batch, on each process.
+        num_workers: Worker processes of each loader; augmentation does not depend on it.
+        seed: Of the split, the order and the augmentation.
+        views: Number of different augmentations of an image; None: a new one each epoch.
+        copies: How many views of each image an epoch has.
+        train_transform: In place of the source's augmentation.
+        eval_transform: In place of the source's evaluation transforms.
+
+    Raises:
+        InputError: For values out of range, and for a source without the part that is asked for.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        labeled: int | float | str | Path | None = None,
+        unlabeled: Literal["rest", "none", "source", "test"] = "rest",
+        val: int | float = 0.1,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        views: int | None = None,
+        copies: int = 1,
+        train_transform: nn.Module | None = None,
+        eval_transform: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in {"batch_size": batch_size, "views": views, "copies": copies}.items():
+            if number is not None and number < 1:
+                raise InputError(f"{name} must be at least 1, got {number}")
+        if num_workers < 0:
+            raise InputError(f"num_workers must be at least 0, got {num_workers}")
+        if unlabeled not in ("rest", "none", "source", "test"):
+            raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
+        self.source = source
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+        self.val = val
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.views = views
+        self.copies = copies
+        self.train_transform = source.train_transform if train_transform is None else train_transform
+        self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
+        self.transductive = unlabeled == "test"
+        self.class_names: list[str] | None = None
+        self.split: Split | None = None
+        self._parts: Parts | None = None
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        self.source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Open the source, split it, and check that every process has the same split."""
+        if self._parts is None:
+            self._parts = parts = self.source.load()
+            self.class_names = parts.class_names
+            targets = parts.train.targets
+            if isinstance(self.labeled, str | Path):
+                self.split = Split.load(Path(self.labeled), targets)
+            else:
+                self.split = make_split(targets, self.labeled, self.val, self.seed, self.class_names)
+            self._pool()  # complains of a missing part before anything starts
+        if self.trainer is None or stage != TrainerFn.FITTING:
+            return
+        assert self.split is not None
+        first = self.trainer.strategy.broadcast(self.split.hash)
+        if first != self.split.hash:
+            raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            self.split.save(Path(folder) / "split.json")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which split it was, for the checkpoint."""
+        return {} if self.split is None else {"split": self.split.hash}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to resume on another split."""
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.split is not None and state_dict.get("split", self.split.hash) != self.split.hash:
+            raise InputError(
+                "the checkpoint was trained on another split; resume with the same source, labeled, val and seed, or "
+                "with labeled: the split.json of its run"
+            )
+
+    def train_dataloader(self) -> ViewLoader:
+        """Labeled and unlabeled images, shuffled together."""
+        parts, split = self._ready()
+        indices = torch.tensor(split.labeled + self._pool())
+        world, rank = self._processes()
+        sampler = ViewSampler(
+            len(indices), copies=self.copies, views=self.views, seed=self.seed, num_replicas=world, rank=rank
+        )
+        images = [parts.train.images, *self._extra()]
+        dataset = ViewDataset(images, indices, self.train_transform, self.seed)
+        return self._loader(dataset, self.visible_labels(), sampler=sampler, trainer=self.trainer)
+
+    def val_dataloader(self) -> ViewLoader | list[Any]:
+        """The validation images; an empty list where there are none."""
+        parts, split = self._ready()
+        if not split.val:
+            return []
+        return self._eval_loader([parts.train.images], torch.tensor(split.val), parts.train.targets)
+
+    def test_dataloader(self) -> ViewLoader:
+        """The test images."""
+        parts, _ = self._ready()
+        if parts.test is None:
+            raise InputError(f"{type(self.source).__name__} has no test part")
+        return self._eval_loader([parts.test.images], torch.arange(len(parts.test.images)), parts.test.targets)
+
+    def predict_dataloader(self) -> ViewLoader:
+        """The test images."""
+        return self.test_dataloader()
+
+    def visible_labels(self) -> Tensor:
+        """The label of each index that training may see; -100 or NaN elsewhere."""
+        parts, split = self._ready()
+        truth = parts.train.targets
+        size = len(truth) + sum(map(len, self._extra()))
+        missing = float("nan") if truth.is_floating_point() else MISSING
+        if truth.ndim > 1:  # of many labels each may be missing
+            truth, missing = truth.float(), float("nan")
+        labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
+        labels[split.labeled] = truth[split.labeled]
+        return labels
+
+    def _ready(self) -> tuple[Parts, Split]:
+        if self._parts is None or self.split is None:
+            self.setup("")
+        assert self._parts is not None
+        assert self.split is not None
+        return self._parts, self.split
+
+    def _extra(self) -> list[Any]:
+        """The images that come after the training part in the order of indices."""
+        assert self._parts is not None
+        if self.unlabeled == "source":
+            if self._parts.unlabeled is None:
+                raise InputError(f"unlabeled: source, but {type(self.source).__name__} has no unlabeled part")
+            return [self._parts.unlabeled]
+        if self.unlabeled == "test":
+            if self._parts.test is None:
+                raise InputError(f"unlabeled: test, but {type(self.source).__name__} has no test part")
+            return [self._parts.test.images]
+        return []
+
+    def _pool(self) -> list[int]:
+        """Indices of the unlabeled images to train on."""
+        assert self._parts is not None
+        assert self.split is not None
+        start = len(self._parts.train.images)
+        extra = [*range(start, start + sum(map(len, self._extra())))]
+        return self.split.unlabeled if self.unlabeled == "rest" else extra
+
+    def _eval_loader(self, images: list[Any], indices: Tensor, targets: Tensor) -> ViewLoader:
+        world, rank = self._processes()
+        dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
+        return self._loader(dataset, targets, sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
+
+    def _loader(self, dataset: ViewDataset, labels: Tensor, **kwargs: Any) -> ViewLoader:
+        return ViewLoader(
+            dataset,
+            labels,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **kwargs,
+        )
+
+    def _processes(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

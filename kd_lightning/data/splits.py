@@ -1,0 +1,124 @@
+"""Which training samples are labeled, unlabeled, or kept for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kd_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into the training part of a source.
+
+    Attributes:
+        labeled: Samples whose label training may see.
+        unlabeled: The rest.
+        val: Samples kept for validation, with their labels.
+        seed: What drew it.
+        data: Hash of the source's labels: which data it belongs to.
+    """
+
+    labeled: list[int]
+    unlabeled: list[int]
+    val: list[int]
+    seed: int
+    data: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything in it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, its hash included."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self) | {"hash": self.hash}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path, targets: Tensor) -> Split:
+        """Read one that was saved, and check that it belongs to this data.
+
+        Raises:
+            InputError: If the file is missing, damaged, or belongs to other data.
+        """
+        if not path.is_file():
+            raise InputError(f"labeled: no split file at {path}; allowed: such a path, a count per class, a fraction")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            written = fields.pop("hash")
+            split = cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"labeled: {path} is no split file: {error}") from error
+        if split.hash != written:
+            raise InputError(f"labeled: {path} was changed after it was written (its hash does not fit)")
+        if split.data != hash_targets(targets):
+            raise InputError(f"labeled: {path} belongs to other data: the labels of this source are not those it split")
+        return split
+
+
+def hash_targets(targets: Tensor) -> str:
+    """SHA-256 of labels: which data a split belongs to."""
+    return hashlib.sha256(f"{targets.dtype} {[*targets.shape]}".encode() + targets.numpy().tobytes()).hexdigest()
+
+
+def make_split(
+    targets: Tensor, labeled: float | None, val: float, seed: int, class_names: Sequence[str] | None = None
+) -> Split:
+    """Draw a split, stratified by class.
+
+    The validation part is drawn first, so it is the same whatever is labeled; and of one seed, fewer labels are a
+    subset of more.
+
+    Args:
+        targets: The training labels: (N,) class indices, or (N, L) zeros and ones, which are drawn by fraction and
+            without strata.
+        labeled: An int per class, a fraction of each class (at least one sample), or None for all.
+        val: Likewise; 0 for no validation part.
+        seed: Of the draw.
+        class_names: For messages.
+
+    Raises:
+        InputError: For a number out of range, or more samples than a class has; the message names the class.
+    """
+    single = targets.ndim == 1 and not targets.is_floating_point()
+    groups = [(targets == c).nonzero().flatten() for c in range(int(targets.max()) + 1)] if single else []
+    if not single:
+        groups = [torch.arange(len(targets))]
+        if any(isinstance(n, int) and n > 0 for n in (labeled, val)):
+            raise InputError("labeled and val must be fractions where a sample has many labels, got a count per class")
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": [], "val": []}
+    for number, members in enumerate(groups):
+        name = class_names[number] if single and class_names else str(number)
+        order = members[torch.randperm(len(members), generator=generator)].tolist()
+        if not order:  # a class index that no training sample has
+            if isinstance(labeled, int) and labeled:
+                raise InputError(f"labeled: {labeled} per class asked, but class {name!r} has no training sample")
+            continue
+        kept = _count("val", val, len(order), name) if val else 0
+        rest = len(order) - kept
+        if rest < 1:
+            raise InputError(f"val: {val} leaves class {name!r} no training sample of its {len(order)}")
+        known = rest if labeled is None else _count("labeled", labeled, rest, name)
+        parts["val"] += order[:kept]
+        parts["labeled"] += order[kept : kept + known]
+        parts["unlabeled"] += order[kept + known :]
+    return Split(**{k: sorted(v) for k, v in parts.items()}, seed=seed, data=hash_targets(targets))
+
+
+def _count(what: str, asked: float, available: int, name: str) -> int:
+    if isinstance(asked, int):
+        if not 1 <= asked <= available:
+            raise InputError(f"{what}: {asked} per class asked, but class {name!r} has {available} to give")
+        return asked
+    if not 0.0 < asked <= 1.0:
+        raise InputError(f"{what}: a fraction must lie in (0, 1], an int is a count per class, got {asked}")
+    return max(1, round(asked * available))

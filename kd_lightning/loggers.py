@@ -1,0 +1,54 @@
+"""A metrics.csv that survives a resume."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+class ResumableCSVLogger(CSVLogger):
+    """CSVLogger that appends to the metrics.csv of a run that goes on; Lightning's own deletes it.
+
+    Args:
+        save_dir: Root of all runs.
+        name: Of the run.
+        version: Of the run.
+        purge_step: Rows from this step on are dropped first, since the resumed run writes them again.
+    """
+
+    def __init__(self, save_dir: str, name: str, version: int | str, purge_step: int | None = None) -> None:
+        # flushed at every log, so that a killed run loses no row before its last checkpoint
+        super().__init__(save_dir, name=name, version=version, flush_logs_every_n_steps=1)
+        self.purge_step = purge_step
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; opened on rank 0, as Lightning's is."""
+        if self._experiment is None:
+            _Writer.purge_step = self.purge_step
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    purge_step: int | None = None
+
+    def _check_log_dir_exists(self) -> None:
+        """Take over the rows that are there."""
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or [])
+            rows = [row for row in reader if self.purge_step is None or int(row["step"]) < self.purge_step]
+        whole = path.with_suffix(".tmp")
+        with whole.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        whole.replace(path)

@@ -1,0 +1,6 @@
+"""The methods: one file, one class each."""
+
+from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.supervised import SupervisedModule, Term
+
+__all__ = ["SupervisedModule", "DistillModule", "Term"]

@@ -1,0 +1,107 @@
+"""Distillation from one teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.modules.evaluation import Task
+from kd_lightning.modules.supervised import SupervisedModule, Term, check_outputs
+from kd_lightning.teachers import Teacher
+
+
+class DistillModule(SupervisedModule):
+    """Train a student on a frozen teacher's soft targets and on what labels there are (Hinton et al. 2015).
+
+    The objective is ``(1 - soft_weight) * hard + soft_weight * soft``: hard over the labeled rows, soft over all.
+
+    Args:
+        student: The network to train, see :class:`SupervisedModule`.
+        teacher: The trained network, or a :class:`Teacher` around it. None serves ``test`` and ``predict`` of a
+            trained student where the teacher is not at hand.
+        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``SoftTargetLoss`` at temperature 4.
+        soft_weight: w in [0, 1]; a callback may anneal it.
+        task: See :class:`SupervisedModule`, as for all that follow.
+        hard_loss: Called as ``(logits, target)``.
+        optimizer: Takes the parameters.
+        lr_scheduler: Takes the optimiser.
+        lr_interval: ``"epoch"`` or ``"step"``.
+
+    Raises:
+        InputError: For a soft weight outside [0, 1], a soft loss of another task, a teacher whose logits have
+            another shape than the student's, training without a teacher, and resuming with another teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        soft_loss: nn.Module | None = None,
+        soft_weight: float = 0.9,
+        task: Task = "multiclass",
+        hard_loss: nn.Module | None = None,
+        optimizer: OptimizerCallable = Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+    ) -> None:
+        super().__init__(
+            student,
+            task=task,
+            hard_loss=hard_loss,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+        )
+        if not 0.0 <= soft_weight <= 1.0:
+            raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
+        soft_loss = SoftTargetLoss(temperature=4.0, task=task) if soft_loss is None else soft_loss
+        if getattr(soft_loss, "task", task) != task:
+            raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+        self.save_hyperparameters("soft_weight")
+        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
+        self.soft_loss = soft_loss
+        self.soft_weight = soft_weight
+
+    def losses(self, batch: Batch) -> dict[str, Term]:
+        """The hard and the soft term."""
+        logits, target = self(batch.x), self.teacher_logits(batch)
+        if target is None:
+            raise InputError("training needs the teacher; teacher=None is for test and predict alone")
+        check_outputs(logits, target)
+        soft = self.soft_loss(logits, target, batch.y)
+        return {
+            "hard": Term(1.0 - self.soft_weight, self.hard_term(logits, batch)),
+            "soft": Term(self.soft_weight, soft),
+        }
+
+    def teacher_logits(self, batch: Batch) -> Tensor | None:
+        """The teacher's logits, for the metrics."""
+        return None if self.teacher is None else self.teacher(batch)
+
+    def setup(self, stage: str) -> None:
+        """Take the teacher's fingerprint before the precision plugin may change its weights."""
+        if stage == TrainerFn.FITTING and self.teacher is not None:
+            self.teacher.fingerprint()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store which teacher it was, not the teacher."""
+        if self.teacher is not None:
+            checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume under another teacher."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        before = checkpoint.get("teacher_fingerprint")
+        if fitting and before and self.teacher is not None and self.teacher.fingerprint() != before:
+            raise InputError(
+                f"teacher: the checkpoint was trained under another one (fingerprint {before[:12]}..., this one has "
+                f"{self.teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
+            )

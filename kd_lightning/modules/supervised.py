@@ -1,0 +1,257 @@
+"""The base of all modules: learning from hard targets alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.errors import InputError
+from kd_lightning.modules.evaluation import Evaluation, Task, to_probabilities
+
+
+class Term(NamedTuple):
+    """One term of the objective: ``weight * value``; the value is charted unweighted."""
+
+    weight: float
+    value: Tensor
+
+
+class SupervisedModule(LightningModule):
+    """Train a student on hard targets: the baseline, how teachers are trained, and the base of every method.
+
+    A method adds its constructor and :meth:`losses`. Batches are ``Batch``es or ``(x, y)`` of any DataLoader.
+    Charts ``train/loss`` and each term as ``train/<name>`` (means over the epoch); for validation and test ``loss``
+    (hard), ``accuracy``, ``f1`` (macro), ``calibration_error`` and, with a teacher, ``teacher_accuracy``,
+    ``agreement`` and ``teacher_kl`` (KL at temperature 1).
+
+    Args:
+        student: Gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary.
+        task: ``"multiclass"`` (y holds class indices), ``"multilabel"`` (zeros and ones, (B, L)) or ``"binary"``.
+            A missing label is -100, or NaN where floats.
+        hard_loss: Called as ``(logits, target)`` on the labeled rows only, a mean over them. None: cross-entropy, on
+            logits for the other two tasks. With labels missing inside a row (multilabel) it sees the known entries
+            as one flat row.
+        optimizer: Takes the parameters that require a gradient.
+        lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``.
+        lr_interval: Whether the scheduler steps each ``"epoch"`` or each optimiser ``"step"``.
+
+    Raises:
+        InputError: For an unknown task or interval, and while training for labels outside the classes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        task: Task = "multiclass",
+        hard_loss: nn.Module | None = None,
+        optimizer: OptimizerCallable = Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+    ) -> None:
+        super().__init__()
+        _check_choice("task", task, ("multiclass", "multilabel", "binary"))
+        _check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        self.save_hyperparameters("task", "lr_interval")
+        self.student = student
+        self.task: Task = task
+        default = nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
+        self.hard_loss = default if hard_loss is None else hard_loss
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        # Made when the first logits tell the number of classes, one for each data loader.
+        self._evaluations: dict[int, Evaluation] = {}
+        # The teacher's logits on evaluation sets, which do not change: {(stage, loader, batch): (index, logits)}.
+        self._teacher_outputs: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The student's logits."""
+        logits: Tensor = self.student(x)
+        return logits
+
+    # What a method changes.
+
+    def losses(self, batch: Batch) -> dict[str, Term]:
+        """The terms of the objective, by name."""
+        return {"hard": Term(1.0, self.hard_term(self(batch.x), batch))}
+
+    def teacher_logits(self, batch: Batch) -> Tensor | None:
+        """What the student is compared with in validation and test; None without a teacher."""
+        return None
+
+    # The hard term.
+
+    def hard_term(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The hard loss on the labeled rows, scaled so that processes and accumulated batches add up.
+
+        That is, a mean over all labels of the optimiser step: each process's mean times its share of the labels.
+        Without labels it is 0, and still in the graph.
+        """
+        value, labels = self.hard_loss_of(logits, batch.y)
+        if batch.mean_labels is None:
+            batch.mean_labels = self._mean_over_processes(labels, logits)
+        return value * (labels / max(batch.mean_labels, 1e-9) if labels else 1.0)
+
+    def hard_loss_of(self, logits: Tensor, y: Tensor | None) -> tuple[Tensor, int]:
+        """The mean hard loss over the known labels, and their number."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if y is None:
+            return logits[:0].sum(), 0
+        if self.task == "binary":
+            logits, y = logits.flatten(), y.flatten()
+        if y.shape != logits.shape[: 1 if self.task == "multiclass" else 2]:
+            raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
+        known = is_labeled(y)
+        rows = known if known.ndim == 1 else known.any(dim=1)
+        logits, y, known = logits[rows], y[rows], known[rows]
+        if not known.all():
+            logits, y = logits[known], y[known]
+        if y.numel() == 0:
+            return logits.sum(), 0
+        if y.device.type == "cpu":  # elsewhere the check would wait for the device
+            self._check_labels(y, logits)
+        y = y.long() if self.task == "multiclass" else y.to(logits.dtype)
+        value: Tensor = self.hard_loss(logits, y)
+        return value, y.numel()
+
+    def _check_labels(self, y: Tensor, logits: Tensor) -> None:
+        top = logits.shape[1] - 1 if self.task == "multiclass" else 1
+        if y.min() < 0 or y.max() > top:
+            bad = y[(y < 0) | (y > top)][0].item()
+            raise InputError(
+                f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 for a "
+                f"missing one; got {bad:g}"
+            )
+
+    def _mean_over_processes(self, labels: int, like: Tensor) -> float:
+        if self._trainer is None or not self.trainer.training or self.trainer.world_size == 1:
+            return float(labels)
+        total = torch.tensor(float(labels), device=like.device)
+        return float(self.trainer.strategy.reduce(total, reduce_op="mean"))
+
+    # The steps.
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step on a batch; works without a Trainer."""
+        batch = Batch.of(batch)
+        terms = self.losses(batch)
+        loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        if self._trainer is not None:
+            rows: dict[str, Any] = dict.fromkeys(terms, len(batch))
+            if batch.mean_labels is not None:
+                # charts the mean over labels; a batch without any has next to no say
+                rows["hard"] = max(float(batch.mean_labels), 1e-9)
+            for name, (weight, value) in terms.items():
+                self._log_epoch(f"train/{name}", value, rows[name])
+                if name != "hard":
+                    self._log_epoch(f"{name}_weight", weight, len(batch))
+            self._log_epoch("train/loss", loss, len(batch))
+            self.log("train/loss_step", loss, prog_bar=True)
+        return loss
+
+    def _log_epoch(self, name: str, value: Tensor | float, rows: float) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)  # type: ignore[arg-type]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a validation batch."""
+        self._evaluate("val", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a test batch."""
+        self._evaluate("test", batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Probabilities (B, C); (B,) for the binary task."""
+        return to_probabilities(self(Batch.of(batch).x), self.task)
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        batch = Batch.of(batch)
+        logits = self(batch.x)
+        loss, labels = self.hard_loss_of(logits, batch.y)
+        if dataloader_idx not in self._evaluations:
+            classes = 1 if self.task == "binary" else logits.shape[-1]
+            self._evaluations[dataloader_idx] = Evaluation(self.task, classes).to(logits.device)
+        teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
+        check_outputs(logits, teacher)
+        self._evaluations[dataloader_idx].update(logits, batch.y, loss, labels, teacher)
+
+    def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
+        """The teacher's logits, computed once where the batch tells which samples it holds."""
+        index, logits = self._teacher_outputs.get(key, (None, None))
+        if index is not None and batch.index is not None and torch.equal(index, batch.index.cpu()):
+            assert logits is not None
+            return logits.to(batch.x.device)
+        logits = self.teacher_logits(batch)
+        if logits is not None and batch.index is not None:
+            self._teacher_outputs[key] = (batch.index.cpu(), logits.cpu())
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self._log_evaluations("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures, and the confusion matrix where the logger takes figures."""
+        data = getattr(self.trainer, "datamodule", None)
+        prefix = "transductive/test" if getattr(data, "transductive", False) else "test"
+        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        for number, evaluation in self._evaluations.items() if boards else ():
+            figure = evaluation.confusion_figure(getattr(data, "class_names", None))
+            for board in boards:
+                board.experiment.add_figure(_name(prefix, "confusion_matrix", number), figure, self.global_step)
+            plt.close(figure)
+        self._log_evaluations(prefix)
+
+    def _log_evaluations(self, prefix: str) -> None:
+        for number, evaluation in self._evaluations.items():
+            values = {_name(prefix, name, number): value for name, value in evaluation.compute().items()}
+            # computing has gathered all processes; the progress bar shows the accuracy
+            self.log_dict({name: v for name, v in values.items() if "/accuracy" not in name}, rank_zero_only=False)
+            self.log_dict({name: v for name, v in values.items() if "/accuracy" in name}, prog_bar=True)
+        self._evaluations.clear()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over all that requires a gradient, and the scheduler."""
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer: {error}") from error
+        if self.lr_scheduler is None:
+            return optimizer
+        try:
+            scheduler = self.lr_scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"lr_scheduler: {error}") from error
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+
+def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
+    """Refuse a teacher whose logits cannot be set beside the student's."""
+    if teacher is not None and (len(teacher), teacher.numel()) != (len(student), student.numel()):
+        raise InputError(
+            f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "
+            f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order"
+        )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _name(prefix: str, name: str, loader: int) -> str:
+    return f"{prefix}/{name}" + (f"/{loader}" if loader else "")

@@ -1,0 +1,184 @@
+"""Frozen teachers, and loading weights from files."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+
+
+class Teacher(nn.Module):
+    """A frozen network that teaches.
+
+    Always in eval mode and under ``no_grad``. Its network is hidden from the module tree: it is in no optimiser, no
+    checkpoint and no DDP reducer, and nobody's ``.train()`` reaches it, but it moves with ``.to(...)``.
+
+    Args:
+        network: Gives logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
+        preprocess: Applied to the student's inputs first, where the teacher was trained on other ones
+            (normalisation, size).
+        classes: For each output of the network, the student's class that it stands for: a permutation of
+            ``range(C)``. None: the same order.
+        device: Where the teacher computes, if not beside the student: ``"cpu"``, ``"cuda:1"``. Its logits come back
+            to the inputs' device.
+
+    Shapes:
+        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order.
+
+    Raises:
+        InputError: If ``classes`` is no permutation, or does not fit the network's outputs.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        preprocess: nn.Module | None = None,
+        classes: list[int] | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if classes is not None and sorted(classes) != list(range(len(classes))):
+            raise InputError(f"classes must hold each of 0 ... {len(classes) - 1} once, got {classes}")
+        # A tuple, since nn.Module registers modules and nothing must walk into these.
+        self._hidden = tuple(module for module in (preprocess, network) if module is not None)
+        self.classes = classes
+        self.device = device
+        self._fingerprint: str | None = None
+        for module in self._hidden:
+            module.requires_grad_(False).eval()
+            if device is not None:
+                module.to(device)
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen network."""
+        return self._hidden[-1]
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, C) of the batch's views, in the student's class order."""
+        x = batch.x if self.device is None else batch.x.to(self.device)
+        for module in self._hidden:
+            module.eval()  # somebody else may hold the network, and call .train() on it
+            x = module(x)
+        logits = x.to(batch.x.device)
+        if self.classes is None:
+            return logits
+        if logits.ndim != 2 or logits.shape[1] != len(self.classes):
+            raise InputError(f"classes has {len(self.classes)} entries, but the teacher's output is {[*logits.shape]}")
+        # column of the teacher's output for each of the student's classes
+        return logits[:, sorted(range(len(self.classes)), key=self.classes.__getitem__)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(repr((self.classes, *map(repr, self._hidden[:-1]))).encode())
+            for module in self._hidden:
+                for name, tensor in module.state_dict().items():
+                    digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device is None:
+            for module in self._hidden:
+                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        twin = copy(self)  # frozen, so copies of a module (weight averaging) share it
+        memo[id(self)] = twin
+        return twin
+
+
+def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) -> nn.Module:
+    """Load weights into a network, from any file that a training leaves; nothing in the file is executed.
+
+    Args:
+        model: The network; changed in place.
+        path: A Lightning checkpoint (ours or of any LightningModule), a plain state dict (``.pt``), or
+            ``.safetensors``.
+        prefix: What precedes the network's own names in the file, such as ``"student."``. None: found by itself;
+            of several that fit, the student.
+
+    Returns:
+        The same network.
+
+    Raises:
+        InputError: If the file is missing, is no weights file, would have to be unpickled, or its keys or shapes do
+            not fit; the message names the first few.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no weights file at {file}; train it first or correct the path")
+    state = _read(file)
+    wanted = model.state_dict()
+    if prefix is None:
+        prefix = _find_prefix(list(wanted), state)
+    found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+    problems = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
+        "of another shape": [
+            f"{key} {[*found[key].shape]} in the file, {[*tensor.shape]} in the model"
+            for key, tensor in wanted.items()
+            if key in found and found[key].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+            for what, keys in problems.items()
+            if keys
+        ]
+        raise InputError(f"weights in {file} do not fit {type(model).__name__}: " + "; ".join(lines))
+    model.load_state_dict(found)
+    return model
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{file} was refused: it is no plain weights file, and loading it could run code. "
+            "Allowed: tensors saved with torch.save, Lightning checkpoints, safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{file} cannot be read as weights: {error}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{file} holds no state dict, but {type(content).__name__}")
+    return dict(content)
+
+
+def _find_prefix(wanted: list[str], state: dict[str, Tensor]) -> str:
+    """The prefix under which most of the wanted names stand."""
+    if not wanted:
+        return ""
+    candidates = {key.removesuffix(name) for name in wanted[:1] for key in state if key.endswith(name)}
+    candidates = {p for p in candidates if p == "" or p.endswith(".")} | {""}
+    return max(
+        sorted(candidates),
+        key=lambda p: (sum(p + name in state for name in wanted), p == "student.", p == ""),
+    )
