@@ -18,6 +18,9 @@ COMMANDS = {
 def main(args: list[str] | None = None) -> None:
     """Run a command; wrong input ends in one clear line and exit status 2, without a traceback."""
     args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print("commands beside those of Lightning's CLI below:")
+        print("".join(f"  {name:<20}{text}\n" for name, text in COMMANDS.items()))
     try:
         if args and args[0] in COMMANDS:
             importlib.import_module(f"kd_lightning.commands.{args[0]}").main(args[1:])
@@ -29,14 +32,6 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if not args or args[0] in ("-h", "--help"):
-        print_commands()
-
-
-def print_commands() -> None:
-    """The commands beside LightningCLI's."""
-    for name, text in COMMANDS.items():
-        print(f"  {name:<22}{text}")
 
 
 if __name__ == "__main__":

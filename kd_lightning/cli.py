@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
@@ -34,6 +34,17 @@ class Parser(LightningArgumentParser):
         raise InputError(one_line(message, self, Parser.command_line)) from ex
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the config beside the run, whatever the logger."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml``."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+
+
 class DistillCLI(LightningCLI):
     """LightningCLI in subclass mode for model and data, with what every run of this package gets.
 
@@ -49,7 +60,7 @@ class DistillCLI(LightningCLI):
             None,
             subclass_mode_model=True,
             trainer_defaults={"default_root_dir": "runs"},
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             parser_class=Parser,
             args=args,

@@ -90,10 +90,13 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
     measure_costs(groups)
     header, rows = table(groups)
     console = Console()
-    view = Table(*header, title="Comparison")
+    view = Table(title="Comparison")
+    for name in header:
+        view.add_column(name, no_wrap=True)
     for row in rows:
         view.add_row(*row)
-    console.print(view)
+    # a narrow terminal shows cut lines rather than cut figures
+    console.print(view, width=max(console.width, 150), crop=False, overflow="ignore", soft_wrap=True)
     stages = {run.stage for group in groups for run in group.runs}
     note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
     note += f"interval (Student's t). Figures of the {' and '.join(sorted(stages))} part."
@@ -188,7 +191,7 @@ def paired_difference(group: Group, base: Group, figure: str = "accuracy") -> tu
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """The comparison as text."""
-    header = ["run", "seeds", "accuracy %", "difference", "agreement %", "calibration error %"]
+    header = ["run", "seeds", "accuracy %", "difference [95 %]", "agreement %", "calib. error %"]
     header += ["parameters", "MACs", "size KB", "latency ms"]
     rows = []
     for group in groups:

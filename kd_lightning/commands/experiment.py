@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
@@ -32,8 +32,13 @@ def main(args: list[str]) -> None:
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
     config = _parse(["--config", options.config, *overrides])
+    machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
+    processes = Trainer(**machine, logger=False).world_size
+    if processes > 1:
+        raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
+    config["trainer"]["enable_model_summary"] = False
     seeded = [with_seed(config, seed) for seed in range(options.seeds)]
-    plan = [twin for _, twin in [(method, twin_of(method)) for method in seeded]] + seeded
+    plan = [twin_of(method) for method in seeded] + seeded
 
     console = Console()
     folders = []
