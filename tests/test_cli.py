@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -34,33 +35,33 @@ def config(tmp_path, monkeypatch):
 
 
 CONFIG = {
-        "name": "tiny",
-        "seed_everything": 1,
-        "trainer": {
-            "max_epochs": 2,
-            "limit_train_batches": 4,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-        },
-        "model": {
-            "class_path": "DistillModule",
-            "init_args": {
-                "student": {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": 0.2}},
-                "teacher": {
-                    "class_path": "kd_lightning.load_weights",
-                    "init_args": {"model": {"class_path": "DigitsCNN", "init_args": {"width": 8}}, "path": "teacher.pt"},
-                },
-                "soft_weight": 0.5,
-                "optimizer": OPTIMIZER,
+    "name": "tiny",
+    "seed_everything": 1,
+    "trainer": {
+        "max_epochs": 2,
+        "limit_train_batches": 4,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    },
+    "model": {
+        "class_path": "DistillModule",
+        "init_args": {
+            "student": {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": 0.2}},
+            "teacher": {
+                "class_path": "kd_lightning.load_weights",
+                "init_args": {"model": {"class_path": "DigitsCNN", "init_args": {"width": 8}}, "path": "teacher.pt"},
             },
+            "soft_weight": 0.5,
+            "optimizer": OPTIMIZER,
         },
-        "data": {
-            "class_path": "SemiSupervisedDataModule",
-            "init_args": {"source": {"class_path": "Digits"}, "labeled": 5, "batch_size": 32},
-        },
-    }
+    },
+    "data": {
+        "class_path": "SemiSupervisedDataModule",
+        "init_args": {"source": {"class_path": "Digits"}, "labeled": 5, "batch_size": 32},
+    },
+}
 
 
 def write(config, path="config.yaml"):
@@ -352,7 +353,11 @@ SOFT_LOSS = "model.init_args.soft_loss"
         ("model.init_args.teacher.init_args.path", MALICIOUS, [MALICIOUS, "refused", "safetensors"]),
         ("model.init_args.teacher.init_args.model.init_args.width", 9, ["of another shape", "[8, 1, 3, 3]"]),
         ("model.init_args.student.init_args.num_classes", 7, ["same number of outputs", "[10]", "[7]"]),
-        (SOFT_LOSS, {"class_path": "kd_lightning.losses.SoftTargetLoss", "init_args": {"temperature": 0}}, ["temperature"]),
+        (
+            SOFT_LOSS,
+            {"class_path": "kd_lightning.losses.SoftTargetLoss", "init_args": {"temperature": 0}},
+            ["temperature"],
+        ),
         ("model.init_args.optimizer.init_args.lr", -1.0, ["optimizer", "learning rate"]),
         ("data.init_args.labeled", 5000, ["labeled", "5000 per class asked", "class '0'"]),
         ("data.init_args.labeled", "gone/split.json", ["labeled", "gone/split.json"]),

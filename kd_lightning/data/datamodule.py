@@ -104,7 +104,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
             raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asks all processes
+        if not self.trainer.loggers and not self.trainer.checkpoint_callbacks:
+            return  # a run that leaves nothing behind
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.split.save(Path(folder) / "split.json")
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.batch import MISSING
 from kd_lightning.errors import InputError
 from kd_lightning.losses.logits import (
     Reduction,
@@ -17,8 +18,6 @@ from kd_lightning.losses.logits import (
     pair_logits,
     reduce_rows,
 )
-
-UNLABELED = -100  # torch's ignore_index
 
 
 class DecoupledLoss(nn.Module):
@@ -85,7 +84,7 @@ class DecoupledLoss(nn.Module):
                 f"target must be long of shape {tuple(student.shape[:1])}, "
                 f"got {target.dtype} of shape {tuple(target.shape)}"
             )
-        target = torch.where(target == UNLABELED, teacher.argmax(dim=1), target).unsqueeze(1)
+        target = torch.where(target == MISSING, teacher.argmax(dim=1), target).unsqueeze(1)
         student_target, student_others = self._split(student, target)
         teacher_target, teacher_others = self._split(teacher, target)
         rows = self.alpha * kl_divergence(student_target, teacher_target)

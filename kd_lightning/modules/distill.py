@@ -12,7 +12,7 @@ from torch.optim import Adam
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses import SoftTargetLoss
-from kd_lightning.modules.evaluation import Task
+from kd_lightning.losses.logits import Task
 from kd_lightning.modules.supervised import SupervisedModule, Term, check_outputs
 from kd_lightning.teachers import Teacher
 

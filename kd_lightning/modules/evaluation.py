@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -12,8 +12,7 @@ from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, M
 
 from kd_lightning.batch import MISSING, is_labeled
 from kd_lightning.losses import SoftTargetLoss
-
-Task = Literal["multiclass", "multilabel", "binary"]
+from kd_lightning.losses.logits import Task
 
 
 class Evaluation(nn.Module):

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.modules.evaluation import Evaluation, Task, to_probabilities
+from kd_lightning.losses.logits import Task
+from kd_lightning.modules.evaluation import Evaluation, to_probabilities
 
 
 class Term(NamedTuple):
@@ -178,12 +179,12 @@ class SupervisedModule(LightningModule):
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         batch = Batch.of(batch)
         logits = self(batch.x)
+        teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
+        check_outputs(logits, teacher)
         loss, labels = self.hard_loss_of(logits, batch.y)
         if dataloader_idx not in self._evaluations:
             classes = 1 if self.task == "binary" else logits.shape[-1]
             self._evaluations[dataloader_idx] = Evaluation(self.task, classes).to(logits.device)
-        teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
-        check_outputs(logits, teacher)
         self._evaluations[dataloader_idx].update(logits, batch.y, loss, labels, teacher)
 
     def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
