@@ -90,13 +90,14 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
     measure_costs(groups)
     header, rows = table(groups)
     console = Console()
+    if console.width < 150:  # a narrow terminal shows folded lines rather than cut figures
+        console = Console(width=150)
     view = Table(title="Comparison")
     for name in header:
         view.add_column(name, no_wrap=True)
     for row in rows:
         view.add_row(*row)
-    # a narrow terminal shows cut lines rather than cut figures
-    console.print(view, width=max(console.width, 150), crop=False, overflow="ignore", soft_wrap=True)
+    console.print(view)
     stages = {run.stage for group in groups for run in group.runs}
     note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
     note += f"interval (Student's t). Figures of the {' and '.join(sorted(stages))} part."
