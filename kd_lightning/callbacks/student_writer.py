@@ -48,7 +48,8 @@ class StudentWriter(Callback):
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        best = next((c.best_model_path for c in monitors if c.best_model_path), "")
+        # a resumed run knows its best checkpoint's old path, where it may be no more
+        best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), "")
         state: dict[str, Tensor] = pl_module.student.state_dict()  # type: ignore[union-attr]
         if best:
             saved = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]

@@ -38,12 +38,17 @@ class Run:
     folder: Path
     group: str
     seed: int | None
-    stage: str
-    figures: dict[str, float]
+    stages: dict[str, dict[str, float]]
     curve: list[tuple[int, float]]
+    stage: str = "test"
     size_kb: float | None = None
     student: dict[str, Any] | None = None
     input_shape: list[int] | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures of the part that is compared."""
+        return self.stages.get(self.stage, {})
 
 
 @dataclass
@@ -87,6 +92,7 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
             run = read_run(version)
             by_name[run.group].append(run)
     groups = [Group(name, runs) for name, runs in by_name.items()]
+    choose_stage([run for group in groups for run in group.runs])
     measure_costs(groups)
     header, rows = table(groups)
     console = Console()
@@ -98,9 +104,8 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
     for row in rows:
         view.add_row(*row)
     console.print(view)
-    stages = {run.stage for group in groups for run in group.runs}
     note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
-    note += f"interval (Student's t). Figures of the {' and '.join(sorted(stages))} part."
+    note += f"interval (Student's t). Figures of the {groups[0].runs[0].stage} part."
     console.print(note)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -133,10 +138,7 @@ def read_run(folder: Path) -> Run:
                 figures[stage][name] = float(value)  # the last one counts
         if row.get("val/accuracy"):
             curve.append((int(row["step"]), float(row["val/accuracy"])))
-    stage = next((s for s in ("test", "transductive/test", "val") if "accuracy" in figures[s]), None)
-    if stage is None:
-        raise InputError(f"{folder} has neither test nor validation accuracy in its metrics.csv; run test on it first")
-    run = Run(folder, folder.parent.name, None, stage, figures[stage], curve)
+    run = Run(folder, folder.parent.name, None, dict(figures), curve)
     if (folder / "config.yaml").is_file():
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         run.seed = config.get("seed_everything")
@@ -147,6 +149,21 @@ def read_run(folder: Path) -> Run:
         with safe_open(weights, "pt") as content:
             run.input_shape = json.loads((content.metadata() or {}).get("input_shape", "null"))
     return run
+
+
+def choose_stage(runs: Sequence[Run]) -> None:
+    """Compare the test part where all runs were tested, else the validation part; never one with the other.
+
+    Raises:
+        InputError: If there is no part that all runs have an accuracy of.
+    """
+    for stage in ("test", "transductive/test", "val"):
+        if all("accuracy" in run.stages.get(stage, {}) for run in runs):
+            for run in runs:
+                run.stage = stage
+            return
+    untested = next(run for run in runs if "accuracy" not in run.stages.get("test", {}))
+    raise InputError(f"no part was measured in all runs: {untested.folder} has no test accuracy; run test on it first")
 
 
 def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
@@ -179,15 +196,25 @@ def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
 
 
 def paired_difference(group: Group, base: Group, figure: str = "accuracy") -> tuple[float, float, int] | None:
-    """Mean paired difference, half of its 95 % interval, and the number of pairs; None with fewer than two."""
-    before = {run.seed: run.figures.get(figure) for run in base.runs}
-    pairs = [(run.figures.get(figure), before[run.seed]) for run in group.runs if run.seed in before]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    """Mean paired difference, half of its 95 % interval, and the number of pairs; None with fewer than two.
+
+    Runs of one seed are one observation: their mean.
+    """
+    after, before = (_by_seed(some, figure) for some in (group, base))
+    differences = [after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())]
     if len(differences) < 2:
         return None
     count = len(differences)
     half = student_t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
     return statistics.mean(differences), float(half), count
+
+
+def _by_seed(group: Group, figure: str) -> dict[int, float]:
+    values: dict[int, list[float]] = defaultdict(list)
+    for run in group.runs:
+        if run.seed is not None and figure in run.figures:
+            values[run.seed].append(run.figures[figure])
+    return {seed: statistics.mean(found) for seed, found in values.items()}
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

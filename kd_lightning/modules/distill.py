@@ -60,8 +60,7 @@ class DistillModule(SupervisedModule):
             lr_scheduler=lr_scheduler,
             lr_interval=lr_interval,
         )
-        if not 0.0 <= soft_weight <= 1.0:
-            raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
+        _check_soft_weight(soft_weight)
         soft_loss = SoftTargetLoss(temperature=4.0, task=task) if soft_loss is None else soft_loss
         if getattr(soft_loss, "task", task) != task:
             raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
@@ -76,6 +75,7 @@ class DistillModule(SupervisedModule):
         if target is None:
             raise InputError("training needs the teacher; teacher=None is for test and predict alone")
         check_outputs(logits, target)
+        _check_soft_weight(self.soft_weight)  # a callback may have set it
         soft = self.soft_loss(logits, target, batch.y)
         return {
             "hard": Term(1.0 - self.soft_weight, self.hard_term(logits, batch)),
@@ -88,6 +88,7 @@ class DistillModule(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         """Take the teacher's fingerprint before the precision plugin may change its weights."""
+        super().setup(stage)
         if stage == TrainerFn.FITTING and self.teacher is not None:
             self.teacher.fingerprint()
 
@@ -105,3 +106,8 @@ class DistillModule(SupervisedModule):
                 f"teacher: the checkpoint was trained under another one (fingerprint {before[:12]}..., this one has "
                 f"{self.teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
             )
+
+
+def _check_soft_weight(soft_weight: float) -> None:
+    if not 0.0 <= soft_weight <= 1.0:
+        raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")

@@ -81,6 +81,11 @@ class SupervisedModule(LightningModule):
         logits: Tensor = self.student(x)
         return logits
 
+    def setup(self, stage: str) -> None:
+        """Forget what an earlier run measured: its data may have been others, and an interruption may have cut it."""
+        self._evaluations.clear()
+        self._teacher_outputs.clear()
+
     # What a method changes.
 
     def losses(self, batch: Batch) -> dict[str, Term]:
@@ -131,8 +136,8 @@ class SupervisedModule(LightningModule):
         if y.min() < 0 or y.max() > top:
             bad = y[(y < 0) | (y > top)][0].item()
             raise InputError(
-                f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 for a "
-                f"missing one; got {bad:g}"
+                f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
+                f"where floats) for a missing one; got {bad:g}"
             )
 
     def _mean_over_processes(self, labels: int, like: Tensor) -> float:

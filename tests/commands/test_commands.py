@@ -10,7 +10,8 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
-from kd_lightning.commands.compare import Group, Run, paired_difference
+from kd_lightning.commands.compare import Group, Run, choose_stage, paired_difference
+from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 
 
@@ -83,8 +84,28 @@ def test_compare_needs_runs(tmp_path, capsys):
     assert f"{tmp_path} is no finished run" in capsys.readouterr().err
 
 
+def test_test_and_validation_are_never_compared():
+    tested = Run(Path("a"), "a", 0, {"test": {"accuracy": 0.5}, "val": {"accuracy": 0.6}}, [])
+    fitted = Run(Path("b"), "b", 0, {"val": {"accuracy": 0.7}}, [])
+    choose_stage([tested])
+    assert tested.figures["accuracy"] == 0.5
+    choose_stage([tested, fitted])
+    assert (tested.figures["accuracy"], fitted.figures["accuracy"]) == (0.6, 0.7)
+    del tested.stages["val"]
+    with pytest.raises(InputError, match="b has no test accuracy; run test on it first"):
+        choose_stage([tested, fitted])
+
+
+def test_runs_of_one_seed_are_one_observation():
+    base, other = group("a", {0: 0.90, 1: 0.80}), group("b", {0: 0.95, 1: 0.83})
+    once = paired_difference(other, base)
+    other.runs += group("b", {0: 0.95}).runs
+    assert paired_difference(other, base) == pytest.approx(once)
+    assert paired_difference(other, group("a", {0: 0.9})) is None
+
+
 def group(name, accuracies):
-    runs = [Run(Path(), name, seed, "test", {"accuracy": value}, []) for seed, value in accuracies.items()]
+    runs = [Run(Path(), name, seed, {"test": {"accuracy": value}}, []) for seed, value in accuracies.items()]
     return Group(name, runs)
 
 
