@@ -86,16 +86,21 @@ class Teacher(nn.Module):
             digest = hashlib.sha256(repr((self.classes, *map(repr, self._hidden[:-1]))).encode())
             for module in self._hidden:
                 for name, tensor in module.state_dict().items():
+                    if not isinstance(tensor, Tensor):  # a module's extra state
+                        continue
                     digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.device is None:
-            for module in self._hidden:
-                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def dtype_alone(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).dtype)
+
+        for module in self._hidden:  # with a device of its own it stays there
+            module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:

@@ -1,13 +1,171 @@
-"""load_weights: every kind of file, and what it refuses."""
+"""Teachers stay frozen and hidden; load_weights takes every kind of file, and says what it refuses."""
 
+import copy
+import json
+import pickle
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import InputError, load_weights
+from kd_lightning import Batch, DistillModule, InputError, SupervisedModule, Teacher, load_weights
 from kd_lightning.models import DigitsCNN
+
+
+def loader(count=12, batch=4):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 1, 8, 8, generator=generator) * 3 + 1
+    return DataLoader(TensorDataset(x, torch.arange(count) % 10), batch)
+
+
+def is_equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+class TestFrozen:
+    @pytest.mark.parametrize("who", ["module", "teacher", "network", "all, every step"])
+    def test_whoever_calls_train(self, quiet_trainer, student, teacher, who):
+        teacher.append(nn.Dropout(0.5))  # in train mode its logits would be random
+        before = copy.deepcopy(teacher.state_dict())
+        module = DistillModule(student, teacher)
+        callers = {"module": [module], "teacher": [module.teacher], "network": [teacher]}
+        seen = []
+
+        class Nag(DistillModule):
+            def losses(self, batch):
+                for one in callers.get(who, [self, self.teacher, teacher]):
+                    one.train()
+                seen.append([self.teacher_logits(batch), self.teacher_logits(batch)])
+                return super().losses(batch)
+
+        module.__class__ = Nag
+        quiet_trainer(max_epochs=2).fit(module, loader(), loader())
+        assert is_equal(before, teacher.state_dict())  # BatchNorm's statistics and counters are among them
+        assert all(torch.equal(one, two) for one, two in seen)
+        assert not any(m.training for m in teacher.modules())
+        assert not seen[0][0].requires_grad
+        assert not seen[0][0].is_inference()  # losses save it for backward
+
+    def test_is_hidden(self, quiet_trainer, student, teacher, tmp_path):
+        module = DistillModule(student, teacher, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+        own = {id(p) for p in student.parameters()}
+        assert {id(p) for p in module.parameters()} == own
+        assert set(module.state_dict()) == {f"student.{key}" for key in student.state_dict()}
+        assert not [m for m in module.modules() if m is teacher]
+        assert not any(p.requires_grad for p in teacher.parameters())
+        trainer = quiet_trainer()
+        trainer.fit(module, loader())
+        assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == own
+        assert all(p.grad is None for p in teacher.parameters())
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        content = torch.load(tmp_path / "c.ckpt", weights_only=True)
+        assert set(content["state_dict"]) == set(module.state_dict())
+        assert content["teacher_fingerprint"] == module.teacher.fingerprint()
+
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_moves_with_the_module(self, student, teacher, device):
+        module = DistillModule(student, Teacher(teacher, preprocess=nn.BatchNorm2d(1), device=device))
+        x = torch.randn(3, 1, 8, 8)
+        module.double()
+        tensors = [*teacher.parameters(), *module.teacher._hidden[0].buffers()]
+        assert {t.dtype for t in tensors} == {torch.float64, torch.int64}
+        assert module.teacher(Batch(x.double())).dtype == torch.float64
+        module.to("meta")
+        where = {t.device.type for t in teacher.parameters()}
+        assert where == ({"meta"} if device is None else {"cpu"})  # its own device is not the student's
+
+    def test_copies_share_it(self, student, teacher):
+        module = DistillModule(student, teacher)
+        twin = copy.deepcopy(module)
+        assert twin.teacher is not module.teacher
+        assert twin.teacher.network is teacher
+        assert twin.student is not student
+
+    def test_preprocess_comes_first(self, teacher):
+        x = torch.rand(3, 1, 8, 8)
+        teacher.eval()
+
+        class Normalise(nn.Module):
+            def forward(self, x):
+                return (x - 0.3) / 0.5
+
+        expected = teacher((x - 0.3) / 0.5)
+        assert torch.equal(Teacher(teacher, preprocess=Normalise())(Batch(x)), expected)
+        assert torch.equal(Teacher(teacher, preprocess=Normalise(), device="cpu")(Batch(x)), expected)
+        assert not torch.equal(expected, teacher(x))
+
+
+class TestClasses:
+    def test_reorders(self, teacher):
+        x, classes = torch.randn(3, 1, 8, 8), [3, 1, 0, 2, 9, 8, 6, 5, 4, 7]  # not its own inverse
+        plain, mapped = Teacher(teacher)(Batch(x)), Teacher(teacher, classes=classes)(Batch(x))
+        for row in range(3):
+            for output in range(10):
+                assert mapped[row, classes[output]] == plain[row, output]
+
+    @pytest.mark.parametrize("classes", [[0, 0, 1], [1, 2, 3], [0, 2], [-1, 0], [0, 1, 5]])
+    def test_must_be_a_permutation(self, teacher, classes):
+        with pytest.raises(InputError, match=rf"each of 0 ... {len(classes) - 1} once, got \[{classes[0]}, "):
+            Teacher(teacher, classes=classes)
+
+    @pytest.mark.parametrize("network", [DigitsCNN(4), nn.Flatten(0)])
+    def test_must_fit_the_network(self, network):
+        with pytest.raises(InputError, match=r"classes has 3 entries, but the teacher's output is \[1?[0-9]+"):
+            Teacher(network, classes=[2, 1, 0])(Batch(torch.randn(2, 1, 8, 8)))
+
+
+class TestFingerprint:
+    def of(self, network, **kwargs):
+        return Teacher(copy.deepcopy(network), **kwargs).fingerprint()
+
+    def test_any_weight_or_buffer_changes_it(self, teacher):
+        prints = {self.of(teacher)}
+        for key in teacher.state_dict():
+            other = copy.deepcopy(teacher)
+            other.state_dict()[key].view(-1)[-1] += 1
+            prints.add(self.of(other))
+        assert len(prints) == 1 + len(teacher.state_dict())
+
+    def test_preprocess_and_classes_change_it(self, teacher):
+        normed, other = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+        other.running_mean += 0.5
+        settings = [{}, {"classes": [*range(10)]}, {"classes": [*range(1, 10), 0]}]
+        settings += [{"preprocess": p} for p in (nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=3))]
+        settings += [{"preprocess": p} for p in (normed, other)]
+        assert len({self.of(teacher, **kwargs) for kwargs in settings}) == len(settings)
+
+    def test_is_stable(self, teacher, student):
+        first = self.of(teacher)
+        torch.manual_seed(1)
+        assert self.of(DigitsCNN(width=8)) == first  # the fixture's seed
+        module = DistillModule(student, teacher)
+        module.teacher(Batch(torch.randn(4, 1, 8, 8)))
+        assert module.teacher.fingerprint() == first
+        module.to(torch.bfloat16)  # as a precision plugin does
+        assert module.teacher.fingerprint() == first
+
+    def test_any_tensor_and_extra_state(self):
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                for name, tensor in {
+                    "empty": torch.empty(0),
+                    "scalar": torch.tensor(1.0),
+                    "bool": torch.tensor([True, False]),
+                    "halves": torch.ones(2, 3, dtype=torch.bfloat16).t(),
+                }.items():
+                    self.register_buffer(name, tensor)
+
+            def get_extra_state(self):
+                return {"version": 1}
+
+        assert len(Teacher(Odd()).fingerprint()) == 64
 
 
 @pytest.fixture
@@ -20,82 +178,140 @@ def prefixed(state, prefix):
     return {prefix + key: tensor for key, tensor in state.items()}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        lambda s: s,
-        lambda s: {"model": s},
-        lambda s: {"state_dict": prefixed(s, "student."), "epoch": 3},
-        lambda s: {"state_dict": prefixed(s, "net.") | {"loss.weight": torch.ones(3)}},
-        lambda s: prefixed(s, "module."),
-        lambda s: {"state_dict": prefixed(s, "student._orig_mod.")},
-        lambda s: {"state_dict": prefixed({k: 0 * v for k, v in s.items()}, "teacher.") | prefixed(s, "student.")},
-    ],
-)
-def test_finds_the_networks_weights(tmp_path, teacher, fresh, content):
-    torch.save(content(teacher.state_dict()), tmp_path / "w.pt")
-    assert load_weights(fresh, tmp_path / "w.pt") is fresh
-    assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in teacher.state_dict().items())
+def zeroed(state):
+    return {key: 0 * tensor for key, tensor in state.items()}
 
 
-def test_prefix_by_name(tmp_path, teacher, fresh):
-    zeros = {key: 0 * tensor for key, tensor in teacher.state_dict().items()}
-    torch.save(prefixed(zeros, "student.") | prefixed(teacher.state_dict(), "teacher."), tmp_path / "w.pt")
-    load_weights(fresh, tmp_path / "w.pt", prefix="teacher.")
-    assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in teacher.state_dict().items())
-
-
-def test_safetensors(tmp_path, teacher, fresh):
-    save_file(teacher.state_dict(), tmp_path / "w.safetensors")
-    load_weights(fresh, tmp_path / "w.safetensors")
-    assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in teacher.state_dict().items())
-
-
-def test_names_what_does_not_fit(tmp_path, teacher):
-    state = teacher.state_dict()
-    state["3.extra"] = torch.ones(1)
-    del state["0.weight"]
-    torch.save(state, tmp_path / "w.pt")
-    message = (
-        r"1 missing: 0.weight; 1 unexpected: 3.extra; \d+ of another shape: .* \[8\] in the file, \[4\] in the model"
+class TestLoadWeights:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            lambda s: s,
+            lambda s: {"model": s},
+            lambda s: {"model_state_dict": s, "optimizer_state_dict": {"lr": 1}},
+            lambda s: {"state_dict": prefixed(s, "student."), "epoch": 3},
+            lambda s: {"state_dict": prefixed(s, "net.") | {"loss.weight": torch.ones(3)}},
+            lambda s: prefixed(s, "module."),
+            lambda s: {"state_dict": prefixed(s, "module.")},
+            lambda s: prefixed(s, "_orig_mod."),
+            lambda s: {"state_dict": prefixed(s, "student._orig_mod.")},
+            lambda s: {"state_dict": prefixed(zeroed(s), "teacher.") | prefixed(s, "student.")},
+            lambda s: {"state_dict": prefixed(zeroed(s), "a.") | prefixed(s, "student.")},
+        ],
     )
-    with pytest.raises(InputError, match=message):
-        load_weights(DigitsCNN(4), tmp_path / "w.pt")
+    def test_finds_the_networks_weights(self, tmp_path, teacher, fresh, content):
+        torch.save(content(teacher.state_dict()), tmp_path / "w.pt")
+        assert load_weights(fresh, tmp_path / "w.pt") is fresh
+        assert is_equal(fresh.state_dict(), teacher.state_dict())
 
+    def test_lightning_checkpoints(self, quiet_trainer, tmp_path, student, teacher):
+        class Theirs(LightningModule):
+            def __init__(self, net):
+                super().__init__()
+                self.criterion = nn.CrossEntropyLoss(weight=torch.ones(10))
+                self.backbone = net
 
-class Evil:
-    """Its unpickling would leave a file."""
+            def training_step(self, batch, batch_idx):
+                return self.criterion(self.backbone(batch[0]), batch[1])
 
-    def __init__(self, path):
-        self.path = path
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters())
 
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+        for module, network in ((Theirs(teacher), teacher), (SupervisedModule(student), student)):
+            trainer = quiet_trainer()
+            trainer.fit(module, loader())
+            trainer.save_checkpoint(tmp_path / "w.ckpt")
+            loaded = load_weights(DigitsCNN(network[0].out_channels), str(tmp_path / "w.ckpt"))
+            assert is_equal(loaded.state_dict(), network.state_dict())
 
+    def test_prefix_by_name(self, tmp_path, teacher, fresh):
+        state = prefixed(zeroed(teacher.state_dict()), "student.") | prefixed(teacher.state_dict(), "teacher.")
+        torch.save(state, tmp_path / "w.pt")
+        load_weights(fresh, tmp_path / "w.pt", prefix="teacher.")
+        assert is_equal(fresh.state_dict(), teacher.state_dict())
+        with pytest.raises(InputError, match="missing: 0.weight, 1.weight, 1.bias, ..."):
+            load_weights(fresh, tmp_path / "w.pt", prefix="ema.")
 
-def test_malicious_file_is_refused_and_not_run(tmp_path, fresh):
-    torch.save({"state_dict": Evil(tmp_path / "evil")}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="refused"):
-        load_weights(fresh, tmp_path / "w.pt")
-    assert not (tmp_path / "evil").exists()
-    torch.load(tmp_path / "w.pt", weights_only=False)  # it would have run
-    assert (tmp_path / "evil").exists()
+    def test_safetensors(self, tmp_path, teacher, fresh):
+        save_file(prefixed(teacher.state_dict(), "module."), tmp_path / "w.safetensors")
+        load_weights(fresh, tmp_path / "w.safetensors")
+        assert is_equal(fresh.state_dict(), teacher.state_dict())
 
+    def test_names_the_first_few_that_do_not_fit(self, tmp_path, teacher):
+        state = teacher.state_dict() | {"3.extra": torch.ones(1)}
+        del state["0.weight"]
+        torch.save(state, tmp_path / "w.pt")
+        before = DigitsCNN(4)
+        kept = copy.deepcopy(before.state_dict())
+        message = (
+            r"w.pt do not fit DigitsCNN: 1 missing: 0.weight; 1 unexpected: 3.extra; 15 of another shape: 1.weight "
+            r"\[8\] in the file, \[4\] in the model, 1.bias \[8\].*, 1.running_mean [^,]*, [^,]*, \.\.\.$"
+        )
+        with pytest.raises(InputError, match=message):
+            load_weights(before, tmp_path / "w.pt")
+        assert is_equal(before.state_dict(), kept)
 
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_damaged_files(tmp_path, teacher, fresh, name):
-    with pytest.raises(InputError, match=f"no weights file at .*{name}"):
-        load_weights(fresh, tmp_path / name)
-    save = save_file if name.endswith("safetensors") else torch.save
-    save(teacher.state_dict(), tmp_path / name)
-    whole = (tmp_path / name).read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not weights at all"):
-        (tmp_path / name).write_bytes(damaged)
+    @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
+    def test_malicious_file_is_refused_and_not_run(self, tmp_path, fresh, kind):
+        class Evil:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "evil",)
+
+        file = tmp_path / "w.pt"
+        if kind == "bare pickle":
+            file.write_bytes(pickle.dumps(Evil()))
+        else:
+            torch.save({"state_dict": Evil()}, file, _use_new_zipfile_serialization=kind == "zip")
+        with pytest.raises(InputError, match="w.pt was refused: .* could run code"):
+            load_weights(fresh, file)
+        assert not (tmp_path / "evil").exists()
+        run = pickle.loads if kind == "bare pickle" else lambda _: torch.load(file, weights_only=False)
+        run(file.read_bytes())
+        assert (tmp_path / "evil").exists()  # it would have run
+
+    @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+    def test_damaged_files(self, tmp_path, teacher, fresh, kind):
+        file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+        with pytest.raises(InputError, match=f"no weights file at .*{file.name}"):
+            load_weights(fresh, file)
+        if kind == "safetensors":
+            save_file(teacher.state_dict(), file)
+        else:
+            torch.save(teacher.state_dict(), file, _use_new_zipfile_serialization=kind == "zip")
+        whole = file.read_bytes()
+        for cut in (0, 10, 50, 100, 200, 400, len(whole) // 2, len(whole) - 30):
+            file.write_bytes(whole[:cut])
+            with pytest.raises(InputError, match=file.name):
+                load_weights(fresh, file)
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"hello world, this is text\n", b"a,b,c\n1,2,3\n", b"<!DOCTYPE html>", b"trainer:\n  a: 1\n", bytes(500)],
+        ids=["text", "csv", "html", "yaml", "zeros"],
+    )
+    @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "w.ckpt"])
+    def test_files_of_another_kind(self, tmp_path, fresh, content, name):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             load_weights(fresh, tmp_path / name)
 
+    def test_archives_of_another_kind(self, tmp_path, fresh):
+        (tmp_path / "a.json").write_text(json.dumps({"a": 1}))
+        with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+            archive.write(tmp_path / "a.json", "a.json")
+        with tarfile.open(tmp_path / "tar.pt", "w") as archive:
+            archive.add(tmp_path / "a.json", "a.json")
+        for name in ("zip.pt", "tar.pt"):
+            with pytest.raises(InputError, match=f"{name} cannot be read as weights"):
+                load_weights(fresh, tmp_path / name)
+        with pytest.raises(InputError, match="no weights file at"):
+            load_weights(fresh, tmp_path)
 
-def test_file_without_a_state_dict(tmp_path, fresh):
-    torch.save([1, 2], tmp_path / "w.pt")
-    with pytest.raises(InputError, match="holds no state dict, but list"):
-        load_weights(fresh, tmp_path / "w.pt")
+    @pytest.mark.parametrize(
+        ("content", "got"),
+        [([1, 2], "list"), (3, "int"), ({"state_dict": {"a": 1}}, "dict"), ({1: torch.ones(1)}, "dict")],
+    )
+    def test_file_without_a_state_dict(self, tmp_path, fresh, content, got):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(InputError, match=f"w.pt holds no state dict, but {got}"):
+            load_weights(fresh, tmp_path / "w.pt")

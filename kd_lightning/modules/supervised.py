@@ -116,7 +116,8 @@ class SupervisedModule(LightningModule):
             return logits[:0].sum(), 0
         if self.task == "binary":
             logits, y = logits.flatten(), y.flatten()
-        if y.shape != logits.shape[: 1 if self.task == "multiclass" else 2]:
+        classes = self.task == "multiclass"
+        if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
             raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
         known = is_labeled(y)
         rows = known if known.ndim == 1 else known.any(dim=1)

@@ -1,0 +1,390 @@
+"""SupervisedModule: the hard term by hand, optimiser and scheduler, what it logs, and what it refuses."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_lightning import Batch, InputError, SupervisedModule
+
+NAN = float("nan")
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Fixed(nn.Module):
+    """A network that gives the logits it was made with, whatever comes in."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self, x):
+        return self.logits[: len(x)] + 0 * x.sum()
+
+
+def loader(count=12, batch=4, labels=None):
+    generator = torch.Generator().manual_seed(5)
+    y = torch.arange(count) % 10 if labels is None else labels
+    return DataLoader(TensorDataset(torch.randn(count, 1, 8, 8, generator=generator), y), batch)
+
+
+def hard_by_hand(task, logits, y):
+    """Mean over the known labels, and its gradient, entry by entry in float64."""
+    z, y = logits.double().numpy(), y.double().numpy()
+    losses, gradient = [], np.zeros_like(z)
+    if task == "multiclass":
+        for i, label in enumerate(y):
+            if label != -100 and not np.isnan(label):
+                p = np.exp(z[i] - z[i].max())
+                p /= p.sum()
+                losses.append(-np.log(p[int(label)]))
+                gradient[i] = p - np.eye(len(p))[int(label)]
+    else:
+        z, gradient = z.reshape(y.shape), gradient.reshape(y.shape)
+        for at in np.ndindex(y.shape):
+            if y[at] != -100 and not np.isnan(y[at]):
+                p = 1 / (1 + np.exp(-z[at]))
+                losses.append(-y[at] * np.log(p) - (1 - y[at]) * np.log(1 - p))
+                gradient[at] = p - y[at]
+    return np.mean(losses), gradient.reshape(logits.shape) / len(losses)
+
+
+LABELS = {
+    "multiclass": ("multiclass", (5, 4), torch.tensor([0, -100, 3, 1, -100])),
+    "multiclass, floats": ("multiclass", (3, 4), torch.tensor([0.0, NAN, 3.0])),
+    "multiclass, int32": ("multiclass", (3, 4), torch.tensor([0, -100, 3], dtype=torch.int32)),
+    "multilabel": ("multilabel", (3, 4), torch.tensor([[0, 1, 1, 0], [NAN, NAN, NAN, NAN], [1, NAN, 0, 1]])),
+    "multilabel, integers": ("multilabel", (2, 3), torch.tensor([[0, 1, -100], [1, 0, 1]])),
+    "multilabel, whole rows": ("multilabel", (2, 3), torch.tensor([[0, 1.0, 0], [NAN, NAN, NAN]])),
+    "binary": ("binary", (4,), torch.tensor([0, 1, -100, 1])),
+    "binary, floats": ("binary", (4,), torch.tensor([0, 1, NAN, 1])),
+    "binary, columns": ("binary", (4, 1), torch.tensor([[0], [1], [-100], [1]])),
+    "binary, one column": ("binary", (4, 1), torch.tensor([0.0, 1.0, NAN, 1.0])),
+    "binary, bool": ("binary", (3, 1), torch.tensor([True, False, True])),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_hard_term_by_hand(case):
+    task, shape, y = LABELS[case]
+    torch.manual_seed(0)
+    logits = torch.randn(shape) * 3
+    expected, gradient = hard_by_hand(task, logits, y)
+    net = Fixed(logits)
+    loss = SupervisedModule(net, task=task).training_step((torch.zeros(len(y), 2), y), 0)  # without a Trainer
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert net.logits.grad.numpy() == pytest.approx(gradient, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "y"),
+    [
+        ("multiclass", None),
+        ("multiclass", torch.full((4,), -100)),
+        ("multilabel", torch.full((4, 3), NAN)),
+        ("binary", torch.full((4,), NAN)),
+    ],
+)
+def test_no_label_gives_zero_in_the_graph(task, y):
+    net = nn.Linear(2, 1 if task == "binary" else 3)
+    x = torch.randn(4, 2) * 1e30  # nothing that overflows may leak in
+    loss = SupervisedModule(net, task=task).training_step(x if y is None else (x, y), 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(net.weight.grad, torch.zeros_like(net.weight))
+    assert torch.equal(net.bias.grad, torch.zeros_like(net.bias))
+
+
+def test_scaled_to_the_labels_of_the_whole_step():
+    """Three labels here, 1.5 on average elsewhere: this batch weighs twice."""
+    logits, y = torch.randn(4, 3), torch.tensor([0, -100, 2, 1])
+    module = SupervisedModule(Fixed(logits))
+    alone = module.training_step(Batch(torch.zeros(4, 1), y), 0)
+    scaled = module.training_step(Batch(torch.zeros(4, 1), y, mean_labels=1.5), 0)
+    assert scaled.item() == pytest.approx(2 * alone.item())
+
+
+def test_half_precision_logits_are_computed_in_float():
+    logits, y = torch.tensor([[12.0, -3.0], [0.3, 0.1]]), torch.tensor([1, 0])
+    for dtype in (torch.float16, torch.bfloat16):
+        value, _ = SupervisedModule(nn.Identity()).hard_loss_of(logits.to(dtype), y)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(hard_by_hand("multiclass", logits.to(dtype), y)[0], rel=1e-6)
+
+
+def test_hard_loss_of_ones_own_sees_labeled_rows_alone():
+    seen = []
+
+    class Own(nn.Module):
+        def forward(self, logits, target):
+            seen.append((logits.shape, target.tolist()))
+            return logits.sum() * 0 + 7
+
+    module = SupervisedModule(Fixed(torch.zeros(3, 2)), hard_loss=Own())
+    assert module.training_step((torch.zeros(3, 1), torch.tensor([0, -100, 1])), 0).item() == 7
+    assert seen == [((2, 2), [0, 1])]
+    smooth = SupervisedModule(Fixed(torch.zeros(3, 2)), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.5))
+    assert smooth.training_step((torch.zeros(3, 1), torch.tensor([0, 1, -100])), 0).item() == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "y", "message"),
+    [
+        ("multiclass", (2, 3), torch.tensor([0, 3]), r"0 ... 2 \(the student gives \[3\] logits\), or -100 .* got 3$"),
+        ("multiclass", (2, 3), torch.tensor([0, -1]), "0 ... 2 .* got -1$"),
+        ("binary", (2,), torch.tensor([0, 2]), r"0 ... 1 \(the student gives 1 logits\), .* got 2$"),
+        ("binary", (2, 1), torch.tensor([0.0, -100.0]), r"-100 \(NaN where floats\) for a missing one; got -100$"),
+        ("multilabel", (1, 3), torch.tensor([[0, 1, 2]]), "0 ... 1 .* got 2$"),
+        ("multilabel", (1, 3), torch.tensor([[-1, 1, NAN]]), "0 ... 1 .* got -1$"),
+        ("multiclass", (2, 3), torch.tensor([[0], [1]]), r"multiclass labels of shape \[2, 1\] do not fit .*\[2, 3\]"),
+        (
+            "multiclass",
+            (2,),
+            torch.tensor([0, 1]),
+            r"multiclass labels of shape \[2\] do not fit logits of shape \[2\]",
+        ),
+        ("multilabel", (2, 3), torch.tensor([0, 1]), r"multilabel labels of shape \[2\] do not fit"),
+        ("multilabel", (2, 3), torch.zeros(2, 4), r"shape \[2, 4\] do not fit logits of shape \[2, 3\]"),
+        ("binary", (2, 2), torch.tensor([0, 1]), r"binary labels of shape \[2\] do not fit"),
+    ],
+)
+def test_labels_that_do_not_fit(task, shape, y, message):
+    module = SupervisedModule(Fixed(torch.zeros(shape)), task=task)
+    for step in (module.training_step, module.validation_step):
+        with pytest.raises(InputError, match=message):
+            step((torch.zeros(len(y), 1), y), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "regression"}, "task must be one of multiclass, multilabel, binary, got 'regression'"),
+        ({"lr_interval": "day"}, "lr_interval must be one of epoch, step, got 'day'"),
+    ],
+)
+def test_constructor_checks(student, arguments, message):
+    with pytest.raises(InputError, match=message):
+        SupervisedModule(student, **arguments)
+
+
+class TestOptimiser:
+    def test_gets_what_requires_a_gradient(self, student):
+        student[0].requires_grad_(False)
+        (group,) = SupervisedModule(student).configure_optimizers().param_groups
+        assert {id(p) for p in group["params"]} == {id(p) for p in student.parameters() if p.requires_grad}
+        assert len(group["params"]) == len(list(student.parameters())) - 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"optimizer": partial(torch.optim.SGD, lr=-1.0)}, "optimizer: Invalid learning rate: -1"),
+            ({"optimizer": partial(torch.optim.SGD, lr=0.1, betas=3)}, "optimizer: .*betas"),
+            ({"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o)}, "lr_scheduler: .*step_size"),
+        ],
+    )
+    def test_bad_values(self, quiet_trainer, student, arguments, message):
+        with pytest.raises(InputError, match=message):
+            quiet_trainer().fit(SupervisedModule(student, **arguments), loader())
+
+    def test_frozen_student(self, student):
+        with pytest.raises(InputError, match="optimizer: optimizer got an empty parameter list"):
+            SupervisedModule(student.requires_grad_(False)).configure_optimizers()
+
+    @pytest.mark.parametrize(
+        ("interval", "accumulate", "expected"),
+        [
+            ("epoch", 1, [0.1] * 3 + [0.05] * 3),
+            ("step", 1, [0.1 * 0.5**k for k in range(6)]),
+            ("step", 2, [0.1, 0.1, 0.05, 0.025, 0.025, 0.0125]),
+        ],
+    )
+    def test_scheduler_interval(self, quiet_trainer, student, interval, accumulate, expected):
+        class Rates(Callback):
+            seen = []
+
+            def on_train_batch_start(self, trainer, *_):
+                self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        halve = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+        module = SupervisedModule(student, optimizer=SGD, lr_scheduler=halve, lr_interval=interval)
+        rates = Rates()
+        rates.seen = []
+        quiet_trainer(max_epochs=2, callbacks=[rates], accumulate_grad_batches=accumulate).fit(module, loader())
+        assert rates.seen == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        ("make", "monitor"),
+        [
+            (torch.optim.lr_scheduler.ReduceLROnPlateau, "val/loss"),
+            (partial(ReduceLROnPlateau, monitor="val/accuracy", mode="max"), "val/accuracy"),
+        ],
+    )
+    def test_plateau_follows_its_monitor(self, quiet_trainer, make, monitor):
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no batch statistics, which would move
+        frozen = partial(torch.optim.SGD, lr=1e-12)  # nothing gets better
+        module = SupervisedModule(student, optimizer=frozen, lr_scheduler=partial(make, patience=0, factor=0.1))
+        trainer = quiet_trainer(max_epochs=4)
+        trainer.fit(module, loader(), loader(8))
+        (config,) = trainer.lr_scheduler_configs
+        assert (config.monitor, config.reduce_on_plateau) == (monitor, True)
+        assert config.scheduler.best == pytest.approx(trainer.callback_metrics[monitor].item(), rel=1e-3)
+        assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-13
+
+
+class TestCharts:
+    def test_hard_is_a_mean_over_labels(self, quiet_trainer):
+        logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+        y = torch.tensor([0, -100, 1, 0, -100, -100])  # one label, then two, then none
+        net = nn.Linear(2, 2, bias=False)
+        net.weight.data = torch.eye(2)
+        trainer = quiet_trainer()
+        still = partial(torch.optim.SGD, lr=0.0)
+        trainer.fit(SupervisedModule(net, optimizer=still), DataLoader(TensorDataset(logits, y), 2))
+        expected = hard_by_hand("multiclass", logits, y)[0]
+        assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected, rel=1e-6)
+        batches = [hard_by_hand("multiclass", logits[s], y[s])[0] for s in (slice(0, 2), slice(2, 4))]
+        assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(batches) / 3, rel=1e-6)
+
+    def test_names_and_several_loaders(self, quiet_trainer, student):
+        trainer = quiet_trainer()
+        unlabeled = loader(8, labels=torch.full((8,), -100))
+        trainer.fit(SupervisedModule(student), loader(), [loader(), loader(7), unlabeled])
+        figures = ("loss", "accuracy", "f1", "calibration_error")
+        names = {"train/loss", "train/loss_step", "train/hard"}
+        names |= {f"val/{name}{number}" for name in figures for number in ("", "/1")}
+        assert set(trainer.callback_metrics) == names
+        alone = quiet_trainer().validate(SupervisedModule(student), loader(7), verbose=False)[0]
+        for name in figures:
+            found = trainer.callback_metrics[f"val/{name}/1"].item()
+            assert found == pytest.approx(alone[f"val/{name}"], rel=1e-6)
+
+    def test_without_validation(self, quiet_trainer, student):
+        trainer = quiet_trainer()
+        trainer.fit(SupervisedModule(student), loader())
+        assert set(trainer.callback_metrics) == {"train/loss", "train/loss_step", "train/hard"}
+
+    def test_an_interrupted_validation_is_forgotten(self, quiet_trainer, student):
+        module = SupervisedModule(student)
+        whole = quiet_trainer().validate(module, loader(), verbose=False)
+
+        class Stop(Callback):
+            def on_validation_batch_end(self, *_):
+                raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            quiet_trainer(callbacks=[Stop()]).validate(module, loader(12, 8), verbose=False)
+        assert quiet_trainer().validate(module, loader(), verbose=False) == whole
+
+
+class Elsewhere(Logger):
+    """A logger with the interface of Weights & Biases', and nowhere to put figures."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.metrics, self.hyperparameters = folder, [], {}
+
+    @property
+    def name(self):
+        return "project"
+
+    @property
+    def version(self):
+        return "a1b2c3"
+
+    @property
+    def save_dir(self):
+        return self.folder
+
+    @property
+    def experiment(self):
+        return object()  # a run: no add_figure
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append(metrics)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.hyperparameters.update(params)
+
+    def watch(self, model, log="gradients", log_freq=100, log_graph=True):
+        pass
+
+    def log_image(self, key, images, step=None, **kwargs):
+        pass
+
+
+def names_of(task):
+    outputs = {"multiclass": 10, "multilabel": 3, "binary": 1}[task]
+    labels = {"multilabel": torch.randint(2, (12, 3)), "binary": torch.arange(12) % 2}.get(task)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), loader(labels=labels)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+def test_confusion_matrix_in_tensorboard(quiet_trainer, tmp_path, task):
+    net, data = names_of(task)
+    quiet_trainer(logger=TensorBoardLogger(tmp_path, "", "")).test(
+        SupervisedModule(net, task=task), [data, data], verbose=False
+    )
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["test/confusion_matrix", "test/confusion_matrix/1"]
+    assert len(events.Images("test/confusion_matrix")[0].encoded_image_string) > 5000
+    assert {"test/accuracy", "test/f1", "test/loss", "test/calibration_error"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("folder", ["there", None])
+def test_other_loggers(quiet_trainer, tmp_path, student, folder):
+    logger = Elsewhere(folder and str(tmp_path / folder))
+    trainer = quiet_trainer(logger=[logger, CSVLogger(tmp_path)], log_every_n_steps=1)
+    module = SupervisedModule(student)
+    trainer.fit(module, loader(), loader())
+    trainer.test(module, loader(), verbose=False)
+    assert logger.hyperparameters == {"task": "multiclass", "lr_interval": "epoch"}
+    logged = set().union(*logger.metrics)
+    assert {"train/loss", "train/hard", "val/accuracy", "test/accuracy"} <= logged
+
+
+def test_without_a_logger(quiet_trainer, student):
+    trainer = quiet_trainer(logger=False)
+    module = SupervisedModule(student)
+    trainer.fit(module, loader(), loader())
+    assert "test/accuracy" in trainer.test(module, loader(), verbose=False)[0]
+
+
+def test_transductive_figures_carry_the_prefix(quiet_trainer, student):
+    from kd_lightning import Digits, SemiSupervisedDataModule
+
+    data = SemiSupervisedDataModule(Digits(), labeled=5, unlabeled="test", batch_size=300)
+    (found,) = quiet_trainer().test(SupervisedModule(student), datamodule=data, verbose=False)
+    assert found
+    assert all(name.startswith("transductive/test/") for name in found)
+
+
+def test_predicts_probabilities(quiet_trainer):
+    for task in ("multiclass", "multilabel", "binary"):
+        net, data = names_of(task)
+        z = net(data.dataset.tensors[0]).detach().double().numpy()
+        expected = np.exp(z) / np.exp(z).sum(1, keepdims=True) if task == "multiclass" else 1 / (1 + np.exp(-z))
+        found = torch.cat(quiet_trainer().predict(SupervisedModule(net, task=task), data))
+        assert found.shape == ((12,) if task == "binary" else z.shape)
+        assert found.numpy().reshape(z.shape) == pytest.approx(expected, abs=1e-6)
+
+
+def test_reload(quiet_trainer, tmp_path, student):
+    trainer = quiet_trainer()
+    module = SupervisedModule(student, task="multilabel", lr_interval="step")
+    trainer.fit(module, loader(labels=torch.randint(2, (12, 10))))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    fresh = copy.deepcopy(student)
+    fresh[0].weight.data.zero_()
+    again = SupervisedModule.load_from_checkpoint(tmp_path / "c.ckpt", student=fresh, weights_only=True)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(again.eval()(x), module.eval()(x))
+    assert (again.task, again.lr_interval) == ("multilabel", "step")

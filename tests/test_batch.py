@@ -1,0 +1,82 @@
+"""Batch: what it takes, and how it travels."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_lightning import Batch, InputError
+from kd_lightning.batch import is_labeled
+
+X, Y = torch.randn(4, 3), torch.arange(4)
+Pair = namedtuple("Pair", "image label")
+
+
+@pytest.mark.parametrize(
+    ("given", "y"),
+    [((X, Y), Y), ([X, Y], Y), (Pair(X, Y), Y), ((X,), None), ([X], None), (X, None)],
+    ids=["tuple", "list", "named tuple", "tuple of x", "list of x", "x"],
+)
+def test_takes_what_loaders_give(given, y):
+    batch = Batch.of(given)
+    assert batch.x is X
+    assert batch.y is y
+    assert (batch.index, batch.view, batch.mean_labels, len(batch)) == (None, None, None, 4)
+
+
+def test_takes_a_batch_as_it_is():
+    batch = Batch(X, index=Y)
+    assert Batch.of(batch) is batch
+
+
+def test_takes_a_plain_loaders_batches():
+    (batch,) = (Batch.of(item) for item in DataLoader(TensorDataset(X, Y), batch_size=4))
+    assert torch.equal(batch.x, X)
+    assert torch.equal(batch.y, Y)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"x": X}, "got dict"),
+        ((X, Y, Y), r"got \['Tensor', 'Tensor', 'Tensor'\]"),
+        ((X, "a"), r"got \['Tensor', 'str'\]"),
+        ((), r"got \[\]"),
+        (None, "got NoneType"),
+    ],
+)
+def test_refuses_the_rest(given, got):
+    with pytest.raises(InputError, match=rf"must be a Batch, a tensor x, or a pair of tensors \(x, y\), {got}"):
+        Batch.of(given)
+
+
+def test_lightning_moves_every_tensor():
+    moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5), torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert {tensor.device.type for tensor in (moved.x, moved.y, moved.index, moved.view)} == {"meta"}
+    assert moved.mean_labels == 1.5
+    assert X.device.type == "cpu"
+
+
+def test_pins_every_tensor(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # without a GPU it raises
+    pinned = Batch(X, Y, index=Y, mean_labels=1.5).pin_memory()
+    assert torch.equal(pinned.x, X + 1)
+    assert torch.equal(pinned.y, Y + 1)
+    assert torch.equal(pinned.index, Y + 1)
+    assert (pinned.view, pinned.mean_labels) == (None, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("y", "known"),
+    [
+        (torch.tensor([0, -100, 3]), [True, False, True]),
+        (torch.tensor([0.0, float("nan"), 1.0]), [True, False, True]),
+        (torch.tensor([[-100, 1], [-100, -100]]), [[False, True], [False, False]]),
+        (torch.tensor([True, False]), [True, True]),
+    ],
+)
+def test_is_labeled(y, known):
+    assert is_labeled(y).tolist() == known
