@@ -43,7 +43,7 @@ class Pictures(Dataset):
 
 
 class WithTargets(Pictures):
-    targets = [1, 0, 1, 0, 1, 0]  # noqa: RUF012
+    targets = [1, 0, 1, 0, 1, 0]
 
     def __getitem__(self, index):
         raise AssertionError("labels must be read without loading images")

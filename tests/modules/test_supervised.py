@@ -230,14 +230,14 @@ class TestOptimiser:
     )
     def test_plateau_follows_its_monitor(self, quiet_trainer, make, monitor):
         student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no batch statistics, which would move
-        frozen = partial(torch.optim.SGD, lr=1e-12)  # nothing gets better
+        frozen = partial(torch.optim.SGD, lr=1e-6)  # nothing gets better
         module = SupervisedModule(student, optimizer=frozen, lr_scheduler=partial(make, patience=0, factor=0.1))
         trainer = quiet_trainer(max_epochs=4)
         trainer.fit(module, loader(), loader(8))
         (config,) = trainer.lr_scheduler_configs
         assert (config.monitor, config.reduce_on_plateau) == (monitor, True)
         assert config.scheduler.best == pytest.approx(trainer.callback_metrics[monitor].item(), rel=1e-3)
-        assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-13
+        assert trainer.optimizers[0].param_groups[0]["lr"] < 2e-8
 
 
 class TestCharts:
