@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -26,8 +27,9 @@ class ResumableCSVLogger(CSVLogger):
         self.purge_step = purge_step
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer; opened on rank 0, as Lightning's is."""
+        """The writer; a dummy on other ranks than 0, which must not touch the file."""
         if self._experiment is None:
             _Writer.purge_step = self.purge_step
             self._experiment = _Writer(self.log_dir)
@@ -45,7 +47,9 @@ class _Writer(ExperimentWriter):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if self.purge_step is None or int(row["step"]) < self.purge_step]
+            rows = [row for row in reader if None not in row.values()]  # a full disk cuts the last one off
+        if self.purge_step is not None:
+            rows = [row for row in rows if int(row["step"]) < self.purge_step]
         whole = path.with_suffix(".tmp")
         with whole.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
+from kd_lightning.__main__ import main
 from kd_lightning.models import DigitsCNN
 
 torch.set_num_threads(1)  # the networks are tiny
@@ -31,6 +33,17 @@ def quiet_trainer(tmp_path):
 
 
 @pytest.fixture
+def loader():
+    """Makes a plain loader of ``(x, y)`` of the digits' shape, the same in every test."""
+
+    def make(count=12, batch=4, labels=None):
+        x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        return DataLoader(TensorDataset(x, torch.arange(count) % 10 if labels is None else labels), batch)
+
+    return make
+
+
+@pytest.fixture
 def student():
     """A tiny student, the same in every test."""
     torch.manual_seed(0)
@@ -42,6 +55,57 @@ def teacher():
     """A wider network, untrained."""
     torch.manual_seed(1)
     return DigitsCNN(width=8)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A tiny distillation as a dict, and a folder of its own where its teacher's weights lie."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
+    teacher = {"model": {"class_path": "DigitsCNN", "init_args": {"width": 8}}, "path": "teacher.pt"}
+    return {
+        "name": "tiny",
+        "seed_everything": 1,
+        "trainer": {
+            "max_epochs": 2,
+            "limit_train_batches": 4,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+        },
+        "model": {
+            "class_path": "DistillModule",
+            "init_args": {
+                "student": {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": 0.2}},
+                "teacher": {"class_path": "kd_lightning.load_weights", "init_args": teacher},
+                "soft_weight": 0.5,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            },
+        },
+        "data": {
+            "class_path": "SemiSupervisedDataModule",
+            "init_args": {"source": {"class_path": "Digits"}, "labeled": 5, "batch_size": 32},
+        },
+    }
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must end with status 2 and without a traceback; gives the last line."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as end:
+            main(list(args))
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        last = error.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        return last
+
+    return run
 
 
 @pytest.fixture(scope="session")

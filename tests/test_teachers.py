@@ -12,16 +12,9 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, DistillModule, InputError, SupervisedModule, Teacher, load_weights
 from kd_lightning.models import DigitsCNN
-
-
-def loader(count=12, batch=4):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(count, 1, 8, 8, generator=generator) * 3 + 1
-    return DataLoader(TensorDataset(x, torch.arange(count) % 10), batch)
 
 
 def is_equal(one, other):
@@ -30,7 +23,7 @@ def is_equal(one, other):
 
 class TestFrozen:
     @pytest.mark.parametrize("who", ["module", "teacher", "network", "all, every step"])
-    def test_whoever_calls_train(self, quiet_trainer, student, teacher, who):
+    def test_whoever_calls_train(self, quiet_trainer, loader, student, teacher, who):
         teacher.append(nn.Dropout(0.5))  # in train mode its logits would be random
         before = copy.deepcopy(teacher.state_dict())
         module = DistillModule(student, teacher)
@@ -52,7 +45,7 @@ class TestFrozen:
         assert not seen[0][0].requires_grad
         assert not seen[0][0].is_inference()  # losses save it for backward
 
-    def test_is_hidden(self, quiet_trainer, student, teacher, tmp_path):
+    def test_is_hidden(self, quiet_trainer, loader, student, teacher, tmp_path):
         module = DistillModule(student, teacher, optimizer=lambda p: torch.optim.SGD(p, 0.1))
         own = {id(p) for p in student.parameters()}
         assert {id(p) for p in module.parameters()} == own
@@ -204,7 +197,7 @@ class TestLoadWeights:
         assert load_weights(fresh, tmp_path / "w.pt") is fresh
         assert is_equal(fresh.state_dict(), teacher.state_dict())
 
-    def test_lightning_checkpoints(self, quiet_trainer, tmp_path, student, teacher):
+    def test_lightning_checkpoints(self, quiet_trainer, loader, tmp_path, student, teacher):
         class Theirs(LightningModule):
             def __init__(self, net):
                 super().__init__()

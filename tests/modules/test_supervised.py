@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import Batch, InputError, SupervisedModule
+from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule, SupervisedModule
 
 NAN = float("nan")
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -28,12 +28,6 @@ class Fixed(nn.Module):
 
     def forward(self, x):
         return self.logits[: len(x)] + 0 * x.sum()
-
-
-def loader(count=12, batch=4, labels=None):
-    generator = torch.Generator().manual_seed(5)
-    y = torch.arange(count) % 10 if labels is None else labels
-    return DataLoader(TensorDataset(torch.randn(count, 1, 8, 8, generator=generator), y), batch)
 
 
 def hard_by_hand(task, logits, y):
@@ -191,7 +185,7 @@ class TestOptimiser:
             ({"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o)}, "lr_scheduler: .*step_size"),
         ],
     )
-    def test_bad_values(self, quiet_trainer, student, arguments, message):
+    def test_bad_values(self, quiet_trainer, loader, student, arguments, message):
         with pytest.raises(InputError, match=message):
             quiet_trainer().fit(SupervisedModule(student, **arguments), loader())
 
@@ -207,7 +201,7 @@ class TestOptimiser:
             ("step", 2, [0.1, 0.1, 0.05, 0.025, 0.025, 0.0125]),
         ],
     )
-    def test_scheduler_interval(self, quiet_trainer, student, interval, accumulate, expected):
+    def test_scheduler_interval(self, quiet_trainer, loader, student, interval, accumulate, expected):
         class Rates(Callback):
             seen = []
 
@@ -228,7 +222,7 @@ class TestOptimiser:
             (partial(ReduceLROnPlateau, monitor="val/accuracy", mode="max"), "val/accuracy"),
         ],
     )
-    def test_plateau_follows_its_monitor(self, quiet_trainer, make, monitor):
+    def test_plateau_follows_its_monitor(self, quiet_trainer, loader, make, monitor):
         student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no batch statistics, which would move
         frozen = partial(torch.optim.SGD, lr=1e-6)  # nothing gets better
         module = SupervisedModule(student, optimizer=frozen, lr_scheduler=partial(make, patience=0, factor=0.1))
@@ -254,7 +248,7 @@ class TestCharts:
         batches = [hard_by_hand("multiclass", logits[s], y[s])[0] for s in (slice(0, 2), slice(2, 4))]
         assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(batches) / 3, rel=1e-6)
 
-    def test_names_and_several_loaders(self, quiet_trainer, student):
+    def test_names_and_several_loaders(self, quiet_trainer, loader, student):
         trainer = quiet_trainer()
         unlabeled = loader(8, labels=torch.full((8,), -100))
         trainer.fit(SupervisedModule(student), loader(), [loader(), loader(7), unlabeled])
@@ -267,12 +261,12 @@ class TestCharts:
             found = trainer.callback_metrics[f"val/{name}/1"].item()
             assert found == pytest.approx(alone[f"val/{name}"], rel=1e-6)
 
-    def test_without_validation(self, quiet_trainer, student):
+    def test_without_validation(self, quiet_trainer, loader, student):
         trainer = quiet_trainer()
         trainer.fit(SupervisedModule(student), loader())
         assert set(trainer.callback_metrics) == {"train/loss", "train/loss_step", "train/hard"}
 
-    def test_an_interrupted_validation_is_forgotten(self, quiet_trainer, student):
+    def test_an_interrupted_validation_is_forgotten(self, quiet_trainer, loader, student):
         module = SupervisedModule(student)
         whole = quiet_trainer().validate(module, loader(), verbose=False)
 
@@ -321,15 +315,16 @@ class Elsewhere(Logger):
         pass
 
 
-def names_of(task):
-    outputs = {"multiclass": 10, "multilabel": 3, "binary": 1}[task]
-    labels = {"multilabel": torch.randint(2, (12, 3)), "binary": torch.arange(12) % 2}.get(task)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), loader(labels=labels)
+@pytest.fixture(params=["multiclass", "multilabel", "binary"])
+def setting(request, loader):
+    """A task, a network for it, and data with its labels."""
+    outputs = {"multiclass": 10, "multilabel": 3, "binary": 1}[request.param]
+    labels = {"multilabel": torch.randint(2, (12, 3)), "binary": torch.arange(12) % 2}.get(request.param)
+    return request.param, nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), loader(labels=labels)
 
 
-@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
-def test_confusion_matrix_in_tensorboard(quiet_trainer, tmp_path, task):
-    net, data = names_of(task)
+def test_confusion_matrix_in_tensorboard(quiet_trainer, tmp_path, setting):
+    task, net, data = setting
     quiet_trainer(logger=TensorBoardLogger(tmp_path, "", "")).test(
         SupervisedModule(net, task=task), [data, data], verbose=False
     )
@@ -340,7 +335,7 @@ def test_confusion_matrix_in_tensorboard(quiet_trainer, tmp_path, task):
 
 
 @pytest.mark.parametrize("folder", ["there", None])
-def test_other_loggers(quiet_trainer, tmp_path, student, folder):
+def test_other_loggers(quiet_trainer, loader, tmp_path, student, folder):
     logger = Elsewhere(folder and str(tmp_path / folder))
     trainer = quiet_trainer(logger=[logger, CSVLogger(tmp_path)], log_every_n_steps=1)
     module = SupervisedModule(student)
@@ -351,7 +346,7 @@ def test_other_loggers(quiet_trainer, tmp_path, student, folder):
     assert {"train/loss", "train/hard", "val/accuracy", "test/accuracy"} <= logged
 
 
-def test_without_a_logger(quiet_trainer, student):
+def test_without_a_logger(quiet_trainer, loader, student):
     trainer = quiet_trainer(logger=False)
     module = SupervisedModule(student)
     trainer.fit(module, loader(), loader())
@@ -359,25 +354,22 @@ def test_without_a_logger(quiet_trainer, student):
 
 
 def test_transductive_figures_carry_the_prefix(quiet_trainer, student):
-    from kd_lightning import Digits, SemiSupervisedDataModule
-
     data = SemiSupervisedDataModule(Digits(), labeled=5, unlabeled="test", batch_size=300)
     (found,) = quiet_trainer().test(SupervisedModule(student), datamodule=data, verbose=False)
     assert found
     assert all(name.startswith("transductive/test/") for name in found)
 
 
-def test_predicts_probabilities(quiet_trainer):
-    for task in ("multiclass", "multilabel", "binary"):
-        net, data = names_of(task)
-        z = net(data.dataset.tensors[0]).detach().double().numpy()
-        expected = np.exp(z) / np.exp(z).sum(1, keepdims=True) if task == "multiclass" else 1 / (1 + np.exp(-z))
-        found = torch.cat(quiet_trainer().predict(SupervisedModule(net, task=task), data))
-        assert found.shape == ((12,) if task == "binary" else z.shape)
-        assert found.numpy().reshape(z.shape) == pytest.approx(expected, abs=1e-6)
+def test_predicts_probabilities(quiet_trainer, setting):
+    task, net, data = setting
+    z = net(data.dataset.tensors[0]).detach().double().numpy()
+    expected = np.exp(z) / np.exp(z).sum(1, keepdims=True) if task == "multiclass" else 1 / (1 + np.exp(-z))
+    found = torch.cat(quiet_trainer().predict(SupervisedModule(net, task=task), data))
+    assert found.shape == ((12,) if task == "binary" else z.shape)
+    assert found.numpy().reshape(z.shape) == pytest.approx(expected, abs=1e-6)
 
 
-def test_reload(quiet_trainer, tmp_path, student):
+def test_reload(quiet_trainer, loader, tmp_path, student):
     trainer = quiet_trainer()
     module = SupervisedModule(student, task="multilabel", lr_interval="step")
     trainer.fit(module, loader(labels=torch.randint(2, (12, 10))))

@@ -1,0 +1,80 @@
+"""Splits: stratified, nested, saved with their hash."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kd_lightning import InputError
+from kd_lightning.data.splits import Split, make_split
+
+TARGETS = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
+
+
+@pytest.mark.parametrize(("labeled", "expected"), [(4, [4, 4, 4]), (0.5, [22, 9, 4]), (None, [45, 18, 9])])
+def test_split_is_stratified(labeled, expected):
+    split = make_split(TARGETS, labeled, 0.1, seed=0)
+    assert torch.bincount(TARGETS[split.labeled]).tolist() == expected
+    assert torch.bincount(TARGETS[split.val]).tolist() == [5, 2, 1]
+    assert sorted(split.labeled + split.unlabeled + split.val) == list(range(80))
+
+
+def test_splits_of_one_seed_are_nested():
+    few, more = make_split(TARGETS, 2, 0.1, seed=1), make_split(TARGETS, 6, 0.1, seed=1)
+    assert set(few.labeled) < set(more.labeled)
+    assert few.val == more.val
+    assert make_split(TARGETS, 2, 0.1, seed=2).val != few.val
+
+
+@pytest.mark.parametrize(
+    ("labeled", "val", "message"),
+    [
+        (10, 0.1, "labeled: 10 per class asked, but class 'c' has 9 to give"),
+        (2, 11, "val: 11 per class asked, but class 'c' has 10 to give"),
+        (2, 10, "val: 10 leaves class 'c' no training sample of its 10"),
+        (0.0, 0.1, "labeled: a fraction"),
+        (1.5, 0.1, "labeled: a fraction"),
+        (2, -0.1, "val: a fraction"),
+    ],
+)
+def test_split_that_cannot_be(labeled, val, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        make_split(TARGETS, labeled, val, 0, ["a", "b", "c"])
+
+
+def test_saved_split(tmp_path):
+    split = make_split(TARGETS, 2, 0.1, seed=1)
+    path = tmp_path / "split.json"
+    split.save(path)
+    assert Split.load(path, TARGETS) == split
+    with pytest.raises(InputError, match="other data"):
+        Split.load(path, TARGETS.flip(0))
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(InputError, match="changed after"):
+        Split.load(path, TARGETS)
+    path.write_text("{")
+    with pytest.raises(InputError, match="no split file"):
+        Split.load(path, TARGETS)
+    assert replace(split, seed=2).hash != split.hash
+
+
+def test_missing_split_file(tmp_path):
+    with pytest.raises(InputError, match="labeled: no split file at .*gone.json; allowed: such a path, a count per"):
+        Split.load(tmp_path / "gone.json", TARGETS)
+
+
+def test_many_labels_are_drawn_by_fraction():
+    targets = torch.randint(2, (40, 3), generator=torch.Generator().manual_seed(0))
+    split = make_split(targets, 0.5, 0.25, seed=0)
+    assert [len(part) for part in (split.val, split.labeled, split.unlabeled)] == [10, 15, 15]
+    assert sorted(split.labeled + split.unlabeled + split.val) == list(range(40))
+    for labeled, val in ((5, 0.1), (0.5, 3)):
+        with pytest.raises(InputError, match="must be fractions where a sample has many labels, got a count per class"):
+            make_split(targets, labeled, val, seed=0)
+
+
+def test_class_without_a_sample():
+    targets = torch.tensor([0, 0, 0, 2, 2, 2])
+    with pytest.raises(InputError, match="labeled: 1 per class asked, but class 'b' has no training sample"):
+        make_split(targets, 1, 0, 0, ["a", "b", "c"])
+    assert make_split(targets, 0.3, 0, 0).val == []
