@@ -1,5 +1,42 @@
-"""The few small networks that torchvision and timm lack."""
+"""The few small networks that torchvision and timm lack.
 
+Those of the standard table of distillation on CIFAR-100 are functions, such as ``kd_lightning.models.resnet20``.
+"""
+
+from kd_lightning.models.cifar_resnet import (
+    CifarResNet,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
 from kd_lightning.models.digits import DigitsCNN
+from kd_lightning.models.vgg import CifarVGG, vgg8, vgg13
+from kd_lightning.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
-__all__ = ["DigitsCNN"]
+__all__ = [
+    "DigitsCNN",
+    "CifarResNet",
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet8x4",
+    "resnet32x4",
+    "WideResNet",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+    "CifarVGG",
+    "vgg8",
+    "vgg13",
+]
