@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -12,6 +13,7 @@ from kd_lightning.errors import InputError
 COMMANDS = {
     "experiment": "Train a method and its twin without a teacher over several seeds, and compare them.",
     "compare": "Set finished runs side by side: accuracy, size, cost.",
+    "doctor": "Is this teacher any good on this data? Takes fit's arguments, and trains nothing.",
 }
 
 
@@ -28,10 +30,18 @@ def main(args: list[str] | None = None) -> None:
             from kd_lightning.cli import DistillCLI
 
             DistillCLI(args)
-    except (InputError, MisconfigurationException) as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, MisconfigurationException, OSError) as error:
+        _end(str(error))
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # how the backends say that the other end of a connection is gone
+            raise
+        _end("another process of this run has ended; what stopped it stands above, or in its own output")
+
+
+def _end(message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

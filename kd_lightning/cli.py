@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -15,7 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
 from kd_lightning.callbacks import PredictionWriter, StepSeed, StudentWriter
-from kd_lightning.complaints import one_line
+from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
+from kd_lightning.complaints import check_doubled_keys, one_line
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.loggers import ResumableCSVLogger
@@ -54,6 +57,7 @@ class DistillCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         self.run_folder: Path | None = None
+        self.resumed_step: int | None = None
         super().__init__(
             # any subclass of LightningModule; None leaves data optional, for modules that bring their own loaders
             LightningModule,
@@ -84,6 +88,7 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; without Lightning's warning when called from a program that has arguments of its own."""
         Parser.command_line = tuple(args) if isinstance(args, list) else tuple(sys.argv[1:])
+        check_doubled_keys(Parser.command_line)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
@@ -96,6 +101,8 @@ class DistillCLI(LightningCLI):
             path = self._checkpoint_file(config)
             if path is not None and path.parent.name == "checkpoints" and path.parent.parent.is_dir():
                 self.run_folder = path.parent.parent
+            if path is not None:
+                self.resumed_step = read_checkpoint(path).get("global_step")
         if self.subcommand != "fit" or self.run_folder is not None:
             self.save_config_callback = None  # fit's own config stays
         if self.subcommand in ("test", "predict"):
@@ -157,7 +164,10 @@ class DistillCLI(LightningCLI):
             callbacks.append(RichProgressBar())
         if trainer["enable_checkpointing"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
-        return self._instantiate_trainer(trainer, callbacks)
+        built = self._instantiate_trainer(trainer, callbacks)
+        if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not somebody's own
+            built.strategy.checkpoint_io = SafeCheckpointIO()
+        return built
 
     def _validates(self, trainer: dict[str, Any]) -> bool:
         """Whether the default monitor will be there: not in somebody else's module, nor without validation."""
@@ -176,12 +186,11 @@ class DistillCLI(LightningCLI):
 
     def _loggers(self, root: str, name: str) -> list[Any]:
         version: int | str | None = None
-        step = None
+        step: int | None = None
         if self.run_folder is not None:
             root, name, version = str(self.run_folder.parent.parent), self.run_folder.parent.name, self.run_folder.name
-            if self.subcommand == "fit":
-                config = self.config[self.subcommand]
-                step = torch.load(config.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            step = self.resumed_step if self.subcommand == "fit" else None
+        _check_writable(Path(root, name))
         board = TensorBoardLogger(root, name=name, version=version, default_hp_metric=False, purge_step=step)
         return [board, ResumableCSVLogger(root, name=name, version=board.version, purge_step=step)]
 
@@ -200,6 +209,15 @@ def build(base: type[T], config: dict[str, Any]) -> T:
         raise InputError(one_line(str(error))) from error
     assert isinstance(built, base)
     return built
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"trainer.default_root_dir: cannot write to {folder}: {error.strerror}") from error
 
 
 def _is_path(value: Any) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from kd_lightning.errors import InputError
+
 _HOMES = (
     "kd_lightning",
     "kd_lightning.models",
@@ -56,6 +58,34 @@ def one_line(message: str, parser: jsonargparse.ArgumentParser | None = None, ar
     return " ".join(message.split())
 
 
+def check_doubled_keys(args: Iterable[str]) -> None:
+    """Refuse a config file that says a thing twice, of which YAML's reader would silently take the last.
+
+    Raises:
+        InputError: For a doubled key, with its place; and for a file that is no YAML.
+    """
+    for path in _config_files(args):
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        _check_node(root, "", path)
+
+
+def _check_node(node: yaml.Node | None, place: str, path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, child in enumerate(node.value):
+            _check_node(child, f"{place}[{number}]", path)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, child in node.value:
+            here = f"{place}.{key.value}" if place else str(key.value)
+            if key.value in seen:
+                raise InputError(f"{here} stands twice, the second time in line {key.start_mark.line + 1} of {path}")
+            seen.add(key.value)
+            _check_node(child, here, path)
+
+
 def _unknown_key(key: str, parser: jsonargparse.ArgumentParser | None, configs: list[Any]) -> str:
     name = key.rsplit(".", 1)[-1]
     for path, parent in _places(name, configs):
@@ -81,7 +111,7 @@ def _hint(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _configs(args: Iterable[str]) -> Iterator[Any]:
+def _config_files(args: Iterable[str]) -> Iterator[Path]:
     """The config files named on the command line."""
     args = list(args)
     for number, argument in enumerate(args):
@@ -89,10 +119,15 @@ def _configs(args: Iterable[str]) -> Iterator[Any]:
         if name in ("--config", "-c"):
             path = Path(value or (args[number + 1] if number + 1 < len(args) else ""))
             if path.is_file():
-                try:
-                    yield yaml.safe_load(path.read_text(encoding="utf-8"))
-                except yaml.YAMLError:
-                    continue
+                yield path
+
+
+def _configs(args: Iterable[str]) -> Iterator[Any]:
+    for path in _config_files(args):
+        try:
+            yield yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
 
 
 def _walk(node: Any, path: str = "", owner: str | None = None) -> Iterator[tuple[str, Any, Any, str | None]]:

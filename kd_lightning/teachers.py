@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.outputs import logits_of
 
 
 class Teacher(nn.Module):
@@ -72,7 +73,7 @@ class Teacher(nn.Module):
         for module in self._hidden:
             module.eval()  # somebody else may hold the network, and call .train() on it
             x = module(x)
-        logits = x.to(batch.x.device)
+        logits = logits_of(x, "the teacher").to(batch.x.device)
         if self.classes is None:
             return logits
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
@@ -134,7 +135,13 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     if prefix is None:
         prefix = _find_prefix(list(wanted), state)
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    check_fit(found, wanted, f"weights in {file} do not fit {type(model).__name__}")
+    model.load_state_dict(found)
+    return model
 
+
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complaint: str) -> None:
+    """Raise InputError, beginning with the complaint, unless one state dict has the keys and shapes of another."""
     problems = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
@@ -150,9 +157,7 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
             for what, keys in problems.items()
             if keys
         ]
-        raise InputError(f"weights in {file} do not fit {type(model).__name__}: " + "; ".join(lines))
-    model.load_state_dict(found)
-    return model
+        raise InputError(f"{complaint}: " + "; ".join(lines))
 
 
 def _read(file: Path) -> dict[str, Tensor]:

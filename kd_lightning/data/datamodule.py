@@ -92,6 +92,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         if self._parts is None:
             self._parts = parts = self.source.load()
             self.class_names = parts.class_names
+            _check_filled(parts, type(self.source).__name__)
             targets = parts.train.targets
             if isinstance(self.labeled, str | Path):
                 self.split = Split.load(Path(self.labeled), targets)
@@ -211,3 +212,11 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _processes(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def _check_filled(parts: Parts, source: str) -> None:
+    held = {"train": parts.train.images, "unlabeled": parts.unlabeled}
+    held["test"] = None if parts.test is None else parts.test.images
+    for name, images in held.items():
+        if images is not None and len(images) == 0:
+            raise InputError(f"{name}: the {name} part of {source} is empty; it must hold at least one image")

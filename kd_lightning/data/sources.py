@@ -26,6 +26,22 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
 
+def read_item(images: Images, index: int) -> Any:
+    """One item.
+
+    Raises:
+        InputError: If it cannot be read; the message says which it is, and where it lies if the dataset knows.
+    """
+    try:
+        return images[index]
+    except Exception as error:  # decoders raise whatever they stumble on
+        listed = [getattr(images, name, None) for name in ("samples", "paths", "_image_files")]
+        path = next((paths[index] for paths in listed if isinstance(paths, list)), None)
+        path = path[0] if isinstance(path, tuple) else path
+        where = f"item {index} of {type(images).__name__}" if path is None else f"image {path}"
+        raise InputError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+
+
 class Part(NamedTuple):
     """Images and their true labels: (N,) class indices, or (N, L) zeros and ones."""
 
@@ -108,7 +124,7 @@ class DatasetSource(Source):
         self.test = test
         self.unlabeled = unlabeled
         self.class_names = class_names
-        first = train[0]
+        first = train[0] if len(train) else None  # type: ignore[arg-type]
         first = first[0] if isinstance(first, tuple | list) else first
         if not isinstance(first, Tensor):
             self.train_transform = self.eval_transform = to_float()
@@ -323,7 +339,7 @@ def _targets(dataset: Any) -> Tensor:
         names = ("targets", "labels", "_labels")
         found = next((getattr(dataset, name) for name in names if hasattr(dataset, name)), None)
     if found is None or len(found) != len(dataset):
-        found = [dataset[index][1] for index in range(len(dataset))]
+        found = [read_item(dataset, index)[1] for index in range(len(dataset))]
     if isinstance(found, list | tuple):
         found = torch.stack(list(found)) if found and isinstance(found[0], Tensor) else torch.tensor(found)
     targets = torch.as_tensor(found)

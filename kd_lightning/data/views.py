@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from kd_lightning.batch import Batch, is_labeled
-from kd_lightning.data.sources import Images
+from kd_lightning.data.sources import Images, read_item
 from kd_lightning.errors import InputError
 
 Key = int | tuple[int, int]
+_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 
 
 class ViewDataset(Dataset[Batch]):
@@ -73,7 +74,7 @@ class ViewDataset(Dataset[Batch]):
     def _image(self, index: int) -> Any:
         for part in self.images:
             if index < len(part):
-                item = part[index]
+                item = read_item(part, index)
                 return item[0] if isinstance(item, tuple | list) else item
             index -= len(part)
         raise IndexError(index)
@@ -177,7 +178,7 @@ class ViewLoader(DataLoader[Batch]):
         # A generator: nothing starts before the first batch is asked for, when Lightning has set the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ViewSampler):
-            for batch in super().__iter__():
+            for batch in self._batches():
                 batch.y = self.labels[batch.index]
                 yield batch
             return
@@ -187,11 +188,17 @@ class ViewLoader(DataLoader[Batch]):
         assert self.batch_size is not None
         sampler.skip = start * self.batch_size
         order = self.dataset.indices[sampler.order() % sampler.size]  # type: ignore[attr-defined]
-        for number, batch in enumerate(super().__iter__(), start):
+        for number, batch in enumerate(self._batches(), start):
             batch.y = self.labels[batch.index]
             batch.mean_labels = self._mean_labels(order, number)
             self._done = (epoch, number + 1)
             yield batch
+
+    def _batches(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except InputError as error:  # torch hands on what a worker raised with all of its traceback as the message
+            raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
 
     def _mean_labels(self, order: Tensor, number: int) -> float:
         """Known labels of the optimiser step that a batch belongs to, over its batches on all ranks."""

@@ -18,6 +18,9 @@ from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.evaluation import Evaluation, to_probabilities
+from kd_lightning.modules.finite import FiniteCheck
+from kd_lightning.outputs import logits_of
+from kd_lightning.teachers import check_fit
 
 
 class Term(NamedTuple):
@@ -75,16 +78,17 @@ class SupervisedModule(LightningModule):
         self._evaluations: dict[int, Evaluation] = {}
         # The teacher's logits on evaluation sets, which do not change: {(stage, loader, batch): (index, logits)}.
         self._teacher_outputs: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self._finite = FiniteCheck()
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's logits."""
-        logits: Tensor = self.student(x)
-        return logits
+        return logits_of(self.student(x), "the student")
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier run measured: its data may have been others, and an interruption may have cut it."""
         self._evaluations.clear()
         self._teacher_outputs.clear()
+        self._finite = FiniteCheck()
 
     # What a method changes.
 
@@ -153,6 +157,9 @@ class SupervisedModule(LightningModule):
         """One step on a batch; works without a Trainer."""
         batch = Batch.of(batch)
         terms = self.losses(batch)
+        self._finite.note({name: value for name, (_, value) in terms.items()}, self.global_step)
+        if self._may_wait(batch.x):
+            self._finite.check()
         loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
         if self._trainer is not None:
             rows: dict[str, Any] = dict.fromkeys(terms, len(batch))
@@ -166,6 +173,12 @@ class SupervisedModule(LightningModule):
             self._log_epoch("train/loss", loss, len(batch))
             self.log("train/loss_step", loss, prog_bar=True)
         return loss
+
+    def _may_wait(self, x: Tensor) -> bool:
+        """Whether looking at a value costs little: on the CPU, and where the logger looks anyway."""
+        if x.device.type == "cpu" or self._trainer is None:
+            return True
+        return self.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
 
     def _log_epoch(self, name: str, value: Tensor | float, rows: float) -> None:
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)  # type: ignore[arg-type]
@@ -227,6 +240,16 @@ class SupervisedModule(LightningModule):
             self.log_dict({name: v for name, v in values.items() if "/accuracy" not in name}, rank_zero_only=False)
             self.log_dict({name: v for name, v in values.items() if "/accuracy" in name}, prog_bar=True)
         self._evaluations.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the last good checkpoint rather than write one of a training that has gone astray."""
+        self._finite.check(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which weights do not fit, before torch lists them all."""
+        if self._trainer is not None and self.strict_loading:
+            name = type(self).__name__
+            check_fit(checkpoint["state_dict"], self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over all that requires a gradient, and the scheduler."""

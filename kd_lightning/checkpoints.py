@@ -1,0 +1,79 @@
+"""Checkpoint files that a fault cannot spoil."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from kd_lightning.errors import InputError
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it, so that a full disk leaves the old one whole.
+
+    Lightning's own goes through the system's temporary folder, and copies where that lies on another disk: what is
+    cut off there has already replaced the last good file. Remote paths (``s3://...``) are left to Lightning.
+
+    Raises:
+        InputError: If a file cannot be written; the message names it and the reason.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        part = file.with_name(f".{file.name}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())  # else a crash of the machine could leave an empty file under the new name
+            part.replace(file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            part.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise InputError(f"checkpoint {file} cannot be written: {cause}; earlier ones are as they were") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Open a checkpoint without unpickling code or reading its tensors into memory.
+
+    Raises:
+        InputError: If it cannot be read; the message names the newest one beside it that can.
+    """
+    try:
+        return _open(path)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        whole = next((p for p in sorted(path.parent.glob("*.ckpt"), key=_age) if p != path and _is_whole(p)), None)
+        hint = f"; {whole} beside it can be read" if whole else ""
+        reason = str(error).split("\n", 1)[0].split(". This can happen", 1)[0]
+        raise InputError(f"ckpt_path: {path} is damaged or no checkpoint ({reason}){hint}") from error
+
+
+def _open(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise RuntimeError("its end is missing, or it was not written by torch.save")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise RuntimeError("it holds no state_dict")
+    return content
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_open(path))
+    except Exception:  # whatever a damaged file makes the reader stumble on
+        return False
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
