@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning.__main__ import main
+from kd_lightning.data import Digits
 from kd_lightning.models import DigitsCNN
 
 torch.set_num_threads(1)  # the networks are tiny
@@ -55,6 +56,32 @@ def teacher():
     """A wider network, untrained."""
     torch.manual_seed(1)
     return DigitsCNN(width=8)
+
+
+@pytest.fixture(scope="session")
+def train_digits():
+    """Trains a network to more than 90 % on the digits, whose images a function may change first; quick."""
+
+    def train(network, change=lambda x: x):
+        part = Digits().load().train
+        x, y = change(part.images.tensors[0]), part.targets
+        torch.manual_seed(0)
+        optimizer = torch.optim.Adam(network.parameters(), 0.01)
+        for _ in range(6):
+            for rows in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(network(x[rows]), y[rows]).backward()
+                optimizer.step()
+        return network.eval()
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def healthy(train_digits):
+    """A good teacher for the digits; not to be changed."""
+    torch.manual_seed(0)
+    return train_digits(DigitsCNN(16))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"cli"},
-    {"modules", "callbacks", "data", "loggers", "complaints"},
-    {"losses", "teachers", "models", "batch", "errors"},
+    {"modules", "callbacks", "data", "loggers", "complaints", "checkpoints"},
+    {"losses", "teachers", "preflight", "models", "batch", "outputs", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = {"modules", "callbacks", "data"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -14,6 +15,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.supervised import SupervisedModule, Term, check_outputs
+from kd_lightning.preflight import Finding, FirstLook
 from kd_lightning.teachers import Teacher
 
 
@@ -68,6 +70,7 @@ class DistillModule(SupervisedModule):
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         self.soft_loss = soft_loss
         self.soft_weight = soft_weight
+        self._first_look: FirstLook | None = None
 
     def losses(self, batch: Batch) -> dict[str, Term]:
         """The hard and the soft term."""
@@ -92,13 +95,22 @@ class DistillModule(SupervisedModule):
         if stage == TrainerFn.FITTING and self.teacher is not None:
             self.teacher.fingerprint()
 
+    def on_fit_start(self) -> None:
+        """Have the teacher's first answers looked at: is it any good on this data?"""
+        if self._first_look is not None:  # of a fit that ended before
+            self._first_look.close()
+        if self.teacher is not None and self.trainer.is_global_zero:
+            self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, _say)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which teacher it was, not the teacher."""
+        super().on_save_checkpoint(checkpoint)
         if self.teacher is not None:
             checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume under another teacher."""
+        super().on_load_checkpoint(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         before = checkpoint.get("teacher_fingerprint")
         if fitting and before and self.teacher is not None and self.teacher.fingerprint() != before:
@@ -111,3 +123,11 @@ class DistillModule(SupervisedModule):
 def _check_soft_weight(soft_weight: float) -> None:
     if not 0.0 <= soft_weight <= 1.0:
         raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
+
+
+def _say(findings: list[Finding]) -> None:
+    rank_zero_info("; ".join(f"{finding.name}: {finding.text}" for finding in findings))
+    for finding in findings:
+        if finding.hint is not None:
+            advice = "python -m kd_lightning doctor looks closer"
+            rank_zero_warn(f"{finding.name}: {finding.text}: {finding.hint} ({advice})")

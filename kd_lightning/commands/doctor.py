@@ -1,0 +1,173 @@
+"""``doctor --config ...``: is this teacher any good on this data? Takes fit's arguments, and trains nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.cli import DistillCLI
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.views import ViewDataset, ViewLoader
+from kd_lightning.errors import InputError
+from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.supervised import check_outputs
+from kd_lightning.preflight import (
+    Finding,
+    accuracy,
+    answers,
+    class_order,
+    eval_mode,
+    gradients,
+    judge,
+    labels,
+    normalisation,
+    soft_targets,
+)
+from kd_lightning.teachers import Teacher
+
+SAMPLES = 4096  # enough for a thousand classes
+
+
+def main(args: list[str]) -> None:
+    """Print a line for each check; exit with status 1 where the run would be pointless."""
+    findings = DoctorCLI(["fit", *args]).findings
+    for finding in findings:
+        mark = "STOP" if finding.pointless else "look" if finding.hint else "ok"
+        print(f"{mark:<6}{finding.name}: {finding.text}")
+        if finding.hint:
+            print(f"      -> {finding.hint}")
+    if any(finding.pointless for finding in findings):
+        sys.exit(1)
+
+
+class DoctorCLI(DistillCLI):
+    """Builds what fit would, and examines it."""
+
+    findings: list[Finding]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """One process suffices, and nothing is written."""
+        return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
+
+    def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
+        """Take the place of ``Trainer.fit``."""
+        if not isinstance(model, SupervisedModule):
+            raise InputError(f"model: doctor needs a SupervisedModule or one of its kind, got {type(model).__name__}")
+        if ckpt_path is not None:
+            raise InputError(f"ckpt_path: doctor looks at the start of a run and takes none, got {ckpt_path}")
+        model.to(self.trainer.strategy.root_device)
+        self.findings = list(examine(model, model if datamodule is None else datamodule))
+
+
+def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
+    """All checks of a module on the data that it shall be trained on; with a teacher those of the teacher, too.
+
+    Args:
+        module: With a ``teacher`` and a ``soft_loss``, or without.
+        data: A datamodule, or a module with loaders of its own.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    teacher, task = getattr(module, "teacher", None), module.task
+    loader = data.train_dataloader()
+    training = _training_batch(loader, data, module.device)
+    module.eval()
+    if isinstance(teacher, Teacher):
+        batches, what = _evaluation(data, module.device) or ([training], "labels of a training batch")
+        y = None if batches[0].y is None else torch.cat([batch.y for batch in batches if batch.y is not None])
+        logits = answers(teacher, batches, task)
+        student = answers(lambda batch: module(batch.x), batches, task)
+        check_outputs(student, logits)
+        judged = judge(logits, y, task)
+        yield accuracy(judged, judge(student, y, task), task, what)
+        normalised, cured = normalisation(teacher, batches, judged, task, _normalised(data))
+        yield normalised
+        yield class_order(cured, task, teacher.classes)
+        yield eval_mode(teacher, batches[0])
+        yield soft_targets(logits, getattr(module, "soft_loss", nn.Identity()), task)
+    classes = answers(lambda batch: module(batch.x), [training], task).shape[1]
+    y, what = training.y, "samples of a training batch"
+    if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
+        y, what = loader.labels[loader.dataset.indices], "training samples"
+    yield labels(y, len(training), classes, task, what, taught=teacher is not None)
+    module.train()
+    yield gradients(module.losses(training), module.student, labeled=_labels(training) > 0)
+
+
+def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
+    """One with labels, where that is no long search."""
+    batches = list(islice(_batches(loader, data, device), 8))
+    if not batches:
+        raise InputError("data: the training part is empty")
+    return next((batch for batch in batches if _labels(batch)), batches[0])
+
+
+def _evaluation(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
+    """Validation samples with labels; where there are none, labeled training images. Never the test part."""
+    if is_overridden("val_dataloader", data):
+        batches = _first_labeled(data.val_dataloader(), data, device)
+        if batches:
+            return batches, "validation labels"
+    if isinstance(data, SemiSupervisedDataModule):
+        visible = data.visible_labels()
+        assert data.split is not None
+        dataset = data.train_dataloader().dataset
+        assert isinstance(dataset, ViewDataset)
+        labeled = ViewDataset(dataset.images, torch.tensor(data.split.labeled), data.eval_transform, data.seed)
+        loader = ViewLoader(labeled, visible, batch_size=data.batch_size, num_workers=data.num_workers)
+        batches = _first_labeled(loader, data, device)
+    else:
+        batches = _first_labeled(data.train_dataloader(), data, device)
+    return (batches, "labels of training images, for want of validation labels,") if batches else None
+
+
+def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
+    taken, count = [], 0
+    for batch in _batches(loader, data, device):
+        if _labels(batch):
+            taken.append(batch)
+        count += len(batch)
+        if count >= SAMPLES:
+            break
+    return taken
+
+
+def _batches(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
+    """The batches of a loader (of several the first) as a step would get them."""
+    while isinstance(loader, list | tuple | dict):
+        parts = list(loader.values() if isinstance(loader, dict) else loader)
+        if not parts:
+            return
+        loader = parts[0]
+    for batch in loader:
+        batch = data.on_before_batch_transfer(batch, 0)
+        batch = move_data_to_device(batch, device)
+        yield Batch.of(data.on_after_batch_transfer(batch, 0))
+
+
+def _labels(batch: Batch) -> int:
+    return 0 if batch.y is None else int(is_labeled(batch.y).sum())
+
+
+def _normalised(data: Any) -> tuple[Any, Any] | None:
+    """Mean and standard deviation of the last Normalize in the evaluation transforms."""
+    found = None
+    steps = [getattr(data, "eval_transform", None)]
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, v2.Normalize | transforms.Normalize):
+            found = step.mean, step.std
+        inner = step if isinstance(step, nn.Sequential) else getattr(step, "transforms", [])
+        steps[:0] = list(inner)
+    return found
