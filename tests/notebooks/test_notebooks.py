@@ -1,0 +1,89 @@
+"""Every notebook runs from top to bottom, and is stored with what it shows."""
+
+import base64
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.image
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent.parent / "notebooks").glob("*.ipynb"))
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the interpreter that runs the tests, whatever kernels the user has installed."""
+
+    kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed(notebook):
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+
+
+def figures(notebook):
+    """Its pictures, as arrays."""
+    found = [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    return [matplotlib.image.imread(io.BytesIO(base64.b64decode(png))) for png in found]
+
+
+def check_lesson(notebook):
+    """In every seed the distilled student is better than the same student alone."""
+    gains = re.search(r"gain of each seed: (.*) points", printed(notebook))[1].split(", ")
+    assert len(gains) == 3
+    assert min(map(float, gains)) > 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, root, tmp_path, monkeypatch):
+    for name, value in {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "IPYTHONDIR": tmp_path / "ipython"}.items():
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / "empty").mkdir()
+    notebook = read(path)
+    notebook.cells.append(nbformat.v4.new_code_cell("import sys\nprint(sys.executable)"))
+    NotebookClient(
+        notebook,
+        kernel_manager_class=ThisPython,
+        timeout=600,
+        resources={"metadata": {"path": str(tmp_path / "empty")}},
+    ).execute()
+    assert notebook.cells.pop().outputs[0].text.strip() == sys.executable
+    assert not list((tmp_path / "empty").iterdir())  # its runs lie in a temporary folder of their own
+    assert len(figures(notebook)) == len(figures(read(path)))
+    if path.stem == "01_distill_digits":
+        check_lesson(notebook)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_stored_as_run(path, root):
+    notebook = read(path)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert path.stat().st_size < 300_000
+    assert {output.output_type for output in outputs(notebook)} <= {"stream", "display_data", "execute_result"}
+    assert "stderr" not in {output.get("name") for output in outputs(notebook)}
+    text = path.read_text(encoding="utf-8")
+    assert not any(folder in text for folder in (str(root), str(Path.home()), tempfile.gettempdir(), sys.prefix))
+
+
+def test_distill_digits_shows_its_figures(root):
+    notebook = read(root / "notebooks/01_distill_digits.ipynb")
+    shapes = [figure.shape for figure in figures(notebook)]
+    assert len(shapes) == 5  # soft targets, curves, bars, sizes, predictions
+    assert all(height > 100 and width > 400 for height, width, _ in shapes)
+    assert all(figure[..., :3].std() > 0.05 for figure in figures(notebook))  # not blank
+    check_lesson(notebook)
