@@ -14,17 +14,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
 from kd_lightning.callbacks import PredictionWriter, StepSeed, StudentWriter
 from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
-from kd_lightning.complaints import check_doubled_keys, one_line
+from kd_lightning.complaints import one_line
+from kd_lightning.config_files import check_configs, walk
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.loggers import ResumableCSVLogger
 from kd_lightning.modules import SupervisedModule
 
 T = TypeVar("T")
+_BASES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "lightning.pytorch.LightningDataModule")
 
 
 class Parser(LightningArgumentParser):
@@ -88,8 +91,12 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; without Lightning's warning when called from a program that has arguments of its own."""
         Parser.command_line = tuple(args) if isinstance(args, list) else tuple(sys.argv[1:])
-        check_doubled_keys(Parser.command_line)
+        check_configs(Parser.command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
+        for path, key, value, _ in walk(self.config.as_dict()):
+            if key == "class_path" and value in _BASES:  # what the parser makes of an empty mapping
+                place = path.removeprefix(f"{self.config.get('subcommand')}.")
+                raise InputError(f"{place} is missing: it says what to build")
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over the hyperparameters in a checkpoint."""
@@ -97,6 +104,8 @@ class DistillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the run that a checkpoint belongs to, and do without a teacher where it is not needed."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if not config.name:
+            raise InputError(f"name must be the name of the run's folder, got {config.name!r}")
         if self.subcommand is not None:
             path = self._checkpoint_file(config)
             if path is not None and path.parent.name == "checkpoints" and path.parent.parent.is_dir():
@@ -141,11 +150,13 @@ class DistillCLI(LightningCLI):
             super().instantiate_classes()
         except InputError:
             raise
-        except (TypeError, ValueError, ImportError, OSError) as error:
+        except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
             raise InputError(one_line(str(error), None, Parser.command_line)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Loggers and callbacks that every run gets."""
+        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            raise InputError(f"data is missing: {type(self.model).__name__} brings no loaders of its own")
         config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
         trainer = {**config["trainer"], **kwargs}
         if trainer["logger"] in (None, True):

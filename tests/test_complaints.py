@@ -70,7 +70,7 @@ INT = "Expected a <class 'int'>. Got value: x"
     ("message", "expected"),
     [
         ("two\n  lines\t here", "two lines here"),
-        (f'Parser key "trainer.max_epochs":\n  {INT}', "trainer.max_epochs: Expected a int. Got value: x"),
+        (f'Parser key "trainer.max_epochs":\n  {INT}', "trainer.max_epochs: Expected a int, got x"),
         ("width must be at least 1, got 0", "width must be at least 1, got 0"),
         ("Expected a dot import path string: Digit", "class_path: no class 'Digit'; did you mean Digits?"),
         ("Expected a dot import path string: Xyzzy", "class_path: no class 'Xyzzy'"),

@@ -286,16 +286,6 @@ class TestFolders:
         assert logger == "false" or last.startswith("error: trainer.default_root_dir: cannot write to runs/tiny")
 
 
-class TestDoubledKeys:
-    def test_place_and_line(self, config, fails):
-        Path("config.yaml").write_text(CONFIG + "  init_args: {batch_size: 4}\n")
-        assert fails("fit", "--config", "config.yaml").startswith("error: data.init_args stands twice, the second time")
-
-    def test_no_yaml(self, config, fails):
-        Path("config.yaml").write_text("trainer: {max_epochs: 1\nmodel: [")
-        assert "config.yaml is no YAML: " in fails("fit", "--config=config.yaml")
-
-
 class Die(Callback):
     """Kills its process in the middle of an epoch, on one rank."""
 

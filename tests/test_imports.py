@@ -10,7 +10,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"cli"},
-    {"modules", "callbacks", "data", "loggers", "complaints", "checkpoints"},
+    {"modules", "callbacks", "data", "loggers", "complaints", "config_files", "checkpoints"},
     {"losses", "teachers", "preflight", "models", "batch", "outputs", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

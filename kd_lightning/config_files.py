@@ -1,0 +1,201 @@
+"""The config files of a command line: read them, and refuse what no parser can make sense of, by place."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from kd_lightning.errors import InputError
+
+SPEC = ("class_path", "init_args", "dict_kwargs")
+"""What says how an object is built."""
+
+_HOMES = (
+    "kd_lightning",
+    "kd_lightning.models",
+    "kd_lightning.losses",
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+    "torch.nn",
+    "lightning.pytorch.callbacks",
+    "torchvision.models",
+    "torchvision.transforms.v2",
+)
+
+
+def config_files(args: Iterable[str]) -> Iterator[Path]:
+    """The config files named on the command line."""
+    args = list(args)
+    for number, argument in enumerate(args):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-c"):
+            path = Path(value or (args[number + 1] if number + 1 < len(args) else ""))
+            if path.is_file():
+                yield path
+
+
+def read_configs(args: Iterable[str]) -> dict[str, Any]:
+    """The config files of a command line, later ones over earlier ones; without what is no YAML."""
+    merged: dict[str, Any] = {}
+    for path in config_files(args):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        if isinstance(content, dict):
+            _merge(merged, content)
+    return merged
+
+
+def walk(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Every (path, key, value, class path of the arguments it stands among)."""
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from walk(child, f"{path}[{number}]", owner)
+    if isinstance(node, dict):
+        for key, child in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            yield here, key, child, owner
+            yield from walk(child, here, node.get("class_path") if key in SPEC[1:] else None)
+
+
+def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:
+    """All keys of a parser and of its subcommands."""
+    keys = [action.dest for action in parser._actions]
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            keys += [key for child in action.choices.values() for key in known_keys(child)]
+    return keys
+
+
+def names_of_classes() -> list[str]:
+    """Short names that a class path might have meant."""
+    homes = [importlib.import_module(home) for home in _HOMES]
+    return [name for home in homes for name, value in vars(home).items() if callable(value) and name[0] != "_"]
+
+
+def find_class(class_path: Any) -> Any:
+    """The class or function of a path or short name; None where it cannot be found."""
+    if not isinstance(class_path, str):
+        return None
+    home, _, name = class_path.rpartition(".")
+    for module in [home] if home else _HOMES:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError, TypeError):
+            continue
+    return None
+
+
+def hint(name: str, allowed: Iterable[str]) -> str:
+    """``; did you mean ...?`` where something is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> None:
+    """Refuse what would otherwise be taken silently, or complained of at the wrong place.
+
+    Args:
+        args: The command line.
+        parser: Whose keys are allowed.
+
+    Raises:
+        InputError: For a key that stands twice (YAML's reader would take the last), a key that nobody knows, a class
+            spec without its class, and arguments that are no mapping; and for a file that is no YAML.
+    """
+    args = list(args)
+    for path in config_files(args):
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        _check_doubled(root, "", path)
+    config, keys = read_configs(args), known_keys(parser)
+    top = {key.partition(".")[0] for key in keys}
+    if not isinstance(config.get("model", {}), dict | str):
+        raise InputError(f"model must be a mapping with a class_path, got {config['model']!r}")
+    given = [argument.lstrip("-").partition("=")[0] for argument in args if argument.startswith("--")]
+    for key, value in config.items():
+        if key not in top:
+            raise InputError(f"{key}: no such key{hint(str(key), top)}")
+        inner = {k.partition(".")[2] for k in keys if k.startswith(f"{key}.")}
+        if key in ("model", "data"):
+            _check_spec(value, key, given)
+        elif inner and isinstance(value, dict):
+            for name in value:
+                if name not in inner:
+                    raise InputError(f"{key}.{name}: no such key{hint(f'{key}.{name}', [f'{key}.{k}' for k in inner])}")
+            _check_values(value, key, given)
+        elif inner and not isinstance(value, str):
+            raise InputError(f"{key} must hold keys and their values, got {value!r}")
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _check_doubled(node: yaml.Node | None, place: str, path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, child in enumerate(node.value):
+            _check_doubled(child, f"{place}[{number}]", path)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, child in node.value:
+            here = f"{place}.{key.value}" if place else str(key.value)
+            if key.value in seen:
+                raise InputError(f"{here} stands twice, the second time in line {key.start_mark.line + 1} of {path}")
+            seen.add(key.value)
+            _check_doubled(child, here, path)
+
+
+def _check_values(node: Any, path: str, given: list[str]) -> None:
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            _check_values(child, f"{path}[{number}]", given)
+    if isinstance(node, dict):
+        if any(difflib.get_close_matches(str(key), SPEC, n=1, cutoff=0.75) for key in node):
+            _check_spec(node, path, given)
+        else:
+            for key, child in node.items():
+                _check_values(child, f"{path}.{key}", given)
+
+
+def _check_spec(spec: Any, path: str, given: list[str]) -> None:
+    """A mapping that says how an object is built; anything else is the parser's to judge."""
+    if not isinstance(spec, dict):
+        return
+    for key in spec:
+        if key not in SPEC:
+            raise InputError(f"{path}.{key}: no such key{hint(str(key), SPEC)}; allowed: {', '.join(SPEC)}")
+    name = spec.get("class_path")
+    if "class_path" not in spec and not any(key in (path, f"{path}.class_path") for key in given):
+        raise InputError(f"{path}.class_path is missing: it says what to build, such as kd_lightning.DistillModule")
+    if "class_path" in spec and (not isinstance(name, str) or not name):
+        raise InputError(f"{path}.class_path must be the import path of a class, got {name!r}")
+    for part in SPEC[1:]:
+        arguments = spec.get(part, {})
+        if not isinstance(arguments, dict):
+            raise InputError(f"{path}.{part} must hold arguments and their values, got {arguments!r}")
+        _check_values(arguments, f"{path}.{part}", given)
+    owner = find_class(name)
+    if owner is None:
+        return
+    parameters = inspect.signature(owner).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in spec.get("init_args", ()):
+        if key not in parameters:
+            near = f"no such key{hint(str(key), parameters)}; allowed: {', '.join(parameters)}"
+            raise InputError(f"{path}.init_args.{key}: {owner.__name__} has {near}")

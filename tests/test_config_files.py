@@ -1,0 +1,153 @@
+"""Config files: how several are read as one, and that each mistake is found at its place."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd_lightning.__main__ import main
+from kd_lightning.config_files import config_files, find_class, hint, read_configs, walk
+from kd_lightning.models import DigitsCNN
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("trainer: {max_epochs: 1, devices: 2}\nname: a\n")
+    Path("b.yaml").write_text("trainer: {max_epochs: 3}\nlist: [{x: 1}]\n")
+    Path("broken.yaml").write_text("trainer: {max_epochs: 1\nmodel: [")
+
+
+def test_later_files_over_earlier_ones(folder):
+    args = ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "broken.yaml", "--config", "gone.yaml", "--config"]
+    assert [str(path) for path in config_files(args)] == ["a.yaml", "b.yaml", "broken.yaml"]
+    assert read_configs(args) == {"trainer": {"max_epochs": 3, "devices": 2}, "name": "a", "list": [{"x": 1}]}
+
+
+def test_walk_tells_places_and_owners():
+    config = {"model": {"class_path": "A", "init_args": {"b": [{"class_path": "C", "dict_kwargs": {"d": 1}}]}}}
+    found = {path: owner for path, _, _, owner in walk(config)}
+    assert found["model.init_args.b"] == "A"
+    assert found["model.init_args.b[0].dict_kwargs.d"] == "C"
+    assert found["model.class_path"] is None
+
+
+def test_find_class():
+    assert find_class("DigitsCNN") is find_class("kd_lightning.models.DigitsCNN") is DigitsCNN
+    assert find_class("kd_lightning.models.Nothing") is find_class("no.such.Thing") is find_class(3) is None
+    assert find_class("") is find_class("..") is None
+
+
+def test_hint():
+    assert hint("soft_wieght", ["soft_weight", "hard_loss"]) == "; did you mean soft_weight?"
+    assert hint("zzz", ["soft_weight"]) == ""
+
+
+def remove(path):
+    *parents, last = path.split(".")
+
+    def change(config):
+        for name in parents:
+            config = config[name]
+        del config[last]
+
+    return change
+
+
+def rename(path, name):
+    def change(config):
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config[parent]
+        config[name] = config.pop(last)
+
+    return change
+
+
+def put(path, value):
+    def change(config):
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config[parent]
+        config[last] = value
+
+    return change
+
+
+STUDENT, TEACHER = "model.init_args.student", "model.init_args.teacher"
+CASES = {
+    "top": (rename("data", "daata"), "daata: no such key; did you mean data?"),
+    "group": (rename("trainer.max_epochs", "max_epoch"), None),
+    "in a group": (put("trainer.max_epoch", 1), "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
+    "spec": (rename(f"{STUDENT}.init_args", "init_arg"), f"{STUDENT}.init_arg: no such key; did you mean init_args?"),
+    "spec, deeper": (
+        rename(f"{TEACHER}.init_args.model.class_path", "clas_path"),
+        f"{TEACHER}.init_args.model.clas_path: no such key; did you mean class_path?",
+    ),
+    "in a list": (
+        put("trainer.callbacks", [{"class_path": "SoftWeightAnnealing", "init_arg": {}}]),
+        "trainer.callbacks[0].init_arg: no such key; did you mean init_args?",
+    ),
+    "argument": (put(f"{STUDENT}.init_args.widht", 3), f"{STUDENT}.init_args.widht: DigitsCNN has no such key"),
+    "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
+    "no model class": (remove("model.class_path"), "model.class_path is missing"),
+    "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),
+    "empty model": (put("model", {}), "model.class_path is missing"),
+    "no path": (put(f"{STUDENT}.class_path", 3), f"{STUDENT}.class_path must be the import path of a class, got 3"),
+    "no arguments": (put(f"{STUDENT}.init_args", 3.7), f"{STUDENT}.init_args must hold arguments and their values"),
+    "null arguments": (put("model.init_args", None), "model.init_args must hold arguments and their values, got None"),
+    "no mapping": (put("checkpoint", [1]), "checkpoint must hold keys and their values, got [1]"),
+    "model is a list": (put("model", [1]), "model must be a mapping with a class_path, got [1]"),
+    "required": (remove(f"{TEACHER}.init_args.path"), f"{TEACHER}.init_args.path: missing, but load_weights needs it"),
+    "required twice": (remove(f"{TEACHER}.init_args"), f"{TEACHER}.init_args.path: missing, but load_weights needs"),
+    "data": (remove("data"), "data is missing: DistillModule brings no loaders of its own"),
+    "union": (put("trainer.max_epochs", "much"), "trainer.max_epochs: Expected a int, got much"),
+    "union of two": (put("seed_everything", "x"), "seed_everything: Expected a bool or a int, got x"),
+    "another kind": (put(STUDENT, {"class_path": "Digits"}), f"{STUDENT}: Digits is not what can stand here"),
+    "no network": (put(STUDENT, True), f"{STUDENT}: Not a valid subclass of Module, got True"),
+    "name": (put("name", None), "name must be the name of the run's folder, got None"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CASES.values(), ids=CASES)
+def test_each_mistake_at_its_place(config, fails, change, message):
+    config["checkpoint"] = {}
+    change(config)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    last = fails("fit", "--config", "config.yaml")
+    assert (message or "trainer.max_epoch: no such key; did you mean trainer.max_epochs?") in last
+    assert not Path("runs").exists()
+
+
+def test_doubled_key(config, fails):
+    Path("config.yaml").write_text(yaml.safe_dump(config) + "name: again\n")
+    line = len(Path("config.yaml").read_text().splitlines())
+    assert fails("fit", "--config", "config.yaml").endswith(
+        f"name stands twice, the second time in line {line} of config.yaml"
+    )
+
+
+def test_doubled_key_inside(config, fails):
+    Path("config.yaml").write_text("trainer:\n  callbacks:\n  - {a: 1, b: 2, a: 3}\n")
+    assert "trainer.callbacks[0].a stands twice, the second time in line 3" in fails("fit", "--config", "config.yaml")
+
+
+def test_no_yaml(folder, fails):
+    assert "broken.yaml is no YAML: " in fails("fit", "--config=broken.yaml")
+
+
+def test_what_is_right_is_left_alone(config, capsys):
+    """Another class on the command line, a second file without one, a file in a file, arguments of ``**kwargs``."""
+    Path("data.yaml").write_text(yaml.safe_dump(config["data"]))
+    config["data"] = "data.yaml"
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("second.yaml").write_text("model: {init_args: {soft_weight: 0.25}}")
+    args = ["fit", "--config", "config.yaml", "--config", "second.yaml"]
+    args += ["--model.init_args.student.class_path", "torchvision.models.resnet18"]
+    args += ["--model.init_args.student.dict_kwargs.num_classes", "10"]
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["soft_weight"] == 0.25
+    assert printed["data"]["init_args"]["labeled"] == 5
