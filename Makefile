@@ -23,7 +23,7 @@ teacher: $(VENV)/installed
 	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path best
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -55,8 +55,8 @@ class Evaluation(nn.Module):
         """
         probabilities = to_probabilities(logits, self.task)
         self.known.update(labels)
+        self.teacher_known.update(0 if teacher is None else len(teacher))
         if teacher is not None:
-            self.teacher_known.update(len(teacher))
             self.agreement.update(probabilities, decide(teacher, self.task))
             self.teacher_kl.update(self.divergence(logits, teacher))
         if y is None or not labels:

@@ -236,9 +236,9 @@ class SupervisedModule(LightningModule):
     def _log_evaluations(self, prefix: str) -> None:
         for number, evaluation in self._evaluations.items():
             values = {_name(prefix, name, number): value for name, value in evaluation.compute().items()}
-            # computing has gathered all processes; the progress bar shows the accuracy
-            self.log_dict({name: v for name, v in values.items() if "/accuracy" not in name}, rank_zero_only=False)
-            self.log_dict({name: v for name, v in values.items() if "/accuracy" in name}, prog_bar=True)
+            # computing has gathered all processes, so sync_dist changes nothing but Lightning's warning
+            for name, value in values.items():
+                self.log(name, value, prog_bar="/accuracy" in name, sync_dist=True)
         self._evaluations.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,131 +1,224 @@
 """What every YAML in configs/ must obey; a later method is held to it by adding its file."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from parts import StoppedError
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_lightning.__main__ import main
 from kd_lightning.cli import DistillCLI
 from kd_lightning.errors import InputError
-from kd_lightning.models import DigitsCNN
 
-CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
-QUICK = """
-trainer: {max_epochs: 3, limit_train_batches: 5, enable_progress_bar: false, enable_model_summary: false,
-          accelerator: cpu, log_every_n_steps: 1, limit_test_batches: 2, limit_predict_batches: 2}
-checkpoint: {monitor: null, every_n_train_steps: 2, save_top_k: -1}
-"""
-STEPS = 15
+RUN = Path("runs/quick/version_0")
+TAGS = {"SupervisedModule": {"train/loss", "train/hard"}}
+TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
+FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
+TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
-def args(request, tmp_path, monkeypatch):
-    """Arguments of a quick run in an empty folder, where the teacher's weights lie as its config leaves them."""
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+def newest(folder):
+    return max(Path(folder, "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def assert_equal(one, other):
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different
+
+
+def assert_same_end(one, other):
+    """Two runs' last checkpoints: weights, averaged weights, optimiser."""
+    one, other = saved(one), saved(other)
+    assert one["global_step"] == other["global_step"]
+    for key in ("state_dict", "current_model_state"):
+        assert (key in one) == (key in other)
+        if key in one:
+            assert_equal(one[key], other[key])
+    for mine, theirs in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        for number, state in mine["state"].items():
+            assert_equal(
+                {k: torch.as_tensor(v) for k, v in state.items() if v is not None},
+                {k: torch.as_tensor(v) for k, v in theirs["state"][number].items() if v is not None},
+            )
+
+
+class TestOneRun:
+    def test_fits_validates_tests_and_predicts(self, story):
+        commands = ["validate"] if story.whole.datamodule.val else []
+        for command in [*commands, "test", "predict"]:
+            main([command, *story.args, "--ckpt_path", "last"])
+        tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])
+        figures = FIGURES | (TEACHER_FIGURES if story.teacher is not None else set())
+        expected = TAGS[type(story.whole.model).__name__] | {f"test/{name}" for name in figures}
+        expected |= {f"val/{name}" for name in figures} if commands else set()
+        assert expected <= tags
+        assert (RUN / "predictions.csv").is_file()
+        assert len((RUN / "predictions.csv").read_text().splitlines()) == 1 + 2 * story.whole.datamodule.batch_size
+
+    def test_loads_without_pickle_and_predicts_the_same(self, story):
+        state = saved(RUN / "checkpoints/last.ckpt")["state_dict"]
+        fresh = DistillCLI([*story.args, "--seed_everything", "77"], run=False).model.eval()
+        x = next(iter(story.whole.datamodule.test_dataloader())).x
+        trained = story.whole.model.eval().predict_step(x, 0)
+        assert not torch.equal(fresh.predict_step(x, 0), trained)
+        fresh.load_state_dict(state)
+        assert torch.equal(fresh.predict_step(x, 0), trained)
+        student = load_file(RUN / "student.safetensors")
+        assert_equal({f"student.{key}": tensor for key, tensor in student.items()}, state)
+
+    def test_checkpoint_holds_the_student_alone(self, story):
+        state = saved(RUN / "checkpoints/last.ckpt")["state_dict"]
+        count = sum(tensor.numel() for tensor in state.values())
+        student = sum(tensor.numel() for tensor in story.whole.model.student.state_dict().values())
+        assert count <= 1.1 * student
+        if story.teacher is None:
+            return
+        frozen = [tensor for tensor in story.teacher.network.state_dict().values() if tensor.numel() > 1]
+        for name, tensor in state.items():
+            assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in frozen), name
+
+    def test_teacher_is_unchanged_and_another_is_refused(self, story, contract):
+        if story.teacher is None:
+            assert "teacher" not in story.config["model"]["init_args"]
+            return
+        before = {path: path.read_bytes() for path in Path().glob("teacher_*.pt")}
+        fresh = DistillCLI(story.args, run=False).model.teacher
+        if before:  # pretrained weights are left out here, and their network is drawn anew each time
+            assert_equal(story.teacher.network.state_dict(), fresh.network.state_dict())
+        assert story.teacher.fingerprint() == type(fresh)(story.teacher.network).fingerprint()
+        contract.save_teachers(story.config, seed=9)
+        other = [] if before else ["--seed_everything", "9"]
+        try:
+            with pytest.raises(InputError, match="teacher: the checkpoint was trained under another one"):
+                DistillCLI(["fit", *story.args, *other, "--ckpt_path", "last"])
+        finally:
+            for path, content in before.items():
+                path.write_bytes(content)
+
+    def test_doctor_examines_it(self, story, capsys):
+        """An untrained teacher is pointless, which is status 1; without one there is nothing to complain of."""
+        status = 0
+        try:
+            main(["doctor", *story.args])
+        except SystemExit as end:
+            status = end.code
+        lines = [line[6:].partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[6:9] != "-> "]
+        expected = ["labels", "gradients"]
+        if story.teacher is not None:
+            expected = ["teacher", "normalisation", "class order", "eval mode", "soft targets", *expected]
+        assert [name for name in lines if name in expected] == expected
+        assert status == (0 if story.teacher is None else 1)
+
+    def test_mixed_precision_stays_close(self, story):
+        # 56 layers normalised over 4 images are chaotic: larger steps would soon train another network
+        gentle = ["--model.init_args.optimizer.init_args.lr", "0.0001"]
+        gentle += ["--trainer.enable_checkpointing", "false", "--trainer.logger", "false"]
+        losses = []
+        for precision in ("32-true", "bf16-mixed"):
+            cli = DistillCLI(["fit", *story.args, *gentle, "--trainer.precision", precision])
+            losses.append(cli.trainer.callback_metrics)
+        for name in TAGS[type(story.whole.model).__name__] - {"soft_weight"}:
+            assert losses[1][name].isfinite()
+            assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.02), name
+
+
+class TestInterruption:
+    """Each run is stopped before an optimiser step, and resumed from its last checkpoint."""
+
+    def test_in_mid_epoch(self, story, contract):
+        step = contract.STEPS + 3  # the last checkpoint is one step old
+        self.stop(story, step)
+        self.resume(story, step - 1)
+        assert_same_end(RUN / "checkpoints/last.ckpt", self.last())
+
+    def test_another_order_is_noticed(self, story):
+        """The comparison can fail: a run of another seed ends elsewhere."""
+        other = DistillCLI(["fit", *story.args, "--data.init_args.seed", "9", "--name", "other"])
+        with pytest.raises(AssertionError):
+            assert_equal(story.whole.model.state_dict(), other.model.state_dict())
+
+    @staticmethod
+    def stop(story, step):
+        stop = {"class_path": "parts.Stop", "init_args": {"step": step}}
+        config = story.config | {"name": "stopped"}
+        config["trainer"] = config["trainer"] | {"callbacks": [*config["trainer"].get("callbacks", []), stop]}
+        with pytest.raises(StoppedError):
+            DistillCLI(["fit", *story.write(config, "stopped.yaml")])
+
+    @staticmethod
+    def resume(story, step):
+        checkpoint = newest("runs/stopped/version_0")
+        assert saved(checkpoint)["global_step"] == step
+        DistillCLI(["fit", *story.args, "--ckpt_path", str(checkpoint)])
+
+    @staticmethod
+    def last():
+        return newest("runs/stopped/version_0")
+
+
+EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+AVERAGED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "limit_train_batches": 7, "callbacks": [EMA]}
+STOPS = {  # trainer options, workers, the step before which it ends: in mid-epoch, at a boundary, in the last epoch
+    "mid-epoch, 2 workers": ({}, 2, 3),
+    "boundary": ({}, 0, 4),
+    "boundary, 2 workers": ({}, 2, 8),
+    "last epoch": ({}, 0, 11),
+    "averaged, mid-epoch, 2 workers": (AVERAGED, 2, 3),
+    "averaged, boundary": (AVERAGED, 0, 4),
+    "averaged, last epoch": (AVERAGED, 0, 10),
+}
+
+
+@pytest.mark.parametrize("options", STOPS.values(), ids=STOPS)
+def test_interrupted_anywhere(options, tmp_path, monkeypatch, contract):
+    """One config, with gradient accumulation (windows that do not divide the epoch), clipping and averaged weights."""
+    trainer, workers, step = options
     monkeypatch.chdir(tmp_path)
-    Path("quick.yaml").write_text(QUICK)
-    torch.manual_seed(0)
-    teacher = Path("runs/teacher_digits/version_0/student.safetensors")
-    if request.param.stem != "teacher_digits":
-        teacher.parent.mkdir(parents=True)
-        torch.save(DigitsCNN(32).state_dict(), "teacher.pt")
-    extra = ["--config", "quick.yaml", "--name", "quick"]
-    if "teacher" in yaml.safe_load(request.param.read_text())["model"]["init_args"]:
-        extra += ["--model.init_args.teacher.init_args.path", "teacher.pt"]
-    return ["--config", str(request.param), *extra]
+    config = contract.quick(next(path for path in contract.CONFIGS if path.stem == "distill_digits"))
+    config["trainer"] |= {"max_epochs": 3} | trainer
+    config["data"]["init_args"]["num_workers"] = workers
+    whole = DistillCLI(["fit", *contract.Story.write(config, "config.yaml")])
+    assert whole.trainer.global_step == 12
+    stop = {"class_path": "parts.Stop", "init_args": {"step": step}}
+    config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), stop]
+    config["name"] = "stopped"
+    with pytest.raises(StoppedError):
+        DistillCLI(["fit", *contract.Story.write(config, "stopped.yaml")])
+    checkpoint = newest("runs/stopped/version_0")
+    assert 0 < saved(checkpoint)["global_step"] <= step
+    DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", str(checkpoint)])
+    if trainer:
+        assert "current_model_state" in saved(RUN / "checkpoints/last.ckpt")
+    assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/stopped/version_0"))
 
 
-class Stop(Callback):
-    """Raises before a step, as a machine that dies."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise KeyError("stopped")
-
-
-class StoppingCLI(DistillCLI):
-    """With a :class:`Stop` among the callbacks."""
-
-    step = 0
-
-    def before_fit(self):
-        self.trainer.callbacks.append(Stop(self.step))
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def is_equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_fits_validates_tests_and_predicts(args):
-    main(["fit", *args])
-    run = Path("runs/quick/version_0")
-    for command in ("validate", "test", "predict"):
-        main([command, *args, "--ckpt_path", "last"])
-    tags = EventAccumulator(str(run)).Reload().Tags()["scalars"]
-    expected = {"train/loss", "train/hard", "val/loss", "val/accuracy", "val/f1", "val/calibration_error"}
-    expected |= {"test/accuracy", "test/f1"}
-    if "--model.init_args.teacher.init_args.path" in args:
-        expected |= {"train/soft", "soft_weight", "val/agreement", "val/teacher_accuracy", "val/teacher_kl"}
-    assert expected <= set(tags)
-    assert (run / "predictions.csv").is_file()
-    assert (run / "student.safetensors").is_file()
-
-
-@pytest.mark.parametrize("step", [3, 5, 12], ids=["mid-epoch", "at the boundary", "last epoch"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_run_ends_with_the_same_weights(args, step, workers):
-    args = [*args, "--data.init_args.num_workers", str(workers)]
-    if workers:
-        args += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5"]
-        step = {3: 2, 5: 3, 12: 7}[step]  # three optimiser steps an epoch
-    whole = DistillCLI(["fit", *args])
-    assert whole.trainer.global_step == (9 if workers else STEPS)
-    StoppingCLI.step = step
-    with pytest.raises(KeyError):
-        StoppingCLI(["fit", *args])
-    saved = max(Path("runs/quick/version_1/checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-    assert 0 < torch.load(saved, weights_only=True)["global_step"] <= step
-    resumed = DistillCLI(["fit", *args, "--ckpt_path", str(saved)])
-    assert resumed.trainer.log_dir == str(Path("runs/quick/version_1"))
-    assert is_equal(whole.model.state_dict(), resumed.model.state_dict())
-
-
-def test_another_interruption_is_noticed(args):
-    """The comparison above can fail: a run of another seed ends elsewhere."""
-    one = DistillCLI(["fit", *args])
-    other = DistillCLI(["fit", *args, "--data.init_args.seed", "9"])
-    assert not is_equal(one.model.state_dict(), other.model.state_dict())
-
-
-def test_checkpoint_holds_the_student_alone(args):
-    cli = DistillCLI(["fit", *args])
-    saved = weights("runs/quick/version_0/checkpoints/last.ckpt")
-    count = sum(tensor.numel() for tensor in saved.values())
-    assert count <= 1.1 * sum(tensor.numel() for tensor in cli.model.student.state_dict().values())
-    teacher = getattr(cli.model, "teacher", None)
-    if teacher is None:
-        return
-    assert teacher.network.state_dict().keys() == torch.load("teacher.pt", weights_only=True).keys()
-    assert is_equal(teacher.network.state_dict(), torch.load("teacher.pt", weights_only=True))
-    torch.save(DigitsCNN(32).state_dict(), "teacher.pt")  # another one
-    with pytest.raises(InputError, match="teacher: the checkpoint was trained under another one"):
-        DistillCLI(["fit", *args, "--ckpt_path", "last"])
-
-
-def test_mixed_precision_stays_close(args):
-    args += ["--model.init_args.optimizer.init_args.lr", "0.001"]
-    losses = []
-    for precision in ("32-true", "bf16-mixed"):
-        cli = DistillCLI(["fit", *args, "--trainer.precision", precision])
-        losses.append(float(cli.trainer.callback_metrics["train/loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+def test_killed_for_real(each_module, tmp_path, monkeypatch, contract):
+    """SIGKILL, which no handler sees, in the middle of an epoch, with workers."""
+    monkeypatch.chdir(tmp_path)
+    config = contract.quick(each_module)
+    config["data"]["init_args"]["num_workers"] = 2
+    DistillCLI(["fit", *contract.Story.write(config, "config.yaml")])
+    stop = {"class_path": "parts.Stop", "init_args": {"step": 7, "kill": True}}
+    config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), stop]
+    config["name"] = "killed"
+    command = [sys.executable, "-m", "kd_lightning", "fit", *contract.Story.write(config, "killed.yaml")]
+    end = subprocess.run(command, env=contract.environment(), capture_output=True, timeout=300, check=False)
+    assert end.returncode == -signal.SIGKILL, end.stderr
+    assert saved("runs/killed/version_0/checkpoints/last.ckpt")["global_step"] == 6
+    del config["trainer"]["callbacks"][-1]
+    main(["fit", *contract.Story.write(config, "resumed.yaml"), "--ckpt_path", "last"])
+    assert [path.name for path in Path("runs/killed").iterdir()] == ["version_0"]
+    assert yaml.safe_load(Path("runs/killed/version_0/config.yaml").read_text())["name"] == "killed"
+    assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/killed/version_0"))

@@ -1,93 +1,161 @@
-"""Two processes learn what one learns at the same global batch."""
+"""Several processes learn what one learns at the same global batch: two on one machine, two nodes, plain loaders."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+ROWS = 32  # of the global batch
+
+
+def run(command, contract, **kwargs):
+    end = subprocess.run(
+        command, env=contract.environment(), capture_output=True, text=True, timeout=300, check=False, **kwargs
+    )
+    assert not end.returncode, end.stderr[-3000:]
+
+
+def recorded(world):
+    return [json.loads(Path(f"seen/{rank}_of_{world}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture
+def arguments(each_module, tmp_path, monkeypatch, contract):
+    """A quick run of one config of each module, on networks without batch statistics, that records what it sees."""
+    monkeypatch.chdir(tmp_path)
+    config = contract.without_batch_statistics(contract.quick(each_module))
+    record = {"class_path": "parts.Record", "init_args": {"folder": "seen"}}
+    config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), record]
+    config["data"]["init_args"]["batch_size"] = ROWS
+    return ["fit", *contract.Story.write(config, "config.yaml")]
+
+
+def assert_equal_to_one_process(world=2):
+    """Same losses in every epoch, on disjoint shards whose labels are mixed unevenly."""
+    (one,), several = recorded(1), recorded(world)
+    assert one["losses"][0].keys() >= {"train/loss", "train/hard"}
+    for epoch, losses in enumerate(one["losses"]):
+        for rank in several:
+            assert rank["losses"][epoch].keys() == losses.keys()
+            for name in losses.keys() - {"train/loss_step"}:
+                assert rank["losses"][epoch][name] == pytest.approx(losses[name], abs=1e-4), (epoch, name)
+    assert len(one["batches"]) == 8
+    for number, batch in enumerate(one["batches"]):
+        shares = [rank["batches"][number] for rank in several]
+        assert sorted(batch["index"]) == sorted(index for share in shares for index in share["index"])
+        assert len(batch["index"]) == ROWS
+        assert batch["labels"] == sum(share["labels"] for share in shares)
+
+
+def is_uneven():
+    return any(len({rank["batches"][n]["labels"] for rank in recorded(2)}) > 1 for n in range(8))
+
+
+def test_two_processes_and_two_nodes_equal_one(arguments, each_module, contract):
+    half = ["--data.init_args.batch_size", str(ROWS // 2), "--trainer.strategy", "ddp"]
+    run([sys.executable, "-m", "kd_lightning", *arguments], contract)
+    run([sys.executable, "-m", "kd_lightning", *arguments, *half, "--trainer.devices", "2"], contract)
+    assert_equal_to_one_process()
+    # where every row has its label there is nothing to be uneven
+    assert is_uneven() or all(batch["labels"] == ROWS for batch in recorded(1)[0]["batches"])
+
+    for path in Path("seen").glob("*_of_2.json"):
+        path.unlink()
+    port = _free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    training = ["-m", "kd_lightning", *arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(rank), *training],
+            env=contract.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for node in nodes:
+            output, _ = node.communicate(timeout=300)
+            assert not node.returncode, output[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert_equal_to_one_process()
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 SCRIPT = """
 import json, os, sys, torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning.pytorch import Trainer, Callback
-from kd_lightning import Digits, DistillModule, SemiSupervisedDataModule
+from kd_lightning import DistillModule
+from parts import Plain, Record
 from functools import partial
 
-class Losses(Callback):
-    def __init__(self):
-        self.seen = []
-    def on_train_epoch_end(self, trainer, module):
-        self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
-
-def run(devices, batch, accumulate, plain):
+def run(devices, batch):
     torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    module = DistillModule(student, teacher, soft_weight=0.5, optimizer=partial(torch.optim.SGD, lr=0.1))
-    losses = Losses()
+    x, y = torch.rand(256, 1, 8, 8), torch.arange(256) % 10
+    y[1::2] = -100  # rank 0 has all labels, and its first batch one less
+    y[0] = -100
+    module = DistillModule(Plain(16), Plain(24), soft_weight=0.5, optimizer=partial(torch.optim.SGD, lr=0.1))
+    losses = []
+    class Losses(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            losses.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
     trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2,
                       logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                      accumulate_grad_batches=accumulate,
-                      limit_train_batches=640 // (batch * devices), callbacks=[losses], use_distributed_sampler=True)
-    if plain:  # labels of the even rows alone: rank 0 has them all
-        data = SemiSupervisedDataModule(Digits(), val=0)
-        data.setup("")
-        x = torch.cat([b.x for b in data.test_dataloader()])[:512]
-        y = torch.cat([b.y for b in data.test_dataloader()])[:512]
-        y[1::2] = -100
-        y[0] = -100
-        data = TensorDataset(x, y)
-        sampler = DistributedSampler(data, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
-        trainer.fit(module, DataLoader(data, batch, sampler=sampler))
-    else:
-        data = SemiSupervisedDataModule(Digits(), labeled=6, batch_size=batch, seed=3, val=20)
-        trainer.fit(module, datamodule=data)
+                      callbacks=[Losses()])
+    data = TensorDataset(x, y)
+    sampler = DistributedSampler(data, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+    trainer.fit(module, DataLoader(data, batch, sampler=sampler))
     if trainer.is_global_zero:
-        figures = {"losses": losses.seen, "val": float(trainer.callback_metrics.get("val/accuracy", 0)),
-                   "weights": torch.cat([p.flatten() for p in student.parameters()]).tolist()}
-        open(sys.argv[5], "w").write(json.dumps(figures))
+        weights = torch.cat([p.flatten() for p in module.student.parameters()]).tolist()
+        open(f"plain_{devices}.json", "w").write(json.dumps({"losses": losses, "weights": weights}))
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "plain")
+    run(int(sys.argv[1]), int(sys.argv[2]))
 """
 
 
-@pytest.fixture
-def train(tmp_path):
-    """Runs one setting in a process of its own, and reads what it found."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-
-    def run(devices, batch, accumulate, data):
-        out = tmp_path / f"{devices}_{batch}_{accumulate}_{data}.json"
-        command = [sys.executable, str(script), str(devices), str(batch), str(accumulate), data, str(out)]
-        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=300)
-        return json.loads(Path(out).read_text())
-
-    return run
+def test_plain_loader_with_labels_on_one_process_alone(tmp_path, monkeypatch, contract):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(SCRIPT)
+    for devices in (1, 2):
+        run([sys.executable, "train.py", str(devices), str(ROWS // devices)], contract)
+    one, two = (json.loads(Path(f"plain_{devices}.json").read_text()) for devices in (1, 2))
+    for mine, theirs in zip(one["losses"], two["losses"], strict=True):
+        for name in ("train/loss", "train/hard", "train/soft"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
+    assert torch.tensor(one["weights"]).sub(torch.tensor(two["weights"])).abs().max() < 1e-5
 
 
-def assert_same(one, other):
-    for mine, theirs in zip(one["losses"], other["losses"], strict=True):
-        assert mine["train/hard"] == pytest.approx(theirs["train/hard"], abs=1e-4)
-        assert mine["train/soft"] == pytest.approx(theirs["train/soft"], abs=1e-4)
-        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4)
-    assert one["weights"] == pytest.approx(other["weights"], abs=1e-5)
-    assert one["val"] == pytest.approx(other["val"], abs=1e-6)
-
-
-def test_two_processes_equal_one(train):
-    assert_same(train(1, 16, 1, "module"), train(2, 8, 1, "module"))
-
-
-def test_two_processes_and_accumulated_batches_equal_one_batch(train):
-    one = train(1, 32, 1, "module")
-    two = train(2, 8, 2, "module")
-    assert one["weights"] == pytest.approx(two["weights"], abs=1e-5)
-
-
-def test_plain_loader_with_labels_on_one_process_alone(train):
-    assert_same(train(1, 16, 1, "plain"), train(2, 8, 1, "plain"))
+def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypatch, contract):
+    """Labels are counted over the whole optimiser step."""
+    monkeypatch.chdir(tmp_path)
+    path = next(path for path in contract.CONFIGS if path.stem == "distill_digits")
+    config = contract.without_batch_statistics(contract.quick(path))
+    config["trainer"] |= {"limit_train_batches": 1.0, "max_epochs": 1, "limit_val_batches": 0}
+    ends = []
+    for batch, options in {ROWS: [], ROWS // 4: ["2", "--trainer.accumulate_grad_batches", "2"]}.items():
+        config["data"]["init_args"]["batch_size"] = batch
+        config["name"] = str(batch)
+        command = [sys.executable, "-m", "kd_lightning", "fit", *contract.Story.write(config, f"{batch}.yaml")]
+        command += ["--trainer.strategy", "ddp", "--trainer.devices", *options] if options else []
+        run(command, contract)
+        last = torch.load(f"runs/{batch}/version_0/checkpoints/last.ckpt", weights_only=True)
+        ends.append((last["global_step"], torch.cat([t.flatten() for t in last["state_dict"].values()])))
+    assert ends[0][0] == ends[1][0] == 34  # 1078 images
+    assert (ends[0][1] - ends[1][1]).abs().max() < 1e-5

@@ -1,0 +1,168 @@
+"""Quick runs of the shipped configs: the same method on small data for a few steps."""
+
+import os
+import sys
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kd_lightning.cli import DistillCLI, build
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # configs name classes of parts.py, in processes of their own too
+CONFIGS = sorted((HERE.parent.parent / "configs").glob("*.yaml"))
+EPOCHS, STEPS = 2, 4
+TRAINER = {
+    "max_epochs": EPOCHS,
+    "limit_train_batches": STEPS,
+    "limit_val_batches": 2,
+    "limit_test_batches": 2,
+    "limit_predict_batches": 2,
+    "log_every_n_steps": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "sync_batchnorm": False,
+    "benchmark": False,
+}
+CHECKPOINT = {"monitor": None, "every_n_train_steps": 2, "save_top_k": -1}
+FAKE = {"class_path": "FakeData", "init_args": {"size": 64, "num_classes": 4}}
+# a quarter of the real area or less: a convolution in bfloat16 is slow on a CPU
+IMAGE_SIZE = {"TorchvisionDataset": [3, 16, 16], "ImageFolder": [3, 32, 32]}
+
+
+def nodes(node):
+    """Every mapping in a config."""
+    if isinstance(node, dict):
+        yield node
+        for child in node.values():
+            yield from nodes(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from nodes(child)
+
+
+def quick(path):
+    """The config of a file as a quick run, in the current folder; the weights it loads lie there."""
+    config = yaml.safe_load(path.read_text())
+    config["name"] = "quick"
+    config["trainer"] |= TRAINER
+    config["checkpoint"] = config.get("checkpoint", {}) | CHECKPOINT
+    data = config["data"]["init_args"]
+    data["num_workers"] = 0
+    kind = data["source"]["class_path"].rsplit(".", 1)[-1]
+    if kind in IMAGE_SIZE:
+        data["source"] = deepcopy(FAKE)
+        data["source"]["init_args"]["image_size"] = IMAGE_SIZE[kind]
+    data["batch_size"] = 4 if kind in IMAGE_SIZE else 32
+    for node in nodes(config["model"]):
+        arguments = node.get("init_args") or {}
+        if node.get("class_path") == "DigitsCNN" and node is config["model"]["init_args"]["student"]:
+            arguments["dropout"] = 0.2
+        if "weights" in arguments:  # pretrained ones would be downloaded
+            arguments["weights"] = None
+    save_teachers(config)
+    return config
+
+
+def save_teachers(config, seed=0):
+    """Make the weights files that a config names, of untrained networks."""
+    for number, node in enumerate(nodes(config["model"])):
+        if str(node.get("class_path")).endswith("load_weights"):
+            torch.manual_seed(seed)
+            node["init_args"]["path"] = f"teacher_{number}.pt"
+            network = build(torch.nn.Module, node["init_args"]["model"])
+            torch.save(network.state_dict(), node["init_args"]["path"])
+
+
+def without_batch_statistics(config):
+    """The same method on networks whose rows do not know one another, under plain SGD."""
+    config = deepcopy(config)
+    source = config["data"]["init_args"]["source"].get("init_args") or {}
+    channels, classes = (source.get("image_size") or [1])[0], source.get("num_classes", 10)
+    for node in nodes(config["model"]):
+        for role in ("student", "model", "network"):
+            if isinstance(node.get(role), dict):
+                width = {"width": 16 if role == "student" else 24}
+                plain = {"channels": channels, "num_classes": classes} | width
+                if not str(node[role]["class_path"]).endswith("load_weights"):
+                    node[role] = {"class_path": "parts.Plain", "init_args": plain}
+    config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    save_teachers(config)
+    return config
+
+
+def module_of(path):
+    """Which module a config trains, by class name."""
+    return yaml.safe_load(path.read_text())["model"]["class_path"].rsplit(".", 1)[-1]
+
+
+def one_of_each_module():
+    """The digits config of each module, for what is too slow to run for all."""
+    chosen = {}
+    for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, p.stem)):
+        chosen.setdefault(module_of(path), path)
+    return sorted(chosen.values())
+
+
+@contextmanager
+def inside(folder):
+    """Work in a folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+class Story:
+    """A config's quick run, and the arguments that start it again."""
+
+    def __init__(self, path, folder):
+        self.path = path
+        self.folder = folder
+        self.config = quick(path)
+        self.args = self.write(self.config, "config.yaml")
+        self.whole = DistillCLI(["fit", *self.args])
+
+    @staticmethod
+    def write(config, name):
+        Path(name).write_text(yaml.safe_dump(config))
+        return ["--config", name]
+
+    @property
+    def teacher(self):
+        return getattr(self.whole.model, "teacher", None)
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+def story(request, tmp_path_factory):
+    """Each config, run once for all tests that only look at what it left."""
+    with inside(tmp_path_factory.mktemp(request.param.stem)) as folder:
+        yield Story(request.param, folder)
+
+
+@pytest.fixture(params=one_of_each_module(), ids=lambda path: path.stem)
+def each_module(request):
+    """One config of each module."""
+    return request.param
+
+
+def environment():
+    """For processes of their own."""
+    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def contract():
+    """The functions above, for tests that need them."""
+    return sys.modules[__name__]

@@ -1,0 +1,68 @@
+"""What the contract puts into a run: killers, recorders, and a network that knows only its own samples."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from kd_lightning.batch import is_labeled
+
+
+class StoppedError(Exception):
+    """Stands for a fault that takes the process down."""
+
+
+class Stop(Callback):
+    """Ends the process before an optimiser step: with a real SIGKILL, or by an exception."""
+
+    def __init__(self, step: int, kill: bool = False):
+        self.step = step
+        self.kill = kill
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise StoppedError
+
+
+class Record(Callback):
+    """Writes which samples each rank saw, how many of them labeled, and the epoch's losses."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.batches = []
+        self.losses = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append({"index": batch.index.tolist(), "labels": int(is_labeled(batch.y).sum())})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.losses.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
+
+    def on_fit_end(self, trainer, pl_module):
+        found = {"batches": self.batches, "losses": self.losses, "world": trainer.world_size}
+        path = Path(self.folder, f"{trainer.global_rank}_of_{trainer.world_size}.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found))
+
+
+class Plain(nn.Module):
+    """No batch statistics and no dropout: a row's logits depend on that row alone."""
+
+    def __init__(self, width: int = 16, channels: int = 1, num_classes: int = 10):
+        super().__init__()
+        layers = [
+            nn.AdaptiveAvgPool2d(8),
+            nn.Flatten(),
+            nn.Linear(64 * channels, width),
+            nn.Tanh(),
+            nn.Linear(width, num_classes),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
