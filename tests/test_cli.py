@@ -314,7 +314,7 @@ class TestBuild:
             ("DigitsCN", {}, "^class_path: no class 'DigitsCN'; did you mean DigitsCNN"),
             ("nowhere.Net", {}, "'nowhere.Net': No module named 'nowhere'"),
             ("DigitsCNN", {"widht": 4}, "^widht: no such key; did you mean width"),
-            ("DigitsCNN", {"width": "x"}, "^width: Expected a int. Got value: x"),
+            ("DigitsCNN", {"width": "x"}, "^width: Expected a int, got x"),
             ("torch.nn.Linear", {"in_features": -1, "out_features": 3}, "negative dimension -1"),
             ("kd_lightning.load_weights", {"model": {"class_path": "DigitsCNN"}, "path": "gone"}, "file at gone"),
         ],
