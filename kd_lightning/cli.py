@@ -27,7 +27,8 @@ from kd_lightning.loggers import ResumableCSVLogger
 from kd_lightning.modules import SupervisedModule
 
 T = TypeVar("T")
-_BASES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "lightning.pytorch.LightningDataModule")
+# what the parser makes of an empty mapping where it needs a network, a model, or a scheduler of either kind
+_BASES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
 
 
 class Parser(LightningArgumentParser):
@@ -94,7 +95,7 @@ class DistillCLI(LightningCLI):
         check_configs(Parser.command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
         for path, key, value, _ in walk(self.config.as_dict()):
-            if key == "class_path" and value in _BASES:  # what the parser makes of an empty mapping
+            if key == "class_path" and value in _BASES:
                 place = path.removeprefix(f"{self.config.get('subcommand')}.")
                 raise InputError(f"{place} is missing: it says what to build")
 

@@ -92,6 +92,7 @@ CASES = {
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
     "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),
+    "empty scheduler": (put("model.init_args.lr_scheduler", {}), "model.init_args.lr_scheduler.class_path is missing"),
     "empty model": (put("model", {}), "model.class_path is missing"),
     "no path": (put(f"{STUDENT}.class_path", 3), f"{STUDENT}.class_path must be the import path of a class, got 3"),
     "no arguments": (put(f"{STUDENT}.init_args", 3.7), f"{STUDENT}.init_args must hold arguments and their values"),
