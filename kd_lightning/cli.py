@@ -207,6 +207,14 @@ class DistillCLI(LightningCLI):
         return [board, ResumableCSVLogger(root, name=name, version=board.version, purge_step=step)]
 
 
+class InspectCLI(DistillCLI):
+    """Builds what ``fit`` would; a command's own ``fit`` then looks at it instead of training."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """One process suffices, and nothing is written."""
+        return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
+
+
 def build(base: type[T], config: dict[str, Any]) -> T:
     """An object from its ``class_path`` and ``init_args``, as the CLI would build it.
 

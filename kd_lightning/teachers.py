@@ -66,14 +66,19 @@ class Teacher(nn.Module):
         """The frozen network."""
         return self._hidden[-1]
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """The student's inputs (B, ...) as the network takes them: preprocessed, where it computes."""
+        x = x if self.device is None else x.to(self.device)
+        for preprocess in self._hidden[:-1]:
+            x = preprocess(x)
+        return x
+
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of the batch's views, in the student's class order."""
-        x = batch.x if self.device is None else batch.x.to(self.device)
         for module in self._hidden:
             module.eval()  # somebody else may hold the network, and call .train() on it
-            x = module(x)
-        logits = logits_of(x, "the teacher").to(batch.x.device)
+        logits = logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
         if self.classes is None:
             return logits
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from kd_lightning.batch import Batch, is_labeled
-from kd_lightning.cli import DistillCLI
+from kd_lightning.cli import InspectCLI
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.views import ViewDataset, ViewLoader
 from kd_lightning.errors import InputError
@@ -51,14 +50,10 @@ def main(args: list[str]) -> None:
         sys.exit(1)
 
 
-class DoctorCLI(DistillCLI):
+class DoctorCLI(InspectCLI):
     """Builds what fit would, and examines it."""
 
     findings: list[Finding]
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """One process suffices, and nothing is written."""
-        return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
 
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Take the place of ``Trainer.fit``."""

@@ -1,0 +1,150 @@
+"""Outputs of layers named by their dotted path, and what each layer costs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_lightning.errors import InputError
+
+
+class Layer(NamedTuple):
+    """A layer as one forward pass has seen it.
+
+    Attributes:
+        name: Its dotted path.
+        kind: Its class.
+        shape: Of its output for one sample, without the batch; None where the output is no tensor, or there was none.
+        parameters: Their number, those of inner layers included.
+        macs: Multiply-accumulates for one sample, inner layers included.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    macs: int
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
+    """All layers that were asked for have been computed."""
+
+
+@contextmanager
+def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of layers while inside; no hook stays behind.
+
+    A layer that is called several times gives its last output. One that is not called is absent.
+
+    Args:
+        network: Whose layers they are.
+        names: Their dotted paths, as in ``named_modules``.
+        stop: End the network's forward pass once each of them has been computed, so that what lies above is not. The
+            pass then returns nothing: leave it as the last statement inside.
+
+    Yields:
+        Their outputs by name, in the graph.
+
+    Raises:
+        InputError: For a name that the network does not have, with the nearest ones; for an output that is no tensor.
+
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with capture(network, ["1"], stop=True) as outputs:
+    ...     _ = network(torch.zeros(5, 4))
+    >>> outputs["1"].shape
+    torch.Size([5, 3])
+    """
+    layers = [find_layer(network, name) for name in names]
+    outputs: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise InputError(f"layer {name} gives no tensor, but {kind}; choose a layer inside it or after it")
+            outputs[name] = output
+            if stop and len(outputs) == len(set(names)):
+                raise _Reached
+
+        return hook
+
+    try:
+        for name, layer in zip(names, layers, strict=True):
+            handles.append(layer.register_forward_hook(keep(name)))
+        yield outputs
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_layer(network: nn.Module, name: str) -> nn.Module:
+    """A layer by its dotted path.
+
+    Raises:
+        InputError: If there is none of that name; the message lists the nearest.
+    """
+    layers = dict(network.named_modules())
+    if name in layers and name:
+        layer: nn.Module = layers[name]
+        return layer
+    near = difflib.get_close_matches(name, [n for n in layers if n], n=3, cutoff=0.4)
+    hint = f"; nearest: {', '.join(near)}" if near else f"; it has {', '.join([n for n in layers if n][:5])}, ..."
+    raise InputError(f"layer {name!r}: {type(network).__name__} has none of that name{hint}")
+
+
+def list_layers(network: nn.Module, x: Tensor) -> list[Layer]:
+    """All layers in the order of their names, from one forward pass in eval mode.
+
+    Random generators, modes and BatchNorm's statistics are left as they were.
+
+    Args:
+        network: The network.
+        x: Inputs (B, ...), of which the first is used.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules()]
+    modes = {layer: layer.training for layer in network.modules()}
+    counter = FlopCounterMode(display=False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        network.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know attention's fused kernels
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            network(x[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for layer, training in modes.items():
+            layer.training = training
+        for handle in handles:
+            handle.remove()
+    flops = counter.get_flop_counts()
+    root = type(network).__name__
+    return [
+        Layer(
+            name,
+            type(layer).__name__,
+            shapes.get(name),
+            sum(p.numel() for p in layer.parameters()),
+            sum(flops.get(f"{root}.{name}", {}).values()) // 2,
+        )
+        for name, layer in network.named_modules()
+        if name
+    ]
