@@ -33,10 +33,19 @@ def main(args: list[str] | None = None) -> None:
             DistillCLI(args)
     except (InputError, MisconfigurationException, OSError) as error:
         _end(str(error))
-    except RuntimeError as error:
-        if "by peer" not in str(error):  # how the backends say that the other end of a connection is gone
+    except (RuntimeError, ValueError, KeyError) as error:
+        if "by peer" in str(error):  # how the backends say that the other end of a connection is gone
+            _end("another process of this run has ended; what stopped it stands above, or in its own output")
+        if not _raised_by(error).startswith("lightning."):
             raise
-        _end("another process of this run has ended; what stopped it stands above, or in its own output")
+        _end(" ".join(str(error.args[0] if error.args else error).split()))  # settings that Lightning refuses late
+
+
+def _raised_by(error: BaseException) -> str:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return str(traceback.tb_frame.f_globals.get("__name__")) if traceback is not None else ""
 
 
 def _end(message: str) -> NoReturn:

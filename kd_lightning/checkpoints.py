@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning.errors import InputError
 
@@ -44,6 +45,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise InputError(f"checkpoint {file} cannot be written: {cause}; earlier ones are as they were") from error
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` at every turn; Lightning's ``save_last`` writes it only when a best one is written, too.
+
+    Args:
+        kwargs: When to save, as of ModelCheckpoint.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(filename="last", monitor=None, save_top_k=1, enable_version_counter=False, **kwargs)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Open a checkpoint without unpickling code or reading its tensors into memory.
 
@@ -52,7 +64,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         return _open(path)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"ckpt_path: {path} holds more than tensors and plain values; to load it could run code"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
         whole = next((p for p in sorted(path.parent.glob("*.ckpt"), key=_age) if p != path and _is_whole(p)), None)
         hint = f"; {whole} beside it can be read" if whole else ""
         reason = str(error).split("\n", 1)[0].split(". This can happen", 1)[0]

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
 from kd_lightning.callbacks import PredictionWriter, StepSeed, StudentWriter
-from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
+from kd_lightning.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.complaints import one_line
 from kd_lightning.config_files import check_configs, walk
 from kd_lightning.data import SemiSupervisedDataModule
@@ -29,6 +29,15 @@ from kd_lightning.modules import SupervisedModule
 T = TypeVar("T")
 # what the parser makes of an empty mapping where it needs a network, a model, or a scheduler of either kind
 _BASES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
+# what of the checkpoint's settings holds for last.ckpt
+_WHEN = (
+    "dirpath",
+    "save_weights_only",
+    "every_n_train_steps",
+    "train_time_interval",
+    "every_n_epochs",
+    "save_on_train_epoch_end",
+)
 
 
 class Parser(LightningArgumentParser):
@@ -91,7 +100,7 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; without Lightning's warning when called from a program that has arguments of its own."""
-        Parser.command_line = tuple(args) if isinstance(args, list) else tuple(sys.argv[1:])
+        Parser.command_line = () if isinstance(args, dict) else tuple(sys.argv[1:] if args is None else args)
         check_configs(Parser.command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
         for path, key, value, _ in walk(self.config.as_dict()):
@@ -124,8 +133,10 @@ class DistillCLI(LightningCLI):
         if asked in (None, "hpc", "registry"):
             return None
         if asked in ("last", "best"):
-            runs = Path(config.trainer.default_root_dir) / config.name
-            found: list[Path] = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=os.path.getmtime)
+            root = Path(config.trainer.default_root_dir)
+            runs = root if config.trainer.logger is False else root / config.name  # as Lightning lays them
+            pattern = "checkpoints/*.ckpt" if runs == root else "version_*/checkpoints/*.ckpt"
+            found: list[Path] = sorted(runs.glob(pattern), key=os.path.getmtime)
             found = [p for p in found if p.stem.startswith("last") == (asked == "last")]
             if not found:
                 raise InputError(f"ckpt_path: {asked}, but there is no such checkpoint below {runs}")
@@ -174,6 +185,10 @@ class DistillCLI(LightningCLI):
             callbacks.append(EarlyStopping(monitor, mode=config["checkpoint"].mode, patience=config["early_stopping"]))
         if trainer["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
+        if config["checkpoint"].save_last:
+            config["checkpoint"].save_last = None
+            chosen = (self.config if self.subcommand is None else self.config[self.subcommand]).checkpoint
+            callbacks.append(LastCheckpoint(**{name: chosen[name] for name in _WHEN}))
         if trainer["enable_checkpointing"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         built = self._instantiate_trainer(trainer, callbacks)

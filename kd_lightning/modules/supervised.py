@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from kd_lightning.modules.evaluation import Evaluation, to_probabilities
 from kd_lightning.modules.finite import FiniteCheck
 from kd_lightning.outputs import logits_of
 from kd_lightning.teachers import check_fit
+
+# how torch says that inputs do not fit a layer
+_SHAPES = re.compile(r"shapes? |channels|expected .*(input|dim)|size of tensor|sizes? mismatch", re.IGNORECASE)
 
 
 class Term(NamedTuple):
@@ -46,7 +50,9 @@ class SupervisedModule(LightningModule):
             logits for the other two tasks. With labels missing inside a row (multilabel) it sees the known entries
             as one flat row.
         optimizer: Takes the parameters that require a gradient.
-        lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``.
+        lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``; it is the one
+            thing that a resume does not continue exactly, since Lightning leaves out its step at the end of the epoch
+            in which a run goes on.
         lr_interval: Whether the scheduler steps each ``"epoch"`` or each optimiser ``"step"``.
 
     Raises:
@@ -82,7 +88,13 @@ class SupervisedModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's logits."""
-        return logits_of(self.student(x), "the student")
+        try:
+            return logits_of(self.student(x), "the student")
+        except RuntimeError as error:
+            if not _SHAPES.search(str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the student cannot take inputs of shape {[*x.shape]}: {reason}") from error
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier run measured: its data may have been others, and an interruption may have cut it."""
@@ -244,6 +256,10 @@ class SupervisedModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the last good checkpoint rather than write one of a training that has gone astray."""
         self._finite.check(checkpoint["state_dict"])
+
+    def on_train_end(self) -> None:
+        """Look once more before anybody deploys the student."""
+        self._finite.check(self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which weights do not fit, before torch lists them all."""
