@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 teacher: $(VENV)/installed
 	rm -rf runs/teacher_digits/version_0
 	$(BIN)/python -m kd_lightning fit --config configs/teacher_digits.yaml
-	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path best
+	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path last
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import warnings
 from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_lightning.errors import InputError
 
@@ -24,6 +27,8 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         print("commands beside those of Lightning's CLI below:")
         print("".join(f"  {name:<20}{text}\n" for name, text in COMMANDS.items()))
+    # Lightning's concern, and in the first lines of every run
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     try:
         if args and args[0] in COMMANDS:
             importlib.import_module(f"kd_lightning.commands.{args[0]}").main(args[1:])
@@ -31,6 +36,8 @@ def main(args: list[str] | None = None) -> None:
             from kd_lightning.cli import DistillCLI
 
             DistillCLI(args)
+    except SIGTERMException:  # Lightning ends with status 0, which a scheduler would take for success
+        _end("stopped by SIGTERM; --ckpt_path last goes on", status=128 + signal.SIGTERM)
     except (InputError, MisconfigurationException, OSError) as error:
         _end(str(error))
     except (RuntimeError, ValueError, KeyError) as error:
@@ -48,10 +55,10 @@ def _raised_by(error: BaseException) -> str:
     return str(traceback.tb_frame.f_globals.get("__name__")) if traceback is not None else ""
 
 
-def _end(message: str) -> NoReturn:
+def _end(message: str, status: int = 2) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

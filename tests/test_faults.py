@@ -27,6 +27,7 @@ from kd_lightning import (
     StudentWriter,
     SupervisedModule,
 )
+from kd_lightning.__main__ import main
 from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
 from kd_lightning.cli import DistillCLI
 from kd_lightning.data import ImageFolder
@@ -452,6 +453,25 @@ def test_a_rank_that_dies_ends_the_others(config, rank):
     assert waited < 60
     assert "error: another process of this run has ended" in output
     assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 2
+
+
+class Terminate(Callback):
+    """Asks its own process to end, as a scheduler does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_is_no_success(config, capsys):
+    config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Terminate"}]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml"])
+    assert end.value.code == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: stopped by SIGTERM; --ckpt_path last goes on"
+    assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] >= 6
+    assert not Path("runs/tiny/version_0/student.safetensors").exists()
 
 
 def _alive(group):

@@ -126,7 +126,8 @@ def _check_soft_weight(soft_weight: float) -> None:
 
 
 def _say(findings: list[Finding]) -> None:
-    rank_zero_info("; ".join(f"{finding.name}: {finding.text}" for finding in findings))
+    if fine := [f"{finding.name}: {finding.text}" for finding in findings if finding.hint is None]:
+        rank_zero_info("; ".join(fine))
     for finding in findings:
         if finding.hint is not None:
             advice = "python -m kd_lightning doctor looks closer"
