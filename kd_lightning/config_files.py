@@ -198,18 +198,18 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
     for key in spec:
         if key not in SPEC:
             raise InputError(f"{path}.{key}: no such key{hint(str(key), SPEC)}; allowed: {', '.join(SPEC)}")
-    name = spec.get("class_path")
+    class_path = spec.get("class_path")
     if "class_path" not in spec and not any(key in (path, f"{path}.class_path") for key in given):
         raise InputError(f"{path}.class_path is missing: it says what to build, such as kd_lightning.DistillModule")
-    if "class_path" in spec and (not isinstance(name, str) or not name):
-        raise InputError(f"{path}.class_path must be the import path of a class, got {name!r}")
+    if "class_path" in spec and (not isinstance(class_path, str) or not class_path):
+        raise InputError(f"{path}.class_path must be the import path of a class, got {class_path!r}")
     for part in SPEC[1:]:
         arguments = spec.get(part, {})
         if not isinstance(arguments, dict):
             raise InputError(f"{path}.{part} must hold arguments and their values, got {arguments!r}")
         for name, value in arguments.items():
             _check_values(value, f"{path}.{part}.{name}", given)
-    owner = find_class(name)
+    owner = find_class(class_path)
     parameters = parameters_of(owner)
     if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

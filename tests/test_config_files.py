@@ -97,6 +97,10 @@ CASES = {
         "trainer.callbacks[0].init_arg: no such key; did you mean init_args?",
     ),
     "argument": (put(f"{STUDENT}.init_args.widht", 3), f"{STUDENT}.init_args.widht: DigitsCNN has no such key"),
+    "argument of another class": (
+        put(f"{STUDENT}.init_args.lr", 3),  # the optimiser has one, and stands first
+        f"{STUDENT}.init_args.lr: DigitsCNN has no such key",
+    ),
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
     "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),

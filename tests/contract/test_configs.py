@@ -170,24 +170,28 @@ class TestInterruption:
 
 EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
 AVERAGED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "limit_train_batches": 7, "callbacks": [EMA]}
-STOPS = {  # trainer options, workers, the step before which it ends: in mid-epoch, at a boundary, in the last epoch
-    "mid-epoch, 2 workers": ({}, 2, 3),
-    "boundary": ({}, 0, 4),
-    "boundary, 2 workers": ({}, 2, 8),
-    "last epoch": ({}, 0, 11),
-    "averaged, mid-epoch, 2 workers": (AVERAGED, 2, 3),
-    "averaged, boundary": (AVERAGED, 0, 4),
-    "averaged, last epoch": (AVERAGED, 0, 10),
+OFTEN = {"monitor": None, "every_n_train_steps": 2, "save_top_k": -1}
+USUAL = {}  # the best by validation accuracy, and the last of each epoch
+STOPS = {  # trainer, checkpoint, workers, the step before which it ends: in mid-epoch, at a boundary, in the last epoch
+    "mid-epoch, 2 workers": ({}, OFTEN, 2, 3),
+    "boundary": ({}, OFTEN, 0, 4),
+    "boundary, 2 workers": ({}, OFTEN, 2, 8),
+    "last epoch": ({}, OFTEN, 0, 11),
+    "usual checkpoints": ({}, USUAL, 0, 10),
+    "averaged, mid-epoch, 2 workers": (AVERAGED, OFTEN, 2, 3),
+    "averaged, boundary": (AVERAGED, OFTEN, 0, 4),
+    "averaged, last epoch": (AVERAGED, OFTEN, 0, 10),
 }
 
 
 @pytest.mark.parametrize("options", STOPS.values(), ids=STOPS)
 def test_interrupted_anywhere(options, tmp_path, monkeypatch, contract):
     """One config, with gradient accumulation (windows that do not divide the epoch), clipping and averaged weights."""
-    trainer, workers, step = options
+    trainer, checkpoint, workers, step = options
     monkeypatch.chdir(tmp_path)
     config = contract.quick(next(path for path in contract.CONFIGS if path.stem == "distill_digits"))
     config["trainer"] |= {"max_epochs": 3} | trainer
+    config["checkpoint"] = checkpoint
     config["data"]["init_args"]["num_workers"] = workers
     whole = DistillCLI(["fit", *contract.Story.write(config, "config.yaml")])
     assert whole.trainer.global_step == 12
