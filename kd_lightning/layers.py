@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,8 @@ class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
 def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of layers while inside; no hook stays behind.
 
-    A layer that is called several times gives its last output. One that is not called is absent.
+    A layer that is called several times gives its last output. One that is not called is absent. A network under
+    ``torch.compile`` runs uncompiled inside.
 
     Args:
         network: Whose layers they are.
@@ -53,7 +54,8 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
         Their outputs by name, in the graph.
 
     Raises:
-        InputError: For a name that the network does not have, with the nearest ones; for an output that is no tensor.
+        InputError: For a name that the network does not have, with the nearest ones; for an output that is no tensor,
+            or that a later layer changes in place.
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with capture(network, ["1"], stop=True) as outputs:
@@ -63,6 +65,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     """
     layers = [find_layer(network, name) for name in names]
     outputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
     handles = []
 
     def keep(name: str) -> Any:
@@ -70,21 +73,41 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise InputError(f"layer {name} gives no tensor, but {kind}; choose a layer inside it or after it")
-            outputs[name] = output
+            outputs[name], versions[name] = output, output._version
             if stop and len(outputs) == len(set(names)):
                 raise _Reached
 
         return hook
 
+    with ExitStack() as stack:
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
+            # compiled code does not see hooks that come and go
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for name, layer in zip(names, layers, strict=True):
+                handles.append(layer.register_forward_hook(keep(name)))
+            yield outputs
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name, output in outputs.items():
+        if output._version != versions[name]:
+            raise InputError(f"layer {name}: its output is changed in place by a later layer; choose that one instead")
+
+
+@contextmanager
+def dry(network: nn.Module) -> Iterator[None]:
+    """Forward passes in eval mode that leave random generators, modes and BatchNorm's statistics as they were."""
+    modes = {layer: layer.training for layer in network.modules()}
     try:
-        for name, layer in zip(names, layers, strict=True):
-            handles.append(layer.register_forward_hook(keep(name)))
-        yield outputs
-    except _Reached:
-        pass
+        network.eval()
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, training in modes.items():
+            layer.training = training
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
@@ -93,6 +116,7 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     Raises:
         InputError: If there is none of that name; the message lists the nearest.
     """
+    network = getattr(network, "_orig_mod", network)  # under torch.compile
     layers = dict(network.named_modules())
     if name in layers and name:
         layer: nn.Module = layers[name]
@@ -121,18 +145,14 @@ def list_layers(network: nn.Module, x: Tensor) -> list[Layer]:
         return hook
 
     handles = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules()]
-    modes = {layer: layer.training for layer in network.modules()}
     counter = FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        network.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know attention's fused kernels
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with dry(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             network(x[:1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for layer, training in modes.items():
-            layer.training = training
         for handle in handles:
             handle.remove()
     flops = counter.get_flop_counts()

@@ -15,13 +15,14 @@ class SoftWeightAnnealing(Callback):
     """Move a number of the module from ``start`` to ``end`` over the epochs.
 
     Nothing is saved: the value follows from the epoch, so a resumed run goes on where it was. Works on any
-    LightningModule that has the attribute. The value is charted under the attribute's name.
+    LightningModule that has the attribute. The value is charted under the attribute's name. Epochs count from the
+    module's ``distill_from_epoch`` where it has one: in a ``HintModule`` all starts with the second stage.
 
     Args:
         start: The value up to ``begin_epoch``.
         end: The value from ``end_epoch`` on.
         begin_epoch: Where it starts to move.
-        end_epoch: Where it arrives; None: the last epoch, ``max_epochs - 1``.
+        end_epoch: Where it arrives; None: the run's last epoch, ``max_epochs - 1``.
         shape: ``"linear"``, ``"cosine"`` (half a wave), or ``"exponential"`` (equal ratios; both ends above 0).
         attribute: What to set; a dotted path such as ``"soft_loss.temperature"`` reaches into submodules.
 
@@ -94,6 +95,7 @@ class SoftWeightAnnealing(Callback):
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> float:
         path, _, name = self.attribute.rpartition(".")
-        value = self.value(trainer.current_epoch, (trainer.max_epochs or 0) - 1)
+        begin = getattr(pl_module, "distill_from_epoch", 0)
+        value = self.value(trainer.current_epoch - begin, (trainer.max_epochs or 0) - 1 - begin)
         setattr(attrgetter(path)(pl_module) if path else pl_module, name, value)
         return value

@@ -16,11 +16,13 @@ from kd_lightning.models.cifar_resnet import (
     resnet110,
 )
 from kd_lightning.models.digits import DigitsCNN
+from kd_lightning.models.fitnet import FitNet
 from kd_lightning.models.vgg import CifarVGG, vgg8, vgg13
 from kd_lightning.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
     "DigitsCNN",
+    "FitNet",
     "CifarResNet",
     "resnet8",
     "resnet14",

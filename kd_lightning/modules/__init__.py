@@ -1,6 +1,7 @@
 """The methods: one file, one class each."""
 
 from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.hint import HintModule
 from kd_lightning.modules.supervised import SupervisedModule, Term
 
-__all__ = ["SupervisedModule", "DistillModule", "Term"]
+__all__ = ["SupervisedModule", "DistillModule", "HintModule", "Term"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -269,20 +270,29 @@ class SupervisedModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over all that requires a gradient, and the scheduler."""
+        return self.optimization(self.parameters(), self.optimizer, self.lr_scheduler)
+
+    def optimization(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> OptimizerLRScheduler:
+        """An optimiser over what of the parameters requires a gradient, and its scheduler."""
         try:
-            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            built = optimizer([p for p in parameters if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer: {error}") from error
-        if self.lr_scheduler is None:
-            return optimizer
+        if lr_scheduler is None:
+            return built
         try:
-            scheduler = self.lr_scheduler(optimizer)
+            scheduler = lr_scheduler(built)
         except (TypeError, ValueError) as error:
             raise InputError(f"lr_scheduler: {error}") from error
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+        return {"optimizer": built, "lr_scheduler": config}  # type: ignore[return-value]
 
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:

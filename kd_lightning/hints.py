@@ -1,0 +1,236 @@
+"""Joining a student's layers to a teacher's: regressors, tokens as maps, and a picture of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+from kd_lightning.layers import capture, dry, find_layer
+from kd_lightning.teachers import Teacher
+
+Shape = Sequence[int]
+Join = tuple[list[int], list[int], bool]
+"""Shapes of a guided layer's and a hint layer's outputs for one sample, and whether a ReLU ends the regressor."""
+
+
+class Regressors(nn.ModuleDict):
+    """One regressor for each pair of a guided layer (student) and a hint layer (teacher).
+
+    Keyed by the pairs' numbers, since a module's name may hold no dot.
+
+    Args:
+        hints: Guided layer to hint layer, by dotted path.
+        given: Regressors of one's own, by guided layer; the others are built from what :meth:`measure` sees.
+
+    Raises:
+        InputError: For no pairs, or a given regressor of none of them.
+    """
+
+    def __init__(self, hints: Mapping[str, str], given: Mapping[str, nn.Module] | None = None) -> None:
+        if not hints:
+            raise InputError("hints must name at least one pair, {guided layer: hint layer}, got none")
+        if unknown := [name for name in given or {} if name not in hints]:
+            raise InputError(f"regressors: {unknown[0]!r} is no guided layer; hints has {', '.join(hints)}")
+        super().__init__({str([*hints].index(name)): module for name, module in (given or {}).items()})
+        self.hints = dict(hints)
+        self.joins: list[Join] = []
+        self.below: frozenset[str] = frozenset()  # the student's parameters up to its guided layers
+
+    def check_names(self, student: nn.Module, teacher: Teacher | None) -> None:
+        """Raise InputError unless the networks have the layers."""
+        for guided, hint in self.hints.items():
+            for network, name in ((student, guided), (teacher and teacher.network, hint)):
+                try:
+                    if network is not None:
+                        find_layer(network, name)
+                except InputError as error:
+                    raise InputError(f"hints: {error}") from error
+
+    def measure(self, student: nn.Module, teacher: Teacher, x: Tensor) -> None:
+        """Learn all shapes from a dry pass on inputs (B, ...), and build what is missing.
+
+        Raises:
+            InputError: If a layer is never reached, if no built-in regressor joins a pair, or if a given one does not.
+        """
+        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        with dry(student), dry(self), torch.enable_grad():
+            with capture(student, [*self.hints]) as guided:
+                student(x)
+            with capture(teacher.network, [*self.hints.values()]) as hints:
+                teacher(Batch(x))
+            outputs = [
+                (_reached("student", guided, name), _reached("teacher", hints, layer))
+                for name, layer in self.hints.items()
+            ]
+            total = torch.stack([mine.float().sum() for mine, _ in outputs]).sum()
+            found: Sequence[Tensor | None] = [None] * len(parameters)
+            if total.requires_grad and parameters:
+                found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
+            self.below = frozenset(name for name, g in zip(parameters, found, strict=True) if g is not None)
+            self.build([([*g.shape[1:]], [*h.shape[1:]], bool(h.min() >= 0)) for g, h in outputs], x.device)
+            try:
+                pairs = self.pairs(guided, hints)
+            except RuntimeError as error:
+                raise InputError(f"regressors: one does not fit its layer: {str(error).splitlines()[0]}") from error
+        for name, (regressed, hint) in pairs.items():
+            if regressed.shape != hint.shape:
+                raise InputError(
+                    f"regressors: that of {name} gives {[*regressed.shape[1:]]} for one sample, but the hint of "
+                    f"{self.hints[name]} is {[*hint.shape[1:]]}"
+                )
+
+    def build(self, joins: Iterable[Join], device: torch.device) -> None:
+        """The regressors that are not there yet."""
+        self.joins = [*joins]
+        for number, ((name, layer), (guided, hint, relu)) in enumerate(
+            zip(self.hints.items(), self.joins, strict=True)
+        ):
+            if str(number) in self:
+                continue
+            try:
+                self[str(number)] = build_regressor(guided, hint, relu=relu).to(device)
+            except InputError as error:
+                raise InputError(
+                    f"hints: no built-in regressor joins {name} {guided} to {layer} {hint} (for one sample): {error}; "
+                    "choose other layers, or give one in regressors"
+                ) from error
+
+    def pairs(self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The student's regressed outputs and the hints, of one shape, by guided layer.
+
+        Args:
+            guided: What the student's layers gave, by name.
+            hints: What the teacher's gave.
+        """
+        pairs = {}
+        for number, (name, layer) in enumerate(self.hints.items()):
+            regressed = self[str(number)](_reached("student", guided, name))
+            hint = _reached("teacher", hints, layer).to(regressed.device)
+            pairs[name] = regressed, target_of(hint, regressed)
+        return pairs
+
+    def describe(self) -> str:
+        """The pairs, their shapes, and the number of parameters."""
+        pairs = zip(self.hints.items(), self.joins, strict=True)
+        names = [f"{name} {guided} -> {layer} {hint}" for (name, layer), (guided, hint, _) in pairs]
+        return f"hints: {'; '.join(names)}; {self.size():,} parameters in regressors"
+
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def _reached(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in outputs:
+        raise InputError(f"hints: the {who}'s layer {name} is never reached in its forward pass")
+    return outputs[name]
+
+
+def build_regressor(guided: Shape, hint: Shape, *, relu: bool) -> nn.Module:
+    """A regressor from a guided layer's output to a hint (Romero et al. 2014, section 2.2).
+
+    Maps (C, H, W): the paper's valid convolution, k = N_guided - N_hint + 1 along each side, where the guided map is as
+    large or larger (1x1 where equal); a 1x1 convolution and bilinear resizing where it is smaller along a side.
+    Vectors (C,), and sequences of equally many tokens (N, C): linear. Other tokens are set out as maps, see
+    :func:`to_map`.
+
+    Args:
+        guided: Shape of the guided layer's output for one sample.
+        hint: Shape of the hint layer's.
+        relu: Whether a ReLU ends it, as the paper wants it where it ends the hint layer.
+
+    Raises:
+        InputError: If none of these joins the two.
+    """
+    layers: list[nn.Module] = []
+    if len(guided) == len(hint) == 1 or (len(guided) == len(hint) == 2 and guided[0] == hint[0]):
+        layers.append(nn.Linear(guided[-1], hint[-1]))
+    else:
+        (channels, *size), (hint_channels, *hint_size) = map_shape(guided), map_shape(hint)
+        if len(guided) == 2:
+            layers.append(TokensToMap())
+        if all(one >= other for one, other in zip(size, hint_size, strict=True)):
+            kernel = tuple(one - other + 1 for one, other in zip(size, hint_size, strict=True))
+            layers.append(nn.Conv2d(channels, hint_channels, kernel))  # type: ignore[arg-type]
+        else:
+            layers += [nn.Conv2d(channels, hint_channels, 1), nn.Upsample(tuple(hint_size), mode="bilinear")]
+    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
+
+
+def map_shape(shape: Shape) -> Shape:
+    """(C, H, W) of a sample's map, or of its tokens (N, C) as :func:`to_map` sets them out.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if len(shape) == 3:
+        return tuple(shape)
+    if len(shape) != 2:
+        raise InputError(f"{[*shape]} is neither a map (C, H, W) nor tokens (N, C)")
+    tokens, channels = shape
+    for grid in (tokens, tokens - 1):
+        side = math.isqrt(max(grid, 0))
+        if side and side * side == grid:
+            return channels, side, side
+    raise InputError(f"the grid of {tokens} tokens is not square, with or without a class token")
+
+
+def to_map(tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) as a map (B, C, g, g), N = g * g, or g * g + 1 with a class token first, which is left out.
+
+    Raises:
+        InputError: If the grid is not square.
+    """
+    channels, height, width = map_shape(tokens.shape[1:])
+    return tokens[:, -height * width :].transpose(1, 2).reshape(len(tokens), channels, height, width)
+
+
+class TokensToMap(nn.Module):
+    """:func:`to_map` as a layer."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The map."""
+        return to_map(tokens)
+
+
+def target_of(hint: Tensor, regressed: Tensor) -> Tensor:
+    """What a regressor's output is compared with: the hint, its tokens set out as a map where the output is one."""
+    return to_map(hint) if (hint.ndim, regressed.ndim) == (3, 4) else hint
+
+
+def hint_figure(hint: Tensor, regressed: Tensor, title: str, samples: int = 2, channels: int = 6) -> Figure:
+    """Hint maps above the student's regressed ones, of a few samples and the channels that vary most.
+
+    Args:
+        hint: (B, C, H, W); tokens (B, N, C) and vectors (B, C) are drawn as one matrix a sample.
+        regressed: Of the same shape.
+        title: Of the figure.
+        samples: How many samples.
+        channels: How many channels.
+    """
+    hint, regressed = (t[:samples].detach().float().cpu() for t in (hint, regressed))
+    if hint.ndim < 4:
+        hint, regressed = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (hint, regressed))
+    chosen = hint.var(dim=(0, 2, 3)).topk(min(channels, hint.shape[1])).indices
+    figure, axes = plt.subplots(
+        2 * len(hint), len(chosen), squeeze=False, figsize=(1.3 * len(chosen) + 0.8, 2.6 * len(hint) + 0.4)
+    )
+    for row, axis in enumerate(axes):
+        source = (hint, regressed)[row % 2][row // 2]
+        axis[0].set_ylabel(("hint", "regressed")[row % 2])
+        for column, channel in enumerate(chosen):
+            low, high = hint[row // 2][channel].aminmax()
+            axis[column].imshow(source[channel], vmin=float(low), vmax=float(high), aspect="auto")
+            axis[column].set(xticks=[], yticks=[])
+            if row == 0:
+                axis[column].set_title(f"channel {channel}" if hint.shape[1] > 1 else "", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,68 @@
+"""Thin and deep networks without shortcuts and without BatchNorm."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+class Maxout(nn.Module):
+    """The larger of two channels that lie half of all apart (Goodfellow et al. 2013, with two pieces)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) from (B, 2 C, ...)."""
+        return torch.maximum(*x.chunk(2, dim=1))
+
+
+class FitNet(nn.Sequential):
+    """The thin, deep network of Romero et al. (2014, appendix): hard to train without hints.
+
+    Stages ``stage1`` ... of 3x3 convolutions, with max-pooling between them, global average pooling, a hidden layer,
+    and a linear one. Weights are drawn as torch does by default.
+
+    Args:
+        stages: Channels of each convolution, by stage. The default is the paper's FitNet 4.
+        hidden: Units of the hidden layer; None: there is none.
+        maxout: The paper's maxout of two pieces after each of these layers, which then have twice the weights. False:
+            ReLU, with which such networks are harder still to train.
+        in_channels: Channels of the images.
+        num_classes: Number of logits.
+
+    Shapes:
+        Input (B, in_channels, H, W), H and W at least 2 ** (stages - 1). Output (B, num_classes).
+
+    >>> sum(p.numel() for p in FitNet(num_classes=10).parameters())
+    2548602
+    """
+
+    def __init__(
+        self,
+        stages: tuple[tuple[int, ...], ...] = ((32, 32, 32, 48, 48), (80,) * 6, (128,) * 6),
+        hidden: int | None = 500,
+        maxout: bool = True,
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ) -> None:
+        def block(layer: type[nn.Module], inputs: int, outputs: int, *args: int) -> nn.Module:
+            return nn.Sequential(
+                layer(inputs, outputs * (2 if maxout else 1), *args), Maxout() if maxout else nn.ReLU()
+            )
+
+        layers = OrderedDict[str, nn.Module]()
+        channels = in_channels
+        for number, widths in enumerate(stages, 1):
+            stage = []
+            for width in widths:
+                stage.append(block(nn.Conv2d, channels, width, 3, 1, 1))
+                channels = width
+            layers[f"stage{number}"] = nn.Sequential(*stage)
+            if number < len(stages):
+                layers[f"pool{number}"] = nn.MaxPool2d(2)
+        layers["pool"] = nn.AdaptiveAvgPool2d(1)
+        layers["flatten"] = nn.Flatten()
+        if hidden is not None:
+            layers["hidden"] = block(nn.Linear, channels, hidden)
+        layers["fc"] = nn.Linear(hidden or channels, num_classes)
+        super().__init__(layers)

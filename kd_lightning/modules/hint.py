@@ -1,0 +1,372 @@
+"""FitNets: hints first, then distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Adam
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+from kd_lightning.hints import Regressors, hint_figure
+from kd_lightning.layers import capture, dry
+from kd_lightning.losses import HintLoss
+from kd_lightning.losses.logits import Task, check_weight
+from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.supervised import Term
+
+EXAMPLES = 4  # images for the dry pass and the figures
+
+
+class HintModule(DistillModule):
+    """Train a thin, deep student in two stages within one fit (FitNets, Romero et al. 2014).
+
+    Stage 1, ``hint_epochs`` long: the guided layers of the student learn to answer the teacher's hint layers, through
+    regressors, by :class:`~kd_lightning.losses.HintLoss`. Only the student up to its deepest guided layer and the
+    regressors train; what lies above is not even computed. Stage 2: :class:`DistillModule`'s objective for the whole
+    student, with a new optimiser and scheduler. ``SoftWeightAnnealing`` counts its epochs from there.
+
+    Charts what :class:`DistillModule` does, and ``stage`` (1 or 2), ``train/hint`` (the sum over the pairs),
+    ``train/hint/<guided>``, the same for ``val``, ``regressor_parameters``, and at the end of each stage a figure of
+    hint maps above the student's. In stage 1 an ``EarlyStopping`` callback is held.
+
+    Args:
+        student: The network to train, see :class:`SupervisedModule`.
+        teacher: The trained network, or a ``Teacher`` around it; None for ``test`` and ``predict`` alone.
+        hints: For each guided layer of the student the teacher's hint layer, by dotted path. Theirs must be tensors:
+            maps (B, C, H, W), tokens (B, N, C) or vectors (B, C). ``python -m kd_lightning layers`` lists them.
+        hint_epochs: Length of stage 1; 0 is plain distillation.
+        hint_optimizer: Of stage 1, takes the parameters. None: ``optimizer``.
+        hint_lr_scheduler: Of stage 1, takes the optimiser. None: a constant learning rate.
+        hint_patience: Stage 1 ends earlier after so many validations without a lower ``val/hint``.
+        hint_weight: Above 0 the hint term stays on in stage 2, with this weight: one joint stage where ``hint_epochs``
+            is 0, as most libraries have it. The paper found that this fails on thin deep students. The term sums over
+            all entries of a map: a weight of about 1 over their number puts it beside the others.
+        regressors: By guided layer, from its output to the hint's shape; the others are built, see
+            :func:`~kd_lightning.hints.build_regressor`. They are trained, and are no part of the deployed student.
+        input_shape: Of one sample, to build the regressors from. None: they are built when the data are at hand.
+        soft_loss: See :class:`DistillModule`, as for all that follow.
+        soft_weight: w in [0, 1]; FitNets' lambda 4 to 1 at temperature 3 is 0.31 to 0.10.
+        task: See :class:`SupervisedModule`.
+        hard_loss: Called as ``(logits, target)``.
+        optimizer: Of stage 2, takes the parameters.
+        lr_scheduler: Of stage 2, takes the optimiser.
+        lr_interval: ``"epoch"`` or ``"step"``.
+
+    Raises:
+        InputError: For no hints, a layer that a network does not have or never reaches, shapes that no built-in
+            regressor joins, a regressor of another output shape, ``hint_epochs`` that leave no epoch for stage 2, and
+            what :class:`DistillModule` refuses.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        hints: dict[str, str],
+        hint_epochs: int,
+        *,
+        hint_optimizer: OptimizerCallable | None = None,
+        hint_lr_scheduler: LRSchedulerCallable | None = None,
+        hint_patience: int | None = None,
+        hint_weight: float = 0.0,
+        regressors: dict[str, nn.Module] | None = None,
+        input_shape: list[int] | None = None,
+        soft_loss: nn.Module | None = None,
+        soft_weight: float = 0.9,
+        task: Task = "multiclass",
+        hard_loss: nn.Module | None = None,
+        optimizer: OptimizerCallable = Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+    ) -> None:
+        super().__init__(
+            student,
+            teacher,
+            soft_loss=soft_loss,
+            soft_weight=soft_weight,
+            task=task,
+            hard_loss=hard_loss,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+        )
+        for name, number, least in (("hint_epochs", hint_epochs, 0), ("hint_patience", hint_patience, 1)):
+            if number is not None and number < least:
+                raise InputError(f"{name} must be at least {least}, got {number}")
+        check_weight("hint_weight", hint_weight)
+        self.save_hyperparameters("hints", "hint_epochs", "hint_patience", "hint_weight", "input_shape")
+        self.regressors = Regressors(hints, regressors)
+        self.regressors.check_names(student, self.teacher)
+        self.hint_epochs = hint_epochs
+        self.hint_optimizer = hint_optimizer
+        self.hint_lr_scheduler = hint_lr_scheduler
+        self.hint_patience = hint_patience
+        self.hint_weight = hint_weight
+        self.hint_loss = HintLoss()
+        self._joint = hint_weight > 0
+        self._examples: Tensor | None = None
+        self._held: list[nn.Module] = []  # BatchNorm layers above the guided ones
+        self._means: dict[str, MeanMetric] = {}
+        self._start_over()
+        if input_shape is not None:
+            self._measure(torch.randn(EXAMPLES, *input_shape, generator=torch.Generator().manual_seed(0)))
+
+    def _start_over(self) -> None:
+        self.distilling = self.hint_epochs == 0
+        self.distill_from_epoch = self.hint_epochs  # where stage 2 begins, as far as is known
+        self._best, self._waited = math.inf, 0
+
+    def _measure(self, x: Tensor) -> None:
+        """Build the regressors; plain distillation has none, and draws no random numbers for them."""
+        if self.teacher is not None and (self.hint_epochs or self._joint):
+            self.regressors.measure(self.student, self.teacher, x.to(self.device))
+
+    # The objective.
+
+    def losses(self, batch: Batch) -> dict[str, Term]:
+        """The hint term in stage 1, the hard and the soft one in stage 2, all three in joint training."""
+        if self.teacher is None:
+            raise InputError("training needs the teacher; teacher=None is for test and predict alone")
+        if not self.regressors.joins:
+            self._measure(batch.x)
+        if not self.distilling:
+            with capture(self.student, [*self.regressors.hints], stop=True) as guided:
+                self(batch.x)
+            value = self._hint_term(guided, self._hints(batch), len(batch))
+            return {"hint": Term(1.0, self._reaching_all(value, self._trained()))}
+        if self._joint:
+            layers = [*self.regressors.hints.values()]
+            with (
+                capture(self.student, [*self.regressors.hints]) as guided,
+                capture(self.teacher.network, layers) as hints,
+            ):
+                terms = super().losses(batch)
+            return terms | {"hint": Term(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
+        terms = super().losses(batch)
+        weight, value = terms["soft"]
+        return terms | {"soft": Term(weight, self._reaching_all(value, self._trained()))}
+
+    def _hints(self, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's hints; what lies above is not computed."""
+        assert self.teacher is not None
+        with capture(self.teacher.network, [*self.regressors.hints.values()], stop=True) as hints:
+            self.teacher(batch)
+        return hints
+
+    def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> Tensor:
+        values = self._distances(guided, hints)
+        if self._trainer is not None and self.trainer.training:
+            for name, value in values.items():
+                self._log_epoch(f"train/hint/{name}", value, rows)
+        return torch.stack([*values.values()]).sum()
+
+    def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.hint_loss(*pair) for name, pair in self.regressors.pairs(guided, hints).items()}
+
+    def _trained(self) -> list[nn.Parameter]:
+        """What the current stage trains."""
+        if self.distilling:
+            return [p for name, p in self.named_parameters() if self._joint or not name.startswith("regressors.")]
+        below = [p for name, p in self.student.named_parameters() if name in self.regressors.below]
+        return [*below, *self.regressors.parameters()]
+
+    def _reaching_all(self, value: Tensor, trained: Iterable[nn.Parameter]) -> Tensor:
+        """Under DDP, which waits for a gradient of every parameter: those that do not train get zeros."""
+        if self._trainer is None or not isinstance(self.trainer.strategy, DDPStrategy):
+            return value
+        reached = {id(p) for p in trained}
+        rest = [(p * 0).sum().to(value.dtype) for p in self.parameters() if p.requires_grad and id(p) not in reached]
+        return torch.stack([value, *rest]).sum()
+
+    # The run.
+
+    def setup(self, stage: str) -> None:
+        """Check the stages' lengths, and build the regressors."""
+        super().setup(stage)
+        self._means.clear()
+        self._held.clear()
+        if stage != TrainerFn.FITTING:
+            return
+        self._start_over()
+        last = self.trainer.max_epochs
+        if last is not None and 0 <= last <= self.hint_epochs and not getattr(self.trainer, "fast_dev_run", False):
+            raise InputError(
+                f"hint_epochs must be below max_epochs, {last}, so that stage 2 runs, got {self.hint_epochs}"
+            )
+        if self.teacher is not None and (self.hint_epochs or self._joint):
+            self._examples = self._first_images()
+            self._measure(self._examples)
+            rank_zero_info(self.regressors.describe())
+
+    def _first_images(self) -> Tensor:
+        """A few of the training images; of an ordinary loader without its workers."""
+        with torch.random.fork_rng(devices=[]):
+            self.trainer.fit_loop.setup_data()
+            loader: Any = self.trainer.train_dataloader
+            while isinstance(loader, list | tuple | dict):
+                loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+            data: Any = getattr(loader, "dataset", None)
+            if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(data, "__len__"):
+                return Batch.of(loader.collate_fn([data[n] for n in range(min(EXAMPLES, len(data)))])).x
+            return Batch.of(next(iter(loader))).x[:EXAMPLES]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The current stage's optimiser and scheduler, over what it trains."""
+        if self.distilling:
+            return self.optimization(self._trained(), self.optimizer, self.lr_scheduler)
+        if not self.regressors.below:
+            raise InputError(
+                "hints: nothing below the guided layers requires a gradient"
+                if self.regressors.joins
+                else "the regressors are not built yet: give input_shape, or leave it to Trainer.fit"
+            )
+        return self.optimization(self._trained(), self.hint_optimizer or self.optimizer, self.hint_lr_scheduler)
+
+    def on_train_start(self) -> None:
+        """A run that goes on in mid-epoch has no other call before its first step."""
+        self._hold()
+
+    def on_train_epoch_start(self) -> None:
+        """Go over to stage 2 when it is time."""
+        if not self.distilling and self.trainer.current_epoch >= self.distill_from_epoch:
+            self._show("stage_1")
+            self._release()
+            self._restart_early_stopping()
+            self.distilling = True
+            self.distill_from_epoch = self.trainer.current_epoch
+            for parameter in self.parameters():
+                parameter.grad = None
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            rank_zero_info(f"epoch {self.trainer.current_epoch}: stage 2 begins, with a new optimiser")
+        self._hold()
+        self.log("stage", 2.0 if self.distilling else 1.0)
+        if self.regressors:
+            self.log("regressor_parameters", float(self.regressors.size()))
+
+    def _hold(self) -> None:
+        """In stage 1 keep the statistics of BatchNorm above the guided layers, should its forward run at all."""
+        if self.distilling or self._held:
+            return
+        for name, layer in self.student.named_modules():
+            own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
+            if isinstance(layer, _BatchNorm) and layer.training and own and not self.regressors.below.intersection(own):
+                self._held.append(layer.eval())
+
+    def _release(self) -> None:
+        for layer in self._held:
+            layer.train()
+        self._held.clear()
+
+    def on_train_end(self) -> None:
+        """Show the last maps, and say so where stage 2 was never reached."""
+        super().on_train_end()
+        self._release()
+        self._show("stage_2" if self.distilling else "stage_1")
+        if not self.distilling:
+            rank_zero_warn("the run ended in stage 1: the student above its guided layers is untrained")
+
+    def _show(self, stage: str) -> None:
+        """A figure of each pair, where the logger takes figures."""
+        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or self._examples is None or not self.trainer.is_global_zero:
+            return
+        precision = self.trainer.precision_plugin
+        batch = Batch(precision.convert_input(self._examples.to(self.device)))
+        with torch.no_grad(), dry(self.student), dry(self.regressors), precision.forward_context():
+            with capture(self.student, [*self.regressors.hints], stop=True) as guided:
+                self(batch.x)
+            pairs = self.regressors.pairs(guided, self._hints(batch))
+        for name, (regressed, hint) in pairs.items():
+            figure = hint_figure(hint, regressed, f"{name} -> {self.regressors.hints[name]}")
+            for board in boards:
+                board.experiment.add_figure(f"hints/{name}/{stage}", figure, self.global_step)
+            plt.close(figure)
+
+    # Validation: the hint loss, and the end of stage 1 by it.
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if not fitting or (self.distilling and not self._joint):
+            super()._evaluate(stage, batch, batch_idx, dataloader_idx)
+            return
+        batch = Batch.of(batch)
+        with capture(self.student, [*self.regressors.hints]) as guided:
+            super()._evaluate(stage, batch, batch_idx, dataloader_idx)
+        values = {f"val/hint/{name}": value for name, value in self._distances(guided, self._hints(batch)).items()}
+        for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
+            self._means.setdefault(name, MeanMetric().to(value.device)).update(value, len(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures, and end stage 1 where its loss falls no more."""
+        super().on_validation_epoch_end()
+        values = {name: mean.compute() for name, mean in self._means.items()}
+        self._means.clear()
+        self.log_dict(values, sync_dist=True)
+        if self.distilling or self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._restart_early_stopping()
+        loss = float(values.get("val/hint", math.nan))
+        self._best, self._waited = (loss, 0) if loss < self._best else (self._best, self._waited + 1)
+        if self.hint_patience is not None and self._waited >= self.hint_patience:
+            self.distill_from_epoch = min(self.distill_from_epoch, self.trainer.current_epoch + 1)
+
+    def on_train_epoch_end(self) -> None:
+        """Hold early stopping that looks at training figures."""
+        if not self.distilling:
+            self._restart_early_stopping()
+
+    def _restart_early_stopping(self) -> None:
+        """Whatever comes next is the best so far: stage 1 says nothing about accuracy."""
+        for callback in self.trainer.early_stopping_callbacks:
+            if isinstance(callback, EarlyStopping):
+                callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the stage, and the shapes that regressors are built from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hints"] = {
+            "pairs": self.regressors.hints,
+            "joins": self.regressors.joins,
+            "distilling": self.distilling,
+            "distill_from_epoch": self.distill_from_epoch if self._settled else None,
+            "best": self._best,
+            "waited": self._waited,
+        }
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the end of stage 1 is more than a setting."""
+        return self.distilling or self.distill_from_epoch != self.hint_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on in the checkpoint's stage, with its regressors."""
+        if (saved := checkpoint.get("hints")) is not None:
+            if saved["pairs"] != self.regressors.hints:
+                raise InputError(
+                    f"hints: the checkpoint was trained with {saved['pairs']}, got {self.regressors.hints}"
+                )
+            if saved["joins"]:
+                self.regressors.build(saved["joins"], self.device)
+            self.distilling = saved["distilling"]
+            self._best, self._waited = saved["best"], saved["waited"]
+            if saved["distill_from_epoch"] is not None:
+                self.distill_from_epoch = saved["distill_from_epoch"]
+        super().on_load_checkpoint(checkpoint)
