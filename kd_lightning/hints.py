@@ -16,8 +16,8 @@ from kd_lightning.layers import capture, dry, find_layer
 from kd_lightning.teachers import Teacher
 
 Shape = Sequence[int]
-Join = tuple[list[int], list[int], bool]
-"""Shapes of a guided layer's and a hint layer's outputs for one sample, and whether a ReLU ends the regressor."""
+Join = tuple[list[int], list[int]]
+"""Shapes of a guided layer's and a hint layer's outputs for one sample."""
 
 
 class Regressors(nn.ModuleDict):
@@ -74,7 +74,7 @@ class Regressors(nn.ModuleDict):
             if total.requires_grad and parameters:
                 found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
             self.below = frozenset(name for name, g in zip(parameters, found, strict=True) if g is not None)
-            self.build([([*g.shape[1:]], [*h.shape[1:]], bool(h.min() >= 0)) for g, h in outputs], x.device)
+            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device)
             try:
                 pairs = self.pairs(guided, hints)
             except RuntimeError as error:
@@ -89,13 +89,11 @@ class Regressors(nn.ModuleDict):
     def build(self, joins: Iterable[Join], device: torch.device) -> None:
         """The regressors that are not there yet."""
         self.joins = [*joins]
-        for number, ((name, layer), (guided, hint, relu)) in enumerate(
-            zip(self.hints.items(), self.joins, strict=True)
-        ):
+        for number, ((name, layer), (guided, hint)) in enumerate(zip(self.hints.items(), self.joins, strict=True)):
             if str(number) in self:
                 continue
             try:
-                self[str(number)] = build_regressor(guided, hint, relu=relu).to(device)
+                self[str(number)] = build_regressor(guided, hint).to(device)
             except InputError as error:
                 raise InputError(
                     f"hints: no built-in regressor joins {name} {guided} to {layer} {hint} (for one sample): {error}; "
@@ -119,7 +117,7 @@ class Regressors(nn.ModuleDict):
     def describe(self) -> str:
         """The pairs, their shapes, and the number of parameters."""
         pairs = zip(self.hints.items(), self.joins, strict=True)
-        names = [f"{name} {guided} -> {layer} {hint}" for (name, layer), (guided, hint, _) in pairs]
+        names = [f"{name} {guided} -> {layer} {hint}" for (name, layer), (guided, hint) in pairs]
         return f"hints: {'; '.join(names)}; {self.size():,} parameters in regressors"
 
     def size(self) -> int:
@@ -133,18 +131,18 @@ def _reached(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
     return outputs[name]
 
 
-def build_regressor(guided: Shape, hint: Shape, *, relu: bool) -> nn.Module:
+def build_regressor(guided: Shape, hint: Shape) -> nn.Module:
     """A regressor from a guided layer's output to a hint (Romero et al. 2014, section 2.2).
 
     Maps (C, H, W): the paper's valid convolution, k = N_guided - N_hint + 1 along each side, where the guided map is as
     large or larger (1x1 where equal); a 1x1 convolution and bilinear resizing where it is smaller along a side.
     Vectors (C,), and sequences of equally many tokens (N, C): linear. Other tokens are set out as maps, see
-    :func:`to_map`.
+    :func:`to_map`. All are linear, other than the paper's, which end in the hint's own non-linearity: behind a ReLU
+    most outputs were dead from the start (benchmarks/RESULTS.md).
 
     Args:
         guided: Shape of the guided layer's output for one sample.
         hint: Shape of the hint layer's.
-        relu: Whether a ReLU ends it, as the paper wants it where it ends the hint layer.
 
     Raises:
         InputError: If none of these joins the two.
@@ -161,7 +159,7 @@ def build_regressor(guided: Shape, hint: Shape, *, relu: bool) -> nn.Module:
             layers.append(nn.Conv2d(channels, hint_channels, kernel))  # type: ignore[arg-type]
         else:
             layers += [nn.Conv2d(channels, hint_channels, 1), nn.Upsample(tuple(hint_size), mode="bilinear")]
-    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
+    return nn.Sequential(*layers)
 
 
 def map_shape(shape: Shape) -> Shape:

@@ -1,6 +1,7 @@
 """Layers by name: what is captured, that nothing stays behind, and costs counted by hand."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torchvision.models import vit_b_16
 
 from kd_lightning.errors import InputError
-from kd_lightning.layers import capture, find_layer, list_layers
+from kd_lightning.layers import capture, dry, find_layer, list_layers
 from kd_lightning.models import DigitsCNN, resnet8
 
 
@@ -29,6 +30,7 @@ def network():
 
 
 X = torch.arange(8.0).reshape(2, 4) / 8
+MAPS = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
 class TestCapture:
@@ -91,6 +93,184 @@ class TestCapture:
         with pytest.raises(InputError, match="layer 1 gives no tensor, but tuple"), capture(attention, ["1"]):
             attention(X)
         assert not attention[1]._forward_hooks
+
+
+class TestChangedInPlace:
+    @pytest.fixture
+    def block(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("names", [["1"], ["0", "1"], ["1", "2"]])
+    def test_names_the_layer(self, block, names, grad):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(InputError, match="^layer 1: its output is changed in place by a later layer; choose that"),
+            capture(block, names),
+        ):
+            block(MAPS)
+        assert not any(layer._forward_hooks for layer in block.modules())
+
+    def test_through_a_view_and_by_the_caller(self, block):
+        viewed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.ReLU(inplace=True))
+        with pytest.raises(InputError, match="layer 0: its output is changed"), capture(viewed, ["0"]):
+            viewed(MAPS)
+        with pytest.raises(InputError, match="layer 2: its output is changed"), capture(block, ["2"]):
+            block(MAPS).add_(1)
+
+    def test_layers_before_and_after_it_are_right(self, block):
+        with capture(block, ["0", "2"]) as outputs:
+            block(MAPS)
+        first = block[0](MAPS)
+        assert torch.equal(outputs["0"], first)
+        assert torch.equal(outputs["2"], block[1](first).relu())
+
+    def test_not_where_the_pass_stops_there(self, block):
+        block.eval()
+        with capture(block, ["0", "1"], stop=True) as outputs:
+            block(MAPS)
+        expected = block[1](block[0](MAPS))
+        assert torch.equal(outputs["1"], expected) and expected.min() < 0
+
+    def test_another_error_comes_first(self, block):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capture(block, ["1"]):
+            block.append(nn.Linear(99, 1))(MAPS)
+
+
+class TestCompiled:
+    """Compiled as a wrapper, in place, and in a part: with a backend that counts its compilations and graph runs."""
+
+    NAMES = ("0", "1.0", "2")
+
+    @pytest.fixture(params=["wrapper", "in place", "a wrapped layer", "a layer in place"])
+    def compiled(self, request):
+        torch._dynamo.reset()
+        counts = {"compiled": 0, "run": 0}
+
+        def backend(graph, _inputs):
+            counts["compiled"] += 1
+
+            def run(*args):
+                counts["run"] += 1
+                return graph.forward(*args)
+
+            return run
+
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2))
+        plain = copy.deepcopy(network)
+        if request.param == "wrapper":
+            network = torch.compile(network, backend=backend)
+        elif request.param == "in place":
+            network.compile(backend=backend)
+        elif request.param == "a wrapped layer":
+            network[2] = torch.compile(network[2], backend=backend)
+        else:
+            network[2].compile(backend=backend)
+        yield plain, network, counts
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("stop", [True, False])
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_right_outputs_and_compiled_again_afterwards(self, compiled, warm, stop):
+        plain, network, counts = compiled
+        if warm:
+            assert torch.equal(network(X), plain(X)) and counts == {"compiled": 1, "run": 1}
+        for x in (X, X + 1):  # the second pass must not give the first one's
+            before = dict(counts)
+            with capture(network, self.NAMES, stop=stop) as outputs:
+                out = network(x)
+                assert torch.equal(out, plain(x))
+            assert counts == before
+            assert outputs.keys() == set(self.NAMES)
+            first = plain[0](x)
+            expected = {"0": first, "1.0": first.tanh(), "2": plain[2](plain[1](first))}
+            assert all(torch.equal(outputs[name], expected[name]) for name in self.NAMES)
+        outputs["2"].sum().backward()
+        assert find_layer(network, "0").weight.grad.abs().sum() > 0
+        runs = counts["run"]
+        for n in (1, 2):
+            assert torch.equal(network(X), plain(X))
+            assert counts == {"compiled": 1, "run": runs + n}
+        assert not any(layer._forward_hooks for layer in network.modules())
+
+    def test_compiled_again_after_an_error(self, compiled):
+        _, network, counts = compiled
+        with pytest.raises(KeyError), capture(network, self.NAMES):
+            raise KeyError
+        network(X)
+        assert counts == {"compiled": 1, "run": 1}
+
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_names_are_those_of_the_plain_network(self, compiled, warm):
+        plain, network, _ = compiled
+        if warm:
+            network(X)
+        for name in ("0", "1", "1.0", "3"):
+            assert repr(find_layer(network, name)) == repr(find_layer(plain, name))
+        assert torch.equal(find_layer(network, "1.1").weight, plain[1][1].weight)
+        with pytest.raises(InputError, match="layer '1.7': Sequential has none of that name; nearest: 1"):
+            find_layer(network, "1.7")
+
+    def test_a_plain_network_leaves_others_compiled(self, compiled):
+        plain, network, counts = compiled
+        with capture(plain, ["0"]) as outputs:
+            network(X)
+            plain(X)
+        assert counts["run"] == 1 and torch.equal(outputs["0"], plain[0](X))
+
+
+class TestDry:
+    @pytest.fixture
+    def mixed(self):
+        """In training, with a layer in eval mode whose own layer trains."""
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(4))),
+            nn.Dropout(0.5),
+        )
+        network[2].eval()
+        network[2][1].train()
+        network[2][1][1].eval()
+        return network
+
+    @pytest.mark.parametrize("fault", [None, ValueError, KeyboardInterrupt])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_leaves_everything_as_it_was(self, mixed, training, fault):
+        mixed.training = training  # of itself alone
+        modes = {name: layer.training for name, layer in mixed.named_modules()}
+        state = {key: value.clone() for key, value in mixed.state_dict().items()}
+        generator = torch.get_rng_state()
+        with pytest.raises(fault) if fault else nullcontext(), dry(mixed):
+            assert not any(layer.training for layer in mixed.modules())
+            assert torch.equal(torch.get_rng_state(), generator)
+            assert torch.equal(mixed(MAPS), mixed(MAPS))
+            torch.rand(3)
+            mixed.train()
+            if fault:
+                raise fault
+        assert set(modes.values()) == {True, False}
+        assert {name: layer.training for name, layer in mixed.named_modules()} == modes
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(state[key], value) for key, value in mixed.state_dict().items())
+
+    def test_uses_the_running_statistics(self, mixed):
+        mixed[1].running_mean.fill_(3.0)
+        with dry(mixed), capture(mixed, ["0", "1"]) as outputs:
+            mixed(MAPS)
+        torch.testing.assert_close(outputs["1"], (outputs["0"] - 3) / (1 + 1e-5) ** 0.5)
+
+    def test_gradients_may_flow_and_a_shared_layer_keeps_its_mode(self):
+        shared = nn.Linear(4, 4).eval()
+        network = nn.Sequential(shared, nn.Sequential(shared, nn.Dropout(1.0))).train()
+        shared.eval()
+        with dry(network):
+            network(X).sum().backward()
+        assert shared.weight.grad.abs().sum() > 0
+        assert (network.training, network[1].training, network[1][1].training, shared.training) == (*[True] * 3, False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
@@ -217,8 +217,9 @@ class HintModule(DistillModule):
     def _first_images(self) -> Tensor:
         """A few of the training images; of an ordinary loader without its workers."""
         with torch.random.fork_rng(devices=[]):
-            self.trainer.fit_loop.setup_data()
-            loader: Any = self.trainer.train_dataloader
+            # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
+            loader: Any = self.trainer.fit_loop._data_source.dataloader()
+            loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
             while isinstance(loader, list | tuple | dict):
                 loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
             data: Any = getattr(loader, "dataset", None)

@@ -63,6 +63,8 @@ def quick(path):
         data["source"] = deepcopy(FAKE)
         data["source"]["init_args"]["image_size"] = IMAGE_SIZE[kind]
     data["batch_size"] = 4 if kind in IMAGE_SIZE else 32
+    if "hint_epochs" in config["model"]["init_args"]:
+        config["model"]["init_args"]["hint_epochs"] = 1  # both stages within two epochs
     for node in nodes(config["model"]):
         arguments = node.get("init_args") or {}
         if node.get("class_path") == "DigitsCNN" and node is config["model"]["init_args"]["student"]:
@@ -90,12 +92,15 @@ def without_batch_statistics(config):
     channels, classes = (source.get("image_size") or [1])[0], source.get("num_classes", 10)
     for node in nodes(config["model"]):
         for role in ("student", "model", "network"):
-            if isinstance(node.get(role), dict):
+            if isinstance(node.get(role), dict) and "class_path" in node[role]:
                 width = {"width": 16 if role == "student" else 24}
                 plain = {"channels": channels, "num_classes": classes} | width
                 if not str(node[role]["class_path"]).endswith("load_weights"):
                     node[role] = {"class_path": "parts.Plain", "init_args": plain}
     config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    if "hints" in config["model"]["init_args"]:
+        config["model"]["init_args"]["hints"] = {"layers.3": "layers.3"}
+        config["model"]["init_args"]["hint_optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     save_teachers(config)
     return config
 
