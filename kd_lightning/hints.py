@@ -74,7 +74,7 @@ class Regressors(nn.ModuleDict):
             if total.requires_grad and parameters:
                 found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
             self.below = frozenset(name for name, g in zip(parameters, found, strict=True) if g is not None)
-            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device)
+            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device, outputs[0][0].dtype)
             try:
                 pairs = self.pairs(guided, hints)
             except RuntimeError as error:
@@ -86,14 +86,20 @@ class Regressors(nn.ModuleDict):
                     f"{self.hints[name]} is {[*hint.shape[1:]]}"
                 )
 
-    def build(self, joins: Iterable[Join], device: torch.device) -> None:
-        """The regressors that are not there yet."""
+    def build(self, joins: Iterable[Join], device: torch.device, dtype: torch.dtype) -> None:
+        """The regressors that are not there yet, drawn alike on one process and on many, and by no one's generator."""
         self.joins = [*joins]
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            # the seed alone: several processes start again from it; not torch.manual_seed, which reaches accelerators
+            torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)
+            self._build(device, dtype)
+
+    def _build(self, device: torch.device, dtype: torch.dtype) -> None:
         for number, ((name, layer), (guided, hint)) in enumerate(zip(self.hints.items(), self.joins, strict=True)):
             if str(number) in self:
                 continue
             try:
-                self[str(number)] = build_regressor(guided, hint).to(device)
+                self[str(number)] = build_regressor(guided, hint).to(device, dtype)
             except InputError as error:
                 raise InputError(
                     f"hints: no built-in regressor joins {name} {guided} to {layer} {hint} (for one sample): {error}; "

@@ -134,8 +134,15 @@ class HintModule(DistillModule):
 
     def _measure(self, x: Tensor) -> None:
         """Build the regressors; plain distillation has none, and draws no random numbers for them."""
-        if self.teacher is not None and (self.hint_epochs or self._joint):
+        if self.teacher is None or not (self.hint_epochs or self._joint):
+            return
+        try:
             self.regressors.measure(self.student, self.teacher, x.to(self.device))
+        except RuntimeError as error:
+            if isinstance(error, InputError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(f"hints: the networks cannot take inputs of shape {[*x.shape]}: {reason}") from error
 
     # The objective.
 
@@ -197,7 +204,7 @@ class HintModule(DistillModule):
     # The run.
 
     def setup(self, stage: str) -> None:
-        """Check the stages' lengths, and build the regressors."""
+        """Check the stages' lengths, and start with the first."""
         super().setup(stage)
         self._means.clear()
         self._held.clear()
@@ -209,10 +216,12 @@ class HintModule(DistillModule):
             raise InputError(
                 f"hint_epochs must be below max_epochs, {last}, so that stage 2 runs, got {self.hint_epochs}"
             )
-        if self.teacher is not None and (self.hint_epochs or self._joint):
+
+    def configure_model(self) -> None:
+        """Build the regressors, now that the data are at hand."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._examples = self._first_images()
             self._measure(self._examples)
-            rank_zero_info(self.regressors.describe())
 
     def _first_images(self) -> Tensor:
         """A few of the training images; of an ordinary loader without its workers."""
@@ -240,29 +249,37 @@ class HintModule(DistillModule):
         return self.optimization(self._trained(), self.hint_optimizer or self.optimizer, self.hint_lr_scheduler)
 
     def on_train_start(self) -> None:
-        """A run that goes on in mid-epoch has no other call before its first step."""
-        self._hold()
+        """Tell what was built, and begin; a run that goes on in an epoch has no other call before its first step."""
+        if self.regressors.joins:
+            rank_zero_info(self.regressors.describe())
+        self._enter_stage()
 
     def on_train_epoch_start(self) -> None:
         """Go over to stage 2 when it is time."""
-        if not self.distilling and self.trainer.current_epoch >= self.distill_from_epoch:
-            self._show("stage_1")
-            self._release()
-            self._restart_early_stopping()
-            self.distilling = True
-            self.distill_from_epoch = self.trainer.current_epoch
-            for parameter in self.parameters():
-                parameter.grad = None
-            self.trainer.strategy.setup_optimizers(self.trainer)
-            rank_zero_info(f"epoch {self.trainer.current_epoch}: stage 2 begins, with a new optimiser")
-        self._hold()
+        self._enter_stage()
         self.log("stage", 2.0 if self.distilling else 1.0)
         if self.regressors:
             self.log("regressor_parameters", float(self.regressors.size()))
 
+    def _enter_stage(self) -> None:
+        if self.distilling:
+            return
+        if self.trainer.current_epoch < self.distill_from_epoch:
+            self._hold()
+            return
+        self._show("stage_1")
+        self._release()
+        self._restart_early_stopping()
+        self.distilling = True
+        self.distill_from_epoch = self.trainer.current_epoch
+        for parameter in self.parameters():
+            parameter.grad = None
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        rank_zero_info(f"epoch {self.trainer.current_epoch}: stage 2 begins, with a new optimiser")
+
     def _hold(self) -> None:
         """In stage 1 keep the statistics of BatchNorm above the guided layers, should its forward run at all."""
-        if self.distilling or self._held:
+        if self._held:
             return
         for name, layer in self.student.named_modules():
             own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
@@ -365,7 +382,7 @@ class HintModule(DistillModule):
                     f"hints: the checkpoint was trained with {saved['pairs']}, got {self.regressors.hints}"
                 )
             if saved["joins"]:
-                self.regressors.build(saved["joins"], self.device)
+                self.regressors.build(saved["joins"], self.device, torch.float32)
             self.distilling = saved["distilling"]
             self._best, self._waited = saved["best"], saved["waited"]
             if saved["distill_from_epoch"] is not None:

@@ -1,0 +1,223 @@
+"""FitNets' two stages against labels, distillation, and joint training, on a thin student of 18 layers.
+
+Run: python benchmarks/hints.py [--seeds 5]              the tables (about 15 minutes on two cores)
+     python benchmarks/hints.py --search [--seeds 4]     how the settings were chosen (about 45 minutes)
+
+The student: 17 convolutions of 8 channels with ReLU and a linear layer, no shortcuts, no BatchNorm, drawn as torch
+does by default. Digits, all training labels. All methods get the same images, steps and learning rate schedule (none),
+and each its own best learning rate, chosen by the search on validation images (a quarter of the training images), with
+seeds that serve nothing else. The tables are of test images, and from training on all training images. A seed draws
+split, teacher, initial weights, order and augmentation, and is the same for all methods.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from scipy import stats
+from torch import nn
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from kd_lightning import (
+    Digits,
+    DistillModule,
+    HintModule,
+    SemiSupervisedDataModule,
+    SoftWeightAnnealing,
+    SupervisedModule,
+)
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.models import DigitsCNN, FitNet
+
+EPOCHS, HINT_EPOCHS = 60, 30
+HINTS = {"stage1.4": "5", "stage2.2": "9", "stage2.5": "9", "stage3.5": "9"}
+CHOSEN = {  # learning rates, by --search
+    "labels": {"lr": 0.001},
+    "distillation": {"lr": 0.003},
+    "joint": {"lr": 0.003, "hint_weight": 0.01},
+    "two-stage": {"lr": 0.002, "hint_lr": 0.005},
+}
+RATES = (0.0003, 0.001, 0.002, 0.003, 0.005)
+GRID = {
+    "labels": {"lr": RATES},
+    "distillation": {"lr": RATES},
+    "joint": {"lr": (0.001, 0.002, 0.003), "hint_weight": (0.001, 0.01, 0.1)},
+    "two-stage": {"lr": (0.001, 0.002, 0.003), "hint_lr": (0.003, 0.005, 0.01)},
+}
+ANNEALED = {"start": 0.31, "end": 0.10}  # FitNets' lambda from 4 to 1 at temperature 3
+
+
+def make_student(init):
+    """The thin deep student: as torch draws it, or after He et al. (2015)."""
+    student = FitNet(((8,) * 5, (8,) * 6, (8,) * 6), hidden=None, maxout=False, in_channels=1)
+    for layer in student.modules():
+        if init == "He" and isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return student
+
+
+def make_module(method, teacher, *, lr, hint_lr=None, hint_weight=0.0, init="default", relu=False):
+    """A method around a new student."""
+    student, optimizer = make_student(init), partial(Adam, lr=lr)
+    if method == "labels":
+        return SupervisedModule(student, optimizer=optimizer)
+    distilled = {"soft_loss": SoftTargetLoss(temperature=3.0), "soft_weight": 0.31, "optimizer": optimizer}
+    if method == "distillation":
+        return DistillModule(student, teacher, **distilled)
+    epochs = HINT_EPOCHS if method == "two-stage" else 0
+    hints = {"hint_epochs": epochs, "hint_weight": hint_weight, "input_shape": [1, 8, 8]}
+    hints["hint_optimizer"] = partial(Adam, lr=hint_lr) if hint_lr else None
+    module = HintModule(student, teacher, HINTS, **hints, **distilled)
+    if relu:  # as the paper has it
+        for regressor in module.regressors.values():
+            regressor.append(nn.ReLU())
+    return module
+
+
+def fit(module, data, epochs=EPOCHS):
+    """Train to the last step."""
+    annealing = [SoftWeightAnnealing(**ANNEALED)] if isinstance(module, DistillModule) else []
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=annealing,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+@torch.no_grad()
+def accuracy(network, loader):
+    """Percentage right."""
+    network.eval()
+    right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
+    return 100 * float(right.double().mean())
+
+
+def run(seed, plan, *, val):
+    """All of a plan's runs on one split: {name: accuracy}, on validation images or, without any, on test images."""
+    torch.set_num_threads(1)
+    make_data = partial(SemiSupervisedDataModule, Digits(), val=val, batch_size=32, seed=seed)
+    teacher, data = DigitsCNN(32), make_data()
+    seed_everything(seed, verbose=False)
+    options = {"optimizer": partial(AdamW, lr=0.005, weight_decay=0.01)}
+    fit(SupervisedModule(teacher, lr_scheduler=partial(CosineAnnealingLR, T_max=40), **options), data, epochs=40)
+    found = {"teacher": accuracy(teacher, data.val_dataloader() if val else data.test_dataloader())}
+    for name, (method, settings) in plan.items():
+        seed_everything(seed, verbose=False)
+        module, data = make_module(method, teacher, **settings), make_data()
+        fit(module, data)
+        found[name] = accuracy(module.student, data.val_dataloader() if val else data.test_dataloader())
+        print(f"seed {seed} {name}: {found[name]:.1f}", flush=True)
+    return found
+
+
+def spread(values):
+    """Mean and sample standard deviation."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def interval(mine, others):
+    """Paired difference with its 95 % interval."""
+    gaps = [one - other for one, other in zip(mine, others, strict=True)]
+    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    mean = statistics.mean(gaps)
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def step_times(method, x, y, *, module=None, repeats=9, steps=30):
+    """Milliseconds of a training step, forward, backward and update."""
+    module = module or make_module(method, DigitsCNN(32), lr=0.001)
+    optimizer = module.configure_optimizers()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            module.training_step((x, y), 0).backward()
+            optimizer.step()
+        times.append(1000 * (time.perf_counter() - start) / steps)
+        yield times[-1]
+
+
+def steps_table(repeats=15):
+    """What a step costs, all methods in turns on the same batch."""
+    torch.set_num_threads(1)
+    x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
+    names = ("two-stage", "distillation", "labels", "joint")
+    options = {"joint": {"hint_weight": 0.01}}
+    clocks = {
+        name: step_times(
+            name, x, y, module=make_module(name, DigitsCNN(32), lr=0.001, **options.get(name, {})), repeats=repeats
+        )
+        for name in names
+    }
+    rounds = [dict(zip(clocks, turn, strict=True)) for turn in zip(*clocks.values(), strict=True)][2:]
+    print("| a step of | ms | stage 1 takes, of it |\n|---|---|---|")
+    for name in names:
+        ratios = sorted(one["two-stage"] / one[name] for one in rounds)
+        ratio = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        label = "stage 1" if name == "two-stage" else name
+        print(f"| {label} | {statistics.median(one[name] for one in rounds):.2f} | {ratio} |")
+
+
+def search(seeds):
+    """Validation accuracies of all settings."""
+    plan = {}
+    for method, grid in GRID.items():
+        for values in itertools.product(*grid.values()):
+            settings = dict(zip(grid, values, strict=True))
+            plan[", ".join([method, *(f"{key} {value:g}" for key, value in settings.items())])] = (method, settings)
+    results = in_parallel(partial(run, plan=plan, val=0.25), range(100, 100 + seeds))
+    print("\n| method and settings | validation accuracy % | each seed |\n|---|---|---|")
+    for name in results[0]:
+        values = [found[name] for found in results]
+        print(f"| {name} | {spread(values)} | {' '.join(f'{value:.1f}' for value in values)} |")
+
+
+def compare(seeds):
+    """Test accuracies of the chosen settings, and the price of a step."""
+    plan = {name: (name, settings) for name, settings in CHOSEN.items()}
+    plan |= {"two-stage, ReLU behind the regressors": ("two-stage", CHOSEN["two-stage"] | {"relu": True})}
+    plan |= {f"{name}, He's initial weights": (name, CHOSEN[name] | {"init": "He"}) for name in CHOSEN}
+    results = in_parallel(partial(run, plan=plan, val=0), range(seeds))
+    print("\n| method | accuracy % | each seed | two-stage is ahead by [95 %] |\n|---|---|---|---|")
+    for name in results[0]:
+        values = [found[name] for found in results]
+        he = ", He's initial weights" if name.endswith("weights") else ""
+        best = [found[f"two-stage{he}"] for found in results]
+        gap = "" if name in ("teacher", f"two-stage{he}") else interval(best, values)
+        print(f"| {name} | {spread(values)} | {' '.join(f'{value:.1f}' for value in values)} | {gap} |")
+    print()
+    steps_table()
+
+
+def in_parallel(function, seeds):
+    """One process for each of two cores."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return list(pool.map(function, seeds))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--search", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.search:
+        search(arguments.seeds or 4)
+    else:
+        compare(arguments.seeds or 5)
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn")))

@@ -1,0 +1,482 @@
+"""HintModule: what each stage computes, trains and charts, and going on from inside either."""
+
+import copy
+import csv
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_lightning import DistillModule, HintModule, InputError, SoftWeightAnnealing, Teacher
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.models import DigitsCNN, FitNet
+
+HINTS = {"5": "5"}  # of DigitsCNN: the second ReLU, (2 * width, 8, 8)
+BELOW = {"0.weight", "1.weight", "1.bias", "3.weight", "4.weight", "4.bias"}
+SHAPE = [1, 8, 8]
+
+
+def part(network, layers):
+    """The first layers of a copy."""
+    return nn.Sequential(*list(copy.deepcopy(network).children())[:layers])
+
+
+def snapshot(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def changed(before, module):
+    return {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+
+
+class Watch(Callback):
+    """The student and the optimiser at the end of every epoch."""
+
+    def __init__(self):
+        self.students, self.optimizers, self.rates, self.states = [], [], [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.states.append(None)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            (optimizer,) = trainer.optimizers
+            self.states[-1] = len(optimizer.state)
+            self.rates.append(optimizer.param_groups[0]["lr"])
+            self.optimizers.append((type(optimizer), {id(p) for g in optimizer.param_groups for p in g["params"]}))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.students.append(snapshot(pl_module.student))
+
+
+class TestObjective:
+    def test_stage_one_by_hand(self, student, teacher):
+        torch.manual_seed(3)
+        regressors = {"5": nn.Conv2d(8, 16, 1), "2": nn.Conv2d(4, 8, 1)}
+        module = HintModule(student, teacher, {"5": "5", "2": "2"}, 1, regressors=regressors).eval()
+        x = torch.rand(3, 1, 8, 8)
+        loss = module.training_step((x, torch.tensor([0, -100, 3])), 0)  # without a Trainer
+        expected = 0.0
+        for layer in (5, 2):
+            mine = part(student, layer + 1).double()(x.double())
+            weight, bias = (t.double() for t in regressors[str(layer)].parameters())
+            regressed = torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], mine) + bias[:, None, None]
+            hint = part(teacher, layer + 1).double()(x.double())
+            expected += ((regressed - hint) ** 2).sum().item() / 2 / 3
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        loss.backward()
+        assert {name for name, p in student.named_parameters() if p.grad is not None} == BELOW
+
+    def test_stage_two_is_distillation(self, student, teacher):
+        x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, -100, 3, 1])
+        module = HintModule(
+            student, teacher, HINTS, 1, soft_weight=0.31, soft_loss=SoftTargetLoss(3.0), input_shape=SHAPE
+        )
+        plain = DistillModule(copy.deepcopy(student), teacher, soft_weight=0.31, soft_loss=SoftTargetLoss(3.0))
+        module.distilling = True
+        assert torch.equal(module.training_step((x, y), 0), plain.training_step((x, y), 0))
+
+    def test_joint_adds_the_weighted_hint(self, student, teacher):
+        x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, -100, 3, 1])
+        module = HintModule(student, teacher, HINTS, 0, hint_weight=0.01, input_shape=SHAPE).eval()
+        hint = module.hint_loss(module.regressors["0"](part(student, 6)(x)), part(teacher, 6)(x))
+        plain = DistillModule(student, teacher).eval().training_step((x, y), 0)
+        assert module.training_step((x, y), 0).item() == pytest.approx((plain + 0.01 * hint).item(), rel=1e-5)
+
+    def test_the_teacher_sees_its_own_inputs_and_stays_in_eval_mode(self, student, teacher):
+        seen = []
+
+        class Half(nn.Module):
+            def forward(self, x):
+                seen.append(x.shape)
+                return x / 2
+
+        module = HintModule(student, Teacher(teacher, preprocess=Half()), HINTS, 1, input_shape=SHAPE)
+        before = snapshot(teacher)
+        teacher.train()
+        x = torch.rand(3, 1, 8, 8)
+        module.eval()
+        loss = module.training_step((x, torch.zeros(3, dtype=torch.long)), 0)
+        hint = part(teacher, 6).eval()(x / 2)
+        assert loss.item() == pytest.approx(
+            module.hint_loss(module.regressors["0"](part(student, 6)(x)), hint).item(), rel=1e-5
+        )
+        assert seen == [(4, 1, 8, 8), (3, 1, 8, 8)]
+        assert not changed(before, teacher)
+
+    def test_no_stage_one_is_distillation_bit_for_bit(self, quiet_trainer, loader, teacher):
+        ends = []
+        for kind in (partial(HintModule, hints=HINTS, hint_epochs=0), DistillModule):
+            torch.manual_seed(7)
+            module = kind(DigitsCNN(4, dropout=0.5), teacher)
+            quiet_trainer(max_epochs=2).fit(module, loader())
+            ends.append(snapshot(module))
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
+
+
+class TestStages:
+    def test_what_each_trains(self, quiet_trainer, loader, student, teacher):
+        watch, before = Watch(), snapshot(student)
+        module = HintModule(
+            student,
+            teacher,
+            HINTS,
+            2,
+            hint_optimizer=partial(SGD, lr=1e-4, momentum=0.9),
+            hint_lr_scheduler=partial(StepLR, step_size=1, gamma=0.5),
+            optimizer=partial(Adam, lr=1e-3),
+            lr_scheduler=partial(StepLR, step_size=1, gamma=0.1),
+        )
+        quiet_trainer(max_epochs=4, callbacks=[watch]).fit(module, loader())
+        statistics = {f"{layer}.{name}" for layer in (1, 4) for name in ("running_mean", "running_var")}
+        counts = {"1.num_batches_tracked", "4.num_batches_tracked"}
+        assert {
+            key for key, v in watch.students[1].items() if not torch.equal(v, before[key])
+        } == BELOW | statistics | counts
+        assert changed(watch.students[1], student) == before.keys()
+        names = {id(p): name for name, p in module.named_parameters()}
+        kinds, trained = zip(*watch.optimizers, strict=True)
+        assert kinds == (SGD, SGD, Adam, Adam)
+        below = {f"student.{name}" for name in BELOW}
+        regressors = {name for name in names.values() if name.startswith("regressors.")}
+        assert {names[p] for p in trained[0]} == below | regressors
+        assert {names[p] for p in trained[2]} == set(names.values()) - regressors
+        assert watch.rates == pytest.approx([1e-4, 5e-5, 1e-3, 1e-4])
+        assert watch.states == [0, len(trained[0]), 0, len(trained[2])]  # an optimiser's state starts empty
+
+    def test_what_lies_above_is_not_computed(self, quiet_trainer, loader, teacher):
+        class Above(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.calls = []
+
+            def forward(self, x):
+                self.calls.append(self.training)
+                return x
+
+        above = Above()
+        first, *rest = DigitsCNN(4).children()
+        layers = [first, *rest[:5], above, *rest[5:]]
+        student = nn.Sequential(*layers)
+        module = HintModule(student, teacher, HINTS, 1)
+        quiet_trainer(max_epochs=2, num_sanity_val_steps=0).fit(module, loader(count=12, batch=4))
+        assert above.calls == [False] + [True] * 3  # the dry pass, and the second epoch's three batches
+
+    def test_statistics_of_a_branch_that_must_be_computed_stay(self, quiet_trainer, loader, teacher):
+        class Branching(nn.Module):
+            """Its head comes first, so stage 1 cannot but run it."""
+
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+                self.guided = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
+                self.top = nn.Linear(4, 10)
+
+            def forward(self, x):
+                head = self.head(x)
+                return head + self.top(self.guided(x).mean((2, 3)))
+
+        student, watch = Branching(), Watch()
+        before = snapshot(student)
+        module = HintModule(student, teacher, {"guided": "5"}, 1)
+        quiet_trainer(max_epochs=2, callbacks=[watch]).fit(module, loader(), loader())
+        same = {key for key, v in watch.students[0].items() if torch.equal(v, before[key])}
+        assert same == {key for key in before if not key.startswith("guided.")}
+        assert changed(watch.students[0], student) >= {"head.2.running_mean", "head.1.weight", "top.weight"}
+        assert all(layer.training for layer in student.modules())
+
+    def test_frozen_layers_stay_frozen(self, quiet_trainer, loader, student, teacher):
+        student[0].requires_grad_(False)
+        before = snapshot(student)
+        quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
+        assert "0.weight" not in changed(before, student)
+        student.requires_grad_(False)
+        with pytest.raises(InputError, match="hints: nothing below the guided layers requires a gradient"):
+            quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
+
+    def test_a_second_fit_starts_over(self, quiet_trainer, loader, student, teacher):
+        module = HintModule(student, teacher, HINTS, 1)
+        quiet_trainer(max_epochs=2).fit(module, loader())
+        watch = Watch()
+        quiet_trainer(max_epochs=2, callbacks=[watch]).fit(module, loader())
+        assert [len(trained) for _, trained in watch.optimizers] == [len(BELOW) + 2, len([*student.parameters()])]
+
+    def test_annealing_starts_with_stage_two(self, quiet_trainer, loader, student, teacher, tmp_path):
+        logger = CSVLogger(tmp_path)
+        module = HintModule(student, teacher, HINTS, 2, soft_weight=0.5)
+        annealing = SoftWeightAnnealing(0.31, 0.10)
+        quiet_trainer(max_epochs=5, callbacks=[annealing], logger=logger, log_every_n_steps=1).fit(module, loader())
+        with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["stage"]]
+        assert [float(row["stage"]) for row in rows] == [1, 1, 2, 2, 2]
+        assert [float(row["soft_weight"]) for row in rows] == pytest.approx([0.31, 0.31, 0.31, 0.205, 0.10])
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+    def test_low_precision(self, quiet_trainer, loader, student, teacher, precision, tmp_path):
+        module = HintModule(student, teacher, HINTS, 1)
+        logger = TensorBoardLogger(tmp_path)
+        trainer = quiet_trainer(max_epochs=2, precision=precision, logger=logger)
+        trainer.fit(module, loader(), loader())
+        assert trainer.callback_metrics["train/hint"].isfinite()
+        assert trainer.callback_metrics["train/soft"].isfinite()
+
+    def test_compiled_student(self, quiet_trainer, loader, teacher):
+        ends = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            student = DigitsCNN(4)
+            student = torch.compile(student, backend="eager") if compiled else student
+            module = HintModule(student, teacher, HINTS, 1)
+            quiet_trainer(max_epochs=2).fit(module, loader())
+            ends.append([*student.state_dict().values()])
+        assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+    def test_averaged_weights(self, quiet_trainer, loader, student, teacher):
+        module = HintModule(student, teacher, HINTS, 1)
+        quiet_trainer(max_epochs=3, callbacks=[EMAWeightAveraging(decay=0.5)]).fit(module, loader())
+        copy.deepcopy(module)
+        assert not any(layer._forward_hooks for layer in [*student.modules(), *teacher.modules()])
+
+
+class TestEndOfStageOne:
+    class Loss(Callback):
+        """Puts a validation hint loss in place of the true one."""
+
+        def __init__(self, values):
+            self.values = iter(values)
+
+        def on_validation_start(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                value = next(self.values, 0.0)
+                pl_module._distances = lambda guided, hints: {"5": torch.tensor(value)}
+
+        def on_validation_end(self, trainer, pl_module):
+            pl_module.__dict__.pop("_distances", None)
+
+    @pytest.mark.parametrize(
+        ("losses", "patience", "begin"),
+        [([5, 4, 4, 3, 2], 1, 3), ([5, 4, 4, 4, 2], 2, 4), ([5, 4, 3, 2, 1], 1, 5), ([5, math.nan, 1], 1, 2)],
+    )
+    def test_patience(self, quiet_trainer, loader, student, teacher, losses, patience, begin):
+        watch = Watch()
+        module = HintModule(student, teacher, HINTS, 5, hint_patience=patience, optimizer=partial(SGD, lr=1e-4))
+        trainer = quiet_trainer(max_epochs=7, callbacks=[watch, self.Loss(losses), SoftWeightAnnealing(0.5, 0.1)])
+        trainer.fit(module, loader(), loader())
+        stages = [len(trained) == len(BELOW) + 2 for _, trained in watch.optimizers]
+        assert stages == [True] * begin + [False] * (7 - begin)
+        assert module.distill_from_epoch == begin
+        assert module.soft_weight == pytest.approx(0.1)
+
+    def test_early_stopping_is_held_in_stage_one(self, quiet_trainer, loader, student, teacher):
+        """Accuracy does not rise before the head learns."""
+        for monitor, mode in (("val/accuracy", "max"), ("val/loss", "min")):
+            stopping = EarlyStopping(monitor, mode=mode, patience=1, min_delta=5.0)  # never better by that much
+            module = HintModule(copy.deepcopy(student), teacher, HINTS, 3)
+            trainer = quiet_trainer(max_epochs=9, callbacks=[stopping])
+            trainer.fit(module, loader(), loader())
+            assert trainer.current_epoch == 5  # the first of stage 2 counts as the best, the next is no better
+
+    def test_run_that_ends_in_stage_one(self, quiet_trainer, loader, student, teacher):
+        module = HintModule(student, teacher, HINTS, 1)
+        with pytest.warns(UserWarning, match="the run ended in stage 1: the student above"):
+            quiet_trainer(max_epochs=2, max_steps=2).fit(module, loader())
+
+    def test_fast_dev_run(self, quiet_trainer, loader, student, teacher):
+        quiet_trainer(fast_dev_run=2).fit(HintModule(student, teacher, HINTS, 5), loader(), loader())
+
+
+class TestCharts:
+    def test_names_and_figures(self, quiet_trainer, loader, student, teacher, tmp_path):
+        board = TensorBoardLogger(tmp_path)
+        module = HintModule(student, teacher, {"5": "5", "2": "8"}, 1)
+        callbacks = [LearningRateMonitor()]
+        quiet_trainer(max_epochs=2, logger=board, callbacks=callbacks, log_every_n_steps=1).fit(
+            module, loader(), loader()
+        )
+        found = EventAccumulator(board.log_dir).Reload()
+        tags = set(found.Tags()["scalars"])
+        hints = {f"{stage}/hint{pair}" for stage in ("train", "val") for pair in ("", "/5", "/2")}
+        assert hints | {"stage", "regressor_parameters", "soft_weight", "train/hard", "train/soft"} <= tags
+        total, first, second = (found.Scalars(f"train/hint{pair}")[0].value for pair in ("", "/5", "/2"))
+        assert total == pytest.approx(first + second, rel=1e-5)
+        (count,) = {event.value for event in found.Scalars("regressor_parameters")}
+        assert count == (8 * 16 + 16) + (4 * 32 * 5 * 5 + 32)
+        images = {f"hints/{pair}/stage_{stage}" for pair in ("5", "2") for stage in (1, 2)}
+        assert images == set(found.Tags()["images"])
+
+    def test_validation_by_hand(self, quiet_trainer, loader, student, teacher):
+        """A mean over all samples, where the last batch is smaller."""
+        module = HintModule(student, teacher, HINTS, 1, optimizer=partial(SGD, lr=0.0))
+        trainer = quiet_trainer(max_epochs=2, limit_train_batches=1)
+        trainer.fit(module, loader(), loader(count=10))
+        x = loader(count=10).dataset.tensors[0]
+        student.eval()
+        # with the statistics as they were at the end of stage 1, which saw one batch
+        module.eval()
+        assert "val/hint" in trainer.callback_metrics
+        student[1].reset_running_stats(), student[4].reset_running_stats()
+        mine = part(student, 6).train()
+        mine(loader().dataset.tensors[0][:4])
+        expected = module.hint_loss(module.regressors["0"](mine.eval()(x)), part(teacher, 6)(x))
+        assert trainer.callback_metrics["val/hint"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6, 7])  # 3 batches an epoch: the boundary is at 6
+    @pytest.mark.parametrize("options", [{}, {"hint_weight": 0.01}, {"hint_patience": 1}], ids=str)
+    def test_anywhere(self, quiet_trainer, loader, teacher, tmp_path, step, options):
+        def run(**kwargs):
+            torch.manual_seed(0)
+            module = HintModule(
+                DigitsCNN(4),
+                teacher,
+                HINTS,
+                2,
+                hint_optimizer=partial(Adam, lr=0.01),
+                lr_scheduler=partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch),
+                **options,
+            )
+            keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+            trainer = quiet_trainer(
+                max_epochs=4, enable_checkpointing=True, callbacks=[keep, SoftWeightAnnealing(0.9, 0.1)]
+            )
+            trainer.fit(module, Rows(), loader(), **kwargs)
+            return module
+
+        whole = run()
+        torch.manual_seed(99)
+        again = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), weights_only=True)
+        assert again.distill_from_epoch == whole.distill_from_epoch
+        assert not changed(snapshot(whole), again)
+
+    def test_file_alone_builds_the_regressors(self, quiet_trainer, loader, student, teacher, tmp_path):
+        module = HintModule(student, teacher, HINTS, 1)
+        trainer = quiet_trainer(max_epochs=2)
+        trainer.fit(module, loader())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        for other in (teacher, None):
+            loaded = HintModule.load_from_checkpoint(tmp_path / "end.ckpt", student=DigitsCNN(4), teacher=other)
+            assert not changed(snapshot(module), loaded)
+            assert loaded.hparams["hints"] == HINTS
+        fresh = HintModule(DigitsCNN(4), None, HINTS, 1)
+        quiet_trainer().test(fresh, loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+        assert not changed(snapshot(student), fresh.student)
+
+    def test_with_other_hints(self, quiet_trainer, loader, student, teacher, tmp_path):
+        trainer = quiet_trainer(max_epochs=2)
+        trainer.fit(HintModule(student, teacher, HINTS, 1), loader())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        other = HintModule(student, teacher, {"2": "2"}, 1)
+        with pytest.raises(InputError, match=r"hints: the checkpoint was trained with \{'5': '5'\}, got \{'2': '2'\}"):
+            quiet_trainer(max_epochs=3).fit(other, loader(), ckpt_path=tmp_path / "end.ckpt")
+
+
+class Rows(DataLoader):
+    """Twelve rows in batches of four that go on where a run stopped in mid-epoch."""
+
+    def __init__(self):
+        x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        super().__init__(TensorDataset(x, torch.arange(12) % 10), 4)
+        self.done, self.start = 0, 0
+
+    def state_dict(self):
+        return {"done": self.done % 3}
+
+    def load_state_dict(self, state):
+        self.start = state["done"]
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= start:
+                self.done = number + 1
+                yield batch
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"hints": {}}, "hints must name at least one pair"),
+            ({"hint_epochs": -1}, "hint_epochs must be at least 0, got -1"),
+            ({"hint_patience": 0}, "hint_patience must be at least 1, got 0"),
+            ({"hint_weight": -0.5}, "hint_weight must be finite and at least 0, got -0.5"),
+            ({"hint_weight": math.nan}, "hint_weight must be finite and at least 0, got nan"),
+            ({"hints": {"55": "5"}}, "hints: layer '55': DigitsCNN has none of that name; nearest: 5"),
+            ({"hints": {"5": "x"}}, "hints: layer 'x': DigitsCNN has none of that name"),
+            ({"regressors": {"2": nn.Identity()}}, "regressors: '2' is no guided layer; hints has 5"),
+            (
+                {"regressors": {"5": nn.Conv2d(8, 15, 1)}},
+                r"regressors: that of 5 gives \[15, 8, 8\] .* 5 is \[16, 8, 8\]",
+            ),
+            ({"regressors": {"5": nn.Conv2d(9, 16, 1)}}, "regressors: one does not fit its layer"),
+            ({"hints": {"5": "11"}}, r"no built-in regressor joins 5 \[8, 8, 8\] to 11 \[32\] \(for one sample\)"),
+            ({"input_shape": [3, 8, 8]}, r"cannot take inputs of shape|expected input"),
+        ],
+        ids=str,
+    )
+    def test_refused_when_built(self, student, teacher, arguments, message):
+        with pytest.raises(InputError, match=message):
+            HintModule(student, teacher, **({"hints": HINTS, "hint_epochs": 1, "input_shape": SHAPE} | arguments))
+
+    def test_layer_that_is_never_reached(self, quiet_trainer, loader, student, teacher):
+        student.spare = nn.Linear(2, 2)
+        student.forward = lambda x: part(student, 14)(x)
+        with pytest.raises(InputError, match="hints: the student's layer spare is never reached in its forward pass"):
+            quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, {"spare": "5"}, 1), loader())
+
+    @pytest.mark.parametrize("epochs", [2, 3])
+    def test_no_time_for_stage_two(self, quiet_trainer, loader, student, teacher, epochs):
+        module = HintModule(student, teacher, HINTS, epochs)
+        with pytest.raises(InputError, match=f"hint_epochs must be below max_epochs, 2, .* got {epochs}"):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_training_without_a_teacher(self, quiet_trainer, loader, student):
+        module = HintModule(student, None, HINTS, 1)
+        quiet_trainer().test(module, loader(), verbose=False)
+        with pytest.raises(InputError, match="teacher=None is for test and predict alone|regressors are not built"):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_optimiser_before_the_regressors(self, student, teacher):
+        with pytest.raises(InputError, match="the regressors are not built yet: give input_shape"):
+            HintModule(student, teacher, HINTS, 1).configure_optimizers()
+
+
+def test_building_regressors_draws_no_random_numbers_of_others(quiet_trainer, student, teacher):
+    """A shuffled loader gives the same batches as under plain distillation."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.first = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.first.append(batch[1].tolist())
+
+    orders = []
+    for kind in (partial(HintModule, hints=HINTS, hint_epochs=1, input_shape=SHAPE), DistillModule):
+        module = kind(copy.deepcopy(student), teacher)
+        data = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 10)
+        seen = Seen()
+        torch.manual_seed(0)
+        quiet_trainer(max_epochs=2, callbacks=[seen]).fit(module, DataLoader(data, 4, shuffle=True))
+        orders.append(seen.first)
+    assert orders[0] == orders[1]
+
+
+def test_thin_and_deep(quiet_trainer, loader, teacher):
+    """Maps that grow smaller, guided by larger ones."""
+    student = FitNet(((4,) * 2, (4,) * 2, (4,) * 2), hidden=None, in_channels=1)
+    module = HintModule(student, teacher, {"stage3": "5", "pool1": "9"}, 1)
+    quiet_trainer(max_epochs=2).fit(module, loader())
+    assert [type(layer).__name__ for layer in module.regressors["0"]] == ["Conv2d", "Upsample"]
