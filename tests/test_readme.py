@@ -1,4 +1,4 @@
-"""The README's two examples, as they stand there."""
+"""The README's examples, as they stand there."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,9 @@ from torchvision.models import resnet18
 from kd_lightning.__main__ import main
 
 
-def block(root, language):
-    found = re.findall(
-        rf"<!-- run by tests/test_readme.py -->\n```{language}\n(.*?)```", (root / "README.md").read_text(), re.S
-    )
-    assert len(found) == 1
-    return found[0]
+def blocks(root, language):
+    text = (root / "README.md").read_text()
+    return re.findall(rf"<!-- run by tests/test_readme.py -->\n```{language}\n(.*?)```", text, re.S)
 
 
 def test_yaml(root, tmp_path, monkeypatch):
@@ -27,7 +24,8 @@ def test_yaml(root, tmp_path, monkeypatch):
             write_png(torch.randint(256, (3, 70, 80), dtype=torch.uint8), str(image))
     teacher = {f"net.{key}": tensor for key, tensor in resnet18(num_classes=3).state_dict().items()}
     torch.save({"state_dict": teacher}, "teacher.ckpt")
-    Path("photos.yaml").write_text(block(root, "yaml"))
+    (text,) = blocks(root, "yaml")
+    Path("photos.yaml").write_text(text)
     main(["fit", "--config", "photos.yaml", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"])
     main(["test", "--config", "photos.yaml", "--ckpt_path", "last"])
     assert Path("runs/photos/version_0/student.safetensors").is_file()
@@ -35,5 +33,9 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block(root, "python"), "README.md", "exec"), {})
+    first, hints = blocks(root, "python")
+    exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
+    names = {}
+    exec(compile(hints, "README.md", "exec"), names)
+    assert names["module"].distilling
