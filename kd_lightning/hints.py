@@ -60,7 +60,7 @@ class Regressors(nn.ModuleDict):
             InputError: If a layer is never reached, if no built-in regressor joins a pair, or if a given one does not.
         """
         parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        with dry(student), dry(self), torch.enable_grad():
+        with dry(student), dry(self), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             with capture(student, [*self.hints]) as guided:
                 student(x)
             with capture(teacher.network, [*self.hints.values()]) as hints:
@@ -77,8 +77,8 @@ class Regressors(nn.ModuleDict):
             self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device, outputs[0][0].dtype)
             try:
                 pairs = self.pairs(guided, hints)
-            except RuntimeError as error:
-                raise InputError(f"regressors: one does not fit its layer: {str(error).splitlines()[0]}") from error
+            except Exception as error:  # a given one may raise anything
+                raise InputError(f"regressors: one does not fit its layer: {_line(error)}") from error
         for name, (regressed, hint) in pairs.items():
             if regressed.shape != hint.shape:
                 raise InputError(
@@ -129,6 +129,10 @@ class Regressors(nn.ModuleDict):
     def size(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reached(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
@@ -222,7 +226,7 @@ def hint_figure(hint: Tensor, regressed: Tensor, title: str, samples: int = 2, c
     hint, regressed = (t[:samples].detach().float().cpu() for t in (hint, regressed))
     if hint.ndim < 4:
         hint, regressed = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (hint, regressed))
-    chosen = hint.var(dim=(0, 2, 3)).topk(min(channels, hint.shape[1])).indices
+    chosen = hint.var(dim=(0, 2, 3), correction=0).topk(min(channels, hint.shape[1])).indices
     figure, axes = plt.subplots(
         2 * len(hint), len(chosen), squeeze=False, figsize=(1.3 * len(chosen) + 0.8, 2.6 * len(hint) + 0.4)
     )
@@ -231,7 +235,7 @@ def hint_figure(hint: Tensor, regressed: Tensor, title: str, samples: int = 2, c
         axis[0].set_ylabel(("hint", "regressed")[row % 2])
         for column, channel in enumerate(chosen):
             low, high = hint[row // 2][channel].aminmax()
-            axis[column].imshow(source[channel], vmin=float(low), vmax=float(high), aspect="auto")
+            axis[column].imshow(source[channel].numpy(), vmin=float(low), vmax=float(high), aspect="auto")
             axis[column].set(xticks=[], yticks=[])
             if row == 0:
                 axis[column].set_title(f"channel {channel}" if hint.shape[1] > 1 else "", fontsize=8)

@@ -65,7 +65,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     """
     layers = [find_layer(network, name) for name in names]
     outputs: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}
+    versions: dict[str, int] = {}  # rise with each change in place
     handles = []
 
     def keep(name: str) -> Any:
@@ -73,7 +73,9 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise InputError(f"layer {name} gives no tensor, but {kind}; choose a layer inside it or after it")
-            outputs[name], versions[name] = output, output._version
+            outputs[name] = output
+            if not output.is_inference():  # those have no version
+                versions[name] = output._version
             if stop and len(outputs) == len(set(names)):
                 raise _Reached
 
@@ -92,8 +94,8 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
         finally:
             for handle in handles:
                 handle.remove()
-    for name, output in outputs.items():
-        if output._version != versions[name]:
+    for name, version in versions.items():
+        if outputs[name]._version != version:
             raise InputError(f"layer {name}: its output is changed in place by a later layer; choose that one instead")
 
 

@@ -338,7 +338,7 @@ class TestMeasure:
 
     @pytest.mark.parametrize("fault", [None, "joined", "given"])
     def test_leaves_everything_as_it_was(self, student, teacher, fault):
-        student.stem[1].eval()
+        student.stem[0].eval()  # BatchNorm and dropout train
         given = nn.Sequential(nn.BatchNorm2d(5), nn.Conv2d(5, 9 if fault == "given" else 8, 1), nn.Dropout(0.5))
         given[2].eval()
         networks = {"student": student, "teacher": teacher.network, "given": given}
@@ -370,10 +370,16 @@ class TestMeasure:
         assert measured(student, teacher, {"mid": "top"}).below == MID
 
     def test_built_regressors_train_and_depend_on_the_seed_alone(self, student, teacher):
+        hints = {"mid": "top", "deep": "top"}
         torch.manual_seed(5)
-        one = measured(student, teacher, {"mid": "top"})
-        other = measured(student, teacher, {"mid": "top"}, x=X + 1)
+        one = measured(student, teacher, hints)
+        torch.rand(7)  # however much was drawn
+        generator = torch.get_rng_state()
+        other = measured(student, teacher, hints, x=X + 1)
+        assert torch.equal(torch.get_rng_state(), generator) and torch.initial_seed() == 5
         assert torch.equal(one["0"][0].weight, other["0"][0].weight)
+        assert torch.equal(one["1"][0].weight, other["1"][0].weight)
+        assert not torch.equal(one["0"][0].bias, one["1"][0].bias)  # one after the other
         assert all(module.training for module in one.modules())
         assert all(p.requires_grad for p in one.parameters())
         torch.manual_seed(6)
@@ -415,17 +421,25 @@ class TestRegressors:
         torch.save({"joins": regressors.joins, "state": regressors.state_dict()}, tmp_path / "r.pt")
         saved = torch.load(tmp_path / "r.pt", weights_only=True)
         again = Regressors(self.HINTS, given())
-        again.build(saved["joins"], torch.device("cpu"))
+        again.build(saved["joins"], torch.device("cpu"), torch.float32)
         again.load_state_dict(saved["state"])
         assert again.joins == regressors.joins and again.describe() == regressors.describe()
         student.eval()
         one, other = run(regressors, student, teacher), run(again, student, teacher)
         assert all(torch.equal(one[name][0], other[name][0]) for name in self.HINTS)
 
-    def test_built_where_they_are_asked_for(self):
+    @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
+    def test_built_where_and_as_they_are_asked_for(self, device, dtype):
         regressors = Regressors({"a.b": "c"})
-        regressors.build([([4, 3, 3], [2, 2, 2])], torch.device("meta"))
-        assert {p.device.type for p in regressors.parameters()} == {"meta"}
+        generator = torch.get_rng_state()
+        with torch.device("meta"):  # whatever the default is
+            regressors.build([([4, 3, 3], [2, 2, 2])], torch.device(device), dtype)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert {(p.device.type, p.dtype) for p in regressors.parameters()} == {(device, dtype)}
+
+    def test_built_in_the_dtype_of_the_student(self, student, teacher):
+        regressors = measured(student.double(), teacher.double(), self.HINTS, x=X.double())
+        assert {p.dtype for p in regressors.parameters()} == {torch.float64}
 
     def test_no_pairs(self):
         with pytest.raises(InputError, match="hints must name at least one pair, {guided layer: hint layer}, got none"):

@@ -43,5 +43,5 @@ class HintLoss(nn.Module):
                 f"hint and regressed map must have one shape, got {[*hint.shape]} and {[*regressed.shape]}"
             )
         kind = torch.promote_types(regressed.dtype, torch.float32)
-        distance = (hint.detach().to(kind) - regressed.to(kind)).square().flatten(1).sum(dim=1) / 2
+        distance = (hint.detach().to(kind) - regressed.to(kind)).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
         return reduce_rows(distance, self.reduction)

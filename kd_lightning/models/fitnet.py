@@ -64,5 +64,5 @@ class FitNet(nn.Sequential):
         layers["flatten"] = nn.Flatten()
         if hidden is not None:
             layers["hidden"] = block(nn.Linear, channels, hidden)
-        layers["fc"] = nn.Linear(hidden or channels, num_classes)
+        layers["fc"] = nn.Linear(channels if hidden is None else hidden, num_classes)
         super().__init__(layers)

@@ -49,7 +49,8 @@ class HintModule(DistillModule):
         student: The network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a ``Teacher`` around it; None for ``test`` and ``predict`` alone.
         hints: For each guided layer of the student the teacher's hint layer, by dotted path. Theirs must be tensors:
-            maps (B, C, H, W), tokens (B, N, C) or vectors (B, C). ``python -m kd_lightning layers`` lists them.
+            maps (B, C, H, W), tokens (B, N, C) or vectors (B, C); maps (B, H, W, C), as Swin's, need a regressor of
+            their own. ``python -m kd_lightning layers`` lists them.
         hint_epochs: Length of stage 1; 0 is plain distillation.
         hint_optimizer: Of stage 1, takes the parameters. None: ``optimizer``.
         hint_lr_scheduler: Of stage 1, takes the optimiser. None: a constant learning rate.
@@ -141,7 +142,7 @@ class HintModule(DistillModule):
         except RuntimeError as error:
             if isinstance(error, InputError):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"hints: the networks cannot take inputs of shape {[*x.shape]}: {reason}") from error
 
     # The objective.
