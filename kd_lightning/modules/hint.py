@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -121,6 +120,7 @@ class HintModule(DistillModule):
         self.hint_weight = hint_weight
         self.hint_loss = HintLoss()
         self._joint = hint_weight > 0
+        self._hinting = self._joint or hint_epochs > 0  # else it is plain distillation
         self._examples: Tensor | None = None
         self._held: list[nn.Module] = []  # BatchNorm layers above the guided ones
         self._means: dict[str, MeanMetric] = {}
@@ -134,8 +134,8 @@ class HintModule(DistillModule):
         self._best, self._waited = math.inf, 0
 
     def _measure(self, x: Tensor) -> None:
-        """Build the regressors; plain distillation has none, and draws no random numbers for them."""
-        if self.teacher is None or not (self.hint_epochs or self._joint):
+        """Build the regressors from inputs (B, ...)."""
+        if self.teacher is None or not self._hinting:
             return
         try:
             self.regressors.measure(self.student, self.teacher, x.to(self.device))
@@ -157,7 +157,7 @@ class HintModule(DistillModule):
             with capture(self.student, [*self.regressors.hints], stop=True) as guided:
                 self(batch.x)
             value = self._hint_term(guided, self._hints(batch), len(batch))
-            return {"hint": Term(1.0, self._reaching_all(value, self._trained()))}
+            return {"hint": Term(1.0, self._reaching_all(value))}
         if self._joint:
             layers = [*self.regressors.hints.values()]
             with (
@@ -168,7 +168,7 @@ class HintModule(DistillModule):
             return terms | {"hint": Term(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
         terms = super().losses(batch)
         weight, value = terms["soft"]
-        return terms | {"soft": Term(weight, self._reaching_all(value, self._trained()))}
+        return terms | {"soft": Term(weight, self._reaching_all(value))}
 
     def _hints(self, batch: Batch) -> dict[str, Tensor]:
         """The teacher's hints; what lies above is not computed."""
@@ -194,11 +194,11 @@ class HintModule(DistillModule):
         below = [p for name, p in self.student.named_parameters() if name in self.regressors.below]
         return [*below, *self.regressors.parameters()]
 
-    def _reaching_all(self, value: Tensor, trained: Iterable[nn.Parameter]) -> Tensor:
+    def _reaching_all(self, value: Tensor) -> Tensor:
         """Under DDP, which waits for a gradient of every parameter: those that do not train get zeros."""
         if self._trainer is None or not isinstance(self.trainer.strategy, DDPStrategy):
             return value
-        reached = {id(p) for p in trained}
+        reached = {id(p) for p in self._trained()}
         rest = [(p * 0).sum().to(value.dtype) for p in self.parameters() if p.requires_grad and id(p) not in reached]
         return torch.stack([value, *rest]).sum()
 
@@ -220,7 +220,7 @@ class HintModule(DistillModule):
 
     def configure_model(self) -> None:
         """Build the regressors, now that the data are at hand."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self._hinting and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._examples = self._first_images()
             self._measure(self._examples)
 
