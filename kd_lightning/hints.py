@@ -39,17 +39,15 @@ class Regressors(nn.ModuleDict):
         if unknown := [name for name in given or {} if name not in hints]:
             raise InputError(f"regressors: {unknown[0]!r} is no guided layer; hints has {', '.join(hints)}")
         super().__init__({str([*hints].index(name)): module for name, module in (given or {}).items()})
-        self.hints = dict(hints)
+        self.hints = {str(guided): str(hint) for guided, hint in hints.items()}
         self.joins: list[Join] = []
         self.below: frozenset[str] = frozenset()  # the student's parameters up to its guided layers
 
-    def check_names(self, student: nn.Module, teacher: Teacher | None) -> None:
-        """Raise InputError unless the networks have the layers."""
+    def _check_names(self, student: nn.Module, teacher: Teacher) -> None:
         for guided, hint in self.hints.items():
-            for network, name in ((student, guided), (teacher and teacher.network, hint)):
+            for network, name in ((student, guided), (teacher.network, hint)):
                 try:
-                    if network is not None:
-                        find_layer(network, name)
+                    find_layer(network, name)
                 except InputError as error:
                     raise InputError(f"hints: {error}") from error
 
@@ -59,7 +57,17 @@ class Regressors(nn.ModuleDict):
         Raises:
             InputError: If a layer is never reached, if no built-in regressor joins a pair, or if a given one does not.
         """
-        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._check_names(student, teacher)
+        parameters = dict(student.named_parameters())
+        frozen = [p for p in parameters.values() if not p.requires_grad]
+        student.requires_grad_(True)  # what lies below does so whether it trains or not
+        try:
+            self._measure(student, teacher, x, parameters)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    def _measure(self, student: nn.Module, teacher: Teacher, x: Tensor, parameters: dict[str, nn.Parameter]) -> None:
         with dry(student), dry(self), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             with capture(student, [*self.hints]) as guided:
                 student(x)
@@ -78,7 +86,7 @@ class Regressors(nn.ModuleDict):
             try:
                 pairs = self.pairs(guided, hints)
             except Exception as error:  # a given one may raise anything
-                raise InputError(f"regressors: one does not fit its layer: {_line(error)}") from error
+                raise InputError(f"regressors: one does not fit its layer: {first_line(error)}") from error
         for name, (regressed, hint) in pairs.items():
             if regressed.shape != hint.shape:
                 raise InputError(
@@ -131,7 +139,8 @@ class Regressors(nn.ModuleDict):
         return sum(p.numel() for p in self.parameters())
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

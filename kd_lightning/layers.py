@@ -41,8 +41,7 @@ class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
 def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of layers while inside; no hook stays behind.
 
-    A layer that is called several times gives its last output. One that is not called is absent. A network under
-    ``torch.compile`` runs uncompiled inside.
+    A layer that is not called is absent. A network under ``torch.compile`` runs uncompiled inside.
 
     Args:
         network: Whose layers they are.
@@ -55,7 +54,8 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
 
     Raises:
         InputError: For a name that the network does not have, with the nearest ones; for an output that is no tensor,
-            or that a later layer changes in place.
+            or that a later layer changes in place; for a layer that is called more than once (with ``stop`` the pass
+            may have ended before that is seen).
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with capture(network, ["1"], stop=True) as outputs:
@@ -63,6 +63,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     >>> outputs["1"].shape
     torch.Size([5, 3])
     """
+    names = [*dict.fromkeys(names)]
     layers = [find_layer(network, name) for name in names]
     outputs: dict[str, Tensor] = {}
     versions: dict[str, int] = {}  # rise with each change in place
@@ -73,10 +74,12 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise InputError(f"layer {name} gives no tensor, but {kind}; choose a layer inside it or after it")
+            if name in outputs:
+                raise InputError(f"layer {name} is called more than once in a pass; choose a layer around it")
             outputs[name] = output
             if not output.is_inference():  # those have no version
                 versions[name] = output._version
-            if stop and len(outputs) == len(set(names)):
+            if stop and len(outputs) == len(names):
                 raise _Reached
 
         return hook

@@ -67,21 +67,25 @@ class TestCapture:
         assert torch.equal(copy.deepcopy(network)(X), before)
         assert torch.equal(torch.compile(network, backend="eager")(X), before)
 
-    def test_last_call_counts_and_an_uncalled_layer_is_absent(self):
+    def test_an_uncalled_layer_is_absent_and_one_called_twice_refused(self):
         class Twice(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.shared, self.unused = nn.Tanh(), nn.Tanh()
+                self.shared, self.once, self.unused = nn.Tanh(), nn.Tanh(), nn.Tanh()
 
             def forward(self, x):
-                return self.shared(self.shared(x))
+                return self.once(self.shared(self.shared(x)))
 
         twice = Twice()
-        with capture(twice, ["shared", "unused"], stop=True) as outputs:
+        with capture(twice, ["once", "unused"], stop=True) as outputs:
             out = twice(X)
-        assert outputs.keys() == {"shared"}
-        assert torch.equal(outputs["shared"], X.tanh().tanh())
-        assert torch.equal(out, X.tanh().tanh())  # never complete, so the pass ran to its end
+        assert outputs.keys() == {"once"}
+        assert torch.equal(out, X.tanh().tanh().tanh())  # never complete, so the pass ran to its end
+        with (
+            pytest.raises(InputError, match="layer shared is called more than once in a pass; choose a layer around"),
+            capture(twice, ["shared"]),
+        ):
+            twice(X)
 
     def test_a_name_twice(self, network):
         with capture(network, ["0", "0"], stop=True) as outputs:

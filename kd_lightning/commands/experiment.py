@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from kd_lightning.cli import DistillCLI, build
@@ -81,8 +82,10 @@ def twin_of(method: Config) -> Config:
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
-    kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
     arguments = method["model"]["init_args"]
+    if arguments.get("hint_epochs") and arguments.get("lr_scheduler"):
+        rank_zero_warn("lr_scheduler is made for stage 2; the student alone follows it over all epochs")
+    kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
     twin["name"] = f"{method['name']}_alone"
     twin["model"] = {
         "class_path": "kd_lightning.SupervisedModule",

@@ -25,7 +25,7 @@ class FitNet(nn.Sequential):
     Args:
         stages: Channels of each convolution, by stage. The default is the paper's FitNet 4.
         hidden: Units of the hidden layer; None: there is none.
-        maxout: The paper's maxout of two pieces after each of these layers, which then have twice the weights. False:
+        maxout: Maxout of two pieces after each of these layers, as in the paper's convolutions. False:
             ReLU, with which such networks are harder still to train.
         in_channels: Channels of the images.
         num_classes: Number of logits.

@@ -6,27 +6,28 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.hints import Regressors, hint_figure
+from kd_lightning.hints import Regressors, first_line, hint_figure
 from kd_lightning.layers import capture, dry
 from kd_lightning.losses import HintLoss
 from kd_lightning.losses.logits import Task, check_weight
 from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.stages import forget_best, hold_early_stopping
 from kd_lightning.modules.supervised import Term
 
 EXAMPLES = 4  # images for the dry pass and the figures
@@ -42,7 +43,11 @@ class HintModule(DistillModule):
 
     Charts what :class:`DistillModule` does, and ``stage`` (1 or 2), ``train/hint`` (the sum over the pairs),
     ``train/hint/<guided>``, the same for ``val``, ``regressor_parameters``, and at the end of each stage a figure of
-    hint maps above the student's. In stage 1 an ``EarlyStopping`` callback is held.
+    hint maps above the student's. ``val/hint`` pools several loaders, and runs the teacher up to its hints each time.
+    In stage 1 ``EarlyStopping`` is held; what a ``ModelCheckpoint`` found best there is forgotten at its end.
+
+    A resume is exact in either stage and at the boundary; only ``hint_patience`` misses the validation that Lightning
+    leaves out after a checkpoint of an epoch's last step.
 
     Args:
         student: The network to train, see :class:`SupervisedModule`.
@@ -52,14 +57,16 @@ class HintModule(DistillModule):
             their own. ``python -m kd_lightning layers`` lists them.
         hint_epochs: Length of stage 1; 0 is plain distillation.
         hint_optimizer: Of stage 1, takes the parameters. None: ``optimizer``.
-        hint_lr_scheduler: Of stage 1, takes the optimiser. None: a constant learning rate.
+        hint_lr_scheduler: Of stage 1, takes the optimiser; ReduceLROnPlateau follows ``val/hint``. None: a constant
+            learning rate.
         hint_patience: Stage 1 ends earlier after so many validations without a lower ``val/hint``.
         hint_weight: Above 0 the hint term stays on in stage 2, with this weight: one joint stage where ``hint_epochs``
             is 0, as most libraries have it. The paper found that this fails on thin deep students. The term sums over
             all entries of a map: a weight of about 1 over their number puts it beside the others.
         regressors: By guided layer, from its output to the hint's shape; the others are built, see
             :func:`~kd_lightning.hints.build_regressor`. They are trained, and are no part of the deployed student.
-        input_shape: Of one sample, to build the regressors from. None: they are built when the data are at hand.
+        input_shape: Of one sample, to build the regressors from. None: they are built from the first training images
+            when the fit begins.
         soft_loss: See :class:`DistillModule`, as for all that follow.
         soft_weight: w in [0, 1]; FitNets' lambda 4 to 1 at temperature 3 is 0.31 to 0.10.
         task: See :class:`SupervisedModule`.
@@ -112,7 +119,6 @@ class HintModule(DistillModule):
         check_weight("hint_weight", hint_weight)
         self.save_hyperparameters("hints", "hint_epochs", "hint_patience", "hint_weight", "input_shape")
         self.regressors = Regressors(hints, regressors)
-        self.regressors.check_names(student, self.teacher)
         self.hint_epochs = hint_epochs
         self.hint_optimizer = hint_optimizer
         self.hint_lr_scheduler = hint_lr_scheduler
@@ -140,10 +146,8 @@ class HintModule(DistillModule):
         try:
             self.regressors.measure(self.student, self.teacher, x.to(self.device))
         except RuntimeError as error:
-            if isinstance(error, InputError):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"hints: the networks cannot take inputs of shape {[*x.shape]}: {reason}") from error
+            reason = f"the networks cannot take inputs of shape {[*x.shape]}: {first_line(error)}"
+            raise InputError(f"hints: {reason}") from error
 
     # The objective.
 
@@ -208,10 +212,15 @@ class HintModule(DistillModule):
         """Check the stages' lengths, and start with the first."""
         super().setup(stage)
         self._means.clear()
-        self._held.clear()
         if stage != TrainerFn.FITTING:
             return
+        self._release()  # of a fit that a fault ended
         self._start_over()
+        for callback in self.trainer.early_stopping_callbacks:
+            monitor = str(getattr(callback, "monitor", ""))
+            if "/hint" in monitor and not self._joint:
+                raise InputError(f"EarlyStopping on {monitor} would end the run: hint_patience ends stage 1")
+        hold_early_stopping(self.trainer.early_stopping_callbacks, lambda: not self.distilling)
         last = self.trainer.max_epochs
         if last is not None and 0 <= last <= self.hint_epochs and not getattr(self.trainer, "fast_dev_run", False):
             raise InputError(
@@ -220,40 +229,61 @@ class HintModule(DistillModule):
 
     def configure_model(self) -> None:
         """Build the regressors, now that the data are at hand."""
-        if self._hinting and self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._examples = self._first_images()
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if not fitting or not self._hinting or self.regressors.below:
+            return
+        with isolate_rng(), torch.device("cpu"):  # here Lightning makes the accelerator torch's default
+            try:
+                self._examples = self._first_images()
+            except Exception as error:
+                reason = f"cannot look at the first training images ({first_line(error)}); give input_shape"
+                raise InputError(f"hints: {reason}") from error
             self._measure(self._examples)
 
     def _first_images(self) -> Tensor:
         """A few of the training images; of an ordinary loader without its workers."""
-        with torch.random.fork_rng(devices=[]):
-            # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
-            loader: Any = self.trainer.fit_loop._data_source.dataloader()
-            loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
-            while isinstance(loader, list | tuple | dict):
-                loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-            data: Any = getattr(loader, "dataset", None)
-            if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(data, "__len__"):
-                return Batch.of(loader.collate_fn([data[n] for n in range(min(EXAMPLES, len(data)))])).x
-            return Batch.of(next(iter(loader))).x[:EXAMPLES]
+        # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
+        loader: Any = self.trainer.fit_loop._data_source.dataloader()
+        loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
+        while isinstance(loader, list | tuple | dict):
+            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+        data: Any = getattr(loader, "dataset", None)
+        if (
+            isinstance(loader, DataLoader)
+            and not isinstance(data, IterableDataset)
+            and loader.batch_sampler is not None
+        ):
+            batch = loader.collate_fn([data[n] for n in range(min(EXAMPLES, len(data)))])
+        else:
+            batch = next(iter(loader))
+        batch = self._apply_batch_transfer_handler(self._on_before_batch_transfer(batch), self.device)
+        return Batch.of(batch).x[:EXAMPLES]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The current stage's optimiser and scheduler, over what it trains."""
         if self.distilling:
             return self.optimization(self._trained(), self.optimizer, self.lr_scheduler)
-        if not self.regressors.below:
-            raise InputError(
-                "hints: nothing below the guided layers requires a gradient"
-                if self.regressors.joins
-                else "the regressors are not built yet: give input_shape, or leave it to Trainer.fit"
-            )
-        return self.optimization(self._trained(), self.hint_optimizer or self.optimizer, self.hint_lr_scheduler)
+        trained = self._trained()
+        if not self.regressors.below or not any(p.requires_grad for p in trained[: len(self.regressors.below)]):
+            reason = "hints: nothing below the guided layers requires a gradient"
+            if not self.regressors.below:
+                reason = "the regressors are not built yet: give input_shape, or leave it to Trainer.fit"
+            raise InputError(reason)
+        optimizer = self.hint_optimizer or self.optimizer
+        return self.optimization(trained, optimizer, self.hint_lr_scheduler, monitor="val/hint")
 
     def on_train_start(self) -> None:
         """Tell what was built, and begin; a run that goes on in an epoch has no other call before its first step."""
         if self.regressors.joins:
             rank_zero_info(self.regressors.describe())
+        if self.hint_patience is not None and not self.trainer.enable_validation:
+            raise InputError("hint_patience needs validation data, whose hint loss it watches")
         self._enter_stage()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep a few images for the figures."""
+        if self._examples is None and self._hinting:
+            self._examples = Batch.of(batch).x[:EXAMPLES].detach()
 
     def on_train_epoch_start(self) -> None:
         """Go over to stage 2 when it is time."""
@@ -270,9 +300,8 @@ class HintModule(DistillModule):
             return
         self._show("stage_1")
         self._release()
-        self._restart_early_stopping()
         self.distilling = True
-        self.distill_from_epoch = self.trainer.current_epoch
+        forget_best(self.trainer.checkpoint_callbacks)
         for parameter in self.parameters():
             parameter.grad = None
         self.trainer.strategy.setup_optimizers(self.trainer)
@@ -320,7 +349,7 @@ class HintModule(DistillModule):
     # Validation: the hint loss, and the end of stage 1 by it.
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if not fitting or (self.distilling and not self._joint):
             super()._evaluate(stage, batch, batch_idx, dataloader_idx)
             return
@@ -329,7 +358,9 @@ class HintModule(DistillModule):
             super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         values = {f"val/hint/{name}": value for name, value in self._distances(guided, self._hints(batch)).items()}
         for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
-            self._means.setdefault(name, MeanMetric().to(value.device)).update(value, len(batch))
+            if name not in self._means:
+                self._means[name] = MeanMetric().to(value.device)
+            self._means[name].update(value, len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures, and end stage 1 where its loss falls no more."""
@@ -339,22 +370,10 @@ class HintModule(DistillModule):
         self.log_dict(values, sync_dist=True)
         if self.distilling or self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._restart_early_stopping()
         loss = float(values.get("val/hint", math.nan))
         self._best, self._waited = (loss, 0) if loss < self._best else (self._best, self._waited + 1)
         if self.hint_patience is not None and self._waited >= self.hint_patience:
             self.distill_from_epoch = min(self.distill_from_epoch, self.trainer.current_epoch + 1)
-
-    def on_train_epoch_end(self) -> None:
-        """Hold early stopping that looks at training figures."""
-        if not self.distilling:
-            self._restart_early_stopping()
-
-    def _restart_early_stopping(self) -> None:
-        """Whatever comes next is the best so far: stage 1 says nothing about accuracy."""
-        for callback in self.trainer.early_stopping_callbacks:
-            if isinstance(callback, EarlyStopping):
-                callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
 
     # Checkpoints.
 

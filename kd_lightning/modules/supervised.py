@@ -277,8 +277,12 @@ class SupervisedModule(LightningModule):
         parameters: Iterable[nn.Parameter],
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
+        monitor: str = "val/loss",
     ) -> OptimizerLRScheduler:
-        """An optimiser over what of the parameters requires a gradient, and its scheduler."""
+        """An optimiser over what of the parameters requires a gradient, and its scheduler.
+
+        ReduceLROnPlateau follows ``monitor`` where it names none itself.
+        """
         try:
             built = optimizer([p for p in parameters if p.requires_grad])
         except (TypeError, ValueError) as error:
@@ -291,7 +295,7 @@ class SupervisedModule(LightningModule):
             raise InputError(f"lr_scheduler: {error}") from error
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = getattr(scheduler, "monitor", "val/loss")
+            config["monitor"] = getattr(scheduler, "monitor", monitor)
         return {"optimizer": built, "lr_scheduler": config}  # type: ignore[return-value]
 
 

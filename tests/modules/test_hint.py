@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import LambdaLR, StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kd_lightning import DistillModule, HintModule, InputError, SoftWeightAnnealing, Teacher
 from kd_lightning.losses import SoftTargetLoss
@@ -205,6 +205,33 @@ class TestStages:
         with pytest.raises(InputError, match="hints: nothing below the guided layers requires a gradient"):
             quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
 
+    def test_a_fault_in_stage_one_leaves_no_layer_in_eval_mode(self, quiet_trainer, loader, student, teacher):
+        class Fault(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                raise ZeroDivisionError
+
+        module = HintModule(student, teacher, HINTS, 1)
+        with pytest.raises(ZeroDivisionError):
+            quiet_trainer(max_epochs=2, callbacks=[Fault()]).fit(module, loader())
+        assert not student[8].training
+        quiet_trainer(max_epochs=2).fit(module, loader())
+        assert all(layer.training for layer in student.modules())
+
+    def test_going_on_with_the_same_trainer_keeps_the_boundary(self, quiet_trainer, loader, student, teacher):
+        module, trainer = HintModule(student, teacher, HINTS, 1), quiet_trainer(max_epochs=2)
+        trainer.fit(module, loader())
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(module, loader())
+        assert (module.distilling, module.distill_from_epoch, trainer.current_epoch) == (True, 1, 4)
+
+    def test_frozen_statistics_below_go_on(self, quiet_trainer, loader, student, teacher):
+        student[1].requires_grad_(False)
+        watch, before = Watch(), snapshot(student)
+        quiet_trainer(max_epochs=2, callbacks=[watch]).fit(HintModule(student, teacher, HINTS, 1), loader())
+        assert not torch.equal(watch.students[0]["1.running_mean"], before["1.running_mean"])
+        assert torch.equal(watch.students[0]["1.weight"], before["1.weight"])
+        assert torch.equal(watch.students[0]["8.running_mean"], before["8.running_mean"])
+
     def test_a_second_fit_starts_over(self, quiet_trainer, loader, student, teacher):
         module = HintModule(student, teacher, HINTS, 1)
         quiet_trainer(max_epochs=2).fit(module, loader())
@@ -244,8 +271,10 @@ class TestStages:
 
     def test_averaged_weights(self, quiet_trainer, loader, student, teacher):
         module = HintModule(student, teacher, HINTS, 1)
-        quiet_trainer(max_epochs=3, callbacks=[EMAWeightAveraging(decay=0.5)]).fit(module, loader())
-        copy.deepcopy(module)
+        averages = EMAWeightAveraging(decay=0.5)
+        quiet_trainer(max_epochs=3, callbacks=[averages]).fit(module, loader())
+        assert not changed(snapshot(averages._average_model.module), module)  # the end takes the averages over
+        assert {key for key in snapshot(copy.deepcopy(module)) if key.startswith("regressors.")}
         assert not any(layer._forward_hooks for layer in [*student.modules(), *teacher.modules()])
 
 
@@ -278,14 +307,54 @@ class TestEndOfStageOne:
         assert module.distill_from_epoch == begin
         assert module.soft_weight == pytest.approx(0.1)
 
-    def test_early_stopping_is_held_in_stage_one(self, quiet_trainer, loader, student, teacher):
+    @pytest.mark.parametrize(
+        ("options", "end"),
+        [
+            ({"monitor": "val/loss", "patience": 1, "min_delta": 5.0}, 5),  # stage 2's first is the best, its next not
+            ({"monitor": "val/accuracy", "mode": "max", "patience": 1, "min_delta": 5.0}, 5),
+            ({"monitor": "val/loss", "divergence_threshold": 0.5}, 4),
+            ({"monitor": "train/loss", "stopping_threshold": 1e9}, 4),
+            ({"monitor": "train/soft", "stopping_threshold": 1e9}, 4),  # not there in stage 1
+        ],
+        ids=str,
+    )
+    def test_early_stopping_is_held_in_stage_one(self, quiet_trainer, loader, student, teacher, options, end):
         """Accuracy does not rise before the head learns."""
-        for monitor, mode in (("val/accuracy", "max"), ("val/loss", "min")):
-            stopping = EarlyStopping(monitor, mode=mode, patience=1, min_delta=5.0)  # never better by that much
-            module = HintModule(copy.deepcopy(student), teacher, HINTS, 3)
-            trainer = quiet_trainer(max_epochs=9, callbacks=[stopping])
-            trainer.fit(module, loader(), loader())
-            assert trainer.current_epoch == 5  # the first of stage 2 counts as the best, the next is no better
+        module = HintModule(student, teacher, HINTS, 3)
+        trainer = quiet_trainer(max_epochs=9, callbacks=[EarlyStopping(**options)])
+        trainer.fit(module, loader(), loader())
+        assert trainer.current_epoch == end
+
+    def test_early_stopping_by_hints_is_refused(self, quiet_trainer, loader, student, teacher):
+        trainer = quiet_trainer(max_epochs=9, callbacks=[EarlyStopping("val/hint")])
+        with pytest.raises(InputError, match="EarlyStopping on val/hint would end the run: hint_patience ends stage 1"):
+            trainer.fit(HintModule(student, teacher, HINTS, 3), loader(), loader())
+
+    def test_patience_needs_validation(self, quiet_trainer, loader, student, teacher):
+        module = HintModule(student, teacher, HINTS, 1, hint_patience=1)
+        with pytest.raises(InputError, match="hint_patience needs validation data"):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_best_checkpoint_is_of_stage_two(self, quiet_trainer, loader, teacher, tmp_path):
+        """The hint loss may be far below what comes after."""
+        best = ModelCheckpoint(tmp_path, "{epoch}", monitor="train/loss")
+        regressor = nn.Conv2d(8, 16, 1)
+        nn.init.zeros_(regressor.weight), nn.init.zeros_(regressor.bias)
+        dim = copy.deepcopy(teacher)
+        nn.init.zeros_(dim[4].weight), nn.init.zeros_(dim[4].bias)  # its hints are zeros, and the loss at once, too
+        module = HintModule(DigitsCNN(4), dim, HINTS, 2, regressors={"5": regressor}, optimizer=partial(SGD, lr=1e-3))
+        trainer = quiet_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[best])
+        trainer.fit(module, loader(), loader())
+        assert Path(best.best_model_path).name in ("epoch=2.ckpt", "epoch=3.ckpt")
+        assert best.best_model_score > 0.01  # stage 1 had zeros
+
+    def test_plateau_follows_the_hints(self, quiet_trainer, loader, student, teacher):
+        watch, plateau = Watch(), partial(ReduceLROnPlateau, patience=0, factor=0.1)
+        options = {"optimizer": partial(SGD, lr=1e-4), "hint_lr_scheduler": plateau}
+        losses = TestEndOfStageOne.Loss([5, 4, 3, 3])
+        module = HintModule(student, teacher, HINTS, 5, **options)
+        quiet_trainer(max_epochs=6, callbacks=[watch, losses]).fit(module, loader(), loader())
+        assert watch.rates == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4])
 
     def test_run_that_ends_in_stage_one(self, quiet_trainer, loader, student, teacher):
         module = HintModule(student, teacher, HINTS, 1)
@@ -293,7 +362,11 @@ class TestEndOfStageOne:
             quiet_trainer(max_epochs=2, max_steps=2).fit(module, loader())
 
     def test_fast_dev_run(self, quiet_trainer, loader, student, teacher):
-        quiet_trainer(fast_dev_run=2).fit(HintModule(student, teacher, HINTS, 5), loader(), loader())
+        module = HintModule(student, teacher, HINTS, 5)
+        trainer = quiet_trainer(fast_dev_run=2)
+        trainer.fit(module, loader(), loader())
+        assert trainer.global_step == 2
+        assert not module.distilling
 
 
 class TestCharts:
@@ -334,7 +407,7 @@ class TestCharts:
 
 class TestResume:
     @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6, 7])  # 3 batches an epoch: the boundary is at 6
-    @pytest.mark.parametrize("options", [{}, {"hint_weight": 0.01}, {"hint_patience": 1}], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"hint_weight": 0.01}], ids=str)
     def test_anywhere(self, quiet_trainer, loader, teacher, tmp_path, step, options):
         def run(**kwargs):
             torch.manual_seed(0)
@@ -358,6 +431,28 @@ class TestResume:
         torch.manual_seed(99)
         again = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), weights_only=True)
         assert again.distill_from_epoch == whole.distill_from_epoch
+        assert not changed(snapshot(whole), again)
+
+    @pytest.mark.parametrize("epoch", [0, 1, 2, 3])
+    def test_with_patience(self, quiet_trainer, loader, teacher, tmp_path, epoch):
+        """Checkpoints of the ends of epochs, where the validations have been counted."""
+
+        def run(losses, **kwargs):
+            torch.manual_seed(0)
+            module = HintModule(DigitsCNN(4), teacher, HINTS, 5, hint_patience=2, optimizer=partial(Adam, lr=0.01))
+            keep = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
+            callbacks = [TestEndOfStageOne.Loss(losses), keep]
+            trainer = quiet_trainer(
+                max_epochs=6, enable_checkpointing=True, callbacks=callbacks, num_sanity_val_steps=0
+            )
+            trainer.fit(module, Rows(), loader(), **kwargs)
+            return module
+
+        losses = [5, 6, 6, 1, 1, 1]
+        whole = run(losses)
+        assert whole.distill_from_epoch == 3
+        again = run(losses[epoch + 1 :], ckpt_path=tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        assert again.distill_from_epoch == 3
         assert not changed(snapshot(whole), again)
 
     def test_file_alone_builds_the_regressors(self, quiet_trainer, loader, student, teacher, tmp_path):
@@ -472,6 +567,45 @@ def test_building_regressors_draws_no_random_numbers_of_others(quiet_trainer, st
         quiet_trainer(max_epochs=2, callbacks=[seen]).fit(module, DataLoader(data, 4, shuffle=True))
         orders.append(seen.first)
     assert orders[0] == orders[1]
+
+
+class Bytes(LightningDataModule):
+    """Dicts of bytes, made into batches on their way."""
+
+    def __init__(self, iterable):
+        super().__init__()
+        self.iterable = iterable
+
+    def train_dataloader(self):
+        x = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        rows = [{"image": image, "label": number % 10} for number, image in enumerate(x)]
+
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(rows)
+
+            def __len__(self):
+                return 12
+
+        return DataLoader(Stream() if self.iterable else rows, 4)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch["image"], batch["label"]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] / 255, batch[1]
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+def test_first_images_go_through_the_datamodules_hooks(quiet_trainer, student, teacher, iterable):
+    module = HintModule(student, teacher, HINTS, 1)
+    quiet_trainer(max_epochs=2).fit(module, datamodule=Bytes(iterable))
+    assert module.regressors.joins == [([8, 8, 8], [16, 8, 8])]
+
+
+def test_validation_step_without_a_trainer(student, teacher):
+    module = HintModule(student, teacher, HINTS, 1)
+    module.validation_step((torch.rand(2, 1, 8, 8), torch.tensor([0, 1])), 0)
 
 
 def test_thin_and_deep(quiet_trainer, loader, teacher):
