@@ -10,14 +10,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam
-from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
@@ -27,6 +25,7 @@ from kd_lightning.layers import capture, dry
 from kd_lightning.losses import HintLoss
 from kd_lightning.losses.logits import Task, check_weight
 from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.first_images import first_images
 from kd_lightning.modules.stages import forget_best, hold_early_stopping
 from kd_lightning.modules.supervised import Term
 
@@ -232,32 +231,12 @@ class HintModule(DistillModule):
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if not fitting or not self._hinting or self.regressors.below:
             return
-        with isolate_rng(), torch.device("cpu"):  # here Lightning makes the accelerator torch's default
-            try:
-                self._examples = self._first_images()
-            except Exception as error:
-                reason = f"cannot look at the first training images ({first_line(error)}); give input_shape"
-                raise InputError(f"hints: {reason}") from error
-            self._measure(self._examples)
-
-    def _first_images(self) -> Tensor:
-        """A few of the training images; of an ordinary loader without its workers."""
-        # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
-        loader: Any = self.trainer.fit_loop._data_source.dataloader()
-        loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
-        while isinstance(loader, list | tuple | dict):
-            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-        data: Any = getattr(loader, "dataset", None)
-        if (
-            isinstance(loader, DataLoader)
-            and not isinstance(data, IterableDataset)
-            and loader.batch_sampler is not None
-        ):
-            batch = loader.collate_fn([data[n] for n in range(min(EXAMPLES, len(data)))])
-        else:
-            batch = next(iter(loader))
-        batch = self._apply_batch_transfer_handler(self._on_before_batch_transfer(batch), self.device)
-        return Batch.of(batch).x[:EXAMPLES]
+        try:
+            self._examples = first_images(self, EXAMPLES)
+        except Exception as error:
+            reason = f"cannot look at the first training images ({first_line(error)}); give input_shape"
+            raise InputError(f"hints: {reason}") from error
+        self._measure(self._examples)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The current stage's optimiser and scheduler, over what it trains."""

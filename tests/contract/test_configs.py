@@ -213,6 +213,26 @@ def test_interrupted_anywhere(options, tmp_path, monkeypatch, contract):
     assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/stopped/version_0"))
 
 
+@pytest.mark.parametrize(("step", "saved_at", "workers"), [(3, 2, 2), (4, 4, 0), (5, 4, 2), (7, 6, 0)])
+def test_interrupted_in_either_stage(step, saved_at, workers, tmp_path, monkeypatch, contract):
+    """FitNets' stages are an epoch of four steps each here: within the first, at the boundary, within the second."""
+    monkeypatch.chdir(tmp_path)
+    config = contract.quick(next(path for path in contract.CONFIGS if path.stem == "hint_digits"))
+    config["data"]["init_args"]["num_workers"] = workers
+    whole = DistillCLI(["fit", *contract.Story.write(config, "config.yaml")])
+    assert whole.model.distill_from_epoch == 1
+    stop = {"class_path": "parts.Stop", "init_args": {"step": step}}
+    config["trainer"]["callbacks"] = [*config["trainer"]["callbacks"], stop]
+    config["name"] = "stopped"
+    with pytest.raises(StoppedError):
+        DistillCLI(["fit", *contract.Story.write(config, "stopped.yaml")])
+    checkpoint = newest("runs/stopped/version_0")
+    assert saved(checkpoint)["global_step"] == saved_at
+    assert saved(checkpoint)["hints"]["distilling"] == (saved_at > 4)
+    DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", str(checkpoint)])
+    assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/stopped/version_0"))
+
+
 def test_killed_for_real(each_module, tmp_path, monkeypatch, contract):
     """SIGKILL, which no handler sees, in the middle of an epoch, with workers."""
     monkeypatch.chdir(tmp_path)
