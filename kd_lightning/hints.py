@@ -156,8 +156,8 @@ def build_regressor(guided: Shape, hint: Shape) -> nn.Module:
     Maps (C, H, W): the paper's valid convolution, k = N_guided - N_hint + 1 along each side, where the guided map is as
     large or larger (1x1 where equal); a 1x1 convolution and bilinear resizing where it is smaller along a side.
     Vectors (C,), and sequences of equally many tokens (N, C): linear. Other tokens are set out as maps, see
-    :func:`to_map`. All are linear, other than the paper's, which end in the hint's own non-linearity: behind a ReLU
-    most outputs were dead from the start (benchmarks/RESULTS.md).
+    :func:`to_map`. All are linear. The paper's end in the hint's own non-linearity; give a regressor of your own for that
+    (benchmarks/RESULTS.md has both).
 
     Args:
         guided: Shape of the guided layer's output for one sample.
