@@ -156,7 +156,7 @@ def build_regressor(guided: Shape, hint: Shape) -> nn.Module:
     Maps (C, H, W): the paper's valid convolution, k = N_guided - N_hint + 1 along each side, where the guided map is as
     large or larger (1x1 where equal); a 1x1 convolution and bilinear resizing where it is smaller along a side.
     Vectors (C,), and sequences of equally many tokens (N, C): linear. Other tokens are set out as maps, see
-    :func:`to_map`. All are linear. The paper's end in the hint's own non-linearity; give a regressor of your own for that
+    :func:`to_map`. All are linear. The paper's end in the hint's own non-linearity; that takes a regressor of your own
     (benchmarks/RESULTS.md has both).
 
     Args:
