@@ -11,13 +11,14 @@ from kd_lightning.data import (
     TorchvisionDataset,
 )
 from kd_lightning.errors import InputError
-from kd_lightning.modules import DistillModule, HintModule, SupervisedModule
+from kd_lightning.modules import DistillModule, EnsembleDistillModule, HintModule, SupervisedModule
 from kd_lightning.teachers import Teacher, load_weights
 
 __all__ = [
     "SupervisedModule",
     "DistillModule",
     "HintModule",
+    "EnsembleDistillModule",
     "Teacher",
     "load_weights",
     "Batch",

@@ -55,6 +55,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
+    def at(self, rows: Tensor) -> Batch:
+        """Some of the rows, given by a boolean tensor (B,) or by their numbers."""
+        y, index, view = (None if part is None else part[rows] for part in (self.y, self.index, self.view))
+        return Batch(self.x[rows], y, index, view, self.mean_labels)
+
     def pin_memory(self) -> Batch:
         """Pin every tensor; DataLoader calls it where ``pin_memory=True``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -149,12 +149,13 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def _drop_missing_teacher(config: Any) -> None:
         """A trained student is tested without its teacher where the teacher's file is gone."""
-        arguments = config.model.get("init_args")
-        if arguments is None or arguments.get("teacher") is None:
-            return
-        paths = [v for k, v in arguments.teacher.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
-        if any(not Path(path).is_file() for path in paths):
-            arguments["teacher"] = None
+        arguments = config.model.get("init_args") or {}
+        for role in ("teacher", "teachers"):
+            given = arguments.get(role)
+            for one in given if isinstance(given, list) else [given] if given is not None else ():
+                paths = [v for k, v in one.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
+                if any(not Path(path).is_file() for path in paths):
+                    arguments[role] = None
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is a wrong config."""

@@ -28,16 +28,18 @@ class Teacher(nn.Module):
         network: Gives logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
         preprocess: Applied to the student's inputs first, where the teacher was trained on other ones
             (normalisation, size).
-        classes: For each output of the network, the student's class that it stands for: a permutation of
-            ``range(C)``. None: the same order.
+        classes: For each output of the network, the student's class that it stands for, no class twice. None: the
+            same order. Of a teacher that does not know all classes they name those that it knows; several such
+            teachers, which know all together, serve ``EnsembleDistillModule``.
         device: Where the teacher computes, if not beside the student: ``"cpu"``, ``"cuda:1"``. Its logits come back
             to the inputs' device.
 
     Shapes:
-        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order.
+        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order; with ``classes`` C is
+        the last of these plus 1, and the logits of those left out are minus infinity.
 
     Raises:
-        InputError: If ``classes`` is no permutation, or does not fit the network's outputs.
+        InputError: If ``classes`` repeats one, has a negative one, or does not fit the network's outputs.
     """
 
     def __init__(
@@ -49,8 +51,8 @@ class Teacher(nn.Module):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if classes is not None and sorted(classes) != list(range(len(classes))):
-            raise InputError(f"classes must hold each of 0 ... {len(classes) - 1} once, got {classes}")
+        if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
+            raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
         # A tuple, since nn.Module registers modules and nothing must walk into these.
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
         self.classes = classes
@@ -68,6 +70,8 @@ class Teacher(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor:
         """The student's inputs (B, ...) as the network takes them: preprocessed, where it computes."""
+        for module in self._hidden:
+            module.eval()  # somebody else may hold the network, and call .train() on it
         x = x if self.device is None else x.to(self.device)
         for preprocess in self._hidden[:-1]:
             x = preprocess(x)
@@ -76,15 +80,23 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of the batch's views, in the student's class order."""
-        for module in self._hidden:
-            module.eval()  # somebody else may hold the network, and call .train() on it
-        logits = logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
+        return self.arrange(logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device))
+
+    def arrange(self, logits: Tensor) -> Tensor:
+        """The network's logits (B, M) in the student's class order (B, C)."""
         if self.classes is None:
             return logits
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
             raise InputError(f"classes has {len(self.classes)} entries, but the teacher's output is {[*logits.shape]}")
-        # column of the teacher's output for each of the student's classes
-        return logits[:, sorted(range(len(self.classes)), key=self.classes.__getitem__)]
+        ordered = logits.new_full((len(logits), max(self.classes) + 1), -torch.inf)
+        ordered[:, self.classes] = logits
+        return ordered
+
+    @property
+    def missing_classes(self) -> list[int]:
+        """Those below the last of ``classes`` that the teacher does not know."""
+        classes = self.classes or []
+        return sorted(set(range(max(classes, default=0))) - set(classes))
 
     def fingerprint(self) -> str:
         """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher."""

@@ -70,6 +70,19 @@ def test_pins_every_tensor(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "rows", [torch.tensor([True, False, True, True]), torch.tensor([3, 0, 3]), torch.tensor([], dtype=torch.long)]
+)
+def test_some_of_the_rows(rows):
+    part = Batch(X, Y, index=Y + 10, view=Y + 20, mean_labels=1.5).at(rows)
+    for found, whole in ((part.x, X), (part.y, Y), (part.index, Y + 10), (part.view, Y + 20)):
+        assert torch.equal(found, whole[rows])
+    assert part.mean_labels == 1.5  # of the optimiser step, whatever part of it this is
+    assert len(part) == len(X[rows])
+    part = Batch(X).at(rows)
+    assert (part.y, part.index, part.view, part.mean_labels) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
     ("y", "known"),
     [
         (torch.tensor([0, -100, 3]), [True, False, True]),

@@ -33,9 +33,11 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, hints = blocks(root, "python")
+    first, hints, several = blocks(root, "python")
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
     names = {}
     exec(compile(hints, "README.md", "exec"), names)
     assert names["module"].distilling
+    exec(compile(several, "README.md", "exec"), names)
+    assert len(names["module"].ensemble) == 3

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -18,9 +18,12 @@ from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.cli import InspectCLI
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.views import ViewDataset, ViewLoader
+from kd_lightning.ensembles import Ensemble
 from kd_lightning.errors import InputError
+from kd_lightning.losses.logits import Task
 from kd_lightning.modules import SupervisedModule
-from kd_lightning.modules.supervised import check_outputs
+from kd_lightning.modules.evaluation import check_outputs
+from kd_lightning.modules.teaching import of_teacher
 from kd_lightning.preflight import (
     Finding,
     accuracy,
@@ -74,30 +77,73 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     """
     data.prepare_data()
     data.setup("fit")
-    teacher, task = getattr(module, "teacher", None), module.task
+    task, teacher, ensemble = module.task, getattr(module, "teacher", None), getattr(module, "ensemble", None)
     loader = data.train_dataloader()
     training = _training_batch(loader, data, module.device)
     module.eval()
-    if isinstance(teacher, Teacher):
+    if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
         batches, what = _evaluation(data, module.device) or ([training], "labels of a training batch")
-        y = None if batches[0].y is None else torch.cat([batch.y for batch in batches if batch.y is not None])
-        logits = answers(teacher, batches, task)
+        sample = _Sample(batches, what, _normalised(data))
         student = answers(lambda batch: module(batch.x), batches, task)
-        check_outputs(student, logits)
-        judged = judge(logits, y, task)
-        yield accuracy(judged, judge(student, y, task), task, what)
-        normalised, cured = normalisation(teacher, batches, judged, task, _normalised(data))
-        yield normalised
-        yield class_order(cured, task, teacher.classes)
-        yield eval_mode(teacher, batches[0])
-        yield soft_targets(logits, getattr(module, "soft_loss", nn.Identity()), task)
+        soft_loss = getattr(module, "soft_loss", nn.Identity())
+        if isinstance(teacher, Teacher):
+            yield from _of_teacher(teacher, student, sample, soft_loss, task)
+        elif isinstance(ensemble, Ensemble):
+            yield from _of_ensemble(ensemble, student, sample, soft_loss, task)
     classes = answers(lambda batch: module(batch.x), [training], task).shape[1]
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
         y, what = loader.labels[loader.dataset.indices], "training samples"
-    yield labels(y, len(training), classes, task, what, taught=teacher is not None)
+    yield labels(y, len(training), classes, task, what, taught=teacher is not None or ensemble is not None)
     module.train()
     yield gradients(module.losses(training), module.student, labeled=_labels(training) > 0)
+
+
+class _Sample(NamedTuple):
+    """Labeled samples to judge by: what they are, and mean and std with which they were normalised."""
+
+    batches: list[Batch]
+    what: str
+    normalised: tuple[Any, Any] | None
+
+    @property
+    def y(self) -> Tensor | None:
+        """All labels."""
+        labels = [batch.y for batch in self.batches if batch.y is not None]
+        return torch.cat(labels) if labels else None
+
+
+def _of_teacher(
+    teacher: Teacher, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
+) -> Iterator[Finding]:
+    logits = answers(teacher, sample.batches, task)
+    check_outputs(student, logits)
+    judged = judge(logits, sample.y, task)
+    yield accuracy(judged, judge(student, sample.y, task), task, sample.what)
+    normalised, cured = normalisation(teacher, sample.batches, judged, task, sample.normalised)
+    yield normalised
+    yield class_order(cured, task, teacher.classes)
+    yield eval_mode(teacher, sample.batches[0])
+    yield soft_targets(logits, soft_loss, task)
+
+
+def _of_ensemble(
+    ensemble: Ensemble, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
+) -> Iterator[Finding]:
+    """Of each teacher that knows all classes, of the others whether they hold still, and of what all say together."""
+    flat = answers(lambda batch: ensemble(batch).transpose(0, 1), sample.batches, task)
+    together = flat.reshape(len(flat), len(ensemble), -1).transpose(0, 1)
+    ensemble.check_classes(together, 1 if task == "binary" else student.shape[-1])
+    for number, teacher in enumerate(ensemble):
+        if ensemble.knows(student.shape[-1])[number].all():
+            found = _of_teacher(teacher, student, sample, soft_loss, task)
+        else:
+            found = iter([eval_mode(teacher, sample.batches[0])])
+        yield from (of_teacher(finding, f"teachers[{number}]") for finding in found)
+    pooled = judge(ensemble.pool(together), sample.y, task)
+    yield accuracy(pooled, judge(student, sample.y, task), task, sample.what)._replace(name="ensemble")
+    temperature = float(getattr(soft_loss, "temperature", 1.0))
+    yield soft_targets(ensemble.pool(together, None, temperature), soft_loss, task)
 
 
 def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:

@@ -49,10 +49,10 @@ def main(args: list[str]) -> None:
         done = "" if folder is None else f" is done: {folder}"
         console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]{done}")
         folders.append(folder or _run(run_config))
-    teacher = _teacher_run(config)
+    teachers = _teacher_runs(config)
     root = Path(config["trainer"]["default_root_dir"])
     out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
-    report([*folders, *([teacher] if teacher else [])], out)
+    report([*folders, *teachers], out)
 
 
 def with_seed(config: Config, seed: int) -> Config:
@@ -137,9 +137,17 @@ def _finished(config: Config) -> Path | None:
     return next((path.parent for path in found if path.read_text(encoding="utf-8") == text), None)
 
 
-def _teacher_run(config: Config) -> Path | None:
-    """The run that the teacher's weights come from, if they come from one that was tested."""
-    teacher = config["model"]["init_args"].get("teacher") or {}
-    path = teacher.get("init_args", {}).get("path")
-    folder = Path(path).parent if path else None
-    return folder if folder is not None and (folder / "metrics.csv").is_file() else None
+def _teacher_runs(config: Config) -> list[Path]:
+    """The runs that the teachers' weights come from, where they come from some that were tested."""
+    arguments = config["model"]["init_args"]
+    given = arguments.get("teachers") or [arguments.get("teacher")]
+    folders = [Path(path).parent for teacher in given if (path := _weights_of(teacher))]
+    return [folder for folder in dict.fromkeys(folders) if (folder / "metrics.csv").is_file()]
+
+
+def _weights_of(teacher: Config | None) -> str | None:
+    """The file that a network, or the one that a ``Teacher`` holds, is loaded from."""
+    arguments = (teacher or {}).get("init_args", {})
+    inner = arguments.get("network")
+    found: str | None = arguments.get("path") or (_weights_of(inner) if isinstance(inner, dict) else None)
+    return found

@@ -40,9 +40,10 @@ class CifarResNet(nn.Sequential):
         depth: Layers with weights, projections aside: 6n + 2 for n blocks a stage.
         widths: Channels of the first convolution and of the stages.
         num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Shapes:
-        Input (B, 3, H, W). Output (B, num_classes).
+        Input (B, in_channels, H, W). Output (B, num_classes).
 
     Raises:
         InputError: If the depth is not 6n + 2.
@@ -52,7 +53,11 @@ class CifarResNet(nn.Sequential):
     """
 
     def __init__(
-        self, depth: int = 20, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 100
+        self,
+        depth: int = 20,
+        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+        num_classes: int = 100,
+        in_channels: int = 3,
     ) -> None:
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
@@ -64,7 +69,7 @@ class CifarResNet(nn.Sequential):
 
         stem, *_, last = widths
         layers = OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(3, stem, 3, padding=1, bias=False),
+            conv1=nn.Conv2d(in_channels, stem, 3, padding=1, bias=False),
             bn1=nn.BatchNorm2d(stem),
             relu=nn.ReLU(),
             layer1=stage(stem, widths[1], 1),

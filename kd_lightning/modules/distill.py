@@ -6,16 +6,16 @@ from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.losses.logits import Task
-from kd_lightning.modules.supervised import SupervisedModule, Term, check_outputs
-from kd_lightning.preflight import Finding, FirstLook
+from kd_lightning.modules.evaluation import check_outputs
+from kd_lightning.modules.supervised import SupervisedModule, Term
+from kd_lightning.modules.teaching import check_same_teacher, check_soft_weight, is_fitting, make_soft_loss, say
+from kd_lightning.preflight import FirstLook
 from kd_lightning.teachers import Teacher
 
 
@@ -62,13 +62,12 @@ class DistillModule(SupervisedModule):
             lr_scheduler=lr_scheduler,
             lr_interval=lr_interval,
         )
-        _check_soft_weight(soft_weight)
-        soft_loss = SoftTargetLoss(temperature=4.0, task=task) if soft_loss is None else soft_loss
-        if getattr(soft_loss, "task", task) != task:
-            raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+        check_soft_weight(soft_weight)
         self.save_hyperparameters("soft_weight")
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
-        self.soft_loss = soft_loss
+        if self.teacher is not None and self.teacher.missing_classes:
+            raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
+        self.soft_loss = make_soft_loss(soft_loss, task)
         self.soft_weight = soft_weight
         self._first_look: FirstLook | None = None
 
@@ -78,12 +77,10 @@ class DistillModule(SupervisedModule):
         if target is None:
             raise InputError("training needs the teacher; teacher=None is for test and predict alone")
         check_outputs(logits, target)
-        _check_soft_weight(self.soft_weight)  # a callback may have set it
+        check_soft_weight(self.soft_weight)  # a callback may have set it
+        hard = self.hard_term(logits, batch)  # says what is wrong with labels
         soft = self.soft_loss(logits, target, batch.y)
-        return {
-            "hard": Term(1.0 - self.soft_weight, self.hard_term(logits, batch)),
-            "soft": Term(self.soft_weight, soft),
-        }
+        return {"hard": Term(1.0 - self.soft_weight, hard), "soft": Term(self.soft_weight, soft)}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """The teacher's logits, for the metrics."""
@@ -100,7 +97,7 @@ class DistillModule(SupervisedModule):
         if self._first_look is not None:  # of a fit that ended before
             self._first_look.close()
         if self.teacher is not None and self.trainer.is_global_zero:
-            self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, _say)
+            self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, say)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which teacher it was, not the teacher."""
@@ -111,24 +108,6 @@ class DistillModule(SupervisedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume under another teacher."""
         super().on_load_checkpoint(checkpoint)
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         before = checkpoint.get("teacher_fingerprint")
-        if fitting and before and self.teacher is not None and self.teacher.fingerprint() != before:
-            raise InputError(
-                f"teacher: the checkpoint was trained under another one (fingerprint {before[:12]}..., this one has "
-                f"{self.teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
-            )
-
-
-def _check_soft_weight(soft_weight: float) -> None:
-    if not 0.0 <= soft_weight <= 1.0:
-        raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
-
-
-def _say(findings: list[Finding]) -> None:
-    if fine := [f"{finding.name}: {finding.text}" for finding in findings if finding.hint is None]:
-        rank_zero_info("; ".join(fine))
-    for finding in findings:
-        if finding.hint is not None:
-            advice = "python -m kd_lightning doctor looks closer"
-            rank_zero_warn(f"{finding.name}: {finding.text}: {finding.hint} ({advice})")
+        if is_fitting(self) and before and self.teacher is not None:
+            check_same_teacher("teacher", self.teacher, before)

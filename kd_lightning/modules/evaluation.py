@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, MeanMetric, Metric, SumMetric
 
 from kd_lightning.batch import MISSING, is_labeled
+from kd_lightning.errors import InputError
 from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.losses.logits import Task
 
@@ -53,6 +54,7 @@ class Evaluation(nn.Module):
             labels: How many labels are known.
             teacher: The teacher's logits.
         """
+        check_outputs(logits, teacher)
         probabilities = to_probabilities(logits, self.task)
         self.known.update(labels)
         self.teacher_known.update(0 if teacher is None else len(teacher))
@@ -83,13 +85,24 @@ class Evaluation(nn.Module):
         metrics = {name: getattr(self, name) for name in names}
         return {name: metric.compute() for name, metric in metrics.items() if isinstance(metric, Metric)}
 
-    def confusion_figure(self, classes: Sequence[str] | None) -> Figure:
-        """The confusion matrix; names and numbers are written in where they can be read."""
+    def figures(self, classes: Sequence[str] | None) -> dict[str, Figure]:
+        """The confusion matrix, where there were labels; names and numbers are written in where they can be read."""
+        if not self.known.compute():
+            return {}
         count = len(self.confusion.compute())
         names = list(classes) if classes is not None and len(classes) == count <= 50 else None
         figure: Figure
         figure, _ = self.confusion.plot(add_text=count <= 20, labels=names)
-        return figure
+        return {"confusion_matrix": figure}
+
+
+def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
+    """Refuse a teacher whose logits cannot be set beside the student's."""
+    if teacher is not None and (len(teacher), teacher.numel()) != (len(student), student.numel()):
+        raise InputError(
+            f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "
+            f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order"
+        )
 
 
 def to_probabilities(logits: Tensor, task: Task) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -71,8 +72,8 @@ class SupervisedModule(LightningModule):
         lr_interval: str = "epoch",
     ) -> None:
         super().__init__()
-        _check_choice("task", task, ("multiclass", "multilabel", "binary"))
-        _check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        check_choice("task", task, ("multiclass", "multilabel", "binary"))
+        check_choice("lr_interval", lr_interval, ("epoch", "step"))
         self.save_hyperparameters("task", "lr_interval")
         self.student = student
         self.task: Task = task
@@ -112,6 +113,10 @@ class SupervisedModule(LightningModule):
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """What the student is compared with in validation and test; None without a teacher."""
         return None
+
+    def make_evaluation(self, classes: int) -> Evaluation:
+        """What takes in the logits and the teacher's over a pass."""
+        return Evaluation(self.task, classes)
 
     # The hard term.
 
@@ -212,11 +217,10 @@ class SupervisedModule(LightningModule):
         batch = Batch.of(batch)
         logits = self(batch.x)
         teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
-        check_outputs(logits, teacher)
         loss, labels = self.hard_loss_of(logits, batch.y)
         if dataloader_idx not in self._evaluations:
             classes = 1 if self.task == "binary" else logits.shape[-1]
-            self._evaluations[dataloader_idx] = Evaluation(self.task, classes).to(logits.device)
+            self._evaluations[dataloader_idx] = self.make_evaluation(classes).to(logits.device)
         self._evaluations[dataloader_idx].update(logits, batch.y, loss, labels, teacher)
 
     def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
@@ -235,16 +239,20 @@ class SupervisedModule(LightningModule):
         self._log_evaluations("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test figures, and the confusion matrix where the logger takes figures."""
+        """Log what the test measured, and its figures where the logger takes them."""
         data = getattr(self.trainer, "datamodule", None)
         prefix = "transductive/test" if getattr(data, "transductive", False) else "test"
+        self._add_figures(prefix, lambda evaluation: evaluation.figures(getattr(data, "class_names", None)))
+        self._log_evaluations(prefix)
+
+    def _add_figures(self, prefix: str, figures: Callable[[Evaluation], dict[str, Figure]]) -> None:
+        """Hand each loader's figures to the loggers that take some."""
         boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
         for number, evaluation in self._evaluations.items() if boards else ():
-            figure = evaluation.confusion_figure(getattr(data, "class_names", None))
-            for board in boards:
-                board.experiment.add_figure(_name(prefix, "confusion_matrix", number), figure, self.global_step)
-            plt.close(figure)
-        self._log_evaluations(prefix)
+            for name, figure in figures(evaluation).items():
+                for board in boards:
+                    board.experiment.add_figure(_name(prefix, name, number), figure, self.global_step)
+                plt.close(figure)
 
     def _log_evaluations(self, prefix: str) -> None:
         for number, evaluation in self._evaluations.items():
@@ -299,16 +307,8 @@ class SupervisedModule(LightningModule):
         return {"optimizer": built, "lr_scheduler": config}  # type: ignore[return-value]
 
 
-def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
-    """Refuse a teacher whose logits cannot be set beside the student's."""
-    if teacher is not None and (len(teacher), teacher.numel()) != (len(student), student.numel()):
-        raise InputError(
-            f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "
-            f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order"
-        )
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise InputError unless the value is one of those allowed."""
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 

@@ -18,6 +18,7 @@ CONFIGS = sorted((HERE.parent.parent / "configs").glob("*.yaml"))
 EPOCHS, STEPS = 2, 4
 TRAINER = {
     "max_epochs": EPOCHS,
+    "max_steps": -1,
     "limit_train_batches": STEPS,
     "limit_val_batches": 2,
     "limit_test_batches": 2,
@@ -50,9 +51,22 @@ def nodes(node):
             yield from nodes(child)
 
 
-def quick(path):
+VARIANTS = {  # arguments of the model under which a config is another story
+    "ensemble_digits": [{"combine": "random"}, {"combine": "random", "draw": "sample"}, {"combine": "relabel"}]
+}
+
+
+def cases(paths):
+    """Each config, and its variants, as pytest's parameters."""
+    for path in paths:
+        for arguments in [{}, *VARIANTS.get(path.stem, [])]:
+            yield pytest.param((path, arguments), id="-".join([path.stem, *arguments.values()]))
+
+
+def quick(path, **arguments):
     """The config of a file as a quick run, in the current folder; the weights it loads lie there."""
     config = yaml.safe_load(path.read_text())
+    config["model"]["init_args"] |= arguments
     config["name"] = "quick"
     config["trainer"] |= TRAINER
     config["checkpoint"] = config.get("checkpoint", {}) | CHECKPOINT
@@ -63,6 +77,8 @@ def quick(path):
         data["source"] = deepcopy(FAKE)
         data["source"]["init_args"]["image_size"] = IMAGE_SIZE[kind]
     data["batch_size"] = 4 if kind in IMAGE_SIZE else 32
+    if config["model"]["init_args"].get("combine") == "relabel":
+        data["copies"] = len(config["model"]["init_args"]["teachers"])
     if "hint_epochs" in config["model"]["init_args"]:
         config["model"]["init_args"]["hint_epochs"] = 1  # both stages within two epochs
     for node in nodes(config["model"]):
@@ -79,7 +95,7 @@ def save_teachers(config, seed=0):
     """Make the weights files that a config names, of untrained networks."""
     for number, node in enumerate(nodes(config["model"])):
         if str(node.get("class_path")).endswith("load_weights"):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + number)
             node["init_args"]["path"] = f"teacher_{number}.pt"
             network = build(torch.nn.Module, node["init_args"]["model"])
             torch.save(network.state_dict(), node["init_args"]["path"])
@@ -132,10 +148,10 @@ def inside(folder):
 class Story:
     """A config's quick run, and the arguments that start it again."""
 
-    def __init__(self, path, folder):
+    def __init__(self, path, folder, **arguments):
         self.path = path
         self.folder = folder
-        self.config = quick(path)
+        self.config = quick(path, **arguments)
         self.args = self.write(self.config, "config.yaml")
         self.whole = DistillCLI(["fit", *self.args])
 
@@ -145,20 +161,28 @@ class Story:
         return ["--config", name]
 
     @property
-    def teacher(self):
-        return getattr(self.whole.model, "teacher", None)
+    def teachers(self):
+        return teachers_of(self.whole.model)
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+def teachers_of(model):
+    """By the name that complaints give them."""
+    if (teacher := getattr(model, "teacher", None)) is not None:
+        return {"teacher": teacher}
+    return {f"teachers[{number}]": teacher for number, teacher in enumerate(getattr(model, "ensemble", None) or ())}
+
+
+@pytest.fixture(scope="module", params=cases(CONFIGS))
 def story(request, tmp_path_factory):
     """Each config, run once for all tests that only look at what it left."""
-    with inside(tmp_path_factory.mktemp(request.param.stem)) as folder:
-        yield Story(request.param, folder)
+    path, arguments = request.param
+    with inside(tmp_path_factory.mktemp(path.stem)) as folder:
+        yield Story(path, folder, **arguments)
 
 
-@pytest.fixture(params=one_of_each_module(), ids=lambda path: path.stem)
+@pytest.fixture(params=cases(one_of_each_module()))
 def each_module(request):
-    """One config of each module."""
+    """One config of each module, and its arguments."""
     return request.param
 
 

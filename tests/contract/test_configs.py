@@ -1,5 +1,6 @@
 """What every YAML in configs/ must obey; a later method is held to it by adding its file."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ RUN = Path("runs/quick/version_0")
 TAGS = {"SupervisedModule": {"train/loss", "train/hard"}}
 TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
 TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "regressor_parameters"}
+TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number}_share" for number in range(3)}
 HELPERS = "regressors."  # trained beside the student, kept for a resume, and not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
@@ -62,7 +64,11 @@ class TestOneRun:
         for command in [*commands, "test", "predict"]:
             main([command, *story.args, "--ckpt_path", "last"])
         tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])
-        figures = FIGURES | (TEACHER_FIGURES if story.teacher is not None else set())
+        figures = FIGURES | (TEACHER_FIGURES if story.teachers else set())
+        if len(story.teachers) > 1:
+            kinds = ("accuracy", "agreement", "ensemble_agreement")
+            figures |= {f"teacher_{number}_{kind}" for number in range(len(story.teachers)) for kind in kinds}
+            figures |= {"disagreement"}
         expected = TAGS[type(story.whole.model).__name__] | {f"test/{name}" for name in figures}
         expected |= {f"val/{name}" for name in figures} if commands else set()
         assert expected <= tags
@@ -88,25 +94,26 @@ class TestOneRun:
         count = sum(tensor.numel() for key, tensor in state.items() if not key.startswith(HELPERS))
         student = sum(tensor.numel() for tensor in story.whole.model.student.state_dict().values())
         assert count <= 1.1 * student
-        if story.teacher is None:
-            return
-        frozen = [tensor for tensor in story.teacher.network.state_dict().values() if tensor.numel() > 1]
-        for name, tensor in state.items():
-            assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in frozen), name
+        for teacher in story.teachers.values():
+            frozen = [tensor for tensor in teacher.network.state_dict().values() if tensor.numel() > 1]
+            for name, tensor in state.items():
+                assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in frozen), name
 
     def test_teacher_is_unchanged_and_another_is_refused(self, story, contract):
-        if story.teacher is None:
-            assert "teacher" not in story.config["model"]["init_args"]
+        if not story.teachers:
+            assert not {"teacher", "teachers"} & story.config["model"]["init_args"].keys()
             return
         before = {path: path.read_bytes() for path in Path().glob("teacher_*.pt")}
-        fresh = DistillCLI(story.args, run=False).model.teacher
-        if before:  # pretrained weights are left out here, and their network is drawn anew each time
-            assert_equal(story.teacher.network.state_dict(), fresh.network.state_dict())
-        assert story.teacher.fingerprint() == type(fresh)(story.teacher.network).fingerprint()
+        fresh = contract.teachers_of(DistillCLI(story.args, run=False).model)
+        for name, teacher in story.teachers.items():
+            if before:  # pretrained weights are left out here, and their network is drawn anew each time
+                assert_equal(teacher.network.state_dict(), fresh[name].network.state_dict())
+            assert teacher.fingerprint() == type(teacher)(teacher.network).fingerprint()
         contract.save_teachers(story.config, seed=9)
         other = [] if before else ["--seed_everything", "9"]
+        first = next(iter(story.teachers))
         try:
-            with pytest.raises(InputError, match="teacher: the checkpoint was trained under another one"):
+            with pytest.raises(InputError, match=rf"^{re.escape(first)}: the checkpoint was trained under another one"):
                 DistillCLI(["fit", *story.args, *other, "--ckpt_path", "last"])
         finally:
             for path, content in before.items():
@@ -121,10 +128,14 @@ class TestOneRun:
             status = end.code
         lines = [line[6:].partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[6:9] != "-> "]
         expected = ["labels", "gradients"]
-        if story.teacher is not None:
+        if story.teachers:
             expected = ["teacher", "normalisation", "class order", "eval mode", "soft targets", *expected]
+        if len(story.teachers) > 1:
+            checks = ["", *(f", {check}" for check in expected[1:5])]
+            each = [name + check for name in story.teachers for check in checks]
+            expected = [*each, "ensemble", *expected[4:]]
         assert [name for name in lines if name in expected] == expected
-        assert status == (0 if story.teacher is None else 1)
+        assert status == (1 if story.teachers else 0)
 
     def test_mixed_precision_stays_close(self, story):
         # 56 layers normalised over 4 images are chaotic: larger steps would soon train another network
@@ -236,7 +247,8 @@ def test_interrupted_in_either_stage(step, saved_at, workers, tmp_path, monkeypa
 def test_killed_for_real(each_module, tmp_path, monkeypatch, contract):
     """SIGKILL, which no handler sees, in the middle of an epoch, with workers."""
     monkeypatch.chdir(tmp_path)
-    config = contract.quick(each_module)
+    path, changes = each_module
+    config = contract.quick(path, **changes)
     config["data"]["init_args"]["num_workers"] = 2
     DistillCLI(["fit", *contract.Story.write(config, "config.yaml")])
     stop = {"class_path": "parts.Stop", "init_args": {"step": 7, "kill": True}}

@@ -27,7 +27,8 @@ def recorded(world):
 def arguments(each_module, tmp_path, monkeypatch, contract):
     """A quick run of one config of each module, on networks without batch statistics, that records what it sees."""
     monkeypatch.chdir(tmp_path)
-    config = contract.without_batch_statistics(contract.quick(each_module))
+    path, changes = each_module
+    config = contract.without_batch_statistics(contract.quick(path, **changes))
     record = {"class_path": "parts.Record", "init_args": {"folder": "seen"}}
     config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), record]
     config["data"]["init_args"]["batch_size"] = ROWS
@@ -55,7 +56,7 @@ def is_uneven():
     return any(len({rank["batches"][n]["labels"] for rank in recorded(2)}) > 1 for n in range(8))
 
 
-def test_two_processes_and_two_nodes_equal_one(arguments, each_module, contract):
+def test_two_processes_and_two_nodes_equal_one(arguments, contract):
     half = ["--data.init_args.batch_size", str(ROWS // 2), "--trainer.strategy", "ddp"]
     run([sys.executable, "-m", "kd_lightning", *arguments], contract)
     run([sys.executable, "-m", "kd_lightning", *arguments, *half, "--trainer.devices", "2"], contract)

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
 
+from kd_lightning import InputError
 from kd_lightning.modules.evaluation import Evaluation, decide, to_probabilities
 
 NAN = float("nan")
@@ -115,10 +116,20 @@ def test_confusion_matrix():
     known = y != -100
     expected = confusion_matrix(y[known], logits[known].argmax(1))
     assert evaluation.confusion.compute().tolist() == expected.tolist()
-    figure = evaluation.confusion_figure(["ant", "bee", "cat", "dog", "eel"])
+    figures = evaluation.figures(["ant", "bee", "cat", "dog", "eel"])
+    assert set(figures) == {"confusion_matrix"}
+    figure = figures["confusion_matrix"]
     written = {text.get_text() for text in figure.axes[0].get_xticklabels()}
     assert written == {"ant", "bee", "cat", "dog", "eel"}
-    assert {text.get_text() for text in evaluation.confusion_figure(["ant"]).axes[0].get_xticklabels()} == {*"01234"}
+    figure = evaluation.figures(["ant"])["confusion_matrix"]
+    assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {*"01234"}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_teacher_of_other_outputs(case):
+    task, logits, teacher, y = draw(case)
+    with pytest.raises(InputError, match=r"same number of outputs, got .* from the teacher and .* from the student"):
+        measure(task, logits, torch.cat([teacher.reshape(200, -1)] * 2, dim=1), y)
 
 
 def test_probabilities_and_decisions():

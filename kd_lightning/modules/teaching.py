@@ -1,0 +1,59 @@
+"""What every method that learns from frozen teachers checks."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses.logits import Task
+from kd_lightning.preflight import Finding
+from kd_lightning.teachers import Teacher
+
+
+def check_soft_weight(soft_weight: float) -> None:
+    """Raise InputError unless it lies in [0, 1]."""
+    if not 0.0 <= soft_weight <= 1.0:
+        raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
+
+
+def make_soft_loss(soft_loss: nn.Module | None, task: Task) -> nn.Module:
+    """The given one, of the module's task; None: ``SoftTargetLoss`` at temperature 4."""
+    soft_loss = SoftTargetLoss(temperature=4.0, task=task) if soft_loss is None else soft_loss
+    if getattr(soft_loss, "task", task) != task:
+        raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+    return soft_loss
+
+
+def check_same_teacher(name: str, teacher: Teacher, before: str) -> None:
+    """Raise InputError if a checkpoint's fingerprint is not the teacher's."""
+    if teacher.fingerprint() != before:
+        raise InputError(
+            f"{name}: the checkpoint was trained under another one (fingerprint {before[:12]}..., this one has "
+            f"{teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
+        )
+
+
+def of_teacher(finding: Finding, name: str) -> Finding:
+    """A finding that says which teacher it is of."""
+    return finding._replace(name=name if finding.name == "teacher" else f"{name}, {finding.name}")
+
+
+def say(findings: list[Finding], about: str = "teacher") -> None:
+    """Print what the first look at a teacher found; warn of what is wrong."""
+    if about != "teacher":
+        findings = [of_teacher(finding, about) for finding in findings]
+    if fine := [f"{finding.name}: {finding.text}" for finding in findings if finding.hint is None]:
+        rank_zero_info("; ".join(fine))
+    for finding in findings:
+        if finding.hint is not None:
+            advice = "python -m kd_lightning doctor looks closer"
+            rank_zero_warn(f"{finding.name}: {finding.text}: {finding.hint} ({advice})")
+
+
+def is_fitting(module: LightningModule) -> bool:
+    """Whether a trainer fits this module, rather than tests it."""
+    return module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
