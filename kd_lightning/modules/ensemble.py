@@ -181,7 +181,7 @@ class EnsembleDistillModule(SupervisedModule):
     def _log_shares(self, shares: Tensor, rows: int) -> None:
         if self._trainer is not None and self.trainer.training:
             for number, share in enumerate(shares):
-                self._log_epoch(f"train/teacher_{number}_share", share.to(self.device), rows)
+                self._log_epoch(f"train/teacher_{number}_share", share.float().to(self.device), rows)
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """All teachers' logits (K, B, C), for the metrics."""
