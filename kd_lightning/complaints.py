@@ -90,6 +90,9 @@ def _missing(names: list[str], config: dict[str, Any]) -> str:
         if all(name in parameters and name not in given for name in names):
             missing = ", ".join(f"{place}.init_args.{name}" for name in names)
             return f"{missing}: missing, but {owner.__name__} needs {'it' if len(names) == 1 else 'them'}"
+    for path, key, value, _ in walk(config):
+        if value == {} and key not in SPEC:  # the parser tries to build a base class, such as Optimizer
+            return f"{path}.class_path is missing: it says what to build"
     return f"{', '.join(name.rsplit('.', 1)[-1] for name in names)}: missing, but needed"
 
 

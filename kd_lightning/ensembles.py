@@ -157,9 +157,8 @@ class Ensemble(nn.Module):
         present = sorted(set(choice.tolist()))
         parts = [(choice == number).to(batch.x.device) for number in present]
         alone = len(present) == 1
-        outputs = [
-            self[number](batch if alone else batch.at(part)) for number, part in zip(present, parts, strict=True)
-        ]
+        asked = zip(present, parts, strict=True)
+        outputs: list[Tensor] = [self[number](batch if alone else batch.at(part)) for number, part in asked]
         for number, output in zip(present, outputs, strict=True):
             if output.numel() != len(output) * classes:
                 raise InputError(

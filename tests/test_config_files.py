@@ -104,6 +104,7 @@ CASES = {
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
     "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),
+    "empty optimizer": (put("model.init_args.optimizer", {}), "model.init_args.optimizer.class_path is missing"),
     "empty scheduler": (put("model.init_args.lr_scheduler", {}), "model.init_args.lr_scheduler.class_path is missing"),
     "empty model": (put("model", {}), "model.class_path is missing"),
     "no path": (put(f"{STUDENT}.class_path", 3), f"{STUDENT}.class_path must be the import path of a class, got 3"),
