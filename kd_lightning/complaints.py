@@ -53,6 +53,10 @@ def one_line(message: str, parser: jsonargparse.ArgumentParser | None = None, ar
     if found := re.search(r"given class_path '([\w.]+)\.(\w+)': module .* has no attribute", message):
         near = hint(found[2], vars(importlib.import_module(found[1])))
         return f"{_where(f'{found[1]}.{found[2]}', config)}: {found[1]} has no {found[2]!r}{near}"
+    if found := re.search(r"negative dimension (-\d+)", message):  # torch says the number alone
+        for path, _, value, _ in walk(config):
+            if not isinstance(value, bool) and value == int(found[1]):
+                return f"{path}: it makes a tensor of {found[0]}"
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "")
     message = re.sub(r"Type Callable\[.*\] expects a function or a callable class: ", "", message)
     message = re.sub(r"\.+\s+Got value: .*|\s+Subclass types expect one of:.*", "", message, flags=re.DOTALL)
@@ -91,7 +95,7 @@ def _missing(names: list[str], config: dict[str, Any]) -> str:
             missing = ", ".join(f"{place}.init_args.{name}" for name in names)
             return f"{missing}: missing, but {owner.__name__} needs {'it' if len(names) == 1 else 'them'}"
     for path, key, value, _ in walk(config):
-        if value == {} and key not in SPEC:  # the parser tries to build a base class, such as Optimizer
+        if value == {} and key not in SPEC and path.startswith("model."):  # the parser tries to build a base class, such as Optimizer
             return f"{path}.class_path is missing: it says what to build"
     return f"{', '.join(name.rsplit('.', 1)[-1] for name in names)}: missing, but needed"
 

@@ -104,7 +104,19 @@ CASES = {
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
     "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),
-    "empty optimizer": (put("model.init_args.optimizer", {}), "model.init_args.optimizer.class_path is missing"),
+    "empty optimizer": (
+        at_once(
+            put("model.class_path", "HintModule"),
+            put("model.init_args.hints", {"2": "2"}),
+            put("model.init_args.hint_epochs", 1),
+            put("model.init_args.hint_optimizer", {}),
+        ),
+        "model.init_args.hint_optimizer.class_path is missing",
+    ),
+    "negative width": (
+        put(f"{TEACHER}.init_args.model.init_args.width", -8),
+        f"{TEACHER}.init_args.model.init_args.width: it makes a tensor of negative dimension -8",
+    ),
     "empty scheduler": (put("model.init_args.lr_scheduler", {}), "model.init_args.lr_scheduler.class_path is missing"),
     "empty model": (put("model", {}), "model.class_path is missing"),
     "no path": (put(f"{STUDENT}.class_path", 3), f"{STUDENT}.class_path must be the import path of a class, got 3"),
