@@ -95,7 +95,8 @@ def _missing(names: list[str], config: dict[str, Any]) -> str:
             missing = ", ".join(f"{place}.init_args.{name}" for name in names)
             return f"{missing}: missing, but {owner.__name__} needs {'it' if len(names) == 1 else 'them'}"
     for path, key, value, _ in walk(config):
-        if value == {} and key not in SPEC and path.startswith("model."):  # the parser tries to build a base class, such as Optimizer
+        # of an empty mapping the parser tries to make the base class, such as Optimizer
+        if value == {} and key not in SPEC and path.startswith("model."):
             return f"{path}.class_path is missing: it says what to build"
     return f"{', '.join(name.rsplit('.', 1)[-1] for name in names)}: missing, but needed"
 

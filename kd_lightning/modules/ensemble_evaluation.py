@@ -44,6 +44,11 @@ class EnsembleEvaluation(Evaluation):
         self.between = metrics(len(self.common))
         self.disagreement = MeanMetric()
 
+    def check(self, logits: Tensor, teacher: Tensor | None) -> None:
+        """Refuse teachers that do not fit; ``teacher`` holds every teacher's logits (K, B, C)."""
+        if teacher is not None:
+            self._ensemble[0].check_classes(teacher, self.classes)
+
     @torch.no_grad()
     def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
         """Take in a batch; ``teacher`` holds every teacher's logits (K, B, C)."""
@@ -51,7 +56,6 @@ class EnsembleEvaluation(Evaluation):
             super().update(logits, y, loss, labels, None)
             return
         (ensemble,) = self._ensemble
-        ensemble.check_classes(teacher, self.classes)
         pooled = ensemble.pool(teacher)
         super().update(logits, y, loss, labels, pooled)
         decisions = [decide(answer, self.task) for answer in teacher]

@@ -43,6 +43,10 @@ class Evaluation(nn.Module):
         self.teacher_kl = MeanMetric()
         self.divergence = SoftTargetLoss(temperature=1.0, task=task, reduction="none")
 
+    def check(self, logits: Tensor, teacher: Tensor | None) -> None:
+        """Refuse a teacher that does not fit."""
+        check_outputs(logits, teacher)
+
     @torch.no_grad()
     def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
         """Take in a batch.
@@ -54,7 +58,6 @@ class Evaluation(nn.Module):
             labels: How many labels are known.
             teacher: The teacher's logits.
         """
-        check_outputs(logits, teacher)
         probabilities = to_probabilities(logits, self.task)
         self.known.update(labels)
         self.teacher_known.update(0 if teacher is None else len(teacher))

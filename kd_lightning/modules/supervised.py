@@ -217,11 +217,13 @@ class SupervisedModule(LightningModule):
         batch = Batch.of(batch)
         logits = self(batch.x)
         teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
-        loss, labels = self.hard_loss_of(logits, batch.y)
         if dataloader_idx not in self._evaluations:
             classes = 1 if self.task == "binary" else logits.shape[-1]
             self._evaluations[dataloader_idx] = self.make_evaluation(classes).to(logits.device)
-        self._evaluations[dataloader_idx].update(logits, batch.y, loss, labels, teacher)
+        evaluation = self._evaluations[dataloader_idx]
+        evaluation.check(logits, teacher)  # before a label complains of what is the student's fault
+        loss, labels = self.hard_loss_of(logits, batch.y)
+        evaluation.update(logits, batch.y, loss, labels, teacher)
 
     def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """The teacher's logits, computed once where the batch tells which samples it holds."""

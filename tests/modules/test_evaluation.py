@@ -127,9 +127,12 @@ def test_confusion_matrix():
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_teacher_of_other_outputs(case):
-    task, logits, teacher, y = draw(case)
+    task, logits, teacher, _ = draw(case)
+    evaluation = Evaluation(task, 3)
     with pytest.raises(InputError, match=r"same number of outputs, got .* from the teacher and .* from the student"):
-        measure(task, logits, torch.cat([teacher.reshape(200, -1)] * 2, dim=1), y)
+        evaluation.check(logits, torch.cat([teacher.reshape(200, -1)] * 2, dim=1))
+    evaluation.check(logits, teacher)
+    evaluation.check(logits, None)
 
 
 def test_probabilities_and_decisions():
