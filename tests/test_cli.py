@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ class TestStory:
         main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
         main(["predict", "--config", "config.yaml", "--ckpt_path", "last"])
         assert any(row.get("test/accuracy") for row in rows("runs/tiny/version_0"))
+
+    def test_student_of_several_is_tested_without_a_teachers_file(self, config):
+        arguments = config["model"]["init_args"]
+        teacher = arguments.pop("teacher")
+        torch.save(torch.load("teacher.pt"), "second.pt")
+        second = deepcopy(teacher)
+        second["init_args"]["path"] = "second.pt"
+        arguments["teachers"] = [teacher, {"class_path": "Teacher", "init_args": {"network": second}}]
+        config["model"]["class_path"] = "EnsembleDistillModule"
+        main(["fit", "--config", write(config)])
+        main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
+        assert rows("runs/tiny/version_0")[-1]["test/teacher_1_accuracy"]
+        Path("second.pt").unlink()
+        main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
+        last = rows("runs/tiny/version_0")[-1]
+        assert last["test/accuracy"]
+        assert not last["test/teacher_0_accuracy"]
 
     def test_composition_and_overrides(self, config, capsys):
         data = config.pop("data")

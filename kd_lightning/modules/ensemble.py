@@ -126,7 +126,7 @@ class EnsembleDistillModule(SupervisedModule):
 
     def _soft_term(self, ensemble: Ensemble, logits: Tensor, batch: Batch) -> Tensor:
         classes = 1 if self.task == "binary" else logits.shape[-1]
-        soft_loss, weights, choice = copy(self.soft_loss), None, None
+        soft_loss, weights, choice = self.soft_loss, None, None
         if self.combine != "average" or len(ensemble) == 1:
             choice = self._choice(ensemble, batch)
             weights = F.one_hot(choice, len(ensemble)).double()
@@ -138,6 +138,7 @@ class EnsembleDistillModule(SupervisedModule):
             weights = ensemble.confidence(answers, batch.y) if self.confident else weights
             standardize = bool(getattr(soft_loss, "standardize", False))
             if standardize:  # the teachers before they are joined, so no more after it
+                soft_loss = copy(soft_loss)
                 soft_loss.standardize = False  # type: ignore[assignment]
                 logits = standardize_logits(logits.to(answers.dtype))
             target = ensemble.pool(answers, weights, float(getattr(soft_loss, "temperature", 1.0)), standardize)
@@ -149,6 +150,7 @@ class EnsembleDistillModule(SupervisedModule):
         assert choice is not None
         if not hasattr(soft_loss, "reduction"):
             raise InputError("teacher_weights of relabel need a soft_loss with a reduction that can be 'none'")
+        soft_loss = copy(soft_loss)
         soft_loss.reduction = "none"  # type: ignore[assignment]
         soft = soft_loss(logits, target, batch.y).reshape(len(batch), -1).mean(dim=1)
         return (len(ensemble) * ensemble.weights[choice].to(soft) * soft).mean()
@@ -216,11 +218,8 @@ class EnsembleDistillModule(SupervisedModule):
     def on_train_start(self) -> None:
         """Check that each sample comes once to each teacher in an epoch where it should."""
         sampler: Any = getattr(self.trainer.train_dataloader, "sampler", None)
-        copies, views, count = (
-            getattr(sampler, "copies", None),
-            getattr(sampler, "views", None),
-            len(self.ensemble or ()),
-        )
+        copies, views = getattr(sampler, "copies", None), getattr(sampler, "views", None)
+        count = len(self.ensemble or ())
         if self.combine == "relabel" and copies is not None and (copies != count or (views or count) % count):
             raise InputError(
                 f"combine: relabel gives each sample to each of {count} teachers, and so needs the data's "

@@ -11,6 +11,7 @@ from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
 from kd_lightning.commands.compare import Group, Run, choose_stage, paired_difference
+from kd_lightning.commands.experiment import _teacher_runs
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 
@@ -75,6 +76,23 @@ def test_again_is_quick_and_trains_nothing(experiment, capsys):
     main(["experiment", str(path), "--seeds", "2"])
     assert capsys.readouterr().out.count("is done") == 4
     assert sorted(runs.rglob("*.ckpt")) == before
+
+
+def test_runs_of_several_teachers_are_found(tmp_path):
+    """Each once, bare or in a Teacher; not where nothing was tested."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").touch()
+
+    def load(name):
+        return {"class_path": "kd_lightning.load_weights", "init_args": {"path": str(tmp_path / name / "student.pt")}}
+
+    wrapped = {"class_path": "kd_lightning.Teacher", "init_args": {"network": load("two")}}
+    plain = {"class_path": "torchvision.models.resnet18"}
+    teachers = [load("one"), wrapped, load("one"), load("three"), plain]
+    assert _teacher_runs({"model": {"init_args": {"teachers": teachers}}}) == [tmp_path / "one", tmp_path / "two"]
+    assert _teacher_runs({"model": {"init_args": {"teacher": wrapped}}}) == [tmp_path / "two"]
+    assert _teacher_runs({"model": {"init_args": {}}}) == []
 
 
 def test_compare_needs_runs(tmp_path, capsys):

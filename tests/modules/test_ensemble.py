@@ -570,3 +570,19 @@ class TestBadInput:
         module = EnsembleDistillModule(nn.Linear(4, 4), teachers, teacher_weights=[0, 1])
         with pytest.raises(InputError, match=r"no teacher \(of weight above 0\) knows the student's classes \[2, 3\]"):
             module.training_step((numbered(4), torch.arange(4)), 0)
+
+    @pytest.mark.parametrize("combine", ["average", "random", "relabel"])
+    def test_a_loss_that_counts_its_steps(self, combine):
+        """Such as one with a warm-up of its own: the very object is called, no copy."""
+
+        class Counted(nn.Module):
+            calls = 0
+
+            def forward(self, student, teacher, target=None):
+                self.calls += 1
+                return nn.functional.mse_loss(student, teacher)
+
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], combine, soft_loss=Counted())
+        for _ in range(3):
+            module.training_step((numbered(4), torch.arange(4)), 0)
+        assert module.soft_loss.calls == 3
