@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -138,7 +139,9 @@ def _of_ensemble(
         if ensemble.knows(student.shape[-1])[number].all():
             found = _of_teacher(teacher, student, sample, soft_loss, task)
         else:
-            found = iter([eval_mode(teacher, sample.batches[0])])
+            own = copy(teacher)
+            own.classes = None  # its logits alone, without minus infinity for what it does not know
+            found = iter([eval_mode(own, sample.batches[0])])
         yield from (of_teacher(finding, f"teachers[{number}]") for finding in found)
     pooled = judge(ensemble.pool(together), sample.y, task)
     yield accuracy(pooled, judge(student, sample.y, task), task, sample.what)._replace(name="ensemble")

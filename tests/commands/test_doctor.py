@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from kd_lightning.__main__ import main
-from kd_lightning.commands.doctor import _normalised
-from kd_lightning.data import Digits
+from kd_lightning.commands.doctor import _normalised, examine
+from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.models import DigitsCNN
+from kd_lightning.modules import EnsembleDistillModule
+from kd_lightning.teachers import Teacher
 
 IMAGES, LABELS = (Digits().load().train.images.tensors[0], Digits().load().train.targets)
 NAMES = ["teacher", "normalisation", "class order", "eval mode", "soft targets", "labels", "gradients"]
@@ -221,6 +223,26 @@ def test_without_a_teacher(config, capsys):
     assert status == 0
     assert list(found) == ["labels", "gradients"]
     assert [mark for mark, _, _ in found.values()] == ["ok", "ok"]
+
+
+def test_teachers_of_part_of_the_classes():
+    """What they say of their own classes is not judged beside all; that they hold still is."""
+    torch.manual_seed(0)
+    restless = nn.Sequential(DigitsCNN(4, num_classes=5), Always())
+    teachers = [
+        DigitsCNN(4),
+        Teacher(DigitsCNN(4, num_classes=3), classes=[7, 2, 9]),
+        Teacher(restless, classes=[4, 3, 2, 1, 0]),
+    ]
+    module = EnsembleDistillModule(DigitsCNN(4), teachers)
+    found = {finding.name: finding for finding in examine(module, SemiSupervisedDataModule(Digits(), labeled=10))}
+    assert [name for name in found if name.startswith(("teachers[1]", "teachers[2]"))] == [
+        "teachers[1], eval mode",
+        "teachers[2], eval mode",
+    ]
+    assert "the same way twice" in found["teachers[1], eval mode"].text
+    assert "asked twice, it answers" in found["teachers[2], eval mode"].text
+    assert "right (chance" in found["ensemble"].text
 
 
 def test_without_validation_part(config, capsys):
