@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.outputs import logits_of
+from kd_lightning.quantization import is_range
 
 
 class Teacher(nn.Module):
@@ -131,7 +132,7 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     """Load weights into a network, from any file that a training leaves; nothing in the file is executed.
 
     Args:
-        model: The network; changed in place.
+        model: The network; changed in place. A quantised one takes float weights, too, and keeps its ranges.
         path: A Lightning checkpoint (ours or of any LightningModule), a plain state dict (``.pt``), or
             ``.safetensors``.
         prefix: What precedes the network's own names in the file, such as ``"student."``. None: found by itself;
@@ -152,6 +153,8 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     if prefix is None:
         prefix = _find_prefix(list(wanted), state)
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not any(map(is_range, found)):  # a float network's: a quantised one keeps its own ranges
+        found |= {key: tensor for key, tensor in wanted.items() if is_range(key)}
     check_fit(found, wanted, f"weights in {file} do not fit {type(model).__name__}")
     model.load_state_dict(found)
     return model
