@@ -1,7 +1,14 @@
 """Knowledge distillation and learning from few labels with PyTorch Lightning."""
 
 from kd_lightning.batch import Batch
-from kd_lightning.callbacks import PredictionWriter, SoftWeightAnnealing, StepSeed, StudentWriter
+from kd_lightning.callbacks import (
+    ActivationCalibration,
+    PredictionWriter,
+    SoftWeightAnnealing,
+    StepSeed,
+    StudentWriter,
+    WeightLevels,
+)
 from kd_lightning.data import (
     DatasetSource,
     Digits,
@@ -11,7 +18,13 @@ from kd_lightning.data import (
     TorchvisionDataset,
 )
 from kd_lightning.errors import InputError
-from kd_lightning.modules import DistillModule, EnsembleDistillModule, HintModule, SupervisedModule
+from kd_lightning.modules import (
+    ApprenticeModule,
+    DistillModule,
+    EnsembleDistillModule,
+    HintModule,
+    SupervisedModule,
+)
 from kd_lightning.teachers import Teacher, load_weights
 
 __all__ = [
@@ -19,6 +32,7 @@ __all__ = [
     "DistillModule",
     "HintModule",
     "EnsembleDistillModule",
+    "ApprenticeModule",
     "Teacher",
     "load_weights",
     "Batch",
@@ -32,5 +46,7 @@ __all__ = [
     "StudentWriter",
     "PredictionWriter",
     "StepSeed",
+    "ActivationCalibration",
+    "WeightLevels",
     "InputError",
 ]

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
-from kd_lightning.callbacks import PredictionWriter, StepSeed, StudentWriter
+from kd_lightning.callbacks import ActivationCalibration, PredictionWriter, StepSeed, StudentWriter, WeightLevels
 from kd_lightning.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.complaints import one_line
 from kd_lightning.config_files import check_configs, walk
@@ -148,8 +148,10 @@ class DistillCLI(LightningCLI):
 
     @staticmethod
     def _drop_missing_teacher(config: Any) -> None:
-        """A trained student is tested without its teacher where the teacher's file is gone."""
+        """A trained student is tested without its teacher, and without what it started from, where files are gone."""
         arguments = config.model.get("init_args") or {}
+        if (start := arguments.get("initial_weights")) is not None and not Path(start).is_file():
+            arguments["initial_weights"] = None
         for role in ("teacher", "teachers"):
             given = arguments.get(role)
             for one in given if isinstance(given, list) else [given] if given is not None else ():
@@ -176,7 +178,7 @@ class DistillCLI(LightningCLI):
             trainer["logger"] = self._loggers(trainer["default_root_dir"], config["name"])
         callbacks: list[Callback] = [config["checkpoint"], StepSeed(), PredictionWriter()]
         if isinstance(getattr(self.model, "student", None), torch.nn.Module):
-            callbacks.append(StudentWriter())
+            callbacks += [StudentWriter(), ActivationCalibration(), WeightLevels()]
         if not self._validates(trainer):
             config["checkpoint"].monitor = None
         if config["early_stopping"] is not None:

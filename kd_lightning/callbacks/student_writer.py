@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.quantization import precision_of, size_of
 
 
 class StudentWriter(Callback):
     """At the end of a fit write ``student.safetensors`` into the run's folder.
 
     The weights are those of the best checkpoint where one is monitored, else the last ones. The metadata says which,
-    and holds the task, the input shape (of one sample), the class names and the preprocessing (evaluation
-    transforms) as the datamodule has them. Works on any LightningModule with a ``student``.
+    and holds the task, the input shape (of one sample), the precision and what the weights take at it in bytes, the
+    class names and the preprocessing (evaluation transforms) as the datamodule has them. Works on any LightningModule
+    with a ``student``.
 
     Raises:
         InputError: If the module has no ``student``, or the file cannot be written.
@@ -51,15 +54,19 @@ class StudentWriter(Callback):
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         # a resumed run knows its best checkpoint's old path, where it may be no more
         best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), "")
-        state: dict[str, Tensor] = pl_module.student.state_dict()  # type: ignore[union-attr]
+        student: torch.nn.Module = pl_module.student  # type: ignore[assignment]
+        state: dict[str, Tensor] = student.state_dict()
         if best:
             saved = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             state = {key: saved[f"student.{key}"] for key in state}
         data = getattr(trainer, "datamodule", None)
+        precision, size = precision_of(student), math.ceil(size_of(student).stored)
         metadata = {
             "kd_lightning": version("kd-lightning"),
             "task": getattr(pl_module, "task", None),
             "input_shape": self.input_shape,
+            "precision": precision,
+            "size_bytes": size,
             "classes": getattr(data, "class_names", None),
             "preprocessing": repr(getattr(data, "eval_transform", None)),
             "weights": Path(best).name if best else f"step {trainer.global_step}",
@@ -76,4 +83,5 @@ class StudentWriter(Callback):
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be written: {error}") from error
-        rank_zero_info(f"student written to {path}")
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        rank_zero_info(f"student written to {path}: {parameters:,} parameters, {precision}, {size / 1000:,.1f} KB")

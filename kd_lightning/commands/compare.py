@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.cli import build
 from kd_lightning.errors import InputError
+from kd_lightning.quantization import precision_of, quantized_layers, size_of
 from kd_lightning.teachers import load_weights
 
 FIGURES = ("accuracy", "agreement", "calibration_error")
@@ -41,7 +43,6 @@ class Run:
     stages: dict[str, dict[str, float]]
     curve: list[tuple[int, float]]
     stage: str = "test"
-    size_kb: float | None = None
     student: dict[str, Any] | None = None
     input_shape: list[int] | None = None
 
@@ -57,7 +58,7 @@ class Group:
 
     name: str
     runs: list[Run]
-    costs: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def values(self, figure: str) -> list[float]:
         """A figure of each run that has it."""
@@ -98,14 +99,13 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
     console = Console()
     if console.width < 150:  # a narrow terminal shows folded lines rather than cut figures
         console = Console(width=150)
-    view = Table(title="Comparison")
+    view = Table(title="Comparison", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in header:
-        view.add_column(name, no_wrap=True)
+        view.add_column(name, no_wrap=name != "run", overflow="fold")  # of a long name nothing is lost
     for row in rows:
         view.add_row(*row)
     console.print(view)
-    note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
-    note += f"interval (Student's t). Figures of the {groups[0].runs[0].stage} part."
+    note = explain(groups)
     console.print(note)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,6 @@ def read_run(folder: Path) -> Run:
         run.student = config["model"].get("init_args", {}).get("student")
     weights = folder / "student.safetensors"
     if weights.is_file():
-        run.size_kb = weights.stat().st_size / 1000
         with safe_open(weights, "pt") as content:
             run.input_shape = json.loads((content.metadata() or {}).get("input_shape", "null"))
     return run
@@ -167,24 +166,31 @@ def choose_stage(runs: Sequence[Run]) -> None:
 
 
 def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
-    """Parameters, MACs, size in KB, and CPU latency in ms (batch 1, one thread), of each group's student.
+    """Parameters, MACs, precision, KB of weights, and CPU latency in ms (batch 1, one thread), of each group's student.
 
-    Latencies are taken in turn, and each group's is the median over the rounds.
+    Latencies are taken in turn, and each group's is the median over the rounds. A quantised student has none: its
+    rounding is simulated in float. It has ``coded_kb``, its weights entropy-coded, besides.
     """
     timers: list[tuple[Group, Timer, list[float]]] = []
     for group in groups:
         run = group.runs[0]
-        if run.student is None or run.input_shape is None or run.size_kb is None:
+        if run.student is None or run.input_shape is None:
             continue
-        student = load_weights(build(nn.Module, run.student), run.folder / "student.safetensors").eval()
+        student = load_weights(build_student(run.student), run.folder / "student.safetensors").eval()
+        student.requires_grad_(False)  # no_grad alone, and the counter stumbles on quantised weights
         x = torch.zeros(1, *run.input_shape)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             student(x)
+        size = size_of(student)
         group.costs = {
             "parameters": sum(p.numel() for p in student.parameters()),
             "macs": counter.get_total_flops() / 2,
-            "size_kb": run.size_kb,
+            "precision": precision_of(student),
+            "size_kb": size.stored / 1000,
         }
+        if quantized_layers(student):
+            group.costs["coded_kb"] = size.coded / 1000
+            continue
         timers.append(
             (group, Timer("with no_grad(): net(x)", globals={"net": student, "x": x, "no_grad": torch.no_grad}), [])
         )
@@ -193,6 +199,27 @@ def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
             times.append(timer.blocked_autorange(min_run_time=0.05).median * 1000)
     for group, _, times in timers:
         group.costs["latency_ms"] = statistics.median(times)
+
+
+def build_student(config: dict[str, Any]) -> nn.Module:
+    """The network of a run's ``model.init_args.student``, for the weights that the run left.
+
+    No other weights are read: where it names ``load_weights``, whose file may be gone, the network inside is built.
+
+    Raises:
+        InputError: If it cannot be built.
+    """
+    return build(nn.Module, _without_weights(config))
+
+
+def _without_weights(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_weights(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("class_path") in ("kd_lightning.load_weights", "kd_lightning.teachers.load_weights"):
+        return _without_weights(node["init_args"]["model"])
+    return {key: _without_weights(child) for key, child in node.items()}
 
 
 def paired_difference(group: Group, base: Group, figure: str = "accuracy") -> tuple[float, float, int] | None:
@@ -220,7 +247,8 @@ def _by_seed(group: Group, figure: str) -> dict[int, float]:
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """The comparison as text."""
     header = ["run", "seeds", "accuracy %", "difference [95 %]", "agreement %", "calib. error %"]
-    header += ["parameters", "MACs", "size KB", "latency ms"]
+    header += ["parameters", "MACs", "precision", "size KB", "latency ms"]
+    forms = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
     rows = []
     for group in groups:
         difference = None if group is groups[0] else paired_difference(group, groups[0])
@@ -231,30 +259,46 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         else:
             row.append("-")
         row += [_mean_sd(group.values(name)) for name in FIGURES[1:]]
-        for name, form in {"parameters": ",.0f", "macs": ",.0f", "size_kb": ",.1f", "latency_ms": ".3f"}.items():
+        for name, form in forms.items():
             row.append(format(group.costs[name], form) if name in group.costs else "-")
         rows.append(row)
     return header, rows
 
 
+def explain(groups: Sequence[Group]) -> str:
+    """What the table's numbers are."""
+    note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
+    note += f"interval (Student's t). Figures of the {groups[0].runs[0].stage} part. Size: what the weights of the "
+    note += "first run take at their own bits, not the file."
+    coded = [f"{group.name} {group.costs['coded_kb']:,.1f} KB" for group in groups if "coded_kb" in group.costs]
+    if coded:
+        note += " Precision: bits of activations (A) and weights (W) of the quantised layers; a ternary weight takes 2 "
+        note += "bits; scales, biases, normalisation and layers left float take 32. Entropy-coded, the quantised "
+        note += f"weights make it {', '.join(coded)}. No latency of a quantised student: its rounding is simulated in "
+        note += "float, which says nothing about the deployed one."
+    return note
+
+
 def figure(groups: Sequence[Group]) -> Figure:
-    """Accuracy against MACs, and the learning curves."""
+    """Accuracy against MACs (against size, if precisions differ), and the learning curves."""
+    by_size = len({group.costs["precision"] for group in groups if group.costs}) > 1
+    key, label = ("size_kb", "KB of weights") if by_size else ("macs", "MACs for one image")
     picture = Figure(figsize=(11, 4.2), layout="constrained")
     cost, curves = picture.subplots(1, 2)
     for number, group in enumerate(groups):
         color = f"C{number}"
         values = [100 * value for value in group.values("accuracy")]
-        if "macs" in group.costs:
+        if group.costs:
             spread = statistics.stdev(values) if len(values) > 1 else 0
-            macs = group.costs["macs"]
-            cost.errorbar(macs, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
+            at = group.costs[key]
+            cost.errorbar(at, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
         by_step: dict[int, list[float]] = defaultdict(list)
         for run in group.runs:
             for step, value in run.curve:
                 by_step[step].append(100 * value)
         steps = sorted(by_step)
         curves.plot(steps, [statistics.mean(by_step[step]) for step in steps], color=color, label=group.name)
-    cost.set(xscale="log", xlabel="MACs for one image", ylabel="accuracy %", title="Accuracy against cost")
+    cost.set(xscale="log", xlabel=label, ylabel="accuracy %", title="Accuracy against cost")
     curves.set(xlabel="step", ylabel="validation accuracy %", title="Learning curves (mean over seeds)")
     for axes in (cost, curves):
         axes.grid(alpha=0.3)

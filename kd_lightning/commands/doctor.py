@@ -97,7 +97,8 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
         y, what = loader.labels[loader.dataset.indices], "training samples"
     yield labels(y, len(training), classes, task, what, taught=teacher is not None or ensemble is not None)
     module.train()
-    yield gradients(module.losses(training), module.student, labeled=_labels(training) > 0)
+    terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
+    yield gradients(terms, module.student, labeled=_labels(training) > 0)
 
 
 class _Sample(NamedTuple):

@@ -89,25 +89,25 @@ class DistillModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Take the teacher's fingerprint before the precision plugin may change its weights."""
         super().setup(stage)
-        if stage == TrainerFn.FITTING and self.teacher is not None:
+        if stage == TrainerFn.FITTING and isinstance(self.teacher, Teacher):
             self.teacher.fingerprint()
 
     def on_fit_start(self) -> None:
         """Have the teacher's first answers looked at: is it any good on this data?"""
         if self._first_look is not None:  # of a fit that ended before
             self._first_look.close()
-        if self.teacher is not None and self.trainer.is_global_zero:
+        if isinstance(self.teacher, Teacher) and self.trainer.is_global_zero:
             self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, say)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which teacher it was, not the teacher."""
         super().on_save_checkpoint(checkpoint)
-        if self.teacher is not None:
+        if isinstance(self.teacher, Teacher):
             checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume under another teacher."""
         super().on_load_checkpoint(checkpoint)
         before = checkpoint.get("teacher_fingerprint")
-        if is_fitting(self) and before and self.teacher is not None:
+        if is_fitting(self) and before and isinstance(self.teacher, Teacher):
             check_same_teacher("teacher", self.teacher, before)
