@@ -16,6 +16,7 @@ from kd_lightning.errors import InputError
 COMMANDS = {
     "experiment": "Train a method and its twin without a teacher over several seeds, and compare them.",
     "compare": "Set finished runs side by side: accuracy, size, cost.",
+    "export": "Write a finished run's student as ONNX, torch.export or safetensors, and check the file.",
     "layers": "Print a config's networks layer by layer: output shapes, multiply-accumulates, parameters.",
     "doctor": "Is this teacher any good on this data? Takes fit's arguments, and trains nothing.",
 }

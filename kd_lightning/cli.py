@@ -150,7 +150,7 @@ class DistillCLI(LightningCLI):
     def _drop_missing_teacher(config: Any) -> None:
         """A trained student is tested without its teacher, and without what it started from, where files are gone."""
         arguments = config.model.get("init_args") or {}
-        if (start := arguments.get("initial_weights")) is not None and not Path(start).is_file():
+        if isinstance(start := arguments.get("initial_weights"), str | Path) and not Path(start).is_file():
             arguments["initial_weights"] = None
         for role in ("teacher", "teachers"):
             given = arguments.get(role)

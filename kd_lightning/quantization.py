@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
@@ -73,8 +72,8 @@ def quantize(
     brevitas = _brevitas()
     if quantized_layers(model):
         raise InputError("model is already quantised")
+    chosen = _choose(model, skip)
     model = deepcopy(model)
-    chosen = dict(_choose(model, skip))
     weight_quant = _weight_quantizers(brevitas, weight_bits)
     arguments: dict[str, Any] = {"return_quant_tensor": False}
     if activation_bits is not None:
@@ -86,8 +85,13 @@ def quantize(
         kind: (getattr(brevitas.nn, f"Quant{kind.__name__}"), arguments | {"weight_quant": lambda m: weight_quant(m)})
         for kind in SUPPORTED
     }
-    left = [name for name, module in model.named_modules() if type(module) in SUPPORTED and name not in chosen]
+    before = dict(model.named_modules(remove_duplicate=False))
+    left = [name for name, module in before.items() if type(module) in SUPPORTED and name not in chosen]
     model = brevitas.quantize.layerwise_quantize(model, replaced, left)
+    new = {id(before[name]): model.get_submodule(name) for name in chosen}
+    for name, module in before.items():  # brevitas replaces a layer of several names at the first one alone
+        if id(module) in new:
+            model.set_submodule(name, new[id(module)])
     for name, module in model.named_modules():  # brevitas's layers come in training mode, their weights unfrozen
         module.training = training.get(name, training[""])
     for name, parameter in model.named_parameters():
@@ -118,6 +122,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     largest: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
         found = x.detach().abs().amax().float()
         largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
@@ -128,7 +134,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for name, layer in layers.items():
             layer.input_quant.disable_quant = True
             stack.callback(setattr, layer.input_quant, "disable_quant", False)
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, named, name=name: note(name, args[0] if args else named["input"]), with_kwargs=True
+            )
             stack.callback(hook.remove)
         for batch in batches:
             model((batch if isinstance(batch, Tensor) else Batch.of(batch).x).to(device))
@@ -212,8 +220,9 @@ def size_of(model: nn.Module) -> Size:
     """What the weights of a network take."""
     layers = quantized_layers(model)
     seen = {id(layer.weight) for layer in layers.values()}
-    rest = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point() and id(t) not in seen}
-    bits = 8.0 * sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+    held = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}  # a shared one once
+    rest = [t for key, t in held.items() if t.is_floating_point() and key not in seen]
+    bits = 8.0 * sum(tensor.numel() * tensor.element_size() for tensor in rest)
     coded = bits
     for layer in layers.values():
         _, levels = weight_levels(layer)
@@ -244,14 +253,16 @@ def _brevitas() -> _Brevitas:
 
 
 def _check_bits(weight_bits: int | str, activation_bits: int | None) -> None:
-    if isinstance(weight_bits, bool) or weight_bits not in WEIGHT_BITS:
+    if isinstance(weight_bits, bool | float) or weight_bits not in WEIGHT_BITS:
         raise InputError(f"weight_bits must be one of {', '.join(map(str, WEIGHT_BITS))}, got {weight_bits!r}")
-    if isinstance(activation_bits, bool) or activation_bits not in (8, None):
+    if isinstance(activation_bits, bool | float) or activation_bits not in (8, None):
         raise InputError(f"activation_bits must be 8, or null for float ones, got {activation_bits!r}")
 
 
-def _choose(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The layers to quantise."""
+def _choose(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    """The names of the layers to quantise."""
+    if isinstance(skip, str):
+        raise InputError(f"skip must be a list of names, got {skip!r}")
     names = [name for name in skip if name not in ("first", "last")]
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
@@ -262,11 +273,17 @@ def _choose(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Mod
     def skipped(name: str) -> bool:
         return any(name == top or name.startswith(f"{top}.") for top in names)
 
-    layers = {name: m for name, m in modules.items() if type(m) in SUPPORTED and not is_parametrized(m)}
+    layers = {name: m for name, m in modules.items() if _is_supported(m)}
     ends = [*layers]
     ends = ends[: "first" in skip] + ends[len(ends) - ("last" in skip) :]
-    chosen = {name: m for name, m in layers.items() if name not in ends and not skipped(name)}
+    chosen = [name for name in layers if name not in ends and not skipped(name)]
+    if chosen == [""]:
+        raise InputError(
+            f"model is a single {type(model).__name__}, which cannot be quantised; put it in nn.Sequential"
+        )
     for name, module in modules.items():
+        if isinstance(module, nn.TransformerEncoderLayer) and not skipped(name):  # in eval mode never calls its layers
+            raise InputError(f"{name or 'model'} (TransformerEncoderLayer) cannot be quantised; name it in skip")
         if name in layers or isinstance(module, _NORMS):
             continue
         own = [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
@@ -274,7 +291,7 @@ def _choose(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Mod
             what = f"{name} ({type(module).__name__})" if name else f"parameter {left[0]} of {type(module).__name__}"
             raise InputError(
                 f"{what} cannot be quantised; to leave it float, name it in skip. Quantised are "
-                f"{', '.join(kind.__name__ for kind in SUPPORTED)}"
+                f"{', '.join(kind.__name__ for kind in SUPPORTED)}; no computed weights, no transposed groups"
             )
     owners: dict[int, str] = {}
     for name, module in layers.items():
@@ -286,7 +303,13 @@ def _choose(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Mod
             f"nothing is left to quantise: {type(model).__name__} has {len(layers)} layers of those kinds, and skip "
             f"({', '.join(skip)}) leaves them all float"
         )
-    yield from chosen.items()
+    return chosen
+
+
+def _is_supported(module: nn.Module) -> bool:
+    """Not: those whose weight is computed (normalised, pruned), and brevitas has no scales for transposed groups."""
+    grouped = isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1
+    return type(module) in SUPPORTED and "weight" in module._parameters and not grouped
 
 
 def _weight_quantizers(brevitas: _Brevitas, weight_bits: int | str) -> Any:

@@ -11,7 +11,20 @@ LAYERS = [
     {"commands"},
     {"cli"},
     {"modules", "callbacks", "data", "loggers", "complaints", "config_files", "checkpoints"},
-    {"losses", "teachers", "quantization", "ensembles", "layers", "hints", "preflight", "models", "batch", "outputs", "errors"},
+    {
+        "losses",
+        "teachers",
+        "quantization",
+        "ensembles",
+        "layers",
+        "hints",
+        "preflight",
+        "models",
+        "batch",
+        "outputs",
+        "exporting",
+        "errors",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = {"modules", "callbacks", "data"}

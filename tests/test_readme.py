@@ -8,6 +8,7 @@ from torchvision.io import write_png
 from torchvision.models import resnet18
 
 from kd_lightning.__main__ import main
+from kd_lightning.quantization import is_calibrated
 
 
 def blocks(root, language):
@@ -33,7 +34,7 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, hints, several = blocks(root, "python")
+    first, hints, several, quantised = blocks(root, "python")
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
     names = {}
@@ -41,3 +42,5 @@ def test_python(root, tmp_path, monkeypatch):
     assert names["module"].distilling
     exec(compile(several, "README.md", "exec"), names)
     assert len(names["module"].ensemble) == 3
+    exec(compile(quantised, "README.md", "exec"), names)
+    assert is_calibrated(names["small"])

@@ -42,7 +42,7 @@ def draw_levels(network: nn.Module) -> Figure:
     picture = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
     panels = picture.subplots(rows, columns, squeeze=False).flat
     for panel, (name, layer) in zip(panels, layers.items(), strict=False):
-        weights, levels = (tensor.flatten().cpu().numpy() for tensor in weight_levels(layer))
+        weights, levels = (tensor.flatten().float().cpu().numpy() for tensor in weight_levels(layer))
         low, high = int(levels.min()), int(levels.max())
         panel.hist(weights, bins=60, color="C0")
         if high - low < 20:  # those of 8 bits would hide the histogram

@@ -95,7 +95,7 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
         y, what = loader.labels[loader.dataset.indices], "training samples"
-    yield labels(y, len(training), classes, task, what, taught=teacher is not None or ensemble is not None)
+    yield labels(y, len(training), classes, task, what, taught=isinstance(teacher, Teacher) or ensemble is not None)
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
     yield gradients(terms, module.student, labeled=_labels(training) > 0)

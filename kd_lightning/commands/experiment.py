@@ -87,10 +87,11 @@ def twin_of(method: Config) -> Config:
         rank_zero_warn("lr_scheduler is made for stage 2; the student alone follows it over all epochs")
     kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
     twin["name"] = f"{method['name']}_alone"
-    twin["model"] = {
-        "class_path": "kd_lightning.SupervisedModule",
-        "init_args": {name: arguments[name] for name in kept if name in arguments},
-    }
+    kept_arguments = {name: arguments[name] for name in kept if name in arguments}
+    if start := arguments.get("initial_weights"):  # what it starts from is not the teacher's doing
+        loaded = {"model": arguments["student"], "path": start}
+        kept_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
+    twin["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": kept_arguments}
     twin["data"]["init_args"]["unlabeled"] = "none"
     twin["data"]["init_args"]["copies"] = math.ceil(batches * data.batch_size / len(data.split.labeled))
     twin["trainer"]["limit_train_batches"] = batches

@@ -51,7 +51,8 @@ class ApprenticeModule(DistillModule):
         soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``SoftTargetLoss`` at temperature 1,
             the paper's, and for apprentices of low precision better than higher ones.
         teacher_optimizer: Scheme A: takes the teacher's parameters, in place of ``optimizer``; ``lr_scheduler`` then
-            scales the learning rates of both.
+            scales the learning rates of both (OneCycleLR sets them: give it ``max_lr`` of the student's and the
+            teacher's).
         mutual: Scheme A: the teacher also learns from the student, by the same soft loss with the roles exchanged
             (weight ``teacher_weight * soft_weight``): deep mutual learning (Zhang et al. 2018), not in the paper.
         initial_weights: Scheme C: file of the student's full-precision weights, as of ``load_weights``.
@@ -173,10 +174,14 @@ class ApprenticeModule(DistillModule):
         if build is None or teacher is None:
             return super().configure_optimizers()
 
+        try:
+            of_teacher = build([p for p in teacher.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"teacher_optimizer: {error}") from error
+        theirs = {id(p) for p in teacher.parameters()}
+
         def pair(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            theirs = {id(p) for p in teacher.parameters()}
-            of_teacher = [p for p in teacher.parameters() if p.requires_grad]
-            return PairedOptimizer(self.optimizer([p for p in parameters if id(p) not in theirs]), build(of_teacher))
+            return PairedOptimizer(self.optimizer([p for p in parameters if id(p) not in theirs]), of_teacher)
 
         return self.optimization(self.parameters(), pair, self.lr_scheduler)
 

@@ -6,24 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+
+from kd_lightning.errors import InputError
 
 
 class PairedOptimizer(Optimizer):
     """Two optimisers of different parameters, stepped together.
 
     With one optimiser Lightning accumulates, clips and scales gradients by itself. Parameter groups and state are
-    shared with the two, so schedulers and checkpoints reach both.
+    shared with the two, so schedulers and checkpoints reach both. ``defaults`` holds the settings that both know: what
+    a scheduler finds there (OneCycleLR a momentum) it may set in every group.
 
     Args:
-        first: Its settings are those that a scheduler looks up in ``defaults``.
+        first: Any but LBFGS.
         second: Of other parameters.
+
+    Raises:
+        InputError: For LBFGS.
     """
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
+        if isinstance(first, LBFGS) or isinstance(second, LBFGS):
+            raise InputError("LBFGS evaluates the loss several times in a step, which two optimisers in one cannot")
         self.pair = (first, second)
         super().__init__([*first.param_groups, *second.param_groups], {})
-        self.defaults = first.defaults
+        self.defaults = {name: value for name, value in first.defaults.items() if name in second.defaults}
+        for optimizer in self.pair:  # Adagrad has some from the start
+            self.state.update(optimizer.state)
         self._share()
 
     def _share(self) -> None:
@@ -42,7 +52,9 @@ class PairedOptimizer(Optimizer):
             optimizer.step()
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave."""
-        super().load_state_dict(state_dict)
-        self._share()
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"pair": self.pair}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # load_state_dict comes here, too

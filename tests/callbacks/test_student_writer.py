@@ -22,6 +22,7 @@ from kd_lightning import (
     load_weights,
 )
 from kd_lightning.models import DigitsCNN
+from kd_lightning.quantization import quantize
 
 SGD = partial(torch.optim.SGD, lr=0.5)
 
@@ -57,8 +58,25 @@ def test_metadata_and_the_runs_folder(quiet_trainer, tmp_path, student):
     assert found.pop("kd_lightning")
     assert json.loads(found.pop("classes")) == [*"0123456789"]
     assert json.loads(found.pop("input_shape")) == [1, 8, 8]
-    assert found == {"task": "multiclass", "preprocessing": "Identity()", "weights": "step 1"}
+    size = sum(t.numel() * 4 for t in student.state_dict().values() if t.is_floating_point())
+    assert json.loads(found.pop("size_bytes")) == size
+    assert found == {"task": "multiclass", "precision": "fp32", "preprocessing": "Identity()", "weights": "step 1"}
     assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_a_quantised_student(quiet_trainer, loader, tmp_path, student, caplog):
+    """Its size is that of its weights at their bits, and the file restores it."""
+    net = quantize(student, 4)
+    with caplog.at_level("INFO"):
+        quiet_trainer(callbacks=[StudentWriter()]).fit(SupervisedModule(net), loader())
+    found = metadata(tmp_path / "student.safetensors")
+    rest = 9 * 4 + 4 * (4 + 8 + 16) + 16 * 10 + 10
+    size = (9 * 4 * 8 + 9 * 8 * 16) // 2 + 4 * (8 + 16 + 2 + rest)
+    assert (found["precision"], json.loads(found["size_bytes"])) == ("8A-4W", size)
+    assert caplog.messages[-1].endswith(f"student.safetensors: 1,704 parameters, 8A-4W, {size / 1000:.1f} KB")
+    x = torch.randn(5, 1, 8, 8)
+    fresh = load_weights(quantize(DigitsCNN(4), 4), tmp_path / "student.safetensors")
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
 
 
 def test_best_checkpoint_that_is_gone(quiet_trainer, loader, tmp_path, student):

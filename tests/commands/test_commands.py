@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
-from kd_lightning.commands.compare import Group, Run, choose_stage, paired_difference
+from kd_lightning.commands.compare import Group, Run, build_student, choose_stage, figure, paired_difference, report
 from kd_lightning.commands.experiment import _teacher_runs
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
+from kd_lightning.quantization import calibrate, quantize
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,9 @@ def test_report(experiment):
     macs = 9 * 8 * 64 + 9 * 8 * 16 * 64 + 9 * 16 * 32 * 16 + 32 * 10
     assert alone["macs"] == taught["macs"] == macs
     assert 0 < taught["latency_ms"] < 100
+    # 4 bytes for each parameter and for BatchNorm's statistics; not the file, which has a header, too
+    assert alone["size_kb"] == 4 * (alone["parameters"] + 2 * (8 + 16 + 32)) / 1000
+    assert alone["precision"] == "fp32" and "coded_kb" not in alone
     differences = [b["accuracy"] - a["accuracy"] for a, b in zip(alone["runs"], taught["runs"], strict=True)]
     assert taught["difference"]["mean"] == pytest.approx(statistics.mean(differences))
     table = (out / "comparison.md").read_text()
@@ -93,6 +98,70 @@ def test_runs_of_several_teachers_are_found(tmp_path):
     assert _teacher_runs({"model": {"init_args": {"teachers": teachers}}}) == [tmp_path / "one", tmp_path / "two"]
     assert _teacher_runs({"model": {"init_args": {"teacher": wrapped}}}) == [tmp_path / "two"]
     assert _teacher_runs({"model": {"init_args": {}}}) == []
+
+
+@pytest.fixture(scope="module")
+def precisions(tmp_path_factory):
+    """Finished runs of one architecture at three precisions, whose students started from a file that is gone."""
+    folder = tmp_path_factory.mktemp("precisions")
+    network = {"class_path": "kd_lightning.models.DigitsCNN", "init_args": {"width": 8}}
+    start = {"class_path": "kd_lightning.load_weights", "init_args": {"model": network, "path": "gone.pt"}}
+    torch.manual_seed(0)
+    plain = DigitsCNN(8)
+    for name, bits in {"plain": None, "four": 4, "one_with_a_name_that_is_long_by_far": "ternary"}.items():
+        run = folder / name / "version_0"
+        run.mkdir(parents=True)
+        student, network = start, plain
+        if bits is not None:
+            arguments = {"model": start, "weight_bits": bits}
+            student = {"class_path": "kd_lightning.quantization.quantize", "init_args": arguments}
+            network = calibrate(quantize(plain, bits), [torch.randn(8, 1, 8, 8)])
+        model = {"class_path": "DistillModule", "init_args": {"student": student}}
+        (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "model": model}))
+        (run / "metrics.csv").write_text("step,test/accuracy\n1,0.5\n")
+        save_file(network.state_dict(), run / "student.safetensors", {"input_shape": "[1, 8, 8]"})
+    return [folder / name for name in ("plain", "four", "one_with_a_name_that_is_long_by_far")]
+
+
+def test_precisions(precisions, tmp_path, capsys):
+    """What is compared is what the weights take as they are, and never the latency of simulated rounding."""
+    groups = report(precisions, tmp_path)
+    plain, four, ternary = json.loads((tmp_path / "comparison.json").read_text())
+    assert [entry["precision"] for entry in (plain, four, ternary)] == ["fp32", "8A-4W", "8A-ternary"]
+    assert plain["macs"] == four["macs"] == ternary["macs"]
+    weights = 9 * 8 * 16 + 9 * 16 * 32
+    rest = 4 * (9 * 8 + 4 * (8 + 16 + 32) + 32 * 10 + 10)
+    scales = 4 * (16 + 32 + 2)  # two ranges of activations
+    assert plain["size_kb"] == pytest.approx((4 * weights + rest) / 1000)
+    assert four["size_kb"] == pytest.approx((weights / 2 + scales + rest) / 1000)
+    assert ternary["size_kb"] == pytest.approx((weights / 4 + scales + rest) / 1000)
+    assert (scales + rest) / 1000 < ternary["coded_kb"] < ternary["size_kb"]
+    assert four["coded_kb"] < four["size_kb"]
+    assert "latency_ms" in plain and "latency_ms" not in four and "latency_ms" not in ternary
+    text = (tmp_path / "comparison.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[:5]]
+    four_row = dict(zip(cells[0], cells[3], strict=True))
+    assert (four_row["precision"], four_row["latency ms"]) == ("8A-4W", "-")
+    assert four_row["size KB"] == f"{four['size_kb']:.1f}"
+    assert f"four {four['coded_kb']:.1f} KB" in text
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 150
+    assert figure(groups).axes[0].get_xlabel() == "KB of weights"
+
+
+def test_one_precision_is_drawn_over_macs(precisions, capsys):
+    groups = report(precisions[1:2], None)
+    assert figure(groups).axes[0].get_xlabel() == "MACs for one image"
+    assert "four" in capsys.readouterr().out
+
+
+def test_student_is_built_without_the_weights_it_started_from():
+    loaded = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
+    for name in ("kd_lightning.load_weights", "kd_lightning.teachers.load_weights"):
+        loaded = {"class_path": name, "init_args": {"model": loaded, "path": "gone.pt", "prefix": None}}
+    assert build_student(loaded)[0].out_channels == 4
+    with pytest.raises(InputError):
+        build_student({"class_path": "DigitsCNN", "init_args": {"wide": 4}})
 
 
 def test_compare_needs_runs(tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from kd_lightning.cli import DistillCLI, build
+from kd_lightning.teachers import Teacher
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # configs name classes of parts.py, in processes of their own too
@@ -51,22 +53,26 @@ def nodes(node):
             yield from nodes(child)
 
 
-VARIANTS = {  # arguments of the model under which a config is another story
+VARIANTS = {  # arguments of the model, by dotted path, under which a config is another story
     "ensemble_digits": [{"combine": "random"}, {"combine": "random", "draw": "sample"}, {"combine": "relabel"}]
 }
+TERNARY = [{"student.init_args.weight_bits": "ternary"}]
+PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}
 
 
-def cases(paths):
+def cases(paths, variants):
     """Each config, and its variants, as pytest's parameters."""
     for path in paths:
-        for arguments in [{}, *VARIANTS.get(path.stem, [])]:
+        for arguments in [{}, *variants.get(path.stem, [])]:
             yield pytest.param((path, arguments), id="-".join([path.stem, *arguments.values()]))
 
 
-def quick(path, **arguments):
+def quick(path, **changes):
     """The config of a file as a quick run, in the current folder; the weights it loads lie there."""
     config = yaml.safe_load(path.read_text())
-    config["model"]["init_args"] |= arguments
+    for place, value in changes.items():
+        *parents, name = place.split(".")
+        reduce(dict.__getitem__, parents, config["model"]["init_args"])[name] = value
     config["name"] = "quick"
     config["trainer"] |= TRAINER
     config["checkpoint"] = config.get("checkpoint", {}) | CHECKPOINT
@@ -83,7 +89,7 @@ def quick(path, **arguments):
         config["model"]["init_args"]["hint_epochs"] = 1  # both stages within two epochs
     for node in nodes(config["model"]):
         arguments = node.get("init_args") or {}
-        if node.get("class_path") == "DigitsCNN" and node is config["model"]["init_args"]["student"]:
+        if node.get("class_path") == "DigitsCNN" and node is float_student(config):
             arguments["dropout"] = 0.2
         if "weights" in arguments:  # pretrained ones would be downloaded
             arguments["weights"] = None
@@ -91,8 +97,18 @@ def quick(path, **arguments):
     return config
 
 
+def float_student(config):
+    """What is quantised, where the student is."""
+    student = config["model"]["init_args"]["student"]
+    return student["init_args"]["model"] if student["class_path"].endswith(".quantize") else student
+
+
 def save_teachers(config, seed=0):
     """Make the weights files that a config names, of untrained networks."""
+    if config["model"]["init_args"].get("initial_weights"):
+        config["model"]["init_args"]["initial_weights"] = "initial.pt"
+        torch.manual_seed(77)
+        torch.save(build(torch.nn.Module, float_student(config)).state_dict(), "initial.pt")
     for number, node in enumerate(nodes(config["model"])):
         if str(node.get("class_path")).endswith("load_weights"):
             torch.manual_seed(seed + number)
@@ -106,14 +122,18 @@ def without_batch_statistics(config):
     config = deepcopy(config)
     source = config["data"]["init_args"]["source"].get("init_args") or {}
     channels, classes = (source.get("image_size") or [1])[0], source.get("num_classes", 10)
+    student = float_student(config)
     for node in nodes(config["model"]):
-        for role in ("student", "model", "network"):
+        for role in ("student", "teacher", "model", "network"):
             if isinstance(node.get(role), dict) and "class_path" in node[role]:
-                width = {"width": 16 if role == "student" else 24}
+                width = {"width": 16 if node[role] is student else 24}
                 plain = {"channels": channels, "num_classes": classes} | width
-                if not str(node[role]["class_path"]).endswith("load_weights"):
+                if node[role]["class_path"].endswith(".quantize"):
+                    node[role]["init_args"]["skip"] = ["last"]  # of two layers
+                elif not node[role]["class_path"].rsplit(".", 1)[-1] in ("load_weights", "Teacher"):
                     node[role] = {"class_path": "parts.Plain", "init_args": plain}
-    config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
+        config["model"]["init_args"][name] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     if "hints" in config["model"]["init_args"]:
         config["model"]["init_args"]["hints"] = {"layers.3": "layers.3"}
         config["model"]["init_args"]["hint_optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
@@ -129,7 +149,7 @@ def module_of(path):
 def one_of_each_module():
     """The digits config of each module, for what is too slow to run for all."""
     chosen = {}
-    for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, p.stem)):
+    for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, "joint" not in p.stem, p.stem)):
         chosen.setdefault(module_of(path), path)
     return sorted(chosen.values())
 
@@ -166,13 +186,13 @@ class Story:
 
 
 def teachers_of(model):
-    """By the name that complaints give them."""
-    if (teacher := getattr(model, "teacher", None)) is not None:
+    """The frozen ones, by the name that complaints give them."""
+    if isinstance(teacher := getattr(model, "teacher", None), Teacher):
         return {"teacher": teacher}
     return {f"teachers[{number}]": teacher for number, teacher in enumerate(getattr(model, "ensemble", None) or ())}
 
 
-@pytest.fixture(scope="module", params=cases(CONFIGS))
+@pytest.fixture(scope="module", params=cases(CONFIGS, VARIANTS | PRECISIONS))
 def story(request, tmp_path_factory):
     """Each config, run once for all tests that only look at what it left."""
     path, arguments = request.param
@@ -180,7 +200,7 @@ def story(request, tmp_path_factory):
         yield Story(path, folder, **arguments)
 
 
-@pytest.fixture(params=cases(one_of_each_module()))
+@pytest.fixture(params=cases(one_of_each_module(), VARIANTS))
 def each_module(request):
     """One config of each module, and its arguments."""
     return request.param

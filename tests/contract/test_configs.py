@@ -16,13 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kd_lightning.__main__ import main
 from kd_lightning.cli import DistillCLI
 from kd_lightning.errors import InputError
+from kd_lightning.quantization import quantized_layers
 
 RUN = Path("runs/quick/version_0")
 TAGS = {"SupervisedModule": {"train/loss", "train/hard"}}
 TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
 TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "regressor_parameters"}
 TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number}_share" for number in range(3)}
-HELPERS = "regressors."  # trained beside the student, kept for a resume, and not deployed
+TAGS["ApprenticeModule"] = TAGS["DistillModule"]
+HELPERS = ("regressors.", "teacher.")  # trained beside the student, kept for a resume, and not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 
@@ -64,7 +66,8 @@ class TestOneRun:
         for command in [*commands, "test", "predict"]:
             main([command, *story.args, "--ckpt_path", "last"])
         tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])
-        figures = FIGURES | (TEACHER_FIGURES if story.teachers else set())
+        taught = story.teachers or getattr(story.whole.model, "teacher", None) is not None
+        figures = FIGURES | (TEACHER_FIGURES if taught else set())
         if len(story.teachers) > 1:
             kinds = ("accuracy", "agreement", "ensemble_agreement")
             figures |= {f"teacher_{number}_{kind}" for number in range(len(story.teachers)) for kind in kinds}
@@ -101,7 +104,8 @@ class TestOneRun:
 
     def test_teacher_is_unchanged_and_another_is_refused(self, story, contract):
         if not story.teachers:
-            assert not {"teacher", "teachers"} & story.config["model"]["init_args"].keys()
+            joint = story.config["model"]["init_args"].get("scheme") == "joint"
+            assert joint or not {"teacher", "teachers"} & story.config["model"]["init_args"].keys()
             return
         before = {path: path.read_bytes() for path in Path().glob("teacher_*.pt")}
         fresh = contract.teachers_of(DistillCLI(story.args, run=False).model)
@@ -145,9 +149,11 @@ class TestOneRun:
         for precision in ("32-true", "bf16-mixed"):
             cli = DistillCLI(["fit", *story.args, *gentle, "--trainer.precision", precision])
             losses.append(cli.trainer.callback_metrics)
+        # bfloat16's own rounding is up to half a level of an 8-bit activation, so that many fall on the next one
+        near = 0.05 if quantized_layers(story.whole.model.student) else 0.02
         for name in TAGS[type(story.whole.model).__name__] - {"soft_weight"}:
             assert losses[1][name].isfinite()
-            assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.02), name
+            assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=near), name
 
 
 class TestInterruption:

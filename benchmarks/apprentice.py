@@ -1,0 +1,299 @@
+"""Students of low precision: without a teacher, and in the Apprentice's schemes A, B and C.
+
+Run: python benchmarks/apprentice.py [--seeds 5]      (about 40 minutes on two cores)
+     python benchmarks/apprentice.py --settings       (how the settings were chosen: validation images alone)
+
+Digits, DigitsCNN of width 8 under one of width 32, in two settings: all labels, and 10 labels per class with the
+other training images unlabeled. Every run takes as many steps (those of 40 epochs), with the same views of the same
+images for all methods of a setting that see them. The fixed teacher of B and C is trained on all training labels; A's
+teacher sees the labels that the student sees. C starts from the seed's fp32 student without a teacher. A seed draws
+split, networks and order. Learning rates and temperature are those that --settings chose. Test images are only ever
+reported on: "best" is the scheme of the highest mean validation accuracy at that precision.
+"""
+
+import argparse
+import copy
+import itertools
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from scipy import stats
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from kd_lightning import (
+    ActivationCalibration,
+    ApprenticeModule,
+    Digits,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+    exporting,
+)
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.models import DigitsCNN, resnet20
+from kd_lightning.modules.evaluation import decide
+from kd_lightning.quantization import quantize, size_of
+
+STEPS = 40 * 17  # of 64 images, of the 1078 in the training part
+PRECISIONS = {
+    "fp32": None,
+    "8A-8W": {"weight_bits": 8},
+    "8A-4W": {"weight_bits": 4},
+    "8A-2W": {"weight_bits": 2},
+    "8A-ternary": {"weight_bits": "ternary"},
+}
+SETTINGS = {"10 labels per class": {"labeled": 10}, "all labels": {}}
+SCHEMES = {"A": "joint", "B": "fixed_teacher", "C": "finetune"}
+EXPORTED = ("8A-4W", "8A-ternary")
+LEARNING_RATES = {"no teacher": 0.03, "A": 0.03, "B": 0.03, "C": 0.01}
+TEMPERATURES = {"A": 1.0, "B": 1.0, "C": 1.0}
+
+
+def optimised(lr, steps=STEPS):
+    """The optimiser and the schedule, by steps."""
+    return {
+        "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
+        "lr_scheduler": partial(CosineAnnealingLR, T_max=steps),
+        "lr_interval": "step",
+    }
+
+
+def fit(module, data):
+    """Train to the last step; validation and test accuracy in percent."""
+    trainer = Trainer(
+        max_steps=STEPS,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ActivationCalibration()],
+    )
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == STEPS
+    return [100 * accuracy(module.student, loader) for loader in (data.val_dataloader(), data.test_dataloader())]
+
+
+@torch.no_grad()
+def accuracy(network, loader):
+    """Share right."""
+    network.eval()
+    right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
+    return float(right.double().mean())
+
+
+class Seed:
+    """All that is trained with one seed in one setting."""
+
+    def __init__(self, seed, setting, val=0.1):
+        torch.set_num_threads(1)
+        self.seed = seed
+        self.labels = SETTINGS[setting]
+        self.make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed, val=val)
+        self.folder = tempfile.TemporaryDirectory()
+        self.teacher = DigitsCNN(32)
+        seed_everything(seed, verbose=False)
+        fit(SupervisedModule(self.teacher, **optimised(0.005)), self.make_data())
+
+    def student(self, precision):
+        """Each with the same initial weights."""
+        seed_everything(self.seed, verbose=False)
+        network = DigitsCNN(8)
+        return network if PRECISIONS[precision] is None else quantize(network, **PRECISIONS[precision])
+
+    def alone(self, precision, lr):
+        """Without a teacher, on the labeled images."""
+        few = {"unlabeled": "none", "copies": 11} if self.labels else {}
+        module = SupervisedModule(self.student(precision), **optimised(lr))
+        found = fit(module, self.make_data(**self.labels, **few))
+        if precision == "fp32":
+            torch.save(module.student.state_dict(), Path(self.folder.name, f"{lr}.pt"))
+        return module.student, found
+
+    def taught(self, precision, scheme, lr, temperature, start=None):
+        """By one of the schemes."""
+        student = self.student(precision)
+        arguments = {"soft_loss": SoftTargetLoss(temperature), **optimised(lr)}
+        teacher = self.teacher
+        if scheme == "A":
+            teacher = DigitsCNN(32)
+            arguments["teacher_optimizer"] = partial(AdamW, lr=0.005, weight_decay=0.01)
+        if scheme == "C":
+            arguments["initial_weights"] = Path(self.folder.name, f"{start}.pt")
+        module = ApprenticeModule(student, teacher, SCHEMES[scheme], **arguments)
+        return module.student, fit(module, self.make_data(**self.labels))
+
+
+def run(case):
+    """One seed and setting: {(precision, method): (validation, test accuracy)}, and exports beside PyTorch."""
+    seed, setting = case
+    here, found, agreed = Seed(seed, setting), {}, {}
+    for precision in PRECISIONS:
+        for method in ("no teacher", *SCHEMES):
+            if precision == "fp32" and method != "no teacher":
+                continue
+            lr = LEARNING_RATES[method]
+            if method == "no teacher":
+                student, found[precision, method] = here.alone(precision, lr)
+            else:
+                start = LEARNING_RATES["no teacher"]
+                student, found[precision, method] = here.taught(precision, method, lr, TEMPERATURES[method], start)
+            if precision in EXPORTED:
+                agreed[precision, method] = exported(student, here.make_data().test_dataloader())
+            print(f"seed {seed}, {setting}, {precision}, {method}: {found[precision, method][1]:.2f}", flush=True)
+    return found, agreed
+
+
+def exported(student, loader):
+    """How near ONNX Runtime's answers are to PyTorch's."""
+    batches = [batch.x for batch in loader]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "student.onnx")
+        exporting.write(student.eval(), batches[0], path, "onnx", {})
+        found = exporting.answers(exporting.reader(path, "onnx", nn.Identity), batches)
+    return exporting.compare(exporting.answers(student, batches), found, partial(decide, task="multiclass"))
+
+
+def interval(mine, others):
+    """Paired difference with its 95 % interval."""
+    gaps = [one - other for one, other in zip(mine, others, strict=True)]
+    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    mean = statistics.mean(gaps)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def spread(values):
+    """Mean and sample standard deviation."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+GRID = {  # learning rate and temperature
+    "no teacher": [(0.01, None), (0.03, None)],
+    "A": [(0.01, 1.0), (0.03, 1.0)],
+    "B": [(0.01, 1.0), (0.03, 1.0), (0.03, 4.0)],
+    "C": [(0.003, 1.0), (0.01, 1.0), (0.03, 1.0), (0.01, 4.0)],
+}
+
+
+def try_settings(case):
+    """Validation accuracies of one seed over the grid."""
+    seed, setting = case
+    here, found = Seed(seed, setting, val=0.25), {}
+    for lr, _ in GRID["no teacher"]:
+        here.alone("fp32", lr)
+    for precision in ("8A-4W", "8A-ternary"):
+        for method, grid in GRID.items():
+            for lr, temperature in grid:
+                if method == "no teacher":
+                    _, accuracies = here.alone(precision, lr)
+                else:
+                    _, accuracies = here.taught(precision, method, lr, temperature, start=0.03)
+                found[precision, method, lr, temperature] = accuracies[0]
+        print(f"seed {seed}, {setting}, {precision} done", flush=True)
+    return found
+
+
+def settings(seeds, setting="10 labels per class"):
+    """The table of the search."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        results = list(pool.map(try_settings, [(100 + seed, setting) for seed in range(seeds)]))
+    print(f"\n| {setting}: validation accuracy % | learning rate | temperature | 8A-4W | 8A-ternary | mean |")
+    print("|---|---|---|---|---|---|")
+    for method, grid in GRID.items():
+        for lr, temperature in grid:
+            columns = [[found[p, method, lr, temperature] for found in results] for p in ("8A-4W", "8A-ternary")]
+            cells = [*map(spread, columns), f"{statistics.mean([*columns[0], *columns[1]]):.2f}"]
+            print(f"| {method} | {lr} | {temperature or ''} | {' | '.join(cells)} |")
+
+
+def compare(seeds):
+    """The tables of accuracies."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        results = dict(zip(cases := [*itertools.product(range(seeds), SETTINGS)], pool.map(run, cases), strict=True))
+    for setting in SETTINGS:
+        found = [results[seed, setting][0] for seed in range(seeds)]
+        column = {key: list(zip(*(one[key] for one in found), strict=True)) for key in found[0]}
+        base = column["fp32", "no teacher"][1]
+        print(
+            f"\n| {setting}: test accuracy % | weights KB | no teacher | A | B | C | best, by validation | "
+            "best ahead of no teacher [95 %] | best ahead of fp32 alone [95 %] |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        for precision, options in PRECISIONS.items():
+            network = DigitsCNN(8) if options is None else quantize(DigitsCNN(8), **options)
+            cells = [f"{size_of(network).stored / 1000:.1f}"]
+            if options is None:
+                print(f"| {precision} | {cells[0]} | {spread(base)} | | | | | | |")
+                continue
+            cells += [spread(column[precision, method][1]) for method in ("no teacher", *SCHEMES)]
+            best = max(SCHEMES, key=lambda scheme: statistics.mean(column[precision, scheme][0]))
+            test = column[precision, best][1]
+            cells += [best, interval(test, column[precision, "no teacher"][1]), interval(test, base)]
+            print(f"| {precision} | {' | '.join(cells)} |")
+    print("\n| ONNX Runtime against PyTorch | files | decisions | agree % | largest difference, of the largest logit |")
+    print("|---|---|---|---|---|")
+    for precision in EXPORTED:
+        each = [c for _, agreed in results.values() for key, c in agreed.items() if key[0] == precision]
+        decisions, changed = sum(c.decisions for c in each), sum(c.changed for c in each)
+        largest = max(c.relative for c in each)
+        print(f"| {precision} | {len(each)} | {decisions} | {100 - 100 * changed / decisions:.3f} | {largest:.1e} |")
+
+
+def speed(repeats=11):
+    """Milliseconds of a training step against the float twin's, in turns."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    nets = {
+        "DigitsCNN of width 8, 64 digits": (DigitsCNN(8), torch.rand(64, 1, 8, 8)),
+        "ResNet-20, 16 images of 32 x 32": (resnet20(), torch.rand(16, 3, 32, 32)),
+    }
+    ways = {
+        "fp32": None,
+        "32A-4W": {"weight_bits": 4, "activation_bits": None},
+        **{name: options for name, options in PRECISIONS.items() if options},
+    }
+    print("\n| training step | " + " | ".join(ways) + " |")
+    print("|---" * (len(ways) + 1) + "|")
+    for name, (network, x) in nets.items():
+        students = [copy.deepcopy(network) if o is None else quantize(network, **o) for o in ways.values()]
+        optimizers = [SGD(student.parameters(), lr=0.01) for student in students]
+        turns = []
+        for _ in range(repeats):
+            times = []
+            for student, optimizer in zip(students, optimizers, strict=True):
+                start = time.perf_counter()
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(student(x), torch.zeros(len(x), dtype=torch.long)).backward()
+                    optimizer.step()
+                times.append(200 * (time.perf_counter() - start))
+            turns.append(times)
+        cells = [f"{statistics.median(turn[0] for turn in turns):.1f} ms"]
+        for number in range(1, len(students)):
+            ratios = sorted(turn[number] / turn[0] for turn in turns)
+            cells.append(f"{statistics.median(ratios):.2f} times [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--settings", action="store_true")
+    options = parser.parse_args()
+    if options.settings:
+        settings(4)
+    else:
+        compare(options.seeds)
+        speed()
+    names = ("torch", "torchvision", "lightning", "scikit-learn", "brevitas", "onnxruntime")
+    print(", ".join(f"{name} {version(name)}" for name in names))
