@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import warnings
@@ -136,15 +137,21 @@ def write(student: nn.Module, x: Tensor, path: Path, form: str, metadata: Mappin
         reason = str(error).strip().partition("\n")[0]
         name = type(student).__name__
         raise InputError(f"{name} cannot be exported as {form}: {type(error).__name__}: {reason}") from error
+    finally:
+        gc.collect()  # torch.export leaves twins of the student's class behind, and YAML would find two of its name
 
 
-def reader(path: Path, form: str, fresh: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:
+def reader(
+    path: Path, form: str, fresh: Callable[[], nn.Module], *, as_written: bool = True
+) -> Callable[[Tensor], Tensor]:
     """What answers from a file alone: inputs (B, ...) to logits.
 
     Args:
         path: The file.
         form: One of ``FORMATS``.
         fresh: Builds the network that ``safetensors`` are loaded into.
+        as_written: Whether onnxruntime keeps to a quantised graph's own arithmetic. By default it rewrites it, and
+            rounds the biases of layers whose output is quantised (without BatchNorm between) to integers.
 
     Raises:
         InputError: If the runtime refuses the file.
@@ -157,6 +164,7 @@ def reader(path: Path, form: str, fresh: Callable[[], nn.Module]) -> Callable[[T
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # runtimes have their own
         raise InputError(f"the {form} file cannot be read again: {' '.join(str(error).split())}") from error

@@ -41,7 +41,7 @@ def draw_levels(network: nn.Module) -> Figure:
     rows = math.ceil(len(layers) / columns)
     picture = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
     panels = picture.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, layer) in zip(panels, layers.items(), strict=False):
+    for (name, layer), panel in zip(layers.items(), panels, strict=False):  # in this order no panel is lost
         weights, levels = (tensor.flatten().float().cpu().numpy() for tensor in weight_levels(layer))
         low, high = int(levels.min()), int(levels.max())
         panel.hist(weights, bins=60, color="C0")

@@ -26,6 +26,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.cli import build
+from kd_lightning.config_files import find_class
 from kd_lightning.errors import InputError
 from kd_lightning.quantization import precision_of, quantized_layers, size_of
 from kd_lightning.teachers import load_weights
@@ -217,7 +218,7 @@ def _without_weights(node: Any) -> Any:
         return [_without_weights(child) for child in node]
     if not isinstance(node, dict):
         return node
-    if node.get("class_path") in ("kd_lightning.load_weights", "kd_lightning.teachers.load_weights"):
+    if find_class(node.get("class_path")) is load_weights:
         return _without_weights(node["init_args"]["model"])
     return {key: _without_weights(child) for key, child in node.items()}
 

@@ -21,7 +21,7 @@ from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.evaluation import check_outputs
 from kd_lightning.modules.paired_optimizer import PairedOptimizer
 from kd_lightning.modules.supervised import Term, check_choice
-from kd_lightning.modules.teaching import check_soft_weight
+from kd_lightning.modules.teaching import check_soft_weight, is_fitting
 from kd_lightning.outputs import logits_of
 from kd_lightning.teachers import Teacher, load_weights
 
@@ -162,8 +162,8 @@ class ApprenticeModule(DistillModule):
                 logger.experiment.add_custom_scalars(layout)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Without a teacher leave out the one that learned in scheme A."""
-        if self.scheme == "joint" and self.teacher is None:
+        """Test without the teacher that learned in scheme A where it is not at hand."""
+        if self.scheme == "joint" and self.teacher is None and not is_fitting(self):
             for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.")]:
                 del checkpoint["state_dict"][key]
         super().on_load_checkpoint(checkpoint)
@@ -173,7 +173,6 @@ class ApprenticeModule(DistillModule):
         teacher, build = self.teacher, self.teacher_optimizer
         if build is None or teacher is None:
             return super().configure_optimizers()
-
         try:
             of_teacher = build([p for p in teacher.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:

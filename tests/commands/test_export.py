@@ -131,6 +131,7 @@ def test_answers_and_metadata(trained, files, name, suffix):
     assert "100.00 % of the decisions agree (0 of 119 differ)" in text
     assert f"{path.stat().st_size / 1000:.1f} KB" in text
     assert ("opset 17" in text) == (suffix == "onnx")
+    assert ("default settings" in text) == (name == "quant" and suffix == "onnx")
     assert ("in 8 bits" in text) == (name == "quant" and suffix == "onnx")
 
 
@@ -163,6 +164,21 @@ def test_levels_of_other_precisions(tmp_path, bits, lowest, highest):
     weights = [array for array in held if array.dtype == np.int8 and array.ndim > 1]
     assert len(weights) == 4
     assert (min(w.min() for w in weights), max(w.max() for w in weights)) == (lowest, highest)
+
+
+def test_biases_stay_as_written(tmp_path):
+    """Onnxruntime rounds the biases of such networks to integers, unless it is told not to."""
+    torch.manual_seed(0)
+    first = [nn.ConvTranspose2d(1, 8, 2), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2), nn.ReLU()]
+    net = quantize(nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 10)), 4, skip=())
+    calibrate(net, [IMAGES[:64]]).eval()
+    batches, path = IMAGES.split(100), tmp_path / "x.onnx"
+    write(net, batches[0], path, "onnx", {})
+    expected = answers(net, batches)
+    kept = compare(expected, answers(reader(path, "onnx", DigitsCNN), batches), DECIDE)
+    assert kept.agrees(QUANTIZED_TOLERANCE)
+    rewritten = answers(reader(path, "onnx", DigitsCNN, as_written=False), batches)
+    assert compare(expected, rewritten, DECIDE).typical > 100 * kept.typical
 
 
 def test_torch_export_needs_neither_brevitas_nor_this_package(trained, files):

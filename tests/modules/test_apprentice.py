@@ -480,6 +480,11 @@ class TestJointCheckpoint:
         assert again.teacher is None or state_equal(again.teacher, module.teacher)
         assert (again.scheme, again.soft_weight, again.teacher_weight, again.mutual) == ("joint", 0.4, 2.0, True)
 
+    def test_resuming_without_the_teacher(self, quiet_trainer, loader, trained):
+        module = ApprenticeModule(DigitsCNN(4), None, teacher_optimizer=SGD)
+        with pytest.raises(InputError, match="the checkpoint does not fit ApprenticeModule: .*unexpected: teacher"):
+            quiet_trainer(max_epochs=3).fit(module, loader(), ckpt_path=trained[1])
+
     def test_teacher_of_another_shape(self, quiet_trainer, loader, trained):
         with pytest.raises(InputError, match="the checkpoint does not fit ApprenticeModule: .*teacher"):
             quiet_trainer().test(ApprenticeModule(DigitsCNN(4), DigitsCNN(6)), loader(), ckpt_path=trained[1])

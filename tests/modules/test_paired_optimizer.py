@@ -62,6 +62,12 @@ def test_equals_both_apart(kinds):
     assert torch.equal(together[1].bias, start[1].bias)
 
 
+def test_keeps_the_state_of_the_start():
+    nets = networks()
+    pair = PairedOptimizer(SGD(nets[0].parameters()), Adagrad([nets[1].weight], initial_accumulator_value=0.5))
+    assert (pair.state[nets[1].weight]["sum"] == 0.5).all()
+
+
 def test_groups_of_ones_own():
     """Parameter groups with settings of their own stay apart."""
     together, apart = networks(), networks()
