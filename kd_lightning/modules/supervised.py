@@ -182,8 +182,9 @@ class SupervisedModule(LightningModule):
         if self._trainer is not None:
             rows: dict[str, Any] = dict.fromkeys(terms, len(batch))
             if batch.mean_labels is not None:
-                # charts the mean over labels; a batch without any has next to no say
-                rows["hard"] = max(float(batch.mean_labels), 1e-9)
+                # charts the mean over labels, of a teacher that learns, too; a batch without any has next to no say
+                hard = [name for name in terms if name.endswith("hard")]
+                rows |= dict.fromkeys(hard, max(float(batch.mean_labels), 1e-9))
             for name, (weight, value) in terms.items():
                 self._log_epoch(f"train/{name}", value, rows[name])
                 if name != "hard":

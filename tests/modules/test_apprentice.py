@@ -574,7 +574,6 @@ class TestCharts:
         terms = ("hard", "soft", "teacher_hard", "teacher_soft", "loss")
         assert found >= {f"train/{name}" for name in terms} | {"soft_weight", "val/teacher_accuracy", "val/agreement"}
 
-    @pytest.mark.xfail(strict=True, reason="SupervisedModule charts train/hard alone over labels")
     def test_means_over_labels(self, quiet_trainer):
         """Both hard terms are means over the labels, however these lie among the batches."""
         torch.manual_seed(0)
