@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
 from kd_lightning.commands.compare import Group, Run, build_student, choose_stage, figure, paired_difference, report
-from kd_lightning.commands.experiment import _teacher_runs
+from kd_lightning.commands.experiment import _teacher_runs, twin_of
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization import calibrate, quantize
@@ -207,3 +207,13 @@ def test_paired_difference_agrees_with_scipy():
 
 def test_one_pair_has_no_interval():
     assert paired_difference(group("a", {0: 0.5}), group("b", {0: 0.4})) is None
+
+
+def test_twin_of_fine_tuning_starts_from_the_same_weights(root):
+    config = yaml.safe_load((root / "configs/apprentice_digits_finetune.yaml").read_text())
+    arguments = config["model"]["init_args"]
+    twin = twin_of(config)["model"]
+    assert twin["class_path"] == "kd_lightning.SupervisedModule"
+    start = {"model": arguments["student"], "path": arguments["initial_weights"]}
+    assert twin["init_args"]["student"] == {"class_path": "kd_lightning.load_weights", "init_args": start}
+    assert twin["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
