@@ -130,7 +130,7 @@ def without_batch_statistics(config):
                 plain = {"channels": channels, "num_classes": classes} | width
                 if node[role]["class_path"].endswith(".quantize"):
                     node[role]["init_args"]["skip"] = ["last"]  # of two layers
-                elif not node[role]["class_path"].rsplit(".", 1)[-1] in ("load_weights", "Teacher"):
+                elif node[role]["class_path"].rsplit(".", 1)[-1] not in ("load_weights", "Teacher"):
                     node[role] = {"class_path": "parts.Plain", "init_args": plain}
     for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
         config["model"]["init_args"][name] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
