@@ -256,6 +256,10 @@ def compare(seeds):
             test = column[precision, best][1]
             cells += [best, interval(test, column[precision, "no teacher"][1]), interval(test, base)]
             print(f"| {precision} | {' | '.join(cells)} |")
+        print(f"\n| {setting}: ahead of no teacher [95 %] | A | B | C |\n|---|---|---|---|")
+        for precision in [name for name, options in PRECISIONS.items() if options]:
+            others = column[precision, "no teacher"][1]
+            print(f"| {precision} | {' | '.join(interval(column[precision, s][1], others) for s in SCHEMES)} |")
     print("\n| ONNX Runtime against PyTorch | files | decisions | agree % | largest difference, of the largest logit |")
     print("|---|---|---|---|---|")
     for precision in EXPORTED:
