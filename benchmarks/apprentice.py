@@ -24,11 +24,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from ensemble import STEPS, accuracy, interval, optimised
 from lightning.pytorch import Trainer, seed_everything
-from scipy import stats
 from torch import nn
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning import (
     ActivationCalibration,
@@ -43,7 +42,6 @@ from kd_lightning.models import DigitsCNN, resnet20
 from kd_lightning.modules.evaluation import decide
 from kd_lightning.quantization import quantize, size_of
 
-STEPS = 40 * 17  # of 64 images, of the 1078 in the training part
 PRECISIONS = {
     "fp32": None,
     "8A-8W": {"weight_bits": 8},
@@ -56,15 +54,6 @@ SCHEMES = {"A": "joint", "B": "fixed_teacher", "C": "finetune"}
 EXPORTED = ("8A-4W", "8A-ternary")
 FLOAT_RATE = 0.03  # of the fp32 student alone, chosen by benchmarks/digits_settings.py
 RATE, TEMPERATURE = 0.01, 1.0  # the best of every method
-
-
-def optimised(lr, steps=STEPS):
-    """The optimiser and the schedule, by steps."""
-    return {
-        "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
-        "lr_scheduler": partial(CosineAnnealingLR, T_max=steps),
-        "lr_interval": "step",
-    }
 
 
 def fit(module, data):
@@ -82,14 +71,6 @@ def fit(module, data):
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == STEPS
     return [100 * accuracy(module.student, loader) for loader in (data.val_dataloader(), data.test_dataloader())]
-
-
-@torch.no_grad()
-def accuracy(network, loader):
-    """Share right."""
-    network.eval()
-    right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
-    return float(right.double().mean())
 
 
 class Data(SemiSupervisedDataModule):
@@ -182,14 +163,6 @@ def exported(student, loader):
         exporting.write(student.eval(), batches[0], path, "onnx", {})
         found = exporting.answers(exporting.reader(path, "onnx", nn.Identity), batches)
     return exporting.compare(exporting.answers(student, batches), found, partial(decide, task="multiclass"))
-
-
-def interval(mine, others):
-    """Paired difference with its 95 % interval."""
-    gaps = [one - other for one, other in zip(mine, others, strict=True)]
-    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    mean = statistics.mean(gaps)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
 def spread(values):

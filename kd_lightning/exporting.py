@@ -126,11 +126,10 @@ def write(student: nn.Module, x: Tensor, path: Path, form: str, metadata: Mappin
     Raises:
         InputError: If the format cannot express the student.
     """
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     writer = {"onnx": _write_onnx, "torch_export": _write_torch_export, "safetensors": _write_safetensors}[form]
     try:
         # two, since torch.export takes a batch of one for a constant
-        writer(student, x[[0, 0]], path, texts)
+        writer(student, x[[0, 0]], path, _texts(metadata))
     except InputError:
         raise
     except Exception as error:  # an exporter raises whatever it stumbles on
@@ -139,6 +138,24 @@ def write(student: nn.Module, x: Tensor, path: Path, form: str, metadata: Mappin
         raise InputError(f"{name} cannot be exported as {form}: {type(error).__name__}: {reason}") from error
     finally:
         gc.collect()  # torch.export leaves twins of the student's class behind, and YAML would find two of its name
+
+
+def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a state dict's tensors as safetensors.
+
+    Args:
+        state: What is no tensor (a module's extra state) is left out.
+        path: The file.
+        metadata: Texts, or what JSON can say.
+    """
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    # cloned: safetensors refuses tensors that share memory, as tied weights do
+    copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(copies, path, _texts(metadata))
+
+
+def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
 def reader(
@@ -269,6 +286,4 @@ def _plain_rounding(network: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def _write_safetensors(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, str]) -> None:
-    state = {key: tensor for key, tensor in student.state_dict().items() if isinstance(tensor, Tensor)}
-    # cloned: safetensors refuses tensors that share memory, as tied weights do
-    save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.items()}, path, metadata)
+    save_weights(student.state_dict(), path, metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.exporting import save_weights
 from kd_lightning.quantization import precision_of, size_of
 
 
@@ -73,12 +72,9 @@ class StudentWriter(Callback):
         }
         path = Path(folder) / "student.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # cloned: safetensors refuses tensors that share memory, as tied weights do
-        state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}  # no extra state
-        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
         part = path.with_name(f".{path.name}.part")
         try:
-            save_file(tensors, part, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+            save_weights(state, part, metadata)
             part.replace(path)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)

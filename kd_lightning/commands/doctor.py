@@ -83,7 +83,7 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     training = _training_batch(loader, data, module.device)
     module.eval()
     if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
-        batches, what = _evaluation(data, module.device) or ([training], "labels of a training batch")
+        batches, what = evaluation_batches(data, module.device) or ([training], "labels of a training batch")
         sample = _Sample(batches, what, _normalised(data))
         student = answers(lambda batch: module(batch.x), batches, task)
         soft_loss = getattr(module, "soft_loss", nn.Identity())
@@ -158,7 +158,7 @@ def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
     return next((batch for batch in batches if _labels(batch)), batches[0])
 
 
-def _evaluation(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
+def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
     """Validation samples with labels; where there are none, labeled training images. Never the test part."""
     if is_overridden("val_dataloader", data):
         batches = _first_labeled(data.val_dataloader(), data, device)

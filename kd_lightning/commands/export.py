@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd_lightning.cli import build
 from kd_lightning.commands.compare import build_student
-from kd_lightning.commands.doctor import _evaluation
+from kd_lightning.commands.doctor import evaluation_batches
 from kd_lightning.errors import InputError
 from kd_lightning.exporting import (
     BATCH,
@@ -193,7 +193,7 @@ def _images(config: dict[str, Any], run: Path) -> tuple[LightningDataModule, lis
         data = build(LightningDataModule, config["data"])
         data.prepare_data()
         data.setup("fit")
-        sample = _evaluation(data, torch.device("cpu"))
+        sample = evaluation_batches(data, torch.device("cpu"))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"the data of {run} cannot be read: {' '.join(str(error).split())}") from error
     if sample is None:
