@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from kd_lightning.errors import InputError
 
 MISSING = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
+
+
+class Kind(IntEnum):
+    """What a row's label is."""
+
+    CLEAN = 0
+    MISSING = 1
+    PSEUDO = 2
 
 
 @dataclass
@@ -25,16 +34,24 @@ class Batch:
             floats) is a missing label.
         index: Which sample each row is, (B,) integers. Labels and teacher outputs are looked up by it.
         view: Which augmentation of its sample each row is, (B,) integers.
-        mean_labels: Known labels that a batch of this optimiser step holds on average over the processes and the
-            accumulated batches. Set by the data loader, or by the module where a loader does not know it; divides
-            the hard term, so that one process and two give the same gradient.
+        kind: What each row's label is, (B,) numbers of ``Kind``. None: clean where it is known.
+        soft: Probabilities to learn instead of ``y``, (B, C), in rows of pseudo-labels; elsewhere 0.
+        x_strong: A second, stronger augmentation of the same samples, (B, ...).
+        mean_labels: Known labels, pseudo-labels included, that a batch of this optimiser step holds on average over
+            the processes and the accumulated batches. Set by the data loader, or by the module where a loader does
+            not know it; divides the hard term, so that one process and two give the same gradient.
+        mean_pseudo: How many of these are pseudo-labels.
     """
 
     x: Tensor
     y: Tensor | None = None
     index: Tensor | None = None
     view: Tensor | None = None
+    kind: Tensor | None = None
+    soft: Tensor | None = None
+    x_strong: Tensor | None = None
     mean_labels: float | Tensor | None = None
+    mean_pseudo: float = 0.0
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -57,13 +74,18 @@ class Batch:
 
     def at(self, rows: Tensor) -> Batch:
         """Some of the rows, given by a boolean tensor (B,) or by their numbers."""
-        y, index, view = (None if part is None else part[rows] for part in (self.y, self.index, self.view))
-        return Batch(self.x[rows], y, index, view, self.mean_labels)
+        count = len(self)
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and part.ndim and len(part) == count:
+                parts[name] = part[rows]
+        return Batch(**parts)
 
     def pin_memory(self) -> Batch:
         """Pin every tensor; DataLoader calls it where ``pin_memory=True``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in values.items() if isinstance(v, Tensor)}
+        return Batch(**values | pinned)
 
 
 def is_labeled(y: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.cli import InspectCLI
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.labels import Labels
 from kd_lightning.data.views import ViewDataset, ViewLoader
 from kd_lightning.ensembles import Ensemble
 from kd_lightning.errors import InputError
@@ -94,7 +95,7 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     classes = answers(lambda batch: module(batch.x), [training], task).shape[1]
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
-        y, what = loader.labels[loader.dataset.indices], "training samples"
+        y, what = loader.labels.y[loader.dataset.indices], "training samples"
     yield labels(y, len(training), classes, task, what, taught=isinstance(teacher, Teacher) or ensemble is not None)
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
@@ -170,7 +171,7 @@ def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], st
         dataset = data.train_dataloader().dataset
         assert isinstance(dataset, ViewDataset)
         labeled = ViewDataset(dataset.images, torch.tensor(data.split.labeled), data.eval_transform, data.seed)
-        loader = ViewLoader(labeled, visible, batch_size=data.batch_size, num_workers=data.num_workers)
+        loader = ViewLoader(labeled, Labels(visible), batch_size=data.batch_size, num_workers=data.num_workers)
         batches = _first_labeled(loader, data, device)
     else:
         batches = _first_labeled(data.train_dataloader(), data, device)

@@ -21,6 +21,8 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 
 Config = dict[str, Any]
+OF_THE_METHOD = ("SoftWeightAnnealing", "PseudoLabelRefresh", "SafetyGate")
+"""Callbacks that the twin, which learns from labels alone, has no use for."""
 
 
 def main(args: list[str]) -> None:
@@ -74,10 +76,8 @@ def twin_of(method: Config) -> Config:
     if not isinstance(data, SemiSupervisedDataModule):
         raise InputError(f"experiment needs data: SemiSupervisedDataModule, got {type(data).__name__}")
     data.prepare_data()
-    images = len(data.train_dataloader().dataset)  # type: ignore[arg-type]
-    data.setup("")
+    batches = len(data.train_dataloader())
     assert data.split is not None
-    batches = math.ceil(images * data.copies / data.batch_size)
     limit = method["trainer"].get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -92,11 +92,11 @@ def twin_of(method: Config) -> Config:
         loaded = {"model": arguments["student"], "path": start}
         kept_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
     twin["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": kept_arguments}
-    twin["data"]["init_args"]["unlabeled"] = "none"
+    twin["data"]["init_args"] |= {"unlabeled": "none", "labeled_batch_size": None, "strong_transform": None}
     twin["data"]["init_args"]["copies"] = math.ceil(batches * data.batch_size / len(data.split.labeled))
     twin["trainer"]["limit_train_batches"] = batches
     callbacks = twin["trainer"].get("callbacks") or []
-    twin["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("SoftWeightAnnealing")]
+    twin["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in OF_THE_METHOD]
     return twin
 
 

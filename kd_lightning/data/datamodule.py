@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kd_lightning.batch import MISSING
-from kd_lightning.data.sources import Parts, Source
+from kd_lightning.data.labels import Labels, hide
+from kd_lightning.data.sources import Parts, Source, identity, path_of, read_image
 from kd_lightning.data.splits import Split, make_split
-from kd_lightning.data.views import ShareSampler, ViewDataset, ViewLoader, ViewSampler
+from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewLoader, ViewSampler
 from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels import PseudoLabels
 
 
 class SemiSupervisedDataModule(LightningDataModule):
@@ -33,11 +36,15 @@ class SemiSupervisedDataModule(LightningDataModule):
             test metrics carry the prefix ``transductive/``.
         val: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
         batch_size: Images in a batch, on each process.
+        labeled_batch_size: How many of these are labeled: every batch then begins with so many labeled images, which
+            come round as often as it takes, and an epoch is one pass over the unlabeled ones. None: labeled and
+            unlabeled images are shuffled together.
         num_workers: Worker processes of each loader; augmentation does not depend on it.
         seed: Of the split, the order and the augmentation.
         views: Number of different augmentations of an image; None: a new one each epoch.
         copies: How many views of each image an epoch has.
         train_transform: In place of the source's augmentation.
+        strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
         eval_transform: In place of the source's evaluation transforms.
 
     Raises:
@@ -52,11 +59,13 @@ class SemiSupervisedDataModule(LightningDataModule):
         unlabeled: Literal["rest", "none", "source", "test"] = "rest",
         val: int | float = 0.1,
         batch_size: int = 64,
+        labeled_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
         views: int | None = None,
         copies: int = 1,
         train_transform: nn.Module | None = None,
+        strong_transform: nn.Module | None = None,
         eval_transform: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -67,21 +76,29 @@ class SemiSupervisedDataModule(LightningDataModule):
             raise InputError(f"num_workers must be at least 0, got {num_workers}")
         if unlabeled not in ("rest", "none", "source", "test"):
             raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
+        if labeled_batch_size is not None and not 1 <= labeled_batch_size < batch_size:
+            raise InputError(
+                f"labeled_batch_size must leave room for unlabeled images: at least 1 and below batch_size, "
+                f"{batch_size}, got {labeled_batch_size}"
+            )
         self.source = source
         self.labeled = labeled
         self.unlabeled = unlabeled
         self.val = val
         self.batch_size = batch_size
+        self.labeled_batch_size = labeled_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.views = views
         self.copies = copies
         self.train_transform = source.train_transform if train_transform is None else train_transform
+        self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
         self.transductive = unlabeled == "test"
         self.class_names: list[str] | None = None
         self.split: Split | None = None
         self._parts: Parts | None = None
+        self._labels: Labels | None = None
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -98,10 +115,11 @@ class SemiSupervisedDataModule(LightningDataModule):
                 self.split = Split.load(Path(self.labeled), targets)
             else:
                 self.split = make_split(targets, self.labeled, self.val, self.seed, self.class_names)
-            self._pool()  # complains of a missing part before anything starts
+            self._labels = Labels(self.visible_labels())  # complains of a missing part before anything starts
         if self.trainer is None or stage != TrainerFn.FITTING:
             return
         assert self.split is not None
+        self._labels = Labels(self.visible_labels())  # without an earlier fit's pseudo-labels
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
             raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
@@ -112,29 +130,48 @@ class SemiSupervisedDataModule(LightningDataModule):
             self.split.save(Path(folder) / "split.json")
 
     def state_dict(self) -> dict[str, Any]:
-        """Which split it was, for the checkpoint."""
-        return {} if self.split is None else {"split": self.split.hash}
+        """Which split and which pool it was, for the checkpoint."""
+        return {} if self.split is None else {"split": self.split.hash, "pool": self._pool_hash()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume on another split."""
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.split is not None and state_dict.get("split", self.split.hash) != self.split.hash:
+        """Refuse to resume on another split, or with other images in the pool."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or self.split is None:
+            return
+        if state_dict.get("split", self.split.hash) != self.split.hash:
             raise InputError(
                 "the checkpoint was trained on another split; resume with the same source, labeled, val and seed, or "
                 "with labeled: the split.json of its run"
             )
+        if state_dict.get("pool", self._pool_hash()) != self._pool_hash():
+            raise InputError(
+                "the unlabeled pool has changed since the checkpoint (its hash differs), so that pseudo-labels would "
+                "stand for other images; resume with the images of that run, or start anew"
+            )
+
+    def _pool_hash(self) -> str:
+        parts, _ = self._ready()
+        contents = [identity(images) for images in (self._extra() or [parts.train.images])]
+        return hashlib.sha256(repr((contents, self.unlabeled_indices())).encode()).hexdigest()
 
     def train_dataloader(self) -> ViewLoader:
-        """Labeled and unlabeled images, shuffled together."""
-        parts, split = self._ready()
-        indices = torch.tensor(split.labeled + self._pool())
+        """Labeled and unlabeled images, shuffled together or in two streams."""
+        _, split = self._ready()
+        assert self._labels is not None
+        pool = self.unlabeled_indices()
+        indices = torch.tensor(split.labeled + pool)
         world, rank = self._processes()
-        sampler = ViewSampler(
-            len(indices), copies=self.copies, views=self.views, seed=self.seed, num_replicas=world, rank=rank
-        )
-        images = [parts.train.images, *self._extra()]
-        dataset = ViewDataset(images, indices, self.train_transform, self.seed)
-        return self._loader(dataset, self.visible_labels(), sampler=sampler, trainer=self.trainer)
+        options: dict[str, Any] = {"copies": self.copies, "views": self.views, "seed": self.seed}
+        options |= {"num_replicas": world, "rank": rank}
+        sampler = ViewSampler(len(indices), **options)
+        if self.labeled_batch_size is not None:
+            if not pool or not split.labeled:
+                lacking = "unlabeled" if split.labeled else "labeled"
+                raise InputError(f"labeled_batch_size: batches of labeled and unlabeled images, but none is {lacking}")
+            sizes = {"labeled_batch": self.labeled_batch_size}
+            sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
+            sampler = TwoStreamSampler(len(split.labeled), len(pool), **sizes, **options)
+        dataset = ViewDataset(self._images(), indices, self.train_transform, self.seed, self.strong_transform)
+        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer)
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
         """The validation images; an empty list where there are none."""
@@ -157,14 +194,49 @@ class SemiSupervisedDataModule(LightningDataModule):
     def visible_labels(self) -> Tensor:
         """The label of each index that training may see; -100 or NaN elsewhere."""
         parts, split = self._ready()
-        truth = parts.train.targets
-        size = len(truth) + sum(map(len, self._extra()))
-        missing = float("nan") if truth.is_floating_point() else MISSING
-        if truth.ndim > 1:  # of many labels each may be missing
-            truth, missing = truth.float(), float("nan")
-        labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
-        labels[split.labeled] = truth[split.labeled]
-        return labels
+        return hide(parts.train.targets, split.labeled, sum(map(len, self._images())))
+
+    # The pool, for pseudo-labels.
+
+    def unlabeled_indices(self) -> list[int]:
+        """Indices of the unlabeled images to train on."""
+        parts, split = self._ready()
+        start = len(parts.train.images)
+        extra = [*range(start, start + sum(map(len, self._extra())))]
+        return sorted({*(split.unlabeled if self.unlabeled == "rest" else extra), *split.held_out})
+
+    def pool_dataloader(self) -> ViewLoader:
+        """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
+        _, split = self._ready()
+        indices = torch.tensor(split.labeled + self.unlabeled_indices())
+        return self._eval_loader(self._images(), indices, self.visible_labels())
+
+    def set_pseudo_labels(self, labels: PseudoLabels) -> None:
+        """Fill accepted pseudo-labels into training batches from now on, in place of all earlier ones."""
+        self._ready()
+        assert self._labels is not None
+        self._labels.set(labels)
+
+    def hidden_truth(self, index: Tensor) -> Tensor:
+        """The true labels of training images, (N,), for metrics alone; -100 where nobody knows them."""
+        parts, _ = self._ready()
+        known = [parts.train.targets]
+        if self.unlabeled == "test" and parts.test is not None:
+            known.append(parts.test.targets)
+        known.append(torch.full((sum(map(len, self._images())),), MISSING))
+        return torch.cat(known)[index]
+
+    def image(self, index: int) -> Any:
+        """A training image as the source gives it, before any transform."""
+        return read_image(self._images(), index)
+
+    def path(self, index: int) -> str | None:
+        """The path of a training image's file, where there is one."""
+        return path_of(self._images(), index)
+
+    def _images(self) -> list[Any]:
+        parts, _ = self._ready()
+        return [parts.train.images, *self._extra()]
 
     def _ready(self) -> tuple[Parts, Split]:
         if self._parts is None or self.split is None:
@@ -186,20 +258,12 @@ class SemiSupervisedDataModule(LightningDataModule):
             return [self._parts.test.images]
         return []
 
-    def _pool(self) -> list[int]:
-        """Indices of the unlabeled images to train on."""
-        assert self._parts is not None
-        assert self.split is not None
-        start = len(self._parts.train.images)
-        extra = [*range(start, start + sum(map(len, self._extra())))]
-        return self.split.unlabeled if self.unlabeled == "rest" else extra
-
     def _eval_loader(self, images: list[Any], indices: Tensor, targets: Tensor) -> ViewLoader:
         world, rank = self._processes()
         dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
-        return self._loader(dataset, targets, sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
+        return self._loader(dataset, Labels(targets), sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
 
-    def _loader(self, dataset: ViewDataset, labels: Tensor, **kwargs: Any) -> ViewLoader:
+    def _loader(self, dataset: ViewDataset, labels: Labels, **kwargs: Any) -> ViewLoader:
         return ViewLoader(
             dataset,
             labels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -35,11 +36,46 @@ def read_item(images: Images, index: int) -> Any:
     try:
         return images[index]
     except Exception as error:  # decoders raise whatever they stumble on
-        listed = [getattr(images, name, None) for name in ("samples", "paths", "_image_files")]
-        path = next((paths[index] for paths in listed if isinstance(paths, list)), None)
-        path = path[0] if isinstance(path, tuple) else path
+        path = path_of([images], index)
         where = f"item {index} of {type(images).__name__}" if path is None else f"image {path}"
         raise InputError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
+    """The part that an index running through all of them lies in, and where in it."""
+    for part in parts:
+        if index < len(part):
+            return part, index
+        index -= len(part)
+    raise IndexError(index)
+
+
+def read_image(parts: Sequence[Images], index: int) -> Any:
+    """The image of an item; indices run through all parts."""
+    item = read_item(*_part_of(parts, index))
+    return item[0] if isinstance(item, tuple | list) else item
+
+
+def path_of(parts: Sequence[Images], index: int) -> str | None:
+    """The path of an item's file, where the dataset knows it."""
+    images, index = _part_of(parts, index)
+    listed = [getattr(images, name, None) for name in ("samples", "paths", "_image_files")]
+    path = next((paths[index] for paths in listed if isinstance(paths, list)), None)
+    path = path[0] if isinstance(path, tuple) else path
+    return None if path is None else str(path)
+
+
+def identity(images: Images) -> str:
+    """SHA-256 of what tells images from others: their values where they lie in memory, else their paths and number."""
+    digest = hashlib.sha256(f"{type(images).__name__} {len(images)}".encode())
+    values = images.tensors[0] if isinstance(images, TensorDataset) else getattr(images, "data", None)
+    if isinstance(values, Tensor):
+        values = values.numpy()
+    if isinstance(values, np.ndarray):
+        digest.update(np.ascontiguousarray(values).data)
+    elif path_of([images], 0) is not None:
+        digest.update("\n".join(str(path_of([images], n)) for n in range(len(images))).encode())
+    return digest.hexdigest()
 
 
 class Part(NamedTuple):

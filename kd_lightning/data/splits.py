@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ class Split:
         val: Samples kept for validation, with their labels.
         seed: What drew it.
         data: Hash of the source's labels: which data it belongs to.
+        held_out: Samples whose label is hidden though it is known; they join the pool wherever that comes from.
     """
 
     labeled: list[int]
@@ -31,11 +32,13 @@ class Split:
     val: list[int]
     seed: int
     data: str
+    held_out: list[int] = field(default_factory=list)
 
     @property
     def hash(self) -> str:
         """SHA-256 of everything in it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        content = {name: value for name, value in asdict(self).items() if name != "held_out" or value}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write it as JSON, its hash included."""

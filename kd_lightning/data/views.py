@@ -14,8 +14,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
-from kd_lightning.batch import Batch, is_labeled
-from kd_lightning.data.sources import Images, read_item
+from kd_lightning.batch import Batch
+from kd_lightning.data.labels import Labels
+from kd_lightning.data.sources import Images, read_image
 from kd_lightning.errors import InputError
 
 Key = int | tuple[int, int]
@@ -32,13 +33,17 @@ class ViewDataset(Dataset[Batch]):
         indices: Which samples, (N,).
         transform: From an image to a tensor; None where it is one.
         seed: Of the augmentation.
+        strong_transform: Likewise, for the stronger view that a sample has beside its own.
     """
 
-    def __init__(self, images: Sequence[Images], indices: Tensor, transform: Any, seed: int) -> None:
+    def __init__(
+        self, images: Sequence[Images], indices: Tensor, transform: Any, seed: int, strong_transform: Any = None
+    ) -> None:
         self.images = images
         self.indices = indices
         self.transform = transform
         self.seed = seed
+        self.strong_transform = strong_transform
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -60,24 +65,31 @@ class ViewDataset(Dataset[Batch]):
     def _sample(self, position: int, view: int) -> Batch:
         index = int(self.indices[position])
         image = self._image(index)
-        if self.transform is not None:
-            seed = zlib.crc32(struct.pack("<3q", self.seed, index, view))
+        x = self._apply(self.transform, image, index, struct.pack("<3q", self.seed, index, view))
+        sample = Batch(x, index=torch.tensor(index), view=torch.tensor(view))
+        if self.strong_transform is not None:
+            key = struct.pack("<4q", self.seed, index, view, 1)
+            sample.x_strong = self._apply(self.strong_transform, image, index, key)
+            if sample.x_strong.shape != x.shape:
+                shapes = f"{[*sample.x_strong.shape]} and {[*x.shape]}"
+                raise InputError(f"strong_transform must give the shape that train_transform gives, got {shapes}")
+        return sample
+
+    @staticmethod
+    def _apply(transform: Any, image: Any, index: int, key: bytes) -> Tensor:
+        if transform is not None:
+            seed = zlib.crc32(key)
             # not torch.manual_seed, which also queues a call for every accelerator
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
-            image = self.transform(image)
+            image = transform(image)
         if not isinstance(image, Tensor):
             raise InputError(f"a transform must give a tensor, got {type(image).__name__} for sample {index}")
-        return Batch(image.as_subclass(Tensor), index=torch.tensor(index), view=torch.tensor(view))
+        return image.as_subclass(Tensor)
 
     def _image(self, index: int) -> Any:
-        for part in self.images:
-            if index < len(part):
-                item = read_item(part, index)
-                return item[0] if isinstance(item, tuple | list) else item
-            index -= len(part)
-        raise IndexError(index)
+        return read_image(self.images, index)
 
 
 def collate(samples: list[Batch]) -> Batch:
@@ -87,10 +99,12 @@ def collate(samples: list[Batch]) -> Batch:
     except RuntimeError as error:
         shapes = sorted({tuple(sample.x.shape) for sample in samples})
         raise InputError(f"samples must have one shape after their transform, got {shapes[:3]}") from error
+    strong = [sample.x_strong for sample in samples if sample.x_strong is not None]
     return Batch(
         x,
         index=torch.stack([sample.index for sample in samples if sample.index is not None]),
         view=torch.stack([sample.view for sample in samples if sample.view is not None]),
+        x_strong=torch.stack(strong) if strong else None,
     )
 
 
@@ -116,19 +130,65 @@ class ViewSampler(DistributedSampler[Any]):
         self.views = views
         self.skip = 0
 
-    def order(self) -> Tensor:
-        """This epoch's order of all ranks, filled up to equal shares."""
-        generator = torch.Generator().manual_seed(zlib.crc32(struct.pack("<2q", self.seed, self.epoch)))
-        order = torch.randperm(self.size * self.copies, generator=generator)
-        return order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+    def keys(self) -> Tensor:
+        """This epoch's positions and views of all ranks, (K, 2), filled up to equal shares; rank r has every r-th."""
+        order = torch.randperm(self.size * self.copies, generator=_generator(self.seed, self.epoch))
+        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+        return self._keys(order % self.size, self.epoch * self.copies + order // self.size)
+
+    def _keys(self, positions: Tensor, views: Tensor) -> Tensor:
+        return torch.stack([positions, views if self.views is None else views % self.views], dim=1)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = self.order()[self.rank :: self.num_replicas][self.skip :]
-        copies, positions = order // self.size, order % self.size
-        views = self.epoch * self.copies + copies
-        if self.views is not None:
-            views = views % self.views
-        return zip(positions.tolist(), views.tolist(), strict=True)
+        return map(tuple, self.keys()[self.rank :: self.num_replicas][self.skip :].tolist())
+
+
+class TwoStreamSampler(ViewSampler):
+    """Keys of which every batch begins with labeled samples, and goes on with unlabeled ones.
+
+    An epoch is one pass over ``copies`` views of the unlabeled samples. The labeled ones come round as often as it
+    takes, in a new order and view each time; both orders follow from (seed, pass), on every rank.
+
+    Args:
+        labeled: Number of labeled samples; theirs are the first positions.
+        unlabeled: Number of unlabeled samples.
+        labeled_batch: Labeled samples in each rank's batch.
+        unlabeled_batch: Unlabeled samples in each rank's batch; the last of an epoch may have fewer.
+        kwargs: As of ViewSampler.
+    """
+
+    def __init__(
+        self, labeled: int, unlabeled: int, *, labeled_batch: int, unlabeled_batch: int, **kwargs: Any
+    ) -> None:
+        super().__init__(unlabeled, **kwargs)
+        self.labeled = labeled
+        self.labeled_batch = labeled_batch
+        self.unlabeled_batch = unlabeled_batch
+        self.steps = -(-self.num_samples // unlabeled_batch)
+        self.num_samples += self.steps * labeled_batch  # what __len__ gives
+        # total_size stays that of the unlabeled stream
+
+    def keys(self) -> Tensor:
+        """This epoch's positions and views of all ranks, (K, 2); rank r has every r-th."""
+        unlabeled = super().keys()
+        unlabeled[:, 0] += self.labeled
+        rows = self.labeled_batch * self.num_replicas
+        place = torch.arange(self.steps * rows) + self.epoch * self.steps * rows
+        passes = place // self.labeled
+        # -1 - pass: no epoch of the other stream has that number
+        numbers = range(int(passes[0]), int(passes[-1]) + 1)
+        orders = [torch.randperm(self.labeled, generator=_generator(self.seed, -1 - number)) for number in numbers]
+        positions = torch.stack(orders)[passes - passes[0], place % self.labeled]
+        labeled = self._keys(positions, passes)
+        rest = self.unlabeled_batch * self.num_replicas
+        steps = range(self.steps)
+        return torch.cat(
+            [part[n * size : (n + 1) * size] for n in steps for part, size in ((labeled, rows), (unlabeled, rest))]
+        )
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(struct.pack("<2q", seed, number)))
 
 
 class ShareSampler(DistributedSampler[int]):
@@ -153,12 +213,12 @@ class ViewLoader(DataLoader[Batch]):
 
     Args:
         dataset: A :class:`ViewDataset`.
-        labels: The visible label of each index; missing ones are -100 or NaN.
+        labels: The label of each index.
         trainer: Tells how batches make up optimiser steps; None: each is one.
         kwargs: As of DataLoader.
     """
 
-    def __init__(self, dataset: ViewDataset, labels: Tensor, trainer: Trainer | None = None, **kwargs: Any) -> None:
+    def __init__(self, dataset: ViewDataset, labels: Labels, trainer: Trainer | None = None, **kwargs: Any) -> None:
         kwargs.setdefault("collate_fn", collate)
         super().__init__(dataset, **kwargs)
         self.labels = labels
@@ -178,19 +238,17 @@ class ViewLoader(DataLoader[Batch]):
         # A generator: nothing starts before the first batch is asked for, when Lightning has set the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ViewSampler):
-            for batch in self._batches():
-                batch.y = self.labels[batch.index]
-                yield batch
+            yield from map(self.labels.fill, self._batches())
             return
         epoch = sampler.epoch
         start = self._resume[1] if self._resume[0] == epoch else 0
         self._resume = (-1, 0)
         assert self.batch_size is not None
         sampler.skip = start * self.batch_size
-        order = self.dataset.indices[sampler.order() % sampler.size]  # type: ignore[attr-defined]
+        order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
-            batch.y = self.labels[batch.index]
-            batch.mean_labels = self._mean_labels(order, number)
+            self.labels.fill(batch)
+            batch.mean_labels, batch.mean_pseudo = self._mean_labels(order, number)
             self._done = (epoch, number + 1)
             yield batch
 
@@ -200,8 +258,8 @@ class ViewLoader(DataLoader[Batch]):
         except InputError as error:  # torch hands on what a worker raised with all of its traceback as the message
             raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
 
-    def _mean_labels(self, order: Tensor, number: int) -> float:
-        """Known labels of the optimiser step that a batch belongs to, over its batches on all ranks."""
+    def _mean_labels(self, order: Tensor, number: int) -> tuple[float, float]:
+        """Known and pseudo-labels of the optimiser step that a batch belongs to, over its batches on all ranks."""
         assert isinstance(self.sampler, ViewSampler)
         window, last = 1, len(self)
         if self.trainer is not None:
@@ -211,5 +269,5 @@ class ViewLoader(DataLoader[Batch]):
         rows = (self.batch_size or 1) * ranks
         first = number // window * window
         end = max(min(first + window, last), number + 1)
-        labels = int(is_labeled(self.labels[order[first * rows : end * rows]]).sum())
-        return labels / (ranks * (end - first))
+        labels, pseudo = self.labels.count(order[first * rows : end * rows])
+        return labels / (ranks * (end - first)), pseudo / (ranks * (end - first))

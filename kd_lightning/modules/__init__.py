@@ -4,6 +4,15 @@ from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.hint import HintModule
+from kd_lightning.modules.pseudo_label import PseudoLabelModule
 from kd_lightning.modules.supervised import SupervisedModule, Term
 
-__all__ = ["SupervisedModule", "DistillModule", "HintModule", "EnsembleDistillModule", "ApprenticeModule", "Term"]
+__all__ = [
+    "SupervisedModule",
+    "DistillModule",
+    "HintModule",
+    "EnsembleDistillModule",
+    "ApprenticeModule",
+    "PseudoLabelModule",
+    "Term",
+]
