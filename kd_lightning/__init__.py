@@ -4,6 +4,8 @@ from kd_lightning.batch import Batch
 from kd_lightning.callbacks import (
     ActivationCalibration,
     PredictionWriter,
+    PseudoLabelRefresh,
+    SafetyGate,
     SoftWeightAnnealing,
     StepSeed,
     StudentWriter,
@@ -18,11 +20,13 @@ from kd_lightning.data import (
     TorchvisionDataset,
 )
 from kd_lightning.errors import InputError
+from kd_lightning.graph_labels import GraphPseudoLabels
 from kd_lightning.modules import (
     ApprenticeModule,
     DistillModule,
     EnsembleDistillModule,
     HintModule,
+    PseudoLabelModule,
     SupervisedModule,
 )
 from kd_lightning.teachers import Teacher, load_weights
@@ -33,6 +37,7 @@ __all__ = [
     "HintModule",
     "EnsembleDistillModule",
     "ApprenticeModule",
+    "PseudoLabelModule",
     "Teacher",
     "load_weights",
     "Batch",
@@ -43,6 +48,9 @@ __all__ = [
     "FakeData",
     "DatasetSource",
     "SoftWeightAnnealing",
+    "PseudoLabelRefresh",
+    "GraphPseudoLabels",
+    "SafetyGate",
     "StudentWriter",
     "PredictionWriter",
     "StepSeed",

@@ -56,6 +56,10 @@ class PseudoLabelRefresh(Callback):
             and schedule.
         warmup_epochs: Epochs on the labels alone before the first refresh.
 
+    Attributes:
+        table: The labels in use; None before the first refresh.
+        report: What the last round measured, by the names above.
+
     Raises:
         InputError: For values out of range, a module or datamodule that lacks what is needed, no unlabeled samples, a
             class without a labeled sample (unless a teacher labels), and a pool that is not the checkpoint's.
@@ -93,6 +97,7 @@ class PseudoLabelRefresh(Callback):
         self.restart_student = restart_student
         self.warmup_epochs = warmup_epochs
         self.table: PseudoLabels | None = None
+        self.report: dict[str, float] = {}
         self._first_weights: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -325,7 +330,8 @@ class PseudoLabelRefresh(Callback):
             for name, figure in figures(table, given, self.threshold).items() if boards else ():
                 for board in boards:
                     board.experiment.add_figure(f"pseudo_labels/{name}", figure, trainer.global_step)
-        return {f"pseudo_labels/{name}": value for name, value in measure(table, given, truth).items()}
+        self.report = measure(table, given, truth)
+        return {f"pseudo_labels/{name}": value for name, value in self.report.items()}
 
 
 _EMPTY = (

@@ -1,0 +1,206 @@
+"""Few labels and many images: every mode of self-training against the labels alone, and against scikit-learn.
+
+Run: python benchmarks/few_labels.py [--splits 5]      (about 40 minutes on two cores)
+     python benchmarks/few_labels.py --settings        (chooses the settings, on validation images; about an hour)
+
+Digits: 1197 training images, of which 20, 40 or 100 have a label and the rest are the pool, and 600 test images. One
+network of 6274 weights, DigitsCNN(8), for all; every mode gets as many steps under the same schedule, with the same
+labeled images and augmentation in each batch. There is no validation part: its labels would be labels, too. So the last
+weights are tested, and the settings come from other splits, on which 25 % of the training images are for validation
+and the test images are not touched. A seed draws split, network and order. Differences are paired by split.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+
+import torch
+from ensemble import accuracy, interval
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
+from sklearn.svm import SVC
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from kd_lightning import (
+    Digits,
+    GraphPseudoLabels,
+    PseudoLabelModule,
+    PseudoLabelRefresh,
+    SemiSupervisedDataModule,
+    SoftWeightAnnealing,
+    SupervisedModule,
+)
+from kd_lightning.data.strong import strong_digits
+from kd_lightning.models import DigitsCNN
+
+EPOCH, EPOCHS = 18, 60  # steps: a pass over the pool of 40 labels, 64 at a time
+STEPS = EPOCH * EPOCHS
+LABELED, UNLABELED = 32, 64  # images in a batch
+LABELS = (20, 40, 100)
+
+
+class Data(SemiSupervisedDataModule):
+    """Augments each view once for all modes and numbers of labels, which see the same: that is most of the time."""
+
+    def __init__(self, kept, **arguments):
+        super().__init__(Digits(), **arguments)
+        self.kept = kept
+
+    def train_dataloader(self):
+        """With a memory."""
+        loader = super().train_dataloader()
+        apply, names = loader.dataset._apply, {id(t): repr(t) for t in (self.train_transform, self.strong_transform)}
+
+        def remembered(transform, image, index, key):
+            key = names[id(transform)], key
+            if key not in self.kept:
+                self.kept[key] = apply(transform, image, index, key[1])
+            return self.kept[key]
+
+        loader.dataset._apply = remembered
+        return loader
+
+
+def optimised(lr):
+    """The optimiser and the schedule that all share."""
+    return {
+        "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
+        "lr_scheduler": partial(CosineAnnealingLR, T_max=STEPS),
+        "lr_interval": "step",
+    }
+
+
+class Split:
+    """All modes on one split: how each is trained."""
+
+    def __init__(self, seed, labels, kept, val=0):
+        self.seed = seed
+        self.labels = labels
+        self.make_data = partial(Data, kept, labeled=labels // 10, val=val, seed=seed)
+
+    def fit(self, make_module, callbacks=(), **data):
+        """Train to the last step, and measure on validation images where there are some, else on test images."""
+        streams = {"batch_size": LABELED + UNLABELED, "labeled_batch_size": LABELED}
+        data = self.make_data(**(streams | data))
+        seed_everything(self.seed, verbose=False)
+        module = make_module(DigitsCNN(8))
+        trainer = Trainer(
+            max_steps=STEPS,
+            max_epochs=-1,
+            limit_val_batches=0,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*callbacks],
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            trainer._default_root_dir = folder
+            trainer.fit(module, datamodule=data)
+        assert trainer.global_step == STEPS
+        measured = data.val_dataloader() or data.test_dataloader()
+        found = {"accuracy": 100 * accuracy(module.student, measured)}
+        refresh = next((c for c in callbacks if isinstance(c, PseudoLabelRefresh)), None)
+        if refresh is not None:
+            found |= {name: 100 * value for name, value in refresh.report.items()}
+        return found
+
+    def alone(self, lr=0.01, strong=False):
+        """On the labels alone; as many labeled images in a batch."""
+        copies = -(-EPOCH * LABELED // self.labels)
+        one = {"train_transform": strong_digits()} if strong else {}
+        many = {"unlabeled": "none", "labeled_batch_size": None, "batch_size": LABELED, "copies": copies}
+        return self.fit(lambda student: SupervisedModule(student, **optimised(lr)), **many, **one)
+
+    def lee(self, lr=0.01, weight=1.0, begin=10, end=30, **data):
+        """The student's decisions of each step, without a threshold; shown by a refresh that teaches nothing."""
+        ramp = SoftWeightAnnealing(0.0, weight, begin, end, attribute="unsupervised_weight")
+        make = partial(PseudoLabelModule, unsupervised_weight=0.0, **optimised(lr))
+        return self.fit(make, [ramp, PseudoLabelRefresh(every_n_epochs=EPOCHS)], **data)
+
+    def fixmatch(self, lr=0.01, weight=1.0, threshold=0.95, adaptive=False, average=None, **data):
+        """Labels from the weak view, the loss on the strong one."""
+        make = partial(PseudoLabelModule, unsupervised_weight=weight, threshold=threshold, **optimised(lr))
+        shown = PseudoLabelRefresh(every_n_epochs=EPOCHS, threshold=threshold)
+        averaging = [] if average is None else [EMAWeightAveraging(decay=average)]
+        make = partial(make, adaptive_thresholds=adaptive)
+        return self.fit(make, [shown, *averaging], strong_transform=strong_digits(), **data)
+
+    def refresh(self, lr=0.01, weight=1.0, threshold=0.9, every=5, warmup=10, strong=True, source="student", **more):
+        """Labels made anew every few epochs."""
+        options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
+        data = {"strong_transform": strong_digits()} if strong else {}
+        kept = {name: more.pop(name) for name in ("soft", "sharpen", "top_k_per_class") if name in more}
+        make = partial(PseudoLabelModule, unsupervised_weight=weight, labels="refreshed", **optimised(lr))
+        return self.fit(make, [PseudoLabelRefresh(**options, **kept)], **data, **more)
+
+    def graph(self, neighbors=10, alpha=0.9, threshold=0.9, **options):
+        """The same, with labels that spread over the neighbors among the student's features."""
+        return self.refresh(source=GraphPseudoLabels(neighbors, alpha), threshold=threshold, **options)
+
+    def sklearn(self):
+        """Scikit-learn's two, on the same labels and pool: pixels, and settings by its documentation."""
+        data = self.make_data()
+        data.setup("")
+        y, x = data.visible_labels().clamp_min(-1).numpy(), data.source.load()
+        pixels, test = (part.images.tensors[0].flatten(1).numpy() for part in (x.train, x.test))
+        targets = x.test.targets.numpy()
+        used = sorted([*data.split.labeled, *data.unlabeled_indices()])
+        if data.split.val:
+            test, targets = pixels[data.split.val], x.train.targets[data.split.val].numpy()
+        found = {}
+        with_probabilities = CalibratedClassifierCV(SVC(), ensemble=False, cv=2)
+        methods = {"self-training SVC": SelfTrainingClassifier(with_probabilities)}
+        methods["LabelSpreading"] = LabelSpreading(kernel="knn", n_neighbors=7, alpha=0.2)
+        for name, method in methods.items():
+            found[name] = {"accuracy": 100 * method.fit(pixels[used], y[used]).score(test, targets)}
+        return found
+
+
+GRID = {
+    "alone": {"lr": (0.003, 0.01, 0.03), "strong": (False, True)},
+    "lee": {"lr": (0.01, 0.03), "weight": (0.3, 1.0, 3.0)},
+    "fixmatch": {"lr": (0.01, 0.03), "threshold": (0.8, 0.95), "adaptive": (False, True)},
+    "refresh": {"lr": (0.01, 0.03), "threshold": (0.8, 0.95), "every": (1, 5)},
+    "graph": {"lr": (0.01, 0.03), "threshold": (0.6, 0.9), "neighbors": (5, 10)},
+}
+
+
+def try_settings(seed):
+    """Every setting of every mode at 40 labels, on one split: {(mode, setting): validation accuracy}."""
+    torch.set_num_threads(1)
+    split, found = Split(seed, 40, {}, val=0.25), {}
+    for mode, grid in GRID.items():
+        for values in itertools.product(*grid.values()):
+            setting = dict(zip(grid, values, strict=True))
+            result = getattr(split, mode)(**setting)
+            found[mode, ", ".join(f"{name} {value}" for name, value in setting.items())] = result["accuracy"]
+            print(seed, mode, setting, {name: round(value, 2) for name, value in result.items()}, flush=True)
+    return found
+
+
+def settings(pool, seeds):
+    """Every setting of every mode, on validation images of splits that are not reported on."""
+    found = list(pool.map(try_settings, seeds))
+    print("| mode | setting | validation accuracy % |\n|---|---|---|")
+    for mode, setting in found[0]:
+        values = [of_split[mode, setting] for of_split in found]
+        print(f"| {mode} | {setting} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--settings", action="store_true", help="choose them, on validation images")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        settings(pool, range(100, 104))
