@@ -12,8 +12,10 @@ and the test images are not touched. A seed draws split, network and order. Diff
 
 import argparse
 import itertools
+import logging
 import statistics
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -175,9 +177,16 @@ GRID = {
 }
 
 
+def quiet():
+    """One thread, and no word of Lightning's."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
 def try_settings(seed):
     """Every setting of every mode at 40 labels, on one split: {(mode, setting): validation accuracy}."""
-    torch.set_num_threads(1)
+    quiet()
     split, found = Split(seed, 40, {}, val=0.25), {}
     for mode, grid in GRID.items():
         for values in itertools.product(*grid.values()):

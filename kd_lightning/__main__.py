@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "Set finished runs side by side: accuracy, size, cost.",
     "export": "Write a finished run's student as ONNX, torch.export or safetensors, and check the file.",
     "layers": "Print a config's networks layer by layer: output shapes, multiply-accumulates, parameters.",
+    "labels": "How good are a run's pseudo-labels? A summary, and the most doubtful images.",
     "doctor": "Is this teacher any good on this data? Takes fit's arguments, and trains nothing.",
 }
 

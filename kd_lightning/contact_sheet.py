@@ -1,0 +1,110 @@
+"""Many small images on one figure, with a caption under each."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from kd_lightning.errors import InputError
+
+_LETTERS = 20  # of a caption, in a line
+
+
+def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int = 6, title: str | None = None) -> Figure:
+    """Draw images in rows, in their order.
+
+    Args:
+        images: PIL images, tensors, or arrays; (H, W) or (C, H, W), of any sizes and number types. Three channels are
+            RGB, four RGBA; of other numbers the first channel is drawn. Values beyond [0, 1] of other types than uint8
+            are stretched over each image's own range. Arrays may be (H, W, C), too, as NumPy's images are.
+        captions: What stands under each.
+        columns: Images in a row.
+        title: What stands above all.
+
+    Raises:
+        InputError: For no images, another number of captions, or what is no image.
+
+    >>> sheet = contact_sheet([torch.rand(3, 8, 8), torch.rand(1, 4, 6)], ["a tench", "a digit"])
+    >>> len(sheet.axes)
+    2
+    """
+    if not images or len(captions) != len(images):
+        raise InputError(f"images: at least one, each with a caption; got {len(images)}, and {len(captions)} captions")
+    if columns < 1:
+        raise InputError(f"columns must be at least 1, got {columns}")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    texts = [_wrap(caption) for caption in captions]
+    lines = max(text.count("\n") + 1 for text in texts)
+    sheet = Figure(
+        figsize=(1.5 * columns, (1.4 + 0.13 * lines) * rows + 0.3 * (title is not None)), layout="constrained"
+    )
+    panels = sheet.subplots(rows, columns, squeeze=False).flat
+    for image, text, panel in zip(images, texts, panels, strict=False):  # in this order no panel is lost
+        panel.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1)
+        panel.set(xticks=[], yticks=[])
+        panel.set_xlabel(text, fontsize=7, parse_math=False)  # a class may be called $
+    for panel in list(panels):
+        panel.remove()
+    if title is not None:
+        sheet.suptitle(title, fontsize=9, parse_math=False)
+    return sheet
+
+
+def _wrap(caption: str) -> str:
+    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, _LETTERS) or [""]]
+    return "\n".join(lines)
+
+
+def _pixels(image: Any) -> npt.NDArray[np.float32]:
+    """What imshow draws: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return _stretch(_of_pil(image))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        values = image.float().numpy() if image.is_floating_point() else image.numpy()  # NumPy has no bfloat16
+    elif isinstance(image, np.ndarray):
+        values = image
+        if values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
+            values = values.transpose(2, 0, 1)
+    else:
+        raise InputError(f"images must be PIL images, tensors or arrays, got {type(image).__name__}")
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise InputError(f"an image must have shape (H, W) or (C, H, W), got {tuple(values.shape)}")
+    if values.ndim == 3:
+        values = values.transpose(1, 2, 0) if len(values) in (3, 4) else values[0]
+    return _stretch(values)
+
+
+def _of_pil(image: Image.Image) -> npt.NDArray[Any]:
+    mode = image.mode
+    if mode.startswith("I") or mode in ("F", "L", "RGB", "RGBA"):  # those of 16 and 32 bits have ranges of their own
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if mode == "1" else "RGBA" if mode in ("P", "PA", "LA") else "RGB"))
+
+
+def _stretch(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Values in [0, 1]; not-a-number is drawn as the least of them."""
+    if values.dtype == np.uint8:
+        return (values / 255).astype(np.float32)
+    values = values.astype(np.float64)
+    low, high = _range(values)
+    if low < 0 or high > 1:
+        values = values[..., :3] if values.ndim == 3 else values  # what is alpha, if channels are normalised?
+        low, high = _range(values)
+        values = (values - low) / (high - low or 1.0)
+        low, high = 0.0, 1.0
+    return np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
+
+
+def _range(values: npt.NDArray[Any]) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
