@@ -41,6 +41,7 @@ class Batch:
             the processes and the accumulated batches. Set by the data loader, or by the module where a loader does
             not know it; divides the hard term, so that one process and two give the same gradient.
         mean_pseudo: How many of these are pseudo-labels.
+        mean_rows: How many rows such a batch has on average. None: as many as this one.
     """
 
     x: Tensor
@@ -52,6 +53,7 @@ class Batch:
     x_strong: Tensor | None = None
     mean_labels: float | Tensor | None = None
     mean_pseudo: float = 0.0
+    mean_rows: float | None = None
 
     @classmethod
     def of(cls, batch: Any) -> Batch:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import is_labeled
+from kd_lightning.batch import Kind, is_labeled
 
 X, Y = torch.randn(4, 3), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -60,6 +60,24 @@ def test_lightning_moves_every_tensor():
     assert X.device.type == "cpu"
 
 
+def test_pseudo_labels_move_and_are_pinned(monkeypatch):
+    whole = Batch(X, Y, kind=Y, soft=X, x_strong=X, mean_labels=1.5, mean_pseudo=0.5, mean_rows=4.0)
+    moved = move_data_to_device(whole, torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = whole.pin_memory()
+    for name in ("kind", "soft", "x_strong"):
+        assert getattr(moved, name).device.type == "meta"
+        assert torch.equal(getattr(pinned, name), getattr(whole, name) + 1)
+    for batch in (moved, pinned):
+        assert (batch.mean_labels, batch.mean_pseudo, batch.mean_rows, batch.index) == (1.5, 0.5, 4.0, None)
+
+
+def test_kinds_are_what_batches_carry():
+    kinds = torch.tensor([0, 1, 2], dtype=torch.int8)
+    assert [Kind(number) for number in kinds.tolist()] == [Kind.CLEAN, Kind.MISSING, Kind.PSEUDO]
+    assert (kinds == Kind.PSEUDO).tolist() == [False, False, True]
+
+
 def test_pins_every_tensor(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # without a GPU it raises
     pinned = Batch(X, Y, index=Y, mean_labels=1.5).pin_memory()
@@ -78,6 +96,11 @@ def test_some_of_the_rows(rows):
         assert torch.equal(found, whole[rows])
     assert part.mean_labels == 1.5  # of the optimiser step, whatever part of it this is
     assert len(part) == len(X[rows])
+    whole = Batch(X, kind=Y, soft=X + 1, x_strong=X + 2, mean_labels=torch.tensor(2.0), mean_pseudo=1.0, mean_rows=4.5)
+    part = whole.at(rows)
+    for name in ("kind", "soft", "x_strong"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
+    assert (part.mean_labels, part.mean_pseudo, part.mean_rows) == (2, 1, 4.5)
     part = Batch(X).at(rows)
     assert (part.y, part.index, part.view, part.mean_labels) == (None, None, None, None)
 

@@ -99,6 +99,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.split: Split | None = None
         self._parts: Parts | None = None
         self._labels: Labels | None = None
+        self._contents: list[str] = []  # of the pool, so that no checkpoint reads all of it again
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -150,8 +151,8 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _pool_hash(self) -> str:
         parts, _ = self._ready()
-        contents = [identity(images) for images in (self._extra() or [parts.train.images])]
-        return hashlib.sha256(repr((contents, self.unlabeled_indices())).encode()).hexdigest()
+        self._contents = self._contents or [identity(images) for images in self._extra() or [parts.train.images]]
+        return hashlib.sha256(repr((self._contents, self.unlabeled_indices())).encode()).hexdigest()
 
     def train_dataloader(self) -> ViewLoader:
         """Labeled and unlabeled images, shuffled together or in two streams."""
@@ -223,7 +224,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         known = [parts.train.targets]
         if self.unlabeled == "test" and parts.test is not None:
             known.append(parts.test.targets)
-        known.append(torch.full((sum(map(len, self._images())),), MISSING))
+        known.append(torch.full((sum(map(len, self._images())), *parts.train.targets.shape[1:]), MISSING))
         return torch.cat(known)[index]
 
     def image(self, index: int) -> Any:

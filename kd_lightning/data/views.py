@@ -248,7 +248,7 @@ class ViewLoader(DataLoader[Batch]):
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
             self.labels.fill(batch)
-            batch.mean_labels, batch.mean_pseudo = self._mean_labels(order, number)
+            batch.mean_labels, batch.mean_pseudo, batch.mean_rows = self._means(order, number)
             self._done = (epoch, number + 1)
             yield batch
 
@@ -258,8 +258,8 @@ class ViewLoader(DataLoader[Batch]):
         except InputError as error:  # torch hands on what a worker raised with all of its traceback as the message
             raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
 
-    def _mean_labels(self, order: Tensor, number: int) -> tuple[float, float]:
-        """Known and pseudo-labels of the optimiser step that a batch belongs to, over its batches on all ranks."""
+    def _means(self, order: Tensor, number: int) -> tuple[float, float, float]:
+        """Known labels, pseudo-labels and rows of a batch, on average over those of its optimiser step on all ranks."""
         assert isinstance(self.sampler, ViewSampler)
         window, last = 1, len(self)
         if self.trainer is not None:
@@ -269,5 +269,7 @@ class ViewLoader(DataLoader[Batch]):
         rows = (self.batch_size or 1) * ranks
         first = number // window * window
         end = max(min(first + window, last), number + 1)
-        labels, pseudo = self.labels.count(order[first * rows : end * rows])
-        return labels / (ranks * (end - first)), pseudo / (ranks * (end - first))
+        index = order[first * rows : end * rows]
+        labels, pseudo = self.labels.count(index)
+        batches = ranks * (end - first)
+        return labels / batches, pseudo / batches, len(index) / batches

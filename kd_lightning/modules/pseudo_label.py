@@ -47,8 +47,9 @@ class PseudoLabelModule(SupervisedModule):
         threshold: Accept online labels of at least this probability, in (0, 1]; None: all.
         adaptive_thresholds: Lower it for each class by how much of it is learned, see :class:`AdaptiveThresholds`.
         ema_decay: Online labels come from a running average of the student with this decay, in [0, 1), buffers
-            averaged, too. It starts as ``(1 + n) / (10 + n)`` after n steps, where that is smaller. None: from the
-            student itself. The average serves ``PseudoLabelRefresh(source="ema")``, too, and is not deployed.
+            averaged, too; None: from the student itself. The first step copies the student; after n steps the decay
+            is ``(1 + n) / (10 + n)``, where that is smaller. The average serves ``PseudoLabelRefresh(source="ema")``,
+            too, and is not deployed.
         task: ``"multiclass"`` alone.
         hard_loss: See :class:`SupervisedModule`, as for all that follow; of labeled rows alone.
         optimizer: Takes the parameters.
@@ -116,7 +117,7 @@ class PseudoLabelModule(SupervisedModule):
         if batch.mean_labels is not None:
             labeled.mean_labels = batch.mean_labels - batch.mean_pseudo
         hard = self.hard_term(logits[clean] if len(logits) == len(batch) else logits, labeled)
-        batch.mean_labels = labeled.mean_labels  # what the hard term is charted over
+        batch.mean_labels, batch.mean_pseudo = labeled.mean_labels, 0.0  # what the hard term is charted over
         unlabeled = batch.at(~clean)
         if self.labels == "online":
             target, accepted = self._label(batch, clean, logits)
@@ -125,7 +126,7 @@ class PseudoLabelModule(SupervisedModule):
             target, accepted = _refreshed(unlabeled, learned)
         value = -(target * learned.log_softmax(dim=-1)).sum(dim=-1)
         assert batch.mean_labels is not None
-        everyone = len(batch) - float(batch.mean_labels)
+        everyone = (len(batch) if batch.mean_rows is None else batch.mean_rows) - float(batch.mean_labels)
         value = (value * accepted).sum() / max(everyone, 1e-9)
         self._note(accepted, len(unlabeled))
         return {"hard": Term(1.0, hard), "unsupervised": Term(self.unsupervised_weight, value)}
@@ -135,8 +136,8 @@ class PseudoLabelModule(SupervisedModule):
         """Which rows have a label that is none of ours, (B,)."""
         if batch.y is None:
             return torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
-        if batch.y.ndim > 1:
-            raise InputError(f"labels must be one class a sample, (B,), got {[*batch.y.shape]}")
+        if batch.y.shape != (len(batch),):
+            raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*batch.y.shape]}")
         known = is_labeled(batch.y)
         return known if batch.kind is None else known & (batch.kind != Kind.PSEUDO)
 
@@ -200,9 +201,10 @@ class PseudoLabelModule(SupervisedModule):
         data: Any = self._data()
         self._thresholds = None
         if stage == "fit" and self.adaptive_thresholds:
-            if not hasattr(data, "unlabeled_indices"):
+            if not hasattr(data, "unlabeled_indices") or not hasattr(data, "visible_labels"):
                 raise InputError(
-                    "adaptive_thresholds needs a datamodule with unlabeled_indices() and batches with index"
+                    "adaptive_thresholds needs a datamodule with unlabeled_indices() and visible_labels(), and batches "
+                    "with index"
                 )
             assert self.threshold is not None
             pool = len(data.unlabeled_indices())
@@ -254,7 +256,13 @@ class PseudoLabelModule(SupervisedModule):
         """Go on counting."""
         super().on_load_checkpoint(checkpoint)
         if self._thresholds is not None and "adaptive_thresholds" in checkpoint:
-            self._thresholds.chosen.copy_(checkpoint["adaptive_thresholds"])
+            before, now = checkpoint["adaptive_thresholds"], self._thresholds.chosen
+            if len(before) != len(now):
+                raise InputError(
+                    f"adaptive_thresholds: the checkpoint counted on a pool among {len(before)} samples, now there are "
+                    f"{len(now)}; resume with the images of that run, or start anew"
+                )
+            now.copy_(before)
 
     def _data(self) -> Any:
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)

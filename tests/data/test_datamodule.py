@@ -1,6 +1,7 @@
 """SemiSupervisedDataModule: no hidden label in any batch, the right images, one split from start to resume."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch.utils.data import TensorDataset
 
 from kd_lightning import DatasetSource, Digits, DistillModule, InputError, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.data.sources import Part
+from kd_lightning.data.splits import make_split
 from kd_lightning.models import DigitsCNN
+from kd_lightning.pseudo_labels import PseudoLabels
 
 TARGETS = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
 
@@ -129,3 +132,146 @@ class TestSplitFile:
         monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.broadcast", lambda *args: "rank 0's")
         with pytest.raises(InputError, match="rank 0 drew another split than rank 0: is its data the same"):
             fit()
+
+
+class TestPool:
+    @pytest.mark.parametrize("unlabeled", ["rest", "none", "source", "test"])
+    def test_indices_images_and_hidden_truth(self, unlabeled):
+        source = DatasetSource(
+            TensorDataset(torch.arange(80.0).unsqueeze(1), TARGETS),
+            TensorDataset(torch.arange(200.0, 212.0).unsqueeze(1), torch.arange(12) % 3),
+            TensorDataset(torch.arange(300.0, 330.0).unsqueeze(1)),
+        )
+        data = SemiSupervisedDataModule(source, labeled=2, unlabeled=unlabeled)
+        pool = data.unlabeled_indices()
+        expected = {"rest": data.split.unlabeled, "none": [], "source": [*range(80, 110)], "test": [*range(80, 92)]}
+        assert pool == expected[unlabeled]
+        start = {"source": 220, "test": 120}.get(unlabeled, 0)
+        assert [data.image(index).item() for index in pool] == [index + start for index in pool]
+        truth = data.hidden_truth(torch.tensor([*pool, 0]))
+        known = {"rest": lambda: TARGETS[pool].tolist(), "test": lambda: [0, 1, 2] * 4, "source": lambda: [-100] * 30}
+        assert truth.tolist() == [*known.get(unlabeled, list)(), 0]
+        assert data.path(0) is None
+
+    def test_loader_gives_labeled_and_unlabeled_images_without_augmentation(self):
+        data = SemiSupervisedDataModule(Digits(), labeled=3, batch_size=256, strong_transform=torch.nn.Identity())
+        batches = list(data.pool_dataloader())
+        index = torch.cat([batch.index for batch in batches])
+        y = torch.cat([batch.y for batch in batches])
+        assert sorted(index.tolist()) == sorted(data.split.labeled + data.split.unlabeled)
+        assert sorted(index[y != -100].tolist()) == data.split.labeled
+        assert torch.equal(y, data.visible_labels()[index])
+        assert all(batch.x_strong is None for batch in batches)
+        assert torch.equal(batches[1].x[5], data.image(int(batches[1].index[5])))
+
+    def test_loader_hands_no_pseudo_label_back(self):
+        data = SemiSupervisedDataModule(Digits(), labeled=3, batch_size=2000)
+        index = torch.tensor(data.unlabeled_indices())
+        yes = torch.ones_like(index, dtype=torch.bool)
+        data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, yes, 0, 0))
+        (batch,) = data.pool_dataloader()
+        assert int((batch.y != -100).sum()) == 30
+        (batch,) = data.train_dataloader()
+        assert int((batch.y != -100).sum()) == len(batch)
+
+    @pytest.mark.parametrize("stream", [None, 8])
+    @pytest.mark.parametrize("unlabeled", ["rest", "test"])
+    def test_no_batch_has_hidden_truth(self, unlabeled, stream):
+        data = SemiSupervisedDataModule(
+            Digits(), labeled=3, unlabeled=unlabeled, labeled_batch_size=stream, strong_transform=torch.nn.Identity()
+        )
+        for batch in (*data.train_dataloader(), *data.pool_dataloader()):
+            labeled = torch.isin(batch.index, torch.tensor(data.split.labeled))
+            assert torch.equal(batch.y != -100, labeled)
+            assert torch.equal(batch.y[labeled], data.hidden_truth(batch.index[labeled]))
+            assert (batch.kind, batch.soft) == (None, None)
+
+    def test_held_out_labels_join_it(self, tmp_path):
+        source = DatasetSource(TensorDataset(torch.rand(80, 3), TARGETS), unlabeled=TensorDataset(torch.rand(30, 3)))
+        split = make_split(TARGETS, 4, 0.1, seed=0)
+        held = replace(split, labeled=split.labeled[1:], held_out=split.labeled[:1])
+        held.save(tmp_path / "split.json")
+        for unlabeled, more in (("rest", split.unlabeled), ("none", []), ("source", [*range(80, 110)])):
+            data = SemiSupervisedDataModule(source, labeled=tmp_path / "split.json", unlabeled=unlabeled)
+            assert data.unlabeled_indices() == sorted([*held.held_out, *more])
+            assert data.visible_labels()[held.held_out[0]] == -100
+            assert data.hidden_truth(torch.tensor(held.held_out)).tolist() == TARGETS[held.held_out].tolist()
+
+    def test_of_many_labels(self):
+        y = torch.randint(2, (20, 3))
+        data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val=0)
+        assert torch.equal(data.hidden_truth(torch.arange(20)), y)
+        index = torch.tensor(data.unlabeled_indices())
+        with pytest.raises(InputError, match="pseudo-labels are for samples of one class each"):
+            data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), index > 0, index > 0, 0, 0))
+
+    def test_another_fit_starts_without_labels(self, quiet_trainer, student):
+        data = SemiSupervisedDataModule(Digits(), labeled=3, batch_size=2000)
+        index = torch.tensor(data.unlabeled_indices())
+        yes = torch.ones_like(index, dtype=torch.bool)
+        data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, yes, 0, 0))
+        quiet_trainer(limit_val_batches=0).fit(SupervisedModule(student), datamodule=data)
+        (batch,) = data.train_dataloader()
+        assert int((batch.y != -100).sum()) == 30
+
+
+class TestChangedPool:
+    def fit(self, quiet_trainer, more, path=None, **kwargs):
+        y = torch.tensor([0, 1, 2, 0, 1, 2])
+        source = DatasetSource(TensorDataset(torch.rand(6, 3, generator=torch.Generator().manual_seed(0)), y))
+        source.unlabeled = TensorDataset(more)
+        data = SemiSupervisedDataModule(source, **{"val": 0, "unlabeled": "source"} | kwargs)
+        trainer = quiet_trainer(max_epochs=1 if path is None else 2)
+        trainer.fit(SupervisedModule(torch.nn.Linear(3, 3)), datamodule=data, ckpt_path=path)
+        return trainer
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda x: x[:-1], lambda x: x.flip(0), lambda x: x + torch.eye(5)[:, :3], lambda x: x[[0] * 5]],
+    )
+    def test_is_refused(self, quiet_trainer, tmp_path, change):
+        more = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
+        self.fit(quiet_trainer, more).save_checkpoint(tmp_path / "c.ckpt")
+        with pytest.raises(InputError, match="the unlabeled pool has changed since the checkpoint .its hash differs"):
+            self.fit(quiet_trainer, change(more), tmp_path / "c.ckpt")
+        self.fit(quiet_trainer, more.clone(), tmp_path / "c.ckpt")
+
+    def test_another_pool_of_the_same_split_is_refused(self, quiet_trainer, tmp_path):
+        more = torch.rand(5, 3)
+        self.fit(quiet_trainer, more, labeled=1).save_checkpoint(tmp_path / "c.ckpt")
+        with pytest.raises(InputError, match="the unlabeled pool has changed"):
+            self.fit(quiet_trainer, more, tmp_path / "c.ckpt", labeled=1, unlabeled="rest")
+
+    def test_checkpoints_from_before_pools_were_noted_go_on(self, quiet_trainer, tmp_path):
+        trainer = self.fit(quiet_trainer, torch.rand(5, 3))
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=True)
+        del checkpoint["SemiSupervisedDataModule"]["pool"]
+        torch.save(checkpoint, tmp_path / "c.ckpt")
+        self.fit(quiet_trainer, torch.rand(5, 3), tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("size", [0, 64, 65, -1])
+def test_labeled_batch_that_leaves_no_room(size):
+    with pytest.raises(InputError, match=f"labeled_batch_size .* at least 1 and below batch_size, 64, got {size}"):
+        SemiSupervisedDataModule(Digits(), labeled_batch_size=size)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"labeled": 3, "unlabeled": "none"}])
+def test_two_streams_of_which_one_is_empty(arguments):
+    data = SemiSupervisedDataModule(Digits(), labeled_batch_size=8, **arguments)
+    with pytest.raises(InputError, match="batches of labeled and unlabeled images, but none is unlabeled"):
+        data.train_dataloader()
+
+
+def test_two_streams_of_fewer_labels_than_a_batch_has(quiet_trainer, student):
+    data = SemiSupervisedDataModule(Digits(), labeled=1, labeled_batch_size=24, batch_size=256, val=0.1)
+    pool = data.unlabeled_indices()
+    batches = list(data.train_dataloader())
+    assert [len(batch) for batch in batches[:-1]] == [256] * (len(batches) - 1)
+    assert sorted(torch.cat([batch.index[24:] for batch in batches]).tolist()) == pool
+    for batch in batches:
+        assert (batch.y[:24] != -100).all()
+        assert batch.mean_labels == 24
+        assert torch.bincount(batch.index[:24]).max() == 3  # 10 labeled ones, two times or three
+    quiet_trainer(max_epochs=1).fit(SupervisedModule(student), datamodule=data)

@@ -2,13 +2,14 @@
 
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from kd_lightning import (
@@ -20,6 +21,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     TorchvisionDataset,
 )
+from kd_lightning.data.sources import identity, path_of, read_image
 
 
 def test_digits():
@@ -180,3 +182,97 @@ def test_transforms_can_be_replaced():
     data = SemiSupervisedDataModule(Digits(), train_transform=crop, eval_transform=crop, batch_size=9)
     assert next(iter(data.train_dataloader())).x.shape == (9, 1, 4, 4)
     assert next(iter(data.test_dataloader())).x.shape == (9, 1, 4, 4)
+
+
+class Listed(Dataset):
+    """Items that know their files, under one of the names that datasets use."""
+
+    def __init__(self, name, paths):
+        setattr(self, name, paths)
+        self.count = len(paths)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        raise OSError("broken file")
+
+
+def test_image_and_path_of_several_parts(folder):
+    parts = ImageFolder(str(folder / "train"), unlabeled=str(folder / "more")).load()
+    both = [parts.train.images, parts.unlabeled]
+    assert path_of(both, 5) == str(folder / "train/dog/1.png")
+    assert path_of(both, 8) == str(folder / "more/deep/er/0.png")
+    assert read_image(both, 5).getpixel((0, 0)) == (0, 0, 200)
+    with pytest.raises(IndexError):
+        path_of(both, 12)
+    assert path_of([Digits().load().train.images], 3) is None
+    assert path_of([Subset(parts.train.images, [7, 5])], 1) == str(folder / "train/dog/1.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "items"),
+    [
+        ("samples", [("a/0.png", 1), ("a/1.png", 0)]),
+        ("samples", [["a/0.png", 1], ["a/1.png", 0]]),
+        ("paths", ["a/0.png", "a/1.png"]),
+        ("_image_files", [Path("a/0.png"), Path("a/1.png")]),
+    ],
+)
+def test_path_of_a_file_that_cannot_be_read(name, items):
+    dataset = Listed(name, items)
+    assert path_of([dataset], 1) == str(Path("a/1.png"))
+    with pytest.raises(InputError, match="image a.1.png cannot be read: OSError: broken file"):
+        read_image([dataset], 1)
+
+
+def test_samples_that_are_no_files():
+    assert path_of([Listed("samples", [(torch.rand(3, 3), 0), (torch.rand(3, 3), 1)])], 1) is None
+    with pytest.raises(InputError, match="item 0 of Listed cannot be read: OSError"):
+        read_image([Listed("samples", [(torch.rand(3, 3), 0)])], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool])
+def test_identity_of_images_in_memory(dtype):
+    x = torch.rand(6, 3, 2).mul(255).to(dtype)
+    x[0, 0, 0] = 1
+    other = x.clone()
+    other[0, 0, 0] = 0
+    same = identity(TensorDataset(x))
+    assert same == identity(TensorDataset(x.clone(), torch.arange(6)))  # labels are no part of it
+    assert same == identity(TensorDataset(x.transpose(1, 2).contiguous().transpose(1, 2)))
+    found = {same, identity(TensorDataset(other)), identity(TensorDataset(x[:5]))}
+    found |= {identity(Subset(TensorDataset(x), rows)) for rows in ([0, 1], [1, 2], np.array([2, 3]))}
+    found |= {identity(Subset(TensorDataset(other), [0, 1]))}
+    assert len(found) == 7
+
+
+def test_identity_of_an_array():
+    class Array(Pictures):
+        def __init__(self, data):
+            self.data = data
+
+    data = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    assert identity(Array(data)) == identity(Array(np.asfortranarray(data)))
+    assert identity(Array(data)) != identity(Array(data[::-1]))
+    assert identity(Array(list(data))) == identity(Array(None))  # only their number is known
+
+
+def test_identity_of_files(folder):
+    def load(root):
+        parts = ImageFolder(str(root / "train"), unlabeled=str(root / "more")).load()
+        return identity(parts.train.images), identity(parts.unlabeled)
+
+    before = load(folder)
+    assert load(folder) == before
+    assert len({*before}) == 2
+    moved = folder / "elsewhere" / "deep"
+    moved.mkdir(parents=True)
+    for name in ("train", "more"):
+        (folder / name).rename(moved / name)
+    assert load(moved) == before  # the same files in another place
+    (moved / "more/deep/er/0.png").rename(moved / "more/deep/er/9.png")
+    assert load(moved)[0] == before[0]
+    assert load(moved)[1] != before[1]
+    (moved / "train/cat/3.png").unlink()
+    assert load(moved)[0] != before[0]

@@ -1,6 +1,8 @@
 """Splits: stratified, nested, saved with their hash."""
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -78,3 +80,20 @@ def test_class_without_a_sample():
     with pytest.raises(InputError, match="labeled: 1 per class asked, but class 'b' has no training sample"):
         make_split(targets, 1, 0, 0, ["a", "b", "c"])
     assert make_split(targets, 0.3, 0, 0).val == []
+
+
+def test_held_out_labels_are_part_of_a_split(tmp_path):
+    split = make_split(TARGETS, 3, 0.1, seed=1)
+    held = replace(split, labeled=split.labeled[2:], held_out=split.labeled[:2])
+    assert held.hash != replace(held, held_out=[]).hash
+    held.save(tmp_path / "split.json")
+    assert Split.load(tmp_path / "split.json", TARGETS) == held
+
+
+def test_splits_of_before_labels_were_held_out(tmp_path):
+    """Their hash still fits."""
+    split = make_split(TARGETS, 3, 0.1, seed=1)
+    fields = {name: value for name, value in asdict(split).items() if name != "held_out"}
+    fields["hash"] = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "split.json").write_text(json.dumps(fields))
+    assert Split.load(tmp_path / "split.json", TARGETS) == split

@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule
-from kd_lightning.data.views import ShareSampler, ViewDataset, ViewSampler, collate
+from kd_lightning.batch import Kind
+from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewSampler, collate
+from kd_lightning.pseudo_labels import PseudoLabels
 
 
 class Noise(nn.Module):
@@ -145,3 +147,222 @@ def test_samples_of_several_shapes():
     samples = [Batch(torch.zeros(shape), index=one, view=one) for shape in ((1, 8, 8), (1, 8, 9), (1, 8, 8))]
     with pytest.raises(InputError, match=r"one shape after their transform, got \[\(1, 8, 8\), \(1, 8, 9\)\]"):
         collate(samples)
+
+
+class TestTwoStreams:
+    SIZES = [
+        # labeled, unlabeled, labeled and unlabeled rows in a batch of all processes together
+        (10, 40, 4, 12),  # all fits
+        (3, 40, 8, 12),  # a batch has every labeled sample several times
+        (10, 41, 4, 12),  # the last batch is short
+        (7, 5, 4, 12),  # one batch only, shorter than a batch
+        (1, 1, 2, 2),
+    ]
+
+    @staticmethod
+    def make(sizes, world=1, rank=0, epoch=0, copies=1, views=None, seed=0):
+        labeled, unlabeled, first, rest = sizes
+        sampler = TwoStreamSampler(
+            labeled,
+            unlabeled,
+            labeled_batch=first // world,
+            unlabeled_batch=rest // world,
+            copies=copies,
+            views=views,
+            seed=seed,
+            num_replicas=world,
+            rank=rank,
+        )
+        sampler.set_epoch(epoch)
+        return sampler
+
+    @staticmethod
+    def batches(sampler, size):
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        return [keys[n : n + size] for n in range(0, len(keys), size)]
+
+    @pytest.mark.parametrize("sizes", SIZES)
+    @pytest.mark.parametrize("copies", [1, 2])
+    def test_ratio_and_an_epoch_is_one_pass(self, sizes, copies):
+        labeled, unlabeled, first, rest = sizes
+        for epoch in range(3):
+            batches = self.batches(self.make(sizes, epoch=epoch, copies=copies), first + rest)
+            assert len(batches) == -(-unlabeled * copies // rest)
+            seen = []
+            for batch in batches:
+                assert all(position < labeled for position, _ in batch[:first])
+                assert all(position >= labeled for position, _ in batch[first:])
+                seen += batch[first:]
+            assert [len(batch) for batch in batches[:-1]] == [first + rest] * (len(batches) - 1)
+            views = range(epoch * copies, (epoch + 1) * copies)
+            assert sorted(seen) == sorted((labeled + n, v) for n in range(unlabeled) for v in views)
+
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_labeled_samples_come_equally_often(self, sizes):
+        """Each pass in a new order and view, across the ends of epochs."""
+        labeled, _, first, rest = sizes
+        stream = []
+        for epoch in range(12):
+            for batch in self.batches(self.make(sizes, epoch=epoch), first + rest):
+                stream += batch[:first]
+        passes = [stream[n : n + labeled] for n in range(0, len(stream), labeled)]
+        for number, keys in enumerate(passes[:-1]):
+            assert sorted(keys) == [(position, number) for position in range(labeled)]
+        if labeled > 5:
+            orders = {tuple(position for position, _ in keys) for keys in passes[:-1]}
+            assert len(orders) == len(passes) - 1
+
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_processes_share_the_batches_of_one(self, sizes):
+        labeled, unlabeled, first, rest = sizes
+        for epoch in range(2):
+            one = self.batches(self.make(sizes, epoch=epoch), first + rest)
+            two = [self.batches(self.make(sizes, 2, rank, epoch), (first + rest) // 2) for rank in range(2)]
+            assert len(two[0]) == len(two[1]) == len(one)
+            for step, (alone, *shares) in enumerate(zip(one, *two, strict=True)):
+                assert len(shares[0]) == len(shares[1])
+                both = shares[0] + shares[1]
+                if step == len(one) - 1 and unlabeled % 2:  # filled up to equal shares
+                    assert set(both) >= set(alone)
+                    assert len(both) == len(alone) + 1
+                else:
+                    assert sorted(both) == sorted(alone)
+                for share in shares:
+                    assert sum(position < labeled for position, _ in share) == first // 2
+
+    def test_three_processes_and_a_pool_smaller_than_they_are(self):
+        sizes = (2, 2, 3, 3)
+        shares = [list(self.make(sizes, 3, rank)) for rank in range(3)]
+        assert [len(share) for share in shares] == [2, 2, 2]
+        assert {position for share in shares for position, _ in share} == {0, 1, 2, 3}
+
+    def test_order_follows_from_seed_and_pass(self):
+        def order(**kwargs):
+            return list(self.make((10, 40, 4, 12), **kwargs))
+
+        assert order() == order()
+        assert order() != order(seed=1)
+        assert [p for p, _ in order()] != [p for p, _ in order(epoch=1)]
+
+    def test_views_come_round(self):
+        for epoch in range(5):
+            keys = list(self.make((3, 6, 6, 6), epoch=epoch, views=2))
+            assert {view for position, view in keys if position >= 3} == {epoch % 2}
+            assert sorted(keys[:6]) == [(position, view) for position in range(3) for view in range(2)]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_loader_goes_on_in_mid_epoch(self, workers):
+        def loader():
+            data = SemiSupervisedDataModule(
+                Digits(),
+                labeled=2,
+                labeled_batch_size=64,  # more than there are
+                batch_size=320,
+                num_workers=workers,
+                strong_transform=Noise(),
+            )
+            made = data.train_dataloader()
+            made.sampler.set_epoch(2)
+            return made
+
+        first = loader()
+        whole = list(first)
+        pool = len(first.dataset) - 20
+        assert [len(batch) for batch in whole] == [320] * 4 + [64 + pool - 4 * 256]
+        for start in (1, 4, 5):
+            stream = iter(first)
+            for _ in range(start):
+                next(stream)
+            state = first.state_dict()
+            second = loader()
+            second.load_state_dict(state)
+            again = list(second)
+            assert len(again) == 5 - start
+            for one, other in zip(whole[start:], again, strict=True):
+                for name in ("x", "y", "index", "view", "x_strong"):
+                    assert torch.equal(getattr(one, name), getattr(other, name))
+                assert (one.mean_labels, one.mean_rows) == (other.mean_labels, other.mean_rows)
+
+
+@pytest.mark.parametrize("trainer", [None, Steps()])
+@pytest.mark.parametrize("stream", [None, 32])
+@pytest.mark.parametrize("world", [1, 2])
+def test_means_of_an_optimiser_step(trainer, stream, world, monkeypatch):
+    """Counted over the batches of all processes, with pseudo-labels, and where the last batch is short."""
+    loaders = []
+    for rank in range(world):
+        data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=256 // world, labeled_batch_size=stream)
+        monkeypatch.setattr(data, "_processes", lambda rank=rank: (world, rank))
+        index = torch.tensor(data.unlabeled_indices())
+        chosen = index % 3 == 0
+        data.set_pseudo_labels(PseudoLabels(index, index % 10, index.float(), chosen, chosen, 0, 0))
+        loaders.append(data.train_dataloader())
+        loaders[-1].trainer = trainer
+    shares = [list(loader) for loader in loaders]
+    steps = len(shares[0])
+    assert [len(share) for share in shares] == [steps] * world
+    window = 1 if trainer is None else 2
+    last = steps if trainer is None else min(steps, trainer.num_training_batches)
+    for first in range(0, last, window):
+        part = [batch for share in shares for batch in share[first : min(first + window, last)]]
+        labels = sum(int((batch.y != -100).sum()) for batch in part)
+        pseudo = sum(int((batch.kind == Kind.PSEUDO).sum()) for batch in part)
+        for batch in part:
+            assert batch.mean_labels == pytest.approx(labels / len(part))
+            assert batch.mean_pseudo == pytest.approx(pseudo / len(part))
+            assert batch.mean_rows == pytest.approx(sum(map(len, part)) / len(part))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_of_a_later_epoch_are_the_new_ones(workers):
+    data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=256, num_workers=workers)
+    loader = data.train_dataloader()
+    assert all(batch.kind is None for batch in loader)
+    index = torch.tensor(data.unlabeled_indices())
+    for label in (3, 4):
+        yes = torch.ones_like(index, dtype=torch.bool)
+        data.set_pseudo_labels(PseudoLabels(index, torch.full_like(index, label), index.float(), yes, ~yes, 0, 0))
+        for batch in loader:
+            pseudo = batch.kind == Kind.PSEUDO
+            assert torch.equal(pseudo, torch.isin(batch.index, index))
+            assert (batch.y[pseudo] == label).all()
+    stream = iter(loader)  # and within an epoch, whatever workers have read ahead
+    next(stream)
+    data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, ~yes, 0, 0))
+    batch = next(stream)
+    assert (batch.y[batch.kind == Kind.PSEUDO] == 0).all()
+
+
+class TestStrongView:
+    @pytest.fixture
+    def two(self):
+        return ViewDataset([Digits().load().train.images], torch.arange(50), Noise(), 3, strong_transform=Noise())
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_is_replayable(self, two, workers):
+        keys = [(i, v) for i in range(8) for v in range(2)]
+        (expected,) = DataLoader(two, 16, sampler=keys, collate_fn=collate)
+        loader = DataLoader(two, 5, sampler=keys[::-1], num_workers=workers, collate_fn=collate)
+        again = torch.cat([batch.x_strong for batch in loader]).flip(0)
+        assert torch.equal(expected.x_strong, again)
+
+    def test_differs_from_the_weak_one_and_between_views(self, two):
+        noise = [(two[i, v].x_strong - two.images[0][i][0]).mean().item() for i in range(3) for v in range(3)]
+        noise += [(two[i, v].x - two.images[0][i][0]).mean().item() for i in range(3) for v in range(3)]
+        assert len({round(value, 6) for value in noise}) == 18
+
+    def test_leaves_the_weak_one_and_generators_alone(self, two, views):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        expected = torch.rand(1).item(), random.random(), np.random.rand()
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        assert torch.equal(two[5, 1].x, views[5, 1].x)
+        assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_of_another_shape(self, workers):
+        data = SemiSupervisedDataModule(Digits(), strong_transform=nn.Flatten(0), num_workers=workers)
+        message = r"strong_transform must give the shape that train_transform gives, got \[64\] and \[1, 8, 8\]$"
+        with pytest.raises(InputError, match=message) as error:
+            next(iter(data.train_dataloader()))
+        assert "\n" not in str(error.value)
