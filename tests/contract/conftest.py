@@ -54,7 +54,8 @@ def nodes(node):
 
 
 VARIANTS = {  # arguments of the model, by dotted path, under which a config is another story
-    "ensemble_digits": [{"combine": "random"}, {"combine": "random", "draw": "sample"}, {"combine": "relabel"}]
+    "ensemble_digits": [{"combine": "random"}, {"combine": "random", "draw": "sample"}, {"combine": "relabel"}],
+    "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
 PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}
@@ -64,7 +65,7 @@ def cases(paths, variants):
     """Each config, and its variants, as pytest's parameters."""
     for path in paths:
         for arguments in [{}, *variants.get(path.stem, [])]:
-            yield pytest.param((path, arguments), id="-".join([path.stem, *arguments.values()]))
+            yield pytest.param((path, arguments), id="-".join([path.stem, *map(str, arguments.values())]))
 
 
 def quick(path, **changes):
@@ -83,6 +84,11 @@ def quick(path, **changes):
         data["source"] = deepcopy(FAKE)
         data["source"]["init_args"]["image_size"] = IMAGE_SIZE[kind]
     data["batch_size"] = 4 if kind in IMAGE_SIZE else 32
+    if "labeled_batch_size" in data:
+        data["labeled_batch_size"] = data["batch_size"] // 4
+    if "strong_transform" in data and kind in IMAGE_SIZE:
+        data["strong_transform"]["init_args"]["size"] = IMAGE_SIZE[kind][-1]
+    sooner(config)
     if config["model"]["init_args"].get("combine") == "relabel":
         data["copies"] = len(config["model"]["init_args"]["teachers"])
     if "hint_epochs" in config["model"]["init_args"]:
@@ -95,6 +101,27 @@ def quick(path, **changes):
             arguments["weights"] = None
     save_teachers(config)
     return config
+
+
+def sooner(config):
+    """Pseudo-labels from the second epoch on, and some that are accepted: nobody is sure of anything by then."""
+    for callback in config["trainer"].get("callbacks", []):
+        kind = callback["class_path"].rsplit(".", 1)[-1]
+        arguments = callback.setdefault("init_args", {})
+        if kind == "PseudoLabelRefresh":
+            arguments |= {"every_n_epochs": 1, "warmup_epochs": 1, "threshold": 0.12}
+        if kind == "SoftWeightAnnealing":
+            arguments.pop("end_epoch", None)
+            arguments.pop("begin_epoch", None)
+    arguments = config["model"]["init_args"]
+    if arguments.get("threshold"):
+        arguments["threshold"] = 0.12
+    if module_name(config) == "PseudoLabelModule" and config["data"]["init_args"]["source"]["class_path"] == "FakeData":
+        arguments["student"]["init_args"]["num_classes"] = FAKE["init_args"]["num_classes"]  # each has a label
+
+
+def module_name(config):
+    return config["model"]["class_path"].rsplit(".", 1)[-1]
 
 
 def float_student(config):
@@ -143,14 +170,15 @@ def without_batch_statistics(config):
 
 def module_of(path):
     """Which module a config trains, by class name."""
-    return yaml.safe_load(path.read_text())["model"]["class_path"].rsplit(".", 1)[-1]
+    return module_name(yaml.safe_load(path.read_text()))
 
 
 def one_of_each_module():
-    """The digits config of each module, for what is too slow to run for all."""
+    """The digits config of each module, and of each way of labeling, for what is too slow to run for all."""
     chosen = {}
     for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, "joint" not in p.stem, p.stem)):
-        chosen.setdefault(module_of(path), path)
+        labels = yaml.safe_load(path.read_text())["model"]["init_args"].get("labels")
+        chosen.setdefault((module_of(path), labels), path)
     return sorted(chosen.values())
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
@@ -48,6 +49,23 @@ class Record(Callback):
         path = Path(self.folder, f"{trainer.global_rank}_of_{trainer.world_size}.json")
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found))
+
+
+class PermuteHidden(Callback):
+    """Deals the hidden labels anew, once the split is drawn."""
+
+    changed = 0
+
+    def setup(self, trainer, pl_module, stage):
+        data = trainer.datamodule
+        parts = data._parts
+        hidden = [(parts.train.targets, torch.tensor(data.split.unlabeled, dtype=torch.long))]
+        if data.transductive:
+            hidden.append((parts.test.targets, torch.arange(len(parts.test.targets))))
+        for targets, index in hidden:
+            before = targets[index]
+            targets[index] = before[torch.randperm(len(index), generator=torch.Generator().manual_seed(1))]
+            self.changed += int((targets[index] != before).sum())
 
 
 class Plain(nn.Module):

@@ -1,5 +1,6 @@
 """What every YAML in configs/ must obey; a later method is held to it by adding its file."""
 
+import csv
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from parts import StoppedError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_lightning import PseudoLabelModule, PseudoLabelRefresh
 from kd_lightning.__main__ import main
 from kd_lightning.cli import DistillCLI
 from kd_lightning.errors import InputError
@@ -24,7 +26,9 @@ TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
 TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "regressor_parameters"}
 TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number}_share" for number in range(3)}
 TAGS["ApprenticeModule"] = TAGS["DistillModule"]
-HELPERS = ("regressors.", "teacher.")  # trained beside the student, kept for a resume, and not deployed
+TAGS["PseudoLabelModule"] = TAGS["SupervisedModule"] | {"train/unsupervised", "train/coverage", "unsupervised_weight"}
+REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
+HELPERS = ("regressors.", "teacher.", "ema.")  # trained beside the student, kept for a resume, and not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 
@@ -74,6 +78,16 @@ class TestOneRun:
             figures |= {"disagreement"}
         expected = TAGS[type(story.whole.model).__name__] | {f"test/{name}" for name in figures}
         expected |= {f"val/{name}" for name in figures} if commands else set()
+        if story.whole.datamodule.transductive:
+            expected = {name.replace("test/", "transductive/test/") for name in expected}
+        refreshes = [c for c in story.whole.trainer.callbacks if isinstance(c, PseudoLabelRefresh)]
+        assert bool(refreshes) == isinstance(story.whole.model, PseudoLabelModule)
+        if refreshes:
+            expected |= REFRESHED
+            assert [path.name for path in sorted((RUN / "pseudo_labels").iterdir())] == [
+                "round_0000.csv",
+                "round_0001.csv",
+            ]
         assert expected <= tags
         assert (RUN / "predictions.csv").is_file()
         assert len((RUN / "predictions.csv").read_text().splitlines()) == 1 + 2 * story.whole.datamodule.batch_size
@@ -123,6 +137,28 @@ class TestOneRun:
             for path, content in before.items():
                 path.write_bytes(content)
 
+    def test_hidden_truth_changes_nothing(self, story):
+        """Other labels for the images whose labels training may not see, and the same weights."""
+        permute = {"class_path": "parts.PermuteHidden"}
+        config = story.config | {"name": "permuted"}
+        config["trainer"] = config["trainer"] | {"callbacks": [*config["trainer"].get("callbacks", []), permute]}
+        other = DistillCLI(["fit", *story.write(config, "permuted.yaml")])
+        hidden = other.datamodule.split.unlabeled or other.datamodule.transductive
+        assert bool(hidden) == any(getattr(c, "changed", 0) for c in other.trainer.callbacks)
+        assert_equal(story.whole.model.state_dict(), other.model.state_dict())
+
+    def test_predict_gives_the_last_pseudo_labels(self, story):
+        """Of the test images, where these are the pool."""
+        if not story.whole.datamodule.transductive:
+            return
+        first = len(story.whole.datamodule._parts.train.images)
+        with (RUN / "predictions.csv").open() as file:
+            predicted = {int(row["index"]): row["prediction"] for row in csv.DictReader(file)}
+        with max((RUN / "pseudo_labels").glob("round_*.csv")).open() as file:
+            labels = {int(row["index"]) - first: row["label"] for row in csv.DictReader(file)}
+        assert predicted
+        assert predicted == {index: labels[index] for index in predicted}
+
     def test_doctor_examines_it(self, story, capsys):
         """An untrained teacher is pointless, which is status 1; without one there is nothing to complain of."""
         status = 0
@@ -151,7 +187,7 @@ class TestOneRun:
             losses.append(cli.trainer.callback_metrics)
         # bfloat16's own rounding is up to half a level of an 8-bit activation, so that many fall on the next one
         near = 0.05 if quantized_layers(story.whole.model.student) else 0.02
-        for name in TAGS[type(story.whole.model).__name__] - {"soft_weight"}:
+        for name in TAGS[type(story.whole.model).__name__] - {"soft_weight", "unsupervised_weight"}:
             assert losses[1][name].isfinite()
             assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=near), name
 
