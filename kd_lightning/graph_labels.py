@@ -18,7 +18,7 @@ from kd_lightning.layers import capture
 
 
 class GraphPseudoLabels:
-    """Labels the pool by label spreading (Zhou et al. 2004) on a network's features, with scikit-learn's LabelSpreading.
+    """Labels the pool by label spreading (Zhou et al. 2004) on a network's features, by scikit-learn's LabelSpreading.
 
     Two samples are joined where one is among the nearest neighbors of the other by cosine; near ones count as much as
     far ones. (Scikit-learn's own ``knn`` kernel joins them one way: on the pixels of the digits, with 4 labels a class,

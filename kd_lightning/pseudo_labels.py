@@ -105,7 +105,9 @@ def choose(
     index, order = index.sort()
     probabilities = probabilities[order].float()
     confidence, label = probabilities.max(dim=1)
-    accepted = torch.ones_like(label, dtype=torch.bool) if threshold is None else confidence >= threshold
+    accepted = confidence > 1 / probabilities.shape[1] + 1e-6  # else it is as good as any: of no class
+    if threshold is not None:
+        accepted &= confidence >= threshold
     if top_k_per_class is not None:
         for number in range(probabilities.shape[1]):
             members = (accepted & (label == number)).nonzero().flatten()
@@ -143,7 +145,7 @@ def check_classes(y: Tensor, classes: int, names: Sequence[str] | None, owner: s
 def write_round(
     folder: Path, labels: PseudoLabels, class_names: Sequence[str] | None, path_of: Callable[[int], str | None]
 ) -> Path:
-    """Write a round to the ledger of a run's folder; a round that is there already is replaced."""
+    """Write a round to the ledger of a run's folder, in place of what is there of this round and of later ones."""
     path = folder / FOLDER / f"round_{labels.round:04d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -156,4 +158,7 @@ def write_round(
             row = (labels.round, labels.epoch, index, path_of(index) or "", name, f"{confidence:.6f}")
             table.writerow((*row, int(accepted), int(changed)))
     part.replace(path)
+    for later in path.parent.glob("round_*.csv"):  # of a run that was resumed from before them
+        if later.stem > path.stem:
+            later.unlink()
     return path

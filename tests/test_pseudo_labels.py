@@ -50,6 +50,13 @@ def test_by_hand(threshold, top):
     assert table.accepted.any() == (threshold != 1.0)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+def test_uniform_ones_are_never_accepted(classes):
+    probabilities = torch.full((2, classes), 1 / classes)
+    probabilities[1, 1] += 1e-3
+    assert choose(probabilities, torch.arange(2)).accepted.tolist() == [False, True]
+
+
 def test_a_threshold_is_reached_by_what_equals_it():
     probabilities = torch.tensor([[0.95, 0.05], [0.0, 1.0], [0.94999, 0.05001]])
     for dtype in (torch.float32, torch.float64):
@@ -154,6 +161,15 @@ class TestLedger:
             _, rows = self.write(tmp_path, table, ['a, "b"', "b"])
         assert [row["label"] for row in rows] == ["b"]
         assert [path.name for path in (tmp_path / "pseudo_labels").iterdir()] == ["round_0000.csv"]
+
+    def test_later_rounds_go(self, tmp_path):
+        """Those of a run that is resumed from before them."""
+        first = choose(torch.eye(2), torch.arange(2))
+        second = choose(torch.eye(2), torch.arange(2), before=first)
+        for table in (first, second, choose(torch.eye(2), torch.arange(2), before=second), second):
+            self.write(tmp_path, table)
+        names = sorted(path.name for path in (tmp_path / "pseudo_labels").iterdir())
+        assert names == ["round_0000.csv", "round_0001.csv"]
 
     @pytest.mark.parametrize(("names", "label"), [(None, "2"), (["a", "b"], "2"), (["a", "b", "c"], "c")])
     def test_classes_without_a_name(self, tmp_path, names, label):

@@ -16,13 +16,17 @@ def blocks(root, language):
     return re.findall(rf"<!-- run by tests/test_readme.py -->\n```{language}\n(.*?)```", text, re.S)
 
 
-def test_yaml(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for part in ("train", "test"):
+def take_photos():
+    for part in ("train", "test", "unlabeled"):
         for number in range(18):
             image = Path("photos", part, f"class{number % 3}", f"{number}.png")
             image.parent.mkdir(parents=True, exist_ok=True)
             write_png(torch.randint(256, (3, 70, 80), dtype=torch.uint8), str(image))
+
+
+def test_yaml(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    take_photos()
     teacher = {f"net.{key}": tensor for key, tensor in resnet18(num_classes=3).state_dict().items()}
     torch.save({"state_dict": teacher}, "teacher.ckpt")
     (text,) = blocks(root, "yaml")
@@ -34,7 +38,7 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, hints, several, quantised = blocks(root, "python")
+    first, hints, several, quantised, few = blocks(root, "python")
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
     names = {}
@@ -44,3 +48,6 @@ def test_python(root, tmp_path, monkeypatch):
     assert len(names["module"].ensemble) == 3
     exec(compile(quantised, "README.md", "exec"), names)
     assert is_calibrated(names["small"])
+    take_photos()
+    exec(compile(few, "README.md", "exec"), names)
+    assert len(names["trainer"].callbacks[0].table.label) == 18

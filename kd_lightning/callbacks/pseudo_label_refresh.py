@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from kd_lightning.batch import MISSING, Batch
 from kd_lightning.ensembles import Ensemble
@@ -23,7 +26,7 @@ from kd_lightning.pseudo_label_report import figures, measure
 from kd_lightning.pseudo_labels import PseudoLabels, check_classes, check_threshold, choose, write_round
 from kd_lightning.teachers import Teacher
 
-Source = Literal["student", "ema", "teacher"]
+Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
 
 
 class PseudoLabelRefresh(Callback):
@@ -37,7 +40,8 @@ class PseudoLabelRefresh(Callback):
     class); ``PseudoLabelModule(labels="online")`` leaves them alone, so that here they only show how its own are.
 
     Each round leaves a CSV file in the run's folder ``pseudo_labels/`` (a row a sample; ``python -m kd_lightning
-    labels RUN`` reads them), a last one when training ends. The table is in the checkpoint. Charts ``pseudo_labels/``
+    labels RUN`` reads them); the last one, when training ends, is the trained student's, whatever the source, and is
+    what ``predict`` gives. The table is in the checkpoint. Charts ``pseudo_labels/``
     ``coverage`` (accepted share), ``confidence`` (mean), ``flips`` (share that changed since the round before) and
     ``class_distance`` (total variation distance of the accepted labels' classes from the given ones'); and where the
     datamodule has ``hidden_truth(index)``, ``precision`` over all and ``accepted_precision``. Figures: confidences
@@ -72,21 +76,21 @@ class PseudoLabelRefresh(Callback):
         top_k_per_class: int | None = None,
         soft: bool = False,
         sharpen: float = 1.0,
-        source: Source | GraphPseudoLabels = "student",
+        source: Source = "student",
         restart_student: bool = False,
         warmup_epochs: int = 1,
     ) -> None:
         check_threshold(threshold)
         for name, number, least in (
             ("every_n_epochs", every_n_epochs, 1),
-            ("top_k_per_class", top_k_per_class, 1),
+            ("top_k_per_class", 1 if top_k_per_class is None else top_k_per_class, 1),
             ("warmup_epochs", warmup_epochs, 0),
         ):
-            if number is not None and number < least:
-                raise InputError(f"{name} must be at least {least}, got {number}")
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise InputError(f"{name} must be an integer of at least {least}, got {number}")
         if not 0.0 < sharpen <= 1.0:
             raise InputError(f"sharpen is a temperature in (0, 1], got {sharpen}")
-        if isinstance(source, str) and source not in ("student", "ema", "teacher"):
+        if not isinstance(source, GraphPseudoLabels) and source not in ("student", "ema", "teacher"):
             raise InputError(f"source must be student, ema, teacher or a GraphPseudoLabels, got {source!r}")
         self.every_n_epochs = every_n_epochs
         self.threshold = threshold
@@ -113,13 +117,16 @@ class PseudoLabelRefresh(Callback):
                 f"PseudoLabelRefresh needs a datamodule with pool_dataloader() and set_pseudo_labels(labels), as "
                 f"SemiSupervisedDataModule has them, got {named}"
             )
-        if hasattr(data, "unlabeled_indices") and not data.unlabeled_indices():
+        if (indices := _method(data, "unlabeled_indices")) and not len(indices()):
             raise InputError(_EMPTY)
         task = getattr(pl_module, "task", "multiclass")
         if task != "multiclass":
             raise InputError(f"PseudoLabelRefresh is for the multiclass task, where a label is one class, got {task}")
+        names = self._class_names(trainer)
         if self.source == "teacher":
             self._teacher(pl_module)
+        elif names is not None and (visible := _method(data, "visible_labels")):  # sooner than the first refresh
+            check_classes(visible(), len(names), names, "PseudoLabelRefresh")
         if self.source == "ema":
             self._average(trainer, pl_module)
         needs_student = self.restart_student or not isinstance(self.source, str)
@@ -148,8 +155,8 @@ class PseudoLabelRefresh(Callback):
         """Hand out a checkpoint's table; a run that goes on may get no other call before its first step."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self.table is not None:
-            if hasattr(data, "unlabeled_indices"):
-                self._check_pool(torch.tensor(data.unlabeled_indices()))
+            if indices := _method(data, "unlabeled_indices"):
+                self._check_pool(torch.as_tensor(indices()))
             data.set_pseudo_labels(self.table)
         self._refresh_if_due(trainer, pl_module)
 
@@ -158,10 +165,10 @@ class PseudoLabelRefresh(Callback):
         self._refresh_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down what the trained network says of the pool; a teacher has not changed its mind."""
-        if self.table is None or self.source == "teacher":
+        """Write down what the trained student says of the pool, whoever has taught it; ``predict`` says the same."""
+        if self.table is None:
             return
-        given, table = self._label(trainer, pl_module)
+        given, table = self._label(trainer, pl_module, "student")
         values = self._report(trainer, table, given)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
@@ -176,18 +183,21 @@ class PseudoLabelRefresh(Callback):
         return None if since < 0 else epoch - since % self.every_n_epochs
 
     def _refresh_if_due(self, trainer: Trainer, module: LightningModule) -> None:
-        due = self.last_due(trainer.current_epoch)
+        epoch, last = trainer.current_epoch, trainer.max_epochs
+        due = self.last_due(epoch)
         if due is None or (self.table is not None and self.table.epoch >= due):
             return
-        given, self.table = self._label(trainer, module)
+        if last is not None and -1 < last <= epoch:  # resumed from the very last batch: nothing is left to learn
+            return
+        given, self.table = self._label(trainer, module, self.source)
         trainer.datamodule.set_pseudo_labels(self.table)  # type: ignore[attr-defined]
         module.log_dict(self._report(trainer, self.table, given), sync_dist=True)
         if not self.table.accepted.any():
             rank_zero_warn(
                 f"epoch {trainer.current_epoch}: none of {len(self.table.label)} pseudo-labels was accepted (the "
                 f"highest probability is {self.table.confidence.max():.3f}, threshold {self.threshold}); until the "
-                f"next refresh only the labels are learned; lower the threshold, set top_k_per_class alone, or lengthen "
-                f"warmup_epochs"
+                f"next refresh only the labels are learned; lower the threshold, set top_k_per_class alone, or "
+                f"lengthen warmup_epochs"
             )
         if self.restart_student and self.table.round > 0:
             self._restart(trainer, module)
@@ -196,9 +206,9 @@ class PseudoLabelRefresh(Callback):
         student: nn.Module = module.student  # type: ignore[assignment]
         assert self._first_weights is not None
         student.load_state_dict(self._first_weights)
-        averaged = getattr(module, "ema", None)
-        if averaged is not None:
-            averaged.n_averaged.zero_()  # the next step starts it again
+        for averaged in (getattr(module, "ema", None), getattr(_weight_averaging(trainer), "_average_model", None)):
+            if isinstance(averaged, AveragedModel):
+                averaged.n_averaged.zero_()  # the next step starts it again
         for parameter in module.parameters():
             parameter.grad = None
         trainer.strategy.setup_optimizers(trainer)
@@ -206,19 +216,19 @@ class PseudoLabelRefresh(Callback):
 
     # Labelling.
 
-    def _label(self, trainer: Trainer, module: LightningModule) -> tuple[Tensor, PseudoLabels]:
+    def _label(self, trainer: Trainer, module: LightningModule, source: Source) -> tuple[Tensor, PseudoLabels]:
         """The given labels, and a new table: the same on all processes."""
-        index, y, answers, classes = self._predict(trainer, module)
+        index, y, answers, classes = self._predict(trainer, module, source)
         unlabeled = y == MISSING
         if not unlabeled.any():
             raise InputError(_EMPTY)
         if self.source != "teacher":
             check_classes(y, classes, self._class_names(trainer), "PseudoLabelRefresh")
         self._check_pool(index[unlabeled])
-        if not isinstance(self.source, str):
+        if not isinstance(source, str):
             features = answers
             answers = trainer.strategy.broadcast(
-                self.source(features, y, classes) if trainer.is_global_zero else features[:0]
+                source(features, y, classes) if trainer.is_global_zero else features[:0]
             )
         table = choose(
             answers[unlabeled],
@@ -234,45 +244,48 @@ class PseudoLabelRefresh(Callback):
             raise InputError(f"rank {trainer.global_rank} has other pseudo-labels than rank 0: is its data the same?")
         return y[~unlabeled], table
 
-    def _predict(self, trainer: Trainer, module: LightningModule) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _predict(self, trainer: Trainer, module: LightningModule, source: Source) -> tuple[Tensor, Tensor, Tensor, int]:
         """Index (N,), given label (N,), probabilities (N, C) or features (N, D), of all processes by index; and C."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         classes = 0
         # a loader draws a seed for its workers, which must not move the training's own draws
-        with isolate_rng(include_cuda=False), torch.no_grad(), dry(module), trainer.precision_plugin.forward_context():
+        with isolate_rng(include_cuda=False), torch.no_grad(), dry(module), _validating(trainer):
             for given in trainer.datamodule.pool_dataloader():  # type: ignore[attr-defined]
                 batch = Batch.of(given)
                 if batch.index is None or batch.y is None:
                     raise InputError("pool_dataloader must give Batches with index and y (-100 where unlabeled)")
                 batch = trainer.strategy.batch_to_device(batch)
                 batch.x = trainer.precision_plugin.convert_input(batch.x)
-                answer = self._answer(trainer, module, batch)
-                if not classes:
-                    plain = isinstance(self.source, str)
-                    classes = answer.shape[1] if plain else logits_of(module(batch.x), "the student").shape[-1]
+                with trainer.precision_plugin.forward_context():
+                    answer = self._answer(trainer, module, batch, source)
+                    if not classes:
+                        plain = isinstance(source, str)
+                        classes = answer.shape[1] if plain else logits_of(module(batch.x), "the student").shape[-1]
                 parts.append((batch.index.cpu(), batch.y.cpu(), answer.float().cpu()))
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, parts)
-            parts = [part for share in gathered for part in share]
+            torch.distributed.all_gather_object(gathered, (parts, classes))
+            parts = [part for share, _ in gathered for part in share]
+            classes = max(number for _, number in gathered)  # a rank without a share has seen none
         if not parts:
             raise InputError(_EMPTY)
         index, y, answers = (torch.cat(column) for column in zip(*parts, strict=True))
         if not answers.isfinite().all():
             bad = int(index[~answers.isfinite().all(dim=1)][0])
-            raise InputError(f"pseudo-labels: what the {self._who()} says of sample {bad} is no number")
+            who = source if isinstance(source, str) else "student"
+            raise InputError(f"pseudo-labels: what the {who} says of sample {bad} is no number")
         order = index.argsort(stable=True)
         first = torch.ones_like(order, dtype=torch.bool)
         first[1:] = index[order][1:] != index[order][:-1]  # shares are filled up with repeats
         order = order[first]
         return index[order], y[order].long(), answers[order], classes
 
-    def _answer(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Tensor:
-        if not isinstance(self.source, str):
-            return self.source.features_of(module.student, batch.x)  # type: ignore[arg-type]
-        if self.source == "student":
+    def _answer(self, trainer: Trainer, module: LightningModule, batch: Batch, source: Source) -> Tensor:
+        if not isinstance(source, str):
+            return source.features_of(module.student, batch.x)  # type: ignore[arg-type]
+        if source == "student":
             logits = logits_of(module(batch.x), "the student")
-        elif self.source == "ema":
+        elif source == "ema":
             logits = logits_of(self._average(trainer, module).eval()(batch.x), "the averaged student")
         else:
             teacher = self._teacher(module)
@@ -294,7 +307,7 @@ class PseudoLabelRefresh(Callback):
     def _average(self, trainer: Trainer, module: LightningModule) -> nn.Module:
         if isinstance(found := getattr(module, "ema", None), nn.Module):
             return found
-        averaging = next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging)), None)
+        averaging = _weight_averaging(trainer)
         if averaging is None:
             raise InputError(
                 "source: ema needs PseudoLabelModule(ema_decay=...), or Lightning's EMAWeightAveraging as a callback"
@@ -308,9 +321,6 @@ class PseudoLabelRefresh(Callback):
                 f"{len(index)}; resume with the data and the split.json of that run, or start anew"
             )
 
-    def _who(self) -> str:
-        return self.source if isinstance(self.source, str) else "student"
-
     @staticmethod
     def _class_names(trainer: Trainer) -> list[str] | None:
         names: list[str] | None = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
@@ -321,17 +331,38 @@ class PseudoLabelRefresh(Callback):
     def _report(self, trainer: Trainer, table: PseudoLabels, given: Tensor) -> dict[str, float]:
         """Write the ledger's round and the figures; the numbers."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        truth = data.hidden_truth(table.index) if hasattr(data, "hidden_truth") else None
+        known = _method(data, "hidden_truth")
+        truth = known(table.index) if known else None
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         leaves = trainer.loggers or trainer.checkpoint_callbacks
         if trainer.is_global_zero and leaves and not getattr(trainer, "fast_dev_run", False):
-            write_round(Path(folder), table, self._class_names(trainer), getattr(data, "path", lambda index: None))
+            write_round(Path(folder), table, self._class_names(trainer), _method(data, "path") or (lambda index: None))
             boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
             for name, figure in figures(table, given, self.threshold).items() if boards else ():
                 for board in boards:
                     board.experiment.add_figure(f"pseudo_labels/{name}", figure, trainer.global_step)
         self.report = measure(table, given, truth)
         return {f"pseudo_labels/{name}": value for name, value in self.report.items()}
+
+
+def _method(data: Any, name: str) -> Any:
+    """A datamodule's method, where it has it; somebody else's may have an attribute of that name."""
+    found = getattr(data, name, None)
+    return found if callable(found) else None
+
+
+def _weight_averaging(trainer: Trainer) -> WeightAveraging | None:
+    return next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging)), None)
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    """Hooks that augment a batch on the device look at the trainer's stage, not at the module's mode."""
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.training = True
 
 
 _EMPTY = (

@@ -166,7 +166,7 @@ class PseudoLabelModule(SupervisedModule):
             answers = logits_of(self.ema.eval()(batch.x[~clean]), "the averaged student")
         confidence, label = answers.detach().float().softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:
-            self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(len(label), 1e-9))
+            self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9))
         if self.threshold is None:
             return label, torch.ones_like(confidence)
         if not self.adaptive_thresholds:
@@ -189,7 +189,8 @@ class PseudoLabelModule(SupervisedModule):
     def _note(self, accepted: Tensor, unlabeled: int) -> None:
         if self._trainer is not None:
             share = accepted.float().mean() if unlabeled else 0.0
-            self._log_epoch("train/coverage", share, max(unlabeled, 1e-9))
+            # a float even where it is an int: processes must agree on the type
+            self._log_epoch("train/coverage", share, max(float(unlabeled), 1e-9))
             self._seen = self._seen + unlabeled
             self._accepted = self._accepted.to(accepted.device) + accepted.sum()
 

@@ -205,6 +205,21 @@ class TestSteps:
         assert seen == [0.0, 0.0, 1.5, 3.0, 3.0]
         assert trainer.callback_metrics["unsupervised_weight"] == 3.0
 
+    def test_charts_weigh_in_one_type(self, quiet_trainer, monkeypatch):
+        """Processes that add up an int and a float end in a crash."""
+        y = torch.tensor([2, -100, -100, 0, 1, 3])  # 2 unlabeled, then none
+        module, kinds = PseudoLabelModule(linear().float()), set()
+        of_these = ("train/coverage", "train/confidence")
+        log = module._log_epoch
+
+        def note(name, value, rows):
+            kinds.update({type(rows)} if name in of_these else ())
+            log(name, value, rows)
+
+        monkeypatch.setattr(module, "_log_epoch", note)
+        quiet_trainer().fit(module, DataLoader(TensorDataset(draw()[:6].float(), y), 3))
+        assert kinds == {float}
+
     def test_charts(self, quiet_trainer):
         net, x = linear(), draw()
         y = torch.tensor([2, -100, -100, 0, 1, 3, -100, -100, 1])  # three batches: 2, none and 2 unlabeled

@@ -1,0 +1,793 @@
+"""PseudoLabelRefresh: whose labels they are, what a refresh leaves alone, exact resume, processes, and bad input."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_lightning import (
+    ApprenticeModule,
+    Batch,
+    DatasetSource,
+    Digits,
+    DistillModule,
+    EnsembleDistillModule,
+    GraphPseudoLabels,
+    InputError,
+    PseudoLabelModule,
+    PseudoLabelRefresh,
+    SemiSupervisedDataModule,
+    StepSeed,
+)
+from kd_lightning.__main__ import main
+from kd_lightning.batch import Kind
+from kd_lightning.cli import DistillCLI
+from kd_lightning.loggers import ResumableCSVLogger
+from kd_lightning.models import DigitsCNN
+
+ADAM = partial(torch.optim.AdamW, lr=0.02)
+STEPS = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.7)
+
+
+def data(**kwargs):
+    return SemiSupervisedDataModule(Digits(), **({"labeled": 4, "batch_size": 72, "labeled_batch_size": 8} | kwargs))
+
+
+def make(kind, **kwargs):
+    """A module of each kind, the same every time."""
+    torch.manual_seed(0)
+    student, teachers = DigitsCNN(4, dropout=0.2), [DigitsCNN(8), DigitsCNN(6)]
+    kwargs = {"optimizer": ADAM, "lr_scheduler": STEPS} | kwargs
+    if kind is PseudoLabelModule:
+        return kind(student, **({"labels": "refreshed"} | kwargs))
+    return kind(student, teachers if kind is EnsembleDistillModule else teachers[0], **kwargs)
+
+
+def pool(made, network):
+    """Indices of the labeled and the unlabeled images, and what a network says of them, all at once."""
+    index = sorted(made.split.labeled + made.unlabeled_indices())
+    x = torch.stack([made.image(i) for i in index])  # of the digits, evaluation transforms are none
+    with torch.no_grad():
+        return torch.tensor(index), deepcopy(network).eval()(x)
+
+
+class Probe(Callback):
+    """Calls a function at the start of each epoch, or of each batch."""
+
+    def __init__(self, look, batch=False):
+        self.look = look
+        self.batch = batch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if not self.batch:
+            self.look(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.batch:
+            self.look(trainer, pl_module, batch)
+
+
+@pytest.fixture
+def fit(quiet_trainer):
+    """Fits for a few short epochs; gives the trainer."""
+
+    def run(module, *callbacks, datamodule=None, ckpt_path=None, **kwargs):
+        options = {"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 1, "callbacks": [*callbacks]}
+        trainer = quiet_trainer(**(options | kwargs))
+        trainer.fit(module, datamodule=data() if datamodule is None else datamodule, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+def metrics(logger):
+    with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def ledger(folder):
+    rounds = {}
+    for path in sorted(Path(folder, "pseudo_labels").glob("*")):
+        with path.open(newline="") as file:
+            rounds[path.name] = [*csv.DictReader(file)]
+    return rounds
+
+
+# Whose labels.
+
+
+@pytest.mark.parametrize(("unlabeled", "workers"), [("rest", 0), ("rest", 1), ("test", 0), ("source", 0)])
+def test_student_against_a_pass_of_its_own(fit, unlabeled, workers):
+    parts = Digits().load()
+    images = parts.train.images.tensors[0]
+    source = DatasetSource(
+        TensorDataset(images[:600], parts.train.targets[:600]),
+        TensorDataset(images[600:801], parts.train.targets[600:801]),
+        TensorDataset(images[801:1000]),
+    )
+    seen = []
+
+    def look(trainer, module):
+        table = refresh.table
+        if trainer.current_epoch == 0:
+            assert table is None
+            return
+        index, logits = pool(trainer.datamodule, module.student)
+        hidden = torch.isin(index, torch.tensor(trainer.datamodule.unlabeled_indices()))
+        confidence, label = logits.double().softmax(dim=1)[hidden].max(dim=1)
+        assert torch.equal(table.index, index[hidden])
+        assert torch.equal(table.label, label)
+        torch.testing.assert_close(table.confidence.double(), confidence, rtol=1e-5, atol=1e-6)
+        assert torch.equal(table.accepted, table.confidence >= 0.12)
+        assert (table.epoch, table.round) == (trainer.current_epoch, trainer.current_epoch - 1)
+        assert torch.equal(table.changed, label != seen[-1] if seen else torch.zeros(len(label), dtype=torch.bool))
+        seen.append(label)
+        if unlabeled == "source":
+            assert not {"precision", "accepted_precision"} & refresh.report.keys()
+        else:
+            right = label == parts.train.targets[table.index]
+            assert refresh.report["precision"] == pytest.approx(right.double().mean().item())
+            if table.accepted.any():
+                expected = right[table.accepted].double().mean().item()
+                assert refresh.report["accepted_precision"] == pytest.approx(expected)
+        assert refresh.report["coverage"] == pytest.approx(table.accepted.double().mean().item())
+        assert refresh.report["flips"] == pytest.approx(table.changed.double().mean().item())
+        assert refresh.report["confidence"] == pytest.approx(confidence.mean().item(), abs=1e-5)
+
+    refresh = PseudoLabelRefresh(threshold=0.12)
+    made = SemiSupervisedDataModule(source, labeled=4, unlabeled=unlabeled, batch_size=72, num_workers=workers)
+    fit(make(PseudoLabelModule), refresh, Probe(look), datamodule=made)
+    first = {"rest": 0, "test": 600, "source": 600}[unlabeled]
+    assert len(seen) == 2
+    assert refresh.table.index.min() >= first
+
+
+def test_averaged_student(fit):
+    def look(trainer, module):
+        if trainer.current_epoch:
+            index, logits = pool(trainer.datamodule, module.ema.module)
+            hidden = torch.isin(index, refresh.table.index)
+            expected = logits[hidden].softmax(dim=1)
+            torch.testing.assert_close(refresh.table.confidence, expected.max(dim=1).values)
+            plain = pool(trainer.datamodule, module.student)[1][hidden].softmax(dim=1).max(dim=1).values
+            assert (plain - refresh.table.confidence).abs().max() > 1e-4
+
+    refresh = PseudoLabelRefresh(source="ema")
+    fit(make(PseudoLabelModule, ema_decay=0.9), refresh, Probe(look))
+
+
+def test_lightnings_average(fit):
+    """Kept once more here: a copy of the first step's weights, then 0.6 of itself and 0.4 of each next."""
+    mine, compared = [], []
+
+    class Mine(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            now = {name: value.clone() for name, value in pl_module.student.state_dict().items()}
+            if mine:
+                before = mine[0]
+                for name, value in now.items():
+                    now[name] = 0.6 * before[name] + 0.4 * value if value.is_floating_point() else value
+            mine[:] = [now]
+
+    def look(trainer, module):
+        if trainer.current_epoch:
+            averaged = DigitsCNN(4)
+            averaged.load_state_dict(mine[0])
+            index, logits = pool(trainer.datamodule, averaged)
+            expected = logits[torch.isin(index, refresh.table.index)].softmax(dim=1).max(dim=1).values
+            torch.testing.assert_close(refresh.table.confidence, expected, rtol=1e-4, atol=1e-5)
+            compared.append(trainer.current_epoch)
+
+    refresh = PseudoLabelRefresh(source="ema")
+    fit(make(PseudoLabelModule), refresh, EMAWeightAveraging(decay=0.6), Mine(), Probe(look))
+    assert compared == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [DistillModule, EnsembleDistillModule, ApprenticeModule])
+def test_teachers_label(fit, kind):
+    rounds = []
+
+    def look(trainer, module):
+        if trainer.current_epoch == 0:
+            return
+        if kind is EnsembleDistillModule:
+            networks = [teacher.network for teacher in module.ensemble]
+        else:
+            networks = [module.teacher.network if kind is DistillModule else module.teacher]
+        outputs = [pool(trainer.datamodule, network) for network in networks]
+        hidden = torch.isin(outputs[0][0], refresh.table.index)
+        expected = torch.stack([logits.double().softmax(dim=1) for _, logits in outputs]).mean(dim=0)[hidden]
+        torch.testing.assert_close(refresh.table.soft.double(), expected, rtol=1e-4, atol=1e-6)
+        rounds.append(refresh.table.round)
+
+    module, refresh = make(kind), PseudoLabelRefresh(source="teacher", soft=True, top_k_per_class=20)
+    trainer = fit(module, refresh, Probe(look), enable_checkpointing=True)
+    assert rounds == [0, 1]
+    assert refresh.table.label[refresh.table.accepted].bincount().max() == 20
+    assert len(ledger(trainer.default_root_dir)) == 3  # and what the student says in the end
+
+
+def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
+    """No label is a 9, and none but the teacher's reach the hard term."""
+    made = data()
+    made.setup("fit")
+    truth, split = made.source.load().train.targets, made.split
+    nines = [i for i in split.labeled if truth[i] == 9]
+    kept = [i for i in split.labeled if i not in nines]
+    replace(split, labeled=kept, unlabeled=sorted(split.unlabeled + nines)).save(tmp_path / "split.json")
+    hard, said = [], []
+
+    def look(trainer, module, batch):
+        clean = batch.y if batch.kind is None else batch.y[batch.kind == Kind.CLEAN]
+        assert not (clean == 9).any()
+        if trainer.current_epoch:
+            hard.append(truth[batch.index[batch.y == 9]])
+            said.append(module.hard_loss_of(torch.zeros(len(batch), 10), batch.y)[1])
+
+    few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
+    module = DistillModule(DigitsCNN(4), deepcopy(healthy))
+    fit(module, PseudoLabelRefresh(source="teacher", threshold=0.9), Probe(look, batch=True), datamodule=few)
+    assert sum(map(len, hard)) > 5
+    assert (torch.cat(hard) == 9).float().mean() > 0.9
+    assert min(said) > 30  # a few labels before
+
+    for source in ("student", GraphPseudoLabels()):
+        few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
+        with pytest.raises(InputError, match=r"no labeled sample of class '9', so no pseudo-label can .*source: teach"):
+            fit(DistillModule(DigitsCNN(4), healthy), PseudoLabelRefresh(source=source), datamodule=few)
+        few.class_names = None  # found out at the first refresh then
+        with pytest.raises(InputError, match=r"no labeled sample of class '9', so no"):
+            fit(DistillModule(DigitsCNN(4), healthy), PseudoLabelRefresh(source=source), datamodule=few)
+
+
+def test_graph(fit):
+    compared = []
+
+    def look(trainer, module):
+        if trainer.current_epoch:
+            index, features = pool(trainer.datamodule, nn.Sequential(*[*module.student][:-1]))
+            y = trainer.datamodule.visible_labels()[index]
+            expected = GraphPseudoLabels(5)(features, y, 10)[y == -100]
+            assert torch.equal(refresh.table.index, index[y == -100])
+            torch.testing.assert_close(refresh.table.soft, expected, rtol=1e-3, atol=1e-4)
+            compared.append((refresh.table.label == expected.argmax(dim=1)).float().mean())
+
+    refresh = PseudoLabelRefresh(source=GraphPseudoLabels(5), soft=True)
+    fit(make(PseudoLabelModule), refresh, Probe(look))
+    assert len(compared) == 2
+    assert min(compared) > 0.99
+
+
+# What it leaves alone.
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("source", ["student", "ema", GraphPseudoLabels()])
+def test_leaves_everything_as_it_was(fit, source, workers):
+    before, compared = [], []
+
+    def state(trainer, module):
+        numbers = np.random.get_state()
+        return (
+            {name: value.clone() for name, value in module.state_dict().items()},
+            {name: layer.training for name, layer in module.named_modules()},
+            torch.get_rng_state().tolist(),
+            (numbers[1].tolist(), numbers[2]),
+            random.getstate(),
+            trainer.training,
+            torch.is_grad_enabled(),
+        )
+
+    def first(trainer, module):
+        module.student[1].eval()  # somebody froze a BatchNorm
+        random.random(), np.random.rand(), torch.rand(1)
+        before[:] = state(trainer, module)
+
+    def then(trainer, module):
+        after = state(trainer, module)
+        assert before[0].keys() == after[0].keys()
+        assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+        assert before[1:] == [*after[1:]]
+        compared.append(refresh.table is not None)
+
+    refresh = PseudoLabelRefresh(source=source)
+    module = make(PseudoLabelModule, ema_decay=0.5 if source == "ema" else None)
+    fit(module, Probe(first), refresh, Probe(then), datamodule=data(num_workers=workers), max_epochs=2)
+    assert compared == [False, True]
+
+
+def test_labels_that_nobody_uses_change_nothing(fit):
+    def train(*callbacks):
+        module = make(PseudoLabelModule, labels="online", threshold=0.2)
+        torch.manual_seed(3)  # of the dropout
+        fit(module, *callbacks)
+        return module.state_dict()
+
+    plain = train()
+    shown = train(PseudoLabelRefresh(warmup_epochs=0, soft=True, source=GraphPseudoLabels()))
+    assert all(torch.equal(value, shown[name]) for name, value in plain.items())
+
+
+# Resume.
+
+
+learner = partial(make, PseudoLabelModule)
+RESUMES = {
+    "student": (learner, {"threshold": 0.13}, []),
+    "soft": (learner, {"soft": True, "sharpen": 0.5, "warmup_epochs": 0, "every_n_epochs": 2}, []),
+    "restart": (learner, {"restart_student": True, "top_k_per_class": 9}, []),
+    "ema": (partial(learner, ema_decay=0.8), {"source": "ema", "restart_student": True}, []),
+    "average": (learner, {"source": "ema", "restart_student": True}, [partial(EMAWeightAveraging, decay=0.8)]),
+    "graph": (learner, {"source": GraphPseudoLabels(5)}, []),
+    "teacher": (partial(make, DistillModule), {"source": "teacher"}, []),
+    "ensemble": (partial(make, EnsembleDistillModule), {"source": "teacher", "soft": True}, []),
+    "joint": (partial(make, ApprenticeModule), {"source": "teacher", "restart_student": True}, []),
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_exact_resume(fit, tmp_path, name):
+    build, options, others = RESUMES[name]
+
+    def run(root, *callbacks, **kwargs):
+        torch.manual_seed(0)
+        module = build()
+        refresh = PseudoLabelRefresh(**options)
+        made = [other() for other in others]
+        # a resumed run draws the same dropout
+        fit(module, refresh, *made, StepSeed(0), *callbacks, default_root_dir=root, enable_checkpointing=True, **kwargs)
+        return module.state_dict(), refresh
+
+    class Saves(ModelCheckpoint):
+        def __init__(self, when, **kwargs):
+            super().__init__(tmp_path / when, "{step}", save_top_k=-1, **kwargs)
+
+    class EpochSaves(Saves):
+        """A class of its own, since Lightning takes one of each kind."""
+
+    steps, ends = (
+        Saves("steps", every_n_train_steps=1),
+        EpochSaves("ends", every_n_epochs=1, save_on_train_epoch_end=False),
+    )
+    whole, refresh = run(tmp_path / "whole", steps, ends)
+    paths = sorted(tmp_path.glob("*/*.ckpt"))
+    assert len(paths) == 9
+    for number, path in enumerate(paths):
+        torch.load(path, weights_only=True)
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", root)
+        resumed, mine = run(root, ckpt_path=path)
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items()), path
+        assert mine.table.hash == refresh.table.hash, path
+        assert ledger(root) == ledger(tmp_path / "whole"), path
+    assert len(ledger(tmp_path / "whole")) > 1
+
+
+def test_restart(fit):
+    first, starts = {}, {}
+
+    def look(trainer, module, batch):
+        if trainer.global_step % 2 == 0:
+            weights = {name: value.clone() for name, value in module.student.state_dict().items()}
+            optimizer = trainer.optimizers[0]
+            averages = [int(module.ema.n_averaged), int(average._average_model.n_averaged)]
+            rate = optimizer.param_groups[0]["lr"]
+            starts[trainer.current_epoch] = weights, len(optimizer.state), rate, averages, len(trainer.optimizers)
+
+    module = make(PseudoLabelModule, ema_decay=0.9)
+    first.update({name: value.clone() for name, value in module.student.state_dict().items()})
+    average = EMAWeightAveraging(decay=0.9)
+    refresh = PseudoLabelRefresh(every_n_epochs=2, restart_student=True)
+    fit(module, refresh, average, Probe(look, batch=True), max_epochs=5)
+    for epoch, (weights, states, rate, averages, count) in starts.items():
+        fresh = epoch in (0, 3)  # refreshed at 1 and 3
+        assert all(torch.equal(value, first[name]) for name, value in weights.items()) == fresh
+        assert (states == 0) == fresh
+        assert rate == pytest.approx(0.02 * 0.7 ** (epoch % 3))
+        assert (max(averages) == 0) == fresh
+        assert count == 1
+    assert len(starts) == 5
+
+
+def test_pool_that_changed(fit, tmp_path):
+    saves = ModelCheckpoint(tmp_path / "saved", "last")
+    fit(make(PseudoLabelModule), PseudoLabelRefresh(), saves, enable_checkpointing=True, max_epochs=2)
+    made = data()
+    made.unlabeled_indices = lambda: SemiSupervisedDataModule.unlabeled_indices(made)[:-1]
+    made.load_state_dict = lambda state: None  # our own datamodule sees it first
+    with pytest.raises(InputError, match="has changed since its last labels: then 1038 samples, now 1037; resume"):
+        fit(make(PseudoLabelModule), PseudoLabelRefresh(), datamodule=made, ckpt_path=saves.best_model_path)
+
+
+# Anybody's parts.
+
+
+class Foreign(LightningModule):
+    """Reads (x, y) of a batch, and augments on the device while training."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
+
+    def forward(self, x):
+        return {"logits": self.network(x)}
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            batch.x = batch.x + 100
+        return batch
+
+    def training_step(self, batch, batch_idx):
+        known = batch.y != -100
+        return nn.functional.cross_entropy(self(batch.x)["logits"][known], batch.y[known])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Theirs(LightningDataModule):
+    """The two methods, and attributes that have the names of ours."""
+
+    path = "images"
+    unlabeled_indices = (1, 2, 3)
+    class_names = np.array([f"digit {n}" for n in range(10)])
+
+    def __init__(self, count=100, batch=30):
+        super().__init__()
+        part = Digits().load().train
+        self.x, self.y = part.images.tensors[0][:count].float(), part.targets[:count].clone()
+        self.y[50:] = -100
+        self.batch = batch
+        self.filled = self.y.clone()
+
+    def loader(self, y):
+        order = torch.arange(len(y)).flip(0).repeat(2)  # each sample comes twice
+        rows = [Batch(self.x[i], y[i], index=i) for i in order.split(self.batch)]
+        return DataLoader(rows, None)
+
+    def train_dataloader(self):
+        return DataLoader([Batch(self.x, self.filled)] * 2, None)
+
+    def pool_dataloader(self):
+        return self.loader(self.y)
+
+    def set_pseudo_labels(self, labels):
+        self.filled.copy_(self.y)
+        self.filled[labels.index[labels.accepted]] = labels.label[labels.accepted]
+
+
+def test_somebody_elses_module_and_data(fit, tmp_path):
+    made, module, compared = Theirs(), Foreign(), []
+
+    def look(trainer, pl_module):
+        if trainer.current_epoch:
+            with torch.no_grad():
+                expected = deepcopy(module.network).eval()(made.x[50:]).softmax(dim=1).max(dim=1)
+            torch.testing.assert_close(refresh.table.confidence, expected.values)
+            assert torch.equal(refresh.table.label, expected.indices)
+            assert refresh.table.index.tolist() == [*range(50, 100)]
+            assert torch.equal(made.filled[50:], torch.where(refresh.table.accepted, expected.indices, -100))
+            compared.append(refresh.report["coverage"])
+
+    refresh = PseudoLabelRefresh(top_k_per_class=3)
+    fit(module, refresh, Probe(look), datamodule=made, enable_checkpointing=True)
+    assert len(compared) == 2
+    assert 0 < min(compared) <= max(compared) <= 0.6
+    row = ledger(tmp_path)["round_0001.csv"][0]
+    assert row["path"] == ""
+    assert row["label"] == f"digit {refresh.table.label[0]}"
+
+
+def test_data_without_a_pool(fit, loader, quiet_trainer):
+    trainer = quiet_trainer(callbacks=[PseudoLabelRefresh()])
+    with pytest.raises(InputError, match="as SemiSupervisedDataModule has them, got no datamodule"):
+        trainer.fit(make(PseudoLabelModule, labels="online"), loader())
+
+    class Bare(LightningDataModule):
+        def set_pseudo_labels(self, labels):
+            pass
+
+    with pytest.raises(InputError, match="got Bare without pool_dataloader"):
+        fit(Foreign(), PseudoLabelRefresh(), datamodule=Bare())
+    made = Theirs()
+    made.pool_dataloader = lambda: DataLoader(TensorDataset(made.x, made.y), 9)
+    with pytest.raises(InputError, match="pool_dataloader must give Batches with index and y"):
+        fit(Foreign(), PseudoLabelRefresh(warmup_epochs=0), datamodule=made)
+    made = Theirs(count=50)
+    with pytest.raises(InputError, match="there are no unlabeled samples to label; set labeled to a part"):
+        fit(Foreign(), PseudoLabelRefresh(), datamodule=made)
+    made.pool_dataloader = list
+    with pytest.raises(InputError, match="there are no unlabeled samples to label"):
+        fit(Foreign(), PseudoLabelRefresh(), datamodule=made)
+
+
+# What a run leaves.
+
+
+def test_charts_figures_and_ledger(fit, tmp_path):
+    board, table = TensorBoardLogger(tmp_path, "run", "v"), ResumableCSVLogger(str(tmp_path), "run", "v")
+    made, module = data(), make(PseudoLabelModule)
+    refresh, values, tables = PseudoLabelRefresh(threshold=0.12), [], []
+
+    def look(trainer, pl_module):
+        if trainer.current_epoch:
+            values.append(refresh.report)
+            tables.append(refresh.table)
+
+    fit(module, refresh, Probe(look), datamodule=made, logger=[board, table])
+    values.append(refresh.report)  # when training has ended
+    events = EventAccumulator(board.log_dir).Reload()
+    rows = metrics(table)
+    names = {"coverage", "confidence", "flips", "class_distance", "precision", "accepted_precision"}
+    for name in names:
+        expected = [value[name] for value in values]
+        assert [e.value for e in events.Scalars(f"pseudo_labels/{name}")] == pytest.approx(expected)
+        kept = [float(row[f"pseudo_labels/{name}"]) for row in rows if row[f"pseudo_labels/{name}"]]
+        assert kept == pytest.approx(expected)
+    assert values[0].keys() == names
+    assert {*events.Tags()["images"]} >= {"pseudo_labels/confidence", "pseudo_labels/classes"}
+    found = ledger(tmp_path / "run" / "v")
+    assert [*found] == [f"round_000{n}.csv" for n in range(3)]
+    for number, kept in enumerate(tables):
+        written = found[f"round_000{number}.csv"]
+        for name in ("index", "label", "accepted", "changed"):
+            assert [int(row[name]) for row in written] == getattr(kept, name).int().tolist()
+        assert [float(row["confidence"]) for row in written] == pytest.approx(kept.confidence.tolist(), abs=1e-6)
+        assert {(row["round"], row["epoch"]) for row in written} == {(str(number), str(number + 1))}
+    assert {(row["round"], row["epoch"]) for row in found["round_0002.csv"]} == {("2", "3")}
+    index, logits = pool(made, module.student)
+    expected = logits[torch.isin(index, refresh.table.index)].argmax(dim=1)
+    assert [int(row["label"]) for row in found["round_0002.csv"]] == expected.tolist()
+
+
+def test_first_refresh_of_all_is_charted(fit, tmp_path):
+    table = ResumableCSVLogger(str(tmp_path), "run", "v")
+    fit(make(PseudoLabelModule), PseudoLabelRefresh(warmup_epochs=0), logger=table, max_epochs=1)
+    rows = metrics(table)
+    assert sum(bool(row["pseudo_labels/coverage"]) for row in rows) == 2  # and the last
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fast_dev_run": True, "enable_checkpointing": True}])
+def test_runs_that_leave_nothing(fit, tmp_path, kwargs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refresh = PseudoLabelRefresh(warmup_epochs=0)
+    fit(make(PseudoLabelModule), refresh, **kwargs)
+    assert refresh.table is not None
+    assert not [*tmp_path.rglob("*")]
+
+
+@pytest.mark.parametrize(("kwargs", "epochs"), [({"max_steps": 3}, [1, 2]), ({"limit_train_batches": 1}, [1, 2, 3])])
+def test_short_runs(fit, tmp_path, kwargs, epochs):
+    fit(make(PseudoLabelModule), PseudoLabelRefresh(), enable_checkpointing=True, **kwargs)
+    assert [int(rows[0]["epoch"]) for rows in ledger(tmp_path).values()] == epochs
+
+
+def test_fit_twice(fit):
+    """Each fit starts anew, with no labels of the one before."""
+    refresh, tables, kinds = PseudoLabelRefresh(), [], []
+
+    def look(trainer, module, batch):
+        kinds.append(None if batch.kind is None else bool((batch.kind == Kind.PSEUDO).any()))
+
+    made = data()
+    for _ in range(2):
+        fit(make(PseudoLabelModule), refresh, StepSeed(), Probe(look, batch=True), datamodule=made, max_epochs=2)
+        tables.append(refresh.table.hash)
+    assert tables[0] == tables[1]
+    assert kinds == [None, None, True, True] * 2
+
+
+def test_nothing_accepted(fit):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refresh = PseudoLabelRefresh(threshold=1.0)
+        fit(make(PseudoLabelModule), refresh, max_epochs=2)
+    said = [str(w.message) for w in caught if "was accepted" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("epoch 1: none of 1038 pseudo-labels was accepted (the highest probability is 0.")
+    assert "threshold 1.0" in said[0]
+    assert "lower the threshold" in said[0]
+    assert refresh.report["coverage"] == 0
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\]"),
+        ({"threshold": 1.01}, r"threshold must lie in \(0, 1\]"),
+        ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\]"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be an integer of at least 1, got 0"),
+        ({"every_n_epochs": None}, "every_n_epochs must be an integer of at least 1, got None"),
+        ({"every_n_epochs": 1.5}, "every_n_epochs must be an integer"),
+        ({"top_k_per_class": 0}, "top_k_per_class must be an integer of at least 1, got 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be an integer of at least 0, got -1"),
+        ({"sharpen": 0.0}, r"sharpen is a temperature in \(0, 1\]"),
+        ({"sharpen": 1.5}, r"sharpen is a temperature in \(0, 1\]"),
+        ({"source": "pupil"}, "source must be student, ema, teacher or a GraphPseudoLabels, got 'pupil'"),
+        ({"source": None}, "source must be student, ema, teacher or a GraphPseudoLabels, got None"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, message):
+    with pytest.raises(InputError, match=message):
+        PseudoLabelRefresh(**arguments)
+
+
+def test_modules_that_cannot_be(fit):
+    for module, refresh, message in (
+        (make(PseudoLabelModule), {"source": "teacher"}, "source: teacher, but PseudoLabelModule has no teacher"),
+        (make(PseudoLabelModule), {"source": "ema"}, r"needs PseudoLabelModule\(ema_decay=...\), or Lightning's EMAW"),
+        (Foreign(), {"source": GraphPseudoLabels()}, "GraphPseudoLabels needs a module with a student, Foreign has"),
+        (Foreign(), {"restart_student": True}, "restart_student needs a module with a student, Foreign has none"),
+        (DistillModule(DigitsCNN(4), None), {"source": "teacher"}, "but DistillModule has no teacher"),
+        (make(DistillModule, task="multilabel"), {}, "is for the multiclass task, .* got multilabel"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(module, PseudoLabelRefresh(**refresh))
+    for unlabeled, labeled in (("none", 4), ("rest", None)):
+        made = data(labeled=labeled, unlabeled=unlabeled, labeled_batch_size=None)
+        with pytest.raises(InputError, match="there are no unlabeled samples to label; set labeled"):
+            fit(make(DistillModule), PseudoLabelRefresh(), datamodule=made)
+
+
+def test_student_gone_astray(fit):
+    def look(trainer, module):
+        if trainer.current_epoch:
+            module.student[-1].bias.data[0] = torch.nan
+
+    with pytest.raises(InputError, match=r"what the student says of sample \d+ is no number"):
+        fit(make(DistillModule), Probe(look), PseudoLabelRefresh())
+
+
+# The command line.
+
+
+@pytest.fixture
+def story(tmp_path, monkeypatch):
+    """Writes a config with these arguments of the callback; gives its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**arguments):
+        refresh = {"class_path": "PseudoLabelRefresh", "init_args": arguments}
+        trainer = {"max_epochs": 2, "limit_train_batches": 2, "accelerator": "cpu", "callbacks": [refresh]}
+        trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
+        student = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
+        model = {"class_path": "PseudoLabelModule", "init_args": {"student": student, "labels": "refreshed"}}
+        source = {"source": {"class_path": "Digits"}, "labeled": 4, "batch_size": 72}
+        config = {"trainer": trainer, "model": model}
+        config["data"] = {"class_path": "SemiSupervisedDataModule", "init_args": source}
+        Path("story.yaml").write_text(yaml.safe_dump(config))
+        return "story.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "student",
+        {"class_path": "GraphPseudoLabels", "init_args": {"neighbors": 5}},
+        {"class_path": "kd_lightning.GraphPseudoLabels", "init_args": {"neighbors": 5}},
+    ],
+)
+def test_from_a_config(story, source):
+    cli = DistillCLI(["fit", "--config", story(source=source, threshold=0.1)])
+    refresh = next(c for c in cli.trainer.callbacks if isinstance(c, PseudoLabelRefresh))
+    assert refresh.source == source if isinstance(source, str) else refresh.source.neighbors == 5
+    assert refresh.table.round == 0
+    run = Path("runs/run/version_0")
+    assert len(ledger(run)) == 2
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["PseudoLabelRefresh"]
+    assert {*state["table"]} == {"index", "label", "confidence", "accepted", "changed", "round", "epoch", "soft"}
+    assert len(state["table"]["index"]) == 1038
+    main(["fit", "--config", "story.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert len(ledger(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, "threshold must lie in (0, 1], or be null for none, got 0.0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be an integer of at least 0, got -1"),
+        ({"source": "pupil"}, "source"),
+        ({"source": {"class_path": "GraphPseudoLabels", "init_args": {"neighbors": 0}}}, "neighbors must be an"),
+        ({"every_n_epochs": "often"}, "every_n_epochs"),
+        ({"source": "ema"}, "source: ema needs PseudoLabelModule(ema_decay=...), or Lightning's EMAWeightAveraging"),
+    ],
+)
+def test_configs_that_cannot_be(story, fails, arguments, message):
+    assert message in fails("fit", "--config", story(**arguments))
+
+
+# Several processes.
+
+SCRIPT = """
+import json, os, sys, torch
+from lightning.pytorch import Trainer
+from torch.utils.data import TensorDataset
+from kd_lightning import (DatasetSource, Digits, GraphPseudoLabels, PseudoLabelRefresh, SemiSupervisedDataModule,
+                          SupervisedModule)
+from kd_lightning.models import DigitsCNN
+
+def run(devices, name, count, batch, source):
+    torch.manual_seed(0)
+    part = Digits().load().train
+    # the classes in turn
+    order = torch.stack([(part.targets == c).nonzero().flatten()[:99] for c in range(10)], dim=1).flatten()[:count]
+    source_of = lambda: DatasetSource(TensorDataset(part.images.tensors[0][order], part.targets[order]))
+    data = SemiSupervisedDataModule(source_of(), labeled=1, val=0, batch_size=batch // devices)
+    if name == "uneven":  # all on rank 0
+        alone = SemiSupervisedDataModule(source_of(), labeled=1, val=0)
+        data.pool_dataloader = list if int(os.environ.get("LOCAL_RANK", 0)) else alone.pool_dataloader
+    module = SupervisedModule(DigitsCNN(4))
+    refresh = PseudoLabelRefresh(warmup_epochs=0, threshold=0.105, soft=True, source=source)
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
+                      limit_train_batches=1, enable_progress_bar=False, enable_model_summary=False,
+                      default_root_dir=f"{name}_{devices}", logger=False, callbacks=[refresh])
+    kept = []
+    refresh.on_train_end = lambda *args: kept.append(refresh.table)  # the weights that all began with
+    trainer.fit(module, datamodule=data)
+    (table,) = kept
+    state = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in table.state_dict().items()}
+    found = {"hash": table.hash, "table": state, "report": refresh.report}
+    open(f"{name}_{trainer.global_rank}_of_{devices}.json", "w").write(json.dumps(found))
+    if trainer.world_size > 1:
+        torch.distributed.barrier()
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    devices = int(sys.argv[1])
+    run(devices, "odd", 131, 16, "student")
+    run(devices, "graph", 130, 16, GraphPseudoLabels(3))
+    run(devices, "few", 11, 8, "student")
+    run(devices, "uneven", 130, 16, GraphPseudoLabels(3))
+"""
+
+
+def test_two_processes_label_as_one(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    for devices in ("1", "2"):
+        end = subprocess.run(
+            [sys.executable, "train.py", devices],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert not end.returncode, end.stderr[-3000:]
+    for name, count in (("odd", 121), ("graph", 120), ("few", 1), ("uneven", 120)):
+        one, first, second = (
+            json.loads((tmp_path / f"{name}_{place}.json").read_text()) for place in ("0_of_1", "0_of_2", "1_of_2")
+        )
+        assert first["hash"] == second["hash"]
+        assert first["report"] == second["report"]
+        assert first["report"] == pytest.approx(one["report"], rel=1e-4)
+        assert len(one["table"]["index"]) == count
+        for key in ("index", "label", "accepted", "changed", "round", "epoch"):
+            assert first["table"][key] == one["table"][key], (name, key)
+        for key in ("confidence", "soft"):
+            torch.testing.assert_close(torch.tensor(first["table"][key]), torch.tensor(one["table"][key]))
+        assert ledger(tmp_path / f"{name}_2") == ledger(tmp_path / f"{name}_1")
