@@ -2,15 +2,18 @@
 
 import json
 import statistics
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import save_file
 from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
+from kd_lightning.cli import build
 from kd_lightning.commands.compare import Group, Run, build_student, choose_stage, figure, paired_difference, report
 from kd_lightning.commands.experiment import _teacher_runs, twin_of
 from kd_lightning.errors import InputError
@@ -217,3 +220,25 @@ def test_twin_of_fine_tuning_starts_from_the_same_weights(root):
     start = {"model": arguments["student"], "path": arguments["initial_weights"]}
     assert twin["init_args"]["student"] == {"class_path": "kd_lightning.load_weights", "init_args": start}
     assert twin["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
+
+
+@pytest.mark.parametrize("name", ["fixmatch_digits", "pseudo_label_digits", "refresh_digits", "transductive_digits"])
+def test_twin_of_self_training_has_the_labels_alone(root, name):
+    config = yaml.safe_load((root / "configs" / f"{name}.yaml").read_text())
+    before = deepcopy(config)
+    twin = twin_of(config)
+    assert config == before
+    assert twin["model"]["class_path"] == "kd_lightning.SupervisedModule"
+    assert twin["model"]["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
+    assert twin["trainer"]["callbacks"] == []
+    arguments = twin["data"]["init_args"]
+    pool = 600 if name == "transductive_digits" else 1038
+    steps = -(-pool // 64)
+    assert twin["trainer"]["limit_train_batches"] == steps
+    assert 40 * arguments["copies"] >= steps * arguments["batch_size"] == steps * 96
+    alone = build(LightningDataModule, twin["data"])
+    assert alone.unlabeled_indices() == []
+    assert len(alone.train_dataloader()) >= steps
+    method = build(LightningDataModule, config["data"])
+    assert len(method.train_dataloader()) == steps
+    assert method.split.labeled == alone.split.labeled
