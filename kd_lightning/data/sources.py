@@ -131,7 +131,7 @@ class Digits(Source):
     """
 
     def __init__(self) -> None:
-        # by half a pixel at most, so between pixels: there are only 8 of them
+        # turns and scales alone: moves are rounded to pixels, and half a one is none
         self.train_transform = v2.RandomAffine(
             degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
         )

@@ -169,13 +169,14 @@ class PseudoLabelModule(SupervisedModule):
             self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9))
         if self.threshold is None:
             return label, torch.ones_like(confidence)
-        if not self.adaptive_thresholds:
+        if not self.adaptive_thresholds or self._thresholds is None:  # outside a fit nothing is counted
             return label, (confidence >= self.threshold).to(confidence)
         return label, (confidence >= self._adapted(batch, clean, confidence, label, answers.shape[-1])).to(confidence)
 
     def _adapted(self, batch: Batch, clean: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
         """The threshold of each unlabeled row, (U,); then takes in the confident ones of all processes."""
-        if self._thresholds is None or batch.index is None:
+        assert self._thresholds is not None
+        if batch.index is None:
             raise InputError("adaptive_thresholds needs batches with an index, as SemiSupervisedDataModule's")
         thresholds: Tensor = self._thresholds(classes)[label]
         confident = torch.full_like(batch.index, -1)
