@@ -169,15 +169,15 @@ class PseudoLabelModule(SupervisedModule):
             self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9))
         if self.threshold is None:
             return label, torch.ones_like(confidence)
-        if not self.adaptive_thresholds or self._thresholds is None:  # outside a fit nothing is counted
+        if self.adaptive_thresholds and batch.index is None:
+            raise InputError("adaptive_thresholds needs batches with an index, as SemiSupervisedDataModule's")
+        if self._thresholds is None:  # fixed ones, and outside of a fit
             return label, (confidence >= self.threshold).to(confidence)
         return label, (confidence >= self._adapted(batch, clean, confidence, label, answers.shape[-1])).to(confidence)
 
     def _adapted(self, batch: Batch, clean: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
         """The threshold of each unlabeled row, (U,); then takes in the confident ones of all processes."""
-        assert self._thresholds is not None
-        if batch.index is None:
-            raise InputError("adaptive_thresholds needs batches with an index, as SemiSupervisedDataModule's")
+        assert self._thresholds is not None and batch.index is not None
         thresholds: Tensor = self._thresholds(classes)[label]
         confident = torch.full_like(batch.index, -1)
         confident[~clean] = torch.where(confidence >= self._thresholds.threshold, label, -1)
