@@ -177,7 +177,8 @@ class PseudoLabelModule(SupervisedModule):
 
     def _adapted(self, batch: Batch, clean: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
         """The threshold of each unlabeled row, (U,); then takes in the confident ones of all processes."""
-        assert self._thresholds is not None and batch.index is not None
+        assert self._thresholds is not None
+        assert batch.index is not None
         thresholds: Tensor = self._thresholds(classes)[label]
         confident = torch.full_like(batch.index, -1)
         confident[~clean] = torch.where(confidence >= self._thresholds.threshold, label, -1)
