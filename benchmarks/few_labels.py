@@ -1,7 +1,7 @@
 """Few labels and many images: every mode of self-training against the labels alone, and against scikit-learn.
 
-Run: python benchmarks/few_labels.py [--splits 5]      (about 40 minutes on two cores)
-     python benchmarks/few_labels.py --settings        (chooses the settings, on validation images; 45 minutes)
+Run: python benchmarks/few_labels.py [--splits 5]
+     python benchmarks/few_labels.py --settings        (chooses the settings, on validation images)
 
 Digits: 1197 training images, of which 20, 40 or 100 have a label and the rest are the pool, and 600 test images. One
 network of 6274 weights, DigitsCNN(8), for all; every mode gets as many steps under the same schedule, with the same
