@@ -3,6 +3,7 @@
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks import (
     ActivationCalibration,
+    LayerwiseFinetuning,
     PredictionWriter,
     PseudoLabelRefresh,
     SafetyGate,
@@ -12,17 +13,24 @@ from kd_lightning.callbacks import (
     WeightLevels,
 )
 from kd_lightning.data import (
+    ClassSubset,
+    CoarseLabels,
     DatasetSource,
     Digits,
     FakeData,
     ImageFolder,
+    PairNoise,
     SemiSupervisedDataModule,
+    SymmetricNoise,
     TorchvisionDataset,
+    TransitionNoise,
 )
 from kd_lightning.errors import InputError
 from kd_lightning.graph_labels import GraphPseudoLabels
+from kd_lightning.heads import replace_head
 from kd_lightning.modules import (
     ApprenticeModule,
+    CoTeachingModule,
     DistillModule,
     EnsembleDistillModule,
     HintModule,
@@ -38,8 +46,10 @@ __all__ = [
     "EnsembleDistillModule",
     "ApprenticeModule",
     "PseudoLabelModule",
+    "CoTeachingModule",
     "Teacher",
     "load_weights",
+    "replace_head",
     "Batch",
     "SemiSupervisedDataModule",
     "Digits",
@@ -47,10 +57,16 @@ __all__ = [
     "ImageFolder",
     "FakeData",
     "DatasetSource",
+    "ClassSubset",
+    "SymmetricNoise",
+    "PairNoise",
+    "TransitionNoise",
+    "CoarseLabels",
     "SoftWeightAnnealing",
     "PseudoLabelRefresh",
     "GraphPseudoLabels",
     "SafetyGate",
+    "LayerwiseFinetuning",
     "StudentWriter",
     "PredictionWriter",
     "StepSeed",

@@ -22,6 +22,8 @@ class Kind(IntEnum):
     CLEAN = 0
     MISSING = 1
     PSEUDO = 2
+    COARSE = 3  # y is missing, and candidates tells what it may be
+    NOISY = 4  # y may be wrong
 
 
 @dataclass
@@ -35,12 +37,15 @@ class Batch:
         index: Which sample each row is, (B,) integers. Labels and teacher outputs are looked up by it.
         view: Which augmentation of its sample each row is, (B,) integers.
         kind: What each row's label is, (B,) numbers of ``Kind``. None: clean where it is known.
+        weight: What each row's hard loss is multiplied by, (B,). None: 1.
+        candidates: Which classes a coarse label allows, (B, C) booleans; none in rows without one, whose y counts.
         soft: Probabilities to learn instead of ``y``, (B, C), in rows of pseudo-labels; elsewhere 0.
         x_strong: A second, stronger augmentation of the same samples, (B, ...).
-        mean_labels: Known labels, pseudo-labels included, that a batch of this optimiser step holds on average over
-            the processes and the accumulated batches. Set by the data loader, or by the module where a loader does
-            not know it; divides the hard term, so that one process and two give the same gradient.
+        mean_labels: Known labels, coarse and pseudo-labels included, that a batch of this optimiser step holds on
+            average over the processes and the accumulated batches. Set by the data loader, or by the module where a
+            loader does not know it; divides the hard term, so that one process and two give the same gradient.
         mean_pseudo: How many of these are pseudo-labels.
+        mean_coarse: How many of these are coarse labels.
         mean_rows: How many rows such a batch has on average. None: as many as this one.
     """
 
@@ -49,10 +54,13 @@ class Batch:
     index: Tensor | None = None
     view: Tensor | None = None
     kind: Tensor | None = None
+    weight: Tensor | None = None
+    candidates: Tensor | None = None
     soft: Tensor | None = None
     x_strong: Tensor | None = None
     mean_labels: float | Tensor | None = None
     mean_pseudo: float = 0.0
+    mean_coarse: float = 0.0
     mean_rows: float | None = None
 
     @classmethod

@@ -25,6 +25,8 @@ LAYERS = [
         "pseudo_label_report",
         "graph_labels",
         "contact_sheet",
+        "heads",
+        "acquisition",
         "outputs",
         "exporting",
         "errors",

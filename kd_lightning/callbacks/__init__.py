@@ -2,6 +2,7 @@
 
 from kd_lightning.callbacks.annealing import SoftWeightAnnealing
 from kd_lightning.callbacks.calibration import ActivationCalibration
+from kd_lightning.callbacks.layerwise_finetuning import LayerwiseFinetuning
 from kd_lightning.callbacks.prediction_writer import PredictionWriter
 from kd_lightning.callbacks.pseudo_label_refresh import PseudoLabelRefresh
 from kd_lightning.callbacks.safety_gate import SafetyGate
@@ -13,6 +14,7 @@ __all__ = [
     "SoftWeightAnnealing",
     "PseudoLabelRefresh",
     "SafetyGate",
+    "LayerwiseFinetuning",
     "StepSeed",
     "StudentWriter",
     "PredictionWriter",

@@ -21,6 +21,7 @@ from kd_lightning.ensembles import Ensemble
 from kd_lightning.errors import InputError
 from kd_lightning.graph_labels import GraphPseudoLabels
 from kd_lightning.layers import dry
+from kd_lightning.losses.coarse import within
 from kd_lightning.outputs import logits_of
 from kd_lightning.pseudo_label_report import figures, measure
 from kd_lightning.pseudo_labels import PseudoLabels, check_classes, check_threshold, choose, write_round
@@ -33,7 +34,8 @@ class PseudoLabelRefresh(Callback):
     """Every so many epochs predict the whole unlabeled pool, and hand the accepted labels to the datamodule.
 
     Predictions are made in eval mode under evaluation transforms, at the start of an epoch. Acceptance is never
-    permanent: each round replaces the one before. Several processes predict a share each, and end with the same table.
+    permanent: each round replaces the one before. The label of a sample whose superclass is known lies in it (not that
+    of a graph). Several processes predict a share each, and end with the same table.
     Works on any LightningModule of the multiclass task whose ``forward`` gives logits, and any datamodule with the two
     methods of :class:`~kd_lightning.pseudo_labels.PseudoLabelStore`. ``PseudoLabelModule(labels="refreshed")`` learns
     the labels in a term of their own; the other modules take accepted ones for labels (of soft ones, the most probable
@@ -296,7 +298,7 @@ class PseudoLabelRefresh(Callback):
                 logits = logits_of(teacher.eval()(given), "the teacher")
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise InputError(f"pseudo-labels need logits (B, C) of at least two classes, got {[*logits.shape]}")
-        return logits.float().softmax(dim=1)
+        return within(logits.float(), batch.candidates).softmax(dim=1)
 
     def _teacher(self, module: LightningModule) -> nn.Module:
         for name in ("teacher", "ensemble"):

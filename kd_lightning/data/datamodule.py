@@ -11,8 +11,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from kd_lightning.batch import MISSING
-from kd_lightning.data.labels import Labels, hide
+from kd_lightning.batch import MISSING, Kind
+from kd_lightning.data.coarse_labels import CoarseLabels
+from kd_lightning.data.label_file import Answer, read_answers
+from kd_lightning.data.label_noise import LabelNoise
+from kd_lightning.data.labels import Labels, see
 from kd_lightning.data.sources import Parts, Source, identity, path_of, read_image
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewLoader, ViewSampler
@@ -27,10 +30,13 @@ class SemiSupervisedDataModule(LightningDataModule):
     The truth of unlabeled images stays in here and never enters a training batch. The split is written beside the
     run as ``split.json`` and checked on every process and on resume. ``predict`` serves the test images.
 
+    Labels may also be noisy or coarse, by simulation or from a file, in any mixture: ``kind`` in the batch tells each
+    row's :class:`~kd_lightning.batch.Kind`. The validation and test labels are always the source's.
+
     Args:
         source: Where the images come from.
-        labeled: How many training labels may be seen: an int per class, a fraction of each class, the path of a
-            saved ``split.json`` (which then decides validation too), or None for all.
+        labeled: How many training labels may be seen: an int per class (0 for none), a fraction of each class, the
+            path of a saved ``split.json`` (which then decides validation too), or None for all.
         unlabeled: The unlabeled images to train on: the ``"rest"`` of the training part, ``"none"``, the unlabeled
             part of the ``"source"``, or the ``"test"`` images themselves. The last is the transductive setting: its
             test metrics carry the prefix ``transductive/``.
@@ -46,6 +52,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         train_transform: In place of the source's augmentation.
         strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
         eval_transform: In place of the source's evaluation transforms.
+        label_noise: How the labels that training sees go wrong, for experiments: :class:`SymmetricNoise`,
+            :class:`PairNoise` or :class:`TransitionNoise`. Their kind is noisy, also where they happen to be right.
+        coarse: Superclasses, which are the labels of (a part of) the training images outside ``labeled``.
+        labels: A CSV or Parquet file of labels that replace or add to those of the source, see
+            :func:`~kd_lightning.data.label_file.read_answers`. They are kept in ``split.json``, from which a later
+            run goes on: ``labeled: RUN/split.json`` with a further file.
 
     Raises:
         InputError: For values out of range, and for a source without the part that is asked for.
@@ -67,6 +79,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         train_transform: nn.Module | None = None,
         strong_transform: nn.Module | None = None,
         eval_transform: nn.Module | None = None,
+        label_noise: LabelNoise | None = None,
+        coarse: CoarseLabels | None = None,
+        labels: str | Path | None = None,
     ) -> None:
         super().__init__()
         for name, number in {"batch_size": batch_size, "views": views, "copies": copies}.items():
@@ -94,6 +109,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.train_transform = source.train_transform if train_transform is None else train_transform
         self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
+        self.label_noise = label_noise
+        self.coarse = coarse
+        self.labels = labels
         self.transductive = unlabeled == "test"
         self.class_names: list[str] | None = None
         self.split: Split | None = None
@@ -116,11 +134,15 @@ class SemiSupervisedDataModule(LightningDataModule):
                 self.split = Split.load(Path(self.labeled), targets)
             else:
                 self.split = make_split(targets, self.labeled, self.val, self.seed, self.class_names)
-            self._labels = Labels(self.visible_labels())  # complains of a missing part before anything starts
+            if self.labels is not None:
+                self.split = self.split.with_answers(self._answers(Path(self.labels)))
+            self._labels = self._see()  # complains of a missing part before anything starts
+            if not len(self._trained()):
+                raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, labels, or unlabeled")
         if self.trainer is None or stage != TrainerFn.FITTING:
             return
         assert self.split is not None
-        self._labels = Labels(self.visible_labels())  # without an earlier fit's pseudo-labels
+        self._labels = self._see()  # without an earlier fit's pseudo-labels
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
             raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
@@ -158,8 +180,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Labeled and unlabeled images, shuffled together or in two streams."""
         _, split = self._ready()
         assert self._labels is not None
-        pool = self.unlabeled_indices()
-        indices = torch.tensor(split.labeled + pool)
+        indices, pool = self._trained(), len(self._trained()) - len(split.labeled)
         world, rank = self._processes()
         options: dict[str, Any] = {"copies": self.copies, "views": self.views, "seed": self.seed}
         options |= {"num_replicas": world, "rank": rank}
@@ -170,7 +191,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 raise InputError(f"labeled_batch_size: batches of labeled and unlabeled images, but none is {lacking}")
             sizes = {"labeled_batch": self.labeled_batch_size}
             sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
-            sampler = TwoStreamSampler(len(split.labeled), len(pool), **sizes, **options)
+            sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
         dataset = ViewDataset(self._images(), indices, self.train_transform, self.seed, self.strong_transform)
         return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer)
 
@@ -179,23 +200,23 @@ class SemiSupervisedDataModule(LightningDataModule):
         parts, split = self._ready()
         if not split.val:
             return []
-        return self._eval_loader([parts.train.images], torch.tensor(split.val), parts.train.targets)
+        return self._eval_loader([parts.train.images], torch.tensor(split.val), Labels(parts.train.targets))
 
     def test_dataloader(self) -> ViewLoader:
         """The test images."""
         parts, _ = self._ready()
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
-        return self._eval_loader([parts.test.images], torch.arange(len(parts.test.images)), parts.test.targets)
+        indices = torch.arange(len(parts.test.images))
+        return self._eval_loader([parts.test.images], indices, Labels(parts.test.targets))
 
     def predict_dataloader(self) -> ViewLoader:
         """The test images."""
         return self.test_dataloader()
 
     def visible_labels(self) -> Tensor:
-        """The label of each index that training may see; -100 or NaN elsewhere."""
-        parts, split = self._ready()
-        return hide(parts.train.targets, split.labeled, sum(map(len, self._images())))
+        """The label of each index that training may see; -100 or NaN elsewhere, and where it is coarse."""
+        return self._see().visible
 
     # The pool, for pseudo-labels.
 
@@ -203,14 +224,14 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Indices of the unlabeled images to train on."""
         parts, split = self._ready()
         start = len(parts.train.images)
-        extra = [*range(start, start + sum(map(len, self._extra())))]
+        extra = {*range(start, start + sum(map(len, self._extra())))} - {*split.labeled}
         return sorted({*(split.unlabeled if self.unlabeled == "rest" else extra), *split.held_out})
 
     def pool_dataloader(self) -> ViewLoader:
         """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
         _, split = self._ready()
         indices = torch.tensor(split.labeled + self.unlabeled_indices())
-        return self._eval_loader(self._images(), indices, self.visible_labels())
+        return self._eval_loader(self._images(), indices, self._see())
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
         """Fill accepted pseudo-labels into training batches from now on, in place of all earlier ones."""
@@ -259,10 +280,36 @@ class SemiSupervisedDataModule(LightningDataModule):
             return [self._parts.test.images]
         return []
 
-    def _eval_loader(self, images: list[Any], indices: Tensor, targets: Tensor) -> ViewLoader:
+    def _see(self) -> Labels:
+        """What training may see, without pseudo-labels."""
+        parts, split = self._ready()
+        size = sum(map(len, self._images()))
+        weak: Any = {"noise": self.label_noise, "coarse": self.coarse, "class_names": self.class_names}
+        return see(parts.train.targets, split, size, **weak)
+
+    def _trained(self) -> Tensor:
+        """Indices of all training images: labeled ones, then those of the pool, and those with a coarse label."""
+        _, split = self._ready()
+        assert self._labels is not None
+        kind = self._labels.kind
+        coarse = [] if kind is None else (kind == Kind.COARSE).nonzero().flatten().tolist()
+        return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
+
+    def _answers(self, path: Path) -> list[Answer]:
+        parts, _ = self._ready()
+        images = self._images()
+        return read_answers(
+            path,
+            size=sum(map(len, images)),
+            path_of=lambda index: path_of(images, index),
+            class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
+            group_names=[] if self.coarse is None else self.coarse.names,
+        )
+
+    def _eval_loader(self, images: list[Any], indices: Tensor, labels: Labels) -> ViewLoader:
         world, rank = self._processes()
         dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
-        return self._loader(dataset, Labels(targets), sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
+        return self._loader(dataset, labels, sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
 
     def _loader(self, dataset: ViewDataset, labels: Labels, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kd_lightning.batch import MISSING, Batch, Kind, is_labeled
+from kd_lightning.data.coarse_labels import CoarseLabels
+from kd_lightning.data.label_file import KINDS
+from kd_lightning.data.label_noise import LabelNoise
+from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels import PseudoLabels
 
@@ -15,12 +21,26 @@ class Labels:
 
     Args:
         visible: (N,) class indices, or (N, L) zeros and ones; missing ones are -100 or NaN.
+        kind: What each of them is, (N,) numbers of ``Kind``; None: clean where it is known.
+        weight: What each sample's hard loss is multiplied by, (N,); None: 1.
+        group: The superclass of samples whose kind is coarse, (N,); any number elsewhere.
+        members: Which classes each superclass holds, (G, C) booleans.
     """
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(
+        self,
+        visible: Tensor,
+        kind: Tensor | None = None,
+        weight: Tensor | None = None,
+        group: Tensor | None = None,
+        members: Tensor | None = None,
+    ) -> None:
         self.visible = visible
         self.y = visible
-        self.kind: Tensor | None = None
+        self.kind = self._first_kind = kind
+        self.weight = weight
+        self.group = group
+        self.members = members
         self._soft: Tensor | None = None
         self._place = torch.empty(0, dtype=torch.long)
 
@@ -40,7 +60,8 @@ class Labels:
         accepted = labels.index[labels.accepted]
         self.y = self.visible.clone()
         self.y[accepted] = labels.label[labels.accepted]
-        self.kind = torch.where(known, Kind.CLEAN, Kind.MISSING).to(torch.int8)
+        plain = torch.where(known, Kind.CLEAN, Kind.MISSING).to(torch.int8)
+        self.kind = plain if self._first_kind is None else self._first_kind.clone()
         self.kind[accepted] = Kind.PSEUDO
         self._soft = labels.soft
         if labels.soft is not None:
@@ -53,15 +74,22 @@ class Labels:
         batch.y = self.y[batch.index]
         if self.kind is not None:
             batch.kind = self.kind[batch.index]
+        if self.weight is not None:
+            batch.weight = self.weight[batch.index]
+        if self.group is not None and self.members is not None and self.kind is not None:
+            coarse = self.kind[batch.index] == Kind.COARSE
+            batch.candidates = self.members[self.group[batch.index]] & coarse.unsqueeze(1)
         if self._soft is not None:
             place = self._place[batch.index]
             batch.soft = self._soft[place] * (place >= 0).unsqueeze(1)
         return batch
 
-    def count(self, index: Tensor) -> tuple[int, int]:
-        """How many known labels there are among some indices, and how many of these are pseudo-labels."""
-        pseudo = 0 if self.kind is None else int((self.kind[index] == Kind.PSEUDO).sum())
-        return int(is_labeled(self.y[index]).sum()), pseudo
+    def count(self, index: Tensor) -> tuple[int, int, int]:
+        """How many labels there are among some indices; how many of them are pseudo-labels, and how many are coarse."""
+        pseudo, coarse = (
+            0 if self.kind is None else int((self.kind[index] == kind).sum()) for kind in (Kind.PSEUDO, Kind.COARSE)
+        )
+        return int(is_labeled(self.y[index]).sum()) + coarse, pseudo, coarse
 
 
 def hide(truth: Tensor, labeled: list[int], size: int) -> Tensor:
@@ -70,5 +98,60 @@ def hide(truth: Tensor, labeled: list[int], size: int) -> Tensor:
     if truth.ndim > 1:  # of many labels each may be missing
         truth, missing = truth.float(), float("nan")
     labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
-    labels[labeled] = truth[labeled]
+    known = [index for index in labeled if index < len(truth)]  # of the others a label file tells
+    labels[known] = truth[known]
     return labels
+
+
+def see(
+    truth: Tensor,
+    split: Split,
+    size: int,
+    *,
+    noise: LabelNoise | None = None,
+    coarse: CoarseLabels | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Labels:
+    """What training may see of the truth.
+
+    Args:
+        truth: The training part's labels: (N,) class indices, or (N, L) zeros and ones.
+        split: Which are labeled, and what a label file says.
+        size: Number of images, at least N.
+        noise: How labels go wrong; those that a label file tells do not.
+        coarse: Which of the split's unlabeled samples have a superclass for a label.
+        class_names: For messages, and to know how many classes there are.
+
+    Raises:
+        InputError: For noise, coarse labels or answers where a sample has many labels.
+    """
+    y = hide(truth, split.labeled, size)
+    if noise is None and coarse is None and not split.answers:
+        return Labels(y)
+    if truth.ndim > 1 or truth.is_floating_point():
+        raise InputError("label_noise, coarse and labels are for samples of one class each; these have many labels")
+    classes = len(class_names) if class_names else int(truth.max()) + 1
+    kind = torch.where(is_labeled(y), Kind.CLEAN, Kind.MISSING).to(torch.int8)
+    if noise is not None:
+        labeled = [index for index in split.labeled if index < len(truth)]
+        y[labeled] = noise.draw(truth, classes, split.seed)[labeled]
+        kind[labeled] = Kind.NOISY
+    group = members = weight = None
+    if coarse is not None:
+        members = coarse.members(classes, class_names)
+        chosen = coarse.choose([index for index in split.unlabeled if index < len(truth)], split.seed)
+        group = torch.zeros(size, dtype=torch.long)
+        group[chosen] = members.int().argmax(dim=0)[truth[chosen]]
+        kind[chosen] = Kind.COARSE
+    hidden = {*split.held_out}
+    answers = [answer for answer in split.answers if answer[0] not in hidden]
+    for index, label, name, _ in answers:
+        kind[index] = KINDS[name]
+        y[index] = label if name in ("clean", "noisy") else MISSING
+        if name == "coarse":
+            assert group is not None  # the file could not be read otherwise
+            group[index] = label
+    if any(share != 1.0 for *_, share in answers):
+        weight = torch.ones(size)
+        weight[[index for index, *_ in answers]] = torch.tensor([share for *_, share in answers])
+    return Labels(y, kind, weight, group, members)

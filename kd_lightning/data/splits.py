@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Split:
         seed: What drew it.
         data: Hash of the source's labels: which data it belongs to.
         held_out: Samples whose label is hidden though it is known; they join the pool wherever that comes from.
+        answers: What label files said, ``[index, label, kind, weight]`` each; the last word on these samples.
     """
 
     labeled: list[int]
@@ -33,11 +35,13 @@ class Split:
     seed: int
     data: str
     held_out: list[int] = field(default_factory=list)
+    answers: list[list[Any]] = field(default_factory=list)
 
     @property
     def hash(self) -> str:
         """SHA-256 of everything in it."""
-        content = {name: value for name, value in asdict(self).items() if name != "held_out" or value}
+        later = ("held_out", "answers")  # splits that were saved before there were such have no trace of them
+        content = {name: value for name, value in asdict(self).items() if name not in later or value}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
@@ -66,6 +70,25 @@ class Split:
             raise InputError(f"labeled: {path} belongs to other data: the labels of this source are not those it split")
         return split
 
+    def with_answers(self, answers: Sequence[Sequence[Any]]) -> Split:
+        """The split of a grown set of labels: answered samples are labeled, those said to be missing or coarse are not.
+
+        Raises:
+            InputError: For an answer to a sample kept for validation, whose label is not for training.
+        """
+        if kept := {*self.val} & {int(answer[0]) for answer in answers}:
+            raise InputError(f"labels: sample {min(kept)} is kept for validation, and cannot be trained on")
+        known = {int(row[0]): [*row] for row in [*self.answers, *answers]}
+        labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")} - {*self.held_out}
+        labeled = ({*self.labeled} - known.keys()) | labels
+        everyone = {*self.labeled, *self.unlabeled}
+        return replace(
+            self,
+            labeled=sorted(labeled),
+            unlabeled=sorted(everyone - labeled - {*self.held_out}),
+            answers=[known[index] for index in sorted(known)],
+        )
+
 
 def hash_targets(targets: Tensor) -> str:
     """SHA-256 of labels: which data a split belongs to."""
@@ -83,7 +106,7 @@ def make_split(
     Args:
         targets: The training labels: (N,) class indices, or (N, L) zeros and ones, which are drawn by fraction and
             without strata.
-        labeled: An int per class, a fraction of each class (at least one sample), or None for all.
+        labeled: An int per class (0 for none), a fraction of each class (at least one sample), or None for all.
         val: Likewise; 0 for no validation part.
         seed: Of the draw.
         class_names: For messages.
@@ -114,12 +137,13 @@ def make_split(
         parts["val"] += order[:kept]
         parts["labeled"] += order[kept : kept + known]
         parts["unlabeled"] += order[kept + known :]
-    return Split(**{k: sorted(v) for k, v in parts.items()}, seed=seed, data=hash_targets(targets))
+    drawn: Any = {name: sorted(indices) for name, indices in parts.items()}
+    return Split(**drawn, seed=seed, data=hash_targets(targets))
 
 
 def _count(what: str, asked: float, available: int, name: str) -> int:
     if isinstance(asked, int):
-        if not 1 <= asked <= available:
+        if not (0 if what == "labeled" else 1) <= asked <= available:
             raise InputError(f"{what}: {asked} per class asked, but class {name!r} has {available} to give")
         return asked
     if not 0.0 < asked <= 1.0:

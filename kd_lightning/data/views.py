@@ -248,7 +248,7 @@ class ViewLoader(DataLoader[Batch]):
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
             self.labels.fill(batch)
-            batch.mean_labels, batch.mean_pseudo, batch.mean_rows = self._means(order, number)
+            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._means(order, number)
             self._done = (epoch, number + 1)
             yield batch
 
@@ -258,8 +258,8 @@ class ViewLoader(DataLoader[Batch]):
         except InputError as error:  # torch hands on what a worker raised with all of its traceback as the message
             raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
 
-    def _means(self, order: Tensor, number: int) -> tuple[float, float, float]:
-        """Known labels, pseudo-labels and rows of a batch, on average over those of its optimiser step on all ranks."""
+    def _means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
+        """Labels, pseudo-labels, coarse ones and rows of a batch: means over those of its step on all ranks."""
         assert isinstance(self.sampler, ViewSampler)
         window, last = 1, len(self)
         if self.trainer is not None:
@@ -270,6 +270,6 @@ class ViewLoader(DataLoader[Batch]):
         first = number // window * window
         end = max(min(first + window, last), number + 1)
         index = order[first * rows : end * rows]
-        labels, pseudo = self.labels.count(index)
         batches = ranks * (end - first)
-        return labels / batches, pseudo / batches, len(index) / batches
+        labels, pseudo, coarse = (count / batches for count in self.labels.count(index))
+        return labels, pseudo, coarse, len(index) / batches

@@ -1,6 +1,7 @@
 """The methods: one file, one class each."""
 
 from kd_lightning.modules.apprentice import ApprenticeModule
+from kd_lightning.modules.co_teaching import CoTeachingModule
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.hint import HintModule
@@ -14,5 +15,6 @@ __all__ = [
     "EnsembleDistillModule",
     "ApprenticeModule",
     "PseudoLabelModule",
+    "CoTeachingModule",
     "Term",
 ]

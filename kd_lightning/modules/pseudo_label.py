@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kd_lightning.batch import Batch, Kind, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.losses.coarse import within
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.adaptive_thresholds import AdaptiveThresholds
 from kd_lightning.modules.supervised import SupervisedModule, Term, check_choice
@@ -33,7 +34,8 @@ class PseudoLabelModule(SupervisedModule):
     - ``labels="refreshed"``: the label is what a ``PseudoLabelRefresh`` callback last handed out, hard or soft.
 
     The unsupervised term is cross-entropy summed over the accepted samples, and divided by the number of *all*
-    unlabeled ones, so that few accepted labels weigh little. Labeled and unlabeled samples go through the student in
+    unlabeled ones, so that few accepted labels weigh little. Samples with a coarse label are learned in both terms,
+    their pseudo-label being one of its classes. Labeled and unlabeled samples go through the student in
     one forward pass, and so share their batch statistics.
 
     Charts what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
@@ -109,14 +111,16 @@ class PseudoLabelModule(SupervisedModule):
         """The hard and the unsupervised term."""
         _check_weight(self.unsupervised_weight)  # a callback may have set it
         clean = self._clean(batch)
-        logits, learned = self._forward(batch, clean)
+        coarse = torch.zeros_like(clean) if batch.candidates is None else batch.candidates.any(dim=1)
+        given = clean | coarse
+        logits, learned = self._forward(batch, clean, given)
         if self._visible is not None:
             check_classes(self._visible, logits.shape[-1], self._class_names(), type(self).__name__)
             self._visible = None
-        labeled = batch.at(clean)
+        labeled = batch.at(given)
         if batch.mean_labels is not None:
             labeled.mean_labels = batch.mean_labels - batch.mean_pseudo
-        hard = self.hard_term(logits[clean] if len(logits) == len(batch) else logits, labeled)
+        hard = self.hard_term(logits[given] if len(logits) == len(batch) else logits, labeled)
         batch.mean_labels, batch.mean_pseudo = labeled.mean_labels, 0.0  # what the hard term is charted over
         unlabeled = batch.at(~clean)
         if self.labels == "online":
@@ -126,7 +130,8 @@ class PseudoLabelModule(SupervisedModule):
             target, accepted = _refreshed(unlabeled, learned)
         value = -(target * learned.log_softmax(dim=-1)).sum(dim=-1)
         assert batch.mean_labels is not None
-        everyone = (len(batch) if batch.mean_rows is None else batch.mean_rows) - float(batch.mean_labels)
+        fine = float(batch.mean_labels) - batch.mean_coarse
+        everyone = (len(batch) if batch.mean_rows is None else batch.mean_rows) - fine
         value = (value * accepted).sum() / max(everyone, 1e-9)
         self._note(accepted, len(unlabeled))
         return {"hard": Term(1.0, hard), "unsupervised": Term(self.unsupervised_weight, value)}
@@ -141,8 +146,8 @@ class PseudoLabelModule(SupervisedModule):
         known = is_labeled(batch.y)
         return known if batch.kind is None else known & (batch.kind != Kind.PSEUDO)
 
-    def _forward(self, batch: Batch, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the batch, or of its clean rows alone where no more are needed; and those that are to learn.
+    def _forward(self, batch: Batch, clean: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the batch, or of its given rows alone where no more are needed; and those that are to learn.
 
         The latter are of the unlabeled rows, (U, C): of their strong views where there are any.
         """
@@ -151,7 +156,7 @@ class PseudoLabelModule(SupervisedModule):
             learned = logits[~clean]
         else:
             # labels from the student itself need the weak views, too
-            weak = batch.x if self.labels == "online" and self.ema is None else batch.x[clean]
+            weak = batch.x if self.labels == "online" and self.ema is None else batch.x[given]
             logits, learned = self(torch.cat([weak, batch.x_strong[~clean]])).tensor_split([len(weak)])
         if logits.ndim != 2:
             raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}")
@@ -164,7 +169,8 @@ class PseudoLabelModule(SupervisedModule):
             answers = logits[~clean]
         else:
             answers = logits_of(self.ema.eval()(batch.x[~clean]), "the averaged student")
-        confidence, label = answers.detach().float().softmax(dim=-1).max(dim=-1)
+        allowed = None if batch.candidates is None else batch.candidates[~clean]
+        confidence, label = within(answers.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:
             self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9))
         if self.threshold is None:

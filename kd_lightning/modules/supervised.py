@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.losses.hard import per_row, told_names
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.evaluation import Evaluation, to_probabilities
 from kd_lightning.modules.finite import FiniteCheck
@@ -50,7 +52,8 @@ class SupervisedModule(LightningModule):
             A missing label is -100, or NaN where floats.
         hard_loss: Called as ``(logits, target)`` on the labeled rows only, a mean over them. None: cross-entropy, on
             logits for the other two tasks. With labels missing inside a row (multilabel) it sees the known entries
-            as one flat row.
+            as one flat row. One whose forward takes ``kind`` or ``index`` is told these of each row. Coarse labels
+            have :class:`~kd_lightning.losses.CoarseLoss`, whatever the hard loss, and count as much as others.
         optimizer: Takes the parameters that require a gradient.
         lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``; it is the one
             thing that a resume does not continue exactly, since Lightning leaves out its step at the end of the epoch
@@ -126,14 +129,29 @@ class SupervisedModule(LightningModule):
         That is, a mean over all labels of the optimiser step: each process's mean times its share of the labels.
         Without labels it is 0, and still in the graph.
         """
-        value, labels = self.hard_loss_of(logits, batch.y)
+        value, labels = self.hard_loss_of(logits, batch)
         if batch.mean_labels is None:
             batch.mean_labels = self._mean_over_processes(labels, logits)
         return value * (labels / max(batch.mean_labels, 1e-9) if labels else 1.0)
 
-    def hard_loss_of(self, logits: Tensor, y: Tensor | None) -> tuple[Tensor, int]:
-        """The mean hard loss over the known labels, and their number."""
+    def hard_loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """The mean hard loss over the known labels, coarse ones included, and their number."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        value, labels = self._of_known(logits, batch)
+        if batch.candidates is None or not len(batch):
+            return value, labels
+        coarse = batch.candidates.any(dim=1)
+        if self.task != "multiclass" or batch.candidates.shape != logits.shape:
+            shapes = f"{[*batch.candidates.shape]} do not fit logits of shape {[*logits.shape]}"
+            raise InputError(f"coarse labels are for the multiclass task; {self.task} candidates of shape {shapes}")
+        rows = coarse_rows(logits[coarse], batch.candidates[coarse])
+        rows = rows if batch.weight is None else rows * batch.weight[coarse]
+        total = labels + len(rows)
+        return (value * labels + rows.sum()) / max(total, 1), total
+
+    def _of_known(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """The same without the coarse ones."""
+        y = batch.y
         if y is None:
             return logits[:0].sum(), 0
         if self.task == "binary":
@@ -143,20 +161,27 @@ class SupervisedModule(LightningModule):
             raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
         known = is_labeled(y)
         rows = known if known.ndim == 1 else known.any(dim=1)
+        told = {name: getattr(batch, name) for name in told_names(self.hard_loss)}
+        told = {name: values[rows] for name, values in told.items() if values is not None}
+        weight = None if batch.weight is None else batch.weight[rows]
         logits, y, known = logits[rows], y[rows], known[rows]
         if not known.all():
             logits, y = logits[known], y[known]
-        if y.numel() == 0:
+        if y.numel() == 0 and "index" not in told:  # all processes must come to a loss that remembers samples
             return logits.sum(), 0
         if y.device.type == "cpu":  # elsewhere the check would wait for the device
             self._check_labels(y, logits)
         y = y.long() if self.task == "multiclass" else y.to(logits.dtype)
-        value: Tensor = self.hard_loss(logits, y)
-        return value, y.numel()
+        if weight is None:
+            value: Tensor = self.hard_loss(logits, y, **told)
+            return value, y.numel()
+        if self.task == "multilabel":
+            raise InputError("rows of the multilabel task have no weight, since a part of their labels may be missing")
+        return (per_row(self.hard_loss, logits, y, **told) * weight).sum() / max(len(y), 1), len(y)
 
     def _check_labels(self, y: Tensor, logits: Tensor) -> None:
         top = logits.shape[1] - 1 if self.task == "multiclass" else 1
-        if y.min() < 0 or y.max() > top:
+        if y.numel() and (y.min() < 0 or y.max() > top):
             bad = y[(y < 0) | (y > top)][0].item()
             raise InputError(
                 f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
@@ -223,7 +248,7 @@ class SupervisedModule(LightningModule):
             self._evaluations[dataloader_idx] = self.make_evaluation(classes).to(logits.device)
         evaluation = self._evaluations[dataloader_idx]
         evaluation.check(logits, teacher)  # before a label complains of what is the student's fault
-        loss, labels = self.hard_loss_of(logits, batch.y)
+        loss, labels = self.hard_loss_of(logits, batch)
         evaluation.update(logits, batch.y, loss, labels, teacher)
 
     def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:

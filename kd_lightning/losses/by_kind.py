@@ -1,0 +1,54 @@
+"""One loss for labels that are right, another for those that may be wrong."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd_lightning.batch import Kind
+from kd_lightning.losses.hard import check_reducible, per_row, told_names
+from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
+
+
+class LossByKind(nn.Module):
+    """Send each row to the loss of its label's kind; the mean is over all rows.
+
+    As a module's ``hard_loss`` it is told each row's :class:`~kd_lightning.batch.Kind`. Coarse labels have their own
+    loss in every module, and do not come here.
+
+    Args:
+        noisy: Loss of rows whose label may be wrong.
+        clean: Loss of the others; None: cross-entropy.
+        reduction: "mean" (a scalar) or "none" (one value per row).
+
+    Shape:
+        - logits: (B, C).
+        - target: (B,) class indices.
+        - kind: (B,) numbers of ``Kind``; None: all are clean.
+        - index: (B,) which sample each row is, for a loss that remembers samples.
+        - output: scalar, or (B,) for reduction "none".
+
+    Raises:
+        InputError: For a loss that cannot tell its rows apart (without ``reduction``).
+    """
+
+    def __init__(self, noisy: nn.Module, clean: nn.Module | None = None, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.clean = nn.CrossEntropyLoss() if clean is None else clean
+        self.noisy = noisy
+        for name in ("clean", "noisy"):
+            check_reducible(name, getattr(self, name))
+        self.reduction = reduction
+
+    def forward(
+        self, logits: Tensor, target: Tensor, kind: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        rows = logits.new_zeros(len(logits)) + logits.sum() * 0
+        noisy = target != target if kind is None else kind == Kind.NOISY
+        for loss, chosen in ((self.clean, ~noisy), (self.noisy, noisy)):
+            if chosen.any() or "index" in told_names(loss):  # all processes must come to a loss that remembers
+                given = {"kind": kind, "index": index}
+                told = {name: values[chosen] for name, values in given.items() if values is not None}
+                rows = rows.masked_scatter(chosen, per_row(loss, logits[chosen], target[chosen], **told).to(rows))
+        return reduce_rows(rows, self.reduction)

@@ -1,0 +1,104 @@
+"""Learning fine classes from coarse labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.losses.hard import log_probabilities
+from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
+
+
+def coarse_rows(logits: Tensor, candidates: Tensor) -> Tensor:
+    r"""Negative log-probability of each row's candidates, in nats: :math:`-\log \sum_{c \in S} p_c`.
+
+    Args:
+        logits: (B, C).
+        candidates: S, (B, C) booleans, at least one in each row.
+
+    Returns:
+        (B,), in at least float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.logsumexp(dim=1) - logits.masked_fill(~candidates, -torch.inf).logsumexp(dim=1)
+
+
+def within(logits: Tensor, candidates: Tensor | None) -> Tensor:
+    """Logits (B, C) with -inf for the classes that a row's candidates, if it has any, (B, C), rule out."""
+    if candidates is None:
+        return logits
+    return logits.masked_fill(~candidates & candidates.any(dim=1, keepdim=True), -torch.inf)
+
+
+def members_of(groups: list[list[int]], classes: int) -> Tensor:
+    """Which of C classes each of G groups holds, (G, C) booleans.
+
+    Raises:
+        InputError: Unless each class is in exactly one group; the message names the class.
+    """
+    members = torch.zeros(len(groups), classes, dtype=torch.bool)
+    for number, group in enumerate(groups):
+        for entry in group:
+            if not 0 <= entry < classes:
+                raise InputError(f"groups: group {number} holds class {entry}, but the classes are 0 ... {classes - 1}")
+            if members[:, entry].any():
+                raise InputError(f"groups: class {entry} is in more than one place, or twice in group {number}")
+            members[number, entry] = True
+        if not group:
+            raise InputError(f"groups: group {number} is empty")
+    if left_out := (~members.any(dim=0)).nonzero().flatten().tolist():
+        raise InputError(f"groups: class {left_out[0]} is in no group")
+    return members
+
+
+class CoarseLoss(nn.Module):
+    r"""Cross-entropy of a group of classes: what a coarse label tells of the fine ones.
+
+    .. math:: -\log \sum_{c \in S} p_c = \log \sum_c e^{z_c} - \log \sum_{c \in S} e^{z_c}
+
+    in nats. For a group of one class it is cross-entropy, for the group of all it is 0. It leaves open which class of
+    the group it is, which other samples must tell.
+
+    Args:
+        groups: The classes of each group; each class is in one.
+        reduction: "mean" (a scalar) or "none" (one value per row).
+
+    Shape:
+        - logits: (B, C). Half precision is computed in float32.
+        - target: (B,) integers, the place of the label's group in ``groups``.
+        - output: scalar, or (B,) for reduction "none".
+
+    Raises:
+        InputError: If a class is in no group or in several, or shapes or targets do not fit.
+
+    >>> loss = CoarseLoss([[0, 1], [2]])
+    >>> loss(torch.tensor([[0.25, 0.25, 0.5]]).log(), torch.tensor([0])).exp()
+    tensor(2.)
+    """
+
+    def __init__(self, groups: list[list[int]], reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.groups = [list(group) for group in groups]
+        members = members_of(self.groups, max(map(len, self.groups), default=0) and sum(map(len, self.groups)))
+        self.register_buffer("members", members, persistent=False)
+        self.members: Tensor
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        log_probabilities(logits, target)  # complains of shapes
+        if logits.shape[1] != self.members.shape[1]:
+            raise InputError(f"groups are of {self.members.shape[1]} classes, but there are {logits.shape[1]} logits")
+        if (
+            len(target)
+            and target.device.type == "cpu"
+            and not 0 <= int(target.min()) <= int(target.max()) < len(self.members)
+        ):
+            raise InputError(f"a coarse label must be 0 ... {len(self.members) - 1}, got {target.tolist()[:5]}")
+        return reduce_rows(coarse_rows(logits, self.members[target.long()]), self.reduction)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``print(loss)``."""
+        return f"groups={self.groups}, reduction={self.reduction!r}"

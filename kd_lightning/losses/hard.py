@@ -1,0 +1,80 @@
+"""What every loss between logits and class labels shares: checks, log-probabilities, and losses row by row."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+
+
+def log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities (B, C) of logits (B, C) in at least float32, once they fit class indices (B,).
+
+    Raises:
+        InputError: For other shapes, and for a target that is not of integers.
+    """
+    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
+        raise InputError(
+            f"a hard loss takes logits (B, C) and class indices (B,), got {[*logits.shape]} and {[*target.shape]} "
+            f"of {target.dtype}"
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+
+
+def pick(values: Tensor, target: Tensor) -> Tensor:
+    """The entry (B,) of each row of (B, C) that its target names."""
+    return values.gather(1, target.long().unsqueeze(1)).squeeze(1)
+
+
+def check_transition(matrix: Sequence[Sequence[float]], name: str = "matrix") -> Tensor:
+    """A transition matrix as a float64 tensor (C, C).
+
+    Raises:
+        InputError: Unless it is square, of probabilities, and each row sums to 1; the message names the row.
+    """
+    rows = [list(map(float, row)) for row in matrix]
+    for number, row in enumerate(rows):
+        if len(row) != len(rows):
+            raise InputError(f"{name} must be square, but row {number} of {len(rows)} has {len(row)} entries")
+        if not all(0.0 <= value <= 1.0 for value in row):
+            raise InputError(f"{name}: row {number} must hold probabilities in [0, 1], got {row}")
+        if not math.isclose(total := math.fsum(row), 1.0, abs_tol=1e-6):
+            raise InputError(f"{name}: row {number} must sum to 1, got {total:g}")
+    if len(rows) < 2:
+        raise InputError(f"{name} must have at least 2 classes, got {len(rows)}")
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def check_reducible(name: str, loss: nn.Module) -> None:
+    """Raise InputError unless a loss has a ``reduction``, as torch's have."""
+    if not isinstance(getattr(loss, "reduction", None), str):
+        raise InputError(f"{name}: {type(loss).__name__} has no reduction, which must be 'none' to weight or sort rows")
+
+
+def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **told: Any) -> Tensor:
+    """The loss of each row, (B,), whatever reduction the loss was made with.
+
+    Args:
+        loss: One with a ``reduction``.
+        logits: (B, C).
+        target: (B,).
+        told: What more it may be told of the rows, by name; what its forward does not take is left out.
+    """
+    check_reducible("hard_loss", loss)
+    before: Any = loss.reduction
+    loss.reduction = "none"  # type: ignore[assignment]
+    try:
+        rows: Tensor = loss(logits, target, **{name: told[name] for name in told_names(loss) if name in told})
+    finally:
+        loss.reduction = before
+    return rows
+
+
+def told_names(loss: nn.Module) -> list[str]:
+    """Which of ``kind`` and ``index`` a loss wants to be told of its rows."""
+    parameters = inspect.signature(loss.forward).parameters
+    return [name for name in ("kind", "index") if name in parameters]

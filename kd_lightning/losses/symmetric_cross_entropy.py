@@ -1,0 +1,67 @@
+"""Symmetric cross-entropy, for labels that may be wrong."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.losses.hard import log_probabilities, pick
+from kd_lightning.losses.logits import Reduction, check_reduction, check_weight, reduce_rows
+
+
+class SymmetricCrossEntropyLoss(nn.Module):
+    r"""Cross-entropy, and its reverse, which wrong labels move less.
+
+    .. math:: \alpha \, (-\log p_y) + \beta \, (-A) (1 - p_y)
+
+    The second term is the cross-entropy of the label's distribution under the prediction,
+    :math:`-\sum_k p_k \log q_k`, where the label's zeros have the finite logarithm A.
+
+    Source: Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels" (2019).
+
+    Args:
+        alpha: Weight of the cross-entropy, at least 0.
+        beta: Weight of the reverse one, at least 0.
+        log_zero: A, finite and below 0.
+        reduction: "mean" (a scalar) or "none" (one value per row).
+
+    Shape:
+        - logits: (B, C). Half precision is computed in float32.
+        - target: (B,) class indices.
+        - output: scalar, or (B,) for reduction "none".
+
+    Raises:
+        InputError: An argument outside what is allowed above, or shapes that do not fit.
+
+    >>> loss = SymmetricCrossEntropyLoss(alpha=0.0, beta=1.0, log_zero=-4.0)
+    >>> loss(torch.tensor([0.25, 0.75]).log().unsqueeze(0), torch.tensor([0]))
+    tensor(3.)
+    """
+
+    def __init__(
+        self, alpha: float = 0.1, beta: float = 1.0, log_zero: float = -4.0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        check_weight("alpha", alpha)
+        check_weight("beta", beta)
+        if not -math.inf < log_zero < 0:
+            raise InputError(f"log_zero must be finite and below 0, got {log_zero}")
+        check_reduction(reduction)
+        self.alpha = float(alpha)
+        self.beta = float(beta)
+        self.log_zero = float(log_zero)
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        log_p = pick(log_probabilities(logits, target), target)
+        rows = -self.alpha * log_p + self.beta * self.log_zero * torch.expm1(log_p)
+        return reduce_rows(rows, self.reduction)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``print(loss)``."""
+        values = f"alpha={self.alpha}, beta={self.beta}, log_zero={self.log_zero}"
+        return f"{values}, reduction={self.reduction!r}"
