@@ -168,7 +168,10 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], complaint: st
         "of another shape": [
             f"{key} {[*found[key].shape]} in the file, {[*tensor.shape]} in the model"
             for key, tensor in wanted.items()
-            if isinstance(tensor, Tensor) and isinstance(found.get(key), Tensor) and found[key].shape != tensor.shape
+            if isinstance(tensor, Tensor)
+            and isinstance(found.get(key), Tensor)
+            and found[key].shape != tensor.shape
+            and not key.endswith("_extra_state")  # which may be of any
         ],
     }
     if any(problems.values()):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kd_lightning.batch import Kind
-from kd_lightning.losses.hard import check_reducible, per_row, told_names
+from kd_lightning.losses.hard import check_reducible, check_target, per_row, told_names
 from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
 
 
@@ -21,14 +22,15 @@ class LossByKind(nn.Module):
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
-        - logits: (B, C).
+        - logits: (B, C). Half precision is computed in float32.
         - target: (B,) class indices.
         - kind: (B,) numbers of ``Kind``; None: all are clean.
         - index: (B,) which sample each row is, for a loss that remembers samples.
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: For a loss that cannot tell its rows apart (without ``reduction``).
+        InputError: For a loss that cannot tell its rows apart (without ``reduction``), and shapes or labels that do
+            not fit.
     """
 
     def __init__(self, noisy: nn.Module, clean: nn.Module | None = None, reduction: Reduction = "mean") -> None:
@@ -44,11 +46,19 @@ class LossByKind(nn.Module):
         self, logits: Tensor, target: Tensor, kind: Tensor | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Return the loss; see the class for shapes."""
-        rows = logits.new_zeros(len(logits)) + logits.sum() * 0
-        noisy = target != target if kind is None else kind == Kind.NOISY
+        check_target(logits, target)
+        target = target.long()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        rows = logits.new_zeros(len(logits)) + logits[:0].sum()  # in the graph, without any row
+        noisy = torch.zeros_like(target, dtype=torch.bool) if kind is None else kind == Kind.NOISY
         for loss, chosen in ((self.clean, ~noisy), (self.noisy, noisy)):
             if chosen.any() or "index" in told_names(loss):  # all processes must come to a loss that remembers
                 given = {"kind": kind, "index": index}
                 told = {name: values[chosen] for name, values in given.items() if values is not None}
                 rows = rows.masked_scatter(chosen, per_row(loss, logits[chosen], target[chosen], **told).to(rows))
         return reduce_rows(rows, self.reduction)
+
+
+def remembers(loss: nn.Module) -> bool:
+    """Whether a loss keeps something of each sample, so that it serves one network alone."""
+    return any("index" in told_names(part) and not isinstance(part, LossByKind) for part in loss.modules())

@@ -39,7 +39,8 @@ class EarlyLearningLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above, shapes that do not fit, or no index while training.
+        InputError: An argument outside what is allowed above, shapes or labels that do not fit, or no index while
+            training.
     """
 
     def __init__(self, weight: float = 3.0, momentum: float = 0.7, reduction: Reduction = "mean") -> None:
@@ -74,11 +75,15 @@ class EarlyLearningLoss(nn.Module):
         p = p / p.sum(dim=1, keepdim=True)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             index, p = (torch.cat(gather_all_tensors(part)) for part in (index, p))
+        index = index.long()
         size = max(len(self.memory), int(index.max()) + 1 if len(index) else 0)
         if self.memory.shape != (size, p.shape[1]) or self.memory.device != p.device:
             memory = p.new_zeros(size, p.shape[1])
             memory[: len(self.memory)] = self.memory.to(memory) if self.memory.numel() else 0
             self.memory = memory
+        # where a sample comes twice, its last row counts, on every process alike
+        order = torch.arange(len(index), device=index.device)
+        p = p[torch.zeros(size, dtype=torch.long, device=index.device).scatter_reduce(0, index, order, "amax")[index]]
         self.memory[index] = self.momentum * self.memory[index] + (1 - self.momentum) * p.to(self.memory.dtype)
 
     def get_extra_state(self) -> Tensor:
@@ -87,7 +92,7 @@ class EarlyLearningLoss(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Go on with these averages."""
-        self.memory = state
+        self.memory = state.clone()
 
     def extra_repr(self) -> str:
         """Show the arguments in ``print(loss)``."""

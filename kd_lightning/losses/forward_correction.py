@@ -6,7 +6,6 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
@@ -34,36 +33,40 @@ class ForwardCorrectionLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: A matrix that is none, or of other classes than the logits; shapes that do not fit.
+        InputError: A matrix that is none, or of other classes than the logits; shapes or labels that do not fit.
 
+    >>> import torch
     >>> loss = ForwardCorrectionLoss([[0.5, 0.5], [0.0, 1.0]])
     >>> round(loss(torch.tensor([0.5, 0.5]).log().unsqueeze(0), torch.tensor([0])).exp().item(), 3)
     4.0
     """
 
-    log_matrix: Tensor
+    matrix: Tensor
 
     def __init__(self, matrix: list[list[float]] | str | Path, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
-        rows = read_transition(Path(matrix)) if isinstance(matrix, str | Path) else matrix
-        # not in the checkpoint: it is an argument
-        self.register_buffer("log_matrix", check_transition(rows).log(), persistent=False)
+        if isinstance(matrix, str | Path):
+            checked = check_transition(read_transition(Path(matrix)), f"matrix {matrix}")
+        else:
+            checked = check_transition(matrix)
+        # not in the checkpoint: it is an argument; float32, since some devices have no float64
+        self.register_buffer("matrix", checked.float(), persistent=False)
         self.reduction = reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss; see the class for shapes."""
         log_p = log_probabilities(logits, target)
-        if len(self.log_matrix) != log_p.shape[1]:
-            raise InputError(f"matrix is of {len(self.log_matrix)} classes, but there are {log_p.shape[1]} logits")
-        # where a class never becomes the label, the least number rather than -inf, whose gradient is not-a-number
-        log_t = self.log_matrix.to(log_p.dtype).clamp_min(torch.finfo(log_p.dtype).min / 4)
-        rows = -(log_p + log_t.t()[target.long()]).logsumexp(dim=1)
+        if len(self.matrix) != log_p.shape[1]:
+            raise InputError(f"matrix is of {len(self.matrix)} classes, but there are {log_p.shape[1]} logits")
+        # where a class never becomes the label, a finite number: the gradient of -inf is not-a-number
+        log_t = self.matrix.to(log_p.dtype).log().clamp_min(-1e30)
+        rows = -(log_p + log_t.index_select(1, target.long()).t()).logsumexp(dim=1)
         return reduce_rows(rows, self.reduction)
 
     def extra_repr(self) -> str:
         """Show the arguments in ``print(loss)``."""
-        return f"classes={len(self.log_matrix)}, reduction={self.reduction!r}"
+        return f"classes={len(self.matrix)}, reduction={self.reduction!r}"
 
 
 def estimate_transition(probabilities: Tensor, quantile: float = 0.97) -> Tensor:
@@ -97,15 +100,15 @@ def read_transition(path: Path) -> list[list[float]]:
     """Read a matrix from a CSV file without a header.
 
     Raises:
-        InputError: If it is missing, or holds no numbers; the message names the line.
+        InputError: If it is missing, or holds no numbers; the message names the row, from 0 on.
     """
     rows: list[list[float]] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may begin it with a mark
             rows.extend([float(cell) for cell in row] for row in csv.reader(file) if row)
     except OSError as error:
         raise InputError(f"matrix: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise InputError(f"matrix: {path}, row {len(rows)}: {error}") from error
     return rows
 

@@ -25,8 +25,8 @@ class GeneralizedCrossEntropyLoss(nn.Module):
 
     Args:
         q: In (0, 1].
-        truncation: k, in (0, 1); None: not truncated. From the first step on it would leave an untrained network of
-            many classes nothing to learn, so begin with 0 and set it once the network knows something.
+        truncation: k, in [0, 1); None or 0: not truncated. From the first step on it would leave an untrained network
+            of many classes nothing to learn, so begin with 0 and set it once the network knows something.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
@@ -35,7 +35,7 @@ class GeneralizedCrossEntropyLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above, or shapes that do not fit.
+        InputError: An argument outside what is allowed above, shapes or labels that do not fit.
 
     >>> loss = GeneralizedCrossEntropyLoss(q=0.5)
     >>> loss(torch.tensor([0.25, 0.75]).log().unsqueeze(0), torch.tensor([0]))

@@ -11,17 +11,30 @@ from torch import Tensor, nn
 from kd_lightning.errors import InputError
 
 
-def log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-probabilities (B, C) of logits (B, C) in at least float32, once they fit class indices (B,).
+def check_target(logits: Tensor, target: Tensor, count: int | None = None) -> None:
+    """Refuse logits that are not (B, C), and a target that is not (B,) integers below ``count`` (None: C).
 
     Raises:
-        InputError: For other shapes, and for a target that is not of integers.
+        InputError: The message says what came.
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
         raise InputError(
             f"a hard loss takes logits (B, C) and class indices (B,), got {[*logits.shape]} and {[*target.shape]} "
             f"of {target.dtype}"
         )
+    count = logits.shape[1] if count is None else count
+    # elsewhere than on the CPU to look would be to wait for the device
+    if target.device.type == "cpu" and (bad := target[(target < 0) | (target >= count)]).numel():
+        raise InputError(f"target must be 0 ... {count - 1}, got {bad[0].item()}")
+
+
+def log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities (B, C) of logits (B, C) in at least float32, once the target (B,) fits them.
+
+    Raises:
+        InputError: See :func:`check_target`.
+    """
+    check_target(logits, target)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
 
 

@@ -34,7 +34,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above, or shapes that do not fit.
+        InputError: An argument outside what is allowed above, shapes or labels that do not fit.
 
     >>> loss = SymmetricCrossEntropyLoss(alpha=0.0, beta=1.0, log_zero=-4.0)
     >>> loss(torch.tensor([0.25, 0.75]).log().unsqueeze(0), torch.tensor([0]))

@@ -16,6 +16,7 @@ from torch.optim import Adam, Optimizer
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses.by_kind import remembers
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.evaluation import check_outputs
@@ -63,8 +64,8 @@ class ApprenticeModule(DistillModule):
         lr_interval: ``"epoch"`` or ``"step"``.
 
     Raises:
-        InputError: For an unknown scheme, arguments of another scheme, a frozen teacher in scheme A, training by
-            scheme C without initial weights; else as of :class:`DistillModule`.
+        InputError: For an unknown scheme, arguments of another scheme, in scheme A a frozen teacher or a hard loss that
+            remembers samples, training by scheme C without initial weights; else as of :class:`DistillModule`.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class ApprenticeModule(DistillModule):
         )
         if joint and teacher is not None:
             self.teacher = _check_learner(teacher, student)  # type: ignore[assignment]  # no Teacher: it learns
+        if joint and remembers(self.hard_loss):
+            raise InputError(f"hard_loss: {type(self.hard_loss).__name__} remembers samples, of one network alone")
         if not teacher_weight > 0:
             raise InputError(f"teacher_weight must be above 0, got {teacher_weight}")
         self.save_hyperparameters("scheme", "teacher_weight", "mutual")

@@ -10,8 +10,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from kd_lightning.batch import Batch, Kind, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.losses.by_kind import remembers
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.hard import check_reducible, per_row, told_names
+from kd_lightning.losses.hard import check_reducible, per_row
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.supervised import SupervisedModule, Term
 from kd_lightning.outputs import logits_of
@@ -24,6 +25,7 @@ class CoTeachingModule(SupervisedModule):
     its own loss, and the other one learns those with the smallest: all but a share R, which grows linearly from 0 to
     ``forget_rate`` over ``ramp_epochs``. Two of them, since one alone would choose what it has already got wrong.
     Rows whose kind is clean are always learned, and coarse ones, too; where batches have no kind, all are sorted.
+    Weights multiply what is learned, and have no say in the sorting.
     Several processes sort their rows together.
 
     The ``student`` is evaluated and deployed; the ``peer`` is in checkpoints, for a resume.
@@ -74,7 +76,7 @@ class CoTeachingModule(SupervisedModule):
         if ramp_epochs < 1:
             raise InputError(f"ramp_epochs must be at least 1, got {ramp_epochs}")
         check_reducible("hard_loss", self.hard_loss)
-        if "index" in told_names(self.hard_loss):
+        if remembers(self.hard_loss):
             raise InputError(f"hard_loss: {type(self.hard_loss).__name__} remembers samples, of one student alone")
         self.save_hyperparameters("forget_rate", "ramp_epochs")
         self.peer = peer
@@ -97,36 +99,36 @@ class CoTeachingModule(SupervisedModule):
             raise InputError(f"student and peer must have one shape, got {[*both[0].shape]} and {[*both[1].shape]}")
         if batch.y is None:
             batch.y = torch.full((len(batch),), -100, device=batch.x.device)
-        labels = super().hard_loss_of(both[0], batch)[1]  # says what is wrong with labels
+        labels = self.hard_loss_of(both[0], batch)[1]  # says what is wrong with labels
         if batch.mean_labels is None:
             batch.mean_labels = self._mean_over_processes(labels, both[0])
         known = is_labeled(batch.y)
         sorted_rows = known if batch.kind is None else known & (batch.kind != Kind.CLEAN)
-        rows = [self._rows(logits, batch, known) for logits in both]
-        kept = [self._small(values.detach(), sorted_rows) | (known & ~sorted_rows) for values in rows]
         coarse = batch.candidates.any(dim=1) if batch.candidates is not None else torch.zeros_like(known)
+        rows = [self._rows(logits, batch, known, coarse) for logits in both]
+        chosen = [self._small(values.detach(), sorted_rows) | (known & ~sorted_rows) | coarse for values in rows]
         terms = {}
-        for name, values, other in (("hard", rows[0], kept[1]), ("peer_hard", rows[1], kept[0])):
-            learned, everyone = self._sums(torch.stack([(other | coarse).sum(), (known | coarse).sum()]))
-            size = float(batch.mean_labels) * learned / max(everyone, 1.0)
-            terms[name] = Term(1.0, (values * (other | coarse)).sum() / max(size, 1e-9))
+        for name, values, learned in (("hard", rows[0], chosen[1]), ("peer_hard", rows[1], chosen[0])):
+            count, everyone = self._sums(torch.stack([learned.sum(), (known | coarse).sum()]))
+            size = float(batch.mean_labels) * count / max(everyone, 1.0)
+            values = values if batch.weight is None else values * batch.weight
+            terms[name] = Term(1.0, (values * learned).sum() / max(size, 1e-9))
         if self._trainer is not None:
             self._log_epoch("forget_rate", self.forgotten(self.current_epoch), len(batch))
         return terms
 
-    def _rows(self, logits: Tensor, batch: Batch, known: Tensor) -> Tensor:
-        """The loss of each row, (B,); 0 where nothing is known, still in the graph."""
+    def _rows(self, logits: Tensor, batch: Batch, known: Tensor, coarse: Tensor) -> Tensor:
+        """The unweighted loss of each row, (B,); 0 where nothing is known, still in the graph."""
         assert batch.y is not None
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         told = {} if batch.kind is None else {"kind": batch.kind[known]}
-        rows = logits.sum(dim=1) * 0
+        rows = logits.new_zeros(len(logits)) + logits[:0].sum()
         rows = rows.masked_scatter(
             known, per_row(self.hard_loss, logits[known], batch.y[known].long(), **told).to(rows)
         )
         if batch.candidates is not None:
-            coarse = batch.candidates.any(dim=1)
             rows = rows.masked_scatter(coarse, coarse_rows(logits[coarse], batch.candidates[coarse]).to(rows))
-        return rows if batch.weight is None else rows * batch.weight
+        return rows
 
     def _small(self, values: Tensor, chosen: Tensor) -> Tensor:
         """Which of the chosen rows are not forgotten: those of the smallest loss, of all processes' together, (B,)."""
@@ -152,7 +154,7 @@ class CoTeachingModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Check that there are two."""
         super().setup(stage)
-        mine, other = self.student.state_dict(), self.peer.state_dict()
+        mine, other = dict(self.student.named_parameters()), dict(self.peer.named_parameters())
         same = mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
         if stage == "fit" and (self.peer is self.student or same):
             raise InputError(

@@ -118,7 +118,9 @@ class PseudoLabelModule(SupervisedModule):
             check_classes(self._visible, logits.shape[-1], self._class_names(), type(self).__name__)
             self._visible = None
         labeled = batch.at(given)
-        if batch.mean_labels is not None:
+        if batch.mean_labels is None:
+            batch.mean_coarse = self._mean_over_processes(int(coarse.sum()), logits)
+        else:
             labeled.mean_labels = batch.mean_labels - batch.mean_pseudo
         hard = self.hard_term(logits[given] if len(logits) == len(batch) else logits, labeled)
         batch.mean_labels, batch.mean_pseudo = labeled.mean_labels, 0.0  # what the hard term is charted over

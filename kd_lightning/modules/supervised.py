@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,9 @@ class SupervisedModule(LightningModule):
             A missing label is -100, or NaN where floats.
         hard_loss: Called as ``(logits, target)`` on the labeled rows only, a mean over them. None: cross-entropy, on
             logits for the other two tasks. With labels missing inside a row (multilabel) it sees the known entries
-            as one flat row. One whose forward takes ``kind`` or ``index`` is told these of each row. Coarse labels
-            have :class:`~kd_lightning.losses.CoarseLoss`, whatever the hard loss, and count as much as others.
+            as one flat row. One whose forward takes ``kind`` or ``index`` is told these of each row; one that takes
+            ``index`` is called without rows, too, since other processes may have some to remember. Coarse labels have
+            :class:`~kd_lightning.losses.CoarseLoss`, whatever the hard loss, and count as much as others.
         optimizer: Takes the parameters that require a gradient.
         lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``; it is the one
             thing that a resume does not continue exactly, since Lightning leaves out its step at the end of the epoch
@@ -151,6 +153,11 @@ class SupervisedModule(LightningModule):
 
     def _of_known(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """The same without the coarse ones."""
+        if batch.weight is not None and (self.task == "multilabel" or batch.weight.shape != (len(batch),)):
+            raise InputError(
+                f"weights must be one a row, (B,) = [{len(batch)}], and have no meaning for the multilabel task, where "
+                f"a part of a row's labels may be missing; got {[*batch.weight.shape]} for {self.task}"
+            )
         y = batch.y
         if y is None:
             return logits[:0].sum(), 0
@@ -175,8 +182,6 @@ class SupervisedModule(LightningModule):
         if weight is None:
             value: Tensor = self.hard_loss(logits, y, **told)
             return value, y.numel()
-        if self.task == "multilabel":
-            raise InputError("rows of the multilabel task have no weight, since a part of their labels may be missing")
         return (per_row(self.hard_loss, logits, y, **told) * weight).sum() / max(len(y), 1), len(y)
 
     def _check_labels(self, y: Tensor, logits: Tensor) -> None:
@@ -240,7 +245,7 @@ class SupervisedModule(LightningModule):
         return to_probabilities(self(Batch.of(batch).x), self.task)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        batch = Batch.of(batch)
+        batch = replace(Batch.of(batch), candidates=None)  # the figures are of fine labels
         logits = self(batch.x)
         teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
         if dataloader_idx not in self._evaluations:

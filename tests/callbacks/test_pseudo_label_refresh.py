@@ -241,7 +241,7 @@ def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
         assert not (clean == 9).any()
         if trainer.current_epoch:
             hard.append(truth[batch.index[batch.y == 9]])
-            said.append(module.hard_loss_of(torch.zeros(len(batch), 10), batch.y)[1])
+            said.append(module.hard_loss_of(torch.zeros(len(batch), 10), batch)[1])
 
     few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
     module = DistillModule(DigitsCNN(4), deepcopy(healthy))

@@ -35,7 +35,7 @@ from kd_lightning import (
 )
 from kd_lightning.__main__ import main
 from kd_lightning.cli import DistillCLI
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import EarlyLearningLoss, SoftTargetLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization import activation_ranges, is_calibrated, quantize
 
@@ -204,6 +204,8 @@ class TestBadInput:
             ApprenticeModule(student, teacher, **arguments)
 
     def test_teachers_that_cannot_learn(self, student, teacher):
+        with pytest.raises(InputError, match="hard_loss: EarlyLearningLoss remembers samples, of one network alone"):
+            ApprenticeModule(nn.Linear(2, 2), nn.Linear(2, 2), "joint", hard_loss=EarlyLearningLoss())
         with pytest.raises(InputError, match="teacher and student must be two networks"):
             ApprenticeModule(student, student)
         with pytest.raises(InputError, match="give the network itself, not a frozen Teacher around it"):

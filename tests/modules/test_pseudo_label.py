@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import (
     Batch,
+    CoarseLabels,
     DatasetSource,
     Digits,
     InputError,
@@ -168,6 +169,80 @@ class TestObjective:
         assert trainer.callback_metrics["train/coverage"] == 1
 
 
+def coarse_batch(**kwargs):
+    """Two of the unlabeled rows have a coarse label."""
+    candidates = torch.zeros(ROWS, CLASSES, dtype=torch.bool)
+    candidates[1, [0, 3]] = candidates[6, [1, 2, 3]] = True
+    kind = torch.where(Y == -100, Kind.MISSING, Kind.CLEAN).to(torch.int8)
+    kind[[1, 6]] = Kind.COARSE
+    return Batch(draw(), Y, kind=kind, candidates=candidates, **kwargs)
+
+
+def coarse_by_hand(weights, batch, threshold=0.0, weight=1.0):
+    """Hard term: the fine and the coarse labels; unsupervised: all others, within the candidates of the coarse."""
+    given, rest = batch.y != -100, batch.y == -100
+    coarse = batch.candidates.any(dim=1).numpy()
+    inside, w = batch.candidates.numpy(), weights.detach().double().numpy()
+    strong = batch.x if batch.x_strong is None else batch.x_strong
+    loss, gradient, labels = 0.0, np.zeros_like(w), int(given.sum()) + coarse.sum()
+    for row, x in enumerate(batch.x.double().numpy()):
+        p = softmax(w @ x)
+        if given[row] or coarse[row]:
+            chosen = np.eye(CLASSES)[int(batch.y[row])] if given[row] else inside[row]
+            loss -= np.log((chosen * p).sum()) / labels
+            gradient += np.outer(p - chosen * p / (chosen * p).sum(), x) / labels
+        if rest[row]:
+            allowed = p * inside[row] / (p * inside[row]).sum() if coarse[row] else p
+            if allowed.max() >= threshold:
+                x = strong[row].double().numpy()
+                share, p, label = weight / int(rest.sum()), softmax(w @ x), allowed.argmax()
+                loss -= share * np.log(p[label])
+                gradient += share * np.outer(p - np.eye(CLASSES)[label], x)
+    return loss, gradient
+
+
+class TestCoarse:
+    @pytest.mark.parametrize("strong", [None, draw(1)], ids=["one view", "two views"])
+    @pytest.mark.parametrize("threshold", [None, 0.45])
+    @pytest.mark.parametrize("ema", [None, 0.9])
+    def test_by_hand(self, strong, threshold, ema):
+        net, batch = linear(), coarse_batch(x_strong=strong)
+        loss, gradient = coarse_by_hand(net.weight, batch, threshold or 0.0, weight=0.7)
+        found = PseudoLabelModule(net, 0.7, threshold=threshold, ema_decay=ema).training_step(batch, 0)
+        found.backward()
+        assert found.item() == pytest.approx(loss, rel=1e-10)
+        assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-12)
+
+    def test_the_pseudo_label_is_one_of_the_candidates(self):
+        """Where the student's own decision is another."""
+        net, batch = linear(), coarse_batch()
+        decisions = net(batch.x).argmax(dim=1)
+        assert not batch.candidates[[1, 6], decisions[[1, 6]]].all()
+
+    @pytest.mark.parametrize("cut", [1, 2, 7])
+    def test_shares_of_a_step_add_up(self, cut):
+        net, batch = linear(), coarse_batch()
+        module = PseudoLabelModule(net)
+        for rows in (torch.arange(cut), torch.arange(cut, ROWS)):
+            part = batch.at(rows)
+            part.mean_labels, part.mean_coarse, part.mean_rows = 3.0, 1.0, ROWS / 2
+            (module.training_step(part, 0) / 2).backward()
+        _, gradient = coarse_by_hand(linear().weight, batch)
+        assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-12)
+
+    def test_refreshed_labels(self):
+        """An accepted one takes the coarse label's place; the other coarse row is in the hard term alone."""
+        net, batch = linear(), coarse_batch(mean_labels=6.0, mean_coarse=1.0, mean_pseudo=1.0)
+        batch.y, batch.candidates[1] = Y.clone(), False
+        batch.y[1], batch.kind[1] = 3, Kind.PSEUDO
+        found = PseudoLabelModule(net, labels="refreshed").losses(batch)
+        hard = batch.at(torch.tensor([row for row in range(ROWS) if row != 1]))
+        expected, _ = coarse_by_hand(net.weight, hard, threshold=2.0)
+        assert found["hard"].value.item() == pytest.approx(expected)
+        learned = -np.log(softmax((net.weight @ batch.x[1]).detach().numpy())[3]) / 5  # of all without a clean label
+        assert found["unsupervised"].value.item() == pytest.approx(learned)
+
+
 def two_streams(labeled=(2, 1, 1, 1), rest=7, **kwargs):
     """A source of 4 classes, of which these numbers are labeled, and an unlabeled part."""
     y = torch.arange(CLASSES).repeat_interleave(torch.tensor(labeled))
@@ -190,6 +265,25 @@ class TestSteps:
         assert trainer.global_step == 1
         x, y = torch.cat([b.x for b in batches]).double(), torch.cat([b.y for b in batches])
         _, gradient = by_hand(start.double(), x, given(y), own_labels(start.double(), x, y), weight=2.0)
+        assert ((start - net.weight) / 0.5).detach().numpy() == pytest.approx(gradient, abs=1e-5)
+
+    def test_accumulated_batches_with_coarse_labels(self, quiet_trainer):
+        net, seen = linear().float(), []
+        coarse = CoarseLabels({"low": [0, 1], "high": [2, 3]}, fraction=0.5)
+        source = DatasetSource(TensorDataset(draw(3, 26).float(), torch.arange(26) % CLASSES))
+        data = SemiSupervisedDataModule(source, labeled=1, coarse=coarse, val=0, batch_size=7)
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, number):
+                seen.append(batch)
+
+        start = net.weight.detach().clone()
+        trainer = quiet_trainer(accumulate_grad_batches=4, callbacks=[Watch()])
+        trainer.fit(PseudoLabelModule(net, 2.0, optimizer=SGD), datamodule=data)
+        assert trainer.global_step == 1 and len(seen) == 4
+        names = ("x", "y", "candidates")
+        whole = Batch(**{name: torch.cat([getattr(batch, name) for batch in seen]) for name in names})
+        _, gradient = coarse_by_hand(start, whole, weight=2.0)
         assert ((start - net.weight) / 0.5).detach().numpy() == pytest.approx(gradient, abs=1e-5)
 
     def test_lees_ramp(self, quiet_trainer):

@@ -13,7 +13,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import (
+    Batch,
+    CoarseLabels,
+    DatasetSource,
+    Digits,
+    DistillModule,
+    InputError,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+    SymmetricNoise,
+)
+from kd_lightning.batch import Kind
+from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LossByKind, SoftTargetLoss
 
 NAN = float("nan")
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -110,7 +122,7 @@ def test_scaled_to_the_labels_of_the_whole_step():
 def test_half_precision_logits_are_computed_in_float():
     logits, y = torch.tensor([[12.0, -3.0], [0.3, 0.1]]), torch.tensor([1, 0])
     for dtype in (torch.float16, torch.bfloat16):
-        value, _ = SupervisedModule(nn.Identity()).hard_loss_of(logits.to(dtype), y)
+        value, _ = SupervisedModule(nn.Identity()).hard_loss_of(logits.to(dtype), Batch(logits, y))
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(hard_by_hand("multiclass", logits.to(dtype), y)[0], rel=1e-6)
 
@@ -128,6 +140,241 @@ def test_hard_loss_of_ones_own_sees_labeled_rows_alone():
     assert seen == [((2, 2), [0, 1])]
     smooth = SupervisedModule(Fixed(torch.zeros(3, 2)), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.5))
     assert smooth.training_step((torch.zeros(3, 1), torch.tensor([0, 1, -100])), 0).item() == pytest.approx(np.log(2))
+
+
+def weak_batch(weighted=True):
+    """Two rows of each kind of label, in no order, and weights."""
+    kinds = [Kind.NOISY, Kind.CLEAN, Kind.COARSE, Kind.MISSING, Kind.PSEUDO]
+    kind = torch.tensor([*kinds, *kinds[::-1]], dtype=torch.int8)
+    candidates = torch.zeros(10, 4, dtype=torch.bool)
+    candidates[2, [0, 3]] = candidates[7, [1, 2, 3]] = True
+    y = torch.tensor([3, 0, -100, -100, 2, 1, -100, -100, 0, 2])
+    weight = torch.tensor([0.5, 1.0, 2.0, 9.0, 0.0, 1.5, 9.0, 0.25, 1.0, 3.0]) if weighted else None
+    return Batch(torch.zeros(10, 1), y, torch.arange(10), kind=kind, candidates=candidates, weight=weight)
+
+
+def weak_by_hand(logits, batch, noisy_q=None):
+    """Each label counts the same, weights multiply: the hard term and its gradient, row by row in float64.
+
+    Of noisy labels it is generalised cross-entropy where there is a q.
+    """
+    loss, gradient, labels = 0.0, np.zeros(logits.shape), 0
+    for i, z in enumerate(logits.double().numpy()):
+        chosen = batch.candidates[i].numpy() if batch.y[i] == -100 else np.arange(logits.shape[1]) == int(batch.y[i])
+        if not chosen.any():
+            continue
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        inside = p[chosen].sum()
+        value, slope = -np.log(inside), p - chosen * p / inside
+        if noisy_q is not None and batch.kind[i] == Kind.NOISY:
+            value, slope = (1 - inside**noisy_q) / noisy_q, slope * inside**noisy_q
+        share = 1.0 if batch.weight is None else batch.weight[i].item()
+        loss, labels = loss + share * value, labels + 1
+        gradient[i] = share * slope
+    return loss / labels, gradient / labels
+
+
+class TestWeakLabels:
+    """Clean, noisy, coarse, missing and pseudo rows in one batch."""
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("q", [None, 0.7])
+    def test_by_hand(self, weighted, q):
+        torch.manual_seed(0)
+        logits, batch = torch.randn(10, 4).double() * 2, weak_batch(weighted)
+        expected, gradient = weak_by_hand(logits, batch, q)
+        net = Fixed(logits)
+        loss = None if q is None else LossByKind(GeneralizedCrossEntropyLoss(q))
+        found = SupervisedModule(net, hard_loss=loss).training_step(batch, 0)
+        found.backward()
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+        assert net.logits.grad.numpy() == pytest.approx(gradient, abs=1e-14)
+        assert batch.mean_labels == 8
+
+    @pytest.mark.parametrize("cut", [0, 2, 4, 9])
+    def test_shares_of_a_step_add_up(self, cut):
+        """Two processes, or accumulated batches, which Lightning averages; one may have no row."""
+        torch.manual_seed(0)
+        logits, batch = torch.randn(10, 4).double(), weak_batch()
+        net = Fixed(logits)
+        module = SupervisedModule(net, hard_loss=LossByKind(GeneralizedCrossEntropyLoss()))
+        for rows in (torch.arange(cut), torch.arange(cut, 10)):
+            part = batch.at(rows)
+            part.mean_labels = 4.0
+            (module.hard_term(net.logits[rows], part) / 2).backward()
+        assert net.logits.grad.numpy() == pytest.approx(weak_by_hand(logits, batch, 0.7)[1], abs=1e-14)
+
+    def test_accumulated_batches_make_one_big_one(self, quiet_trainer):
+        """As the datamodule hands them out."""
+        torch.manual_seed(0)
+        net = nn.Linear(5, 4, bias=False)
+        source = DatasetSource(TensorDataset(torch.randn(46, 5), torch.arange(46) % 4))
+        coarse = CoarseLabels({"low": [0, 1], "high": [2, 3]}, fraction=0.5)
+        data = SemiSupervisedDataModule(
+            source, labeled=4, coarse=coarse, label_noise=SymmetricNoise(0.5), val=0, batch_size=12
+        )
+        seen = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, number):
+                seen.append(batch)
+
+        start = net.weight.detach().clone()
+        trainer = quiet_trainer(accumulate_grad_batches=4, callbacks=[Watch()])
+        trainer.fit(SupervisedModule(net, optimizer=SGD), datamodule=data)
+        assert trainer.global_step == 1 and len(seen) == 4 and len({len(batch) for batch in seen}) == 2
+        names = ("x", "y", "kind", "candidates")
+        whole = Batch(**{name: torch.cat([getattr(batch, name) for batch in seen]) for name in names})
+        assert set(whole.kind.tolist()) == {Kind.NOISY, Kind.COARSE, Kind.MISSING}
+        _, gradient = weak_by_hand(whole.x @ start.t(), whole)
+        assert ((start - net.weight) / 0.1).detach().numpy() == pytest.approx(gradient.T @ whole.x.numpy(), abs=1e-5)
+
+    def test_coarse_labels_alone(self):
+        batch = weak_batch()
+        batch.y, logits = None, torch.randn(10, 4)
+        rest = weak_batch()
+        rest.y[:] = -100
+        expected, _ = weak_by_hand(logits, rest)
+        assert SupervisedModule(Fixed(logits)).training_step(batch, 0).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_no_coarse_label_in_this_batch(self):
+        batch = weak_batch()
+        batch.candidates[:] = False
+        logits = torch.randn(10, 4)
+        expected, _ = weak_by_hand(logits, batch)
+        assert SupervisedModule(Fixed(logits)).training_step(batch, 0).item() == pytest.approx(expected, rel=1e-5)
+        nothing = batch.at(torch.tensor([3, 6]))
+        loss = SupervisedModule(Fixed(logits)).training_step(nothing, 0)
+        assert loss == 0 and loss.requires_grad
+
+    def test_the_soft_term_sees_all_rows(self):
+        torch.manual_seed(0)
+        logits, teacher, batch = torch.randn(10, 4).double(), torch.randn(10, 4).double(), weak_batch()
+        terms = DistillModule(Fixed(logits), Fixed(teacher), soft_weight=0.3).losses(batch)
+        assert terms["hard"].value.item() == pytest.approx(weak_by_hand(logits, batch)[0])
+        torch.testing.assert_close(terms["soft"].value, SoftTargetLoss(4.0)(logits, teacher))
+
+    def test_weights_of_the_binary_task(self):
+        logits, y = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, -100, 0])
+        module = SupervisedModule(Fixed(logits), task="binary")
+        found = module.training_step(Batch(torch.zeros(3, 1), y, weight=torch.tensor([2.0, 9.0, 0.5])), 0)
+        expected = (2 * np.log1p(np.exp(-2.0)) + 0.5 * np.log1p(np.exp(0.5))) / 2
+        assert found.item() == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("task", "fields", "message"),
+        [
+            ("multilabel", {"weight": torch.ones(2)}, "have no meaning for the multilabel task, .* for multilabel"),
+            ("multiclass", {"weight": torch.ones(2, 1)}, r"weights must be one a row, \(B,\) = \[2\], .* \[2, 1\]"),
+            ("binary", {"weight": torch.ones(3)}, r"weights must be one a row, \(B,\) = \[2\], .* \[3\] for binary"),
+            (
+                "multilabel",
+                {"candidates": torch.ones(2, 3) > 0},
+                "coarse labels are for the multiclass task; multilabel",
+            ),
+            ("binary", {"candidates": torch.ones(2, 3) > 0}, "coarse labels are for the multiclass task; binary"),
+            (
+                "multiclass",
+                {"candidates": torch.ones(2, 4) > 0},
+                r"candidates of shape \[2, 4\] do not fit .* \[2, 3\]",
+            ),
+            ("multiclass", {"candidates": torch.ones(1, 3) > 0}, r"candidates of shape \[1, 3\] do not fit"),
+        ],
+    )
+    @pytest.mark.parametrize("labeled", [True, False])
+    def test_what_does_not_fit(self, task, fields, message, labeled):
+        y = {"multiclass": torch.tensor([0, 1]), "binary": torch.tensor([0, 1]), "multilabel": torch.ones(2, 3)}[task]
+        logits = torch.zeros(2) if task == "binary" else torch.zeros(2, 3)
+        batch = Batch(torch.zeros(2, 1), y if labeled else None, **fields)
+        with pytest.raises(InputError, match=message):
+            SupervisedModule(Fixed(logits), task=task).training_step(batch, 0)
+
+    @pytest.mark.parametrize("task", ["binary", "multilabel"])
+    def test_losses_of_one_class_each(self, task):
+        y, logits = torch.tensor([[0], [1]]), torch.zeros(2, 1)
+        for loss in (GeneralizedCrossEntropyLoss(), LossByKind(GeneralizedCrossEntropyLoss())):
+            module = SupervisedModule(Fixed(logits), task=task, hard_loss=loss)
+            with pytest.raises(InputError, match=r"a hard loss takes logits \(B, C\) and class indices \(B,\)"):
+                module.training_step((torch.zeros(2, 1), y), 0)
+
+    def test_weights_need_rows(self):
+        class Own(nn.Module):
+            def forward(self, logits, target):
+                return logits.sum()
+
+        with pytest.raises(InputError, match="hard_loss: Own has no reduction"):
+            SupervisedModule(Fixed(torch.zeros(10, 4)), hard_loss=Own()).training_step(weak_batch(), 0)
+
+
+class TestEarlyLearning:
+    """A hard loss that remembers samples, through a run."""
+
+    def make(self, seed=0, wrap=lambda loss: loss, **kwargs):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        return SupervisedModule(net, hard_loss=wrap(EarlyLearningLoss()), optimizer=SGD, **kwargs)
+
+    def data(self):
+        x = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        part = TensorDataset(x, torch.arange(40) % 10)
+        source = DatasetSource(part, test=part)
+        return SemiSupervisedDataModule(source, labeled=2, label_noise=SymmetricNoise(0.4), val=0, batch_size=16)
+
+    def test_is_told_the_labeled_rows(self):
+        logits, batch = torch.randn(10, 4).double(), weak_batch(weighted=False)
+        module = SupervisedModule(Fixed(logits), hard_loss=EarlyLearningLoss())
+        found = module.training_step(batch, 0)
+        known, loss = batch.y != -100, EarlyLearningLoss(reduction="none")
+        rows = loss(logits[known], batch.y[known], known.nonzero().flatten())
+        torch.testing.assert_close(module.hard_loss.memory, loss.memory)
+        coarse = batch.at(torch.tensor([2, 7]))
+        expected = (rows.sum() + 2 * weak_by_hand(logits[[2, 7]], coarse)[0]) / 8
+        torch.testing.assert_close(found.detach(), expected)
+
+    def test_is_asked_where_there_is_no_label(self, monkeypatch):
+        """Other processes may have some, and wait."""
+        seen, module = [], SupervisedModule(Fixed(torch.zeros(2, 4)), hard_loss=EarlyLearningLoss())
+        module.hard_loss.memory = torch.zeros(9, 4)
+        monkeypatch.setattr(module.hard_loss, "_remember", lambda index, p: seen.append((len(index), len(p))))
+        batch = Batch(torch.zeros(2, 1), torch.tensor([-100, -100]), torch.arange(2))
+        loss = module.training_step(batch, 0)
+        assert seen == [(0, 0)]
+        assert loss == 0 and loss.requires_grad
+
+    @pytest.mark.parametrize("wrap", [lambda loss: loss, LossByKind])
+    def test_resume_is_exact(self, quiet_trainer, tmp_path, wrap):
+        whole, part, resumed = self.make(wrap=wrap), self.make(wrap=wrap), self.make(1, wrap=wrap)
+        quiet_trainer(max_epochs=3).fit(whole, datamodule=self.data())
+        trainer = quiet_trainer(max_epochs=2)
+        trainer.fit(part, datamodule=self.data())
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        quiet_trainer(max_epochs=3).fit(
+            resumed, datamodule=self.data(), ckpt_path=tmp_path / "c.ckpt", weights_only=True
+        )
+        assert whole.state_dict().keys() == resumed.state_dict().keys()
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
+        (memory,) = [part.memory for part in resumed.hard_loss.modules() if isinstance(part, EarlyLearningLoss)]
+        assert memory.sum(dim=1).max() > 0.5
+
+    def test_checkpoint_serves_test_and_predict(self, quiet_trainer, tmp_path):
+        module, trainer = self.make(), quiet_trainer()
+        trainer.fit(module, datamodule=self.data())
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        expected = quiet_trainer().test(module, datamodule=self.data(), verbose=False)
+        found = quiet_trainer().test(
+            self.make(1), datamodule=self.data(), ckpt_path=tmp_path / "c.ckpt", verbose=False, weights_only=True
+        )
+        assert found == expected
+        x = torch.randn(4, 1, 8, 8)
+        predicted = quiet_trainer().predict(
+            self.make(1), DataLoader(x, 4), ckpt_path=tmp_path / "c.ckpt", weights_only=True
+        )
+        torch.testing.assert_close(predicted[0], module.eval()(x).softmax(dim=1))
+
+    def test_plain_loader_has_no_index(self, quiet_trainer, loader):
+        with pytest.raises(InputError, match="EarlyLearningLoss remembers samples, so batches need an index"):
+            quiet_trainer().fit(self.make(), loader())
 
 
 @pytest.mark.parametrize(
