@@ -1,5 +1,6 @@
 """Knowledge distillation and learning from few labels with PyTorch Lightning."""
 
+from kd_lightning.active_learning import ActiveLearningLoop
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks import (
     ActivationCalibration,
@@ -72,5 +73,6 @@ __all__ = [
     "StepSeed",
     "ActivationCalibration",
     "WeightLevels",
+    "ActiveLearningLoop",
     "InputError",
 ]

@@ -10,7 +10,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"cli"},
-    {"modules", "callbacks", "data", "loggers", "complaints", "config_files", "checkpoints"},
+    {"modules", "callbacks", "data", "loggers", "complaints", "config_files", "checkpoints", "active_learning"},
     {
         "losses",
         "teachers",
