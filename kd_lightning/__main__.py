@@ -19,6 +19,8 @@ COMMANDS = {
     "export": "Write a finished run's student as ONNX, torch.export or safetensors, and check the file.",
     "layers": "Print a config's networks layer by layer: output shapes, multiply-accumulates, parameters.",
     "labels": "How good are a run's pseudo-labels? A summary, and the most doubtful images.",
+    "clean": "Which labels are probably wrong? Lists the suspects, and drops, down-weights or relabels them.",
+    "query": "What to label next? Writes the samples of which a run's student would learn most, for you to fill in.",
     "doctor": "Is this teacher any good on this data? Takes fit's arguments, and trains nothing.",
 }
 

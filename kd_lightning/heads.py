@@ -1,12 +1,16 @@
-"""The last layer of a network: found, and replaced for other classes."""
+"""The last layer of a network: found, replaced for other classes, and told from the layers below it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from kd_lightning.errors import InputError
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def find_head(network: nn.Module, head: str | None = None) -> str:
@@ -18,14 +22,35 @@ def find_head(network: nn.Module, head: str | None = None) -> str:
             network holds them.
 
     Raises:
-        InputError: If there is no such layer.
+        InputError: If there is no such layer; and unless it is named, if timm says that there are several heads, or if
+            the network's ``num_classes`` are not those of the layer found.
     """
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, _LAYERS)}
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in network.named_modules() if isinstance(layer, _LAYERS)
+    }
     if head is not None and head not in layers:
         raise InputError(f"head must name a linear or convolutional layer, such as {[*layers][-3:]}, got {head!r}")
+    if head is not None:
+        return head
+    kind = type(network).__name__
     if not layers:
-        raise InputError(f"{type(network).__name__} has no linear or convolutional layer to be its head")
-    return [*layers][-1] if head is None else head
+        raise InputError(f"{kind} has no linear or convolutional layer to be its head")
+    config = getattr(network, "pretrained_cfg", None)  # of timm's networks
+    heads = config.get("classifier") if isinstance(config, Mapping) else None
+    if isinstance(heads, tuple | list) and len(heads) > 1:
+        raise InputError(f"head must be named: {kind} has several, {', '.join(heads)}")
+    name = [*layers][-1]
+    gives = logits_from(layers[name])
+    classes = getattr(network, "num_classes", None)
+    if isinstance(classes, int) and classes != gives:
+        reason = f"{kind} is of {classes} classes, and its last layer, {name!r}, gives {gives} numbers"
+        raise InputError(f"head must be named: {reason}")
+    return name
+
+
+def logits_from(layer: nn.Module) -> int:
+    """How many numbers a linear or convolutional layer gives for an input, or for each place of it."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def replace_head(network: nn.Module, num_classes: int, head: str | None = None) -> nn.Module:
@@ -38,10 +63,10 @@ def replace_head(network: nn.Module, num_classes: int, head: str | None = None) 
         head: The layer's dotted name. None: the last linear or convolutional layer that the network holds.
 
     Returns:
-        The same network, its head initialised as torch does.
+        The same network, its head initialised as torch does; where it is the layer itself, a new one.
 
     Raises:
-        InputError: If there is no such layer, or no class.
+        InputError: If there is no such layer, it is not known which one it is (see :func:`find_head`), or no class.
 
     >>> replace_head(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10)), num_classes=3)[2]
     Linear(in_features=8, out_features=3, bias=True)
@@ -60,11 +85,52 @@ def replace_head(network: nn.Module, num_classes: int, head: str | None = None) 
             raise InputError(f"head: {name} is a convolution in groups, which gives no logits; name another layer")
         arguments = (old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, old.dilation)
         new = type(old)(*arguments, bias=bias)  # type: ignore[arg-type]
-    parent, _, key = name.rpartition(".")
-    if not key:
+    new.to(old.weight).train(old.training)
+    if not name:
         return new
-    setattr(network.get_submodule(parent), key, new.to(old.weight))
-    for attribute in ("num_classes", "out_features"):  # what torchvision's and timm's networks say of themselves
-        if isinstance(getattr(network, attribute, None), int):
-            setattr(network, attribute, num_classes)
+    *parents, key = name.split(".")
+    for depth in range(len(parents) + 1):  # torchvision's and timm's networks say of how many classes they are
+        holder = network.get_submodule(".".join(parents[:depth]))
+        if getattr(holder, "num_classes", None) == logits_from(old):
+            holder.num_classes = num_classes  # type: ignore[assignment]
+    setattr(holder, key, new)
     return network
+
+
+def layers_of(network: nn.Module, head: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each layer below the head, from the input on.
+
+    Layers are the network's parts in the order in which it holds them. Opened up are sequences, whose elements are
+    blocks; what contains the head; and what has more than half of the parameters but is no block, such as a backbone.
+    A normalisation belongs to the layer before it, and what is in no part, such as a class token, to the first. For
+    Vision Transformers and ResNets these are timm's layers.
+
+    >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    >>> [[p.numel() for p in layer] for layer in layers_of(network, network[3])]
+    [[36, 4, 4, 4], [144, 4]]
+    """
+    taken = {*head.parameters()}
+    most = sum(p.numel() for p in network.parameters() if p not in taken) / 2
+    layers: list[list[nn.Parameter]] = []
+    loose: list[nn.Parameter] = []  # of no part
+
+    def take(module: nn.Module, recurse: bool = True) -> list[nn.Parameter]:
+        found = [p for p in module.parameters(recurse) if p not in taken]
+        taken.update(found)
+        return found
+
+    def walk(module: nn.Module, of_blocks: bool = False) -> None:
+        loose.extend(take(module, recurse=False))
+        for child in module.children():
+            sequence, above = isinstance(child, nn.Sequential | nn.ModuleList), head in child.modules()
+            large = not of_blocks and sum(p.numel() for p in child.parameters() if p not in taken) > most
+            if child is not head and any(child.children()) and (sequence or above or large):
+                walk(child, of_blocks=sequence and not above)
+            elif isinstance(child, _NORMS) and layers:
+                layers[-1] += take(child)
+            elif parameters := take(child):
+                layers.append(parameters)
+
+    walk(network)
+    layers[:1] = [sum(layers[:1], loose)]
+    return [layer for layer in layers if layer]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.errors import InputError
-from kd_lightning.heads import find_head
-
-_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group; the last two are a scheduler's
+from kd_lightning.heads import find_head, layers_of, logits_from
 
 
 class LayerwiseFinetuning(Callback):
@@ -26,20 +26,23 @@ class LayerwiseFinetuning(Callback):
     its repository, and under DDP does not reduce the gradients of what it has thawed, issue 20340.) On one process
     frozen layers have no gradients, which saves their backward pass; under DDP these are thrown away before each step.
 
-    Layers are the network's parts in the order in which it holds them, with sequences opened up; a normalisation
-    belongs to the layer before it. Charts ``frozen``, 1 or 0.
+    :func:`~kd_lightning.heads.layers_of` tells what a layer is. Each has its rate during an optimiser's step alone;
+    schedulers, charts and checkpoints know the groups as they are without the callback, that is, the head's rate.
+    Charts ``frozen``, 1 or 0.
 
     Args:
-        frozen_epochs: Epochs in which only the head learns.
+        frozen_epochs: Epochs in which only the head learns, and what is not in the network.
         lr_decay: What the rate is multiplied by from each layer to the one below, in (0, 1]; the head has the
             optimiser's own.
         batch_norm: ``"thaw"``: while frozen, BatchNorm below the head keeps its statistics, later it updates them;
-            ``"freeze"``: it keeps its statistics always; ``"adapt"``: it updates them from the start.
+            ``"freeze"``: it keeps its statistics always; ``"adapt"``: it updates them from the start. Its weights are
+            those of the layer in any case.
         head: The head's dotted name in the network. None: its last linear or convolutional layer.
-        network: Where the module has the network.
+        network: Where the module has the network; dotted paths work.
 
     Raises:
-        InputError: For values out of range, a module without the network, and a network that is only a head.
+        InputError: For values out of range, a module without the network, a network that is only a head or gives
+            another number of logits than what was taken for its head, and for LBFGS with ``lr_decay`` below 1.
     """
 
     def __init__(
@@ -61,116 +64,125 @@ class LayerwiseFinetuning(Callback):
         self.batch_norm = batch_norm
         self.head = head
         self.network = network
-        self._depth: dict[int, int] = {}  # of each parameter below the head, by its id
-        self._below: list[nn.Parameter] = []
-        self._norms: list[nn.Module] = []
-        self._trainable: list[bool] = []
+        self._depth: dict[nn.Parameter, int] = {}  # of what is below the head, where it is 0
+        self._trainable: dict[nn.Parameter, bool] = {}  # as found
+        self._training: dict[nn.Module, bool] = {}  # the mode of each BatchNorm, as found
         self._frozen = False
+        self._hooks: dict[Any, list[RemovableHandle]] = {}
+        self._whole: dict[Optimizer, list[Any]] = {}  # within a step, its groups, each with a part of it
+        self._nested: Counter[Optimizer] = Counter()  # hooks run twice where a step calls the one of a parent class
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the layers."""
-        if stage != "fit":
-            return
-        network = getattr(pl_module, self.network, None)
-        if not isinstance(network, nn.Module):
-            raise InputError(f"LayerwiseFinetuning: {type(pl_module).__name__} has no network {self.network!r}")
-        head = network.get_submodule(find_head(network, self.head))
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; here, after ``configure_model`` and the exchange of BatchNorm for SyncBatchNorm."""
+        self._leave()
+        try:
+            network = pl_module.get_submodule(self.network)
+        except AttributeError as error:
+            name = type(pl_module).__name__
+            raise InputError(f"LayerwiseFinetuning: {name} has no network {self.network!r}") from error
+        name = find_head(network, self.head)
+        head = network.get_submodule(name)
         layers = layers_of(network, head)
         if not layers:
             raise InputError(f"LayerwiseFinetuning: {type(network).__name__} has nothing below its head")
-        self._depth = {id(p): depth for depth, layer in enumerate(reversed(layers), 1) for p in layer}
-        self._below = [p for layer in layers for p in layer]
-        self._trainable = [p.requires_grad for p in self._below]
-        self._norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m is not head]
-        self._frozen = False
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give each layer its rate; here, before a checkpoint's optimiser state comes in."""
-        for optimizer in trainer.optimizers:
-            origin = self._regroup(optimizer)
-            for config in trainer.lr_scheduler_configs:
-                if getattr(config.scheduler, "optimizer", None) is optimizer:
-                    self._rescale(config.scheduler, origin)
+        self._depth = {p: depth for depth, layer in enumerate(reversed(layers), 1) for p in layer}
+        self._trainable = {p: p.requires_grad for p in self._depth}
+        self._training = {m: m.training for m in network.modules() if isinstance(m, _BatchNorm)}
+        if self.head is None:
+            self._hooks[network] = [network.register_forward_hook(partial(_check, name, logits_from(head)))]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze or thaw; here, since a resumed run may get no other call before its first step."""
-        frozen = trainer.current_epoch < self.frozen_epochs
-        if frozen != self._frozen:
-            rank_zero_info(f"epoch {trainer.current_epoch}: the head alone learns" if frozen else "all layers learn")
-        if not self._reduces(trainer):
-            for parameter, trainable in zip(self._below, self._trainable, strict=True):
-                parameter.requires_grad_(trainable and not frozen)
-        self._frozen = frozen
-        for norm in self._norms:
-            norm.train(self.batch_norm == "adapt" or (self.batch_norm == "thaw" and not frozen))
+        epoch, before = trainer.current_epoch, self._frozen
+        self._frozen = epoch < self.frozen_epochs
+        if self._frozen != before:
+            rank_zero_info(f"epoch {epoch}: " + ("the head alone learns" if self._frozen else "all layers learn"))
+        if self._frozen and not isinstance(trainer.strategy, DDPStrategy):  # whose reducer waits for all gradients
+            for parameter in self._depth:
+                parameter.requires_grad_(False)
+        keeps = self.batch_norm == "freeze" or (self.batch_norm == "thaw" and self._frozen)
+        for norm, training in self._training.items():
+            if keeps:
+                norm.eval()
+            elif before and not self._frozen:
+                norm.train(training)
+        for optimizer in trainer.optimizers if self.lr_decay < 1.0 else ():  # new ones may come between epochs
+            for one in getattr(optimizer, "pair", (optimizer,)):  # those that PairedOptimizer steps
+                if one not in self._hooks:
+                    self._watch(one)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Without a gradient a parameter is left alone, by weight decay and momentum, too."""
-        if self._frozen and self._reduces(trainer):
-            for parameter in self._below:
+        """Without a gradient a parameter is left alone, by weight decay, momentum and the norm of all, too."""
+        if self._frozen:
+            for parameter in self._depth:
                 parameter.grad = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chart it."""
-        pl_module.log("frozen", float(trainer.current_epoch < self.frozen_epochs))
+        pl_module.log("frozen", float(trainer.current_epoch < self.frozen_epochs), sync_dist=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Thaw: who makes a new optimiser between epochs takes what requires a gradient."""
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the network as it was found."""
-        for parameter, trainable in zip(self._below, self._trainable, strict=True):
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same; before a checkpoint is made of what is left."""
+        self._leave()
+
+    def _leave(self) -> None:
+        for parameter, trainable in self._trainable.items():
             parameter.requires_grad_(trainable)
+        for norm, training in self._training.items():
+            norm.train(training)
+        for optimizer in [*self._whole]:
+            self._restore(optimizer)
+        for handle in [handle for handles in self._hooks.values() for handle in handles]:
+            handle.remove()
+        for kept in (self._depth, self._trainable, self._training, self._hooks, self._nested):
+            kept.clear()
+        self._frozen = False
 
-    @staticmethod
-    def _reduces(trainer: Trainer) -> bool:
-        """Whether somebody waits for the gradient of every parameter."""
-        return isinstance(trainer.strategy, DDPStrategy)
+    def _watch(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise InputError(f"LayerwiseFinetuning: LBFGS has one rate, lr_decay must be 1, got {self.lr_decay}")
+        before, after = optimizer.register_step_pre_hook(self._split), optimizer.register_step_post_hook(self._join)
+        self._hooks[optimizer] = [before, after]
 
-    def _regroup(self, optimizer: Optimizer) -> list[tuple[int, float]]:
-        """Split the optimiser's groups by depth; for each new one, the number of its old one, and its factor."""
-        groups, origin = [], []
-        for number, group in enumerate(optimizer.param_groups):
+    def _split(self, optimizer: Optimizer, *_: Any) -> None:
+        """For a step, give each layer a group with its rate."""
+        self._nested[optimizer] += 1
+        if self._nested[optimizer] > 1:
+            return
+        parts, whole = [], []
+        for group in optimizer.param_groups:
             by_depth: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                by_depth.setdefault(self._depth.get(id(parameter), 0), []).append(parameter)
+                by_depth.setdefault(self._depth.get(parameter, 0), []).append(parameter)
             for depth, parameters in sorted(by_depth.items()):
-                factor = self.lr_decay**depth
-                scaled = {key: group[key] * factor for key in _RATES if key in group}
-                groups.append(group | scaled | {"params": parameters})
-                origin.append((number, factor))
-        optimizer.param_groups[:] = groups
-        return origin
+                parts.append(group | {"params": parameters, "lr": group["lr"] * self.lr_decay**depth})
+            whole.append((group, parts[-1] if group["params"] else {}))
+        self._whole[optimizer] = whole
+        optimizer.param_groups[:] = parts  # in place, since a wrapper may share the list
 
-    def _rescale(self, scheduler: Any, origin: list[tuple[int, float]]) -> None:
-        """Tell a scheduler, and those in it, of the new groups."""
-        for inner in getattr(scheduler, "_schedulers", ()):
-            self._rescale(inner, origin)
-        for name, scales in {
-            "base_lrs": True,
-            "_last_lr": True,
-            "min_lrs": True,
-            "max_lrs": True,
-            "lr_lambdas": False,
-        }.items():
-            if isinstance(values := getattr(scheduler, name, None), list) and values:
-                new = [values[number] * factor if scales else values[number] for number, factor in origin]
-                setattr(scheduler, name, new)
+    def _join(self, optimizer: Optimizer, *_: Any) -> None:
+        self._nested[optimizer] -= 1
+        if not self._nested[optimizer]:
+            self._restore(optimizer)
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        """Give back the groups, with what the optimiser has noted in them, such as a count of steps."""
+        for group, part in self._whole[optimizer]:
+            group.update({name: value for name, value in part.items() if name not in ("params", "lr")})
+        optimizer.param_groups[:] = [group for group, _ in self._whole.pop(optimizer)]
 
 
-def layers_of(network: nn.Module, head: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of each layer but the head, from the input on; see :class:`LayerwiseFinetuning`."""
-    skipped = {id(parameter) for parameter in head.parameters()}
-    layers: list[list[nn.Parameter]] = []
-
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            parameters = [p for p in child.parameters() if id(p) not in skipped]
-            if isinstance(child, nn.Sequential | nn.ModuleList) or (child is not head and head in child.modules()):
-                walk(child)
-            elif isinstance(child, _NORMS) and layers:
-                layers[-1] += parameters
-            elif parameters:
-                layers.append(parameters)
-            skipped.update(id(p) for p in parameters)
-
-    walk(network)
-    own = [p for p in network.parameters() if id(p) not in skipped]  # such as a class token
-    return [own, *layers] if own else layers
+def _check(name: str, gives: int, network: nn.Module, inputs: Any, output: Any) -> None:
+    """Complain where what gives the logits cannot be the layer of that name."""
+    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] != gives:
+        reason = f"the network gives {output.shape[1]} logits, and its last layer, {name!r}, {gives} numbers"
+        raise InputError(f"LayerwiseFinetuning: head must be named: {reason}")

@@ -34,7 +34,7 @@ def main(args: list[str]) -> None:
     options, overrides = parser.parse_known_args(args)
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    config = _parse(["--config", options.config, *overrides])
+    config = parse(["--config", options.config, *overrides], "experiment")
     machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
     processes = Trainer(**machine, logger=False).world_size
     if processes > 1:
@@ -107,11 +107,12 @@ class _ParsedCLI(DistillCLI):
         """Leave it at the config."""
 
 
-def _parse(args: list[str]) -> Config:
+def parse(args: list[str], command: str) -> Config:
+    """The config that ``fit`` would run with these arguments; InputError, naming the command, if it has no data."""
     cli = _ParsedCLI(args, run=False)
     config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_validation=True))
     if not config.get("data"):
-        raise InputError("experiment needs data in the config: a SemiSupervisedDataModule")
+        raise InputError(f"{command} needs data in the config: a SemiSupervisedDataModule")
     return config
 
 

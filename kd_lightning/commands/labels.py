@@ -6,14 +6,13 @@ import argparse
 import csv
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -22,15 +21,13 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_lightning.cli import DistillCLI, build
-from kd_lightning.config_files import find_class, walk
+from kd_lightning.cli import build
+from kd_lightning.commands.folds import Config, deal, fit_folds, known_labels, one_process, weight_files
 from kd_lightning.contact_sheet import contact_sheet
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels import COLUMNS, FOLDER
-from kd_lightning.teachers import load_weights
 
-Config = dict[str, Any]
 _SHOWN = 30  # classes that a table lists in full
 _TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # of the ledger's columns
 
@@ -179,7 +176,9 @@ def rebuild(run: Path) -> Any:
     """The run's datamodule, with the run's own split; InputError if its data is not there any more."""
     data: Any = read_config(run)["data"]
     if (run / "split.json").is_file():
-        data["init_args"] = {**(data.get("init_args") or {}), "labeled": str(run / "split.json")}
+        arguments = data["init_args"] = {**(data.get("init_args") or {}), "labeled": str(run / "split.json")}
+        if "labels" in arguments:
+            arguments["labels"] = None  # the split has its answers; the file may have changed since
     try:
         data = build(LightningDataModule, data)
         data.prepare_data()
@@ -187,16 +186,6 @@ def rebuild(run: Path) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"the data of {run} cannot be rebuilt: {' '.join(str(error).split())}") from error
     return data
-
-
-def known_labels(data: Any) -> dict[int, str] | None:
-    """The class of each labeled sample as the ledger writes it; None where samples have no single class."""
-    labels = data.visible_labels() if hasattr(data, "visible_labels") else torch.zeros(0, 0)
-    if labels.ndim > 1 or labels.is_floating_point():
-        return None
-    names = getattr(data, "class_names", None) or []
-    known = {index: int(labels[index]) for index in (labels >= 0).nonzero().flatten().tolist()}
-    return {index: str(names[label]) if label < len(names) else str(label) for index, label in known.items()}
 
 
 def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
@@ -284,20 +273,13 @@ def cross_fit(run: Path, folds: int) -> list[Estimate]:
     config, data = read_config(run), rebuild(run)
     if not isinstance(data, SemiSupervisedDataModule) or not (run / "split.json").is_file():
         raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, {run} is none")
-    machine: Any = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
-    if (processes := Trainer(**machine, logger=False).world_size) > 1:
-        raise InputError(f"--cross-fit runs on one process, got {processes}; set trainer.devices: 1 in RUN/config.yaml")
+    one_process(config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
     truth, split = known_labels(data), data.split
     if truth is None or split is None:
         raise InputError(f"--cross-fit needs samples of one class each, those of {run} have several labels or floats")
-    held_out = deal(truth, folds, split.seed)
-    runs = []
-    for number, fold in enumerate(held_out):
-        path = (run / FOLDER / "cross_fit" / f"{folds}_folds" / f"split_{number}.json").resolve()
-        labeled = sorted({*split.labeled} - {*fold})
-        replace(split, labeled=labeled, held_out=sorted({*split.held_out, *fold})).save(path)
-        print(f"[{number + 1}/{folds}] {config['name']}_fold_{number}")
-        runs.append([read_round(file) for file in ledger(_fit(config_of_fold(config, path, number))).values()])
+    held_out = deal(truth, folds, split.seed, "--cross-fit")
+    fits = fit_folds(config, split, held_out, run / FOLDER / "cross_fit" / f"{folds}_folds")
+    runs = [[read_round(file) for file in ledger(fold).values()] for fold in fits]
     estimates = aggregate(runs, held_out, truth)
     _write(estimates, run)
     view = _table("Cross-fitted precision", "round", "epoch", "held-out", "accepted", "right of accepted %", "of all %")
@@ -308,48 +290,6 @@ def cross_fit(run: Path, folds: int) -> list[Estimate]:
     _print(view)
     print(explain(config, folds))
     return estimates
-
-
-def deal(truth: dict[int, str], folds: int, seed: int) -> list[list[int]]:
-    """Deal labeled samples into folds, class by class: each keeps a label outside each fold, else InputError.
-
-    >>> [len(fold) for fold in deal({3: "cat", 5: "cat", 6: "cat", 8: "dog", 9: "dog"}, 2, seed=0)]
-    [3, 2]
-    """
-    if not 2 <= folds <= len(truth):
-        raise InputError(f"--cross-fit must lie in 2 ... {len(truth)}, the number of labels, got {folds}")
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, name in sorted(truth.items()):
-        members[name].append(index)
-    if single := sorted(name for name, found in members.items() if len(found) == 1):
-        raise InputError(f"--cross-fit needs 2 labels of each class, so that one stays; only 1 of {', '.join(single)}")
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [torch.tensor(found)[torch.randperm(len(found), generator=generator)] for found in members.values()]
-    order = torch.cat(shuffled).tolist()  # one row for all classes, so that folds are of one size
-    return [sorted(order[number::folds]) for number in range(folds)]
-
-
-def config_of_fold(config: Config, split: Path, number: int) -> Config:
-    """The run's config with the split of a fold, in a folder beside it, whatever folders the run's config names."""
-    config = deepcopy(config) | {"name": f"{config['name']}_fold_{number}", "ckpt_path": None}
-    config["data"]["init_args"] = {**(config["data"].get("init_args") or {}), "labeled": str(split)}
-    config["trainer"] |= {"default_root_dir": str(split.parent), "logger": True, "enable_model_summary": False}
-    config["checkpoint"]["dirpath"] = None
-    return config
-
-
-def _fit(config: Config) -> Path:
-    """The folder of a finished run of exactly this config; it is run if there is none."""
-    root, text = Path(config["trainer"]["default_root_dir"]), yaml.safe_dump(config)
-    found: list[Path] = sorted((root / config["name"]).glob("version_*/fold.yaml"))
-    if done := next((path.parent for path in found if path.read_text(encoding="utf-8") == text), None):
-        print(f"is done: {done}")
-        return done
-    path = root / f"{config['name']}.yaml"
-    path.write_text(text, encoding="utf-8")
-    folder = Path(DistillCLI(["fit", "--config", str(path)]).trainer.log_dir or root)
-    path.replace(folder / "fold.yaml")  # says that the run came to its end
-    return folder
 
 
 def aggregate(runs: Sequence[Sequence[Round]], held_out: list[list[int]], truth: dict[int, str]) -> list[Estimate]:
@@ -393,8 +333,6 @@ def explain(config: Config, folds: int) -> str:
     note += f"could not see. This is the same method with {folds - 1}/{folds} of the labels, so rather too low for all "
     note += "of them; and it holds for the pool as far as labeled samples are drawn like it. Rounds that not all folds "
     note += "reached are left out."
-    found = [(key, value, find_class(owner) is load_weights) for _, key, value, owner in walk(config["model"])]
-    loaded = [file for key, file, weights in found if key == "initial_weights" or (key == "path" and weights)]
-    if files := ", ".join(dict.fromkeys(str(file) for file in loaded if file)):
+    if files := ", ".join(weight_files(config)):
         note += f" All folds read {files}: if these weights have seen the labels, the shares may be too high."
     return note

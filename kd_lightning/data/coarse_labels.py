@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.coarse import members_of
 
 
 class CoarseLabels:
     """Superclasses, and how many of the samples without a label get theirs for one.
 
     Args:
-        groups: The classes of each superclass, by index or name; each class is in one.
+        groups: The classes of each superclass, by name or, as plain numbers, by index; each class is in one.
         fraction: Share of the training images outside ``labeled`` whose superclass is known, in [0, 1]; drawn by the
             datamodule's seed. 0 where only a label file has coarse labels.
 
     Raises:
-        InputError: For a fraction out of range; and when the classes are known, if one is in no superclass or in two.
+        InputError: For a fraction out of range; and when the classes are known, if one is in no superclass or in two,
+            or a superclass names none.
     """
 
-    def __init__(self, groups: dict[str, list[int | str]], fraction: float = 1.0) -> None:
+    def __init__(self, groups: dict[str, list[str | int]], fraction: float = 1.0) -> None:
         if not 0.0 <= fraction <= 1.0:
             raise InputError(f"coarse: fraction must lie in [0, 1], got {fraction}")
         self.groups = groups
@@ -33,21 +33,27 @@ class CoarseLabels:
     def members(self, classes: int, class_names: Sequence[str] | None) -> Tensor:
         """Which classes each superclass holds, (G, C) booleans."""
         names = list(class_names or map(str, range(classes)))
-        groups = []
-        for group, entries in self.groups.items():
-            if unknown := [e for e in entries if isinstance(e, str) and e not in names]:
-                raise InputError(f"coarse: {group!r} holds {unknown[0]!r}, which is no class; there are {names[:20]}")
-            groups.append([names.index(e) if isinstance(e, str) else e for e in entries])
-        try:
-            return members_of(groups, classes)
-        except InputError as error:
-            left_out = [name for number, name in enumerate(names) if not any(number in group for group in groups)]
-            named = f" (class {left_out[0]!r})" if left_out else ""
-            raise InputError(f"coarse: {error}{named}") from error
+        members = torch.zeros(len(self.groups), classes, dtype=torch.bool)
+        for row, (group, entries) in zip(members, self.groups.items(), strict=True):
+            if not entries:
+                raise InputError(f"coarse: {group!r} holds no class")
+            for entry in entries:
+                number = names.index(entry) if entry in names else entry
+                if not isinstance(number, int) or not 0 <= number < classes:
+                    raise InputError(f"coarse: {group!r} holds {entry!r}, which is no class; there are {names[:20]}")
+                if members[:, number].any():
+                    raise InputError(f"coarse: class {names[number]!r} is in two superclasses, or twice in {group!r}")
+                row[number] = True
+        if left_out := (~members.any(dim=0)).nonzero().flatten().tolist():
+            raise InputError(f"coarse: class {names[left_out[0]]!r} is in no superclass")
+        return members
 
-    def choose(self, candidates: Sequence[int], seed: int) -> Tensor:
-        """Which of some indices get a coarse label, in ascending order."""
+    def choose(self, candidates: Sequence[int], size: int, seed: int) -> Tensor:
+        """Which of some indices below ``size`` get a coarse label, in ascending order.
+
+        Each index has its place in the queue by the seed alone, so that it keeps its label when others get better ones.
+        """
         index = torch.tensor([*candidates], dtype=torch.long)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(index), generator=generator)[: round(self.fraction * len(index))]
-        return index[chosen].sort().values
+        # the second row, since label noise is drawn from the first
+        queue = torch.rand(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[1]
+        return index[queue[index].argsort()][: round(self.fraction * len(index))].sort().values

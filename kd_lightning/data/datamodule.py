@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         label_noise: How the labels that training sees go wrong, for experiments: :class:`SymmetricNoise`,
             :class:`PairNoise` or :class:`TransitionNoise`. Their kind is noisy, also where they happen to be right.
         coarse: Superclasses, which are the labels of (a part of) the training images outside ``labeled``.
-        labels: A CSV or Parquet file of labels that replace or add to those of the source, see
-            :func:`~kd_lightning.data.label_file.read_answers`. They are kept in ``split.json``, from which a later
-            run goes on: ``labeled: RUN/split.json`` with a further file.
+        labels: A CSV or Parquet file of labels that replace or add to those of the source, for training images and
+            those of its unlabeled part, see :func:`~kd_lightning.data.label_file.read_answers`. They are kept in
+            ``split.json``, from which a later run goes on: ``labeled: RUN/split.json`` with a further file.
 
     Raises:
         InputError: For values out of range, and for a source without the part that is asked for.
@@ -125,7 +126,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the source, split it, and check that every process has the same split."""
-        if self._parts is None:
+        if self._labels is None:
             self._parts = parts = self.source.load()
             self.class_names = parts.class_names
             _check_filled(parts, type(self.source).__name__)
@@ -136,6 +137,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 self.split = make_split(targets, self.labeled, self.val, self.seed, self.class_names)
             if self.labels is not None:
                 self.split = self.split.with_answers(self._answers(Path(self.labels)))
+            self._check_answers()
             self._labels = self._see()  # complains of a missing part before anything starts
             if not len(self._trained()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, labels, or unlabeled")
@@ -153,22 +155,29 @@ class SemiSupervisedDataModule(LightningDataModule):
             self.split.save(Path(folder) / "split.json")
 
     def state_dict(self) -> dict[str, Any]:
-        """Which split and which pool it was, for the checkpoint."""
-        return {} if self.split is None else {"split": self.split.hash, "pool": self._pool_hash()}
+        """Which split, pool and labels it was, for the checkpoint."""
+        if self.split is None or self._labels is None:
+            return {}
+        return {"split": self.split.hash, "pool": self._pool_hash(), "labels": self._labels.hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume on another split, or with other images in the pool."""
+        """Refuse to resume on another split, with other images in the pool, or with other labels."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or self.split is None:
             return
         if state_dict.get("split", self.split.hash) != self.split.hash:
             raise InputError(
-                "the checkpoint was trained on another split; resume with the same source, labeled, val and seed, or "
-                "with labeled: the split.json of its run"
+                "the checkpoint was trained on another split; resume with the same source, labeled, labels, val and "
+                "seed, or with labeled: the split.json of its run and no labels, since the answers are in there"
             )
         if state_dict.get("pool", self._pool_hash()) != self._pool_hash():
             raise InputError(
                 "the unlabeled pool has changed since the checkpoint (its hash differs), so that pseudo-labels would "
                 "stand for other images; resume with the images of that run, or start anew"
+            )
+        if self._labels is not None and state_dict.get("labels", self._labels.hash) != self._labels.hash:
+            raise InputError(
+                "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise "
+                "and coarse, or start anew"
             )
 
     def _pool_hash(self) -> str:
@@ -224,13 +233,15 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Indices of the unlabeled images to train on."""
         parts, split = self._ready()
         start = len(parts.train.images)
-        extra = {*range(start, start + sum(map(len, self._extra())))} - {*split.labeled}
-        return sorted({*(split.unlabeled if self.unlabeled == "rest" else extra), *split.held_out})
+        pool = range(start, start + sum(map(len, self._extra())))
+        if self.unlabeled == "rest":
+            return sorted({*(index for index in split.unlabeled if index < start), *split.held_out})
+        return sorted({*pool} - {*split.labeled} | {*split.held_out})
 
     def pool_dataloader(self) -> ViewLoader:
         """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
         _, split = self._ready()
-        indices = torch.tensor(split.labeled + self.unlabeled_indices())
+        indices = torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
         return self._eval_loader(self._images(), indices, self._see())
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
@@ -257,8 +268,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         return path_of(self._images(), index)
 
     def _images(self) -> list[Any]:
+        """All images by index: the training part, then the pool's, else those that may have answers."""
         parts, _ = self._ready()
-        return [parts.train.images, *self._extra()]
+        return [parts.train.images, *(self._extra() or ([] if parts.unlabeled is None else [parts.unlabeled]))]
 
     def _ready(self) -> tuple[Parts, Split]:
         if self._parts is None or self.split is None:
@@ -268,7 +280,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         return self._parts, self.split
 
     def _extra(self) -> list[Any]:
-        """The images that come after the training part in the order of indices."""
+        """The images of a pool that lies outside the training part."""
         assert self._parts is not None
         if self.unlabeled == "source":
             if self._parts.unlabeled is None:
@@ -296,15 +308,29 @@ class SemiSupervisedDataModule(LightningDataModule):
         return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
 
     def _answers(self, path: Path) -> list[Answer]:
-        parts, _ = self._ready()
-        images = self._images()
+        parts, split = self._ready()
         return read_answers(
             path,
-            size=sum(map(len, images)),
-            path_of=lambda index: path_of(images, index),
+            self._images()[:1] if self.unlabeled == "test" else self._images(),  # test images get no answer
             class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
             group_names=[] if self.coarse is None else self.coarse.names,
+            kept=split.val,
         )
+
+    def _check_answers(self) -> None:
+        """Refuse answers for images of an unlabeled part that is not there, or is another."""
+        parts, split = self._ready()
+        size = len(parts.train.images)
+        beyond = [answer[0] for answer in split.answers if answer[0] >= size]
+        if not beyond:
+            return
+        what = f"labeled: there are answers for images of the source's unlabeled part (sample {beyond[0]})"
+        if parts.unlabeled is None or self.unlabeled == "test":
+            raise InputError(f"{what}, which {'is gone' if parts.unlabeled is None else 'unlabeled: test leaves out'}")
+        digest = identity(parts.unlabeled)
+        if split.pool not in ("", digest) or max(beyond) >= size + len(parts.unlabeled):
+            raise InputError(f"{what}, which has changed since (its hash differs)")
+        self.split = replace(split, pool=digest)
 
     def _eval_loader(self, images: list[Any], indices: Tensor, labels: Labels) -> ViewLoader:
         world, rank = self._processes()

@@ -5,158 +5,211 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_lightning.batch import Kind
+from kd_lightning.data.sources import Images, path_of
 from kd_lightning.errors import InputError
 
 KINDS = {"clean": Kind.CLEAN, "noisy": Kind.NOISY, "coarse": Kind.COARSE, "missing": Kind.MISSING}
+_COLUMNS = ("index", "path", "label", "kind", "weight")
 
 
 class Answer(NamedTuple):
-    """What a file says of one sample: a class, or a superclass where the kind is coarse; and a weight of its loss."""
+    """What a file says of one sample: a class by number, or a superclass by name; and a weight of its loss."""
 
     sample: int
-    label: int
+    label: int | str
     kind: str
     weight: float
 
 
 def read_answers(
     path: Path,
+    images: Sequence[Images],
     *,
-    size: int,
-    path_of: Callable[[int], str | None],
     class_names: Sequence[str],
-    group_names: Sequence[str],
+    group_names: Sequence[str] = (),
+    kept: Collection[int] = (),
 ) -> list[Answer]:
     """Read a file with the columns ``index`` or ``path``, ``label``, and maybe ``kind`` and ``weight``.
 
     ``index`` counts the training images, then those of the unlabeled part. A ``path`` may be absolute, or count from
-    the file's folder, or from the folder that has all images. ``label`` is a class by name or number; of kind
+    the file's folder, the current one, or the folder that has all images or those of a part; beside an index it is
+    only compared. ``label`` is a class by name, or by number where no class has a number for a name; of kind
     ``coarse``, a superclass; of kind ``missing``, anything. ``kind`` is one of clean (the default), noisy, coarse and
     missing; ``weight``, at least 0, multiplies the sample's hard loss. Other columns are not read, and rows with
     neither label nor kind are those that nobody has answered yet.
 
     Args:
         path: Of the file; ``.parquet`` needs the extra ``weak``.
-        size: Number of images.
-        path_of: The path of an image by index, where it has one.
+        images: The training part, and the unlabeled one.
         class_names: By class index.
         group_names: Of the superclasses.
+        kept: Samples that are kept for validation, and get no answer.
 
     Raises:
-        InputError: For a file that is none, and for an unknown class, kind, image or index, an image that comes twice,
-            and a weight out of range; the message names the line.
+        InputError: For a file that is none, and for an unknown class, kind, image or index, an image that comes twice
+            or is for validation, and a weight out of range; the message names the line.
     """
     found: dict[int, Answer] = {}
+    classes, groups, kept = _numbers(class_names), _numbers(group_names), frozenset(kept)
     by_path: dict[str, int] = {}
-    for line, row in _rows(path):
-        label, kind = row.get("label", ""), row.get("kind", "")
-        if not label and not kind:
+    folders = [str(Path.cwd()), os.path.abspath(path.parent)]  # noqa: PTH100  (resolve() would follow links)
+    for place, row in _rows(path):
+        if not row.get("label") and not row.get("kind"):
             continue
-        kind = kind or "clean"
-
-        def wrong(text: str, line: int = line) -> InputError:
-            return InputError(f"labels: {path}, line {line}: {text}")
-
-        if kind not in KINDS:
-            raise wrong(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        if row.get("index"):
-            try:
-                index = int(float(row["index"]))
-            except ValueError as error:
-                raise wrong(f"index must be a number, got {row['index']!r}") from error
-            if not 0 <= index < size:
-                raise wrong(f"there is no sample {index}; the data have 0 ... {size - 1}")
-        else:
-            by_path = by_path or dict(_paths(size, path_of))
-            index = _look_up(row.get("path", ""), by_path, path.parent)
-            if index < 0:
-                raise wrong(f"the data have no image {row.get('path')!r}")
-        if index in found:
-            raise wrong(f"sample {row.get('path') or index} comes twice")
-        number = -1
-        if kind != "missing":
-            names = group_names if kind == "coarse" else class_names
-            number = _class_number(label, names)
-            if number < 0:
-                what = "superclass" if kind == "coarse" else "class"
-                known = ", ".join(names[:20]) or "none: data.coarse names them"
-                raise wrong(f"{label!r} is no {what}; there are {known}")
         try:
-            weight = float(row.get("weight") or 1.0)
-        except ValueError:
-            weight = math.nan
-        if not 0 <= weight < math.inf:
-            raise wrong(f"weight must be a number of at least 0, got {row['weight']!r}")
-        found[index] = Answer(index, number, kind, weight)
+            if row.get("index"):
+                sample = _check_index(row["index"], row.get("path"), images)
+            else:
+                by_path = by_path or _by_path(images)
+                sample = _look_up(row.get("path", ""), by_path, folders)
+            if sample in found:
+                raise InputError(f"sample {row.get('path') or sample} comes twice")
+            if sample in kept:
+                raise InputError(f"sample {sample} is kept for validation, and cannot be trained on")
+            kind, label = row.get("kind") or "clean", row.get("label", "")
+            if kind not in KINDS:
+                raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+            number: int | str = -1
+            if kind == "coarse":
+                number = group_names[_number(label, groups, "superclass")]
+            elif kind != "missing":
+                number = _number(label, classes, "class")
+            found[sample] = Answer(sample, number, kind, _weight(row.get("weight") or "1"))
+        except InputError as error:
+            raise InputError(f"labels: {path}, {place}: {error}") from error
     if not found:
         raise InputError(f"labels: {path} has no row with a label or a kind")
-    return [found[index] for index in sorted(found)]
+    return [found[sample] for sample in sorted(found)]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row and its line in the file."""
+# Rows.
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row, and where in the file it is."""
     if not path.is_file():
         raise InputError(f"labels: there is no file {path}")
-    if path.suffix == ".parquet":
-        table = _parquet(path)
-        columns, rows = [*table], [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    if path.suffix.lower() == ".parquet":
+        columns, rows = _parquet(path)
     else:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
-                rows, columns = list(reader), [*(reader.fieldnames or ())]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"labels: {path} is no CSV file: {error}") from error
+                columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+                rows = [(f"line {reader.line_num}", row) for row in reader]
+        except (OSError, csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"labels: {path} cannot be read as CSV: {error}") from error
     if not {"index", "path"}.intersection(columns) or not {"label", "kind"}.intersection(columns):
-        raise InputError(f"labels: {path} must have the columns index or path, and label, got {', '.join(columns)}")
-    for number, row in enumerate(rows, 2):
-        yield number, {name: _text(value) for name, value in row.items() if name is not None}
+        got = ", ".join(columns) or "none"
+        raise InputError(f"labels: {path} must have the columns index or path, and label or kind, got {got}")
+    for place, row in rows:
+        yield place, {name: _text(row[name]) for name in _COLUMNS if name in row}
 
 
-def _text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-
-
-def _parquet(path: Path) -> dict[str, list[Any]]:
+def _parquet(path: Path) -> tuple[Sequence[str], list[tuple[str, dict[str, Any]]]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"labels: {path} needs pyarrow: pip install 'kd-lightning[weak]'") from error
     try:
-        table: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            rows = file.read(columns=[name for name in columns if name in _COLUMNS]).to_pylist()
     except (OSError, ValueError) as error:
-        raise InputError(f"labels: {path} is no Parquet file: {' '.join(str(error).split())}") from error
-    return table
+        raise InputError(f"labels: {path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+    return columns, [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _class_number(label: str, names: Sequence[str]) -> int:
-    """By name; by number where no class is called that; -1 for neither."""
-    if label in names:
-        return names.index(label)
-    return int(label) if label.isdecimal() and int(label) < len(names) else -1
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value).strip()
 
 
-def _paths(size: int, path_of: Callable[[int], str | None]) -> Iterator[tuple[str, int]]:
-    """What an image may be called: its path, and the path from the folder that has all images."""
-    paths = {index: path for index in range(size) if (path := path_of(index)) is not None}
-    root = os.path.commonpath([Path(path).parent for path in paths.values()]) if paths else ""
-    for index, path in paths.items():
-        yield str(Path(path).relative_to(root)), index
-    for index, path in paths.items():
-        yield os.path.abspath(path), index  # noqa: PTH100  (resolve() would follow links)
+# Cells.
 
 
-def _look_up(name: str, by_path: dict[str, int], folder: Path) -> int:
+def _whole(text: str) -> int | None:
+    """A whole number, also written as 3.0, as tables do when a column has gaps; None for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return int(value) if value.is_integer() else None
+
+
+def _numbers(names: Sequence[str]) -> dict[str, int]:
+    """What a class may be called: its name, unless others have it, too; its number, unless some names are numbers."""
+    counts = Counter(names)
+    numbers = {} if any(map(str.isdecimal, names)) else {str(number): number for number in range(len(names))}
+    return {name: number for number, name in enumerate(names) if counts[name] == 1} | numbers
+
+
+def _number(label: str, numbers: dict[str, int], what: str) -> int:
+    number = numbers.get(label, numbers.get(str(_whole(label))))
+    if number is None:
+        known = ", ".join([*numbers][:20]) or "none: data.coarse names them"
+        raise InputError(f"{label!r} is no {what}; there are {known}")
+    return number
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise InputError(f"weight must be a number of at least 0, got {text!r}")
+    return weight
+
+
+def _check_index(text: str, name: str | None, images: Sequence[Images]) -> int:
+    """The sample of an index, which must be the image of that name, where one is given and images have names."""
+    index, size = _whole(text), sum(map(len, images))
+    if index is None:
+        raise InputError(f"index must be a whole number, got {text!r}")
+    if not 0 <= index < size:
+        raise InputError(f"there is no sample {index}; the data have 0 ... {size - 1}")
+    known = path_of(images, index)
+    if name and known and Path(name).name != Path(known).name:  # whoever moves a data set keeps the files' names
+        raise InputError(f"sample {index} is {known}, not {name}")
+    return index
+
+
+# Paths.
+
+
+def _by_path(images: Sequence[Images]) -> dict[str, int]:
+    """The sample of all that an image may be called, -1 where that is several.
+
+    It may be called by its path, or by the path from the folder that has its part, or all.
+    """
+    size = sum(map(len, images))
+    known = [(n, os.path.abspath(path)) for n in range(size) if (path := path_of(images, n))]  # noqa: PTH100
+    found: dict[str, int] = {}
+    for first, end in dict.fromkeys([(0, size), *pairwise(accumulate(map(len, images), initial=0))]):
+        part = [(number, path) for number, path in known if first <= number < end]
+        folder = os.path.commonpath([os.path.dirname(path) for _, path in part]) if part else ""  # noqa: PTH120
+        for number, path in part:
+            for name in (path, path.removeprefix(folder).lstrip(os.sep)):
+                found[name] = number if found.get(name, number) == number else -1
+    return found
+
+
+def _look_up(name: str, by_path: dict[str, int], folders: Sequence[str]) -> int:
     if not name:
-        return -1
-    for key in (os.path.abspath(name), os.path.abspath(folder / name), os.path.normpath(name)):  # noqa: PTH100
-        if key in by_path:
-            return by_path[key]
-    return -1
+        raise InputError("there is neither an index nor a path")
+    if not by_path:
+        raise InputError(f"these images have no paths; name {name!r} by its index")
+    keys = (os.path.normpath(os.path.join(start, name)) for start in ("", *folders))  # noqa: PTH118  (this is quick)
+    found = {by_path[key] for key in keys if key in by_path}
+    if not found:
+        raise InputError(f"the data have no image {name!r}")
+    if len(found) > 1 or -1 in found:
+        raise InputError(f"{name!r} may be several images; write its whole path")
+    return found.pop()

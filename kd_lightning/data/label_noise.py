@@ -20,10 +20,14 @@ class LabelNoise(ABC):
 
     def draw(self, truth: Tensor, classes: int, seed: int) -> Tensor:
         """Labels (N,) for true classes (N,); a sample's draw follows from the seed and its place alone."""
-        generator = torch.Generator().manual_seed(seed)
-        chance = torch.rand(len(truth), 1, generator=generator, dtype=torch.float64)
-        below = self.matrix(classes).cumsum(dim=1)[truth]
-        return (chance >= below).sum(dim=1).clamp_max(classes - 1)
+        chance = torch.rand(len(truth), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        labels, by_class = truth.clone(), truth.argsort(stable=True)
+        ends = torch.searchsorted(truth[by_class], torch.arange(classes + 1)).tolist()
+        for below, first, end in zip(self.matrix(classes).cumsum(dim=1), ends[:-1], ends[1:], strict=True):
+            rows = by_class[first:end]
+            # times the sum, which may be a little off 1
+            labels[rows] = torch.searchsorted(below, chance[rows] * below[-1], right=True).clamp_max(classes - 1)
+        return labels
 
 
 class SymmetricNoise(LabelNoise):

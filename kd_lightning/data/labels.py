@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,18 @@ class Labels:
         self.members = members
         self._soft: Tensor | None = None
         self._place = torch.empty(0, dtype=torch.long)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what noise, coarse labels and answers made of the labels; empty where the split tells all."""
+        if self._first_kind is None:
+            return ""
+        rows = (self._first_kind != Kind.MISSING).nonzero().flatten()
+        digest = hashlib.sha256(rows.numpy().tobytes())
+        for part in (self.visible, self._first_kind, self.weight, self.group):
+            digest.update(b"none" if part is None else part[rows].numpy().tobytes())
+        digest.update(b"none" if self.members is None else self.members.numpy().tobytes())
+        return digest.hexdigest()
 
     def set(self, labels: PseudoLabels) -> None:
         """Fill in the accepted ones, in place of all that were set before.
@@ -123,7 +136,8 @@ def see(
         class_names: For messages, and to know how many classes there are.
 
     Raises:
-        InputError: For noise, coarse labels or answers where a sample has many labels.
+        InputError: For noise, coarse labels or answers where a sample has many labels, and for answers with a
+            superclass that ``coarse`` does not name.
     """
     y = hide(truth, split.labeled, size)
     if noise is None and coarse is None and not split.answers:
@@ -139,19 +153,22 @@ def see(
     group = members = weight = None
     if coarse is not None:
         members = coarse.members(classes, class_names)
-        chosen = coarse.choose([index for index in split.unlabeled if index < len(truth)], split.seed)
+        chosen = coarse.choose([index for index in split.unlabeled if index < len(truth)], len(truth), split.seed)
         group = torch.zeros(size, dtype=torch.long)
         group[chosen] = members.int().argmax(dim=0)[truth[chosen]]
         kind[chosen] = Kind.COARSE
     hidden = {*split.held_out}
-    answers = [answer for answer in split.answers if answer[0] not in hidden]
-    for index, label, name, _ in answers:
-        kind[index] = KINDS[name]
-        y[index] = label if name in ("clean", "noisy") else MISSING
-        if name == "coarse":
-            assert group is not None  # the file could not be read otherwise
-            group[index] = label
-    if any(share != 1.0 for *_, share in answers):
-        weight = torch.ones(size)
-        weight[[index for index, *_ in answers]] = torch.tensor([share for *_, share in answers])
+    if answers := [answer for answer in split.answers if answer[0] not in hidden]:
+        index, said, kinds, shares = (list(column) for column in zip(*answers, strict=True))
+        kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
+        fine = [name in ("clean", "noisy") for name in kinds]
+        y[index] = torch.tensor([label if known else MISSING for label, known in zip(said, fine, strict=True)])
+        for number, label, name in zip(index, said, kinds, strict=True):
+            if name == "coarse":
+                if group is None or coarse is None or label not in coarse.names:
+                    raise InputError(f"coarse must name the superclasses of the labels, and does not name {label!r}")
+                group[number] = coarse.names.index(label)
+        if any(share != 1.0 for share in shares):
+            weight = torch.ones(size)
+            weight[index] = torch.tensor(shares, dtype=torch.float32)
     return Labels(y, kind, weight, group, members)

@@ -26,7 +26,9 @@ class Split:
         seed: What drew it.
         data: Hash of the source's labels: which data it belongs to.
         held_out: Samples whose label is hidden though it is known; they join the pool wherever that comes from.
-        answers: What label files said, ``[index, label, kind, weight]`` each; the last word on these samples.
+        answers: What label files said, ``[index, label, kind, weight]`` each (the label of kind coarse by name); the
+            last word on these samples.
+        pool: Hash of the source's unlabeled part, if there are answers for images in there.
     """
 
     labeled: list[int]
@@ -36,11 +38,12 @@ class Split:
     data: str
     held_out: list[int] = field(default_factory=list)
     answers: list[list[Any]] = field(default_factory=list)
+    pool: str = ""
 
     @property
     def hash(self) -> str:
         """SHA-256 of everything in it."""
-        later = ("held_out", "answers")  # splits that were saved before there were such have no trace of them
+        later = ("held_out", "answers", "pool")  # splits that were saved before there were such have no trace of them
         content = {name: value for name, value in asdict(self).items() if name not in later or value}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

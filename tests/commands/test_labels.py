@@ -15,14 +15,13 @@ from PIL import Image
 from scipy.stats import beta
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import kd_lightning.commands.folds
 import kd_lightning.commands.labels as command
 from kd_lightning.__main__ import main as command_line
 from kd_lightning.commands.labels import (
     Estimate,
     aggregate,
-    config_of_fold,
     cross_fit,
-    deal,
     explain,
     ledger,
     main,
@@ -173,6 +172,17 @@ def test_the_split_is_the_runs_own(run):
     assert rebuild(run).split == make_split(TARGETS, 5, 0.1, 0)
 
 
+def test_the_split_has_the_answers_of_a_label_file(run, tmp_path):
+    """The file is not read again: it may be gone, or another by now."""
+    answered = Split.load(run / "split.json", TARGETS).with_answers([[0, 3, "noisy", 1.0]])
+    answered.save(run / "split.json")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["labels"] = str(tmp_path / "gone.csv")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    data = rebuild(run)
+    assert data.split == answered and data.visible_labels()[0] == 3
+
+
 def test_no_ledger(run):
     with pytest.raises(InputError, match="name one of the runs in there: version_0"):
         main([str(run.parent)])
@@ -302,32 +312,6 @@ def test_files_that_changed(files):
 # Cross-fitting.
 
 
-@pytest.mark.parametrize("folds", [2, 3, 5, 11])
-def test_folds(folds):
-    sizes = {"a": 2, "b": 3, "c": 7, "d": 5}
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    truth = {100 + 3 * number: name for number, name in enumerate(names)}
-    dealt = deal(truth, folds, seed=1)
-    assert sorted(index for fold in dealt for index in fold) == sorted(truth)
-    assert len(dealt) == folds and all(fold == sorted(fold) for fold in dealt)
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    for name, size in sizes.items():
-        counts = [sum(truth[index] == name for index in fold) for fold in dealt]
-        assert max(counts) - min(counts) <= 1
-        assert sum(count > 0 for count in counts) == min(size, folds)
-        assert all(size - count >= 1 for count in counts)
-    assert deal(dict(reversed(truth.items())), folds, seed=1) == dealt
-    assert deal(truth, folds, seed=2) != dealt
-
-
-def test_folds_refused():
-    with pytest.raises(InputError, match=r"2 labels of each class, so that one stays; only 1 of b, c$"):
-        deal({0: "a", 1: "c", 2: "a", 3: "b"}, 2, seed=0)
-    for folds in (-1, 0, 1, 5):
-        with pytest.raises(InputError, match=f"--cross-fit must lie in 2 ... 4, the number of labels, got {folds}"):
-            deal(dict.fromkeys(range(4), "a"), folds, seed=0)
-
-
 def rounds(folder, *tables):
     """Written, and read again."""
     return [read_round(write_round(folder, table, ["cat", "dog"], lambda index: None)) for table in tables]
@@ -370,25 +354,6 @@ def test_interval(right, count):
     assert Estimate(0, 0, held_out=count, right=right).precision(accepted=True) is None
 
 
-def test_config_of_a_fold(tmp_path):
-    """Nothing of it writes into the run, and nothing starts from weights that knew the labels."""
-    before = {
-        "name": "a",
-        "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt",
-        "trainer": {"default_root_dir": "runs", "logger": {"class_path": "CSVLogger"}, "max_epochs": 3},
-        "checkpoint": {"dirpath": "here", "monitor": None},
-        "data": {"class_path": "SemiSupervisedDataModule", "init_args": {"labeled": 4, "seed": 2}},
-    }
-    copy = json.loads(json.dumps(before))
-    after = config_of_fold(before, tmp_path / "split_1.json", 1)
-    assert before == copy
-    assert after["name"] == "a_fold_1" and after["ckpt_path"] is None
-    root = {"default_root_dir": str(tmp_path), "enable_model_summary": False}
-    assert after["trainer"] == root | {"logger": True, "max_epochs": 3}
-    assert after["checkpoint"] == {"dirpath": None, "monitor": None}
-    assert after["data"]["init_args"] == {"labeled": str(tmp_path / "split_1.json"), "seed": 2}
-
-
 def test_explanation_names_weights_that_may_know_the_labels():
     loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": {}, "path": "teacher.pt"}}
     model = {"init_args": {"teacher": loaded, "initial_weights": None, "student": {"init_args": {"path": "other"}}}}
@@ -415,7 +380,7 @@ def fake_fit(monkeypatch):
             write_round(folder, replace(table, epoch=2 * number + 1), NAMES, lambda index: None)
         return folder
 
-    monkeypatch.setattr(command, "_fit", fit)
+    monkeypatch.setattr(kd_lightning.commands.folds, "_fit", fit)
     return splits
 
 

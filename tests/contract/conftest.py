@@ -151,7 +151,7 @@ def without_batch_statistics(config):
     channels, classes = (source.get("image_size") or [1])[0], source.get("num_classes", 10)
     student = float_student(config)
     for node in nodes(config["model"]):
-        for role in ("student", "teacher", "model", "network"):
+        for role in ("student", "peer", "teacher", "model", "network"):
             if isinstance(node.get(role), dict) and "class_path" in node[role]:
                 width = {"width": 16 if node[role] is student else 24}
                 plain = {"channels": channels, "num_classes": classes} | width

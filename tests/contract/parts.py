@@ -52,7 +52,7 @@ class Record(Callback):
 
 
 class PermuteHidden(Callback):
-    """Deals the hidden labels anew, once the split is drawn."""
+    """Deals the hidden labels anew, once the split is drawn; within its group where a coarse label tells that."""
 
     changed = 0
 
@@ -62,6 +62,10 @@ class PermuteHidden(Callback):
         hidden = [(parts.train.targets, torch.tensor(data.split.unlabeled, dtype=torch.long))]
         if data.transductive:
             hidden.append((parts.test.targets, torch.arange(len(parts.test.targets))))
+        if data.coarse is not None:
+            targets, index = hidden.pop(0)
+            group = data.coarse.members(len(data.class_names), data.class_names).int().argmax(dim=0)[targets[index]]
+            hidden += [(targets, index[group == number]) for number in group.unique()]
         for targets, index in hidden:
             before = targets[index]
             targets[index] = before[torch.randperm(len(index), generator=torch.Generator().manual_seed(1))]

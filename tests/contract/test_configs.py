@@ -26,9 +26,10 @@ TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
 TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "regressor_parameters"}
 TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number}_share" for number in range(3)}
 TAGS["ApprenticeModule"] = TAGS["DistillModule"]
+TAGS["CoTeachingModule"] = TAGS["SupervisedModule"] | {"train/peer_hard", "forget_rate"}
 TAGS["PseudoLabelModule"] = TAGS["SupervisedModule"] | {"train/unsupervised", "train/coverage", "unsupervised_weight"}
 REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
-HELPERS = ("regressors.", "teacher.", "ema.")  # trained beside the student, kept for a resume, and not deployed
+HELPERS = ("regressors.", "teacher.", "ema.", "peer.")  # trained beside the student, kept for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 

@@ -1,39 +1,66 @@
 """SemiSupervisedDataModule: no hidden label in any batch, the right images, one split from start to resume."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from kd_lightning import DatasetSource, Digits, DistillModule, InputError, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import (
+    CoarseLabels,
+    DatasetSource,
+    Digits,
+    DistillModule,
+    InputError,
+    PairNoise,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+    SymmetricNoise,
+)
+from kd_lightning.batch import Kind
+from kd_lightning.cli import DistillCLI
 from kd_lightning.data.sources import Part
-from kd_lightning.data.splits import make_split
+from kd_lightning.data.splits import Split, make_split
 from kd_lightning.models import DigitsCNN
 from kd_lightning.pseudo_labels import PseudoLabels
 
 TARGETS = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
+COARSE = CoarseLabels({"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]})
 
 
-@pytest.mark.parametrize("taught", [True, False])
-@pytest.mark.parametrize("unlabeled", ["rest", "test"])
-def test_hidden_labels_change_nothing(quiet_trainer, taught, unlabeled):
+@pytest.mark.parametrize(
+    ("taught", "unlabeled", "weak"),
+    [
+        (True, "rest", {}),
+        (False, "rest", {}),
+        (True, "test", {}),
+        (False, "test", {}),
+        (False, "rest", {"label_noise": SymmetricNoise(0.4)}),
+        (False, "rest", {"coarse": COARSE}),
+        (True, "none", {"coarse": COARSE, "label_noise": PairNoise(0.4)}),
+    ],
+)
+def test_hidden_labels_change_nothing(quiet_trainer, taught, unlabeled, weak):
+    """Those of one superclass among themselves, where that is known."""
+
     def train(permute):
-        data = SemiSupervisedDataModule(Digits(), labeled=3, unlabeled=unlabeled, batch_size=256)
+        data = SemiSupervisedDataModule(Digits(), labeled=3, unlabeled=unlabeled, batch_size=256, **weak)
         data.setup("")
         if permute:
             parts = data._parts
-            hidden = torch.tensor(data.split.unlabeled)
             targets = parts.train.targets.clone()
-            targets[hidden] = targets[hidden.roll(1)]
+            members = data.coarse.members(10, None) if data.coarse else torch.ones(1, 10, dtype=torch.bool)
+            for group in members:
+                hidden = torch.tensor([n for n in data.split.unlabeled if group[targets[n]]])
+                targets[hidden] = targets[hidden.roll(1)]
             assert not torch.equal(targets, parts.train.targets)
             test = Part(parts.test.images, parts.test.targets.roll(1))
             data._parts = parts._replace(train=Part(parts.train.images, targets), test=test)
         torch.manual_seed(0)
         student = DigitsCNN(4)
         module = DistillModule(student, DigitsCNN(8)) if taught else SupervisedModule(student)
-        quiet_trainer(max_epochs=2).fit(module, datamodule=data)
+        quiet_trainer(max_epochs=2, limit_val_batches=0).fit(module, datamodule=data)
         return torch.cat([tensor.flatten().float() for tensor in student.state_dict().values()])
 
     assert torch.equal(train(permute=False), train(permute=True))
@@ -275,3 +302,339 @@ def test_two_streams_of_fewer_labels_than_a_batch_has(quiet_trainer, student):
         assert batch.mean_labels == 24
         assert torch.bincount(batch.index[:24]).max() == 3  # 10 labeled ones, two times or three
     quiet_trainer(max_epochs=1).fit(SupervisedModule(student), datamodule=data)
+
+
+class TestWeakLabels:
+    @staticmethod
+    def everything(loader):
+        """By index: y, kind and candidates of all batches."""
+        batches = list(loader)
+        index = torch.cat([batch.index for batch in batches])
+        assert len(index.unique()) == len(index)
+        columns = {}
+        for name in ("y", "kind", "candidates"):
+            parts = [getattr(batch, name) for batch in batches]
+            columns[name] = None if parts[0] is None else torch.cat(parts)[index.argsort()]
+        return index.sort().values, columns
+
+    @pytest.mark.parametrize("arguments", [{}, {"num_workers": 2}, {"batch_size": 200}])
+    def test_noise_is_in_batches_and_the_truth_is_not(self, arguments):
+        arguments["train_transform"] = torch.nn.Identity()
+        data = SemiSupervisedDataModule(Digits(), labeled=20, label_noise=SymmetricNoise(0.5), seed=3, **arguments)
+        index, found = self.everything(data.train_dataloader())
+        labeled = torch.tensor(data.split.labeled)
+        known = torch.isin(index, labeled)
+        truth = data.hidden_truth(index)
+        drawn = SymmetricNoise(0.5).draw(data._parts.train.targets, 10, 3)[index]
+        assert torch.equal(found["y"], torch.where(known, drawn, -100))
+        assert torch.equal(found["kind"], torch.where(known, Kind.NOISY, Kind.MISSING).to(torch.int8))
+        assert 70 < (found["y"] != truth)[known].sum() < 130  # of 200
+        assert torch.equal(data.visible_labels()[labeled], found["y"][known])
+        assert torch.equal(truth, Digits().load().train.targets[index])
+
+    def test_evaluation_has_the_labels_of_the_source(self):
+        data = SemiSupervisedDataModule(Digits(), labeled=5, label_noise=PairNoise(1.0), coarse=COARSE)
+        parts = Digits().load()
+        for loader, part in ((data.val_dataloader(), parts.train), (data.test_dataloader(), parts.test)):
+            for batch in loader:
+                assert torch.equal(batch.y, part.targets[batch.index])
+                assert (batch.kind, batch.weight, batch.candidates) == (None, None, None)
+
+    @pytest.mark.parametrize("unlabeled", ["rest", "none"])
+    @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+    def test_coarse_labels(self, unlabeled, fraction):
+        coarse = CoarseLabels(COARSE.groups, fraction)
+        plain = {"train_transform": torch.nn.Identity()}
+        data = SemiSupervisedDataModule(Digits(), labeled=5, unlabeled=unlabeled, coarse=coarse, **plain)
+        index, found = self.everything(data.train_dataloader())
+        is_coarse = found["kind"] == Kind.COARSE
+        assert is_coarse.sum() == round(fraction * len(data.split.unlabeled))
+        assert len(index) == 50 + (is_coarse.sum() if unlabeled == "none" else len(data.split.unlabeled))
+        assert torch.equal(found["y"] != -100, torch.isin(index, torch.tensor(data.split.labeled)))
+        parity = data.hidden_truth(index) % 2
+        expected = (torch.arange(10) % 2 == parity.unsqueeze(1)) & is_coarse.unsqueeze(1)
+        assert torch.equal(found["candidates"], expected)
+        pool, seen = self.everything(data.pool_dataloader())
+        assert pool.tolist() == sorted(data.split.labeled + data.unlabeled_indices())
+        both = torch.isin(index, pool)
+        assert torch.equal(found["candidates"][both], seen["candidates"])
+
+    def test_coarse_labels_alone(self, quiet_trainer, student):
+        data = SemiSupervisedDataModule(Digits(), labeled=0, unlabeled="none", coarse=COARSE, batch_size=512)
+        quiet_trainer(limit_val_batches=0).fit(SupervisedModule(student), datamodule=data)
+        assert all((batch.y == -100).all() and batch.candidates.any(dim=1).all() for batch in data.train_dataloader())
+
+    def test_two_ranks_have_the_labels_of_one(self, monkeypatch):
+        def run(world):
+            shares = []
+            for rank in range(world):
+                weak = {"coarse": CoarseLabels(COARSE.groups, 0.5), "label_noise": SymmetricNoise(0.5)}
+                data = SemiSupervisedDataModule(Digits(), labeled=5, train_transform=torch.nn.Identity(), **weak)
+                monkeypatch.setattr(data, "_processes", lambda rank=rank: (world, rank))
+                shares += list(data.train_dataloader())
+            index = torch.cat([batch.index for batch in shares])
+            order = index.argsort()
+            order = order[torch.cat([torch.tensor([True]), index[order].diff() > 0])]  # one of a rank's filling
+            return [torch.cat([getattr(b, name) for b in shares])[order] for name in ("y", "kind", "candidates")]
+
+        for one, two in zip(run(1), run(2), strict=True):
+            assert torch.equal(one, two)
+
+    def test_resuming_with_other_labels_is_refused(self, quiet_trainer, student, tmp_path):
+        def fit(path=None, **weak):
+            data = SemiSupervisedDataModule(Digits(), labeled=3, unlabeled="none", **weak)
+            trainer = quiet_trainer(limit_val_batches=0, max_epochs=1 if path is None else 2)
+            trainer.fit(SupervisedModule(student), datamodule=data, ckpt_path=path)
+            return trainer
+
+        path, noise = tmp_path / "c.ckpt", SymmetricNoise(0.4)
+        fit(label_noise=noise).save_checkpoint(path)
+        for weak in ({}, {"label_noise": PairNoise(0.4)}, {"label_noise": noise, "coarse": COARSE}):
+            with pytest.raises(
+                InputError, match="was trained on other labels .* same label_noise and coarse, or start"
+            ):
+                fit(path, **weak)
+        fit(path, label_noise=SymmetricNoise(0.4))
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["SemiSupervisedDataModule"]["labels"]  # from before they were noted
+        torch.save(checkpoint, path)
+        fit(path, label_noise=PairNoise(0.4))
+
+
+class TestLabelFile:
+    """80 training images, of which 2 per class are labeled, and 30 of an unlabeled part."""
+
+    COARSE = CoarseLabels({"low": [0, 1], "high": [2]}, fraction=0)
+
+    @pytest.fixture
+    def make(self, tmp_path):
+        x = torch.arange(110.0).unsqueeze(1)
+
+        def run(rows=None, name="labels.csv", more=x[80:], **kwargs):
+            source = DatasetSource(TensorDataset(x[:80], TARGETS), TensorDataset(x[:12], TARGETS[:12]))
+            source.unlabeled = None if more is None else TensorDataset(more)
+            if rows is not None:
+                kwargs["labels"] = tmp_path / name
+                text = [",".join(map(str, row)) for row in (("index", "label", "kind", "weight"), *rows)]
+                kwargs["labels"].write_text("\n".join(text))
+            data = SemiSupervisedDataModule(source, **{"labeled": 2, "val": 2, "batch_size": 16} | kwargs)
+            data.setup("")
+            return data
+
+        return run
+
+    @staticmethod
+    def free(make, count):
+        """Unlabeled training images."""
+        return make().split.unlabeled[:count]
+
+    @pytest.mark.parametrize("unlabeled", ["rest", "none", "source"])
+    @pytest.mark.parametrize("stream", [None, 4])
+    def test_answers_of_all_kinds_in_every_mode(self, make, unlabeled, stream):
+        first, second, third = self.free(make, 3)
+        old = make().split.labeled
+        rows = [
+            (first, 2, "clean", 0.5),
+            (second, "low", "coarse", ""),
+            (old[0], 1, "noisy", ""),
+            (old[1], "", "missing", ""),
+        ]
+        rows += [(90, 1, "", ""), (91, "high", "coarse", 2), (92, "", "missing", "")]
+        stream = None if unlabeled == "none" and stream else stream
+        data = make(rows, unlabeled=unlabeled, coarse=self.COARSE, labeled_batch_size=stream)
+        labeled = sorted({*old, first, 90} - {old[1]})
+        assert data.split.labeled == labeled
+        rest = [n for n in range(80) if n not in {*labeled, *data.split.val}]
+        pool = {"rest": rest, "none": [], "source": [n for n in range(80, 110) if n != 90]}[unlabeled]
+        assert data.unlabeled_indices() == pool
+        trained = sorted({*labeled, *pool, second, 91})
+        batches = list(data.train_dataloader())
+        rows = {int(i): n for n, i in enumerate(torch.cat([batch.index for batch in batches]))}
+        assert sorted(rows) == trained
+        x, y, kind, weight, candidates = (
+            torch.cat([getattr(batch, name) for batch in batches])
+            for name in ("x", "y", "kind", "weight", "candidates")
+        )
+        for index, row in rows.items():
+            assert x[row].item() == index
+        told = {first: (2, Kind.CLEAN, 0.5), second: (-100, Kind.COARSE, 1), old[0]: (1, Kind.NOISY, 1)}
+        told |= {90: (1, Kind.CLEAN, 1), 91: (-100, Kind.COARSE, 2), old[2]: (int(TARGETS[old[2]]), Kind.CLEAN, 1)}
+        told |= {n: (-100, Kind.MISSING, 1) for n in (old[1], third, 92) if n in pool}
+        for index, expected in told.items():
+            assert (y[rows[index]].item(), kind[rows[index]].item(), weight[rows[index]].item()) == expected
+        assert candidates[rows[second]].tolist() == [True, True, False]
+        assert candidates[rows[91]].tolist() == [False, False, True]
+        assert candidates.sum() == 2 * (list(kind).count(Kind.COARSE) - 1) + 1 or stream  # rows may come twice
+        assert data.hidden_truth(torch.tensor([old[0], 90])).tolist() == [TARGETS[old[0]], -100]
+        seen = {
+            int(i): int(label)
+            for batch in data.pool_dataloader()
+            for i, label in zip(batch.index, batch.y, strict=True)
+        }
+        assert sorted(seen) == sorted([*labeled, *pool])
+        assert (seen[90], seen[first], seen[old[0]]) == (1, 2, 1)
+
+    @pytest.mark.parametrize("unlabeled", ["rest", "source"])
+    def test_pseudo_labels_beside_answers(self, make, unlabeled):
+        (first,) = self.free(make, 1)
+        data = make([(90, 1, "", ""), (first, "low", "coarse", "")], unlabeled=unlabeled, coarse=self.COARSE)
+        index = torch.tensor(data.unlabeled_indices())
+        yes = torch.ones_like(index, dtype=torch.bool)
+        data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, yes, 0, 0))
+        for batch in data.train_dataloader():
+            pseudo = batch.kind == Kind.PSEUDO
+            assert torch.equal(pseudo, torch.isin(batch.index, index))
+            assert (batch.y[pseudo] == 0).all()
+            assert (batch.y[batch.index == 90] == 1).all()
+        with pytest.raises(InputError, match="sample 90 has a label already"):
+            data.set_pseudo_labels(PseudoLabels(torch.tensor([90]), yes[:1] * 1, yes[:1] * 1.0, yes[:1], yes[:1], 0, 0))
+
+    def test_rounds(self, make, tmp_path):
+        """From one run's split file with a further label file to the next; nothing is lost."""
+        first, second = self.free(make, 2)
+        one = make([(first, 2, "", ""), (90, 1, "", "")])
+        one.split.save(tmp_path / "split.json")
+        two = make([(second, 0, "", 0.5), (90, "", "missing", "")], "more.csv", labeled=tmp_path / "split.json")
+        assert two.split.labeled == sorted({*one.split.labeled, second} - {90})
+        assert 90 not in two.unlabeled_indices()  # the pool is the rest of the training part
+        assert two.split.answers == [[first, 2, "clean", 1.0], [second, 0, "clean", 0.5], [90, -1, "missing", 1.0]]
+        assert two.split.val == make().split.val
+        two.split.save(tmp_path / "split.json")
+        three = make(labeled=tmp_path / "split.json", unlabeled="source")
+        assert three.split == two.split
+        assert torch.equal(three.visible_labels(), two.visible_labels())
+        assert 90 in three.unlabeled_indices()
+
+    def test_superclasses_go_by_name(self, make, tmp_path):
+        (first,) = self.free(make, 1)
+        make([(first, "low", "coarse", "")], coarse=self.COARSE).split.save(tmp_path / "split.json")
+        other = CoarseLabels({"high": [2], "low": [1, 0]}, fraction=0)
+        for coarse in (self.COARSE, other):
+            data = make(labeled=tmp_path / "split.json", unlabeled="none", coarse=coarse)
+            (batch,) = data.train_dataloader()
+            assert batch.candidates[batch.index == first].tolist() == [[True, True, False]]
+        with pytest.raises(
+            InputError, match="coarse must name the superclasses of the labels, and does not name 'low'"
+        ):
+            make(labeled=tmp_path / "split.json")
+        with pytest.raises(InputError, match="line 2: 'low' is no superclass; there are none: data.coarse names them"):
+            make([(first, "low", "coarse", "")])
+
+    @pytest.mark.parametrize("index", [3, 90])
+    def test_held_out(self, make, tmp_path, index):
+        """As ``labels --cross-fit`` and ``clean`` hide labels, and give the file again."""
+        split = make([(index, 1, "", 0.5)]).split
+        folded = replace(split, labeled=sorted({*split.labeled} - {index}), held_out=[index])
+        folded.save(tmp_path / "split.json")
+        for unlabeled in ("rest", "none", "source"):
+            data = make([(index, 1, "", 0.5)], labeled=tmp_path / "split.json", unlabeled=unlabeled)
+            assert data.split == folded
+            assert index in data.unlabeled_indices()
+            rows = [
+                (int(i), int(y)) for batch in data.train_dataloader() for i, y in zip(batch.index, batch.y, strict=True)
+            ]
+            assert (index, -100) in rows
+
+    def test_answers_for_validation_are_refused_by_line(self, make):
+        (kept, *_), (first,) = make().split.val, self.free(make, 1)
+        with pytest.raises(InputError, match=f"labels.csv, line 3: sample {kept} is kept for validation"):
+            make([(first, 1, "", ""), (kept, 1, "", "")])
+
+    def test_test_images_get_no_answer(self, make, tmp_path):
+        (first,) = self.free(make, 1)
+        assert make([(first, 1, "", "")], unlabeled="test").visible_labels()[first] == 1
+        with pytest.raises(InputError, match="line 2: there is no sample 85; the data have 0 ... 79"):
+            make([(85, 1, "", "")], unlabeled="test")
+        make([(85, 1, "", "")]).split.save(tmp_path / "split.json")
+        with pytest.raises(InputError, match=r"unlabeled part \(sample 85\), which unlabeled: test leaves out"):
+            make(labeled=tmp_path / "split.json", unlabeled="test")
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (None, "which is gone"),
+            (torch.rand(30, 1), r"which has changed since \(its hash differs\)"),
+            (torch.rand(31, 1), r"which has changed since \(its hash differs\)"),
+        ],
+    )
+    def test_answers_for_an_unlabeled_part_that_is_another(self, make, tmp_path, more, message):
+        make([(90, 1, "", "")]).split.save(tmp_path / "split.json")
+        with pytest.raises(
+            InputError, match=rf"answers for images of the source's unlabeled part \(sample 90\), {message}"
+        ):
+            make(labeled=tmp_path / "split.json", more=more)
+        (first,) = self.free(make, 1)
+        make([(first, 1, "", "")]).split.save(tmp_path / "split.json")  # of these it does not matter
+        assert make(labeled=tmp_path / "split.json", more=more).visible_labels()[first] == 1
+
+    def test_mended_file_in_the_same_datamodule(self, make, tmp_path):
+        data = make()
+        data = SemiSupervisedDataModule(data.source, labeled=2, labels=tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_text("index,label\n3,bird\n")
+        for _ in range(2):
+            with pytest.raises(InputError, match="line 2: 'bird' is no class"):
+                data.setup("fit")
+        (tmp_path / "a.csv").write_text("index,label\n3,2\n")
+        data.setup("fit")
+        assert data.visible_labels()[3] == 2
+
+    def test_resuming_with_another_file_is_refused(self, make, quiet_trainer, tmp_path):
+        def fit(path=None, **kwargs):
+            data, module = make(unlabeled="none", **kwargs), SupervisedModule(torch.nn.Linear(1, 3))
+            trainer = quiet_trainer(limit_val_batches=0, max_epochs=1 if path is None else 2)
+            trainer.fit(module, datamodule=data, ckpt_path=path)
+            return trainer, data
+
+        path, (first, second) = tmp_path / "c.ckpt", self.free(make, 2)
+        trainer, data = fit(rows=[(first, 1, "", "")])
+        trainer.save_checkpoint(path)
+        data.split.save(tmp_path / "split.json")
+        for rows in ([(first, 2, "", "")], [(first, 1, "noisy", "")], [(second, 1, "", "")], [(first, 1, "", 2)], None):
+            with pytest.raises(
+                InputError, match="another split; resume with the same source, labeled, labels, val and"
+            ):
+                fit(path, rows=rows)
+        fit(path, rows=[(first, 1, "", "")])
+        fit(path, labeled=tmp_path / "split.json")
+
+    def test_of_many_labels(self, tmp_path):
+        (tmp_path / "a.csv").write_text("index,label\n3,1\n")
+        source = DatasetSource(TensorDataset(torch.rand(20, 4), torch.randint(2, (20, 3))))
+        with pytest.raises(InputError, match="label_noise, coarse and labels are for samples of one class each"):
+            SemiSupervisedDataModule(source, labels=tmp_path / "a.csv").setup("")
+
+    def test_old_split_file(self, make, tmp_path):
+        split = make().split
+        fields = {name: value for name, value in asdict(split).items() if name not in ("held_out", "answers", "pool")}
+        (tmp_path / "split.json").write_text(json.dumps(fields | {"hash": split.hash}))
+        assert make([(90, 1, "", "")], labeled=tmp_path / "split.json").split.labeled == [*split.labeled, 90]
+        assert Split.load(tmp_path / "split.json", TARGETS) == split
+
+
+def test_weak_labels_from_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "answers.csv").write_text("index,label,kind\n3,odd,coarse\n")
+    (tmp_path / "config.yaml").write_text(
+        """
+        name: weak
+        trainer: {accelerator: cpu, max_epochs: 1, limit_train_batches: 2, limit_val_batches: 0, logger: false,
+                  enable_progress_bar: false, enable_model_summary: false}
+        checkpoint: {monitor: null}
+        model: {class_path: SupervisedModule, init_args: {student: {class_path: DigitsCNN, init_args: {width: 4}}}}
+        data:
+          class_path: SemiSupervisedDataModule
+          init_args:
+            source: Digits
+            labeled: 2
+            label_noise: {class_path: SymmetricNoise, init_args: {rate: 0.5}}
+            coarse:
+              class_path: CoarseLabels
+              init_args: {groups: {even: ["0", 2, "4", 6, 8], odd: [1, "3", 5, "7", "9"]}, fraction: 0}
+        """
+    )
+    data = DistillCLI(["fit", "--config", "config.yaml", "--data.labels", "answers.csv"]).datamodule
+    assert data.split.answers == [[3, "odd", "coarse", 1.0]]
+    assert data.coarse.groups == {"even": ["0", 2, "4", 6, 8], "odd": [1, "3", 5, "7", "9"]}
+    assert data.label_noise.rate == 0.5
+    (found,) = [batch.at(batch.index == 3) for batch in data.train_dataloader() if 3 in batch.index]
+    assert found.candidates.tolist() == [[False, True] * 5]

@@ -1,11 +1,14 @@
 """Labels: what is filled in, in place of what, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kd_lightning import Batch, InputError
+from kd_lightning import Batch, CoarseLabels, InputError, PairNoise, SymmetricNoise
 from kd_lightning.batch import Kind
-from kd_lightning.data.labels import Labels, hide
+from kd_lightning.data.labels import Labels, hide, see
+from kd_lightning.data.splits import Split, make_split
 from kd_lightning.pseudo_labels import PseudoLabels
 
 NAN = float("nan")
@@ -74,10 +77,10 @@ def test_empty_table():
 
 def test_counts():
     labels, everyone = Labels(VISIBLE), torch.tensor([0, 1, 2, 3, 4, 1])
-    assert labels.count(everyone) == (2, 0)
+    assert labels.count(everyone) == (2, 0, 0)
     labels.set(table([1, 2, 4], [3, 1, 0], [True, False, True]))
-    assert labels.count(everyone) == (5, 3)
-    assert labels.count(everyone[:0]) == (0, 0)
+    assert labels.count(everyone) == (5, 3, 0)
+    assert labels.count(everyone[:0]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,136 @@ def test_refused(visible, index, message):
 )
 def test_hide(truth, expected):
     torch.testing.assert_close(hide(truth, [1], 4), torch.tensor(expected), equal_nan=True)
+
+
+class TestSee:
+    """Samples 0 ... 5 of the training part, of classes 0 ... 2, and 6 ... 8 of an unlabeled part."""
+
+    TRUTH = torch.tensor([0, 1, 2, 0, 1, 2])
+    SPLIT = Split(labeled=[0, 1], unlabeled=[2, 3, 4], val=[5], seed=0, data="")
+    COARSE = CoarseLabels({"low": [0, 1], "high": [2]}, fraction=0)
+
+    def see(self, *answers, coarse=COARSE, **kwargs):
+        split, held_out = self.SPLIT.with_answers(answers), kwargs.pop("held_out", [])
+        split = replace(split, labeled=sorted({*split.labeled} - {*held_out}), held_out=held_out)
+        return see(self.TRUTH, split, 9, coarse=coarse, **kwargs)
+
+    def test_nothing_weak(self):
+        labels = see(self.TRUTH, self.SPLIT, 9)
+        assert labels.visible.tolist() == [0, 1, *[-100] * 7]
+        assert (labels.kind, labels.weight, labels.group, labels.members, labels.hash) == (None, None, None, None, "")
+
+    def test_all_kinds_in_a_batch(self):
+        answers = [(1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0), (3, 1, "clean", 1.0), (7, "low", "coarse", 1.0)]
+        batch = fill(self.see(*answers, (8, 2, "clean", 0.0)), range(9))
+        k = Kind
+        assert batch.y.tolist() == [0, 2, -100, 1, -100, -100, -100, -100, 2]
+        expected = [k.CLEAN, k.NOISY, k.COARSE, k.CLEAN, k.MISSING, k.MISSING, k.MISSING, k.COARSE, k.CLEAN]
+        assert batch.kind.tolist() == expected
+        assert batch.weight.tolist() == [1, 0.5, 2, 1, 1, 1, 1, 1, 0]
+        none = [False] * 3
+        assert batch.candidates.tolist() == [none, none, [False, False, True], *[none] * 4, [True, True, False], none]
+
+    def test_answers_have_the_last_word(self):
+        """Over noise, over a coarse draw, and over an earlier label."""
+        labels = self.see(
+            (0, 0, "clean", 1.0),
+            (1, -1, "missing", 1.0),
+            (2, -1, "missing", 1.0),
+            (3, "high", "coarse", 1.0),  # though it is of class 0
+            coarse=CoarseLabels({"low": [0, 1], "high": [2]}),
+            noise=PairNoise(1.0),
+        )
+        batch = fill(labels, range(6))
+        assert batch.y.tolist() == [0, *[-100] * 5]
+        assert batch.kind.tolist() == [Kind.CLEAN, Kind.MISSING, Kind.MISSING, Kind.COARSE, Kind.COARSE, Kind.MISSING]
+        assert batch.candidates[3:5].tolist() == [[False, False, True], [True, True, False]]
+
+    @pytest.mark.parametrize("answer", [(4, 1, "clean", 3.0), (4, "low", "coarse", 3.0), (7, 1, "noisy", 3.0)])
+    def test_held_out_answers_are_hidden(self, answer):
+        labels = self.see(answer, held_out=[4, 7])
+        batch = fill(labels, [answer[0]])
+        assert (batch.y.item(), batch.kind.item(), batch.weight) == (-100, Kind.MISSING, None)
+        assert not batch.candidates.any()
+
+    def test_superclass_of_the_truth(self):
+        labels = see(self.TRUTH, self.SPLIT, 9, coarse=CoarseLabels({"high": [2], "low": [0, 1]}))
+        batch = fill(labels, range(9))
+        coarse = batch.kind == Kind.COARSE
+        assert coarse.nonzero().flatten().tolist() == [2, 3, 4]
+        assert batch.candidates[coarse].tolist() == [[False, False, True], [True, True, False], [True, True, False]]
+        assert (batch.y[coarse] == -100).all()
+        assert labels.count(torch.tensor([0, 2, 3, 5])) == (3, 0, 2)
+
+    def test_pseudo_labels_beside(self):
+        labels = self.see((1, 2, "noisy", 1.0), (2, "high", "coarse", 1.0), coarse=self.COARSE)
+        labels.set(table([2, 3, 7], [2, 0, 1], [True, False, True]))
+        batch = fill(labels, [0, 1, 2, 3, 7])
+        assert batch.kind.tolist() == [Kind.CLEAN, Kind.NOISY, Kind.PSEUDO, Kind.MISSING, Kind.PSEUDO]
+        assert (batch.y.tolist(), batch.candidates.any().item()) == ([0, 2, 2, -100, 1], False)
+        assert labels.count(torch.tensor([0, 1, 2, 3, 7])) == (4, 2, 0)
+        labels.set(table([2, 3, 7], [2, 0, 1], [False, False, False]))  # what it was before
+        batch = fill(labels, [2, 7])
+        assert (batch.kind.tolist(), batch.candidates.sum().item()) == ([Kind.COARSE, Kind.MISSING], 1)
+
+    @pytest.mark.parametrize(
+        ("answers", "kwargs"),
+        [
+            ([(1, 2, "clean", 1.0)], {}),
+            ([(1, 1, "noisy", 1.0)], {}),
+            ([(1, 1, "clean", 0.5)], {}),
+            ([(7, 1, "clean", 1.0)], {}),
+            ([(2, "low", "coarse", 1.0)], {}),
+            ([(2, "high", "coarse", 1.0)], {}),
+            ([(2, "low", "coarse", 1.0)], {"coarse": CoarseLabels({"low": [0], "high": [1, 2]}, 0)}),
+            ([], {"noise": PairNoise(0.0)}),
+            ([], {"noise": PairNoise(1.0)}),
+        ],
+    )
+    def test_hash_tells_labels_from_others(self, answers, kwargs):
+        hashes = [self.see(*given, **more).hash for given, more in ((answers, kwargs), (answers, kwargs), ([], {}))]
+        assert hashes[0] == hashes[1] != hashes[2]
+        labels = self.see(*answers, **kwargs)
+        labels.set(table([4], [1], [True]))
+        assert labels.hash == hashes[0]
+
+    @pytest.mark.parametrize("coarse", [None, CoarseLabels({"a": [0, 1], "high": [2]})])
+    def test_superclass_without_a_name(self, coarse):
+        with pytest.raises(
+            InputError, match="coarse must name the superclasses of the labels, and does not name 'low'"
+        ):
+            self.see((2, "low", "coarse", 1.0), coarse=coarse)
+
+    @pytest.mark.parametrize("truth", [torch.rand(6), torch.ones(6, 3)])
+    @pytest.mark.parametrize("kwargs", [{"noise": PairNoise(0.1)}, {"coarse": COARSE}, {}])
+    def test_samples_of_many_labels(self, truth, kwargs):
+        split = self.SPLIT if kwargs else self.SPLIT.with_answers([(2, 1, "clean", 1.0)])
+        with pytest.raises(InputError, match="label_noise, coarse and labels are for samples of one class each"):
+            see(truth, split, 9, **kwargs)
+
+    def test_fewer_labels_are_wrong_as_they_are_among_more(self):
+        truth = torch.arange(10).repeat(30)
+        few, more = (
+            see(truth, make_split(truth, count, 0.1, seed=3), 300, noise=SymmetricNoise(0.5)) for count in (5, 20)
+        )
+        known = few.visible != -100
+        assert torch.equal(few.visible[known], more.visible[known])
+        assert 10 < (few.visible != truth)[known].sum() < 40
+
+
+def test_every_field_survives():
+    """What a batch has of its labels, in ``at`` and ``pin_memory``."""
+    labels = TestSee().see((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0))
+    batch = fill(labels, [0, 1, 2])
+    part = batch.at(torch.tensor([False, True, True]))
+    for name in ("y", "kind", "weight", "candidates"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[1:])
+
+
+def test_pinned_batch_has_every_tensor(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # which needs an accelerator
+    batch = fill(TestSee().see((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0)), [0, 1, 2])
+    pinned = batch.pin_memory()
+    for name in ("x", "y", "index", "kind", "weight", "candidates"):
+        assert torch.equal(getattr(pinned, name), getattr(batch, name))
+        assert getattr(pinned, name) is not getattr(batch, name)

@@ -90,10 +90,57 @@ def test_held_out_labels_are_part_of_a_split(tmp_path):
     assert Split.load(tmp_path / "split.json", TARGETS) == held
 
 
-def test_splits_of_before_labels_were_held_out(tmp_path):
+@pytest.mark.parametrize("later", [("held_out", "answers", "pool"), ("answers", "pool")])
+def test_splits_of_before_there_was_more_in_them(tmp_path, later):
     """Their hash still fits."""
     split = make_split(TARGETS, 3, 0.1, seed=1)
-    fields = {name: value for name, value in asdict(split).items() if name != "held_out"}
+    split = split if "held_out" in later else replace(split, labeled=split.labeled[2:], held_out=split.labeled[:2])
+    fields = {name: value for name, value in asdict(split).items() if name not in later}
     fields["hash"] = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     (tmp_path / "split.json").write_text(json.dumps(fields))
     assert Split.load(tmp_path / "split.json", TARGETS) == split
+
+
+class TestAnswers:
+    SPLIT = Split(labeled=[0, 1, 2], unlabeled=[3, 4, 5], val=[6], seed=0, data="", held_out=[7])
+
+    @pytest.mark.parametrize(
+        ("answers", "labeled", "unlabeled"),
+        [
+            ([], [0, 1, 2], [3, 4, 5]),
+            ([(4, 1, "clean", 1.0)], [0, 1, 2, 4], [3, 5]),
+            ([(4, 1, "noisy", 1.0), (9, 1, "clean", 1.0)], [0, 1, 2, 4, 9], [3, 5]),
+            ([(1, 2, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # a label that is mended
+            ([(1, -1, "missing", 1.0)], [0, 2], [1, 3, 4, 5]),
+            ([(1, "low", "coarse", 1.0), (4, "low", "coarse", 1.0)], [0, 2], [1, 3, 4, 5]),
+            ([(7, 1, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # held out all the same
+            ([(9, -1, "missing", 1.0)], [0, 1, 2], [3, 4, 5]),
+        ],
+    )
+    def test_who_is_labeled(self, answers, labeled, unlabeled):
+        split = self.SPLIT.with_answers(answers)
+        assert (split.labeled, split.unlabeled, split.val, split.held_out) == (labeled, unlabeled, [6], [7])
+        assert split.answers == [list(answer) for answer in answers]
+        assert split.with_answers(answers) == split  # a file may come again
+        assert (split.hash != self.SPLIT.hash) == bool(answers)
+
+    def test_later_ones_add_to_earlier_ones(self):
+        first = self.SPLIT.with_answers([(4, 1, "clean", 1.0), (0, -1, "missing", 1.0)])
+        second = first.with_answers([(5, 2, "clean", 1.0), (4, 0, "clean", 1.0), (0, 2, "noisy", 0.5)])
+        assert second.labeled == [0, 1, 2, 4, 5]
+        assert second.answers == [[0, 2, "noisy", 0.5], [4, 0, "clean", 1.0], [5, 2, "clean", 1.0]]
+
+    def test_are_saved(self, tmp_path):
+        split = replace(make_split(TARGETS, 2, 0.1, seed=1)).with_answers([(90, "low", "coarse", 0.25)])
+        split = replace(split, pool="abc")
+        split.save(tmp_path / "split.json")
+        assert Split.load(tmp_path / "split.json", TARGETS) == split
+        text = (tmp_path / "split.json").read_text()
+        for change in (("0.25", "0.5"), ("low", "high"), ("abc", "abx")):
+            (tmp_path / "split.json").write_text(text.replace(*change))
+            with pytest.raises(InputError, match="changed after"):
+                Split.load(tmp_path / "split.json", TARGETS)
+
+    def test_for_validation_are_refused(self):
+        with pytest.raises(InputError, match="labels: sample 6 is kept for validation, and cannot be trained on"):
+            self.SPLIT.with_answers([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule
+from kd_lightning import Batch, CoarseLabels, Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.batch import Kind
 from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewSampler, collate
 from kd_lightning.pseudo_labels import PseudoLabels
@@ -288,11 +288,14 @@ class TestTwoStreams:
 @pytest.mark.parametrize("trainer", [None, Steps()])
 @pytest.mark.parametrize("stream", [None, 32])
 @pytest.mark.parametrize("world", [1, 2])
-def test_means_of_an_optimiser_step(trainer, stream, world, monkeypatch):
-    """Counted over the batches of all processes, with pseudo-labels, and where the last batch is short."""
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_means_of_an_optimiser_step(trainer, stream, world, fraction, monkeypatch):
+    """Counted over the batches of all processes, with pseudo- and coarse labels, and where the last batch is short."""
+    coarse = None if fraction is None else CoarseLabels({"low": [0, 1, 2], "high": [*range(3, 10)]}, fraction)
     loaders = []
     for rank in range(world):
-        data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=256 // world, labeled_batch_size=stream)
+        options = {"batch_size": 256 // world, "labeled_batch_size": stream, "train_transform": nn.Identity()}
+        data = SemiSupervisedDataModule(Digits(), labeled=10, coarse=coarse, **options)
         monkeypatch.setattr(data, "_processes", lambda rank=rank: (world, rank))
         index = torch.tensor(data.unlabeled_indices())
         chosen = index % 3 == 0
@@ -308,8 +311,11 @@ def test_means_of_an_optimiser_step(trainer, stream, world, monkeypatch):
         part = [batch for share in shares for batch in share[first : min(first + window, last)]]
         labels = sum(int((batch.y != -100).sum()) for batch in part)
         pseudo = sum(int((batch.kind == Kind.PSEUDO).sum()) for batch in part)
+        groups = 0 if coarse is None else sum(int(batch.candidates.any(dim=1).sum()) for batch in part)
+        assert (groups > 0) == (coarse is not None)
         for batch in part:
-            assert batch.mean_labels == pytest.approx(labels / len(part))
+            assert batch.mean_labels == pytest.approx((labels + groups) / len(part))
+            assert batch.mean_coarse == pytest.approx(groups / len(part))
             assert batch.mean_pseudo == pytest.approx(pseudo / len(part))
             assert batch.mean_rows == pytest.approx(sum(map(len, part)) / len(part))
 

@@ -1,0 +1,420 @@
+"""Weak labels: noisy, coarse, few and well chosen, or of other classes; each method against what there was before.
+
+Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer]      (all four if none is named)
+     python benchmarks/weak_labels.py --settings                  (chooses the settings, on validation images)
+
+Digits: 1197 training images and 600 test images, which nothing is chosen on; for transfer, those of 5 to 9. There is no
+validation part, so the last weights are tested; settings come from other splits, on which 25 % of the training images
+are for validation. All methods of a part have the same network, steps, schedule and augmentation. A seed draws split,
+noise, network and order. Differences are paired by split.
+"""
+
+import argparse
+import itertools
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanlab.filter import find_label_issues
+from ensemble import accuracy, interval
+from few_labels import Data, quiet
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import TensorDataset
+
+from kd_lightning import (
+    ClassSubset,
+    CoarseLabels,
+    CoTeachingModule,
+    DatasetSource,
+    Digits,
+    LayerwiseFinetuning,
+    PairNoise,
+    SupervisedModule,
+    SymmetricNoise,
+    replace_head,
+)
+from kd_lightning.active_learning import ActiveLearningLoop, plot
+from kd_lightning.losses import (
+    EarlyLearningLoss,
+    ForwardCorrectionLoss,
+    GeneralizedCrossEntropyLoss,
+    SymmetricCrossEntropyLoss,
+    estimate_transition,
+)
+from kd_lightning.models import DigitsCNN
+
+STEPS = {"noise": 760, "coarse": 760, "active": 400, "transfer": 400}
+FOLDS = 5
+NOISE = {"40 % symmetric": SymmetricNoise(0.4), "40 % pair": PairNoise(0.4)}
+COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
+SETTING_SPLITS = 4
+
+
+def train(part, seed, make_module, data, callbacks=(), lr=0.01, steps=None):
+    """Train to the last step, and give the module back."""
+    steps = steps or STEPS[part]
+    schedule = partial(CosineAnnealingLR, T_max=steps)
+    options = {"optimizer": partial(AdamW, lr=lr, weight_decay=0.01), "lr_scheduler": schedule, "lr_interval": "step"}
+    seed_everything(seed, verbose=False)
+    module = make_module(**options)
+    trainer = make_trainer(steps, callbacks)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == steps
+    return module
+
+
+def make_trainer(steps, callbacks=()):
+    """One that leaves nothing behind."""
+    return Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks],
+    )
+
+
+def measure(module, data):
+    """Accuracy on validation images where there are some, else on test images, in %."""
+    return 100 * accuracy(module.student, data.val_dataloader() or data.test_dataloader())
+
+
+class Noise:
+    """Training on labels of which many are wrong; the network has 95 thousand weights, and can learn them by heart."""
+
+    def __init__(self, seed, noise, kept, val=0):
+        self.seed = seed
+        self.noise = noise
+        self.make_data = partial(Data, kept, unlabeled="none", val=val, seed=seed, batch_size=64)
+
+    def fit(self, hard_loss=None, lr=0.01, data=None, method=SupervisedModule, **arguments):
+        """Train with a loss."""
+        data = data or self.make_data(label_noise=self.noise)
+
+        def make(**options):
+            extra = {"peer": DigitsCNN(32)} if method is CoTeachingModule else {}
+            return method(DigitsCNN(32), **extra, **arguments, hard_loss=hard_loss, **options)
+
+        return train("noise", self.seed, make, data, lr=lr)
+
+    def score(self, *arguments, **options):
+        """Accuracy of a training with a loss."""
+        return measure(self.fit(*arguments, **options), self.make_data())
+
+    def clean(self, lr=0.01):
+        """On the true labels: what can be reached."""
+        return self.score(lr=lr, data=self.make_data())
+
+    def out_of_fold(self, lr):
+        """Labels, probabilities of students that have not seen them, truth, and indices of the labeled samples."""
+        data = self.make_data(label_noise=self.noise)
+        data.setup("")
+        labeled = torch.tensor(data.split.labeled)
+        order = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(self.seed))]
+        probabilities = torch.zeros(len(data.visible_labels()), 10, dtype=torch.float64)
+        for fold in range(FOLDS):
+            held_out = order[fold::FOLDS].tolist()
+            some = self.make_data(label_noise=self.noise)
+            some.setup("")
+            some.split = replace(some.split, labeled=sorted({*some.split.labeled} - {*held_out}), held_out=held_out)
+            student = self.fit(nn.CrossEntropyLoss(), lr, data=some).student.eval()
+            for batch in data.pool_dataloader():
+                mine = torch.isin(batch.index, torch.tensor(held_out))
+                with torch.no_grad():
+                    probabilities[batch.index[mine]] = student(batch.x[mine]).double().softmax(1)
+        return data.visible_labels()[labeled], probabilities[labeled], data.hidden_truth(labeled), labeled
+
+    def edit(self, lr=0.01, found=None):
+        """Confident learning: without the labels that students of other folds contradict; precision and recall, too."""
+        labels, probabilities, truth, labeled = found or self.out_of_fold(lr)
+        suspect = torch.from_numpy(np.asarray(find_label_issues(labels.numpy(), probabilities.numpy(), n_jobs=1)))
+        data = self.make_data(label_noise=self.noise)
+        data.setup("")
+        data.split = data.split.with_answers([[i, -1, "missing", 1.0] for i in labeled[suspect].tolist()])
+        wrong = labels != truth
+        right = float((suspect & wrong).sum())
+        precision, recall = 100 * right / max(float(suspect.sum()), 1.0), 100 * right / float(wrong.sum())
+        return self.score(lr=lr, data=data), precision, recall
+
+    def all(self):
+        """Every method: {name: accuracy}, and the suspects' precision and recall."""
+        lr = SETTINGS["noise"]
+        found = {"cross-entropy": self.score(lr=lr)}
+        found["label smoothing"] = self.score(nn.CrossEntropyLoss(label_smoothing=0.2), lr)
+        found["GCE"] = self.score(GeneralizedCrossEntropyLoss(**SETTINGS["GCE"]), lr)
+        found["symmetric CE"] = self.score(SymmetricCrossEntropyLoss(**SETTINGS["symmetric CE"]), lr)
+        found["early-learning regularisation"] = self.score(EarlyLearningLoss(**SETTINGS["ELR"]), lr)
+        true = self.noise.matrix(10).tolist()
+        found["forward correction, true T"] = self.score(ForwardCorrectionLoss(true), lr)
+        folds = self.out_of_fold(lr)
+        guess = estimate_transition(folds[1]).tolist()
+        found["forward correction, T from anchors"] = self.score(ForwardCorrectionLoss(guess), lr)
+        found["co-teaching"] = self.score(lr=lr, method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
+        found["confident learning, dropped"], precision, recall = self.edit(lr, folds)
+        found["true labels"] = self.clean(lr)
+        return found, (precision, recall)
+
+
+class Coarse:
+    """2 fine labels per class, and one of 5 pairs of digits for every other image."""
+
+    def __init__(self, seed, kept, val=0):
+        self.seed = seed
+        self.kept = kept
+        self.make_data = partial(Data, kept, labeled=2, val=val, seed=seed)
+
+    def fine(self, lr=0.01, student=None):
+        """The fine labels alone."""
+        data = self.make_data(unlabeled="none", batch_size=32, copies=20)
+        student = student or partial(DigitsCNN, 8)
+        return measure(train("coarse", self.seed, lambda **o: SupervisedModule(student(), **o), data, lr=lr), data)
+
+    def head(self, lr=0.01):
+        """First a network of the coarse classes, on all coarse labels; then a new head, and all layers, on the fine."""
+        digits, data = Digits().load(), self.make_data(batch_size=96)
+        data.setup("")
+        groups = torch.arange(10) // 2
+        images = digits.train.images.tensors[0]
+        source = DatasetSource(TensorDataset(images, groups[digits.train.targets]))
+        coarse = Data({}, batch_size=96, val=0, seed=self.seed)
+        coarse.source = source
+        coarse.setup("")
+        used = sorted([*data.split.labeled, *data.split.unlabeled])
+        coarse.split = replace(coarse.split, labeled=used, unlabeled=[])
+        make = partial(SupervisedModule, DigitsCNN(8, num_classes=5))
+        network = train("coarse", self.seed, lambda **o: make(**o), coarse, lr=lr).student
+        return self.fine(lr, lambda: replace_head(network, 10))
+
+    def loss(self, lr=0.01, labeled=32):
+        """Both at once, through the loss of coarse labels."""
+        streams = {"batch_size": 96, "labeled_batch_size": labeled}
+        data = self.make_data(coarse=CoarseLabels(COARSE), **streams)
+        make = lambda **options: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731
+        return measure(train("coarse", self.seed, make, data, lr=lr), data)
+
+    def all(self):
+        """Every method."""
+        found = {"fine labels alone": self.fine(SETTINGS["fine"])}
+        found["coarse head first"] = self.head(SETTINGS["head"])
+        found["coarse-label loss"] = self.loss(SETTINGS["coarse"])
+        return found
+
+
+def active(seed):
+    """From 20 to 100 labels in rounds of 20, by every strategy: {strategy: [accuracy of each round]}."""
+    quiet()
+    kept, found = {}, {}
+    for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
+        make_data = partial(Data, kept, labeled=2, val=0, seed=seed, batch_size=96, labeled_batch_size=32)
+        schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
+        optimizer = partial(AdamW, lr=SETTINGS["active"], weight_decay=0.01)
+        options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
+        make_module = lambda: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731, B023
+        trainer = partial(make_trainer, STEPS["active"])
+        loop = ActiveLearningLoop(make_module, make_data, trainer, strategy, queries=20, rounds=4, seed=seed)
+        found[strategy] = loop.run()
+        print(seed, strategy, [round(100 * r["accuracy"], 2) for r in found[strategy]], flush=True)
+    return found
+
+
+class Transfer:
+    """From the digits 0 to 4 to 5 to 9, of which 2 labels per class are known."""
+
+    def __init__(self, seed, kept, val=0):
+        self.seed = seed
+        source = Data({}, val=0, seed=seed, batch_size=64)
+        source.source = ClassSubset(Digits(), [0, 1, 2, 3, 4])
+        make = lambda **options: SupervisedModule(DigitsCNN(32, num_classes=5), **options)  # noqa: E731
+        self.network = train("transfer", seed, make, source, lr=0.005).student
+        self.kept = kept
+        self.val = val
+
+    def fit(self, pretrained, lr=0.01, **callback):
+        """Accuracy on the new digits."""
+        data = Data(self.kept, labeled=2, unlabeled="none", val=self.val, seed=self.seed, batch_size=32, copies=64)
+        data.source = ClassSubset(Digits(), [5, 6, 7, 8, 9])
+
+        def make(**options):
+            student = DigitsCNN(32, num_classes=5)
+            if pretrained:
+                student.load_state_dict(self.network.state_dict())
+                student = replace_head(student, 5)
+            return SupervisedModule(student, **options)
+
+        callbacks = [LayerwiseFinetuning(**callback)] if callback else []
+        return measure(train("transfer", self.seed, make, data, callbacks, lr=lr), data)
+
+    def all(self):
+        """Every method."""
+        found = {"from scratch": self.fit(False, SETTINGS["scratch"])}
+        found["all layers from the start"] = self.fit(True, SETTINGS["finetune"])
+        found["head first, lower rates below"] = self.fit(True, **SETTINGS["layerwise"])
+        return found
+
+
+SETTINGS = {
+    "noise": 0.01,
+    "GCE": {"q": 0.7},
+    "symmetric CE": {"alpha": 0.1, "beta": 1.0},
+    "ELR": {"weight": 3.0, "momentum": 0.7},
+    "co-teaching": {"ramp_epochs": 10},
+    "fine": 0.01,
+    "head": 0.01,
+    "coarse": 0.03,
+    "active": 0.01,
+    "scratch": 0.01,
+    "finetune": 0.01,
+    "layerwise": {"lr": 0.01, "frozen_epochs": 5, "lr_decay": 0.5},
+}
+
+
+def try_settings(seed):
+    """Settings of all parts on one split: {(method, setting): validation accuracy}."""
+    quiet()
+    found = {}
+
+    def note(method, setting, value):
+        found[method, str(setting)] = value
+        print(seed, method, setting, round(value, 2), flush=True)
+
+    noise = Noise(seed, NOISE["40 % symmetric"], {}, val=0.25)
+    for lr in (0.003, 0.01):
+        note("cross-entropy", {"lr": lr}, noise.score(lr=lr))
+        for q in (0.5, 0.7, 0.9):
+            note("GCE", {"lr": lr, "q": q}, noise.score(GeneralizedCrossEntropyLoss(q), lr))
+        for alpha, beta in ((0.1, 1.0), (0.1, 0.3), (1.0, 1.0)):
+            loss = SymmetricCrossEntropyLoss(alpha, beta)
+            note("symmetric CE", {"lr": lr, "alpha": alpha, "beta": beta}, noise.score(loss, lr))
+        for weight, momentum in ((1.0, 0.7), (3.0, 0.7), (3.0, 0.9)):
+            loss = EarlyLearningLoss(weight, momentum)
+            note("ELR", {"lr": lr, "weight": weight, "momentum": momentum}, noise.score(loss, lr))
+        for epochs in (5, 10, 20):
+            options = {"forget_rate": 0.4, "ramp_epochs": epochs}
+            note("co-teaching", {"lr": lr, "ramp": epochs}, noise.score(lr=lr, method=CoTeachingModule, **options))
+        note("forward", {"lr": lr}, noise.score(ForwardCorrectionLoss(noise.noise.matrix(10).tolist()), lr))
+    coarse = Coarse(seed, {}, val=0.25)
+    for lr in (0.003, 0.01, 0.03):
+        note("fine labels alone", {"lr": lr}, coarse.fine(lr))
+        note("coarse head first", {"lr": lr}, coarse.head(lr))
+        for labeled in (16, 32):
+            note("coarse-label loss", {"lr": lr, "labeled in a batch": labeled}, coarse.loss(lr, labeled))
+    transfer = Transfer(seed, {}, val=0.25)
+    for lr in (0.001, 0.003, 0.01, 0.03):
+        note("from scratch", {"lr": lr}, transfer.fit(False, lr))
+        note("all layers from the start", {"lr": lr}, transfer.fit(True, lr))
+        for frozen, decay in itertools.product((5, 10), (0.3, 0.6, 1.0)):
+            options = {"frozen_epochs": frozen, "lr_decay": decay}
+            note("head first, lower rates below", {"lr": lr, **options}, transfer.fit(True, lr, **options))
+    return found
+
+
+def settings(pool):
+    """Every setting, on validation images of splits that are not reported on."""
+    found = list(pool.map(try_settings, range(100, 100 + SETTING_SPLITS)))
+    print("| method | setting | validation accuracy % |\n|---|---|---|")
+    for method, setting in found[0]:
+        values = [of_split[method, setting] for of_split in found]
+        print(f"| {method} | {setting} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |")
+
+
+def run_noise(seed):
+    """Both kinds of noise on one split."""
+    quiet()
+    kept, found = {}, {}
+    for name, noise in NOISE.items():
+        found[name] = Noise(seed, noise, kept).all()
+        print(seed, name, found[name], flush=True)
+    return found
+
+
+def run_coarse(seed):
+    """One split."""
+    quiet()
+    found = Coarse(seed, {}).all()
+    print(seed, found, flush=True)
+    return found
+
+
+def run_transfer(seed):
+    """One split."""
+    quiet()
+    found = Transfer(seed, {}).all()
+    print(seed, found, flush=True)
+    return found
+
+
+def table(found, base):
+    """Accuracies, and paired differences from a method."""
+    print(f"| test accuracy % | mean ± std | over {base} |\n|---|---|---|")
+    for name in found[0]:
+        values, others = ([of_split[method] for of_split in found] for method in (name, base))
+        mean = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        print(f"| {name} | {mean} | {interval(values, others) if name != base else ''} |")
+
+
+def report_noise(pool):
+    """The tables of both kinds of noise."""
+    found = list(pool.map(run_noise, range(5)))
+    for name in NOISE:
+        print(f"\n{name} noise")
+        table([of_split[name][0] for of_split in found], "cross-entropy")
+        for number, what in enumerate(("precision", "recall")):
+            values = [of_split[name][1][number] for of_split in found]
+            print(f"{what} of the suspects: {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %")
+
+
+def report_coarse(pool):
+    """The table of coarse labels."""
+    print()
+    table(list(pool.map(run_coarse, range(5))), "fine labels alone")
+
+
+def report_active(pool):
+    """Accuracy against labels, by strategy; and a picture."""
+    found = list(pool.map(active, range(5)))
+    counts = [result["labels"] for result in found[0]["random"]]
+    print("\n| test accuracy % | " + " | ".join(f"{count} labels" for count in counts) + " |")
+    print("|---" * (1 + len(counts)) + "|")
+    for strategy in found[0]:
+        rounds = zip(*([100 * r["accuracy"] for r in of_split[strategy]] for of_split in found), strict=True)
+        cells = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in rounds]
+        print(f"| {strategy} | {' | '.join(cells)} |")
+    figure = plot({strategy: [of_split[strategy] for of_split in found] for strategy in found[0]})
+    figure.savefig(Path(__file__).with_name("active.png"), dpi=100)
+
+
+def report_transfer(pool):
+    """The table of transfer."""
+    print()
+    table(list(pool.map(run_transfer, range(10))), "from scratch")
+
+
+REPORTS = {"noise": report_noise, "coarse": report_coarse, "active": report_active, "transfer": report_transfer}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="|".join(REPORTS), help="which parts; default all")
+    parser.add_argument("--settings", action="store_true", help="choose them, on validation images")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        if options.settings:
+            settings(pool)
+        else:
+            for part in options.parts or REPORTS:
+                REPORTS[part](pool)
+    packages = ("torch", "torchvision", "lightning", "cleanlab", "scikit-activeml")
+    print(", ".join(f"{name} {version(name)}" for name in packages))

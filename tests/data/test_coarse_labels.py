@@ -1,0 +1,82 @@
+"""Coarse labels: which classes a superclass holds, and who gets one."""
+
+import pytest
+import torch
+
+from kd_lightning import CoarseLabels, InputError, PairNoise
+
+ANIMALS = ["cat", "dog", "car", "ship"]
+GROUPS = {"animal": ["dog", "cat"], "vehicle": ["ship", "car"]}
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (GROUPS, ANIMALS),
+        ({"animal": [1, 0], "vehicle": [2, 3]}, ANIMALS),
+        ({"animal": ["cat", 1], "vehicle": [3, "car"]}, ANIMALS),
+        ({"low": ["0", "1"], "high": ["2", 3]}, None),
+        # names that are numbers: quoted a name, else an index
+        ({"a": ["9", "10"], "b": [2, 3]}, ["10", "9", "8", "7"]),
+    ],
+)
+def test_members(groups, names):
+    found = CoarseLabels(groups).members(4, names)
+    assert found.tolist() == [[True, True, False, False], [False, False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"animal": ["cat"], "vehicle": ["car", "ship"]}, "coarse: class 'dog' is in no superclass"),
+        (GROUPS | {"pet": ["cat"]}, "coarse: class 'cat' is in two superclasses, or twice in 'pet'"),
+        ({"animal": ["cat", "dog", 0], "vehicle": [2, 3]}, "class 'cat' is in two superclasses, or twice in 'animal'"),
+        (GROUPS | {"plant": []}, "coarse: 'plant' holds no class"),
+        (GROUPS | {"plant": ["oak"]}, r"coarse: 'plant' holds 'oak', which is no class; there are \['cat', 'dog',"),
+        (GROUPS | {"plant": [4]}, "coarse: 'plant' holds 4, which is no class"),
+        (GROUPS | {"plant": [-1]}, "coarse: 'plant' holds -1, which is no class"),
+        ({}, "coarse: class 'cat' is in no superclass"),
+    ],
+)
+def test_groups_that_are_none(groups, message):
+    with pytest.raises(InputError, match=message):
+        CoarseLabels(groups).members(4, ANIMALS)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(InputError, match=rf"coarse: fraction must lie in \[0, 1\], got {fraction}"):
+        CoarseLabels(GROUPS, fraction)
+
+
+def test_choice():
+    candidates = [*range(3, 200, 2)]
+    chosen = {share: CoarseLabels(GROUPS, share).choose(candidates, 200, seed=0).tolist() for share in (0, 0.3, 0.7, 1)}
+    assert [len(found) for found in chosen.values()] == [0, 30, 69, 99]
+    assert chosen[1] == candidates
+    assert {*chosen[0.3]} < {*chosen[0.7]}
+    assert chosen[0.3] == sorted(chosen[0.3])
+    assert chosen[0.3] != CoarseLabels(GROUPS, 0.3).choose(candidates, 200, seed=1).tolist()
+    assert CoarseLabels(GROUPS, 0.5).choose([], 200, seed=0).tolist() == []
+
+
+def test_choice_stays_when_others_get_fine_labels():
+    coarse, candidates = CoarseLabels(GROUPS, 0.5), [*range(200)]
+    before = {*coarse.choose(candidates, 200, seed=0).tolist()}
+    answered = {*range(0, 200, 10)}
+    after = {*coarse.choose([index for index in candidates if index not in answered], 200, seed=0).tolist()}
+    assert len((before - answered) ^ after) <= len(answered)
+
+
+def test_choice_is_even():
+    counts = sum(
+        torch.bincount(CoarseLabels(GROUPS, 0.25).choose(range(40), 40, seed=seed), minlength=40) for seed in range(400)
+    )
+    assert counts.sum() == 4000
+    assert 60 < counts.min() <= counts.max() < 140  # 100 expected, 4.6 standard deviations
+
+
+def test_choice_is_independent_of_noise_of_the_same_seed():
+    chosen = CoarseLabels(GROUPS, 0.5).choose(range(2000), 2000, seed=0)
+    wrong = PairNoise(0.5).draw(torch.zeros(2000, dtype=torch.long), 2, seed=0)
+    assert 400 < wrong[chosen].sum() < 600  # 500 expected, 6.3 standard deviations
