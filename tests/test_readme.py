@@ -8,6 +8,7 @@ from torchvision.io import write_png
 from torchvision.models import resnet18
 
 from kd_lightning.__main__ import main
+from kd_lightning.batch import Kind
 from kd_lightning.quantization import is_calibrated
 
 
@@ -38,7 +39,7 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, hints, several, quantised, few = blocks(root, "python")
+    first, hints, several, quantised, few, weak = blocks(root, "python")
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
     names = {}
@@ -51,3 +52,6 @@ def test_python(root, tmp_path, monkeypatch):
     take_photos()
     exec(compile(few, "README.md", "exec"), names)
     assert len(names["trainer"].callbacks[0].table.label) == 18
+    exec(compile(weak, "README.md", "exec"), names)
+    kinds = next(iter(names["data"].train_dataloader())).kind.unique().tolist()
+    assert kinds == [Kind.MISSING, Kind.COARSE, Kind.NOISY]

@@ -169,6 +169,8 @@ def test_rates_are_the_schedule_scaled_by_depth(quiet_trainer, loader, student, 
         assert rates.keys() == depth.keys()
         assert rates == {p: pytest.approx(rate * DECAY ** depth[p], rel=1e-9) for p in depth}
     assert len(noted[0].param_groups) == 1  # as it was
+    assert not noted[0]._optimizer_step_pre_hooks
+    assert not noted[0]._optimizer_step_post_hooks
     assert noted[0].param_groups[0]["lr"] == pytest.approx(alone.param_groups[0]["lr"])
 
 

@@ -126,9 +126,9 @@ class TestAnswers:
 
     def test_later_ones_add_to_earlier_ones(self):
         first = self.SPLIT.with_answers([(4, 1, "clean", 1.0), (0, -1, "missing", 1.0)])
-        second = first.with_answers([(5, 2, "clean", 1.0), (4, 0, "clean", 1.0), (0, 2, "noisy", 0.5)])
+        second = first.with_answers([(5, 2, "clean", 1.0), (0, 2, "noisy", 0.5)])
         assert second.labeled == [0, 1, 2, 4, 5]
-        assert second.answers == [[0, 2, "noisy", 0.5], [4, 0, "clean", 1.0], [5, 2, "clean", 1.0]]
+        assert second.answers == [[0, 2, "noisy", 0.5], [4, 1, "clean", 1.0], [5, 2, "clean", 1.0]]
 
     def test_are_saved(self, tmp_path):
         split = replace(make_split(TARGETS, 2, 0.1, seed=1)).with_answers([(90, "low", "coarse", 0.25)])
