@@ -77,7 +77,6 @@ def twin_of(method: Config) -> Config:
         raise InputError(f"experiment needs data: SemiSupervisedDataModule, got {type(data).__name__}")
     data.prepare_data()
     batches = len(data.train_dataloader())
-    assert data.split is not None
     limit = method["trainer"].get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -93,7 +92,10 @@ def twin_of(method: Config) -> Config:
         kept_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
     twin["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": kept_arguments}
     twin["data"]["init_args"] |= {"unlabeled": "none", "labeled_batch_size": None, "strong_transform": None}
-    twin["data"]["init_args"]["copies"] = math.ceil(batches * data.batch_size / len(data.split.labeled))
+    alone = build(LightningDataModule, twin["data"])  # coarse labels stay, beside the fine ones
+    alone.prepare_data()
+    samples = len(alone.train_dataloader().dataset)
+    twin["data"]["init_args"]["copies"] = math.ceil(batches * data.batch_size / samples)
     twin["trainer"]["limit_train_batches"] = batches
     callbacks = twin["trainer"].get("callbacks") or []
     twin["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in OF_THE_METHOD]
