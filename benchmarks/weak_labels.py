@@ -184,13 +184,10 @@ class Coarse:
 
     def head(self, lr=0.01):
         """First a network of the coarse classes, on all coarse labels; then a new head, and all layers, on the fine."""
-        digits, data = Digits().load(), self.make_data(batch_size=96)
+        train_part, data = Digits().load().train, self.make_data(batch_size=96)
         data.setup("")
-        groups = torch.arange(10) // 2
-        images = digits.train.images.tensors[0]
-        source = DatasetSource(TensorDataset(images, groups[digits.train.targets]))
         coarse = Data({}, batch_size=96, val=0, seed=self.seed)
-        coarse.source = source
+        coarse.source = DatasetSource(TensorDataset(train_part.images.tensors[0], train_part.targets // 2))
         coarse.setup("")
         used = sorted([*data.split.labeled, *data.split.unlabeled])
         coarse.split = replace(coarse.split, labeled=used, unlabeled=[])
@@ -340,18 +337,10 @@ def run_noise(seed):
     return found
 
 
-def run_coarse(seed):
-    """One split."""
+def run_all(part, seed):
+    """All methods of a part on one split."""
     quiet()
-    found = Coarse(seed, {}).all()
-    print(seed, found, flush=True)
-    return found
-
-
-def run_transfer(seed):
-    """One split."""
-    quiet()
-    found = Transfer(seed, {}).all()
+    found = part(seed, {}).all()
     print(seed, found, flush=True)
     return found
 
@@ -379,7 +368,7 @@ def report_noise(pool):
 def report_coarse(pool):
     """The table of coarse labels."""
     print()
-    table(list(pool.map(run_coarse, range(5))), "fine labels alone")
+    table(list(pool.map(partial(run_all, Coarse), range(5))), "fine labels alone")
 
 
 def report_active(pool):
@@ -399,7 +388,7 @@ def report_active(pool):
 def report_transfer(pool):
     """The table of transfer."""
     print()
-    table(list(pool.map(run_transfer, range(10))), "from scratch")
+    table(list(pool.map(partial(run_all, Transfer), range(10))), "from scratch")
 
 
 REPORTS = {"noise": report_noise, "coarse": report_coarse, "active": report_active, "transfer": report_transfer}

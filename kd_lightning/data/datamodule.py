@@ -189,7 +189,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Labeled and unlabeled images, shuffled together or in two streams."""
         _, split = self._ready()
         assert self._labels is not None
-        indices, pool = self._trained(), len(self._trained()) - len(split.labeled)
+        indices = self._trained()
+        pool = len(indices) - len(split.labeled)
         world, rank = self._processes()
         options: dict[str, Any] = {"copies": self.copies, "views": self.views, "seed": self.seed}
         options |= {"num_replicas": world, "rank": rank}
