@@ -72,6 +72,8 @@ def pick(strategy: str, pool: Pool, n: int) -> Picks:
         raise InputError(f"n must be at least 1, got {n}")
     if n > size:
         raise InputError(f"n: {n} samples to label asked for, but only {size} without a label are left")
+    if pool.probabilities.shape[1] < 2:
+        raise InputError(f"probabilities must be of at least 2 classes, got {[*pool.probabilities.shape]}")
     return STRATEGIES[strategy](pool, n)
 
 
@@ -125,7 +127,11 @@ def k_centre(pool: Pool, n: int) -> Picks:
     rows, distances = _library().k_greedy_center(
         points.double().numpy(), y, batch_size=n, random_state=pool.seed, mapping=candidates
     )
-    return Picks(torch.from_numpy(rows), torch.from_numpy(distances[np.arange(n), rows]))
+    scores = distances[np.arange(n), rows]
+    # they never rise, but the library takes distances for unknown once all are 0; without labels the first has none
+    first = int(labeled is None)
+    scores[first:] = np.minimum.accumulate(scores[first:])
+    return Picks(torch.from_numpy(rows), torch.from_numpy(scores))
 
 
 def badge(pool: Pool, n: int) -> Picks:

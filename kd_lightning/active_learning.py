@@ -90,11 +90,12 @@ def survey(
                 found["teacher"].append(_probabilities(said, batch))
             for layer in dropout if passes else ():
                 layer.train()
-            answers = [_probabilities(logits_of(student(batch.x), "the student"), batch) for _ in range(passes)]
-            if answers:
-                found["answers"].append(torch.stack(answers, dim=1))
+            if passes:
+                found["answers"].append(_pass(student, batch, passes))
             student.eval()
     known = {name: torch.cat(parts) for name, parts in found.items()}
+    if passes and torch.equal(known["answers"], known["answers"][:, :1].expand_as(known["answers"])):
+        raise InputError("bald: all passes through the student give the same answers; is its dropout never called?")
     index, unlabeled = known.pop("index"), known.pop("unlabeled")
     if not unlabeled.any():
         raise InputError("no sample without a label is left: there is nothing to ask for")
@@ -106,6 +107,17 @@ def survey(
     if "answers" in known:
         known["answers"] = known["answers"].transpose(0, 1)
     return index[unlabeled], Pool(**known, labeled_features=labeled, seed=seed)
+
+
+def _pass(student: nn.Module, batch: Batch, passes: int) -> Tensor:
+    """The probabilities of several passes, (B, K, C)."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # attention's fused kernels leave dropout out
+        answers = [_probabilities(logits_of(student(batch.x), "the student"), batch) for _ in range(passes)]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return torch.stack(answers, dim=1)
 
 
 def _probabilities(logits: Tensor, batch: Batch) -> Tensor:
@@ -150,6 +162,9 @@ class ActiveLearningLoop:
         rounds: How often to ask.
         seed: Of weights, training and strategy; that of the split is the datamodule's.
 
+    Attributes:
+        results: Of the rounds so far, also where one fails.
+
     Raises:
         InputError: For an unknown strategy, a seed out of range, and less than one query or round.
     """
@@ -175,6 +190,7 @@ class ActiveLearningLoop:
         self.queries = queries
         self.rounds = rounds
         self.seed = seed
+        self.results: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
         """Train ``rounds`` + 1 times.
@@ -194,9 +210,11 @@ class ActiveLearningLoop:
         if self.queries * self.rounds > len(pool):
             asked = f"{self.rounds} rounds of {self.queries}"
             raise InputError(f"queries: {asked} samples asked for, but only {len(pool)} without a label are there")
+        if self.queries * self.rounds == len(pool) and data.labeled_batch_size is not None:
+            raise InputError("queries: they leave no sample without a label, but labeled_batch_size needs one")
         if (data.hidden_truth(pool) == MISSING).any():
             raise InputError(f"unlabeled: {data.unlabeled}; to simulate answers, all labels must be known")
-        results: list[dict[str, Any]] = []
+        results = self.results = []
         for number in range(self.rounds + 1):
             with isolate_rng():
                 torch.manual_seed(self.seed)

@@ -68,15 +68,16 @@ def _pixels(image: Any) -> npt.NDArray[np.float32]:
     """What imshow draws: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
     if isinstance(image, Image.Image):
         return _stretch(_of_pil(image))
-    if isinstance(image, torch.Tensor):
+    if isinstance(image, torch.Tensor) and image.layout == torch.strided:
         image = image.detach().cpu()
         values = image.float().numpy() if image.is_floating_point() else image.numpy()  # NumPy has no bfloat16
-    elif isinstance(image, np.ndarray):
+    elif isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
         values = image
         if values.ndim == 3 and values.shape[2] in (1, 3, 4) and values.shape[0] not in (1, 3, 4):
             values = values.transpose(2, 0, 1)
     else:
-        raise InputError(f"images must be PIL images, tensors or arrays, got {type(image).__name__}")
+        kind = f"{type(image).__name__} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        raise InputError(f"images must be PIL images, tensors or arrays of numbers, got {kind}")
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise InputError(f"an image must have shape (H, W) or (C, H, W), got {tuple(values.shape)}")
     if values.ndim == 3:

@@ -59,11 +59,11 @@ class GraphPseudoLabels:
         Of maps (B, C, ...) it is the mean over places, of tokens (B, T, D) the mean over tokens.
 
         Raises:
-            InputError: Without ``layer``, if the network calls no linear layer, or its last one not with a row for
-                each input; with it, if there is no such layer, or its output is not as above.
+            InputError: Without ``layer``, if the network calls no linear or convolutional layer, or its last one not
+                with a row for each input; with it, if there is no such layer, or its output is not as above.
         """
         if self.layer is None:
-            return _into_last_linear(network, x)
+            return _into_last(network, x)
         with capture(network, [self.layer]) as outputs:
             network(x)
         if self.layer not in outputs:
@@ -123,21 +123,25 @@ class GraphPseudoLabels:
         return graph.maximum(graph.T)
 
 
-def _into_last_linear(network: nn.Module, x: Tensor) -> Tensor:
-    """What goes into the last linear layer that is called, (B, D), averaged over tokens or places if it has them."""
+def _into_last(network: nn.Module, x: Tensor) -> Tensor:
+    """What goes into the last layer that is called, (B, D), averaged over tokens or places if it has them.
+
+    Layers are linear ones and convolutions, as networks have them for a head.
+    """
     found: list[Tensor] = []
 
-    def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found[:] = [args[0] if args else kwargs["input"]]
         if found[0].ndim == 2:
             found[0] = found[0].clone()  # a later layer may change it in place
         elif found[0].ndim > 2:
-            found[0] = found[0].flatten(1, -2).mean(dim=1)  # a linear layer's channels come last
+            linear = isinstance(layer, nn.Linear)  # whose channels come last
+            found[0] = found[0].flatten(1, -2).mean(dim=1) if linear else found[0].flatten(2).mean(dim=2)
 
     handles = []
     try:
         for layer in network.modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
                 handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
         with capture(network, []):  # runs a compiled network uncompiled, where hooks are seen
             network(x)
@@ -146,10 +150,12 @@ def _into_last_linear(network: nn.Module, x: Tensor) -> Tensor:
             handle.remove()
     kind = type(network).__name__
     if not found:
-        raise InputError(f"{kind} calls no linear layer to take features from; give layer, a dotted path")
+        raise InputError(
+            f"{kind} calls no linear or convolutional layer to take features from; give layer, a dotted path"
+        )
     if found[0].ndim != 2 or len(found[0]) != len(x):
         raise InputError(
-            f"the last linear layer of {kind} gets {tuple(found[0].shape)}, no row for each of {len(x)} inputs; "
+            f"the last layer of {kind} gets {tuple(found[0].shape)}, no row for each of {len(x)} inputs; "
             "give layer, a dotted path"
         )
     return found[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from kd_lightning.errors import InputError
 
@@ -26,7 +27,7 @@ def find_head(network: nn.Module, head: str | None = None) -> str:
             the network's ``num_classes`` are not those of the layer found.
     """
     layers: dict[str, nn.Module] = {
-        name: layer for name, layer in network.named_modules() if isinstance(layer, _LAYERS)
+        name: layer for name, layer in network.named_modules(remove_duplicate=False) if isinstance(layer, _LAYERS)
     }
     if head is not None and head not in layers:
         raise InputError(f"head must name a linear or convolutional layer, such as {[*layers][-3:]}, got {head!r}")
@@ -75,6 +76,8 @@ def replace_head(network: nn.Module, num_classes: int, head: str | None = None) 
         raise InputError(f"num_classes must be at least 1, got {num_classes}")
     name = find_head(network, head)
     old = network.get_submodule(name)
+    if isinstance(old, LazyModuleMixin) and old.has_uninitialized_params():
+        raise InputError(f"{name or 'the network'} does not know its inputs yet; run the network once")
     bias = old.bias is not None
     new: nn.Module
     if isinstance(old, nn.Linear):
@@ -83,17 +86,19 @@ def replace_head(network: nn.Module, num_classes: int, head: str | None = None) 
         assert isinstance(old, nn.Conv1d | nn.Conv2d)
         if old.groups != 1:
             raise InputError(f"head: {name} is a convolution in groups, which gives no logits; name another layer")
-        arguments = (old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, old.dilation)
-        new = type(old)(*arguments, bias=bias)  # type: ignore[arg-type]
+        shape = (old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, old.dilation)
+        new = type(old)(*shape, bias=bias, padding_mode=old.padding_mode)  # type: ignore[arg-type]
     new.to(old.weight).train(old.training)
     if not name:
         return new
-    *parents, key = name.split(".")
-    for depth in range(len(parents) + 1):  # torchvision's and timm's networks say of how many classes they are
-        holder = network.get_submodule(".".join(parents[:depth]))
-        if getattr(holder, "num_classes", None) == logits_from(old):
-            holder.num_classes = num_classes  # type: ignore[assignment]
-    setattr(holder, key, new)
+    # a network may hold it under several names
+    for known in [known for known, layer in network.named_modules(remove_duplicate=False) if layer is old]:
+        *parents, key = known.split(".")
+        for depth in range(len(parents) + 1):  # torchvision's and timm's networks say of how many classes they are
+            holder = network.get_submodule(".".join(parents[:depth]))
+            if getattr(holder, "num_classes", None) == logits_from(old):
+                holder.num_classes = num_classes  # type: ignore[assignment]
+        setattr(holder, key, new)
     return network
 
 

@@ -128,6 +128,19 @@ class TestKCentre:
         rows, scores = pick("k-centre", pool, 6)
         assert list(zip(rows.tolist(), scores.tolist(), strict=True)) == expected
 
+    @pytest.mark.parametrize("labeled", [None, [[0.0]], [[0.0], [1.0], [5.0]]])
+    def test_no_other_place_is_left(self, labeled):
+        features = torch.tensor([[0.0], [0.0], [1.0], [1.0], [5.0]])
+        labeled = None if labeled is None else torch.tensor(labeled)
+        pool = Pool(torch.full((5, 2), 0.5).double(), features=features, labeled_features=labeled)
+        rows, scores = pick("k-centre", pool, 5)
+        assert sorted(rows.tolist()) == [0, 1, 2, 3, 4]
+        centres = [] if labeled is None else labeled.flatten().tolist()
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+            x = features[row].item()
+            assert score == min([abs(x - centre) for centre in centres], default=0.0)
+            centres.append(x)
+
     def test_nothing_is_labeled(self, pool):
         """The seed begins; then it is as ever."""
         firsts = set()
@@ -211,3 +224,8 @@ def test_missing_package(pool, monkeypatch):
             pick(strategy, pool, 2)
     for strategy in ("badge", "disagreement", "random"):
         pick(strategy, pool, 2)
+
+
+def test_one_class():
+    with pytest.raises(InputError, match=r"probabilities must be of at least 2 classes, got \[3, 1\]"):
+        pick("margin", Pool(torch.ones(3, 1).double()), 1)

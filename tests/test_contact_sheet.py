@@ -120,6 +120,9 @@ def test_wrong_input():
         contact_sheet([x], ["a"], columns=0)
     with pytest.raises(InputError, match="got str"):
         contact_sheet(["x.png"], ["a"])
+    for image in (np.full((8, 8), "a"), torch.rand(8, 8).to_sparse()):
+        with pytest.raises(InputError, match="images must be PIL images, tensors or arrays of numbers, got .* of"):
+            contact_sheet([image], ["a"])
     for shape in ((8,), (1, 1, 8, 8), (3, 0, 8)):
         with pytest.raises(InputError, match=r"\(H, W\) or \(C, H, W\), got \("):
             contact_sheet([torch.rand(shape)], ["a"])

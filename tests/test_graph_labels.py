@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torchvision
 from jsonargparse import auto_cli
 from sklearn.datasets import make_moons
 from sklearn.linear_model import LogisticRegression
@@ -308,14 +309,26 @@ class TestFeatures:
             assert torch.allclose(last(found), network(x), atol=1e-6)
         assert copy.deepcopy(network)(x).shape == (3, 10)
 
+    def test_convolution_for_a_head(self):
+        """Which comes after a gate of linear layers, and squeezes places into logits."""
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(1, 8, 3), torchvision.ops.SqueezeExcitation(8, 2, activation=nn.ReLU))
+        body.append(nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 8 * 36), nn.Unflatten(1, (8, 6, 6))))
+        head = nn.Conv2d(8, 3, 1)
+        network = nn.Sequential(body, head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        x = torch.rand(4, 1, 8, 8)
+        features = GraphPseudoLabels().features_of(network, x)
+        torch.testing.assert_close(features, body(x).mean(dim=(2, 3)))
+        torch.testing.assert_close(head(features[..., None, None]).flatten(1), network(x))
+
     @pytest.mark.parametrize(
         ("network", "layer", "message"),
         [
-            (nn.Sequential(nn.Tanh()), None, "Sequential calls no linear layer.*; give layer"),
+            (nn.Sequential(nn.Tanh()), None, "Sequential calls no linear or convolutional layer.*; give layer"),
             (
                 Reshaped((10, 2), nn.Linear(2, 2)),
                 None,
-                r"last linear layer of Reshaped gets \(10, 2\), no row.*give layer",
+                r"last layer of Reshaped gets \(10, 2\), no row.*give layer",
             ),
             (Reshaped((20,), nn.Linear(20, 2)), None, r"gets \(20,\)"),
             (Layers(), "bodyy", "none of that name; nearest: body"),

@@ -112,7 +112,7 @@ def test_classes_are_told_on_the_way_to_the_head_alone():
     "layer",
     [
         lambda bias: nn.Linear(4, 10, bias),
-        lambda bias: nn.Conv1d(4, 10, 3, 2, 1, 2, bias=bias),
+        lambda bias: nn.Conv1d(4, 10, 3, 2, 1, 2, bias=bias, padding_mode="circular"),
         lambda bias: nn.Conv2d(4, 10, (3, 1), 2, (1, 0), 2, bias=bias),
     ],
 )
@@ -128,6 +128,25 @@ def test_new_layer_is_like_the_old(layer, bias, alone):
     assert (new.weight.dtype, new.weight.device, new.training) == (torch.float64, torch.device("meta"), False)
     for key in vars(new).keys() - {"_parameters"}:
         assert getattr(new, key) == wanted[key], key
+
+
+class TwoNames(nn.Module):
+    def __init__(self, head_first):
+        super().__init__()
+        head = nn.Linear(8, 10)
+        if head_first:
+            self.head = head
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), head)
+        self.head = head
+
+    def forward(self, x):
+        return self.head(self.layers[:-1](x))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_head_under_two_names(head_first):
+    network = replace_head(TwoNames(head_first), 3)
+    assert network(torch.rand(2, 4)).shape == network.layers(torch.rand(2, 4)).shape == (2, 3)
 
 
 def test_named_head():
@@ -151,6 +170,7 @@ def test_auxiliary_heads_are_left_alone():
         (DigitsCNN(4), {"head": "1"}, "linear or convolutional layer, .* got '1'"),
         (nn.Sequential(nn.ReLU()), {}, "Sequential has no linear or convolutional layer to be its head"),
         (nn.Conv2d(4, 4, 3, groups=2), {}, "a convolution in groups"),
+        (nn.Sequential(nn.LazyLinear(4)), {}, "0 does not know its inputs yet; run the network once"),
         (HeadFirst(10), {}, "head must be named: HeadFirst is of 10 classes, and its last layer, 'body.0', gives 6"),
         (timm.create_model("test_vit", num_classes=0), {}, "is of 0 classes"),
         (timm.create_model("levit_128s"), {}, "head must be named: Levit.* has several, head.linear, head_dist.linear"),

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +36,7 @@ class LayerwiseFinetuning(Callback):
             optimiser's own.
         batch_norm: ``"thaw"``: while frozen, BatchNorm below the head keeps its statistics, later it updates them;
             ``"freeze"``: it keeps its statistics always; ``"adapt"``: it updates them from the start. Its weights are
-            those of the layer in any case.
+            those of the layer in any case. So does InstanceNorm, where it has statistics.
         head: The head's dotted name in the network. None: its last linear or convolutional layer.
         network: Where the module has the network; dotted paths work.
 
@@ -87,7 +87,7 @@ class LayerwiseFinetuning(Callback):
             raise InputError(f"LayerwiseFinetuning: {type(network).__name__} has nothing below its head")
         self._depth = {p: depth for depth, layer in enumerate(reversed(layers), 1) for p in layer}
         self._trainable = {p: p.requires_grad for p in self._depth}
-        self._training = {m: m.training for m in network.modules() if isinstance(m, _BatchNorm)}
+        self._training = {m: m.training for m in network.modules() if isinstance(m, _NormBase)}
         if self.head is None:
             self._hooks[network] = [network.register_forward_hook(partial(_check, name, logits_from(head)))]
 
@@ -151,6 +151,8 @@ class LayerwiseFinetuning(Callback):
         if isinstance(optimizer, LBFGS):
             raise InputError(f"LayerwiseFinetuning: LBFGS has one rate, lr_decay must be 1, got {self.lr_decay}")
         before, after = optimizer.register_step_pre_hook(self._split), optimizer.register_step_post_hook(self._join)
+        # another callback of this kind, which splits the parts further, must join first; torch has no argument for it
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         self._hooks[optimizer] = [before, after]
 
     def _split(self, optimizer: Optimizer, *_: Any) -> None:

@@ -64,26 +64,35 @@ def main(args: list[str]) -> None:
     parser.add_argument("config", help="YAML of any method, on a SemiSupervisedDataModule; fit's overrides may follow")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without a K-th of the labels")
     parser.add_argument("--action", choices=ACTIONS, default="drop", help="what becomes of the suspects (default drop)")
-    parser.add_argument("--weight", type=float, default=0.1, metavar="W", help="of --action downweight (default 0.1)")
+    parser.add_argument("--weight", type=float, metavar="W", help="of --action downweight (default 0.1)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="of the files (default: <root>/<name>_clean)")
     options, overrides = parser.parse_known_args(args)
-    if not 0 <= options.weight < 1:
-        raise InputError(f"--weight must lie in [0, 1), got {options.weight}")
+    if options.weight is not None and options.action != "downweight":
+        raise InputError(f"--weight is of --action downweight, got {options.action}")
+    weight = 0.1 if options.weight is None else options.weight
+    if not 0 <= weight < 1:
+        raise InputError(f"--weight must lie in [0, 1), got {weight}")
     config = parse(["--config", options.config, *overrides], "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
     out = options.out or root
+    earlier = (config["data"].get("init_args") or {}).get("labels")
+    if earlier and Path(earlier).resolve() == (out / "labels.csv").resolve():
+        raise InputError(
+            f"--out: {out / 'labels.csv'} is read as data.labels, and would be overwritten; name another folder"
+        )
     data = _data(config)
     found = review(config, data, options.folds, root / f"{options.folds}_folds", out)
-    write(found, data, out, options.action, options.weight)
+    if earlier:  # the new file takes its place
+        assert data.split is not None
+        data.split.save(out / "split.json")
+    write(found, data, out, options.action, weight)
     print(explain(found, data, config, options.folds))
     if not found.suspect.any():
         print(f"no label is doubtful, so there is nothing to edit; {out} has the estimated transition matrix")
         return
     print(f"look at {out / 'suspects.png'} and suspects.csv, and take out of labels.csv what is right after all")
     command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *overrides]
-    if (config["data"].get("init_args") or {}).get("labels"):  # the new file takes the place of an earlier one
-        assert data.split is not None
-        data.split.save(out / "split.json")
+    if earlier:
         command += ["--data.labeled", str(out / "split.json")]
     print(f"{options.action} them: {shlex.join([*command, '--data.labels', str(out / 'labels.csv')])}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -85,8 +86,10 @@ def config_of_fold(config: Config, split: Path, number: int) -> Config:
 
 
 def _fit(config: Config) -> Path:
-    """The folder of a finished run of exactly this config and split; it is run if there is none."""
+    """The folder of a finished run of exactly this config, split and first weights; it is run if there is none."""
     root, text = Path(config["trainer"]["default_root_dir"]), yaml.safe_dump(config)
+    files = [path for path in map(Path, weight_files(config)) if path.is_file()]
+    text += "".join(f"# {path} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
     split = Path(config["data"]["init_args"]["labeled"]).read_text(encoding="utf-8")
     found: list[Path] = sorted((root / config["name"]).glob("version_*/fold.yaml"))
     for path in found:

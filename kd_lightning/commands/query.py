@@ -24,6 +24,7 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.teachers import load_weights
 
+COLUMNS = ["index", "path", "score", "label"]
 _OF_ONE = ("k-centre", "badge", "disagreement")  # strategies that look at more than a student's answers
 
 
@@ -75,6 +76,8 @@ def query(
     check_strategy(strategy, seed)
     if n < 1:
         raise InputError(f"--n must be at least 1, got {n}")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError(f"runs must be different ones, got {', '.join(map(str, runs))}")
     if len(runs) > 1 and strategy in _OF_ONE:
         raise InputError(f"{strategy} takes one run, got {len(runs)}")
     out = _writable(out or runs[0] / "query.csv")
@@ -101,13 +104,14 @@ def query(
 
 
 def _writable(out: Path) -> Path:
-    """The file, unless it holds what somebody has filled in."""
+    """The file, unless somebody has changed it: spreadsheets write answers in many ways."""
     if out.suffix != ".csv":
         raise InputError(f"--out must end in .csv, got {out}")
     if out.is_file():
         with out.open(newline="", encoding="utf-8", errors="replace") as file:
-            if any((row.get("label") or "").strip() for row in csv.DictReader(file)):
-                raise InputError(f"--out: {out} has answers, which would be lost; name another file")
+            header, *rows = [*csv.reader(file)] or [[]]
+        if header != COLUMNS or any(len(row) != len(COLUMNS) or row[-1] for row in rows):
+            raise InputError(f"--out: {out} is there, and may have answers, which would be lost; name another file")
     return out
 
 
@@ -139,7 +143,7 @@ def _write(
     scores = picks.scores.tolist()
     with out.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["index", "path", "score", "label"])
+        table.writerow(COLUMNS)
         for index, score in zip(chosen, scores, strict=True):
             table.writerow([index, data.path(index) or "", f"{score:.6g}", ""])
     captions = [f"{index}\n{score:.3f}" for index, score in zip(chosen, scores, strict=True)]

@@ -41,6 +41,8 @@ class ClassSubset(Source):
         parts = self.source.load()
         if parts.train.targets.ndim > 1 or parts.train.targets.is_floating_point():
             raise InputError(f"classes: the images of {type(self.source).__name__} have many labels each")
+        if not len(parts.train.targets):
+            raise InputError(f"classes: the training part of {type(self.source).__name__} is empty")
         names, count = parts.class_names, int(parts.train.targets.max()) + 1
         count = max(count, len(names or ()))
         if unknown := [number for number in self.classes if not 0 <= number < count]:

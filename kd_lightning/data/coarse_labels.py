@@ -15,8 +15,8 @@ class CoarseLabels:
 
     Args:
         groups: The classes of each superclass, by name or, as plain numbers, by index; each class is in one.
-        fraction: Share of the training images outside ``labeled`` whose superclass is known, in [0, 1]; drawn by the
-            datamodule's seed. 0 where only a label file has coarse labels.
+        fraction: Share of the training images outside ``labeled`` whose superclass is known, in [0, 1]; each is drawn
+            with this probability by the datamodule's seed. 0 where only a label file has coarse labels.
 
     Raises:
         InputError: For a fraction out of range; and when the classes are known, if one is in no superclass or in two,
@@ -51,9 +51,9 @@ class CoarseLabels:
     def choose(self, candidates: Sequence[int], size: int, seed: int) -> Tensor:
         """Which of some indices below ``size`` get a coarse label, in ascending order.
 
-        Each index has its place in the queue by the seed alone, so that it keeps its label when others get better ones.
+        The draw of an index is its own, so that it keeps its label when others get better ones.
         """
-        index = torch.tensor([*candidates], dtype=torch.long)
+        index = torch.tensor(sorted(candidates), dtype=torch.long)
         # the second row, since label noise is drawn from the first
-        queue = torch.rand(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[1]
-        return index[queue[index].argsort()][: round(self.fraction * len(index))].sort().values
+        draws = torch.rand(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[1]
+        return index[draws[index] < self.fraction]

@@ -53,6 +53,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         train_transform: In place of the source's augmentation.
         strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
         eval_transform: In place of the source's evaluation transforms.
+        noisy: The source's own labels may be wrong: their kind is noisy, which co-teaching and ``LossByKind`` look at.
         label_noise: How the labels that training sees go wrong, for experiments: :class:`SymmetricNoise`,
             :class:`PairNoise` or :class:`TransitionNoise`. Their kind is noisy, also where they happen to be right.
         coarse: Superclasses, which are the labels of (a part of) the training images outside ``labeled``.
@@ -80,6 +81,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         train_transform: nn.Module | None = None,
         strong_transform: nn.Module | None = None,
         eval_transform: nn.Module | None = None,
+        noisy: bool = False,
         label_noise: LabelNoise | None = None,
         coarse: CoarseLabels | None = None,
         labels: str | Path | None = None,
@@ -97,6 +99,11 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"labeled_batch_size must leave room for unlabeled images: at least 1 and below batch_size, "
                 f"{batch_size}, got {labeled_batch_size}"
             )
+        if coarse is not None and coarse.fraction > 0 and labeled is None:
+            raise InputError(
+                "coarse: every image has a fine label, since labeled is not set; set it, or coarse.fraction: 0 where "
+                "only a label file has coarse ones"
+            )
         self.source = source
         self.labeled = labeled
         self.unlabeled = unlabeled
@@ -110,6 +117,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.train_transform = source.train_transform if train_transform is None else train_transform
         self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
+        self.noisy = noisy
         self.label_noise = label_noise
         self.coarse = coarse
         self.labels = labels
@@ -297,7 +305,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         """What training may see, without pseudo-labels."""
         parts, split = self._ready()
         size = sum(map(len, self._images()))
-        weak: Any = {"noise": self.label_noise, "coarse": self.coarse, "class_names": self.class_names}
+        weak: Any = {
+            "noisy": self.noisy,
+            "noise": self.label_noise,
+            "coarse": self.coarse,
+            "class_names": self.class_names,
+        }
         return see(parts.train.targets, split, size, **weak)
 
     def _trained(self) -> Tensor:

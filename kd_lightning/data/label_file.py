@@ -101,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     else:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
+                reader = csv.DictReader(file, strict=True)
                 columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
                 rows = [(f"line {reader.line_num}", row) for row in reader]
         except (OSError, csv.Error, UnicodeDecodeError) as error:
@@ -109,7 +109,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if not {"index", "path"}.intersection(columns) or not {"label", "kind"}.intersection(columns):
         got = ", ".join(columns) or "none"
         raise InputError(f"labels: {path} must have the columns index or path, and label or kind, got {got}")
+    if twice := [name for name in _COLUMNS if list(columns).count(name) > 1]:
+        raise InputError(f"labels: {path} has the column {twice[0]} twice")
     for place, row in rows:
+        if None in row:
+            raise InputError(f"labels: {path}, {place}: there are more cells than columns")
         yield place, {name: _text(row[name]) for name in _COLUMNS if name in row}
 
 
@@ -121,7 +125,8 @@ def _parquet(path: Path) -> tuple[Sequence[str], list[tuple[str, dict[str, Any]]
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            rows = file.read(columns=[name for name in columns if name in _COLUMNS]).to_pylist()
+            read = [name for name in dict.fromkeys(columns) if name in _COLUMNS]
+            rows = file.read(columns=read).to_pylist() if len({*columns}) == len(columns) else []
     except (OSError, ValueError) as error:
         raise InputError(f"labels: {path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
     return columns, [(f"row {number}", row) for number, row in enumerate(rows, 1)]
@@ -140,11 +145,12 @@ def _whole(text: str) -> int | None:
         value = float(text)
     except ValueError:
         return None
-    return int(value) if value.is_integer() else None
+    return int(value) if value.is_integer() and "_" not in text else None
 
 
 def _numbers(names: Sequence[str]) -> dict[str, int]:
     """What a class may be called: its name, unless others have it, too; its number, unless some names are numbers."""
+    names = [name.strip() for name in names]  # as cells are read
     counts = Counter(names)
     numbers = {} if any(map(str.isdecimal, names)) else {str(number): number for number in range(len(names))}
     return {name: number for number, name in enumerate(names) if counts[name] == 1} | numbers
@@ -163,8 +169,8 @@ def _weight(text: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise InputError(f"weight must be a number of at least 0, got {text!r}")
+    if not 0 <= weight < 1e38:  # float32 holds no larger ones
+        raise InputError(f"weight must be a number of at least 0, below 1e38, got {text!r}")
     return weight
 
 

@@ -121,6 +121,7 @@ def see(
     split: Split,
     size: int,
     *,
+    noisy: bool = False,
     noise: LabelNoise | None = None,
     coarse: CoarseLabels | None = None,
     class_names: Sequence[str] | None = None,
@@ -131,6 +132,7 @@ def see(
         truth: The training part's labels: (N,) class indices, or (N, L) zeros and ones.
         split: Which are labeled, and what a label file says.
         size: Number of images, at least N.
+        noisy: Whether the truth may itself be wrong.
         noise: How labels go wrong; those that a label file tells do not.
         coarse: Which of the split's unlabeled samples have a superclass for a label.
         class_names: For messages, and to know how many classes there are.
@@ -140,12 +142,14 @@ def see(
             superclass that ``coarse`` does not name.
     """
     y = hide(truth, split.labeled, size)
-    if noise is None and coarse is None and not split.answers:
+    if not noisy and noise is None and coarse is None and not split.answers:
         return Labels(y)
     if truth.ndim > 1 or truth.is_floating_point():
-        raise InputError("label_noise, coarse and labels are for samples of one class each; these have many labels")
+        raise InputError(
+            "noisy, label_noise, coarse and labels are for samples of one class each; these have many labels"
+        )
     classes = len(class_names) if class_names else int(truth.max()) + 1
-    kind = torch.where(is_labeled(y), Kind.CLEAN, Kind.MISSING).to(torch.int8)
+    kind = torch.where(is_labeled(y), Kind.NOISY if noisy else Kind.CLEAN, Kind.MISSING).to(torch.int8)
     if noise is not None:
         labeled = [index for index in split.labeled if index < len(truth)]
         y[labeled] = noise.draw(truth, classes, split.seed)[labeled]

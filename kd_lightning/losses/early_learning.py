@@ -52,6 +52,10 @@ class EarlyLearningLoss(nn.Module):
         self.weight = float(weight)
         self.momentum = float(momentum)
         self.reduction = reduction
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, for other samples or another network."""
         # no buffer, which DDP would send around in every step
         self.memory = torch.zeros(0, 0)
 

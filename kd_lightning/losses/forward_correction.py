@@ -33,15 +33,14 @@ class ForwardCorrectionLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: A matrix that is none, or of other classes than the logits; shapes or labels that do not fit.
+        InputError: A matrix that is none, or of other classes than the logits; shapes or labels that do not fit, or a
+            label that no class becomes.
 
     >>> import torch
     >>> loss = ForwardCorrectionLoss([[0.5, 0.5], [0.0, 1.0]])
     >>> round(loss(torch.tensor([0.5, 0.5]).log().unsqueeze(0), torch.tensor([0])).exp().item(), 3)
     4.0
     """
-
-    matrix: Tensor
 
     def __init__(self, matrix: list[list[float]] | str | Path, reduction: Reduction = "mean") -> None:
         super().__init__()
@@ -50,8 +49,8 @@ class ForwardCorrectionLoss(nn.Module):
             checked = check_transition(read_transition(Path(matrix)), f"matrix {matrix}")
         else:
             checked = check_transition(matrix)
-        # not in the checkpoint: it is an argument; float32, since some devices have no float64
-        self.register_buffer("matrix", checked.float(), persistent=False)
+        # no buffer, which would be rounded with a network in bfloat16; float32, since some devices have no float64
+        self.matrix = checked.float()
         self.reduction = reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -59,6 +58,10 @@ class ForwardCorrectionLoss(nn.Module):
         log_p = log_probabilities(logits, target)
         if len(self.matrix) != log_p.shape[1]:
             raise InputError(f"matrix is of {len(self.matrix)} classes, but there are {log_p.shape[1]} logits")
+        self.matrix = self.matrix.to(log_p.device)
+        # elsewhere than on the CPU to look would be to wait for the device
+        if target.device.type == "cpu" and (never := (self.matrix.sum(dim=0) == 0)[target.long()]).any():
+            raise InputError(f"matrix: no class becomes {int(target[never][0])} by it, but that is a label")
         # where a class never becomes the label, a finite number: the gradient of -inf is not-a-number
         log_t = self.matrix.to(log_p.dtype).log().clamp_min(-1e30)
         rows = -(log_p + log_t.index_select(1, target.long()).t()).logsumexp(dim=1)
@@ -83,10 +86,12 @@ def estimate_transition(probabilities: Tensor, quantile: float = 0.97) -> Tensor
         T, (C, C); each row sums to 1.
 
     Raises:
-        InputError: For no samples, and a quantile out of range.
+        InputError: For no samples, what are no probabilities, and a quantile out of range.
     """
     if probabilities.ndim != 2 or not len(probabilities):
         raise InputError(f"probabilities must be (N, C) of at least one sample, got {[*probabilities.shape]}")
+    if not (probabilities >= 0).all() or not probabilities.sum(dim=1).isfinite().all():
+        raise InputError("probabilities must be finite and at least 0")
     if not 0.0 < quantile <= 1.0:
         raise InputError(f"quantile must lie in (0, 1], got {quantile}")
     count = len(probabilities)

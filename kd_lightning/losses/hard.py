@@ -49,7 +49,10 @@ def check_transition(matrix: Sequence[Sequence[float]], name: str = "matrix") ->
     Raises:
         InputError: Unless it is square, of probabilities, and each row sums to 1; the message names the row.
     """
-    rows = [list(map(float, row)) for row in matrix]
+    try:
+        rows = [list(map(float, row)) for row in matrix]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be rows of numbers, got {matrix!r}") from error
     for number, row in enumerate(rows):
         if len(row) != len(rows):
             raise InputError(f"{name} must be square, but row {number} of {len(rows)} has {len(row)} entries")
@@ -85,6 +88,26 @@ def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **told: Any) -> Ten
     finally:
         loss.reduction = before
     return rows
+
+
+def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | None = None, **told: Any) -> Tensor:
+    """The mean of a loss over rows, a scalar, whether the loss was made to give the mean or each row's.
+
+    Args:
+        loss: Any, called as ``(logits, target)``; with ``weight``, one with a ``reduction``.
+        logits: (B, C).
+        target: (B,).
+        weight: What each row's loss is multiplied by, (B,). With class weights the sum is divided by theirs, as torch
+            does it, not by the number of rows.
+        told: See :func:`per_row`.
+    """
+    if weight is None and getattr(loss, "reduction", None) != "none":
+        mean: Tensor = loss(logits, target, **told)
+        return mean
+    rows = per_row(loss, logits, target, **told)
+    rows = rows if weight is None else rows * weight
+    by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
+    return rows.sum() / (loss.weight[target].sum() if by_class and len(target) else max(len(target), 1))  # type: ignore[index]
 
 
 def told_names(loss: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -21,10 +22,11 @@ from kd_lightning.outputs import logits_of
 class CoTeachingModule(SupervisedModule):
     """Learn from labels of which many are wrong: each student learns what the other finds easy (Han et al. 2018).
 
-    A wrong label is at first the one that a network finds hard. So in every step each student sorts the labeled rows by
-    its own loss, and the other one learns those with the smallest: all but a share R, which grows linearly from 0 to
-    ``forget_rate`` over ``ramp_epochs``. Two of them, since one alone would choose what it has already got wrong.
-    Rows whose kind is clean are always learned, and coarse ones, too; where batches have no kind, all are sorted.
+    A wrong label is at first the one that a network finds hard. So each student sorts the labeled rows of every batch
+    by its own loss, and the other one learns those with the smallest: all but a share R, which grows linearly from 0
+    to ``forget_rate`` over ``ramp_epochs``. Two, since one alone would choose what it has already got wrong.
+    Rows whose kind is clean are always learned, and coarse ones, too; where batches have no kind, all are sorted. (The
+    datamodule's ``noisy: true`` says so of a source's own labels; beside a label file they would else be clean.)
     Weights multiply what is learned, and have no say in the sorting.
     Several processes sort their rows together.
 
@@ -81,6 +83,7 @@ class CoTeachingModule(SupervisedModule):
         self.save_hyperparameters("forget_rate", "ramp_epochs")
         self.peer = peer
         self.forget_rate = forget_rate
+        self._sorted: Tensor | int = 0  # rows, since the fit began
         self.ramp_epochs = ramp_epochs
 
     def forgotten(self, epoch: int) -> float:
@@ -104,6 +107,7 @@ class CoTeachingModule(SupervisedModule):
             batch.mean_labels = self._mean_over_processes(labels, both[0])
         known = is_labeled(batch.y)
         sorted_rows = known if batch.kind is None else known & (batch.kind != Kind.CLEAN)
+        self._sorted = self._sorted + sorted_rows.sum()
         coarse = batch.candidates.any(dim=1) if batch.candidates is not None else torch.zeros_like(known)
         rows = [self._rows(logits, batch, known, coarse) for logits in both]
         chosen = [self._small(values.detach(), sorted_rows) | (known & ~sorted_rows) | coarse for values in rows]
@@ -146,7 +150,16 @@ class CoTeachingModule(SupervisedModule):
         """Over all processes."""
         if self._together():
             counts = torch.stack(gather_all_tensors(counts)).sum(dim=0)
-        return [float(count) for count in counts]
+        return [float(count) for count in counts.reshape(-1)]
+
+    def on_train_epoch_end(self) -> None:
+        """Warn where nothing can be forgotten."""
+        first = self.current_epoch == 0 and self.forget_rate > 0
+        if first and not self._sums(torch.as_tensor(self._sorted, device=self.device))[0]:
+            rank_zero_warn(
+                "CoTeachingModule forgets nothing, since the kind of every label is clean; data.noisy: true says that "
+                "the source's labels may be wrong, a column kind in a label file that some may"
+            )
 
     def _together(self) -> bool:
         return self._trainer is not None and self.trainer.world_size > 1
@@ -154,6 +167,7 @@ class CoTeachingModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Check that there are two."""
         super().setup(stage)
+        self._sorted = 0
         mine, other = dict(self.student.named_parameters()), dict(self.peer.named_parameters())
         same = mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
         if stage == "fit" and (self.peer is self.student or same):

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.hard import per_row, told_names
+from kd_lightning.losses.hard import mean_loss, told_names
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.evaluation import Evaluation, to_probabilities
 from kd_lightning.modules.finite import FiniteCheck
@@ -53,9 +54,10 @@ class SupervisedModule(LightningModule):
             A missing label is -100, or NaN where floats.
         hard_loss: Called as ``(logits, target)`` on the labeled rows only, a mean over them. None: cross-entropy, on
             logits for the other two tasks. With labels missing inside a row (multilabel) it sees the known entries
-            as one flat row. One whose forward takes ``kind`` or ``index`` is told these of each row; one that takes
-            ``index`` is called without rows, too, since other processes may have some to remember. Coarse labels have
-            :class:`~kd_lightning.losses.CoarseLoss`, whatever the hard loss, and count as much as others.
+            as one flat row. With ``reduction="none"`` the mean is taken here. One whose forward takes ``kind`` or
+            ``index`` is told these of each row; one that takes ``index`` is called without rows, too, since other
+            processes may have some to remember, and is told to ``forget()`` as a fit begins, if it can. Coarse labels
+            have :class:`~kd_lightning.losses.CoarseLoss`, whatever the hard loss, and count as much as others.
         optimizer: Takes the parameters that require a gradient.
         lr_scheduler: Takes the optimiser. ReduceLROnPlateau follows its ``monitor``, else ``val/loss``; it is the one
             thing that a resume does not continue exactly, since Lightning leaves out its step at the end of the epoch
@@ -84,6 +86,8 @@ class SupervisedModule(LightningModule):
         self.task: Task = task
         default = nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
         self.hard_loss = default if hard_loss is None else hard_loss
+        if getattr(self.hard_loss, "reduction", "mean") not in ("mean", "none"):
+            raise InputError(f"hard_loss: its reduction must be mean or none, got {self.hard_loss.reduction!r}")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -108,6 +112,9 @@ class SupervisedModule(LightningModule):
         self._evaluations.clear()
         self._teacher_outputs.clear()
         self._finite = FiniteCheck()
+        for part in self.hard_loss.modules() if stage == TrainerFn.FITTING else ():
+            if callable(forget := getattr(part, "forget", None)):
+                forget()
 
     # What a method changes.
 
@@ -179,10 +186,7 @@ class SupervisedModule(LightningModule):
         if y.device.type == "cpu":  # elsewhere the check would wait for the device
             self._check_labels(y, logits)
         y = y.long() if self.task == "multiclass" else y.to(logits.dtype)
-        if weight is None:
-            value: Tensor = self.hard_loss(logits, y, **told)
-            return value, y.numel()
-        return (per_row(self.hard_loss, logits, y, **told) * weight).sum() / max(len(y), 1), len(y)
+        return mean_loss(self.hard_loss, logits, y, weight, **told), y.numel()
 
     def _check_labels(self, y: Tensor, logits: Tensor) -> None:
         top = logits.shape[1] - 1 if self.task == "multiclass" else 1

@@ -19,6 +19,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, lr_scheduler
 
 from kd_lightning import (
     ApprenticeModule,
+    CoTeachingModule,
     Digits,
     DistillModule,
     HintModule,
@@ -315,6 +316,39 @@ def test_charts_and_messages(quiet_trainer, loader, student, tmp_path, caplog):
     assert {row[header.index("lr-SGD")] for row in rows} - {""} == {"0.1"}
     said = [record.message for record in caplog.records if "learn" in record.message]
     assert said == ["epoch 0: the head alone learns", "epoch 2: all layers learn"]
+
+
+def test_two_networks_of_one_optimizer(quiet_trainer, loader):
+    """Each has its rates, and the optimiser its one group."""
+    rates, networks = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        networks.append(DigitsCNN(4))
+
+    class Watched(SGD):
+        def step(self, closure=None):
+            found = super().step(closure)
+            rates.append({p: g["lr"] for g in self.param_groups for p in g["params"]})
+            return found
+
+    module = CoTeachingModule(*networks, 0.2, optimizer=partial(Watched, lr=0.1))
+    callbacks = [LayerwiseFinetuning(0, DECAY), LayerwiseFinetuning(0, 0.25, network="peer")]
+    trainer = quiet_trainer(max_epochs=2, callbacks=callbacks)
+    trainer.fit(module, loader())
+    (group,) = trainer.optimizers[0].param_groups
+    assert (len(group["params"]), group["lr"]) == (22, 0.1)
+    wanted = {p: 0.1 * DECAY**depth for p, depth in depths(networks[0]).items()}
+    wanted |= {p: 0.1 * 0.25**depth for p, depth in depths(networks[1]).items()}
+    assert rates == [{p: pytest.approx(rate) for p, rate in wanted.items()}] * 6
+
+
+def test_instance_norm_with_statistics(quiet_trainer, loader):
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 10))
+    module, seen = SupervisedModule(network, optimizer=MOMENTUM), []
+    look = Look(on_train_epoch_end=lambda *_: seen.append(norm.running_mean.clone()))
+    quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning(1), look]).fit(module, loader())
+    assert not seen[0].any() and seen[1].all()
 
 
 # BatchNorm.

@@ -142,7 +142,8 @@ def test_again_trains_nothing(there, capsys):
 
 @pytest.mark.parametrize("action", ["drop", "downweight", "relabel"])
 def test_the_next_fit_takes_the_labels(there, action, tmp_path):
-    main(["config.yaml", "--folds", "2", "--out", str(tmp_path), "--action", action, "--weight", "0.25"])
+    weight = ["--weight", "0.25"] if action == "downweight" else []
+    main(["config.yaml", "--folds", "2", "--out", str(tmp_path), "--action", action, *weight])
     suspects = {int(row["index"]): row for row in rows(tmp_path / "suspects.csv")}
     noise, path = SymmetricNoise(0.3), tmp_path / "labels.csv"
     data = SemiSupervisedDataModule(Digits(), labeled=LABELED, label_noise=noise, labels=path)
@@ -251,6 +252,8 @@ def test_earlier_answers_are_kept(judged, capsys):
     again = SemiSupervisedDataModule(Digits(), unlabeled="none", label_noise=SymmetricNoise(0.3), **paths)
     visible = again.visible_labels()
     assert visible[second] == TRUTH[second]
+    # answers are in the split before anything else is written
+    assert [answer[0] for answer in Split.load(out / "split.json", TRUTH).answers] == sorted([first, second, new])
     assert (visible[[first, new]] == -100).all() and set(again.split.labeled) == asked - suspects
 
 
@@ -306,8 +309,10 @@ def test_teacher_that_knew_the_labels_is_named(judged, config, capsys):
     [
         (["--folds", "1"], "--folds must lie in 2 ... 200, the number of labels, got 1"),
         (["--folds", "201"], "--folds must lie in 2 ... 200, the number of labels, got 201"),
-        (["--weight", "1"], r"--weight must lie in \[0, 1\), got 1.0"),
-        (["--weight", "nan"], r"--weight must lie in \[0, 1\), got nan"),
+        (["--weight", "0.5"], "--weight is of --action downweight, got drop"),
+        (["--data.labels", "runs/tiny_clean/labels.csv"], "--out: .* would be overwritten; name another folder"),
+        (["--action", "downweight", "--weight", "1"], r"--weight must lie in \[0, 1\), got 1.0"),
+        (["--action", "downweight", "--weight", "nan"], r"--weight must lie in \[0, 1\), got nan"),
         (
             ["--data.labeled", "1", "--data.label_noise", "null"],
             "--folds needs 2 labels of each class, .*; only 1 of 0, 1",

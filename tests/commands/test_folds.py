@@ -71,6 +71,7 @@ def config(tmp_path):
         "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt",
         "trainer": {"default_root_dir": "runs", "logger": {"class_path": "CSVLogger"}, "max_epochs": 3},
         "checkpoint": {"dirpath": "here", "monitor": None},
+        "model": {"class_path": "SupervisedModule", "init_args": {"initial_weights": str(tmp_path / "start.pt")}},
         "data": {"class_path": "SemiSupervisedDataModule", "init_args": {"labeled": 4, "seed": 2}},
     }
 
@@ -148,6 +149,10 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
     assert run()[1] == 1
     config["trainer"]["max_epochs"] = 4
     assert run()[1] == 2
+    for content in (b"first weights", b"others"):
+        (tmp_path / "start.pt").write_bytes(content)
+        assert run()[1] == 2
+        assert run()[1] == 0
 
 
 def test_weight_files():

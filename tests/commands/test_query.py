@@ -230,9 +230,36 @@ def test_from_fit_to_fit(config, capsys):
     assert len(last["labeled"]) == len(first["labeled"]) + 8
     # what was filled in is not written over
     answers = (runs[0] / "query.csv").read_text()
-    with pytest.raises(InputError, match=r"query.csv has answers, which would be lost; name another file"):
+    with pytest.raises(
+        InputError, match=r"query.csv is there, and may have answers, which would be lost; name another"
+    ):
         query([runs[0]], 3)
     assert (runs[0] / "query.csv").read_text() == answers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace(",", "\t"),
+        lambda text: text.replace("label", "Label"),
+        lambda text: text.replace("label", "label,kind"),
+        lambda text: text.replace("label", " label"),
+        lambda text: text[:-1] + "3\n",
+        lambda text: "",
+    ],
+)
+def test_a_file_that_somebody_has_changed_is_kept(make_run, change):
+    run = make_run()
+    query([run], 3)
+    query([run], 2)  # nobody has
+    path = run / "query.csv"
+    text = path.read_text()
+    assert text.count("\n") == 3
+    path.write_text(changed := change(text.replace("\r\n", "\n")))
+    with pytest.raises(InputError, match="may have answers"):
+        query([run], 3)
+    assert path.read_text() == changed
 
 
 def test_bad_input(make_run, fails, tmp_path):
@@ -249,6 +276,8 @@ def test_bad_input(make_run, fails, tmp_path):
         assert re.search(message, fails("query", str(run), *arguments))
     assert not (run / "query.csv").exists()
 
+    with pytest.raises(InputError, match="runs must be different ones"):
+        query([run, run.parent / run.name], 1)
     with pytest.raises(InputError, match="config.yaml cannot be read"):
         query([tmp_path], 1)
     (run / "student.safetensors").rename(run / "gone")

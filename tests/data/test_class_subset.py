@@ -72,3 +72,9 @@ def test_class_that_the_source_lacks(unknown):
 def test_samples_of_many_labels(y):
     with pytest.raises(InputError, match="classes: the images of DatasetSource have many labels each"):
         ClassSubset(DatasetSource(TensorDataset(torch.rand(4, 2), y)), [0]).load()
+
+
+def test_empty_source():
+    empty = DatasetSource(TensorDataset(torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)))
+    with pytest.raises(InputError, match="classes: the training part of DatasetSource is empty"):
+        ClassSubset(empty, [0]).load()

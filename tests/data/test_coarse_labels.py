@@ -52,7 +52,7 @@ def test_fraction_out_of_range(fraction):
 def test_choice():
     candidates = [*range(3, 200, 2)]
     chosen = {share: CoarseLabels(GROUPS, share).choose(candidates, 200, seed=0).tolist() for share in (0, 0.3, 0.7, 1)}
-    assert [len(found) for found in chosen.values()] == [0, 30, 69, 99]
+    assert [len(found) for found in chosen.values()] == [0, 24, 71, 99]  # each is drawn by itself
     assert chosen[1] == candidates
     assert {*chosen[0.3]} < {*chosen[0.7]}
     assert chosen[0.3] == sorted(chosen[0.3])
@@ -65,14 +65,14 @@ def test_choice_stays_when_others_get_fine_labels():
     before = {*coarse.choose(candidates, 200, seed=0).tolist()}
     answered = {*range(0, 200, 10)}
     after = {*coarse.choose([index for index in candidates if index not in answered], 200, seed=0).tolist()}
-    assert len((before - answered) ^ after) <= len(answered)
+    assert before - answered == after
 
 
 def test_choice_is_even():
     counts = sum(
         torch.bincount(CoarseLabels(GROUPS, 0.25).choose(range(40), 40, seed=seed), minlength=40) for seed in range(400)
     )
-    assert counts.sum() == 4000
+    assert 3800 < counts.sum() < 4200  # 4000 expected, 3.6 standard deviations
     assert 60 < counts.min() <= counts.max() < 140  # 100 expected, 4.6 standard deviations
 
 

@@ -61,7 +61,6 @@ def test_all_kinds(read):
         "index,score,label,note\n5,0.3,dog,\n6,0.2,,nobody knows\n",
         "index,path,label\n5.0,elsewhere/x.png,dog\n",  # a path of images that have none
         'index,label,note\n5,dog,"two\nlines"\n',
-        "index,label\n5,dog,more,cells\n",
     ],
 )
 def test_ways_to_write_it(read, text):
@@ -81,15 +80,17 @@ def test_ways_to_write_it(read, text):
         ("12,cat,,", "line 2: there is no sample 12; the data have 0 ... 11"),
         ("-1,cat,,", "line 2: there is no sample -1"),
         ("1.5,cat,,", "line 2: index must be a whole number, got '1.5'"),
+        ("1_0,cat,,", "line 2: index must be a whole number, got '1_0'"),
         ("inf,cat,,", "line 2: index must be a whole number, got 'inf'"),
         ("five,cat,,", "line 2: index must be a whole number, got 'five'"),
         (",cat,,", "line 2: there is neither an index nor a path"),
         ("5,cat,,\n6,cat,,\n5,dog,,", "line 4: sample 5 comes twice"),
         ("5,cat,,\n5.0,,missing,", "line 3: sample 5 comes twice"),
-        ("5,cat,,-1", "line 2: weight must be a number of at least 0, got '-1'"),
-        ("5,cat,,nan", "line 2: weight must be a number of at least 0, got 'nan'"),
-        ("5,cat,,inf", "line 2: weight must be a number of at least 0, got 'inf'"),
-        ("5,cat,,much", "line 2: weight must be a number of at least 0, got 'much'"),
+        ("5,cat,,-1", "line 2: weight must be a number of at least 0, below 1e38, got '-1'"),
+        ("5,cat,,nan", "line 2: weight must be a number of at least 0, below 1e38, got 'nan'"),
+        ("5,cat,,inf", "line 2: weight must be a number of at least 0, below 1e38, got 'inf'"),
+        ("5,cat,,much", "line 2: weight must be a number of at least 0, below 1e38, got 'much'"),
+        ("5,cat,,1e39", "line 2: weight must be a number of at least 0, below 1e38, got '1e39'"),
         ("4,dog,,\n7,cat,,", "line 3: sample 7 is kept for validation, and cannot be trained on"),
         ('\n\n5,"bi\nrd",,', "line 5: 'bi\\nrd' is no class"),  # where an editor shows it
         ("5,,,", "has no row with a label or a kind"),
@@ -108,6 +109,9 @@ def test_refused_by_line(read, rows, message):
         ("", "must have the columns index or path, and label or kind, got none"),
         ("sample,label\n5,cat\n", "must have the columns index or path, and label or kind, got sample, label"),
         ("index,score\n5,1\n", "got index, score"),
+        ("index,label\n4,cat\n5,dog,more\n", "line 3: there are more cells than columns"),
+        ('index,label\n4,cat\n"5,dog\n6,dog\n', "cannot be read as CSV: unexpected end of data"),
+        ("index,label,label\n5,cat,dog\n", "has the column label twice"),
         ("path,label\na.png,cat\n", "line 2: these images have no paths; name 'a.png' by its index"),
     ],
 )

@@ -59,17 +59,25 @@ def test_minimum_is_the_classifier_of_the_true_labels():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_label_that_cannot_come_about_stays_finite(dtype):
-    logits = torch.zeros(64, 2, dtype=dtype, requires_grad=True)
-    value = ForwardCorrectionLoss([[1.0, 0.0], [1.0, 0.0]])(logits, torch.ones(64, dtype=torch.long))
+    """Class 1 alone is taken for 1, and the logits say that there is none."""
+    logits = torch.tensor([[1e30, -1e30]], dtype=dtype).repeat(64, 1).requires_grad_()
+    value = ForwardCorrectionLoss([[1.0, 0.0], [0.5, 0.5]])(logits, torch.ones(64, dtype=torch.long))
     value.backward()
     assert value.isfinite() and value > 1e20
     assert logits.grad.isfinite().all()
 
 
+def test_a_label_that_no_class_becomes_is_refused():
+    loss = ForwardCorrectionLoss([[1.0, 0.0], [1.0, 0.0]])
+    loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match="matrix: no class becomes 1 by it, but that is a label"):
+        loss(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
+
+
 def test_bfloat16_weights():
     """As a trainer of precision bf16-true makes them."""
     loss = ForwardCorrectionLoss(T.tolist()).bfloat16()
-    torch.testing.assert_close(loss(draw(), TARGET), ForwardCorrectionLoss(T.tolist())(draw(), TARGET))
+    assert torch.equal(loss(draw(), TARGET), ForwardCorrectionLoss(T.tolist())(draw(), TARGET))
 
 
 def test_matrix_is_not_in_the_checkpoint():
@@ -132,6 +140,11 @@ class TestEstimate:
     def test_bad_input(self, shape, quantile, message):
         with pytest.raises(InputError, match=message):
             estimate_transition(torch.ones(shape), quantile)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1])
+    def test_what_are_no_probabilities(self, bad):
+        with pytest.raises(InputError, match="probabilities must be finite and at least 0"):
+            estimate_transition(torch.tensor([[0.5, 0.5], [bad, 0.5]]))
 
 
 class TestFile:

@@ -17,7 +17,7 @@ from kd_lightning.losses import (
     LossByKind,
     SymmetricCrossEntropyLoss,
 )
-from kd_lightning.losses.hard import check_transition, log_probabilities, per_row, pick, told_names
+from kd_lightning.losses.hard import check_transition, log_probabilities, mean_loss, per_row, pick, told_names
 
 T = [[0.5, 0.25, 0.125, 0.125], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]]
 LOSSES = {
@@ -157,6 +157,38 @@ class TestPerRow:
     def test_no_reduction(self):
         with pytest.raises(InputError, match="hard_loss: Softmax has no reduction, which must be 'none' to weight"):
             per_row(nn.Softmax(dim=1), draw(), TARGET)
+
+
+class TestMean:
+    """As a module takes it: the same whatever the reduction, and with weights of 1."""
+
+    WEIGHT = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    LOSSES = (
+        lambda **o: nn.CrossEntropyLoss(**o),
+        lambda **o: nn.CrossEntropyLoss(weight=torch.arange(1.0, draw().shape[1] + 1).double(), **o),
+    )
+
+    @pytest.mark.parametrize("make", LOSSES, ids=["plain", "class weights"])
+    def test_against_the_formula(self, make):
+        by_class = make().weight if make().weight is not None else torch.ones(draw().shape[1], dtype=torch.float64)
+        rows = -log_softmax(draw().numpy(), axis=1)[np.arange(6), TARGET] * by_class[TARGET].numpy()
+        total = float(by_class[TARGET].sum())
+        for reduction in ("mean", "none"):
+            loss = make(reduction=reduction)
+            assert float(mean_loss(loss, draw(), TARGET)) == pytest.approx(rows.sum() / total)
+            assert float(mean_loss(loss, draw(), TARGET, torch.ones(6))) == pytest.approx(rows.sum() / total)
+            weighted = (rows * self.WEIGHT.numpy()).sum() / total
+            assert float(mean_loss(loss, draw(), TARGET, self.WEIGHT)) == pytest.approx(weighted)
+            assert loss.reduction == reduction
+
+    @pytest.mark.parametrize("make", LOSSES, ids=["plain", "class weights"])
+    def test_no_rows(self, make):
+        logits = draw()[:0].requires_grad_()
+        mean_loss(make(), logits, TARGET[:0], self.WEIGHT[:0]).backward()
+        assert float(mean_loss(make(), logits, TARGET[:0], self.WEIGHT[:0])) == 0
+
+    def test_without_a_reduction(self):
+        assert mean_loss(lambda logits, target: logits.sum(), draw(), TARGET) == draw().sum()
 
 
 class TestTransition:

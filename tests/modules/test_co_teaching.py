@@ -1,6 +1,7 @@
 """CoTeachingModule: the rows each student learns by hand, the ramp, several processes, resume, what is deployed."""
 
 import threading
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from scipy.special import log_softmax
 from torch import nn
 
-from kd_lightning import Batch, CoTeachingModule, InputError
+from kd_lightning import Batch, CoTeachingModule, Digits, InputError, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.batch import Kind
 from kd_lightning.callbacks import StudentWriter
 from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LossByKind
@@ -308,6 +309,22 @@ class TestRun:
         trainer.fit(CoTeachingModule(*networks(0, 1), 0.5, ramp_epochs=3, optimizer=SGD), loader(), loader())
         assert seen == pytest.approx([0, 0.5 / 3, 1 / 3, 0.5, 0.5])
         assert {"train/hard", "train/peer_hard", "val/accuracy"} < set(trainer.callback_metrics)
+
+    @pytest.mark.parametrize(
+        ("options", "warns"),
+        [({}, False), ({"noisy": True}, False), ({"labels": "l.csv"}, True), ({"noise": 1}, False)],
+    )
+    def test_says_so_where_every_label_is_clean(self, quiet_trainer, tmp_path, options, warns):
+        (tmp_path / "l.csv").write_text("index,label\n0,3\n")
+        options = {"labels": tmp_path / "l.csv"} if "labels" in options else options
+        options = {"label_noise": SymmetricNoise(0.0)} if "noise" in options else options
+        data = SemiSupervisedDataModule(Digits(), labeled=5, val=0, batch_size=512, **options)
+        module = CoTeachingModule(*networks(0, 1), 0.4, ramp_epochs=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(max_epochs=2).fit(module, datamodule=data)
+        told = [str(w.message) for w in caught if "forgets nothing" in str(w.message)]
+        assert len(told) == warns
 
     def test_both_learn(self, quiet_trainer, loader):
         module = CoTeachingModule(*networks(0, 1), 0.5)
