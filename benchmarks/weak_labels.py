@@ -206,7 +206,7 @@ class Coarse:
         """Every method."""
         found = {"fine labels alone": self.fine(SETTINGS["fine"])}
         found["coarse head first"] = self.head(SETTINGS["head"])
-        found["coarse-label loss"] = self.loss(SETTINGS["coarse"])
+        found["coarse-label loss"] = self.loss(**SETTINGS["coarse"])
         return found
 
 
@@ -217,7 +217,7 @@ def active(seed):
     for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
         make_data = partial(Data, kept, labeled=2, val=0, seed=seed, batch_size=96, labeled_batch_size=32)
         schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
-        optimizer = partial(AdamW, lr=SETTINGS["active"], weight_decay=0.01)
+        optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
         options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
         make_module = lambda: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731, B023
         trainer = partial(make_trainer, STEPS["active"])
@@ -263,15 +263,14 @@ class Transfer:
 
 
 SETTINGS = {
-    "noise": 0.01,
+    "noise": 0.003,
     "GCE": {"q": 0.7},
     "symmetric CE": {"alpha": 0.1, "beta": 1.0},
     "ELR": {"weight": 3.0, "momentum": 0.7},
-    "co-teaching": {"ramp_epochs": 10},
+    "co-teaching": {"ramp_epochs": 20},
     "fine": 0.01,
-    "head": 0.01,
-    "coarse": 0.03,
-    "active": 0.01,
+    "head": 0.03,
+    "coarse": {"lr": 0.03, "labeled": 16},
     "scratch": 0.01,
     "finetune": 0.01,
     "layerwise": {"lr": 0.01, "frozen_epochs": 5, "lr_decay": 0.5},
