@@ -5,12 +5,12 @@ Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer]      
 
 Digits: 1197 training images and 600 test images, which nothing is chosen on; for transfer, those of 5 to 9. There is no
 validation part, so the last weights are tested; settings come from other splits, on which 25 % of the training images
-are for validation. All methods of a part have the same network, steps, schedule and augmentation. A seed draws split,
-noise, network and order. Differences are paired by split.
+are for validation (for transfer, which needs but 10, 90 %). All methods of a part have the same network, steps,
+schedule and augmentation; each has its own learning rate. A seed draws split, noise, network and order. Differences are
+paired by split.
 """
 
 import argparse
-import itertools
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -22,21 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from cleanlab.filter import find_label_issues
-from ensemble import accuracy, interval
+from ensemble import interval
 from few_labels import Data, quiet
-from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
+from training import make_trainer, measure, train
+from transfer import Transfer
 
 from kd_lightning import (
-    ClassSubset,
     CoarseLabels,
     CoTeachingModule,
     DatasetSource,
     Digits,
-    LayerwiseFinetuning,
     PairNoise,
     SupervisedModule,
     SymmetricNoise,
@@ -52,44 +51,11 @@ from kd_lightning.losses import (
 )
 from kd_lightning.models import DigitsCNN
 
-STEPS = {"noise": 760, "coarse": 760, "active": 400, "transfer": 400}
+STEPS = {"noise": 760, "coarse": 760, "active": 400}
 FOLDS = 5
 NOISE = {"40 % symmetric": SymmetricNoise(0.4), "40 % pair": PairNoise(0.4)}
 COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
 SETTING_SPLITS = 4
-
-
-def train(part, seed, make_module, data, callbacks=(), lr=0.01, steps=None):
-    """Train to the last step, and give the module back."""
-    steps = steps or STEPS[part]
-    schedule = partial(CosineAnnealingLR, T_max=steps)
-    options = {"optimizer": partial(AdamW, lr=lr, weight_decay=0.01), "lr_scheduler": schedule, "lr_interval": "step"}
-    seed_everything(seed, verbose=False)
-    module = make_module(**options)
-    trainer = make_trainer(steps, callbacks)
-    trainer.fit(module, datamodule=data)
-    assert trainer.global_step == steps
-    return module
-
-
-def make_trainer(steps, callbacks=()):
-    """One that leaves nothing behind."""
-    return Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*callbacks],
-    )
-
-
-def measure(module, data):
-    """Accuracy on validation images where there are some, else on test images, in %."""
-    return 100 * accuracy(module.student, data.val_dataloader() or data.test_dataloader())
 
 
 class Noise:
@@ -108,7 +74,7 @@ class Noise:
             extra = {"peer": DigitsCNN(32)} if method is CoTeachingModule else {}
             return method(DigitsCNN(32), **extra, **arguments, hard_loss=hard_loss, **options)
 
-        return train("noise", self.seed, make, data, lr=lr)
+        return train(STEPS["noise"], self.seed, make, data, lr=lr)
 
     def score(self, *arguments, **options):
         """Accuracy of a training with a loss."""
@@ -151,18 +117,15 @@ class Noise:
 
     def all(self):
         """Every method: {name: accuracy}, and the suspects' precision and recall."""
-        lr = SETTINGS["noise"]
-        found = {"cross-entropy": self.score(lr=lr)}
+        lr, found = SETTINGS["noise"], {}
+        found["cross-entropy"] = self.score(lr=lr)
         found["label smoothing"] = self.score(nn.CrossEntropyLoss(label_smoothing=0.2), lr)
-        found["GCE"] = self.score(GeneralizedCrossEntropyLoss(**SETTINGS["GCE"]), lr)
-        found["symmetric CE"] = self.score(SymmetricCrossEntropyLoss(**SETTINGS["symmetric CE"]), lr)
-        found["early-learning regularisation"] = self.score(EarlyLearningLoss(**SETTINGS["ELR"]), lr)
-        true = self.noise.matrix(10).tolist()
-        found["forward correction, true T"] = self.score(ForwardCorrectionLoss(true), lr)
-        folds = self.out_of_fold(lr)
-        guess = estimate_transition(folds[1]).tolist()
-        found["forward correction, T from anchors"] = self.score(ForwardCorrectionLoss(guess), lr)
-        found["co-teaching"] = self.score(lr=lr, method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
+        for name, (rate, loss) in LOSSES.items():
+            found[name] = self.score(loss(), rate)
+        folds, rate = self.out_of_fold(lr), SETTINGS["forward"]
+        for name, matrix in (("true T", self.noise.matrix(10)), ("T from anchors", estimate_transition(folds[1]))):
+            found[f"forward correction, {name}"] = self.score(ForwardCorrectionLoss(matrix.tolist()), rate)
+        found["co-teaching"] = self.score(method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
         found["confident learning, dropped"], precision, recall = self.edit(lr, folds)
         found["true labels"] = self.clean(lr)
         return found, (precision, recall)
@@ -180,7 +143,9 @@ class Coarse:
         """The fine labels alone."""
         data = self.make_data(unlabeled="none", batch_size=32, copies=20)
         student = student or partial(DigitsCNN, 8)
-        return measure(train("coarse", self.seed, lambda **o: SupervisedModule(student(), **o), data, lr=lr), data)
+        return measure(
+            train(STEPS["coarse"], self.seed, lambda **o: SupervisedModule(student(), **o), data, lr=lr), data
+        )
 
     def head(self, lr=0.01):
         """First a network of the coarse classes, on all coarse labels; then a new head, and all layers, on the fine."""
@@ -192,7 +157,7 @@ class Coarse:
         used = sorted([*data.split.labeled, *data.split.unlabeled])
         coarse.split = replace(coarse.split, labeled=used, unlabeled=[])
         make = partial(SupervisedModule, DigitsCNN(8, num_classes=5))
-        network = train("coarse", self.seed, lambda **o: make(**o), coarse, lr=lr).student
+        network = train(STEPS["coarse"], self.seed, lambda **o: make(**o), coarse, lr=lr).student
         return self.fine(lr, lambda: replace_head(network, 10))
 
     def loss(self, lr=0.01, labeled=32):
@@ -200,7 +165,7 @@ class Coarse:
         streams = {"batch_size": 96, "labeled_batch_size": labeled}
         data = self.make_data(coarse=CoarseLabels(COARSE), **streams)
         make = lambda **options: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731
-        return measure(train("coarse", self.seed, make, data, lr=lr), data)
+        return measure(train(STEPS["coarse"], self.seed, make, data, lr=lr), data)
 
     def all(self):
         """Every method."""
@@ -227,53 +192,20 @@ def active(seed):
     return found
 
 
-class Transfer:
-    """From the digits 0 to 4 to 5 to 9, of which 2 labels per class are known."""
-
-    def __init__(self, seed, kept, val=0):
-        self.seed = seed
-        source = Data({}, val=0, seed=seed, batch_size=64)
-        source.source = ClassSubset(Digits(), [0, 1, 2, 3, 4])
-        make = lambda **options: SupervisedModule(DigitsCNN(32, num_classes=5), **options)  # noqa: E731
-        self.network = train("transfer", seed, make, source, lr=0.005).student
-        self.kept = kept
-        self.val = val
-
-    def fit(self, pretrained, lr=0.01, **callback):
-        """Accuracy on the new digits."""
-        data = Data(self.kept, labeled=2, unlabeled="none", val=self.val, seed=self.seed, batch_size=32, copies=64)
-        data.source = ClassSubset(Digits(), [5, 6, 7, 8, 9])
-
-        def make(**options):
-            student = DigitsCNN(32, num_classes=5)
-            if pretrained:
-                student.load_state_dict(self.network.state_dict())
-                student = replace_head(student, 5)
-            return SupervisedModule(student, **options)
-
-        callbacks = [LayerwiseFinetuning(**callback)] if callback else []
-        return measure(train("transfer", self.seed, make, data, callbacks, lr=lr), data)
-
-    def all(self):
-        """Every method."""
-        found = {"from scratch": self.fit(False, SETTINGS["scratch"])}
-        found["all layers from the start"] = self.fit(True, SETTINGS["finetune"])
-        found["head first, lower rates below"] = self.fit(True, **SETTINGS["layerwise"])
-        return found
-
-
 SETTINGS = {
     "noise": 0.003,
-    "GCE": {"q": 0.7},
-    "symmetric CE": {"alpha": 0.1, "beta": 1.0},
-    "ELR": {"weight": 3.0, "momentum": 0.7},
-    "co-teaching": {"ramp_epochs": 20},
+    "forward": 0.01,
+    "co-teaching": {"lr": 0.003, "ramp_epochs": 20},
     "fine": 0.01,
     "head": 0.03,
     "coarse": {"lr": 0.03, "labeled": 16},
-    "scratch": 0.01,
-    "finetune": 0.01,
-    "layerwise": {"lr": 0.01, "frozen_epochs": 5, "lr_decay": 0.5},
+}
+
+
+LOSSES = {
+    "GCE": (0.003, partial(GeneralizedCrossEntropyLoss, q=0.7)),
+    "symmetric CE": (0.01, partial(SymmetricCrossEntropyLoss, alpha=0.1, beta=1.0)),
+    "early-learning regularisation": (0.01, partial(EarlyLearningLoss, weight=3.0, momentum=0.7)),
 }
 
 
@@ -286,6 +218,14 @@ def try_settings(seed):
         found[method, str(setting)] = value
         print(seed, method, setting, round(value, 2), flush=True)
 
+    transfer = Transfer(seed, {}, val=0.9)
+    for lr in (0.003, 0.01):
+        note("from scratch", {"lr": lr}, transfer.fit(None, lr))
+        for origin in ("0 to 4", "0 to 4, rotated"):
+            note(f"{origin}, all layers alike", {"lr": lr}, transfer.fit(origin, lr))
+            for frozen, decay in ((5, 0.5), (0, 0.5), (0, 0.3)):
+                options = {"frozen_epochs": frozen, "lr_decay": decay}
+                note(f"{origin}, lower rates below", {"lr": lr, **options}, transfer.fit(origin, lr, **options))
     noise = Noise(seed, NOISE["40 % symmetric"], {}, val=0.25)
     for lr in (0.003, 0.01):
         note("cross-entropy", {"lr": lr}, noise.score(lr=lr))
@@ -307,13 +247,6 @@ def try_settings(seed):
         note("coarse head first", {"lr": lr}, coarse.head(lr))
         for labeled in (16, 32):
             note("coarse-label loss", {"lr": lr, "labeled in a batch": labeled}, coarse.loss(lr, labeled))
-    transfer = Transfer(seed, {}, val=0.25)
-    for lr in (0.001, 0.003, 0.01, 0.03):
-        note("from scratch", {"lr": lr}, transfer.fit(False, lr))
-        note("all layers from the start", {"lr": lr}, transfer.fit(True, lr))
-        for frozen, decay in itertools.product((5, 10), (0.3, 0.6, 1.0)):
-            options = {"frozen_epochs": frozen, "lr_decay": decay}
-            note("head first, lower rates below", {"lr": lr, **options}, transfer.fit(True, lr, **options))
     return found
 
 

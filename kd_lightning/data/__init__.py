@@ -4,6 +4,7 @@ from kd_lightning.data.class_subset import ClassSubset
 from kd_lightning.data.coarse_labels import CoarseLabels
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
 from kd_lightning.data.label_noise import LabelNoise, PairNoise, SymmetricNoise, TransitionNoise
+from kd_lightning.data.rotated_classes import RotatedClasses
 from kd_lightning.data.sources import DatasetSource, Digits, FakeData, ImageFolder, Source, TorchvisionDataset
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FakeData",
     "DatasetSource",
     "ClassSubset",
+    "RotatedClasses",
     "LabelNoise",
     "SymmetricNoise",
     "PairNoise",

@@ -1,0 +1,71 @@
+"""Transfer from the digits 0 to 4 to 5 to 9, for benchmarks/weak_labels.py."""
+
+from few_labels import Data
+from torchvision.transforms import v2
+from training import measure, train
+
+from kd_lightning import ClassSubset, Digits, LayerwiseFinetuning, RotatedClasses, SupervisedModule, replace_head
+from kd_lightning.models import DigitsCNN
+
+STEPS = 400
+SETTINGS = {
+    "from scratch": {"origin": None, "lr": 0.01},
+    "0 to 4, all layers alike": {"origin": "0 to 4", "lr": 0.003},
+    "0 to 4, lower rates below": {"origin": "0 to 4", "lr": 0.01, "frozen_epochs": 0, "lr_decay": 0.5},
+    "0 to 4, rotated, all layers alike": {"origin": "0 to 4, rotated", "lr": 0.01},
+    "0 to 4, rotated, lower rates below": {
+        "origin": "0 to 4, rotated",
+        "lr": 0.01,
+        "frozen_epochs": 0,
+        "lr_decay": 0.5,
+    },
+}
+
+
+def strong_moves():
+    """Moves, turns, zooms and shears, twice as far as elsewhere."""
+    ranges = {"degrees": 25, "translate": (0.125, 0.125), "scale": (0.8, 1.25), "shear": 15}
+    return v2.RandomAffine(**ranges, interpolation=v2.InterpolationMode.BILINEAR)
+
+
+class Transfer:
+    """From the digits 0 to 4, all labeled, to 5 to 9, of which 2 labels per class are known."""
+
+    def __init__(self, seed, kept, val=0):
+        self.seed = seed
+        self.kept = kept
+        self.val = val
+        digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
+        rotated = RotatedClasses(digits)
+        self.weights = {"0 to 4": self.pretrain(digits, 5)}
+        self.weights["0 to 4, rotated"] = self.pretrain(rotated, 20, train_transform=strong_moves())
+
+    def pretrain(self, source, classes, **data):
+        """Weights of a network of the old digits, and the number of its classes."""
+        images = Data({}, val=0, seed=self.seed, batch_size=64, **data)
+        images.source = source
+
+        def make(**options):
+            return SupervisedModule(DigitsCNN(32, num_classes=classes), **options)
+
+        return train(STEPS, self.seed, make, images, lr=0.005).student.state_dict(), classes
+
+    def fit(self, origin, lr=0.01, **callback):
+        """Accuracy on the new digits, from weights that were trained on others, or from scratch."""
+        data = Data(self.kept, labeled=2, unlabeled="none", val=self.val, seed=self.seed, batch_size=32, copies=64)
+        data.source = ClassSubset(Digits(), [5, 6, 7, 8, 9])
+
+        def make(**options):
+            weights, classes = self.weights[origin] if origin else (None, 5)
+            student = DigitsCNN(32, num_classes=classes)
+            if weights is not None:
+                student.load_state_dict(weights)
+                student = replace_head(student, 5)
+            return SupervisedModule(student, **options)
+
+        callbacks = [LayerwiseFinetuning(**callback)] if callback else []
+        return measure(train(STEPS, self.seed, make, data, callbacks, lr=lr), data)
+
+    def all(self):
+        """Every method."""
+        return {name: self.fit(**setting) for name, setting in SETTINGS.items()}
