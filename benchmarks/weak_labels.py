@@ -6,8 +6,8 @@ Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer]      
 Digits: 1197 training images and 600 test images, which nothing is chosen on; for transfer, those of 5 to 9. There is no
 validation part, so the last weights are tested; settings come from other splits, on which 25 % of the training images
 are for validation (for transfer, which needs but 10, 90 %). All methods of a part have the same network, steps,
-schedule and augmentation; each has its own learning rate. A seed draws split, noise, network and order. Differences are
-paired by split.
+schedule and augmentation; those for noise have one learning rate, the best one for cross-entropy. A seed draws split,
+noise, network and order. Differences are paired by split.
 """
 
 import argparse
@@ -120,12 +120,12 @@ class Noise:
         lr, found = SETTINGS["noise"], {}
         found["cross-entropy"] = self.score(lr=lr)
         found["label smoothing"] = self.score(nn.CrossEntropyLoss(label_smoothing=0.2), lr)
-        for name, (rate, loss) in LOSSES.items():
-            found[name] = self.score(loss(), rate)
-        folds, rate = self.out_of_fold(lr), SETTINGS["forward"]
+        for name, loss in LOSSES.items():
+            found[name] = self.score(loss(), lr)
+        folds = self.out_of_fold(lr)
         for name, matrix in (("true T", self.noise.matrix(10)), ("T from anchors", estimate_transition(folds[1]))):
-            found[f"forward correction, {name}"] = self.score(ForwardCorrectionLoss(matrix.tolist()), rate)
-        found["co-teaching"] = self.score(method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
+            found[f"forward correction, {name}"] = self.score(ForwardCorrectionLoss(matrix.tolist()), lr)
+        found["co-teaching"] = self.score(lr=lr, method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
         found["confident learning, dropped"], precision, recall = self.edit(lr, folds)
         found["true labels"] = self.clean(lr)
         return found, (precision, recall)
@@ -194,8 +194,7 @@ def active(seed):
 
 SETTINGS = {
     "noise": 0.003,
-    "forward": 0.01,
-    "co-teaching": {"lr": 0.003, "ramp_epochs": 20},
+    "co-teaching": {"ramp_epochs": 20},
     "fine": 0.01,
     "head": 0.03,
     "coarse": {"lr": 0.03, "labeled": 16},
@@ -203,9 +202,9 @@ SETTINGS = {
 
 
 LOSSES = {
-    "GCE": (0.003, partial(GeneralizedCrossEntropyLoss, q=0.7)),
-    "symmetric CE": (0.01, partial(SymmetricCrossEntropyLoss, alpha=0.1, beta=1.0)),
-    "early-learning regularisation": (0.01, partial(EarlyLearningLoss, weight=3.0, momentum=0.7)),
+    "GCE": partial(GeneralizedCrossEntropyLoss, q=0.7),
+    "symmetric CE": partial(SymmetricCrossEntropyLoss, alpha=0.1, beta=1.0),
+    "early-learning regularisation": partial(EarlyLearningLoss, weight=3.0, momentum=0.7),
 }
 
 
