@@ -9,10 +9,8 @@ from kd_lightning.models import DigitsCNN
 
 STEPS = 400
 SETTINGS = {
-    "from scratch": {"origin": None, "lr": 0.01},
-    "0 to 4, all layers alike": {"origin": "0 to 4", "lr": 0.003},
-    "0 to 4, lower rates below": {"origin": "0 to 4", "lr": 0.01, "frozen_epochs": 0, "lr_decay": 0.5},
-    "0 to 4, rotated, all layers alike": {"origin": "0 to 4, rotated", "lr": 0.01},
+    "from scratch": {"origin": None, "lr": 0.003},
+    "0 to 4, all layers alike": {"origin": "0 to 4", "lr": 0.01},
     "0 to 4, rotated, lower rates below": {
         "origin": "0 to 4, rotated",
         "lr": 0.01,
@@ -37,10 +35,10 @@ class Transfer:
         self.val = val
         digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
         rotated = RotatedClasses(digits)
-        self.weights = {"0 to 4": self.pretrain(digits, 5)}
-        self.weights["0 to 4, rotated"] = self.pretrain(rotated, 20, train_transform=strong_moves())
+        self.weights = {"0 to 4": self.pretrain(digits, 5, STEPS)}
+        self.weights["0 to 4, rotated"] = self.pretrain(rotated, 20, 1000, train_transform=strong_moves())
 
-    def pretrain(self, source, classes, **data):
+    def pretrain(self, source, classes, steps, **data):
         """Weights of a network of the old digits, and the number of its classes."""
         images = Data({}, val=0, seed=self.seed, batch_size=64, **data)
         images.source = source
@@ -48,7 +46,7 @@ class Transfer:
         def make(**options):
             return SupervisedModule(DigitsCNN(32, num_classes=classes), **options)
 
-        return train(STEPS, self.seed, make, images, lr=0.005).student.state_dict(), classes
+        return train(steps, self.seed, make, images, lr=0.005).student.state_dict(), classes
 
     def fit(self, origin, lr=0.01, **callback):
         """Accuracy on the new digits, from weights that were trained on others, or from scratch."""

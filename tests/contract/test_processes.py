@@ -1,6 +1,7 @@
 """Several processes learn what one learns at the same global batch: two on one machine, two nodes, plain loaders."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -70,34 +71,49 @@ def test_two_processes_and_two_nodes_equal_one(arguments, contract):
 
     for path in Path("seen").glob("*_of_2.json"):
         path.unlink()
-    port = _free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     training = ["-m", "kd_lightning", *arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
-    nodes = [
-        subprocess.Popen(
-            [*command, "--node-rank", str(rank), *training],
-            env=contract.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for node in nodes:
-            output, _ = node.communicate(timeout=300)
-            assert not node.returncode, output[-3000:]
-    finally:
-        for node in nodes:
-            node.kill()
+    run_two_nodes(training, contract)
     assert_equal_to_one_process()
 
 
+def run_two_nodes(training, contract):
+    """Both nodes on this machine; once more on another port where they do not find each other."""
+    for last in (False, True):
+        port = _free_port()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        outputs = [Path(f"node_{rank}.txt") for rank in range(2)]
+        nodes = [
+            subprocess.Popen(
+                [*command, "--node-rank", str(rank), *training],
+                env=contract.environment(),
+                stdout=outputs[rank].open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for node in nodes:
+                node.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            if last:
+                raise AssertionError("\n\n".join(output.read_text()[-3000:] for output in outputs)) from None
+            continue
+        finally:
+            for node in nodes:
+                node.kill()
+        for node, output in zip(nodes, outputs, strict=True):
+            assert not node.returncode, output.read_text()[-3000:]
+        return
+
+
 def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system gives to outgoing connections, one of which might take it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)  # others may have been seeded alike
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 SCRIPT = """
