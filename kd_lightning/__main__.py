@@ -21,6 +21,7 @@ COMMANDS = {
     "labels": "How good are a run's pseudo-labels? A summary, and the most doubtful images.",
     "clean": "Which labels are probably wrong? Lists the suspects, and drops, down-weights or relabels them.",
     "query": "What to label next? Writes the samples of which a run's student would learn most, for you to fill in.",
+    "cache": "Fill the caches of a config's teachers ahead, on all devices. Takes fit's arguments, and trains nothing.",
     "doctor": "Is this teacher any good on this data? Takes fit's arguments, and trains nothing.",
 }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,18 @@ class Kind(IntEnum):
     PSEUDO = 2
     COARSE = 3  # y is missing, and candidates tells what it may be
     NOISY = 4  # y may be wrong
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch stand in a table of all views, in which what teachers say of them is kept.
+
+    Attributes:
+        table: Which one; a :class:`~kd_lightning.data.views.Views`.
+        numbers: (B,) integers on the CPU, whatever the batch's device, so that looking up never waits for one.
+    """
+
+    table: Hashable
+    numbers: np.ndarray[Any, Any]
 
 
 @dataclass
@@ -47,6 +60,7 @@ class Batch:
         mean_pseudo: How many of these are pseudo-labels.
         mean_coarse: How many of these are coarse labels.
         mean_rows: How many rows such a batch has on average. None: as many as this one.
+        rows: Where these rows stand among all views, where a teacher keeps its outputs of them.
     """
 
     x: Tensor
@@ -62,6 +76,7 @@ class Batch:
     mean_pseudo: float = 0.0
     mean_coarse: float = 0.0
     mean_rows: float | None = None
+    rows: Rows | None = None
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -89,6 +104,8 @@ class Batch:
         for name, part in parts.items():
             if isinstance(part, Tensor) and part.ndim and len(part) == count:
                 parts[name] = part[rows]
+        if self.rows is not None:
+            parts["rows"] = Rows(self.rows.table, self.rows.numbers[rows.cpu().numpy()])
         return Batch(**parts)
 
     def pin_memory(self) -> Batch:

@@ -77,7 +77,8 @@ class Ensemble(nn.Module):
 
         C is 1 for the binary task.
         """
-        outputs = self._as_one(batch) if self.batched else [teacher(batch) for teacher in self]
+        kept = all(teacher.keeps(batch) for teacher in self)
+        outputs = self._as_one(batch) if self.batched and not kept else [teacher(batch) for teacher in self]
         outputs = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
         if self.task == "binary":
             outputs = [output.reshape(len(output), -1) for output in outputs]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.fingerprints import fingerprint
 from kd_lightning.outputs import logits_of
 from kd_lightning.quantization import is_range
+
+Read = Callable[[np.ndarray[Any, Any]], Tensor]
 
 
 class Teacher(nn.Module):
@@ -34,6 +38,14 @@ class Teacher(nn.Module):
             teachers, which know all together, serve ``EnsembleDistillModule``.
         device: Where the teacher computes, if not beside the student: ``"cpu"``, ``"cuda:1"``. Its logits come back
             to the inputs' device.
+        cache: A folder in which its outputs for every training view are kept: computed once, as a fit begins, and
+            looked up ever after, by later fits, too. Needs a datamodule with a number of ``views``. Any number of
+            teachers and runs may share it.
+        cache_dtype: Of what is kept, ``"float16"`` or ``"float32"``. Logits too large for the one take the other. With
+            float32 a run is the same, bit for bit, as without a cache, where the network answers for a sample the
+            same in any batch.
+        cache_top_k: Keep only so many of the largest logits; the rest share what probability they have together.
+            For losses that compare probabilities alone, ``SoftTargetLoss`` and ``DecoupledLoss``.
 
     Shapes:
         Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order; with ``classes`` C is
@@ -50,14 +62,25 @@ class Teacher(nn.Module):
         preprocess: nn.Module | None = None,
         classes: list[int] | None = None,
         device: str | None = None,
+        cache: str | Path | None = None,
+        cache_dtype: Literal["float16", "float32"] = "float16",
+        cache_top_k: int | None = None,
     ) -> None:
         super().__init__()
+        if cache_dtype not in ("float16", "float32"):
+            raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
+        if cache_top_k is not None and cache_top_k < 1:
+            raise InputError(f"cache_top_k must be at least 1, got {cache_top_k}")
         if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
             raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
         # A tuple, since nn.Module registers modules and nothing must walk into these.
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
         self.classes = classes
         self.device = device
+        self.cache = None if cache is None else Path(cache)
+        self.cache_dtype = cache_dtype
+        self.cache_top_k = cache_top_k
+        self._kept: dict[str, tuple[Hashable, Read, Path]] = {}  # by what the views are called
         self._fingerprint: str | None = None
         for module in self._hidden:
             module.requires_grad_(False).eval()
@@ -80,8 +103,34 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C) of the batch's views, in the student's class order."""
-        return self.arrange(logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device))
+        """Logits (B, C) of the batch's views, in the student's class order: looked up where they are kept."""
+        read = self._reader(batch)
+        if read is not None and batch.rows is not None:
+            return self.arrange(read(batch.rows.numbers).to(batch.x.device, non_blocking=True))
+        return self.arrange(self.compute(batch))
+
+    @torch.no_grad()
+    def compute(self, batch: Batch) -> Tensor:
+        """The network's own logits (B, M), never looked up."""
+        return logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
+
+    def keep(self, name: str, table: Hashable, read: Read, folder: Path) -> None:
+        """Look up what the network says of the rows of a table, in place of an earlier table of that name."""
+        self._kept[name] = table, read, folder
+
+    @property
+    def kept_in(self) -> list[Path]:
+        """The folders of what is looked up."""
+        return [folder for _, _, folder in self._kept.values()]
+
+    def keeps(self, batch: Batch) -> bool:
+        """Whether the outputs for a batch are looked up."""
+        return self._reader(batch) is not None
+
+    def _reader(self, batch: Batch) -> Read | None:
+        if batch.rows is None:
+            return None
+        return next((read for table, read, _ in self._kept.values() if table is batch.rows.table), None)
 
     def arrange(self, logits: Tensor) -> Tensor:
         """The network's logits (B, M) in the student's class order (B, C)."""
@@ -111,6 +160,11 @@ class Teacher(nn.Module):
                     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def architecture(self) -> str:
+        """SHA-256 of the networks' classes, their source, and all that they hold."""
+        hidden = [getattr(module, "_orig_mod", module) for module in self._hidden]  # as it is without torch.compile
+        return fingerprint(hidden)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -14,6 +14,9 @@ LAYERS = [
     {
         "losses",
         "teachers",
+        "teacher_cache",
+        "output_cache",
+        "fingerprints",
         "quantization",
         "ensembles",
         "layers",

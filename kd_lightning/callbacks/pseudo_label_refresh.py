@@ -25,6 +25,7 @@ from kd_lightning.losses.coarse import within
 from kd_lightning.outputs import logits_of
 from kd_lightning.pseudo_label_report import figures, measure
 from kd_lightning.pseudo_labels import PseudoLabels, check_classes, check_threshold, choose, write_round
+from kd_lightning.teacher_cache import keep_outputs
 from kd_lightning.teachers import Teacher
 
 Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
@@ -148,7 +149,11 @@ class PseudoLabelRefresh(Callback):
         self._first_weights = state_dict["first_weights"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the first weights, where they will be needed again."""
+        """Keep the first weights, where they will be needed again; fill the cache of a teacher that has one."""
+        if self.source == "teacher":
+            teacher = self._teacher(pl_module)
+            with _validating(trainer):
+                keep_outputs([one for one in teacher.modules() if isinstance(one, Teacher)], trainer, "pool_views")
         if self.restart_student and self._first_weights is None:
             student: nn.Module = pl_module.student  # type: ignore[assignment]
             self._first_weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import MISSING, Kind
 from kd_lightning.data.coarse_labels import CoarseLabels
+from kd_lightning.data.images import identity, path_of, read_image
 from kd_lightning.data.label_file import Answer, read_answers
 from kd_lightning.data.label_noise import LabelNoise
 from kd_lightning.data.labels import Labels, see
-from kd_lightning.data.sources import Parts, Source, identity, path_of, read_image
+from kd_lightning.data.sources import Parts, Source
 from kd_lightning.data.splits import Split, make_split
-from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewLoader, ViewSampler
+from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewLoader, Views, ViewSampler
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels import PseudoLabels
 
@@ -48,7 +49,8 @@ class SemiSupervisedDataModule(LightningDataModule):
             unlabeled images are shuffled together.
         num_workers: Worker processes of each loader; augmentation does not depend on it.
         seed: Of the split, the order and the augmentation.
-        views: Number of different augmentations of an image; None: a new one each epoch.
+        views: Number of different augmentations of an image, which teachers can keep their outputs of; None: a new one
+            each epoch.
         copies: How many views of each image an epoch has.
         train_transform: In place of the source's augmentation.
         strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
@@ -126,6 +128,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.split: Split | None = None
         self._parts: Parts | None = None
         self._labels: Labels | None = None
+        self._tables: dict[str, Views] = {}
         self._contents: list[str] = []  # of the pool, so that no checkpoint reads all of it again
 
     def prepare_data(self) -> None:
@@ -153,6 +156,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             return
         assert self.split is not None
         self._labels = self._see()  # without an earlier fit's pseudo-labels
+        self._tables.clear()
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
             raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
@@ -211,7 +215,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
             sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
         dataset = ViewDataset(self._images(), indices, self.train_transform, self.seed, self.strong_transform)
-        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer)
+        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, views=self.train_views())
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
         """The validation images; an empty list where there are none."""
@@ -251,7 +255,25 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
         _, split = self._ready()
         indices = torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
-        return self._eval_loader(self._images(), indices, self._see())
+        return self._eval_loader(self._images(), indices, self._see(), self.pool_views())
+
+    # What teachers keep outputs of.
+
+    def train_views(self) -> Views | None:
+        """All views of all training images; None where they are endless."""
+        return None if self.views is None else self._table("train", self._trained(), self.train_transform, self.views)
+
+    def pool_views(self) -> Views:
+        """The images of :meth:`pool_dataloader`."""
+        _, split = self._ready()
+        indices = torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
+        return self._table("pool", indices, self.eval_transform, 1)
+
+    def _table(self, name: str, indices: Tensor, transform: Any, views: int) -> Views:
+        if name not in self._tables:
+            dataset = ViewDataset(self._images(), indices, transform, self.seed)
+            self._tables[name] = Views(dataset, views, self.num_workers)
+        return self._tables[name]
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
         """Fill accepted pseudo-labels into training batches from now on, in place of all earlier ones."""
@@ -346,10 +368,13 @@ class SemiSupervisedDataModule(LightningDataModule):
             raise InputError(f"{what}, which has changed since (its hash differs)")
         self.split = replace(split, pool=digest)
 
-    def _eval_loader(self, images: list[Any], indices: Tensor, labels: Labels) -> ViewLoader:
+    def _eval_loader(
+        self, images: list[Any], indices: Tensor, labels: Labels, views: Views | None = None
+    ) -> ViewLoader:
         world, rank = self._processes()
         dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
-        return self._loader(dataset, labels, sampler=ShareSampler(len(indices), num_replicas=world, rank=rank))
+        sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
+        return self._loader(dataset, labels, sampler=sampler, views=views)
 
     def _loader(self, dataset: ViewDataset, labels: Labels, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_lightning.batch import Kind
-from kd_lightning.data.sources import Images, path_of
+from kd_lightning.data.images import Images, path_of
 from kd_lightning.errors import InputError
 
 KINDS = {"clean": Kind.CLEAN, "noisy": Kind.NOISY, "coarse": Kind.COARSE, "missing": Kind.MISSING}

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kd_lightning.data.sources import Images, Part, Parts, Source, path_of, read_image
+from kd_lightning.data.images import Images, path_of, read_image
+from kd_lightning.data.sources import Part, Parts, Source
 from kd_lightning.errors import InputError
 
 

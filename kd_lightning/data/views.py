@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import Batch, Rows
+from kd_lightning.data.images import Images, contents, read_image
 from kd_lightning.data.labels import Labels
-from kd_lightning.data.sources import Images, read_image
 from kd_lightning.errors import InputError
+from kd_lightning.fingerprints import fingerprint
 
 Key = int | tuple[int, int]
 _NAME = f"{InputError.__module__}.{InputError.__qualname__}"
@@ -106,6 +108,50 @@ def collate(samples: list[Batch]) -> Batch:
         view=torch.stack([sample.view for sample in samples if sample.view is not None]),
         x_strong=torch.stack(strong) if strong else None,
     )
+
+
+class Views:
+    """Every view of some samples, by index, as the rows of a table: row = place of the sample * views + view.
+
+    Args:
+        dataset: The samples.
+        views: How many of each; evaluation transforms have one.
+        num_workers: Processes that :meth:`loader` reads with.
+    """
+
+    def __init__(self, dataset: ViewDataset, views: int, num_workers: int = 0) -> None:
+        self.dataset = dataset
+        self.views = views
+        self.num_workers = num_workers
+        self.kept = False  # whether a teacher keeps its outputs, so that batches shall tell their rows
+        self._indices, self._positions = (part.numpy() for part in dataset.indices.sort())
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.views
+
+    def rows(self, batch: Batch) -> Rows:
+        """Where a batch's rows stand."""
+        assert batch.index is not None
+        assert batch.view is not None
+        places = np.searchsorted(self._indices, batch.index.numpy())
+        return Rows(self, places * self.views + batch.view.numpy())
+
+    def loader(self, batches: Iterable[Iterable[int]]) -> DataLoader[Batch]:
+        """Batches of these rows, once; torch's own generator is left alone."""
+        keys: Any = ([(int(self._positions[row // self.views]), int(row % self.views)) for row in b] for b in batches)
+        generator = torch.Generator()  # or the loader would draw from torch's own
+        options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
+        return DataLoader(self.dataset, batch_sampler=keys, **options)
+
+    def parts(self) -> dict[str, str]:
+        """All that the views depend on, by name."""
+        return {
+            "images": fingerprint([*map(contents, self.dataset.images)]),
+            "samples": hashlib.sha256(self._indices.tobytes()).hexdigest(),
+            "transform": fingerprint(self.dataset.transform),
+            "seed": str(self.dataset.seed),
+            "views": str(self.views),
+        }
 
 
 class ViewSampler(DistributedSampler[Any]):
@@ -215,14 +261,23 @@ class ViewLoader(DataLoader[Batch]):
         dataset: A :class:`ViewDataset`.
         labels: The label of each index.
         trainer: Tells how batches make up optimiser steps; None: each is one.
+        views: The table in which teachers may keep their outputs.
         kwargs: As of DataLoader.
     """
 
-    def __init__(self, dataset: ViewDataset, labels: Labels, trainer: Trainer | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: ViewDataset,
+        labels: Labels,
+        trainer: Trainer | None = None,
+        views: Views | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("collate_fn", collate)
         super().__init__(dataset, **kwargs)
         self.labels = labels
         self.trainer = trainer
+        self.views = views
         self._done = (0, 0)
         self._resume = (-1, 0)
 
@@ -238,7 +293,7 @@ class ViewLoader(DataLoader[Batch]):
         # A generator: nothing starts before the first batch is asked for, when Lightning has set the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ViewSampler):
-            yield from map(self.labels.fill, self._batches())
+            yield from map(self._fill, self._batches())
             return
         epoch = sampler.epoch
         start = self._resume[1] if self._resume[0] == epoch else 0
@@ -247,10 +302,15 @@ class ViewLoader(DataLoader[Batch]):
         sampler.skip = start * self.batch_size
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
-            self.labels.fill(batch)
+            self._fill(batch)
             batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._means(order, number)
             self._done = (epoch, number + 1)
             yield batch
+
+    def _fill(self, batch: Batch) -> Batch:
+        if self.views is not None and self.views.kept:
+            batch.rows = self.views.rows(batch)
+        return self.labels.fill(batch)
 
     def _batches(self) -> Iterator[Batch]:
         try:

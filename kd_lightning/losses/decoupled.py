@@ -59,6 +59,7 @@ class DecoupledLoss(nn.Module):
     """
 
     task: ClassVar[Task] = "multiclass"
+    takes_top_k: ClassVar[bool] = True  # the others count as alike in the term among the rest
 
     def __init__(
         self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"

@@ -86,6 +86,11 @@ class SoftTargetLoss(nn.Module):
         rows = divergence if self.task == "multiclass" else divergence.mean(dim=1)
         return reduce_rows(self.temperature**2 * rows, self.reduction)
 
+    @property
+    def takes_top_k(self) -> bool:
+        """Whether a few logits and the sum of the others' probabilities will do: not to be standardised."""
+        return self.task == "multiclass" and not self.standardize
+
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         """(B, C) for multiclass, else (B, L, 2): the logarithms of yes and no."""
         softened = logits / self.temperature

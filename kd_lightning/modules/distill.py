@@ -16,6 +16,7 @@ from kd_lightning.modules.evaluation import check_outputs
 from kd_lightning.modules.supervised import SupervisedModule, Term
 from kd_lightning.modules.teaching import check_same_teacher, check_soft_weight, is_fitting, make_soft_loss, say
 from kd_lightning.preflight import FirstLook
+from kd_lightning.teacher_cache import keep_outputs
 from kd_lightning.teachers import Teacher
 
 
@@ -37,7 +38,8 @@ class DistillModule(SupervisedModule):
         lr_interval: ``"epoch"`` or ``"step"``.
 
     Raises:
-        InputError: For a soft weight outside [0, 1], a soft loss of another task, a teacher whose logits have
+        InputError: For a soft weight outside [0, 1], a soft loss of another task or one that cannot use the few logits
+            that a teacher's cache keeps, a teacher whose logits have
             another shape than the student's, training without a teacher, and resuming with another teacher.
     """
 
@@ -67,7 +69,7 @@ class DistillModule(SupervisedModule):
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         if self.teacher is not None and self.teacher.missing_classes:
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
-        self.soft_loss = make_soft_loss(soft_loss, task)
+        self.soft_loss = make_soft_loss(soft_loss, task, [self.teacher])
         self.soft_weight = soft_weight
         self._first_look: FirstLook | None = None
 
@@ -93,10 +95,13 @@ class DistillModule(SupervisedModule):
             self.teacher.fingerprint()
 
     def on_fit_start(self) -> None:
-        """Have the teacher's first answers looked at: is it any good on this data?"""
+        """Fill the teacher's cache, if any, and have its first answers looked at: is it any good on this data?"""
         if self._first_look is not None:  # of a fit that ended before
             self._first_look.close()
-        if isinstance(self.teacher, Teacher) and self.trainer.is_global_zero:
+        if not isinstance(self.teacher, Teacher):
+            return
+        keep_outputs([self.teacher], self.trainer)
+        if self.trainer.is_global_zero:
             self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, say)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from kd_lightning.modules.evaluation import Evaluation
 from kd_lightning.modules.supervised import SupervisedModule, Term, check_choice
 from kd_lightning.modules.teaching import check_same_teacher, check_soft_weight, is_fitting, make_soft_loss, say
 from kd_lightning.preflight import FirstLook
+from kd_lightning.teacher_cache import keep_outputs
 
 
 class EnsembleDistillModule(SupervisedModule):
@@ -109,7 +110,7 @@ class EnsembleDistillModule(SupervisedModule):
         self.combine = combine
         self.confident = isinstance(teacher_weights, str)
         self.draw = draw
-        self.soft_loss = make_soft_loss(soft_loss, task)
+        self.soft_loss = make_soft_loss(soft_loss, task, self.ensemble or ())
         self.soft_weight = soft_weight
         self._first_looks: list[FirstLook] = []
         self._told_of_views = self._pictured = False
@@ -204,11 +205,12 @@ class EnsembleDistillModule(SupervisedModule):
                 teacher.fingerprint()
 
     def on_fit_start(self) -> None:
-        """Have each teacher's first answers looked at."""
+        """Fill the teachers' caches, where they have some, and have each one's first answers looked at."""
         for look in self._first_looks:  # of a fit that ended before
             look.close()
         if self.ensemble is None:
             return
+        keep_outputs([*self.ensemble], self.trainer)
         if self.trainer.is_global_zero:
             for number, teacher in enumerate(self.ensemble):
                 if not teacher.missing_classes:

@@ -116,6 +116,8 @@ class HintModule(DistillModule):
             if number is not None and number < least:
                 raise InputError(f"{name} must be at least {least}, got {number}")
         check_weight("hint_weight", hint_weight)
+        if hint_weight > 0 and self.teacher is not None and self.teacher.cache is not None:
+            raise InputError("hint_weight: hints of every step need the teacher itself; leave out its cache")
         self.save_hyperparameters("hints", "hint_epochs", "hint_patience", "hint_weight", "input_shape")
         self.regressors = Regressors(hints, regressors)
         self.hint_epochs = hint_epochs
@@ -177,7 +179,7 @@ class HintModule(DistillModule):
         """The teacher's hints; what lies above is not computed."""
         assert self.teacher is not None
         with capture(self.teacher.network, [*self.regressors.hints.values()], stop=True) as hints:
-            self.teacher(batch)
+            self.teacher.compute(batch)
         return hints
 
     def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,11 +22,17 @@ def check_soft_weight(soft_weight: float) -> None:
         raise InputError(f"soft_weight must lie in [0, 1], got {soft_weight}")
 
 
-def make_soft_loss(soft_loss: nn.Module | None, task: Task) -> nn.Module:
-    """The given one, of the module's task; None: ``SoftTargetLoss`` at temperature 4."""
+def make_soft_loss(soft_loss: nn.Module | None, task: Task, teachers: Iterable[nn.Module | None] = ()) -> nn.Module:
+    """The given one, of the module's task, which must do with what teachers keep; None: ``SoftTargetLoss`` at T = 4."""
     soft_loss = SoftTargetLoss(temperature=4.0, task=task) if soft_loss is None else soft_loss
     if getattr(soft_loss, "task", task) != task:
         raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+    few = any(isinstance(teacher, Teacher) and teacher.cache_top_k is not None for teacher in teachers)
+    if few and not getattr(soft_loss, "takes_top_k", False):
+        raise InputError(
+            f"soft_loss: {soft_loss} looks at every logit, but a teacher's cache_top_k keeps a few alone; leave that "
+            "out, or take SoftTargetLoss or DecoupledLoss, without standardize"
+        )
     return soft_loss
 
 

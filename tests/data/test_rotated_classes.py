@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from torchvision.utils import save_image
 
 from kd_lightning import ClassSubset, DatasetSource, Digits, ImageFolder, InputError, RotatedClasses
-from kd_lightning.data.sources import path_of
+from kd_lightning.data.images import path_of
 
 
 def test_images_labels_and_names():

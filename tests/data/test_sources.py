@@ -21,7 +21,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     TorchvisionDataset,
 )
-from kd_lightning.data.sources import identity, path_of, read_image
+from kd_lightning.data.images import identity, path_of, read_image
 
 
 def test_digits():

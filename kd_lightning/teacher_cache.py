@@ -1,0 +1,308 @@
+"""What teachers say of every view, computed once and looked up ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.progress import track
+from torch import Tensor
+
+from kd_lightning.errors import InputError
+from kd_lightning.output_cache import OutputCache, readable
+from kd_lightning.teachers import Teacher
+
+CHUNK = 1024  # rows, about, that are written at a time
+Bytes = np.ndarray[Any, Any]
+
+
+class Format(Protocol):
+    """How logits (B, C) become rows of bytes, and back."""
+
+    name: str
+    row_bytes: int
+
+    def encode(self, logits: Tensor) -> Bytes | None:
+        """Rows (B, row_bytes); None where a finite logit is too large."""
+
+    def decode(self, rows: Bytes) -> Tensor:
+        """Logits (B, C), float32."""
+
+
+class AllLogits:
+    """Every logit, in float16 or float32."""
+
+    def __init__(self, classes: int, dtype: str) -> None:
+        self.name = f"{dtype} logits of {classes} classes"
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.row_bytes = classes * self.dtype.itemsize
+
+    def encode(self, logits: Tensor) -> Bytes | None:
+        """Rows (B, row_bytes); None where a finite logit is too large."""
+        values = _fitting(logits.float(), self.dtype)
+        return None if values is None else values.view(np.uint8)
+
+    def decode(self, rows: Bytes) -> Tensor:
+        """Logits (B, C), float32."""
+        return torch.from_numpy(rows.view(self.dtype).astype(np.float32, copy=False))
+
+
+class TopLogits:
+    """The k largest logits and their classes; the rest share their probability evenly among them.
+
+    So probabilities at temperature 1 are those of the teacher for the k classes, and right in sum for the others. At
+    T > 1 what the others have together is too small by Jensen's inequality, the more so the more they differ.
+    """
+
+    def __init__(self, classes: int, dtype: str, k: int) -> None:
+        if not 1 <= k < classes:
+            raise InputError(f"cache_top_k must be at least 1 and below the number of classes, {classes}, got {k}")
+        self.name = f"{dtype} logits of the {k} likeliest of {classes} classes"
+        self.classes = classes
+        self.k = k
+        value = np.dtype(dtype).newbyteorder("<")
+        self.record = np.dtype([("values", value, (k,)), ("rest", value), ("classes", "<u4", (k,))])
+        self.row_bytes = self.record.itemsize
+
+    def encode(self, logits: Tensor) -> Bytes | None:
+        """Rows (B, row_bytes); None where a finite logit is too large."""
+        logits = logits.float()
+        top, classes = logits.topk(self.k, dim=1)
+        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(self.classes - self.k)
+        values = _fitting(torch.cat([top, rest[:, None]], dim=1), self.record["rest"])
+        if values is None:
+            return None
+        rows = np.empty(len(values), self.record)
+        rows["values"], rows["rest"], rows["classes"] = values[:, :-1], values[:, -1], classes.numpy()
+        return rows.view(np.uint8).reshape(len(rows), -1)
+
+    def decode(self, rows: Bytes) -> Tensor:
+        """Logits (B, C), float32."""
+        records = rows.view(self.record).reshape(len(rows))
+        rest = torch.from_numpy(records["rest"].astype(np.float32))
+        logits = rest[:, None].repeat(1, self.classes)
+        classes = torch.from_numpy(records["classes"].astype(np.int64))
+        return logits.scatter_(1, classes, torch.from_numpy(records["values"].astype(np.float32)))
+
+
+def _fitting(values: Tensor, dtype: np.dtype[Any]) -> Bytes | None:
+    finite = values.abs().where(values.isfinite(), 0)
+    if finite.numel() and float(finite.max()) > np.finfo(dtype).max:
+        return None
+    return np.ascontiguousarray(values.numpy().astype(dtype))
+
+
+def keep_outputs(teachers: Sequence[Teacher], trainer: Trainer, views: str = "train_views") -> None:
+    """Fill the caches of those teachers that have one, and have them looked up from now on.
+
+    To be called on every process as a fit begins. All processes fill together; another run that fills the same cache
+    is waited for.
+
+    Args:
+        teachers: Those with ``cache`` set are looked at.
+        trainer: With a datamodule.
+        views: The datamodule's method that gives the views, as ``SemiSupervisedDataModule`` has it.
+
+    Raises:
+        InputError: On all processes, for data without such views, or endless ones, for a folder that cannot be
+            written or a disk without room, and where a teacher does not answer as its cache says.
+    """
+    teachers = [teacher for teacher in teachers if teacher.cache is not None]
+    if not teachers:
+        return
+    method = getattr(getattr(trainer, "datamodule", None), views, None)
+    if not callable(method):
+        raise InputError(
+            f"cache needs data whose augmentation can be replayed, that is, a datamodule with {views}(), as "
+            "SemiSupervisedDataModule has it"
+        )
+    table: Any = method()
+    if table is None:
+        raise InputError(
+            "cache: the data have a new augmentation of each image in every epoch, so that nothing can be looked up; "
+            "set the datamodule's views to how many there shall be (1 where nothing is random)"
+        )
+    about = table.parts() | _place(trainer)
+    for teacher in teachers:
+        _Keeping(teacher, trainer, table, about).keep(views)
+    table.kept = True
+
+
+def _place(trainer: Trainer) -> dict[str, str]:
+    """What decides how a network computes."""
+    return {
+        "precision": str(trainer.precision),
+        "device": trainer.strategy.root_device.type,
+        "matmul": torch.get_float32_matmul_precision(),
+        "torch": torch.__version__,
+    }
+
+
+class _Keeping:
+    """One teacher, one table of views; every method is called on all processes."""
+
+    def __init__(self, teacher: Teacher, trainer: Trainer, table: Any, about: dict[str, str]) -> None:
+        self.teacher = teacher
+        self.trainer = trainer
+        self.table = table
+        self.about = about | {"teacher": teacher.fingerprint(), "architecture": teacher.architecture()}
+        self.batch_size = int(getattr(trainer.datamodule, "batch_size", 64))  # type: ignore[attr-defined]
+
+    def keep(self, name: str) -> None:
+        """Fill what is absent, compare a few rows with what the teacher says now, and hand it the rest."""
+        rows = torch.randint(len(self.table), (self.batch_size,), generator=torch.Generator().manual_seed(0)).numpy()
+        live = next(self._answers([rows]))
+        shape = live.shape[1:]
+        for dtype in dict.fromkeys((self.teacher.cache_dtype, "float32")):
+            form = self._format(shape, dtype)
+            cache = self._open(form)
+            if self._fill(cache, form):
+                break
+            rank_zero_warn(f"cache: a logit is too large for {dtype}, so the outputs are kept in float32")
+        else:
+            raise InputError("cache: a logit of the teacher is too large for float32")
+
+        def read(numbers: Bytes) -> Tensor:
+            return form.decode(cache.read(numbers)).reshape(len(numbers), *shape)
+
+        self._together(lambda: self._compare(read(rows), live, form, cache))
+        self.teacher.keep(name, self.table, read, cache.folder)
+
+    def _format(self, shape: torch.Size, dtype: str) -> Format:
+        if self.teacher.cache_top_k is None:
+            return AllLogits(shape.numel(), dtype)
+        if len(shape) != 1:
+            raise InputError(f"cache_top_k needs logits (B, C), got {['B', *shape]}")
+        return TopLogits(shape.numel(), dtype, self.teacher.cache_top_k)
+
+    def _open(self, form: Format) -> OutputCache:
+        """The cache's folder, without what is damaged in it."""
+        root = self.teacher.cache
+        assert root is not None
+        chunk = max(1, CHUNK // self.batch_size) * self.batch_size
+        kind = type(self.teacher.network).__name__
+        opened: list[OutputCache] = []
+
+        def prepare() -> None:
+            parts = self.about | {"format": form.name}
+            opened.append(cache := OutputCache(root, kind, parts, len(self.table), form.row_bytes, chunk=chunk))
+            if damaged := cache.damaged(range(cache.chunks)[self.trainer.local_rank :: self.trainer.num_devices]):
+                cache.drop(damaged)
+                rank_zero_warn(f"cache: {len(damaged)} damaged parts of {cache.folder} are computed again")
+
+        self._together(prepare)
+        return opened[0]
+
+    def _fill(self, cache: OutputCache, form: Format) -> bool:
+        """Compute what is absent; False where a logit is too large for the format."""
+        trainer, marker, lock = self.trainer, cache.folder / "too_large", cache.lock()
+        if trainer.is_global_zero and cache.absent():
+            self._wait(lock, cache)
+        try:
+            trainer.strategy.barrier("cache")
+            absent = [] if self._any(marker.is_file()) else cache.absent()
+            self._together(lambda: cache.check_room(len(absent) * cache.chunk))
+            if absent:
+                self._tell(cache, len(absent))
+            # where nodes have no common disk, the second round fills here what the others have filled there
+            for rank, ranks in (trainer.global_rank, trainer.world_size), (trainer.local_rank, trainer.num_devices):
+                self._together(partial(self._compute, cache, form, absent[rank::ranks], marker))
+                absent = [] if self._any(marker.is_file()) else cache.absent()
+        finally:
+            lock.release()
+        return not self._any(marker.is_file())
+
+    def _wait(self, lock: FileLock, cache: OutputCache) -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info(f"cache: another run is filling {cache.folder}; waiting for it")
+            lock.acquire()
+
+    def _tell(self, cache: OutputCache, absent: int) -> None:
+        changed = cache.difference() if absent == cache.chunks else ""
+        part = "all" if absent == cache.chunks else f"{absent} of {cache.chunks} parts"
+        why = f" (unlike the nearest one there: {changed})" if changed else ""
+        rank_zero_info(
+            f"cache: {part} of {readable(cache.size)} of teacher outputs, {cache.rows} rows, are computed now into "
+            f"{cache.folder}{why}"
+        )
+
+    def _compute(self, cache: OutputCache, form: Format, numbers: Sequence[int], marker: Path) -> None:
+        """Compute and write chunks."""
+        batches = (rows for number in numbers for rows in self._batches(cache, number))
+        answers = self._answers(batches)
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        for number in track(numbers, "teacher outputs", disable=not shown):
+            logits = torch.cat([next(answers) for _ in self._batches(cache, number)])
+            rows = form.encode(logits)
+            if rows is None:
+                marker.touch()
+                return
+            cache.write(number, rows[: len(cache.rows_of(number))])
+
+    def _batches(self, cache: OutputCache, number: int) -> Iterator[Bytes]:
+        """A chunk's rows in batches of the training's size, the last one filled up: kernels depend on the size."""
+        rows = cache.rows_of(number)
+        for start in range(0, len(rows), self.batch_size):
+            yield np.resize(np.array(rows[start : start + self.batch_size]), self.batch_size)
+
+    @torch.no_grad()
+    def _answers(self, batches: Iterable[Bytes]) -> Iterator[Tensor]:
+        """Logits (B, ...) of each batch, on the CPU, as the training would have them computed."""
+        trainer = self.trainer
+        for batch in self.table.loader(batches):
+            moved = trainer.strategy.batch_to_device(batch)
+            moved.x = trainer.precision_plugin.convert_input(moved.x)
+            with trainer.precision_plugin.forward_context():
+                logits = self.teacher.compute(moved)
+            yield logits.cpu()
+
+    def _compare(self, kept: Tensor, live: Tensor, form: Format, cache: OutputCache) -> None:
+        """Refuse a cache that the teacher does not bear out: something changes that no key can see."""
+        encoded = form.encode(live.flatten(1) if live.ndim > 1 else live[:, None])
+        near = encoded is not None
+        if encoded is not None:
+            now = form.decode(encoded).reshape(kept.shape)
+            coarse = live.dtype in (torch.float16, torch.bfloat16) or "top" in form.name or "float16" in form.name
+            near = torch.allclose(kept, now, rtol=0, atol=(0.02 if coarse else 1e-3) * _size(now), equal_nan=True)
+        if not near:
+            raise InputError(
+                f"cache: the teacher's answers are not those in {cache.folder}, though nothing that these are known to "
+                "depend on has changed: is a transform random by a generator of its own, or does one read what is "
+                "stored elsewhere? Do without a cache, or delete the folder"
+            )
+
+    # All processes.
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do something on every process; what one cannot do ends all of them."""
+        complaint = ""
+        try:
+            action()
+        except InputError as error:
+            complaint = str(error)
+        if first := next(filter(None, self._gather(complaint)), None):
+            raise InputError(first)
+
+    def _any(self, here: bool) -> bool:
+        return any(self._gather(here))
+
+    def _gather(self, thing: Any) -> list[Any]:
+        if self.trainer.world_size == 1:
+            return [thing]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, thing)
+        return gathered
+
+
+def _size(logits: Tensor) -> float:
+    """The largest finite one's size, at least 1."""
+    return float(logits.abs().where(logits.isfinite(), 0).max().clamp(min=1))
