@@ -1,0 +1,149 @@
+import functools
+import subprocess
+import sys
+import types
+from enum import Enum
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms import v2
+
+from kd_lightning.fingerprints import fingerprint
+from kd_lightning.models import DigitsCNN
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Colour(Enum):
+    RED = 1
+    BLUE = 2
+
+
+def scale(x, by=2):
+    return x * by
+
+
+def closure(by):
+    return lambda x: x * by
+
+
+def made(body):
+    """A class from a prompt, whose source nobody can read."""
+    space = {"__name__": "prompt"}
+    exec(f"class Made:\n    def __call__(self, x):\n        return {body}", space)
+    return space["Made"]()
+
+
+DIFFERENT = {
+    "numbers": (1, 2),
+    "number and text": (1, "1"),
+    "int and float": (1, 1.0),
+    "order": ([1, 2], [2, 1]),
+    "nesting": ([[1], 2], [1, [2]]),
+    "values of a mapping": ({"a": 1}, {"a": 2}),
+    "attribute": (Plain(1), Plain(2)),
+    "slot": (Slots(1), Slots(2)),
+    "class": (Plain(1), Slots(1)),
+    "enum": (Colour.RED, Colour.BLUE),
+    "function": (scale, closure(2)),
+    "closure": (closure(2), closure(3)),
+    "lambda": (lambda x: x + 1, lambda x: x + 2),
+    "lambda's names": (lambda x: x.sin(), lambda x: x.cos()),
+    "partial": (functools.partial(scale, by=2), functools.partial(scale, by=3)),
+    "method": (Plain(1).__init__, Plain(2).__init__),
+    "code without source": (made("x + 1"), made("x + 2")),
+    "array": (np.zeros(3), np.ones(3)),
+    "dtype": (np.zeros(2, np.float32), np.zeros(2, np.int32)),
+    "tensor": (torch.zeros(3), torch.tensor([0, 0, 1.0])),
+    "shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "bfloat16": (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+    "transform's degrees": (v2.RandomAffine(10), v2.RandomAffine(11)),
+    "interpolation": (v2.RandomAffine(9), v2.RandomAffine(9, interpolation=v2.InterpolationMode.BILINEAR)),
+    "order of transforms": (
+        v2.Compose([v2.RandomCrop(3), v2.RandomHorizontalFlip()]),
+        v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(3)]),
+    ),
+    "lambda in a transform": (v2.Lambda(lambda x: x + 1), v2.Lambda(lambda x: x - 1)),
+    "activation": (nn.Sequential(nn.ReLU()), nn.Sequential(nn.GELU())),
+    "stride": (nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, stride=2)),
+    "buffer": (nn.BatchNorm1d(2), nn.BatchNorm1d(2, eps=0.1)),
+}
+
+
+@pytest.mark.parametrize("pair", DIFFERENT.values(), ids=DIFFERENT)
+def test_differences(pair):
+    first, second = map(fingerprint, pair)
+    assert first != second
+    assert first == fingerprint(pair[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Plain([1, {"a": Plain(2)}]),
+        lambda: v2.Compose([v2.RandomAffine(5), v2.Normalize([0.5], [0.2])]),
+        lambda: {"set": {"b", "a", "c"}, "frozen": frozenset("xyz")},
+        lambda: closure(3),
+    ],
+)
+def test_equal_things(make):
+    assert fingerprint(make()) == fingerprint(make())
+
+
+def test_mode_and_hooks_do_not_count():
+    network = DigitsCNN(4)
+    before = fingerprint(network)
+    handle = network.register_forward_hook(lambda *_: None)
+    network.eval()
+    network(torch.zeros(2, 1, 8, 8))
+    assert fingerprint(network) == before
+    handle.remove()
+    network.train()
+    network(torch.zeros(2, 1, 8, 8))  # moves BatchNorm's statistics
+    assert fingerprint(network) != before
+
+
+def test_circles_end():
+    one, other = Plain(None), Plain(None)
+    one.value, other.value = other, one
+    fingerprint(one)
+    alone = Plain(None)
+    alone.value = alone
+    assert fingerprint(alone) != fingerprint(one)
+
+
+def test_all_processes_agree():
+    """Sets come in an order that each process draws for itself."""
+    code = (
+        "from kd_lightning.fingerprints import fingerprint as f; from torchvision.transforms import v2;"
+        "g = lambda x: x in {'a', 'b', 'c', 'd'};"
+        "print(f([{'p', 'q', 'r', 's'}, v2.RandomAffine(4), v2.Lambda(g)]))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout != ""
+
+
+def test_modules_and_builtins():
+    assert fingerprint(len) != fingerprint(max)
+    assert fingerprint(types) != fingerprint(functools)
+
+
+def test_one_changed_weight():
+    torch.manual_seed(0)
+    network = DigitsCNN(8)
+    before = fingerprint(network)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(network) != before
