@@ -94,7 +94,7 @@ class TopLogits:
 
 def _fitting(values: Tensor, dtype: np.dtype[Any]) -> Bytes | None:
     finite = values.abs().where(values.isfinite(), 0)
-    if finite.numel() and float(finite.max()) > np.finfo(dtype).max:
+    if finite.numel() and float(finite.max()) > float(np.finfo(dtype).max):
         return None
     return np.ascontiguousarray(values.numpy().astype(dtype))
 
@@ -208,7 +208,7 @@ class _Keeping:
         try:
             trainer.strategy.barrier("cache")
             absent = [] if self._any(marker.is_file()) else cache.absent()
-            self._together(lambda: cache.check_room(len(absent) * cache.chunk))
+            self._together(lambda: cache.check_room(sum(len(cache.rows_of(n)) for n in absent)))
             if absent:
                 self._tell(cache, len(absent))
             # where nodes have no common disk, the second round fills here what the others have filled there
@@ -242,7 +242,7 @@ class _Keeping:
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         for number in track(numbers, "teacher outputs", disable=not shown):
             logits = torch.cat([next(answers) for _ in self._batches(cache, number)])
-            rows = form.encode(logits)
+            rows = form.encode(logits.reshape(len(logits), -1))
             if rows is None:
                 marker.touch()
                 return
@@ -267,7 +267,7 @@ class _Keeping:
 
     def _compare(self, kept: Tensor, live: Tensor, form: Format, cache: OutputCache) -> None:
         """Refuse a cache that the teacher does not bear out: something changes that no key can see."""
-        encoded = form.encode(live.flatten(1) if live.ndim > 1 else live[:, None])
+        encoded = form.encode(live.reshape(len(live), -1))
         near = encoded is not None
         if encoded is not None:
             now = form.decode(encoded).reshape(kept.shape)
@@ -304,5 +304,5 @@ class _Keeping:
 
 
 def _size(logits: Tensor) -> float:
-    """The largest finite one's size, at least 1."""
-    return float(logits.abs().where(logits.isfinite(), 0).max().clamp(min=1))
+    """The largest finite one's size."""
+    return float(logits.abs().where(logits.isfinite(), 0).max())

@@ -82,6 +82,7 @@ class Teacher(nn.Module):
         self.cache_top_k = cache_top_k
         self._kept: dict[str, tuple[Hashable, Read, Path]] = {}  # by what the views are called
         self._fingerprint: str | None = None
+        self._architecture: str | None = None
         for module in self._hidden:
             module.requires_grad_(False).eval()
             if device is not None:
@@ -151,6 +152,8 @@ class Teacher(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher."""
         if self._fingerprint is None:
+            if self.cache is not None:
+                self.architecture()  # of the network before anybody uses it
             digest = hashlib.sha256(repr((self.classes, *map(repr, self._hidden[:-1]))).encode())
             for module in self._hidden:
                 for name, tensor in module.state_dict().items():
@@ -163,8 +166,10 @@ class Teacher(nn.Module):
 
     def architecture(self) -> str:
         """SHA-256 of the networks' classes, their source, and all that they hold."""
-        hidden = [getattr(module, "_orig_mod", module) for module in self._hidden]  # as it is without torch.compile
-        return fingerprint(hidden)
+        if self._architecture is None:
+            # as it is without torch.compile
+            self._architecture = fingerprint([getattr(module, "_orig_mod", module) for module in self._hidden])
+        return self._architecture
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
