@@ -4,6 +4,7 @@ from kd_lightning.active_learning import ActiveLearningLoop
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks import (
     ActivationCalibration,
+    CompileNetworks,
     LayerwiseFinetuning,
     PredictionWriter,
     PseudoLabelRefresh,
@@ -70,6 +71,7 @@ __all__ = [
     "GraphPseudoLabels",
     "SafetyGate",
     "LayerwiseFinetuning",
+    "CompileNetworks",
     "StudentWriter",
     "PredictionWriter",
     "StepSeed",

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import rel_entr
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from kd_lightning.errors import InputError
@@ -148,6 +146,8 @@ def badge(pool: Pool, n: int) -> Picks:
         raise InputError(f"badge holds samples x classes x features, at most {_LARGEST} numbers, got {size}: {shape}")
     at_logits = p - F.one_hot(p.argmax(dim=1), p.shape[1])
     gradients = (at_logits.float().unsqueeze(2) * features.float().unsqueeze(1)).flatten(1)
+    from sklearn.cluster import kmeans_plusplus  # here, since it takes half a second
+
     _, seeds = kmeans_plusplus(gradients.numpy(), n, random_state=pool.seed)
     lengths = at_logits.norm(dim=1) * features.double().norm(dim=1)
     rows = torch.tensor([*dict.fromkeys([*seeds.tolist(), *_highest(lengths, len(p)).rows.tolist()])][:n])
@@ -157,6 +157,8 @@ def badge(pool: Pool, n: int) -> Picks:
 def disagreement(pool: Pool, n: int) -> Picks:
     """Those on which the student is farthest from the teacher: KL(teacher || student), in nats."""
     assert pool.teacher is not None
+    from scipy.special import rel_entr
+
     divergence = rel_entr(pool.teacher.numpy(), pool.probabilities.numpy()).sum(axis=1)
     return _highest(torch.from_numpy(divergence), n)
 

@@ -7,9 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neighbors import NearestNeighbors
-from sklearn.semi_supervised import LabelSpreading
 from torch import Tensor, nn
 
 from kd_lightning.batch import MISSING
@@ -107,6 +104,9 @@ class GraphPseudoLabels:
         # A number of steps in place of a tolerance: that is of the sum over all samples, and stops before the labels
         # have come to far samples, or settled there. What is left out after them is alpha ** steps.
         steps = max(100, math.ceil(math.log(1e-6) / math.log(self.alpha)))
+        from sklearn.exceptions import ConvergenceWarning  # here, since it takes half a second
+        from sklearn.semi_supervised import LabelSpreading
+
         spreading = LabelSpreading(kernel=self._joined, alpha=self.alpha, max_iter=steps, tol=0.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -119,6 +119,8 @@ class GraphPseudoLabels:
     def _joined(self, points: Any, _: Any) -> Any:
         """Which of the points (M, D) are joined, a sparse matrix (M, M) of zeros and ones."""
         count = min(self.neighbors + 1, len(points))  # each is its own nearest
+        from sklearn.neighbors import NearestNeighbors
+
         graph = NearestNeighbors(n_neighbors=count).fit(points).kneighbors_graph(points)
         return graph.maximum(graph.T)
 

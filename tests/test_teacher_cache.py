@@ -327,9 +327,7 @@ def test_losses_that_look_at_every_logit(loss):
 
 def test_joint_hints_need_the_teacher():
     with pytest.raises(InputError, match="hint_weight: hints of every step need the teacher itself"):
-        HintModule(
-            network(), Teacher(network(), cache="c"), {"5": "5"}, 0, hint_weight=0.1
-        )
+        HintModule(network(), Teacher(network(), cache="c"), {"5": "5"}, 0, hint_weight=0.1)
 
 
 @pytest.mark.parametrize("kwargs", [{"cache_dtype": "bfloat16"}, {"cache_top_k": 0}])

@@ -2,6 +2,7 @@
 
 from kd_lightning.callbacks.annealing import SoftWeightAnnealing
 from kd_lightning.callbacks.calibration import ActivationCalibration
+from kd_lightning.callbacks.compilation import CompileNetworks
 from kd_lightning.callbacks.layerwise_finetuning import LayerwiseFinetuning
 from kd_lightning.callbacks.prediction_writer import PredictionWriter
 from kd_lightning.callbacks.pseudo_label_refresh import PseudoLabelRefresh
@@ -15,6 +16,7 @@ __all__ = [
     "PseudoLabelRefresh",
     "SafetyGate",
     "LayerwiseFinetuning",
+    "CompileNetworks",
     "StepSeed",
     "StudentWriter",
     "PredictionWriter",

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from kd_lightning.callbacks import StudentWriter
 from kd_lightning.cli import DistillCLI
 from kd_lightning.errors import InputError
 from kd_lightning.output_cache import readable
@@ -25,10 +26,18 @@ def main(args: list[str]) -> None:
 class CacheCLI(DistillCLI):
     """Builds what ``fit`` would, and ends it before its first step."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def before_instantiate_classes(self) -> None:
         """Nothing is written beside the caches."""
-        trainer = super().instantiate_trainer(logger=False, **kwargs)
-        trainer.callbacks.append(_NoSteps())  # type: ignore[attr-defined]
+        super().before_instantiate_classes()
+        self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As for a fit that leaves nothing behind."""
+        trainer = super().instantiate_trainer(
+            logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **kwargs
+        )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [c for c in callbacks if not isinstance(c, StudentWriter)] + [_NoSteps()]
         return trainer
 
     def fit(self, model: nn.Module, **kwargs: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
@@ -69,6 +68,8 @@ class Digits(Source):
 
     def load(self) -> Parts:
         """Split into 1197 training and 600 test images."""
+        from sklearn.datasets import load_digits  # here, since it takes half a second
+
         digits = load_digits()
         images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
         targets = torch.from_numpy(digits.target).long()
