@@ -42,7 +42,7 @@ class CompileNetworks(Callback):
             raise InputError(f"CompileNetworks: {type(pl_module).__name__} has neither student nor teacher")
         for network in networks:
             if self.channels_last:
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                network.to(memory_format=torch.channels_last)
             if self.backend is not None and network._compiled_call_impl is None:
                 network.compile(mode=self.mode, backend=self.backend)
                 self._compiled.append(network)

@@ -7,12 +7,13 @@ import random
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from kd_lightning.batch import Batch, Rows
@@ -22,10 +23,21 @@ from kd_lightning.errors import InputError
 from kd_lightning.fingerprints import fingerprint
 
 Key = int | tuple[int, int]
+_BARE = vars(nn.Module())  # what every module holds
 _NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 
 
-class ViewDataset(Dataset[Batch]):
+@dataclass(slots=True)
+class Sample:
+    """One view of one sample; plain numbers, since a tensor for each would take longer to make than to augment."""
+
+    x: Tensor
+    index: int
+    view: int
+    x_strong: Tensor | None = None
+
+
+class ViewDataset(Dataset[Sample]):
     """Samples by (position, view): the same pixels for the same (seed, index, view), whoever asks and when.
 
     Holds no labels, so none can leak. A key without a view is view 0.
@@ -46,55 +58,73 @@ class ViewDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.strong_transform = strong_transform
+        self._torch_alone = draws_from_torch_alone(transform) and draws_from_torch_alone(strong_transform)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: Key) -> Batch:
+    def __getitem__(self, key: Key) -> Sample:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Batch]:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
         """The samples of a batch; the generators are put back as they were, where anybody else uses them."""
         alone = get_worker_info() is not None  # a worker's generators serve nothing but this
-        before = None if alone else (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        samples = [self._sample(*((key, 0) if isinstance(key, int) else key)) for key in keys]
+        before = None if alone else torch.get_rng_state()
+        others = None if alone or self._torch_alone else (random.getstate(), np.random.get_state())
+        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
+        indices = self.indices[[position for position, _ in pairs]].tolist()
+        samples = [self._sample(index, view) for index, (_, view) in zip(indices, pairs, strict=True)]
         if before is not None:
-            torch.set_rng_state(before[0])
-            random.setstate(before[1])
-            np.random.set_state(before[2])
+            torch.set_rng_state(before)
+        if others is not None:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
         return samples
 
-    def _sample(self, position: int, view: int) -> Batch:
-        index = int(self.indices[position])
-        image = self._image(index)
+    def _sample(self, index: int, view: int) -> Sample:
+        image = read_image(self.images, index)
         x = self._apply(self.transform, image, index, struct.pack("<3q", self.seed, index, view))
-        sample = Batch(x, index=torch.tensor(index), view=torch.tensor(view))
-        if self.strong_transform is not None:
-            key = struct.pack("<4q", self.seed, index, view, 1)
-            sample.x_strong = self._apply(self.strong_transform, image, index, key)
-            if sample.x_strong.shape != x.shape:
-                shapes = f"{[*sample.x_strong.shape]} and {[*x.shape]}"
-                raise InputError(f"strong_transform must give the shape that train_transform gives, got {shapes}")
-        return sample
+        if self.strong_transform is None:
+            return Sample(x, index, view)
+        strong = self._apply(self.strong_transform, image, index, struct.pack("<4q", self.seed, index, view, 1))
+        if strong.shape != x.shape:
+            shapes = f"{[*strong.shape]} and {[*x.shape]}"
+            raise InputError(f"strong_transform must give the shape that train_transform gives, got {shapes}")
+        return Sample(x, index, view, strong)
 
-    @staticmethod
-    def _apply(transform: Any, image: Any, index: int, key: bytes) -> Tensor:
+    def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Tensor:
         if transform is not None:
             seed = zlib.crc32(key)
             # not torch.manual_seed, which also queues a call for every accelerator
             torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
+            if not self._torch_alone:  # these two take longer than everything else that a replay costs
+                random.seed(seed)
+                np.random.seed(seed)
             image = transform(image)
         if not isinstance(image, Tensor):
             raise InputError(f"a transform must give a tensor, got {type(image).__name__} for sample {index}")
-        return image.as_subclass(Tensor)
-
-    def _image(self, index: int) -> Any:
-        return read_image(self.images, index)
+        return image if type(image) is Tensor else image.as_subclass(Tensor)
 
 
-def collate(samples: list[Batch]) -> Batch:
+def draws_from_torch_alone(transform: Any) -> bool:
+    """Whether a transform consists of torch's and torchvision's (v2) own alone, none of which draws from elsewhere.
+
+    >>> from torchvision.transforms import v2
+    >>> draws_from_torch_alone(v2.Compose([v2.RandomHorizontalFlip()])), draws_from_torch_alone(v2.Lambda(abs))
+    (True, False)
+    """
+    if transform is None:
+        return True
+    origin = type(transform).__module__
+    if not isinstance(transform, nn.Module) or not origin.startswith(("torchvision.transforms.v2.", "torch.nn.")):
+        return False
+    held = [value for value in vars(transform).values() if isinstance(value, list | tuple)]
+    inner = [*transform.children(), *(one for values in held for one in values if callable(one))]
+    functions = [one for name, one in vars(transform).items() if callable(one) and name not in _BARE]
+    return not functions and all(map(draws_from_torch_alone, inner))
+
+
+def collate(samples: list[Sample]) -> Batch:
     """Stack samples."""
     try:
         x = torch.stack([sample.x for sample in samples])
@@ -104,8 +134,8 @@ def collate(samples: list[Batch]) -> Batch:
     strong = [sample.x_strong for sample in samples if sample.x_strong is not None]
     return Batch(
         x,
-        index=torch.stack([sample.index for sample in samples if sample.index is not None]),
-        view=torch.stack([sample.view for sample in samples if sample.view is not None]),
+        index=torch.tensor([sample.index for sample in samples]),
+        view=torch.tensor([sample.view for sample in samples]),
         x_strong=torch.stack(strong) if strong else None,
     )
 
@@ -141,7 +171,7 @@ class Views:
         keys: Any = ([(int(self._positions[row // self.views]), int(row % self.views)) for row in b] for b in batches)
         generator = torch.Generator()  # or the loader would draw from torch's own
         options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
-        return DataLoader(self.dataset, batch_sampler=keys, **options)
+        return DataLoader(self.dataset, batch_sampler=keys, **options)  # type: ignore[arg-type]
 
     def parts(self) -> dict[str, str]:
         """All that the views depend on, by name."""
@@ -274,7 +304,7 @@ class ViewLoader(DataLoader[Batch]):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("collate_fn", collate)
-        super().__init__(dataset, **kwargs)
+        super().__init__(dataset, **kwargs)  # type: ignore[arg-type]  # its type is that of a batch
         self.labels = labels
         self.trainer = trainer
         self.views = views

@@ -7,10 +7,20 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from kd_lightning import Batch, CoarseLabels, Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.batch import Kind
-from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewSampler, collate
+from kd_lightning.data.sources import photo_transforms
+from kd_lightning.data.views import (
+    ShareSampler,
+    TwoStreamSampler,
+    ViewDataset,
+    Views,
+    ViewSampler,
+    collate,
+    draws_from_torch_alone,
+)
 from kd_lightning.pseudo_labels import PseudoLabels
 
 
@@ -372,3 +382,114 @@ class TestStrongView:
         with pytest.raises(InputError, match=message) as error:
             next(iter(data.train_dataloader()))
         assert "\n" not in str(error.value)
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x + random.random() + np.random.rand()
+
+
+class Subclass(v2.RandomCrop):
+    pass
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        None,
+        nn.Identity(),
+        v2.Compose([v2.RandomCrop(32, padding=4), v2.ToDtype(torch.float32, scale=True)]),
+        v2.RandomApply([v2.ColorJitter(0.1)]),
+        v2.RandAugment(),
+        *photo_transforms(64),
+    ],
+)
+def test_known_transforms_draw_from_torch_alone(transform):
+    """And so they do: neither of the other generators moves."""
+    assert draws_from_torch_alone(transform)
+    if transform is not None:
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        for _ in range(20):
+            transform(torch.rand(3, 40, 40))
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Own(),
+        Subclass(3),
+        abs,
+        v2.Lambda(abs),
+        v2.Compose([v2.RandomHorizontalFlip(), v2.Compose([Own()])]),
+        v2.Compose([abs]),
+        v2.RandomApply([Own()]),
+        nn.Sequential(nn.ReLU(), Own()),
+    ],
+)
+def test_others_may_draw_from_anywhere(transform):
+    assert not draws_from_torch_alone(transform)
+
+
+@pytest.mark.parametrize("strong", [None, Own()])
+def test_every_generator_is_replayed_where_one_of_two_transforms_may_draw_from_it(strong):
+    data = ViewDataset(
+        [Digits().load().train.images], torch.arange(50), v2.Compose([Own()]), 3, strong_transform=strong
+    )
+    first = data[4, 1]
+    random.seed(9)
+    np.random.seed(9)
+    second = data[4, 1]
+    assert torch.equal(first.x, second.x)
+    assert random.random() == random.Random(9).random()  # put back
+    mixed = ViewDataset([Digits().load().train.images], torch.arange(50), v2.RandomCrop(8), 3, strong_transform=Own())
+    assert torch.equal(mixed[4, 1].x_strong, mixed[4, 1].x_strong)
+
+
+class TestViews:
+    @pytest.fixture
+    def table(self):
+        indices = torch.tensor([7, 3, 11, 5])
+        return Views(ViewDataset([Digits().load().train.images], indices, Noise(), seed=3), views=3)
+
+    def test_every_row_is_found_again(self, table):
+        rows = [11, 0, 5, 5, 7]
+        (batch,) = table.loader([rows])
+        assert batch.index.tolist() == [11, 3, 5, 5, 7]  # by index: 3, 5, 7, 11
+        assert batch.view.tolist() == [2, 0, 2, 2, 1]
+        found = table.rows(batch)
+        assert found.table is table
+        assert found.numbers.tolist() == rows
+        assert len(table) == 12
+
+    def test_rows_do_not_depend_on_the_order_of_the_samples(self, table):
+        other = Views(ViewDataset(table.dataset.images, torch.tensor([3, 5, 7, 11]), table.dataset.transform, 3), 3)
+        (one,), (two,) = table.loader([range(12)]), other.loader([range(12)])
+        assert torch.equal(one.x, two.x)
+        assert table.parts() == other.parts()
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_the_loader_draws_nothing(self, table, workers):
+        table.num_workers = workers
+        torch.manual_seed(1)
+        expected = torch.rand(1)
+        torch.manual_seed(1)
+        assert sum(len(batch) for batch in table.loader([[0, 1], [2]])) == 3
+        assert torch.equal(torch.rand(1), expected)
+
+    def test_batches_tell_their_rows_once_a_teacher_keeps_them(self):
+        data = SemiSupervisedDataModule(Digits(), labeled=4, views=2, batch_size=100)
+        data.setup("fit")
+        assert next(iter(data.train_dataloader())).rows is None
+        data.train_views().kept = True
+        batch = next(iter(data.train_dataloader()))
+        (same,) = data.train_views().loader([batch.rows.numbers])
+        assert torch.equal(same.x, batch.x)
+        part = batch.at(torch.tensor([5, 2]))
+        assert part.rows.numbers.tolist() == batch.rows.numbers[[5, 2]].tolist()
+        assert batch.at(batch.index < 300).rows.numbers.size == int((batch.index < 300).sum())
+
+    def test_endless_views_are_no_table(self):
+        data = SemiSupervisedDataModule(Digits())
+        assert data.train_views() is None
+        assert len(data.pool_views()) == 1078

@@ -1,0 +1,269 @@
+"""Ways of training a student for an epoch, for benchmarks/throughput.py, that take turns."""
+
+import copy
+import statistics
+import threading
+import time
+from functools import partial
+
+import modelopt.torch.distill as mtd
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.nn.modules.loss import _Loss
+from torch.optim import SGD
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.losses import mid_level  # noqa: F401  (its config finds losses that are imported)
+
+from kd_lightning import DatasetSource, DistillModule, EnsembleDistillModule, SemiSupervisedDataModule, Teacher
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.modules import SupervisedModule
+
+BATCH, TEMPERATURE, SOFT_WEIGHT = 64, 4.0, 0.9
+OPTIMIZER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+sgd = partial(SGD, **OPTIMIZER)
+
+
+class Turns:
+    """Threads that run one at a time, an epoch each, round after round; keeps how long each epoch took."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs  # the first of them warms up, and is not kept
+        self.seconds = {}
+        self._order, self._whose, self._started, self._failure = [], None, {}, None
+        self._changed = threading.Condition()
+
+    def add(self, name, contender):
+        """Prepare a contender, up to its first epoch; it is called with a function to call as each epoch begins."""
+        ready = threading.Event()
+        self.seconds[name] = []
+        self._order.append(name)
+
+        def run():
+            try:
+                contender(partial(self._boundary, name, ready), self.epochs)
+                self._boundary(name, ready, last=True)
+            except BaseException as error:
+                self._failure = self._failure or error
+            finally:
+                ready.set()
+                self._leave(name)
+
+        threading.Thread(target=run, daemon=True).start()
+        ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def run(self):
+        """Let all of them train; {name: seconds of each epoch}."""
+        with self._changed:
+            self._whose = self._order[0]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._order or self._failure is not None)
+        if self._failure is not None:
+            raise self._failure
+        return {name: seconds[1:] for name, seconds in self.seconds.items()}
+
+    def _boundary(self, name, ready, last=False):
+        now = time.perf_counter()
+        with self._changed:
+            if name in self._started:
+                self.seconds[name].append(now - self._started[name])
+                if not last:
+                    self._pass_on(name)
+            ready.set()
+            self._changed.wait_for(lambda: self._whose == name)
+        self._started[name] = time.perf_counter()
+
+    def _pass_on(self, name):
+        self._whose = self._order[(self._order.index(name) + 1) % len(self._order)]
+        self._changed.notify_all()
+
+    def _leave(self, name):
+        with self._changed:
+            if self._whose == name:
+                self._pass_on(name)
+            self._order.remove(name)
+            self._changed.notify_all()
+
+
+class Epochs(Callback):
+    """Tells where an epoch begins."""
+
+    def __init__(self, boundary):
+        self.boundary = boundary
+
+    def on_train_epoch_start(self, trainer, module):
+        """Wait for one's turn."""
+        self.boundary()
+
+
+def lightning(make_module, x, y, boundary, epochs):
+    """A module of this package."""
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(x, y)), views=1, val=0, batch_size=BATCH)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Epochs(boundary)], **quiet)
+    trainer.fit(make_module(), datamodule=data)
+
+
+def alone(student):
+    """The student without a teacher."""
+    return SupervisedModule(student, optimizer=sgd)
+
+
+def distilled(student, teacher, **cache):
+    """The student under one teacher."""
+    return DistillModule(student, Teacher(teacher, **cache), **_soft())
+
+
+def ensemble(student, teachers, cache):
+    """The student under several."""
+    return EnsembleDistillModule(student, [Teacher(t, cache=cache) for t in teachers], **_soft())
+
+
+def _soft():
+    return {"soft_loss": SoftTargetLoss(TEMPERATURE), "soft_weight": SOFT_WEIGHT, "optimizer": sgd}
+
+
+def soft_targets(student_logits, teacher_logits):
+    """Hinton's loss, written out."""
+    student, teacher = student_logits / TEMPERATURE, teacher_logits / TEMPERATURE
+    return TEMPERATURE**2 * F.kl_div(F.log_softmax(student, 1), F.softmax(teacher, 1), reduction="batchmean")
+
+
+def plain(student, teacher, x, y, boundary, epochs):
+    """A loop as one writes it by hand."""
+    loader, optimizer = DataLoader(TensorDataset(x, y), BATCH, shuffle=True), sgd(student.parameters())
+    student.train()
+    teacher.eval()
+    for _ in range(epochs):
+        boundary()
+        for images, labels in loader:
+            logits = student(images)
+            with torch.no_grad():
+                target = teacher(images)
+            hard, soft = F.cross_entropy(logits, labels), soft_targets(logits, target)
+            optimizer.zero_grad()
+            ((1 - SOFT_WEIGHT) * hard + SOFT_WEIGHT * soft).backward()
+            optimizer.step()
+
+
+def torchdistill(student, teacher, x, y, boundary, epochs):
+    """Its distillation box, as its examples use it."""
+    config = {
+        "num_epochs": epochs,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "requires_supp": False,
+            "sampler": {"class_or_func": RandomSampler},
+            "kwargs": {"batch_size": BATCH},
+        },
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only"},
+        "optimizer": {"key": "SGD", "kwargs": {**OPTIMIZER}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {
+                        "criterion": {
+                            "key": "KDLoss",
+                            "kwargs": {
+                                "student_module_path": ".",
+                                "student_module_io": "output",
+                                "teacher_module_path": ".",
+                                "teacher_module_io": "output",
+                                "temperature": TEMPERATURE,
+                                "alpha": 1 - SOFT_WEIGHT,
+                                "reduction": "batchmean",
+                            },
+                        },
+                        "weight": 1.0,
+                    }
+                }
+            },
+        },
+    }
+    data = {"train": TensorDataset(x, y)}
+    box = get_distillation_box(teacher, student, data, config, torch.device("cpu"), None, False, 1)
+    for epoch in range(epochs):
+        boundary()
+        box.pre_epoch_process(epoch=epoch)
+        for sample, targets in box.train_data_loader:
+            box.pre_forward_process()
+            loss = box.forward_process(sample, targets)
+            box.post_forward_process(loss=loss)
+        box.post_epoch_process()
+
+
+class Held(nn.Module):
+    """Holds a network, for a library that does not take a Sequential as a student."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        """The network's logits."""
+        return self.network(x)
+
+
+def modelopt(student, teacher, x, y, boundary, epochs):
+    """Its distillation mode in a loop, as its guide has it; the loss as written out, since its own is another."""
+
+    class Loss(_Loss):
+        def forward(self, student_logits, teacher_logits):
+            return soft_targets(student_logits, teacher_logits)
+
+    student = mtd.convert(
+        Held(student),
+        mode=[
+            (
+                "kd_loss",
+                {
+                    "teacher_model": Held(teacher),
+                    "criterion": Loss(),
+                    "loss_balancer": mtd.StaticLossBalancer(SOFT_WEIGHT),
+                },
+            )
+        ],
+    )
+    loader, optimizer = DataLoader(TensorDataset(x, y), BATCH, shuffle=True), sgd(student.network.parameters())
+    student.train()
+    for _ in range(epochs):
+        boundary()
+        for images, labels in loader:
+            loss = student.compute_kd_loss(student_loss=F.cross_entropy(student(images), labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def compete(students, make_student, make_teacher, size, epochs, cache, log):
+    """All contenders on one pair of networks: {name: seconds of each epoch}."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 3, 32, 32, generator=generator)
+    y = torch.randint(100, (size,), generator=generator)
+    torch.manual_seed(0)
+    student, teachers = make_student(100), [make_teacher(100) for _ in range(8)]
+    fresh = lambda: copy.deepcopy(student)  # noqa: E731
+    first = lambda: copy.deepcopy(teachers[0])  # noqa: E731
+    ways = {
+        "student alone": partial(lightning, lambda: alone(fresh()), x, y),
+        "cached": partial(lightning, lambda: distilled(fresh(), first(), cache=cache), x, y),
+        "8 teachers, cached": partial(lightning, lambda: ensemble(fresh(), copy.deepcopy(teachers), cache), x, y),
+        "live": partial(lightning, lambda: distilled(fresh(), first()), x, y),
+        "plain loop": partial(plain, fresh(), first(), x, y),
+        "torchdistill": partial(torchdistill, fresh(), first(), x, y),
+        "modelopt": partial(modelopt, fresh(), first(), x, y),
+    }
+    turns = Turns(epochs + 1)
+    for name in students or ways:
+        log(f"preparing {name}")
+        turns.add(name, ways[name])
+    seconds = turns.run()
+    for name, epochs_of in seconds.items():
+        log(f"{name}: {statistics.median(epochs_of):.2f} s an epoch")
+    return seconds

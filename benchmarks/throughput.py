@@ -1,0 +1,197 @@
+"""What distilling costs: against training alone, a plain loop, and other libraries.
+
+Run: python benchmarks/throughput.py                 (at most 20 minutes; exit status 1 where a ratio is missed)
+     python benchmarks/throughput.py --growth        (how cost grows with teachers, classes and samples)
+     python benchmarks/throughput.py --device cuda   (ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last)
+
+Needs the extra ``bench``. CPU: one thread on one core; all contenders take turns within one process, an epoch each, for
+9 rounds after one that warms up; in-memory images of 32 x 32 pixels, batches of 64, random labels of 100 classes. A
+ratio is that of the medians; its spread is the 10th and 90th percentile of the rounds' own ratios.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+if __name__ == "__main__" and any(os.environ.get(name) != "1" for name in THREADS):
+    # every thread of this process has its own number of threads, which only the environment sets for all
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | dict.fromkeys(THREADS, "1"))
+
+PAIRS = {  # student, teacher, images in an epoch
+    "ResNet-32 to ResNet-8": ("resnet8", "resnet32", 1536),
+    "wrn_40_2 to wrn_16_2": ("wrn_16_2", "wrn_40_2", 512),
+}
+RATIOS = [  # of, over, at most, at least
+    ("cached", "student alone", 1.05, None),
+    ("8 teachers, cached", "student alone", 1.08, None),
+    ("live", "plain loop", 1.05, None),
+    ("torchdistill", "live", None, 1.0),
+    ("modelopt", "live", None, 1.0),
+    ("torchdistill", "cached", None, 2.0),
+    ("modelopt", "cached", None, 2.0),
+]
+
+
+def log(text):
+    """Say what is going on, on stderr: the table stands alone on stdout."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class Table:
+    """The ratios, and whether each is reached."""
+
+    def __init__(self):
+        self.missed = 0
+        print("| ratio | measured | spread | to reach | |\n|---|---|---|---|---|", flush=True)
+
+    def add(self, name, numerators, denominators, most=None, least=None):
+        """One ratio of paired measurements; a lower bound is reached where the spread comes up to it."""
+        ratio = statistics.median(numerators) / statistics.median(denominators)
+        own = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
+        low, high = own[len(own) // 10], own[-1 - len(own) // 10]
+        reached = ratio <= most if most is not None else (high if least == 1.0 else ratio) >= least
+        self.missed += not reached
+        goal = f"≤ {most}" if most is not None else f"≥ {least}{' within the spread' if least == 1.0 else ''}"
+        print(
+            f"| {name} | {ratio:.3f} | {low:.3f} to {high:.3f} | {goal} | {'' if reached else 'missed'} |", flush=True
+        )
+
+
+def networks(table, rounds):
+    """Every contender on both pairs of networks."""
+    from contenders import compete
+
+    import kd_lightning.models
+
+    for name, (student, teacher, size) in PAIRS.items():
+        log(name)
+        with tempfile.TemporaryDirectory() as cache:
+            makers = getattr(kd_lightning.models, student), getattr(kd_lightning.models, teacher)
+            seconds = compete(None, *makers, size, rounds, cache, log)
+        for of, over, most, least in RATIOS:
+            table.add(f"{name}: {of} / {over}", seconds[of], seconds[over], most, least)
+
+
+def augmentation(table, rounds):
+    """What a sample costs by the datamodule's replayable augmentation, and by plain torchvision v2."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset, TensorDataset
+    from torchvision.transforms import v2
+
+    from kd_lightning import DatasetSource, SemiSupervisedDataModule
+
+    images = torch.randint(256, (4096, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(len(images), dtype=torch.long)
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]),
+        ]
+    )
+
+    class Plain(Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            return transform(images[index]), labels[index]
+
+    data = SemiSupervisedDataModule(
+        DatasetSource(TensorDataset(images, labels)), val=0, batch_size=64, train_transform=transform
+    )
+    loaders = {"ours": data.train_dataloader(), "plain": DataLoader(Plain(), 64, shuffle=True)}
+    seconds = {name: [] for name in loaders}
+    for _ in range(rounds + 1):
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            for _batch in loader:
+                pass
+            seconds[name].append(time.perf_counter() - start)
+    table.add(
+        "a sample: replayable augmentation / plain torchvision v2", seconds["ours"][1:], seconds["plain"][1:], 1.15
+    )
+
+
+MEMORY = """
+import copy, re, sys, tempfile
+import torch
+from contenders import distilled, lightning
+from kd_lightning.models import resnet8, resnet32
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+size = int(sys.argv[1])
+x, y = torch.zeros(size, 3, 4, 4), torch.zeros(size, dtype=torch.long)
+x[:] = torch.randn(3, 4, 4)
+held = x.numel() * 4 / 2**20 + y.numel() * 8 / 2**20
+module = distilled(resnet8(100), resnet32(100), cache=tempfile.mkdtemp())
+lightning(lambda: module, x, y, lambda: None, 2)
+print(anonymous() - held)
+"""
+
+
+def memory(table, rounds):
+    """Anonymous memory at the end of a cached run, beyond the data, with ten times the images."""
+    here = Path(__file__).parent
+    megabytes = {1: [], 10: []}
+    for _ in range(rounds):
+        for times, found in megabytes.items():
+            command = [sys.executable, "-c", MEMORY, str(2000 * times)]
+            found.append(float(subprocess.check_output(command, cwd=here, stderr=subprocess.DEVNULL).split()[-1]))
+        log(f"anonymous memory: {megabytes}")
+    table.add("anonymous memory of a cached run: 20,000 images / 2,000", megabytes[10], megabytes[1], 1.05)
+
+
+def imports(table, rounds):
+    """Importing the package against importing what it stands on."""
+    seconds = {"import lightning, torchvision, torchmetrics": [], "import kd_lightning": []}
+    for turn in range(rounds + 1):
+        for statement, found in seconds.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], check=True, stderr=subprocess.DEVNULL)
+            if turn:
+                found.append(time.perf_counter() - start)
+    base, ours = seconds.values()
+    table.add("import kd_lightning / lightning, torchvision and torchmetrics", ours, base, 1.05)
+
+
+PARTS = {"imports": imports, "augmentation": augmentation, "memory": memory, "networks": networks}
+ROUNDS = {"imports": 9, "augmentation": 9, "memory": 2, "networks": 9}
+
+
+def main():
+    """Run what is asked for; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", action="store_true", help="how cost grows, instead of the ratios")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=[*PARTS], help="some of the ratios")
+    options = parser.parse_args()
+    if options.device == "cuda":
+        from throughput_cuda import run
+
+        return run()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if options.growth:
+        from growth import run
+
+        return run()
+    start, table = time.time(), Table()
+    for name in options.only:
+        PARTS[name](table, ROUNDS[name])
+    packages = ("torch", "torchvision", "lightning", "torchdistill", "nvidia-modelopt")
+    print(", ".join(f"{name} {version(name)}" for name in packages), f"\n{(time.time() - start) / 60:.0f} minutes")
+    return int(table.missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
