@@ -1,0 +1,75 @@
+"""What a cache does to the student's accuracy: its formats, and a limited number of views.
+
+Run: python benchmarks/cached_accuracy.py [--seeds 10]      (about 6 minutes on two cores)
+
+Digits, 10 labels per class, all training images, the settings of configs/distill_digits.yaml; the teacher is one network
+trained on all training labels. A seed draws split, student and order. Differences from the live run on as many views
+are paired by seed; noise is the standard deviation of the live run's accuracy over seeds.
+"""
+
+import argparse
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+
+from ensemble import interval
+from few_labels import quiet
+from training import measure, train
+
+from kd_lightning import Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule, Teacher
+from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.models import DigitsCNN
+
+STEPS = 40 * 17
+CACHES = {
+    "cache, float32": {"cache_dtype": "float32"},
+    "cache, float16": {"cache_dtype": "float16"},
+    "cache, float16, 3 likeliest": {"cache_dtype": "float16", "cache_top_k": 3},
+}
+
+
+def run(seed):
+    """{way: test accuracy}, with 8 views; and live with endless ones, and with one."""
+    quiet()
+    make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed)
+    expert = train(STEPS, 1000 + seed, partial(SupervisedModule, DigitsCNN(32)), make_data(), lr=0.01).student
+    loss = {"soft_loss": SoftTargetLoss(4.0), "soft_weight": 0.5}
+
+    def accuracy(views, **cache):
+        data = make_data(labeled=10, views=views)
+
+        def make(**options):
+            return DistillModule(DigitsCNN(8), Teacher(expert, **cache), **loss, **options)
+
+        return measure(train(STEPS, seed, make, data, lr=0.03), data)
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"8 views, live": accuracy(8)}
+        found |= {f"8 views, {way}": accuracy(8, cache=folder, **options) for way, options in CACHES.items()}
+    found |= {"endless views, live": accuracy(None), "1 view, live": accuracy(1)}
+    print(seed, found, flush=True)
+    return found
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    options = parser.parse_args()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        found = list(pool.map(run, range(options.seeds)))
+    live = [one["8 views, live"] for one in found]
+    print("| test accuracy % | mean ± std | over 8 views, live |\n|---|---|---|")
+    for name in found[0]:
+        values = [one[name] for one in found]
+        mean = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        difference = interval(values, live) if values != live else "the same in every seed"
+        print(f"| {name} | {mean} | {difference if name != '8 views, live' else ''} |")
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")))
+
+
+if __name__ == "__main__":
+    main()
