@@ -60,6 +60,8 @@ class Batch:
         mean_pseudo: How many of these are pseudo-labels.
         mean_coarse: How many of these are coarse labels.
         mean_rows: How many rows such a batch has on average. None: as many as this one.
+        labeled: Numbers (K,) of the rows whose label is known, found by the loader, so that no step waits for a device to
+            find them. None: looked for in ``y``.
         rows: Where these rows stand among all views, where a teacher keeps its outputs of them.
     """
 
@@ -76,6 +78,7 @@ class Batch:
     mean_pseudo: float = 0.0
     mean_coarse: float = 0.0
     mean_rows: float | None = None
+    labeled: Tensor | None = None
     rows: Rows | None = None
 
     @classmethod
@@ -100,7 +103,7 @@ class Batch:
     def at(self, rows: Tensor) -> Batch:
         """Some of the rows, given by a boolean tensor (B,) or by their numbers."""
         count = len(self)
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} | {"labeled": None}
         for name, part in parts.items():
             if isinstance(part, Tensor) and part.ndim and len(part) == count:
                 parts[name] = part[rows]

@@ -131,7 +131,9 @@ class Ensemble(nn.Module):
             temperature: T.
             standardize: First give each teacher's logits mean 0 and standard deviation 1 over the classes it knows.
         """
-        known = self.knows(answers.shape[-1]).to(answers.device)
+        known = self.knows(answers.shape[-1])
+        complete = bool(known.all())  # asked of the CPU
+        known = known.to(answers.device)
         if standardize:
             answers = torch.stack([_standardized(z, k) for z, k in zip(answers, known, strict=True)])
         if len(self) == 1:
@@ -145,7 +147,7 @@ class Ensemble(nn.Module):
             yes, no = (torch.logsumexp(F.logsigmoid(sign * soft) + log_shares, dim=0) for sign in (1, -1))
             return temperature * (yes - no)
         pooled = torch.logsumexp(soft.log_softmax(dim=-1) + log_shares, dim=0)
-        return temperature * (pooled if known.all() else pooled.log_softmax(dim=-1))
+        return temperature * (pooled if complete else pooled.log_softmax(dim=-1))
 
     def choose(self, batch: Batch, choice: Tensor, classes: int) -> Tensor:
         """Logits (B, C) of one teacher for each row, who must know all classes; a row costs that teacher's time alone.

@@ -95,6 +95,9 @@ class Labels:
         if self._soft is not None:
             place = self._place[batch.index]
             batch.soft = self._soft[place] * (place >= 0).unsqueeze(1)
+        known = is_labeled(batch.y)
+        if known.ndim == 1 or known.all():  # of many labels a part may be known
+            batch.labeled = known.reshape(len(known), -1)[:, 0].nonzero().flatten()
         return batch
 
     def count(self, index: Tensor) -> tuple[int, int, int]:

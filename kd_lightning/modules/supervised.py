@@ -173,17 +173,20 @@ class SupervisedModule(LightningModule):
         classes = self.task == "multiclass"
         if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
             raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
-        known = is_labeled(y)
-        rows = known if known.ndim == 1 else known.any(dim=1)
         told = {name: getattr(batch, name) for name in told_names(self.hard_loss)}
-        told = {name: values[rows] for name, values in told.items() if values is not None}
-        weight = None if batch.weight is None else batch.weight[rows]
-        logits, y, known = logits[rows], y[rows], known[rows]
-        if not known.all():
+        told = {name: values for name, values in told.items() if values is not None}
+        weight = batch.weight
+        known = is_labeled(y) if batch.labeled is None or not _makes_wait(y) else None
+        rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
+        if rows is not None and (known is not None or len(rows) < len(y)):
+            told = {name: values[rows] for name, values in told.items()}
+            weight = None if weight is None else weight[rows]
+            logits, y = logits[rows], y[rows]
+        if known is not None and not (known := known[rows]).all():
             logits, y = logits[known], y[known]
         if y.numel() == 0 and "index" not in told:  # all processes must come to a loss that remembers samples
             return logits.sum(), 0
-        if y.device.type == "cpu":  # elsewhere the check would wait for the device
+        if not _makes_wait(y):
             self._check_labels(y, logits)
         y = y.long() if self.task == "multiclass" else y.to(logits.dtype)
         return mean_loss(self.hard_loss, logits, y, weight, **told), y.numel()
@@ -223,18 +226,19 @@ class SupervisedModule(LightningModule):
                 self._log_epoch(f"train/{name}", value, rows[name])
                 if name != "hard":
                     self._log_epoch(f"{name}_weight", weight, len(batch))
-            self._log_epoch("train/loss", loss, len(batch))
-            self.log("train/loss_step", loss, prog_bar=True)
+            self._log_epoch("train/loss", loss, len(batch), prog_bar=True)
+            self.log("train/loss_step", loss)  # not in the progress bar, which would wait for each
         return loss
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether looking at a value costs little: on the CPU, and where the logger looks anyway."""
-        if x.device.type == "cpu" or self._trainer is None:
+        if not _makes_wait(x) or self._trainer is None:
             return True
         return self.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
 
-    def _log_epoch(self, name: str, value: Tensor | float, rows: float) -> None:
-        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)  # type: ignore[arg-type]
+    def _log_epoch(self, name: str, value: Tensor | float, rows: float, *, prog_bar: bool = False) -> None:
+        size: Any = rows
+        self.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a validation batch."""
@@ -342,6 +346,11 @@ class SupervisedModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", monitor)
         return {"optimizer": built, "lr_scheduler": config}  # type: ignore[return-value]
+
+
+def _makes_wait(tensor: Tensor) -> bool:
+    """Whether to look at a value is to wait for the device, and for all that it was given to do."""
+    return tensor.device.type != "cpu"
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

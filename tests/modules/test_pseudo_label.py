@@ -306,7 +306,7 @@ class TestSteps:
         of_these = ("train/coverage", "train/confidence")
         log = module._log_epoch
 
-        def note(name, value, rows):
+        def note(name, value, rows, **_):
             kinds.update({type(rows)} if name in of_these else ())
             log(name, value, rows)
 

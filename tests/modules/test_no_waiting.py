@@ -1,0 +1,88 @@
+"""No step on a device waits for it: where a value is needed, the loader has looked at it on the CPU.
+
+Tensors on torch's meta device have no values, so whoever looks at one fails.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+
+from kd_lightning import (
+    ApprenticeModule,
+    Batch,
+    Digits,
+    DistillModule,
+    EnsembleDistillModule,
+    HintModule,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+)
+from kd_lightning.losses import CorrelationLoss, DecoupledLoss, GeneralizedCrossEntropyLoss
+from kd_lightning.models import DigitsCNN
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return DigitsCNN(4)
+
+
+MODULES = {
+    "supervised": lambda: SupervisedModule(net(0)),
+    "robust": lambda: SupervisedModule(net(0), hard_loss=GeneralizedCrossEntropyLoss()),
+    "distill": lambda: DistillModule(net(0), net(1)),
+    "decoupled": lambda: DistillModule(net(0), net(1), soft_loss=DecoupledLoss()),
+    "correlation": lambda: DistillModule(net(0), net(1), soft_loss=CorrelationLoss()),
+    "average": lambda: EnsembleDistillModule(net(0), [net(1), net(2)]),
+    "confidence": lambda: EnsembleDistillModule(net(0), [net(1), net(2)], teacher_weights="confidence"),
+    "apprentice": lambda: ApprenticeModule(net(0), net(1), "joint", mutual=True),
+    "hints": lambda: HintModule(net(0), net(1), {"5": "5"}, 1, input_shape=[1, 8, 8]),
+    "joint hints": lambda: HintModule(net(0), net(1), {"5": "5"}, 0, hint_weight=0.1, input_shape=[1, 8, 8]),
+}
+
+
+def batches(labeled):
+    data = SemiSupervisedDataModule(Digits(), labeled=labeled, batch_size=64)
+    data.setup("fit")
+    return iter(data.train_dataloader())
+
+
+def moved(batch, device):
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return Batch(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in tensors.items()})
+
+
+@pytest.mark.parametrize("labeled", [None, 10])
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_no_step_looks_at_a_value(make, labeled, monkeypatch):
+    module = make().to("meta")
+    monkeypatch.setattr(type(module), "_may_wait", lambda self, x: False)  # a step without logging
+    batch = moved(next(batches(labeled)), "meta")
+    loss = module.training_step(batch, 0)
+    assert loss.device.type == "meta"
+    loss.backward()
+
+
+def test_meta_tells_who_looks():
+    """Without what the loader has found out the labels must be looked for."""
+    module = SupervisedModule(net(0)).to("meta")
+    batch = moved(next(batches(10)), "meta")
+    batch.labeled = None
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("make", [MODULES["distill"], MODULES["robust"]])
+@pytest.mark.parametrize("labeled", [None, 10, 0.02])
+def test_the_loss_is_the_same(make, labeled, monkeypatch, quiet_trainer):
+    ends = []
+    for waits in (False, True):
+        monkeypatch.setattr("kd_lightning.modules.supervised._makes_wait", lambda tensor, waits=waits: waits)
+        seed_everything(0, verbose=False)
+        module = make()
+        data = SemiSupervisedDataModule(Digits(), labeled=labeled, batch_size=64)
+        quiet_trainer(max_epochs=2, limit_train_batches=5).fit(module, datamodule=data)
+        ends.append(module.student.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
