@@ -60,8 +60,8 @@ class Batch:
         mean_pseudo: How many of these are pseudo-labels.
         mean_coarse: How many of these are coarse labels.
         mean_rows: How many rows such a batch has on average. None: as many as this one.
-        labeled: Numbers (K,) of the rows whose label is known, found by the loader, so that no step waits for a device to
-            find them. None: looked for in ``y``.
+        labeled: Numbers (K,) of the rows whose label is known, found by the loader so that no step waits for a device.
+            None: looked for in ``y``.
         rows: Where these rows stand among all views, where a teacher keeps its outputs of them.
     """
 
