@@ -7,7 +7,8 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -117,7 +118,8 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
 
     Raises:
         InputError: For a key that stands twice (YAML's reader would take the last), a key that nobody knows, a class
-            spec without its class, and arguments that are no mapping; and for a file that is no YAML.
+            spec without its class, arguments that are no mapping, null where an argument cannot be None; and for a file
+            that is no YAML.
     """
     args = list(args)
     for path in config_files(args):
@@ -213,7 +215,20 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
     parameters = parameters_of(owner)
     if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in spec.get("init_args", ()):
+    for key, value in spec.get("init_args", {}).items():
         if key not in parameters:
             near = f"no such key{hint(str(key), parameters)}; allowed: {', '.join(parameters)}"
             raise InputError(f"{path}.init_args.{key}: {owner.__name__} has {near}")
+        if value is None and parameters[key].default is not None and not _takes_none(owner, key):
+            raise InputError(f"{path}.init_args.{key}: {owner.__name__} takes no null here; leave the key out")
+
+
+def _takes_none(owner: Any, name: str) -> bool:
+    """Whether an argument may be None, for all that is known: the parser lets null pass for any."""
+    try:
+        hints = get_type_hints(owner.__init__ if inspect.isclass(owner) else owner)
+    except Exception:  # of somebody else's annotations anything may come
+        return True
+    kind = hints.get(name, Any)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType, Literal) else (kind,)
+    return any(one in (None, NoneType, Any, object) or isinstance(one, TypeVar) for one in kinds)

@@ -1,12 +1,15 @@
 """Config files: how several are read as one, and that each mistake is found at its place."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import yaml
+from torch import nn
 
 from kd_lightning.__main__ import main
-from kd_lightning.config_files import config_files, find_class, hint, read_configs, walk
+from kd_lightning.config_files import _check_spec, config_files, find_class, hint, read_configs, walk
+from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 
 
@@ -144,6 +147,15 @@ CASES = {
         at_once(put("early_stopping", 3), put("checkpoint.monitor", "val/acc"), put("checkpoint.save_top_k", 0)),
         "Early stopping conditioned on metric `val/acc` which is not available",
     ),
+    "null": (
+        put("data.init_args.batch_size", None),
+        "data.init_args.batch_size: SemiSupervisedDataModule takes no null",
+    ),
+    "null inside": (
+        put(f"{STUDENT}.init_args.width", None),
+        f"{STUDENT}.init_args.width: DigitsCNN takes no null here",
+    ),
+    "no teacher": (remove(TEACHER), "teacher"),
     "name": (put("name", None), "name must be the name of the run's folder, got None"),
 }
 
@@ -213,6 +225,23 @@ def test_merge_keys_are_no_doubles(config, capsys):
 
 def test_no_yaml(folder, fails):
     assert "broken.yaml is no YAML: " in fails("fit", "--config=broken.yaml")
+
+
+def build(
+    a: int = 1, b: int | None = 2, c: Any = 3, d: Literal["x", None] = "x", e: int = None, f=4, *, g: nn.Module
+) -> nn.Module:  # fmt: skip
+    """Takes null here and there."""
+
+
+@pytest.mark.parametrize(("name", "takes"), zip("abcdefg", (False, True, True, True, True, True, False), strict=True))
+def test_null(name, takes, monkeypatch):
+    monkeypatch.setattr("kd_lightning.models.build", build, raising=False)
+    spec = {"class_path": "kd_lightning.models.build", "init_args": {name: None}}
+    if takes:
+        _check_spec(spec, "model", [])
+    else:
+        with pytest.raises(InputError, match=f"model.init_args.{name}: build takes no null here; leave the key out"):
+            _check_spec(spec, "model", [])
 
 
 def test_what_is_right_is_left_alone(config, capsys):

@@ -19,6 +19,8 @@ from kd_lightning.preflight import FirstLook
 from kd_lightning.teacher_cache import keep_outputs
 from kd_lightning.teachers import Teacher
 
+_NO_TEACHER = "training needs the teacher; teacher=None is for test and predict alone"
+
 
 class DistillModule(SupervisedModule):
     """Train a student on a frozen teacher's soft targets and on what labels there are (Hinton et al. 2015).
@@ -77,7 +79,7 @@ class DistillModule(SupervisedModule):
         """The hard and the soft term."""
         logits, target = self(batch.x), self.teacher_logits(batch)
         if target is None:
-            raise InputError("training needs the teacher; teacher=None is for test and predict alone")
+            raise InputError(_NO_TEACHER)
         check_outputs(logits, target)
         check_soft_weight(self.soft_weight)  # a callback may have set it
         hard = self.hard_term(logits, batch)  # says what is wrong with labels
@@ -91,7 +93,11 @@ class DistillModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Take the teacher's fingerprint before the precision plugin may change its weights."""
         super().setup(stage)
-        if stage == TrainerFn.FITTING and isinstance(self.teacher, Teacher):
+        if stage != TrainerFn.FITTING:
+            return
+        if self.teacher is None:
+            raise InputError(_NO_TEACHER)
+        if isinstance(self.teacher, Teacher):
             self.teacher.fingerprint()
 
     def on_fit_start(self) -> None:
