@@ -147,15 +147,8 @@ CASES = {
         at_once(put("early_stopping", 3), put("checkpoint.monitor", "val/acc"), put("checkpoint.save_top_k", 0)),
         "Early stopping conditioned on metric `val/acc` which is not available",
     ),
-    "null": (
-        put("data.init_args.batch_size", None),
-        "data.init_args.batch_size: SemiSupervisedDataModule takes no null",
-    ),
-    "null inside": (
-        put(f"{STUDENT}.init_args.width", None),
-        f"{STUDENT}.init_args.width: DigitsCNN takes no null here",
-    ),
-    "no teacher": (remove(TEACHER), "teacher"),
+    "null": (put("data.init_args.batch_size", None), "batch_size: SemiSupervisedDataModule takes no null here"),
+    "null inside": (put(f"{STUDENT}.init_args.width", None), f"{STUDENT}.init_args.width: DigitsCNN takes no null"),
     "name": (put("name", None), "name must be the name of the run's folder, got None"),
 }
 
@@ -228,7 +221,7 @@ def test_no_yaml(folder, fails):
 
 
 def build(
-    a: int = 1, b: int | None = 2, c: Any = 3, d: Literal["x", None] = "x", e: int = None, f=4, *, g: nn.Module
+    a: int = 1, b: int | None = 2, c: Any = 3, d: Literal["x", None] = "x", e: int = None, f=4, *, g: nn.Module  # noqa: RUF013
 ) -> nn.Module:  # fmt: skip
     """Takes null here and there."""
 

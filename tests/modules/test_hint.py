@@ -540,7 +540,7 @@ class TestBadInput:
     def test_training_without_a_teacher(self, quiet_trainer, loader, student):
         module = HintModule(student, None, HINTS, 1)
         quiet_trainer().test(module, loader(), verbose=False)
-        with pytest.raises(InputError, match="teacher=None is for test and predict alone|regressors are not built"):
+        with pytest.raises(InputError, match="training needs the teacher; teacher=None is for test and predict alone"):
             quiet_trainer(max_epochs=2).fit(module, loader())
 
     def test_optimiser_before_the_regressors(self, student, teacher):
@@ -614,9 +614,3 @@ def test_thin_and_deep(quiet_trainer, loader, teacher):
     module = HintModule(student, teacher, {"stage3": "5", "pool1": "9"}, 1)
     quiet_trainer(max_epochs=2).fit(module, loader())
     assert [type(layer).__name__ for layer in module.regressors["0"]] == ["Conv2d", "Upsample"]
-
-
-def test_a_fit_without_the_teacher(quiet_trainer, loader, student):
-    module = HintModule(student, None, {"5": "5"}, 1)
-    with pytest.raises(InputError, match="training needs the teacher"):
-        quiet_trainer(max_epochs=2).fit(module, loader())
