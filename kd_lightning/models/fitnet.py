@@ -7,6 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.errors import InputError
+
 
 class Maxout(nn.Module):
     """The larger of two channels that lie half of all apart (Goodfellow et al. 2013, with two pieces)."""
@@ -33,6 +35,9 @@ class FitNet(nn.Sequential):
     Shapes:
         Input (B, in_channels, H, W), H and W at least 2 ** (stages - 1). Output (B, num_classes).
 
+    Raises:
+        InputError: If a layer shall have less than one channel or unit.
+
     >>> sum(p.numel() for p in FitNet(num_classes=10).parameters())
     2548602
     """
@@ -45,6 +50,11 @@ class FitNet(nn.Sequential):
         in_channels: int = 3,
         num_classes: int = 10,
     ) -> None:
+        if min((width for widths in stages for width in widths), default=1) < 1:
+            raise InputError(f"stages must have at least 1 channel in every layer, got {stages}")
+        if hidden is not None and hidden < 1:
+            raise InputError(f"hidden must be at least 1 unit, got {hidden}")
+
         def block(layer: type[nn.Module], inputs: int, outputs: int, *args: int) -> nn.Module:
             return nn.Sequential(
                 layer(inputs, outputs * (2 if maxout else 1), *args), Maxout() if maxout else nn.ReLU()

@@ -45,7 +45,7 @@ class WideResNet(nn.Sequential):
         Input (B, 3, H, W). Output (B, num_classes).
 
     Raises:
-        InputError: If the depth is not 6n + 4.
+        InputError: If the depth is not 6n + 4, or the widen_factor below 1.
 
     >>> sum(p.numel() for p in WideResNet(depth=16, widen_factor=2).parameters())
     703284
@@ -55,6 +55,8 @@ class WideResNet(nn.Sequential):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise InputError(f"depth must be 6n + 4 with n at least 1, such as 16, 28, 40, got {depth}")
+        if widen_factor < 1:
+            raise InputError(f"widen_factor must be at least 1, got {widen_factor}")
 
         def stage(inputs: int, outputs: int, stride: int) -> nn.Module:
             first = PreActivationBlock(inputs, outputs, stride)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kd_lightning import InputError
 from kd_lightning.models import FitNet
 from kd_lightning.models.fitnet import Maxout
 
@@ -114,3 +115,9 @@ def test_gradient_reaches_every_parameter(stages, maxout):
     network = FitNet(stages, maxout=maxout)
     F.cross_entropy(network(torch.randn(4, 3, 16, 16)), torch.arange(4)).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in network.parameters())
+
+
+@pytest.mark.parametrize("kwargs", [{"stages": ((8, 0), (4,))}, {"hidden": 0}, {"hidden": -1}])
+def test_layers_without_channels(kwargs):
+    with pytest.raises(InputError, match=f"{next(iter(kwargs))} must"):
+        FitNet(**kwargs)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_lightning import InputError, models
 from kd_lightning.cli import build
 from kd_lightning.models.cifar_resnet import BasicBlock
-from kd_lightning.models.wide_resnet import PreActivationBlock
+from kd_lightning.models.wide_resnet import PreActivationBlock, WideResNet
 
 RESNETS = {f"resnet{depth}": (depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}
 RESNETS |= {f"resnet{depth}x4": (depth, (32, 64, 128, 256)) for depth in (8, 32)}
@@ -264,3 +264,9 @@ def test_depths_that_do_not_exist(network, depths, rule):
     for depth in depths:
         with pytest.raises(InputError, match=rf"depth must be {rule} .*, got {depth}"):
             network(depth)
+
+
+def test_a_width_below_one():
+    for widen_factor in (0, -2):
+        with pytest.raises(InputError, match=f"widen_factor must be at least 1, got {widen_factor}"):
+            WideResNet(16, widen_factor)
