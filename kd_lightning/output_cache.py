@@ -8,12 +8,14 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 
 from kd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 RECORD = 16  # bytes of a chunk's checksum; all zero: the chunk is absent
 
@@ -62,6 +64,8 @@ class OutputCache:
 
     def lock(self) -> FileLock:
         """Held by the run that fills; the system frees it when that run ends, however it ends."""
+        from filelock import FileLock  # here, since few runs need it
+
         return FileLock(self.folder / "lock")
 
     def _open(self, chunk: int) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
@@ -18,6 +17,9 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 from kd_lightning.output_cache import OutputCache, readable
 from kd_lightning.teachers import Teacher
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 CHUNK = 1024  # rows, about, that are written at a time
 Bytes = np.ndarray[Any, Any]
@@ -222,7 +224,7 @@ class _Keeping:
     def _wait(self, lock: FileLock, cache: OutputCache) -> None:
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except TimeoutError:
             rank_zero_info(f"cache: another run is filling {cache.folder}; waiting for it")
             lock.acquire()
 
