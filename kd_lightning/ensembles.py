@@ -56,6 +56,7 @@ class Ensemble(nn.Module):
         self.task = task
         self.weights = _normalised(weights, len(teachers))
         self.batched = batched and len(teachers) > 1
+        self._known: dict[int, Tensor] = {}  # by number of classes
         self._stack: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         if self.batched:
             self._check_alike()
@@ -210,11 +211,13 @@ class Ensemble(nn.Module):
 
     def knows(self, classes: int) -> Tensor:
         """Which teacher knows which of the student's classes, (K, C)."""
-        known = torch.zeros(len(self), classes, dtype=torch.bool)
-        for number, teacher in enumerate(self):
-            named = range(classes) if teacher.classes is None else teacher.classes
-            known[number, [c for c in named if c < classes]] = True
-        return known
+        if classes not in self._known:
+            known = torch.zeros(len(self), classes, dtype=torch.bool)
+            for number, teacher in enumerate(self):
+                named = range(classes) if teacher.classes is None else teacher.classes
+                known[number, [c for c in named if c < classes]] = True
+            self._known[classes] = known
+        return self._known[classes]
 
     def _check_alike(self) -> None:
         first = self[0].network

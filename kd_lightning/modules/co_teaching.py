@@ -154,6 +154,7 @@ class CoTeachingModule(SupervisedModule):
 
     def on_train_epoch_end(self) -> None:
         """Warn where nothing can be forgotten."""
+        super().on_train_epoch_end()
         first = self.current_epoch == 0 and self.forget_rate > 0
         if first and not self._sums(torch.as_tensor(self._sorted, device=self.device))[0]:
             rank_zero_warn(

@@ -183,8 +183,8 @@ class EnsembleDistillModule(SupervisedModule):
 
     def _log_shares(self, shares: Tensor, rows: int) -> None:
         if self._trainer is not None and self.trainer.training:
-            for number, share in enumerate(shares):
-                self._log_epoch(f"train/teacher_{number}_share", share.float().to(self.device), rows)
+            for number, share in enumerate(shares.tolist() if shares.device.type == "cpu" else shares):
+                self._log_epoch(f"train/teacher_{number}_share", share, rows)
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """All teachers' logits (K, B, C), for the metrics."""

@@ -241,6 +241,7 @@ class PseudoLabelModule(SupervisedModule):
 
     def on_train_epoch_end(self) -> None:
         """Say where an epoch has taught nothing of the unlabeled samples."""
+        super().on_train_epoch_end()
         if not int(self._seen):
             rank_zero_warn("no batch of this epoch had an unlabeled sample (y = -100): nothing to pseudo-label")
         elif self.labels == "online" and self.unsupervised_weight > 0 and not float(self._accepted):

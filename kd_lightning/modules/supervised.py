@@ -26,6 +26,7 @@ from kd_lightning.losses.hard import mean_loss, told_names
 from kd_lightning.losses.logits import Task
 from kd_lightning.modules.evaluation import Evaluation, to_probabilities
 from kd_lightning.modules.finite import FiniteCheck
+from kd_lightning.modules.means import Means
 from kd_lightning.outputs import logits_of
 from kd_lightning.teachers import check_fit
 
@@ -96,6 +97,7 @@ class SupervisedModule(LightningModule):
         # The teacher's logits on evaluation sets, which do not change: {(stage, loader, batch): (index, logits)}.
         self._teacher_outputs: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._finite = FiniteCheck()
+        self._epoch_means = Means()
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's logits."""
@@ -112,6 +114,7 @@ class SupervisedModule(LightningModule):
         self._evaluations.clear()
         self._teacher_outputs.clear()
         self._finite = FiniteCheck()
+        self._epoch_means = Means()
         for part in self.hard_loss.modules() if stage == TrainerFn.FITTING else ():
             if callable(forget := getattr(part, "forget", None)):
                 forget()
@@ -226,19 +229,43 @@ class SupervisedModule(LightningModule):
                 self._log_epoch(f"train/{name}", value, rows[name])
                 if name != "hard":
                     self._log_epoch(f"{name}_weight", weight, len(batch))
-            self._log_epoch("train/loss", loss, len(batch), prog_bar=True)
-            self.log("train/loss_step", loss)  # not in the progress bar, which would wait for each
+            self._log_epoch("train/loss", loss, len(batch))
+            if self._is_logging_step():
+                self.log("train/loss_step", loss)  # not in the progress bar, which would wait for each
         return loss
 
     def _may_wait(self, x: Tensor) -> bool:
         """Whether looking at a value costs little: on the CPU, and where the logger looks anyway."""
-        if not _makes_wait(x) or self._trainer is None:
-            return True
-        return self.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
+        return not _makes_wait(x) or self._trainer is None or self._is_logging_step()
 
-    def _log_epoch(self, name: str, value: Tensor | float, rows: float, *, prog_bar: bool = False) -> None:
-        size: Any = rows
-        self.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+    def _is_logging_step(self) -> bool:
+        """Whether a logger looks after this step, or the epoch ends with it."""
+        trainer: Any = self.trainer
+        step, last, every = self.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
+        return trainer.is_last_batch or -1 < last <= step or (every > 0 and step % every == 0)
+
+    def _log_epoch(self, name: str, value: Tensor | float, rows: float) -> None:
+        """Chart the mean over the epoch, in which this value counts as many rows."""
+        self._epoch_means.add(name, value, rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the epoch's means with its last step, so that callbacks find them at its end."""
+        steps = self.trainer.max_steps
+        if self.trainer.is_last_batch or self.trainer.should_stop or -1 < steps <= self.global_step:
+            self._log_means()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means where it has ended unexpectedly."""
+        self._log_means()
+
+    def _log_means(self) -> None:
+        if not self._epoch_means:
+            return
+        strategy = self.trainer.strategy
+        means = self._epoch_means.take(self.device, lambda sums: strategy.reduce(sums, reduce_op="sum"))
+        for name, mean in means.items():
+            bar = name == "train/loss"
+            self.log(name, mean, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a validation batch."""

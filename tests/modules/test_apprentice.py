@@ -484,7 +484,7 @@ class TestJointCheckpoint:
 
     def test_resuming_without_the_teacher(self, quiet_trainer, loader, trained):
         module = ApprenticeModule(DigitsCNN(4), None, teacher_optimizer=SGD)
-        with pytest.raises(InputError, match="the checkpoint does not fit ApprenticeModule: .*unexpected: teacher"):
+        with pytest.raises(InputError, match="training needs the teacher"):
             quiet_trainer(max_epochs=3).fit(module, loader(), ckpt_path=trained[1])
 
     def test_teacher_of_another_shape(self, quiet_trainer, loader, trained):
