@@ -242,7 +242,7 @@ class SupervisedModule(LightningModule):
         """Whether a logger looks after this step, or the epoch ends with it."""
         trainer: Any = self.trainer
         step, last, every = self.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
-        return trainer.is_last_batch or -1 < last <= step or (every > 0 and step % every == 0)
+        return bool(trainer.is_last_batch or -1 < last <= step or (every > 0 and step % every == 0))
 
     def _log_epoch(self, name: str, value: Tensor | float, rows: float) -> None:
         """Chart the mean over the epoch, in which this value counts as many rows."""
