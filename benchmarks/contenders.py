@@ -1,6 +1,7 @@
 """Ways of training a student for an epoch, for benchmarks/throughput.py, that take turns."""
 
 import copy
+import random
 import statistics
 import threading
 import time
@@ -27,12 +28,16 @@ sgd = partial(SGD, **OPTIMIZER)
 
 
 class Turns:
-    """Threads that run one at a time, an epoch each, round after round; keeps how long each epoch took."""
+    """Threads that run one at a time, an epoch each, round after round; keeps how long each epoch took.
+
+    Each round has another order, so that nobody always comes after the same one.
+    """
 
     def __init__(self, epochs):
         self.epochs = epochs  # the first of them warms up, and is not kept
         self.seconds = {}
-        self._order, self._whose, self._started, self._failure = [], None, {}, None
+        self._order, self._left, self._whose, self._started, self._failure = [], [], None, {}, None
+        self._draw = random.Random(0)
         self._changed = threading.Condition()
 
     def add(self, name, contender):
@@ -59,8 +64,7 @@ class Turns:
     def run(self):
         """Let all of them train; {name: seconds of each epoch}."""
         with self._changed:
-            self._whose = self._order[0]
-            self._changed.notify_all()
+            self._pass_on()
             self._changed.wait_for(lambda: not self._order or self._failure is not None)
         if self._failure is not None:
             raise self._failure
@@ -72,20 +76,22 @@ class Turns:
             if name in self._started:
                 self.seconds[name].append(now - self._started[name])
                 if not last:
-                    self._pass_on(name)
+                    self._pass_on()
             ready.set()
             self._changed.wait_for(lambda: self._whose == name)
         self._started[name] = time.perf_counter()
 
-    def _pass_on(self, name):
-        self._whose = self._order[(self._order.index(name) + 1) % len(self._order)]
+    def _pass_on(self):
+        if not self._left:
+            self._left = self._draw.sample(self._order, len(self._order))
+        self._whose = self._left.pop() if self._left else None
         self._changed.notify_all()
 
     def _leave(self, name):
         with self._changed:
-            if self._whose == name:
-                self._pass_on(name)
             self._order.remove(name)
+            if self._whose == name:
+                self._pass_on()
             self._changed.notify_all()
 
 
