@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import re
+import sys
 import types
 from collections.abc import Mapping, Set
 from enum import Enum
@@ -14,18 +14,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import Tensor, nn
 
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, PurePath, torch.dtype, torch.device, torch.Size)
-# what every nn.Module holds beside its content: its mode, and hooks
-_BOOKKEEPING = {*vars(nn.Module()), "_compiled_call_impl"} - {"_parameters", "_buffers", "_modules"}
+# whose code is known by their version
+_KNOWN = (
+    "builtins",
+    "torch",
+    "torchvision",
+    "numpy",
+    "PIL",
+    "abc",
+    "typing",
+    "enum",
+    "functools",
+    "collections",
+    "math",
+)
+# what every module holds beside its content: its mode, hooks, and the trainer that it was under
+_CONTENT = {"_parameters", "_buffers", "_modules"}
+_BOOKKEEPING = {kind: {*vars(kind()), "_compiled_call_impl"} - _CONTENT for kind in (LightningModule, nn.Module)}
+_GLOBALS = (*_PLAIN, Enum, Tensor, np.ndarray, list, tuple, Mapping, Set, types.FunctionType, type)
 
 
 def fingerprint(thing: Any) -> str:
-    """SHA-256 of an object's class, its source, and all attributes, down to numbers; the same in every process.
+    """SHA-256 of an object's class, its code, and all attributes, down to numbers; the same in every process.
 
-    Functions and lambdas count by their code, defaults and closure. What a function takes from its module's globals is
-    not followed.
+    Functions, lambdas and methods count by their code, defaults and closure; in modules that are not installed as
+    packages also by what they name: other functions, classes, and plain values. Code of torch, torchvision and numpy
+    counts by name alone.
 
     >>> fingerprint([1, 2.0]) == fingerprint([1, 2.0]) != fingerprint([1, 2])
     True
@@ -57,6 +76,8 @@ def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
     elif isinstance(thing, np.ndarray) and thing.dtype != object:
         go(str(thing.dtype), [*thing.shape])
         update(np.ascontiguousarray(thing).tobytes())
+    elif isinstance(thing, Image.Image):
+        go(thing.mode, thing.size, thing.tobytes())
     elif isinstance(thing, Mapping):
         go(*(part for item in thing.items() for part in item))
     elif isinstance(thing, Set):
@@ -68,34 +89,52 @@ def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
     elif isinstance(thing, types.MethodType):
         go(thing.__func__, thing.__self__)
     elif isinstance(thing, types.FunctionType):
-        update(f"{thing.__module__}.{thing.__qualname__};".encode())
-        held = inspect.getclosurevars(thing).nonlocals
-        go(_code(thing.__code__), thing.__defaults__, thing.__kwdefaults__, held)
-    elif isinstance(thing, type | types.BuiltinFunctionType | types.ModuleType):
-        update(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)};".encode())
-        update(_source(thing) if isinstance(thing, type) else b"")
+        go(f"{thing.__module__}.{thing.__qualname__}")
+        if not _is_known(thing):
+            cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
+            named = {name: thing.__globals__.get(name) for name in _names(thing.__code__) if not _is_installed(thing)}
+            named = {name: value for name, value in named.items() if isinstance(value, _GLOBALS)}
+            go(_code(thing.__code__), thing.__defaults__, thing.__kwdefaults__, cells, named)
+    elif isinstance(thing, staticmethod | classmethod):
+        go(thing.__func__)
+    elif isinstance(thing, property):
+        go(thing.fget)
+    elif isinstance(thing, type):
+        for kind in thing.__mro__:
+            go(f"{kind.__module__}.{kind.__qualname__}")
+            if not _is_known(kind):
+                held = vars(kind).items()
+                go({name: value for name, value in held if isinstance(value, _MEMBERS) and name not in _OF_CLASSES})
+    elif isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
+        go(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)}")
     else:
-        update(_source(type(thing)))
+        go(type(thing))
         slots = [n for c in type(thing).__mro__ for n in getattr(c, "__slots__", ()) if hasattr(thing, n)]
         state = getattr(thing, "__dict__", {}) | {name: getattr(thing, name) for name in slots}
-        go({key: value for key, value in state.items() if not (isinstance(thing, nn.Module) and key in _BOOKKEEPING)})
+        apart = next((names for kind, names in _BOOKKEEPING.items() if isinstance(thing, kind)), set())
+        go({key: value for key, value in state.items() if key not in apart})
         if not state:
             update(re.sub(r"0x[0-9a-f]+", "", repr(thing)).encode())
     update(b")")
 
 
-def _source(kind: Any) -> bytes:
-    """The source of a class and of those that it is built on, torch's aside, whose version says as much."""
-    found = b""
-    for one in getattr(kind, "__mro__", (kind,)):
-        if one.__module__.split(".")[0] in ("builtins", "torch", "abc", "typing"):
-            continue
-        try:
-            found += inspect.getsource(one).encode()
-        except (OSError, TypeError):  # made in a prompt, or in C: its methods' code, where there is any
-            methods = [m.__code__ for m in vars(one).values() if isinstance(m, types.FunctionType)]
-            found += fingerprint([_code(code) for code in methods]).encode()
-    return found
+_MEMBERS = (*_GLOBALS, staticmethod, classmethod, property, functools.partial)
+_OF_CLASSES = {"__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__firstlineno__", "__slots__"}
+
+
+def _is_known(thing: Any) -> bool:
+    return str(thing.__module__).split(".")[0] in _KNOWN
+
+
+def _is_installed(thing: Any) -> bool:
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """All names that a function and those within it may look up in their module."""
+    inner = [name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _names(constant)]
+    return [*dict.fromkeys([*code.co_names, *inner])]
 
 
 def _code(code: types.CodeType) -> list[Any]:

@@ -84,7 +84,7 @@ class OutputCache:
                     with (self.folder / file).open("ab") as opened:
                         if opened.tell() != size:  # new, or truncated: what is missing reads as zeros
                             opened.truncate(size)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:  # the last where locks are not
             raise InputError(f"cache: {self.folder} cannot be used: {error}") from error
         return chunk
 

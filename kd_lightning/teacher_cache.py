@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torchvision
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
@@ -143,7 +144,7 @@ def _place(trainer: Trainer) -> dict[str, str]:
         "precision": str(trainer.precision),
         "device": trainer.strategy.root_device.type,
         "matmul": torch.get_float32_matmul_precision(),
-        "torch": torch.__version__,
+        "torch": f"{torch.__version__}, torchvision {torchvision.__version__}",
     }
 
 

@@ -1,12 +1,15 @@
 import functools
 import subprocess
 import sys
+import textwrap
 import types
 from enum import Enum
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
@@ -46,7 +49,59 @@ def made(body):
     return space["Made"]()
 
 
+def in_module(text):
+    """What ``made`` is in a module of this text."""
+    module = types.ModuleType("prompt")
+    exec(textwrap.dedent(text), vars(module))
+    return module.made
+
+
+HELPER = """
+    def helper(x):
+        return x * {factor}
+
+    class Made:
+        def __call__(self, x):
+            return helper(x)
+
+    made = Made()
+"""
+VALUE = """
+    FACTOR = {factor}
+    made = lambda images: [x * FACTOR for x in images]
+"""
+ATTRIBUTE = """
+    class Made:
+        factor = {factor}
+        scale = staticmethod(lambda x: x)
+
+    made = Made()
+"""
+INHERITED = """
+    class Base:
+        def apply(self, x):
+            return x * {factor}
+
+    class Made(Base):
+        pass
+
+    made = Made()
+"""
+
+
+def patched(name):
+    made = in_module(INHERITED.format(factor=2))
+    setattr(type(made), name, lambda self, x: x)
+    return made
+
+
 DIFFERENT = {
+    "a helper's code": (in_module(HELPER.format(factor=2)), in_module(HELPER.format(factor=3))),
+    "a value of the module": (in_module(VALUE.format(factor=0.1)), in_module(VALUE.format(factor=0.11))),
+    "an attribute of the class": (in_module(ATTRIBUTE.format(factor=1)), in_module(ATTRIBUTE.format(factor=2))),
+    "an inherited method": (in_module(INHERITED.format(factor=1)), in_module(INHERITED.format(factor=2))),
+    "a method put into the class": (in_module(INHERITED.format(factor=2)), patched("apply")),
+    "pixels": (Image.new("L", (2, 2), 1), Image.new("L", (2, 2), 2)),
     "numbers": (1, 2),
     "number and text": (1, "1"),
     "int and float": (1, 1.0),
@@ -113,6 +168,23 @@ def test_mode_and_hooks_do_not_count():
     network.train()
     network(torch.zeros(2, 1, 8, 8))  # moves BatchNorm's statistics
     assert fingerprint(network) != before
+
+
+def test_a_trainer_of_before_does_not_count(quiet_trainer):
+    class Own(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Linear(2, 2)
+
+    module = Own()
+    before = fingerprint(module)
+    module.trainer = quiet_trainer()
+    assert fingerprint(module) == before
+
+
+def test_what_is_built_of_the_same_text_is_the_same():
+    for text in (HELPER, VALUE, ATTRIBUTE, INHERITED):
+        assert fingerprint(in_module(text.format(factor=2))) == fingerprint(in_module(text.format(factor=2)))
 
 
 def test_circles_end():

@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from kd_lightning import (
@@ -28,6 +28,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     Teacher,
 )
+from kd_lightning.data.images import contents
 from kd_lightning.losses import CorrelationLoss, DecoupledLoss, SoftTargetLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.teacher_cache import AllLogits, TopLogits
@@ -264,6 +265,45 @@ def test_files_that_were_replaced(quiet_trainer, tmp_path):
     before = file.stat()
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     assert run() == 3
+
+
+class Generated(Dataset):
+    """Images that lie neither in memory nor in files."""
+
+    def __init__(self, factor):
+        self.make = lambda index, factor=factor: torch.full((1, 8, 8), factor * index)
+        self.targets = [index % 2 for index in range(40)]
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return self.make(index), self.targets[index]
+
+
+class Listed(Generated):
+    def __init__(self, value):
+        self.data = [Image.new("L", (8, 8), value) for _ in range(40)]
+        self.targets = [index % 2 for index in range(40)]
+
+    def __getitem__(self, index):
+        return self.data[index], self.targets[index]
+
+
+@pytest.mark.parametrize("kind", [Generated, Listed])
+def test_images_of_any_kind_are_told_apart(kind):
+    assert contents(kind(2)) == contents(kind(2)) != contents(kind(3))
+    assert contents(Subset(kind(2), [0, 5])) != contents(Subset(kind(2), [0, 6]))
+
+
+def test_samples_that_nobody_kept():
+    data = digits()
+    data.setup("fit")
+    table = data.train_views()
+    (batch,) = table.loader([[0, 1]])
+    batch.index[1] = data.split.val[0]
+    with pytest.raises(InputError, match="holds samples that the teachers' outputs were not kept of"):
+        table.rows(batch)
 
 
 def test_a_transform_with_a_generator_of_its_own_is_refused(quiet_trainer, tmp_path):

@@ -163,7 +163,12 @@ class Views:
         """Where a batch's rows stand."""
         assert batch.index is not None
         assert batch.view is not None
-        places = np.searchsorted(self._indices, batch.index.numpy())
+        index = batch.index.numpy()
+        places = np.searchsorted(self._indices, index).clip(max=len(self._indices) - 1)
+        if (self._indices[places] != index).any():
+            raise InputError(
+                "cache: a batch holds samples that the teachers' outputs were not kept of; start a new fit"
+            )
         return Rows(self, places * self.views + batch.view.numpy())
 
     def loader(self, batches: Iterable[Iterable[int]]) -> DataLoader[Batch]:
