@@ -242,7 +242,7 @@ class _Keeping:
         """Compute and write chunks."""
         batches = (rows for number in numbers for rows in self._batches(cache, number))
         answers = self._answers(batches)
-        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        shown = bool(numbers) and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         for number in track(numbers, "teacher outputs", disable=not shown):
             logits = torch.cat([next(answers) for _ in self._batches(cache, number)])
             rows = form.encode(logits.reshape(len(logits), -1))
