@@ -253,9 +253,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def pool_dataloader(self) -> ViewLoader:
         """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
-        _, split = self._ready()
-        indices = torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
-        return self._eval_loader(self._images(), indices, self._see(), self.pool_views())
+        return self._eval_loader(self._images(), self._pool(), self._see(), self.pool_views())
 
     # What teachers keep outputs of.
 
@@ -265,9 +263,11 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def pool_views(self) -> Views:
         """The images of :meth:`pool_dataloader`."""
+        return self._table("pool", self._pool(), self.eval_transform, 1)
+
+    def _pool(self) -> Tensor:
         _, split = self._ready()
-        indices = torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
-        return self._table("pool", indices, self.eval_transform, 1)
+        return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
 
     def _table(self, name: str, indices: Tensor, transform: Any, views: int) -> Views:
         if name not in self._tables:
