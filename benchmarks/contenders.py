@@ -47,6 +47,7 @@ class Turns:
         self._order.append(name)
 
         def run():
+            torch.set_flush_denormal(True)  # of this thread: else it costs time how small a run's numbers become
             try:
                 contender(partial(self._boundary, name, ready), self.epochs)
                 self._boundary(name, ready, last=True)

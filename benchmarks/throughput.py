@@ -26,7 +26,7 @@ if __name__ == "__main__" and any(os.environ.get(name) != "1" for name in THREAD
 
 PAIRS = {  # student, teacher, images in an epoch
     "ResNet-32 to ResNet-8": ("resnet8", "resnet32", 1536),
-    "wrn_40_2 to wrn_16_2": ("wrn_16_2", "wrn_40_2", 512),
+    "wrn_40_2 to wrn_16_2": ("wrn_16_2", "wrn_40_2", 448),
 }
 RATIOS = [  # of, over, at most, at least
     ("cached", "student alone", 1.05, None),
