@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contenders import Turns, alone, distilled, ensemble, lightning
+from contenders import BATCH, Turns, alone, distilled, ensemble, lightning
 
 from kd_lightning.models import resnet8, resnet32
 from kd_lightning.output_cache import OutputCache
@@ -27,7 +27,7 @@ def data(classes):
 
 def compete(ways):
     """{name: seconds of each epoch}, in turns."""
-    turns = Turns(EPOCHS)
+    turns = Turns(EPOCHS, SIZE // BATCH)
     for name, way in ways.items():
         turns.add(name, way)
     return turns.run()

@@ -4,9 +4,9 @@ Run: python benchmarks/throughput.py                 (at most 20 minutes; exit s
      python benchmarks/throughput.py --growth        (how cost grows with teachers, classes and samples)
      python benchmarks/throughput.py --device cuda   (ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last)
 
-Needs the extra ``bench``. CPU: one thread on one core; all contenders take turns within one process, an epoch each, for
-9 rounds after one that warms up; in-memory images of 32 x 32 pixels, batches of 64, random labels of 100 classes. A
-ratio is that of the medians; its spread is the 10th and 90th percentile of the rounds' own ratios.
+Needs the extra ``bench``. CPU: one thread on one core; all contenders take turns within one process, a batch each, for
+9 epochs after one that warms up; in-memory images of 32 x 32 pixels, batches of 64, random labels of 100 classes. A
+ratio is that of the medians; its spread is the 10th and 90th percentile of the epochs' own ratios.
 """
 
 import argparse

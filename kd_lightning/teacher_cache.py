@@ -155,7 +155,7 @@ class _Keeping:
         self.teacher = teacher
         self.trainer = trainer
         self.table = table
-        self.about = about | {"teacher": teacher.fingerprint(), "architecture": teacher.architecture()}
+        self.about = about | {"teacher": teacher.fingerprint(anew=True), "architecture": teacher.architecture()}
         self.batch_size = int(getattr(trainer.datamodule, "batch_size", 64))  # type: ignore[attr-defined]
 
     def keep(self, name: str) -> None:

@@ -82,6 +82,7 @@ class Teacher(nn.Module):
         self.cache_top_k = cache_top_k
         self._kept: dict[str, tuple[Hashable, Read, Path]] = {}  # by what the views are called
         self._fingerprint: str | None = None
+        self._marks: list[tuple[int, int]] = []  # of the weights that the fingerprint was taken of
         self._architecture: str | None = None
         for module in self._hidden:
             module.requires_grad_(False).eval()
@@ -149,9 +150,14 @@ class Teacher(nn.Module):
         classes = self.classes or []
         return sorted(set(range(max(classes, default=0))) - set(classes))
 
-    def fingerprint(self) -> str:
-        """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher."""
-        if self._fingerprint is None:
+    def fingerprint(self, *, anew: bool = False) -> str:
+        """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher.
+
+        Args:
+            anew: Look whether somebody changed the weights since it was first asked for. That the teacher itself was
+                moved or cast does not count: a precision plugin does that.
+        """
+        if self._fingerprint is None or (anew and self._marks != self._mark()):
             if self.cache is not None:
                 self.architecture()  # of the network before anybody uses it
             digest = hashlib.sha256(repr((self.classes, *map(repr, self._hidden[:-1]))).encode())
@@ -161,8 +167,13 @@ class Teacher(nn.Module):
                         continue
                     digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
                     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint, self._marks = digest.hexdigest(), self._mark()
         return self._fingerprint
+
+    def _mark(self) -> list[tuple[int, int]]:
+        """What is another wherever weights are written to, or replaced."""
+        tensors = [t for module in self._hidden for t in module.state_dict().values() if isinstance(t, Tensor)]
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def architecture(self) -> str:
         """SHA-256 of the networks' classes, their source, and all that they hold."""
@@ -173,12 +184,15 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        known = self._marks == self._mark()
 
         def dtype_alone(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor.new_empty(0)).dtype)
 
         for module in self._hidden:  # with a device of its own it stays there
             module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
+        if known:
+            self._marks = self._mark()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:

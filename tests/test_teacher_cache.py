@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from kd_lightning import (
@@ -27,6 +28,7 @@ from kd_lightning import (
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
     Teacher,
+    models,
 )
 from kd_lightning.data.images import contents
 from kd_lightning.losses import CorrelationLoss, DecoupledLoss, SoftTargetLoss
@@ -122,6 +124,33 @@ def test_equal_for_every_way_of_the_data(kwargs, quiet_trainer, tmp_path):
     expected = fit(quiet_trainer, DistillModule(network(0, 4), network()), digits(**kwargs))
     module = METHODS["distill"](cache=tmp_path / "cache", cache_dtype="float32")
     assert_same(fit(quiet_trainer, module, digits(**kwargs)), expected)
+
+
+SHIPPED = {
+    "resnet32": (models.resnet8, models.resnet32),
+    "wrn_40_2": (models.wrn_16_2, models.wrn_40_2),
+    "vgg13": (models.vgg8, models.vgg13),
+    "fitnet": (models.resnet8, lambda classes: models.FitNet(num_classes=classes)),
+    "resnet18": (models.resnet8, lambda classes: resnet18(num_classes=classes)),
+}
+
+
+@pytest.mark.parametrize(("make_student", "make_teacher"), SHIPPED.values(), ids=SHIPPED)
+def test_equal_for_the_shipped_networks(make_student, make_teacher, quiet_trainer, tmp_path):
+    def run(**cache):
+        images = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        source = DatasetSource(TensorDataset(images, torch.arange(48) % 5))
+        data = SemiSupervisedDataModule(
+            source, views=2, val=0, batch_size=16, train_transform=v2.RandomCrop(32, padding=4)
+        )
+        seed_everything(3, verbose=False)
+        module = DistillModule(make_student(5), Teacher(make_teacher(5), **cache))
+        quiet_trainer(max_epochs=2).fit(module, datamodule=data)
+        return module.student.state_dict()
+
+    expected = run()
+    for _ in range(2):
+        assert_same(run(cache=tmp_path, cache_dtype="float32"), expected)
 
 
 @pytest.mark.parametrize("kwargs", [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
@@ -240,6 +269,16 @@ def test_every_change_makes_a_new_one_and_is_named(what, quiet_trainer, tmp_path
     assert len(folders(tmp_path / "cache")) == 2
     told = next(record.message for record in caplog.records if "unlike the nearest one" in record.message)
     assert what in told.rpartition("there: ")[2]
+
+
+def test_weights_that_change_between_two_fits(quiet_trainer, tmp_path):
+    """However little: the comparison of a batch does not see it."""
+    module = METHODS["distill"](cache=tmp_path / "cache")
+    for change, expected in (0, 1), (0, 1), (1e-5, 2):
+        with torch.no_grad():
+            module.teacher.network[-1].bias += change
+        quiet_trainer(max_epochs=1).fit(module, datamodule=digits())
+        assert len(folders(tmp_path / "cache")) == expected
 
 
 def test_files_that_were_replaced(quiet_trainer, tmp_path):

@@ -168,7 +168,25 @@ class TestFingerprint:
         module.teacher(Batch(torch.randn(4, 1, 8, 8)))
         assert module.teacher.fingerprint() == first
         module.to(torch.bfloat16)  # as a precision plugin does
-        assert module.teacher.fingerprint() == first
+        assert module.teacher.fingerprint() == module.teacher.fingerprint(anew=True) == first
+
+    @pytest.mark.parametrize("change", ["in place", "loaded", "replaced"])
+    def test_anew_notices_changed_weights(self, teacher, change):
+        kept = Teacher(teacher)
+        first = kept.fingerprint()
+        state = {
+            name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in teacher.state_dict().items()
+        }
+        if change == "in place":
+            teacher.state_dict()["0.weight"].view(-1)[-1] += 1
+        elif change == "loaded":
+            teacher.load_state_dict(state)
+        else:
+            teacher.load_state_dict(state, assign=True)
+        kept.to(torch.float64)  # does not hide it
+        kept.to(torch.float32)
+        assert kept.fingerprint() == first
+        assert kept.fingerprint(anew=True) == self.of(teacher) != first
 
     def test_any_tensor_and_extra_state(self):
         class Odd(nn.Module):

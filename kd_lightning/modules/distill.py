@@ -77,9 +77,10 @@ class DistillModule(SupervisedModule):
 
     def losses(self, batch: Batch) -> dict[str, Term]:
         """The hard and the soft term."""
-        logits, target = self(batch.x), self.teacher_logits(batch)
+        target = self.teacher_logits(batch)  # before the student's activations are held: they cost room and time
         if target is None:
             raise InputError(_NO_TEACHER)
+        logits = self(batch.x)
         check_outputs(logits, target)
         check_soft_weight(self.soft_weight)  # a callback may have set it
         hard = self.hard_term(logits, batch)  # says what is wrong with labels
@@ -98,7 +99,7 @@ class DistillModule(SupervisedModule):
         if self.teacher is None:
             raise InputError(_NO_TEACHER)
         if isinstance(self.teacher, Teacher):
-            self.teacher.fingerprint()
+            self.teacher.fingerprint(anew=True)
 
     def on_fit_start(self) -> None:
         """Fill the teacher's cache, if any, and have its first answers looked at: is it any good on this data?"""

@@ -120,21 +120,23 @@ class EnsembleDistillModule(SupervisedModule):
         if self.ensemble is None:
             raise InputError("training needs the teachers; teachers=None is for test and predict alone")
         check_soft_weight(self.soft_weight)  # a callback may have set it
+        averaged = self.combine == "average" and len(self.ensemble) > 1
+        answers = self.ensemble(batch) if averaged else None  # before the student's activations are held
         logits = self(batch.x)
         hard = self.hard_term(logits, batch)  # says what is wrong with labels
-        soft = self._soft_term(self.ensemble, logits, batch)
+        soft = self._soft_term(self.ensemble, answers, logits, batch)
         return {"hard": Term(1.0 - self.soft_weight, hard), "soft": Term(self.soft_weight, soft)}
 
-    def _soft_term(self, ensemble: Ensemble, logits: Tensor, batch: Batch) -> Tensor:
+    def _soft_term(self, ensemble: Ensemble, answers: Tensor | None, logits: Tensor, batch: Batch) -> Tensor:
         classes = 1 if self.task == "binary" else logits.shape[-1]
         soft_loss, weights, choice = self.soft_loss, None, None
-        if self.combine != "average" or len(ensemble) == 1:
+        if answers is None:
             choice = self._choice(ensemble, batch)
             weights = F.one_hot(choice, len(ensemble)).double()
         if choice is not None and ensemble.knows(classes).all():
             target = ensemble.choose(batch, choice, classes)
         else:
-            answers = ensemble(batch)
+            answers = ensemble(batch) if answers is None else answers
             ensemble.check_classes(answers, classes)
             weights = ensemble.confidence(answers, batch.y) if self.confident else weights
             standardize = bool(getattr(soft_loss, "standardize", False))
@@ -202,7 +204,7 @@ class EnsembleDistillModule(SupervisedModule):
         self._told_of_views = self._pictured = False
         if stage == TrainerFn.FITTING:
             for teacher in self.ensemble or ():
-                teacher.fingerprint()
+                teacher.fingerprint(anew=True)
 
     def on_fit_start(self) -> None:
         """Fill the teachers' caches, where they have some, and have each one's first answers looked at."""

@@ -159,9 +159,10 @@ class HintModule(DistillModule):
         if not self.regressors.joins:
             self._measure(batch.x)
         if not self.distilling:
+            hints = self._hints(batch)  # before the student's activations are held
             with capture(self.student, [*self.regressors.hints], stop=True) as guided:
                 self(batch.x)
-            value = self._hint_term(guided, self._hints(batch), len(batch))
+            value = self._hint_term(guided, hints, len(batch))
             return {"hint": Term(1.0, self._reaching_all(value))}
         if self._joint:
             layers = [*self.regressors.hints.values()]
