@@ -20,7 +20,7 @@ import kd_lightning.models  # noqa: F401  (short class names in YAML resolve onc
 from kd_lightning.callbacks import ActivationCalibration, PredictionWriter, StepSeed, StudentWriter, WeightLevels
 from kd_lightning.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.complaints import one_line
-from kd_lightning.config_files import check_configs, walk
+from kd_lightning.config_files import check_configs, nulls_of, walk
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.loggers import ResumableCSVLogger
@@ -103,10 +103,13 @@ class DistillCLI(LightningCLI):
         Parser.command_line = () if isinstance(args, dict) else tuple(sys.argv[1:] if args is None else args)
         check_configs(Parser.command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
+        nulls = nulls_of(Parser.command_line)
         for path, key, value, _ in walk(self.config.as_dict()):
+            place = path.removeprefix(f"{self.config.get('subcommand')}.")
             if key == "class_path" and value in _BASES:
-                place = path.removeprefix(f"{self.config.get('subcommand')}.")
                 raise InputError(f"{place} is missing: it says what to build")
+            if value == "None" and place.replace(".init_args", "") in nulls:
+                self.config[path] = None  # the parser makes a text of a null for an argument's argument
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over the hyperparameters in a checkpoint."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -65,6 +66,13 @@ def walk(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, An
             here = f"{path}.{key}" if path else str(key)
             yield here, key, child, owner
             yield from walk(child, here, node.get("class_path") if key in SPEC[1:] else None)
+
+
+def nulls_of(args: Sequence[str]) -> set[str]:
+    """Keys, without ``init_args``, that a command line gives null."""
+    pairs = [argument.partition("=")[::2] for argument in args]
+    pairs += pairwise(args)
+    return {key.lstrip("-").replace(".init_args", "") for key, value in pairs if value == "null"}
 
 
 def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import logging
 import re
 import sys
+import threading
 import types
-from collections.abc import Mapping, Set
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Set
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -18,47 +22,46 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
-_PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, PurePath, torch.dtype, torch.device, torch.Size)
-# whose code is known by their version
-_KNOWN = (
-    "builtins",
-    "torch",
-    "torchvision",
-    "numpy",
-    "PIL",
-    "abc",
-    "typing",
-    "enum",
-    "functools",
-    "collections",
-    "math",
-)
+from kd_lightning.errors import InputError
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
+# whose code is known by their version, as is that of the standard library
+_KNOWN = {"torch", "torchvision", "numpy", "PIL", *sys.stdlib_module_names}
+# of which nothing counts but the class: what they hold changes with whatever else a program does
+_SERVICES = (logging.Logger, logging.Handler, io.IOBase, threading.Thread)
 # what every module holds beside its content: its mode, hooks, and the trainer that it was under
 _CONTENT = {"_parameters", "_buffers", "_modules"}
 _BOOKKEEPING = {kind: {*vars(kind()), "_compiled_call_impl"} - _CONTENT for kind in (LightningModule, nn.Module)}
-_GLOBALS = (*_PLAIN, Enum, Tensor, np.ndarray, list, tuple, Mapping, Set, types.FunctionType, type)
+# what Python keeps in a class beside its content
+_OF_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__slots__", "__firstlineno__", "_abc_impl"}
+_OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
+_OF_CLASSES |= {"__static_attributes__", "__conditional_annotations__"}
 
 
 def fingerprint(thing: Any) -> str:
     """SHA-256 of an object's class, its code, and all attributes, down to numbers; the same in every process.
 
-    Functions, lambdas and methods count by their code, defaults and closure; in modules that are not installed as
-    packages also by what they name: other functions, classes, and plain values. Code of torch, torchvision and numpy
-    counts by name alone.
+    Functions, lambdas and methods count by their code, defaults and closure, and by what they name in their module
+    and in other ones: functions, classes, values. In modules that are installed as packages the whole file counts for
+    what they name. Code of torch, torchvision, numpy, Pillow and the standard library counts by name alone.
+
+    Raises:
+        InputError: For an object that is nested too deeply.
 
     >>> fingerprint([1, 2.0]) == fingerprint([1, 2.0]) != fingerprint([1, 2])
     True
     """
     digest = hashlib.sha256()
-    _feed(thing, digest.update, {})
+    try:
+        _feed(thing, digest.update, {})
+    except RecursionError as error:
+        raise InputError(f"{type(thing).__name__} is nested too deeply to be told from others") from error
     return digest.hexdigest()
 
 
-def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
-    if isinstance(thing, Enum):
-        update(f"{type(thing).__qualname__}.{thing.name};".encode())
-        return
-    if isinstance(thing, _PLAIN):
+def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]]) -> None:
+    if isinstance(thing, _PLAIN) and not isinstance(thing, Enum):
         update(f"{type(thing).__name__}:{thing!r};".encode())
         return
     if id(thing) in seen:  # also ends circles
@@ -71,19 +74,27 @@ def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
             _feed(part, update, seen)
 
     update(f"{type(thing).__module__}.{type(thing).__qualname__}(".encode())
-    if isinstance(thing, Tensor):
+    if isinstance(thing, Enum):
+        go(thing.name, thing.value)
+    elif isinstance(thing, Tensor):
         go(str(thing.dtype), [*thing.shape], thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(thing, np.ndarray) and thing.dtype != object:
+    elif isinstance(thing, np.ndarray):
         go(str(thing.dtype), [*thing.shape])
-        update(np.ascontiguousarray(thing).tobytes())
+        if thing.dtype == object:
+            go(thing.tolist())
+        else:
+            update(np.ascontiguousarray(thing).reshape(-1).view(np.uint8))
     elif isinstance(thing, Image.Image):
         go(thing.mode, thing.size, thing.tobytes())
-    elif isinstance(thing, Mapping):
-        go(*(part for item in thing.items() for part in item))
-    elif isinstance(thing, Set):
-        go(*sorted(map(fingerprint, thing)))
-    elif isinstance(thing, list | tuple):
-        go(*thing)
+    elif isinstance(thing, torch.jit.ScriptModule):
+        update(thing.save_to_buffer())
+    elif isinstance(thing, Mapping | Set | list | tuple | deque):
+        if isinstance(thing, list) and all(map(_is_row, thing)):
+            update(repr([*thing]).encode())  # at once: lists of files are long
+        else:
+            go(*_items(thing))
+        if not _is_known(type(thing)):
+            go(type(thing), getattr(thing, "__dict__", None))
     elif isinstance(thing, functools.partial):
         go(thing.func, thing.args, thing.keywords)
     elif isinstance(thing, types.MethodType):
@@ -92,9 +103,8 @@ def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
         go(f"{thing.__module__}.{thing.__qualname__}")
         if not _is_known(thing):
             cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
-            named = {name: thing.__globals__.get(name) for name in _names(thing.__code__) if not _is_installed(thing)}
-            named = {name: value for name, value in named.items() if isinstance(value, _GLOBALS)}
-            go(_code(thing.__code__), thing.__defaults__, thing.__kwdefaults__, cells, named)
+            go(_code(thing.__code__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing))
+            go(_installed(thing.__module__) or _named(thing.__globals__, _names(thing.__code__), ()))
     elif isinstance(thing, staticmethod | classmethod):
         go(thing.__func__)
     elif isinstance(thing, property):
@@ -103,38 +113,76 @@ def _feed(thing: Any, update: Any, seen: dict[int, tuple[int, Any]]) -> None:
         for kind in thing.__mro__:
             go(f"{kind.__module__}.{kind.__qualname__}")
             if not _is_known(kind):
-                held = vars(kind).items()
-                go({name: value for name, value in held if isinstance(value, _MEMBERS) and name not in _OF_CLASSES})
+                go({name: value for name, value in vars(kind).items() if name not in _OF_CLASSES})
     elif isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
         go(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)}")
-    else:
+    elif not isinstance(thing, _SERVICES):
         go(type(thing))
-        slots = [n for c in type(thing).__mro__ for n in getattr(c, "__slots__", ()) if hasattr(thing, n)]
-        state = getattr(thing, "__dict__", {}) | {name: getattr(thing, name) for name in slots}
-        apart = next((names for kind, names in _BOOKKEEPING.items() if isinstance(thing, kind)), set())
-        go({key: value for key, value in state.items() if key not in apart})
+        state = _state(thing)
+        go(state)
         if not state:
             update(re.sub(r"0x[0-9a-f]+", "", repr(thing)).encode())
     update(b")")
 
 
-_MEMBERS = (*_GLOBALS, staticmethod, classmethod, property, functools.partial)
-_OF_CLASSES = {"__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__firstlineno__", "__slots__"}
+def _is_row(thing: Any) -> bool:
+    """Whether its text says all: a number, a text, or a tuple of such."""
+    return type(thing) in _ATOMS or (type(thing) is tuple and all(type(part) in _ATOMS for part in thing))
+
+
+def _items(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, Mapping):
+        return (part for item in thing.items() for part in item)
+    return sorted(map(fingerprint, thing)) if isinstance(thing, Set) else thing
+
+
+def _state(thing: Any) -> dict[str, Any]:
+    """An object's attributes."""
+    state = {**getattr(thing, "__dict__", {})}
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for slot in [slots] if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            if hasattr(thing, name):
+                state[name] = getattr(thing, name)
+    if isinstance(thing, nn.Module):
+        hooks = [*getattr(thing, "_forward_pre_hooks", {}).values(), *getattr(thing, "_forward_hooks", {}).values()]
+        apart = next(names for kind, names in _BOOKKEEPING.items() if isinstance(thing, kind))
+        state = {key: value for key, value in state.items() if key not in apart}
+        state |= {"hooks": hooks} if hooks else {}  # without their numbers, which count all hooks of a process
+    return state
 
 
 def _is_known(thing: Any) -> bool:
     return str(thing.__module__).split(".")[0] in _KNOWN
 
 
-def _is_installed(thing: Any) -> bool:
-    file = getattr(sys.modules.get(thing.__module__), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+def _installed(module: str | None) -> str | None:
+    """SHA-256 of a module's file, if it is of an installed package."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return None if {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts) else _hash_of(file)
+
+
+@functools.cache
+def _hash_of(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _names(code: types.CodeType) -> list[str]:
-    """All names that a function and those within it may look up in their module."""
+    """All names that a function and those within it may look up in modules."""
     inner = [name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _names(constant)]
     return [*dict.fromkeys([*code.co_names, *inner])]
+
+
+def _named(space: Mapping[str, Any], names: list[str], within: tuple[types.ModuleType, ...]) -> dict[str, Any]:
+    """What stands under these names in a module, and in modules that it names."""
+    found = {name: space[name] for name in names if name in space}
+    for name, value in found.items():
+        own = isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in _KNOWN
+        if own and value not in within:
+            found[name] = _installed(value.__name__) or _named(vars(value), names, (*within, value))
+    return found
 
 
 def _code(code: types.CodeType) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from kd_lightning.errors import InputError
 
@@ -71,32 +72,46 @@ class OutputCache:
     def _open(self, chunk: int) -> int:
         """Make the folder where it is not there; the chunk size that the table has."""
         try:
+            if (found := self._chunk_of(self.folder)) and self._misfits(found) == []:
+                return found  # so that what is whole may lie where nobody can write
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.lock():
-                header = self.folder / "cache.json"
-                if header.is_file():
-                    chunk = int(json.loads(header.read_text())["chunk"])
-                else:
+                found = self._chunk_of(self.folder)
+                if found is None:  # new, or damaged: then nobody knows how the rest was written
+                    header = self.folder / "cache.json"
+                    if header.is_file():
+                        rank_zero_warn(f"cache: {header} is damaged, so all of its cache is computed again")
+                    (self.folder / "chunks").unlink(missing_ok=True)
                     written = header.with_suffix(".new")
                     written.write_text(json.dumps({"chunk": chunk, "parts": self.parts}, indent=1, sort_keys=True))
                     written.replace(header)
-                for file, size in (("outputs", self.size), ("chunks", -(-self.rows // chunk) * RECORD)):
-                    with (self.folder / file).open("ab") as opened:
-                        if opened.tell() != size:  # new, or truncated: what is missing reads as zeros
-                            opened.truncate(size)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:  # the last where locks are not
-            raise InputError(f"cache: {self.folder} cannot be used: {error}") from error
+                else:
+                    chunk = found
+                for file, size in self._misfits(chunk):
+                    with file.open("ab") as opened:
+                        opened.truncate(size)  # what is missing reads as zeros
+        except (OSError, NotImplementedError) as error:  # the latter where locks are not
+            raise InputError(f"cache: {self.folder} cannot be used: {error}; name another folder") from error
         return chunk
+
+    def _misfits(self, chunk: int) -> list[tuple[Path, int]]:
+        """Files that have not the size that they should, which comes with them."""
+        sizes = {self.folder / "outputs": self.size, self.folder / "chunks": -(-self.rows // chunk) * RECORD}
+        return [(file, size) for file, size in sizes.items() if not file.is_file() or file.stat().st_size != size]
+
+    def _chunk_of(self, folder: Path) -> int | None:
+        """The chunk size of a cache of these parts; None where there is none, or a damaged one."""
+        header = _header(folder)
+        chunk = header.get("chunk")
+        whole = header.get("parts") == self.parts and isinstance(chunk, int) and chunk > 0
+        return chunk if whole else None
 
     def difference(self) -> str:
         """Which parts differ from those of the nearest other cache of this name; empty where there is none."""
         nearest: list[str] | None = None
-        for header in self.root.glob(f"{self.name}-*/cache.json"):
-            if header.parent == self.folder:
-                continue
-            try:
-                other = json.loads(header.read_text())["parts"]
-            except (OSError, ValueError, KeyError):
+        for folder in self.root.glob(f"{self.name}-*"):
+            other = _header(folder).get("parts")
+            if folder == self.folder or not isinstance(other, dict):
                 continue
             changed = [key for key in sorted({*self.parts, *other}) if self.parts.get(key) != other.get(key)]
             if nearest is None or len(changed) < len(nearest):
@@ -172,6 +187,15 @@ class OutputCache:
         if self._table is None:
             self._table = np.memmap(self.folder / "outputs", np.uint8, "r", shape=(self.rows, self.row_bytes))
         return np.asarray(self._table[numbers])
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """What a cache's folder says of it; empty where that cannot be read."""
+    try:
+        header = json.loads((folder / "cache.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def readable(size: float) -> str:

@@ -43,7 +43,7 @@ class Teacher(nn.Module):
             teachers and runs may share it.
         cache_dtype: Of what is kept, ``"float16"`` or ``"float32"``. Logits too large for the one take the other. With
             float32 a run is the same, bit for bit, as without a cache, where the network answers for a sample the
-            same in any batch.
+            same in any batch, in 32 bits or fewer.
         cache_top_k: Keep only so many of the largest logits; the rest share what probability they have together.
             For losses that compare probabilities alone, ``SoftTargetLoss`` and ``DecoupledLoss``.
 
@@ -71,6 +71,10 @@ class Teacher(nn.Module):
             raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
         if cache_top_k is not None and cache_top_k < 1:
             raise InputError(f"cache_top_k must be at least 1, got {cache_top_k}")
+        if cache is None and cache_top_k is not None:
+            raise InputError("cache_top_k is for a teacher with a cache: DIR")
+        if cache is not None and not str(cache).strip():
+            raise InputError("cache must name a folder, got an empty name")
         if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
             raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
         # A tuple, since nn.Module registers modules and nothing must walk into these.
@@ -82,10 +86,12 @@ class Teacher(nn.Module):
         self.cache_top_k = cache_top_k
         self._kept: dict[str, tuple[Hashable, Read, Path]] = {}  # by what the views are called
         self._fingerprint: str | None = None
-        self._marks: list[tuple[int, int]] = []  # of the weights that the fingerprint was taken of
         self._architecture: str | None = None
+        self._weights = ""  # what the weights' hash was when the fingerprint was taken
         for module in self._hidden:
-            module.requires_grad_(False).eval()
+            module.eval()
+            for parameter in module.parameters():  # requires_grad_ is not for TorchScript
+                parameter.requires_grad_(False)
             if device is not None:
                 module.to(device)
 
@@ -154,37 +160,40 @@ class Teacher(nn.Module):
         """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher.
 
         Args:
-            anew: Look whether somebody changed the weights since it was first asked for. That the teacher itself was
-                moved or cast does not count: a precision plugin does that.
+            anew: Look whether somebody changed the weights since it was first asked for (and the architecture, where
+                there is a cache). That the teacher itself was moved or cast does not count: a precision plugin does
+                that.
         """
-        if self._fingerprint is None or (anew and self._marks != self._mark()):
-            if self.cache is not None:
-                self.architecture()  # of the network before anybody uses it
-            digest = hashlib.sha256(repr((self.classes, *map(repr, self._hidden[:-1]))).encode())
-            for module in self._hidden:
-                for name, tensor in module.state_dict().items():
-                    if not isinstance(tensor, Tensor):  # a module's extra state
-                        continue
-                    digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self._fingerprint, self._marks = digest.hexdigest(), self._mark()
+        if anew and self.cache is not None:  # before anybody uses the network, which may change what it holds
+            self._architecture = None
+            self.architecture()
+        if self._fingerprint is None or (anew and self._weights != self.weights()):
+            self._weights = self.weights()
+            about = (self.classes, *map(repr, self._hidden[:-1]), self._weights)
+            self._fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
         return self._fingerprint
 
-    def _mark(self) -> list[tuple[int, int]]:
-        """What is another wherever weights are written to, or replaced."""
-        tensors = [t for module in self._hidden for t in module.state_dict().values() if isinstance(t, Tensor)]
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    def weights(self) -> str:
+        """SHA-256 of weights and buffers as they are now."""
+        digest = hashlib.sha256()
+        for module in self._hidden:
+            for name, tensor in module.state_dict().items():
+                if not isinstance(tensor, Tensor):  # a module's extra state
+                    continue
+                digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def architecture(self) -> str:
         """SHA-256 of the networks' classes, their source, and all that they hold."""
         if self._architecture is None:
-            # as it is without torch.compile
+            # as they are without torch.compile
             self._architecture = fingerprint([getattr(module, "_orig_mod", module) for module in self._hidden])
         return self._architecture
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        known = self._marks == self._mark()
+        known = self._fingerprint is not None and self._weights == self.weights()
 
         def dtype_alone(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor.new_empty(0)).dtype)
@@ -192,11 +201,16 @@ class Teacher(nn.Module):
         for module in self._hidden:  # with a device of its own it stays there
             module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
         if known:
-            self._marks = self._mark()
+            self._weights = self.weights()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is looked up, which belongs to a fit."""
+        return self.__dict__ | {"_kept": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         twin = copy(self)  # frozen, so copies of a module (weight averaging) share it
+        twin._kept = self._kept
         memo[id(self)] = twin
         return twin
 

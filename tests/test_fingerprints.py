@@ -1,9 +1,12 @@
 import functools
+import logging
 import subprocess
 import sys
 import textwrap
 import types
+from collections import deque
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
+from kd_lightning import InputError
 from kd_lightning.fingerprints import fingerprint
 from kd_lightning.models import DigitsCNN
 
@@ -27,6 +31,30 @@ class Slots:
 
     def __init__(self, value):
         self.value = value
+
+
+class OneSlot:
+    __slots__ = "gain"
+
+    def __init__(self, gain):
+        self.gain = gain
+
+
+class PrivateSlot:
+    __slots__ = ("__gain",)
+
+    def __init__(self, gain):
+        self.__gain = gain
+
+
+class Longer(list):
+    def __init__(self, gain):
+        super().__init__([1])
+        self.gain = gain
+
+
+class Point(NamedTuple):
+    gain: int
 
 
 class Colour(Enum):
@@ -89,6 +117,63 @@ INHERITED = """
 """
 
 
+OBJECT = """
+    import argparse, functools
+    from torch import nn
+    from torchvision.transforms import v2
+
+    ARGS = argparse.Namespace(gain={factor})
+    AUGMENT = v2.RandomAffine(0, scale=(0.9, {factor}))
+    PART = functools.partial(pow, {factor})
+
+    def made(x):
+        return {name}
+"""
+HELD = """
+    import functools
+    from torch import nn
+
+    class Gain(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.gain = gain
+
+    class Made:
+        layer = Gain({factor})
+        scale = functools.partialmethod(pow, {factor})
+
+    made = Made()
+"""
+
+
+def through_a_module(factor):
+    other = types.ModuleType("ops")
+    exec(f"GAIN = {factor}\ndef act(x):\n    return x * GAIN", vars(other))
+    module = types.ModuleType("prompt")
+    module.ops = other
+    exec("def made(x):\n    return ops.act(x)", vars(module))
+    return module.made
+
+
+def hooked(gain):
+    network = nn.Linear(1, 1)
+    torch.nn.init.zeros_(network.weight), torch.nn.init.zeros_(network.bias)
+    network.register_forward_hook(lambda module, x, y: y * gain)
+    return network
+
+
+def with_attribute(gain):
+    def function(x):
+        return x * function.gain
+
+    function.gain = gain
+    return function
+
+
+def enumerated(value):
+    return Enum("Made", {"ONE": value}).ONE
+
+
 def patched(name):
     made = in_module(INHERITED.format(factor=2))
     setattr(type(made), name, lambda self, x: x)
@@ -101,6 +186,20 @@ DIFFERENT = {
     "an attribute of the class": (in_module(ATTRIBUTE.format(factor=1)), in_module(ATTRIBUTE.format(factor=2))),
     "an inherited method": (in_module(INHERITED.format(factor=1)), in_module(INHERITED.format(factor=2))),
     "a method put into the class": (in_module(INHERITED.format(factor=2)), patched("apply")),
+    "a module's function": (through_a_module(2), through_a_module(3)),
+    "arguments of the program": [in_module(OBJECT.format(factor=f, name="x * ARGS.gain")) for f in (1.1, 1.2)],
+    "a transform of the module": [in_module(OBJECT.format(factor=f, name="AUGMENT(x)")) for f in (1.1, 1.2)],
+    "a partial of the module": [in_module(OBJECT.format(factor=f, name="PART(x)")) for f in (1.1, 1.2)],
+    "a class's layer": [in_module(HELD.format(factor=f)) for f in (1, 2)],
+    "a slot named by a text": (OneSlot(1), OneSlot(2)),
+    "a private slot": (PrivateSlot(1), PrivateSlot(2)),
+    "an attribute of a list": (Longer(1), Longer(2)),
+    "a named tuple": (Point(1), (1,)),
+    "an enum's value": (enumerated(1), enumerated(2)),
+    "a deque": (deque([Plain(1)]), deque([Plain(2)])),
+    "a hook": (hooked(1), hooked(2)),
+    "a function's attribute": (with_attribute(1), with_attribute(2)),
+    "an array of objects": (np.array([Plain(1), None]), np.array([Plain(2), None])),
     "pixels": (Image.new("L", (2, 2), 1), Image.new("L", (2, 2), 2)),
     "numbers": (1, 2),
     "number and text": (1, "1"),
@@ -157,17 +256,37 @@ def test_equal_things(make):
     assert fingerprint(make()) == fingerprint(make())
 
 
-def test_mode_and_hooks_do_not_count():
+def test_mode_and_numbers_of_hooks_do_not_count():
     network = DigitsCNN(4)
     before = fingerprint(network)
-    handle = network.register_forward_hook(lambda *_: None)
+    handle = network.register_forward_hook(scale)
+    hooked = fingerprint(network)
+    handle.remove()
     network.eval()
     network(torch.zeros(2, 1, 8, 8))
-    assert fingerprint(network) == before
-    handle.remove()
+    assert fingerprint(network) == before != hooked
+    network.register_forward_hook(scale)  # has another number
+    assert fingerprint(network) == hooked
+    network._forward_hooks.clear()
     network.train()
     network(torch.zeros(2, 1, 8, 8))  # moves BatchNorm's statistics
     assert fingerprint(network) != before
+
+
+def test_what_is_nested_too_deeply():
+    chain = None
+    for _ in range(2000):
+        chain = Plain(chain)
+    with pytest.raises(InputError, match="Plain is nested too deeply"):
+        fingerprint(chain)
+
+
+def test_services_do_not_count():
+    """What a logger holds changes with all that is imported."""
+    log = logging.getLogger("a")
+    before = fingerprint(Plain(log))
+    log.addHandler(logging.NullHandler())
+    assert fingerprint(Plain(log)) == before
 
 
 def test_a_trainer_of_before_does_not_count(quiet_trainer):

@@ -110,11 +110,31 @@ def test_checksums_of_another_length_are_made_right(tmp_path, size):
     np.testing.assert_array_equal(fill(again).read(np.arange(ROWS)), TABLE)
 
 
-def test_a_header_that_is_none(tmp_path):
-    folder = make(tmp_path).folder
-    (folder / "cache.json").write_text("{")
-    with pytest.raises(InputError, match=f"{folder} cannot be used"):
-        make(tmp_path)
+BROKEN = ["{", "", "null", "[]", "3", '{"parts": null, "chunk": 8}', '{"chunk": 0}', '{"chunk": [1]}', "\xff"]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_damaged_header(tmp_path, text):
+    folder = fill(make(tmp_path)).folder
+    (folder / "cache.json").write_bytes(text.encode("latin-1"))
+    other = make(tmp_path, seed="1")
+    assert other.difference() == ""  # a damaged neighbour's does not matter
+    with pytest.warns(UserWarning, match=r"cache\.json is damaged, so all of its cache is computed again"):
+        again = make(tmp_path, chunk=5)
+    assert len(again.absent()) == 10
+    np.testing.assert_array_equal(fill(again).read(np.arange(ROWS)), TABLE)
+    assert make(tmp_path).absent() == []
+
+
+def test_a_whole_one_is_only_read(tmp_path):
+    """It may lie where nobody can write, and somebody may hold its lock."""
+    folder = fill(make(tmp_path)).folder
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != "lock"}
+    with make(tmp_path).lock():
+        again = make(tmp_path)
+    assert (again.absent(), again.damaged(range(7))) == ([], [])
+    np.testing.assert_array_equal(again.read(np.arange(ROWS)), TABLE)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -8,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder as Folder
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from kd_lightning import (
     ApprenticeModule,
+    CompileNetworks,
     DatasetSource,
     Digits,
     DistillModule,
@@ -30,6 +33,7 @@ from kd_lightning import (
     Teacher,
     models,
 )
+from kd_lightning.batch import Batch
 from kd_lightning.data.images import contents
 from kd_lightning.losses import CorrelationLoss, DecoupledLoss, SoftTargetLoss
 from kd_lightning.models import DigitsCNN
@@ -190,20 +194,20 @@ def test_the_teacher_of_a_refresh(quiet_trainer, tmp_path):
     assert len(folders(tmp_path / "cache")) == 2  # training views, and the pool under evaluation transforms
     again, sizes = refreshed(cache=tmp_path / "cache", cache_dtype="float32")
     assert_same(again, expected)
-    assert sizes == [32, 32, 20]  # one batch of each table to compare, and the validation images
+    assert sizes == [32, 32, 32, 32, 20]  # one batch of each table, twice, to compare, and the validation images
 
 
 # Computed once.
 
 
-def test_a_filled_cache_is_compared_in_one_batch(quiet_trainer, tmp_path):
+def test_a_filled_cache_is_compared_in_a_batch(quiet_trainer, tmp_path):
     sizes = []
     for _ in range(2):
         counting = Counting(network())
         fit(quiet_trainer, DistillModule(network(0, 4), Teacher(counting, cache=tmp_path / "cache")))
         sizes.append(counting.sizes)
-    assert sizes[0] == [32] * (1 + 9) + [20]  # 130 samples in 2 views, the last batch filled up; validation
-    assert sizes[1] == [32, 20]
+    assert sizes[0] == [32] * (2 + 9) + [20]  # 130 samples in 2 views, the last batch filled up; validation
+    assert sizes[1] == [32, 32, 20]
 
 
 def test_the_random_draws_stay_where_they_were(quiet_trainer, tmp_path):
@@ -213,7 +217,7 @@ def test_the_random_draws_stay_where_they_were(quiet_trainer, tmp_path):
 
     drawn = []
     for cache in (None, tmp_path, tmp_path):
-        module = Draw(network(0, 4), Teacher(network(), cache=cache))
+        module = Draw(network(0, 4), Teacher(Drawing(0.0), cache=cache))
         fit(quiet_trainer, module)
         drawn.append(module.drawn)
     assert drawn[0] == drawn[1] == drawn[2]
@@ -250,7 +254,23 @@ CHANGES = {
     "views": lambda: (network, lambda: digits(views=3), {}),
     "transform": lambda: (network, lambda: digits(train_transform=v2.RandomAffine(9)), {}),
     "precision": lambda: (network, digits, {"precision": "bf16-mixed"}),
+    "batch hooks": lambda: (network, Normalised.digits, {}),
+    "compilation": lambda: (network, digits, {"callbacks": [CompileNetworks(channels_last=True, backend=None)]}),
 }
+
+
+class Normalised(SemiSupervisedDataModule):
+    """Changes the images little, where no transform shows it."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch.x = batch.x * 1.003
+        return batch
+
+    @classmethod
+    def digits(cls):
+        data = digits()
+        data.__class__ = cls
+        return data
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -271,12 +291,42 @@ def test_every_change_makes_a_new_one_and_is_named(what, quiet_trainer, tmp_path
     assert what in told.rpartition("there: ")[2]
 
 
-def test_weights_that_change_between_two_fits(quiet_trainer, tmp_path):
-    """However little: the comparison of a batch does not see it."""
-    module = METHODS["distill"](cache=tmp_path / "cache")
-    for change, expected in (0, 1), (0, 1), (1e-5, 2):
-        with torch.no_grad():
-            module.teacher.network[-1].bias += change
+class Scaled(nn.Module):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def through_data(teacher):
+    teacher.network[-1].bias.data += 1e-5  # however little: the comparison of a batch does not see it
+
+
+def in_numpy(teacher):
+    teacher.network[-1].bias.detach().numpy()[0] += 1e-5
+
+
+def another_layer(teacher):
+    teacher.network[2] = nn.LeakyReLU(1e-5)
+
+
+def another_preprocess(teacher):
+    teacher._hidden[0].factor = 1 + 1e-6
+
+
+def rounded(teacher):
+    teacher.to(torch.bfloat16)
+    teacher.to(torch.float32)
+
+
+@pytest.mark.parametrize("change", [through_data, in_numpy, another_layer, another_preprocess, rounded])
+def test_a_teacher_that_changes_between_two_fits(change, quiet_trainer, tmp_path):
+    module = DistillModule(network(0, 4), Teacher(network(), preprocess=Scaled(), cache=tmp_path / "cache"))
+    for expected in (1, 1, 2):
+        if expected == 2:
+            change(module.teacher)
         quiet_trainer(max_epochs=1).fit(module, datamodule=digits())
         assert len(folders(tmp_path / "cache")) == expected
 
@@ -304,6 +354,63 @@ def test_files_that_were_replaced(quiet_trainer, tmp_path):
     before = file.stat()
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     assert run() == 3
+
+
+class Files(Dataset):
+    """As people write them: with names of their own for what they hold."""
+
+    def __init__(self, root, relative):
+        self.folder = root
+        self.names = sorted(path.relative_to(root) if relative else path for path in root.rglob("*.png"))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, number):
+        return Image.open(self.folder / self.names[number]), number % 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: Files(root, False),
+        lambda root: Files(root, True),
+        lambda root: ConcatDataset([Folder(root, transform=v2.Grayscale()), Folder(root)]),
+    ],
+    ids=["paths", "paths from a root", "several datasets"],
+)
+def test_a_replaced_file_of_any_dataset(make, tmp_path):
+    for number in range(80):
+        path = tmp_path / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), number).save(path)
+    before = contents(make(tmp_path))
+    assert contents(make(tmp_path)) == before
+    Image.new("L", (8, 8), 200).save(tmp_path / "1" / "37.png")  # not among those that are looked at
+    assert contents(make(tmp_path)) != before
+
+
+def test_code_and_transforms_of_datasets_count():
+    def subset(factor):
+        class Own(Subset):
+            def __getitem__(self, number):
+                x, y = super().__getitem__(number)
+                return x * factor, y
+
+            def __getitems__(self, numbers):
+                return [self[number] for number in numbers]
+
+        return Own(TensorDataset(torch.ones(4, 1), torch.zeros(4)), range(4))
+
+    def tensors(factor):
+        class Own(TensorDataset):
+            def __getitem__(self, number):
+                return self.tensors[0][number] * factor, 0
+
+        return Own(torch.zeros(4, 1), torch.zeros(4))  # so that no image shows it
+
+    for make in (subset, tensors):
+        assert contents(make(1)) == contents(make(1)) != contents(make(2))
 
 
 class Generated(Dataset):
@@ -339,10 +446,98 @@ def test_samples_that_nobody_kept():
     data = digits()
     data.setup("fit")
     table = data.train_views()
-    (batch,) = table.loader([[0, 1]])
+    (batch,) = table.read([[0, 1]])
     batch.index[1] = data.split.val[0]
     with pytest.raises(InputError, match="holds samples that the teachers' outputs were not kept of"):
         table.rows(batch)
+
+
+def of_environment(x):
+    return x * float(os.environ["KD_TEST_GAIN"])
+
+
+def test_what_no_key_can_see_shows_in_a_batch(quiet_trainer, tmp_path, monkeypatch):
+    for gain in ("1", "1.003"):
+        monkeypatch.setenv("KD_TEST_GAIN", gain)
+        for dtype in ("float16", "float32"):
+            module = METHODS["distill"](cache=tmp_path / "cache", cache_dtype=dtype)
+            if gain == "1":
+                fit(quiet_trainer, module, digits(train_transform=of_environment))
+                continue
+            with pytest.raises(InputError, match="does the network, the dataset or a transform read what is stored"):
+                fit(quiet_trainer, module, digits(train_transform=of_environment))
+
+
+class Drawing(nn.Module):
+    """A teacher that draws, and may let it be seen."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.network, self.factor = network(), factor
+
+    def forward(self, x):
+        return self.network(x) + self.factor * torch.rand(1)
+
+
+def test_a_random_teacher_is_refused(quiet_trainer, tmp_path):
+    with pytest.raises(InputError, match="the teacher answers the same batch otherwise each time"):
+        fit(quiet_trainer, DistillModule(network(0, 4), Teacher(Drawing(1.0), cache=tmp_path)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_augments_itself_is_refused(workers, quiet_trainer, tmp_path):
+    class Own(Dataset):
+        targets = [number % 2 for number in range(80)]
+
+        def __len__(self):
+            return 80
+
+        def __getitem__(self, number):
+            return torch.ones(1, 8, 8) + 0.001 * torch.rand(1), number % 2
+
+    data = SemiSupervisedDataModule(DatasetSource(Own()), views=1, val=0, num_workers=workers)
+    with pytest.raises(InputError, match="the dataset itself augments its images"):
+        fit(quiet_trainer, METHODS["distill"](cache=tmp_path), data)
+
+
+def test_a_transform_that_changes_as_a_fit_goes_on_is_refused(quiet_trainer, tmp_path):
+    class Stronger(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            transform.factor += 0.1
+
+    transform = Scaled()
+    with pytest.raises(InputError, match="train_transform is no longer what it was"):
+        fit(
+            quiet_trainer,
+            METHODS["distill"](cache=tmp_path),
+            digits(train_transform=transform),
+            callbacks=[Stronger()],
+        )
+
+
+def test_a_hook_that_draws_from_python_is_replayed(quiet_trainer, tmp_path):
+    def make():
+        flip = v2.RandomHorizontalFlip()
+        flip.register_forward_pre_hook(lambda module, inputs: (inputs[0] * random.random(),))
+        return digits(train_transform=flip)
+
+    expected = fit(quiet_trainer, DistillModule(network(0, 4), network()), make())
+    module = METHODS["distill"](cache=tmp_path / "cache", cache_dtype="float32")
+    assert_same(fit(quiet_trainer, module, make()), expected)
+
+
+def test_a_torchscript_teacher(quiet_trainer, tmp_path):
+    traced = torch.jit.trace(network().eval(), torch.zeros(2, 1, 8, 8))
+    for _ in range(2):
+        fit(quiet_trainer, DistillModule(network(0, 4), Teacher(traced, cache=tmp_path)))
+    assert len(folders(tmp_path)) == 1
+
+
+def test_a_teacher_can_be_pickled_after_a_fit(quiet_trainer, tmp_path):
+    module = METHODS["distill"](cache=tmp_path)
+    fit(quiet_trainer, module)
+    batch = Batch(torch.randn(4, 1, 8, 8))
+    assert torch.equal(pickle.loads(pickle.dumps(module.teacher))(batch), module.teacher(batch))
 
 
 def test_a_transform_with_a_generator_of_its_own_is_refused(quiet_trainer, tmp_path):
@@ -351,7 +546,7 @@ def test_a_transform_with_a_generator_of_its_own_is_refused(quiet_trainer, tmp_p
             return x + torch.from_numpy(np.random.default_rng().random(x.shape)).float()
 
     module = METHODS["distill"](cache=tmp_path / "cache")
-    with pytest.raises(InputError, match="is a transform random by a generator of its own"):
+    with pytest.raises(InputError, match="transform is random by a generator of its own"):
         fit(quiet_trainer, module, digits(train_transform=Noisy()))
 
 
@@ -364,7 +559,7 @@ def test_damage_is_found_and_cured(quiet_trainer, tmp_path, live):
     whole = (folder / "outputs").read_bytes()
     for damage in (bytes([whole[100] ^ 1]), b""):
         (folder / "outputs").write_bytes(whole[:100] + damage + (whole[101:] if damage else b""))
-        with pytest.warns(UserWarning, match="1 damaged parts of .* are computed again"):
+        with pytest.warns(UserWarning, match="1 of 1 parts of .* are damaged and computed again"):
             assert_same(run(), live)
         assert (folder / "outputs").read_bytes() == whole
 

@@ -11,6 +11,8 @@ from torch import nn
 from kd_lightning.errors import InputError
 from kd_lightning.teachers import Teacher
 
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 class CompileNetworks(Callback):
     """Compile a module's student and its teachers by ``torch.compile``, in place: names of weights stay as they are.
@@ -20,16 +22,20 @@ class CompileNetworks(Callback):
     test) the networks are as they were.
 
     Args:
-        mode: As of ``torch.compile``: None, ``"reduce-overhead"``, ``"max-autotune"``.
+        mode: As of ``torch.compile``: None, ``"reduce-overhead"``, ``"max-autotune"``, and its other ones.
         backend: As of ``torch.compile``. None: does not compile, for ``channels_last`` alone.
         channels_last: Also keep weights of convolutions with channels last, which is faster on GPUs in half precision
             and on many CPUs.
 
     Raises:
-        InputError: For a module that has neither student nor teacher.
+        InputError: For a mode or backend that torch does not have, and a module that has neither student nor teacher.
     """
 
     def __init__(self, mode: str | None = None, backend: str | None = "inductor", channels_last: bool = False) -> None:
+        if mode not in _MODES:
+            raise InputError(f"mode must be one of {', '.join(map(str, _MODES))}, got {mode!r}")
+        if backend not in (None, "inductor") and backend not in torch.compiler.list_backends(()):
+            raise InputError(f"backend must be one of {', '.join(torch.compiler.list_backends(()))}, got {backend!r}")
         self.mode = mode
         self.backend = backend
         self.channels_last = channels_last

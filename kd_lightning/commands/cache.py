@@ -27,7 +27,8 @@ class CacheCLI(DistillCLI):
     """Builds what ``fit`` would, and ends it before its first step."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is written beside the caches."""
+        """Nothing is written beside the caches, nor any student read."""
+        self.config["fit"].ckpt_path = None
         super().before_instantiate_classes()
         self.save_config_callback = None
 

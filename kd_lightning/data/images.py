@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from kd_lightning.errors import InputError
 from kd_lightning.fingerprints import fingerprint
 
-# where datasets keep labels, paths and pixels, which are looked at otherwise, and where their folder is
+# where torchvision's keep labels, paths and pixels, which are looked at otherwise, and where their folder is
 _APART = {"data", "tensors", "samples", "imgs", "paths", "_image_files", "targets", "labels", "_labels", "root"}
 
 
@@ -89,23 +90,46 @@ def identity(images: Images) -> str:
 
 
 def contents(images: Images) -> str:
-    """SHA-256 of all that decides what the images are: ``identity``, files' sizes and times, the dataset's own state.
+    """SHA-256 of all that decides what the images are: other than ``identity`` it sees files that were replaced.
 
-    Other than ``identity`` it sees files that were replaced, and transforms that the dataset itself applies.
+    Of a dataset of a kind that is not known here count its code, all that it holds, size and time of every file that
+    it names, and 32 of its images.
     """
-    if isinstance(images, Subset):
+    if type(images) is Subset:
         inner = contents(images.dataset)  # type: ignore[arg-type]
         return hashlib.sha256(f"{inner} {[*map(int, images.indices)]}".encode()).hexdigest()
-    state = getattr(images, "__dict__", {})
-    apart = isinstance(images, TensorDataset) or isinstance(state.get("data"), Tensor | np.ndarray)
-    paths = [] if apart or not len(images) else [path_of([images], number) for number in range(len(images))]
-    if not apart and None in [*paths[:1]]:  # whatever it is: what it holds, and a few of its images
-        some = np.linspace(0, len(images) - 1, num=min(len(images), 32)).astype(int)
-        return fingerprint([images, *(read_image([images], int(number)) for number in some)])
-    digest = hashlib.sha256(identity(images).encode())
-    digest.update(fingerprint({key: value for key, value in state.items() if key not in _APART}).encode())
-    for path in paths:
-        if path is not None:
-            found = Path(path).stat()
-            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    if type(images) is TensorDataset:
+        return identity(images)
+    if type(images).__module__.startswith("torchvision.datasets."):
+        state = {key: value for key, value in vars(images).items() if key not in _APART}
+        if isinstance(getattr(images, "data", None), Tensor | np.ndarray):
+            return fingerprint([identity(images), state])
+        paths = [path_of([images], number) for number in range(len(images))]
+        if paths and None not in paths:
+            return fingerprint([identity(images), state, [*map(_stamp, map(str, paths))]])
+    some = np.linspace(0, len(images) - 1, num=min(len(images), 32)).astype(int)
+    with isolate_rng():
+        read = [read_image([images], int(number)) for number in some]
+    files = sorted({*_files(images, ("",), set())})
+    return fingerprint([images, [*map(_stamp, files)], read])
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Size and time of a file."""
+    found = Path(path).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _files(thing: Any, roots: tuple[str, ...], seen: set[int]) -> Iterator[str]:
+    """Files that a dataset names, from the working directory on or from a folder that it names."""
+    if isinstance(thing, str | Path):
+        places = (os.path.join(root, thing) for root in roots)  # noqa: PTH118  (there may be a million)
+        yield from filter(os.path.isfile, places)
+    elif id(thing) not in seen and isinstance(thing, Dataset | Mapping | list | tuple | set):
+        seen.add(id(thing))
+        parts = [*vars(thing).values()] if isinstance(thing, Dataset) else []
+        roots += tuple(str(part) for part in parts if isinstance(part, str | Path) and Path(part).is_dir())
+        parts += [*thing.values()] if isinstance(thing, Mapping) else []
+        parts += thing if isinstance(thing, list | tuple | set) else []
+        for part in parts:
+            yield from _files(part, roots, seen)

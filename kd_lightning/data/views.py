@@ -121,6 +121,7 @@ def draws_from_torch_alone(transform: Any) -> bool:
     held = [value for value in vars(transform).values() if isinstance(value, list | tuple)]
     inner = [*transform.children(), *(one for values in held for one in values if callable(one))]
     functions = [one for name, one in vars(transform).items() if callable(one) and name not in _BARE]
+    functions += [*transform._forward_pre_hooks.values(), *transform._forward_hooks.values()]
     return not functions and all(map(draws_from_torch_alone, inner))
 
 
@@ -154,6 +155,7 @@ class Views:
         self.views = views
         self.num_workers = num_workers
         self.kept = False  # whether a teacher keeps its outputs, so that batches shall tell their rows
+        self._transform = ""  # what its fingerprint was when they were
         self._indices, self._positions = (part.numpy() for part in dataset.indices.sort())
 
     def __len__(self) -> int:
@@ -171,19 +173,28 @@ class Views:
             )
         return Rows(self, places * self.views + batch.view.numpy())
 
-    def loader(self, batches: Iterable[Iterable[int]]) -> DataLoader[Batch]:
-        """Batches of these rows, once; torch's own generator is left alone."""
+    def read(self, batches: Iterable[Iterable[int]], seed: int = 0) -> Iterator[Batch]:
+        """Batches of these rows; torch's own generator is left alone. The seed is that of workers."""
         keys: Any = ([(int(self._positions[row // self.views]), int(row % self.views)) for row in b] for b in batches)
-        generator = torch.Generator()  # or the loader would draw from torch's own
+        generator = torch.Generator().manual_seed(seed)  # or the loader would draw from torch's own
         options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
-        return DataLoader(self.dataset, batch_sampler=keys, **options)  # type: ignore[arg-type]
+        return _in_one_line(DataLoader(self.dataset, batch_sampler=keys, **options))
+
+    def check_transform(self) -> None:
+        """Refuse a transform that is no longer what it was when teachers kept their outputs."""
+        if self.kept and self._transform != fingerprint(self.dataset.transform):
+            raise InputError(
+                "cache: train_transform is no longer what it was when the teacher's outputs were kept: it, or a "
+                "callback, changes it as a fit goes on. Do without a cache, or without that change"
+            )
 
     def parts(self) -> dict[str, str]:
         """All that the views depend on, by name."""
+        self._transform = fingerprint(self.dataset.transform)
         return {
             "images": fingerprint([*map(contents, self.dataset.images)]),
             "samples": hashlib.sha256(self._indices.tobytes()).hexdigest(),
-            "transform": fingerprint(self.dataset.transform),
+            "transform": self._transform,
             "seed": str(self.dataset.seed),
             "views": str(self.views),
         }
@@ -268,6 +279,14 @@ class TwoStreamSampler(ViewSampler):
         )
 
 
+def _in_one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Torch hands on what a worker raised with all of its traceback as the message."""
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
+
+
 def _generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(struct.pack("<2q", seed, number)))
 
@@ -348,10 +367,9 @@ class ViewLoader(DataLoader[Batch]):
         return self.labels.fill(batch)
 
     def _batches(self) -> Iterator[Batch]:
-        try:
-            yield from super().__iter__()
-        except InputError as error:  # torch hands on what a worker raised with all of its traceback as the message
-            raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
+        if self.views is not None:
+            self.views.check_transform()
+        return _in_one_line(super().__iter__())
 
     def _means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
         """Labels, pseudo-labels, coarse ones and rows of a batch: means over those of its step on all ranks."""

@@ -95,3 +95,9 @@ def test_inductor_agrees(fitted):
 def test_a_module_without_networks(quiet_trainer):
     with pytest.raises(InputError, match="LightningModule has neither student nor teacher"):
         CompileNetworks().setup(quiet_trainer(), LightningModule(), "fit")
+
+
+@pytest.mark.parametrize("kwargs", [{"mode": "fast"}, {"backend": "fast"}])
+def test_what_torch_does_not_have(kwargs):
+    with pytest.raises(InputError, match=f"{next(iter(kwargs))} must be one of .*, got 'fast'"):
+        CompileNetworks(**kwargs)

@@ -41,13 +41,28 @@ def test_fills_trains_nothing_and_prints_the_size(config, capsys, tmp_path):
     main(["cache", "--config", config()])
     (folder,) = (tmp_path / "teachers").iterdir()
     size = 1078 * 3 * 10 * 2
+    whole = sum(file.stat().st_size for file in folder.iterdir())
+    assert size < whole < 1.05 * size
     assert (folder / "outputs").stat().st_size == size
-    assert f"{folder.relative_to(tmp_path)}: {size / 1024:.0f}." in capsys.readouterr().out
+    assert f"{folder.relative_to(tmp_path)}: {whole / 1024:.1f} KiB" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "teachers"]
     written = {file.name: file.read_bytes() for file in folder.iterdir()}
     main(["fit", "--config", "config.yaml", "--trainer.max_steps", "1"])  # finds it
     assert list((tmp_path / "teachers").iterdir()) == [folder]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == written
+
+
+def test_null_on_the_command_line_does_without(config, tmp_path):
+    """The parser makes a text of it, which would be a folder's name."""
+    for option in (["--model.teacher.init_args.cache=null"], ["--model.init_args.teacher.init_args.cache", "null"]):
+        main(["fit", "--config", config(), *option, "--trainer.fast_dev_run=true"])
+        with pytest.raises(SystemExit):
+            main(["cache", "--config", "config.yaml", *option])
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.yaml", "runs"}
+
+
+def test_a_checkpoint_does_not_matter(config):
+    command.main(["--config", config(), "--ckpt_path", "last"])
 
 
 def test_no_step_is_taken(config, monkeypatch):

@@ -454,7 +454,7 @@ class TestViews:
 
     def test_every_row_is_found_again(self, table):
         rows = [11, 0, 5, 5, 7]
-        (batch,) = table.loader([rows])
+        (batch,) = table.read([rows])
         assert batch.index.tolist() == [11, 3, 5, 5, 7]  # by index: 3, 5, 7, 11
         assert batch.view.tolist() == [2, 0, 2, 2, 1]
         found = table.rows(batch)
@@ -464,7 +464,7 @@ class TestViews:
 
     def test_rows_do_not_depend_on_the_order_of_the_samples(self, table):
         other = Views(ViewDataset(table.dataset.images, torch.tensor([3, 5, 7, 11]), table.dataset.transform, 3), 3)
-        (one,), (two,) = table.loader([range(12)]), other.loader([range(12)])
+        (one,), (two,) = table.read([range(12)]), other.read([range(12)])
         assert torch.equal(one.x, two.x)
         assert table.parts() == other.parts()
 
@@ -474,16 +474,17 @@ class TestViews:
         torch.manual_seed(1)
         expected = torch.rand(1)
         torch.manual_seed(1)
-        assert sum(len(batch) for batch in table.loader([[0, 1], [2]])) == 3
+        assert sum(len(batch) for batch in table.read([[0, 1], [2]])) == 3
         assert torch.equal(torch.rand(1), expected)
 
     def test_batches_tell_their_rows_once_a_teacher_keeps_them(self):
         data = SemiSupervisedDataModule(Digits(), labeled=4, views=2, batch_size=100)
         data.setup("fit")
         assert next(iter(data.train_dataloader())).rows is None
+        data.train_views().parts()
         data.train_views().kept = True
         batch = next(iter(data.train_dataloader()))
-        (same,) = data.train_views().loader([batch.rows.numbers])
+        (same,) = data.train_views().read([batch.rows.numbers])
         assert torch.equal(same.x, batch.x)
         part = batch.at(torch.tensor([5, 2]))
         assert part.rows.numbers.tolist() == batch.rows.numbers[[5, 2]].tolist()
