@@ -39,12 +39,16 @@ _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annot
 _OF_CLASSES |= {"__static_attributes__", "__conditional_annotations__"}
 
 
-def fingerprint(thing: Any) -> str:
+def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
     """SHA-256 of an object's class, its code, and all attributes, down to numbers; the same in every process.
 
     Functions, lambdas and methods count by their code, defaults and closure, and by what they name in their module
     and in other ones: functions, classes, values. In modules that are installed as packages the whole file counts for
     what they name. Code of torch, torchvision, numpy, Pillow and the standard library counts by name alone.
+
+    Args:
+        thing: Any object.
+        without: Objects within it that do not count.
 
     Raises:
         InputError: For an object that is nested too deeply.
@@ -54,7 +58,7 @@ def fingerprint(thing: Any) -> str:
     """
     digest = hashlib.sha256()
     try:
-        _feed(thing, digest.update, {})
+        _feed(thing, digest.update, {id(one): (number, one) for number, one in enumerate(without)})
     except RecursionError as error:
         raise InputError(f"{type(thing).__name__} is nested too deeply to be told from others") from error
     return digest.hexdigest()

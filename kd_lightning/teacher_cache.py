@@ -142,8 +142,7 @@ def keep_outputs(teachers: Sequence[Teacher], trainer: Trainer, views: str = "tr
         about = table.parts() | _place(trainer)
         for teacher in teachers:
             _Keeping(teacher, trainer, table, about).keep(views)
-    table.kept = True
-    table.check_transform()
+    table.keep(about["transform"])
 
 
 def _place(trainer: Trainer) -> dict[str, str]:

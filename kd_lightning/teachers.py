@@ -71,8 +71,6 @@ class Teacher(nn.Module):
             raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
         if cache_top_k is not None and cache_top_k < 1:
             raise InputError(f"cache_top_k must be at least 1, got {cache_top_k}")
-        if cache is None and cache_top_k is not None:
-            raise InputError("cache_top_k is for a teacher with a cache: DIR")
         if cache is not None and not str(cache).strip():
             raise InputError("cache must name a folder, got an empty name")
         if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
@@ -185,19 +183,22 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
     def architecture(self) -> str:
-        """SHA-256 of the networks' classes, their source, and all that they hold."""
+        """SHA-256 of the networks' classes, their source, and all that they hold beside ``weights``."""
         if self._architecture is None:
+            weights = [w for module in self._hidden for w in module.state_dict(keep_vars=True).values()]
             # as they are without torch.compile
-            self._architecture = fingerprint([getattr(module, "_orig_mod", module) for module in self._hidden])
+            bare = [getattr(module, "_orig_mod", module) for module in self._hidden]
+            self._architecture = fingerprint(bare, weights)
         return self._architecture
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        known = self._fingerprint is not None and self._weights == self.weights()
 
         def dtype_alone(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor.new_empty(0)).dtype)
 
+        casts = any(fn(tensor.new_empty(0)).dtype != tensor.dtype for tensor in self.network.parameters())
+        known = casts and self._fingerprint is not None and self._weights == self.weights()
         for module in self._hidden:  # with a device of its own it stays there
             module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
         if known:

@@ -154,8 +154,7 @@ class Views:
         self.dataset = dataset
         self.views = views
         self.num_workers = num_workers
-        self.kept = False  # whether a teacher keeps its outputs, so that batches shall tell their rows
-        self._transform = ""  # what its fingerprint was when they were
+        self._kept: str | None = None  # the transform's fingerprint when teachers kept their outputs
         self._indices, self._positions = (part.numpy() for part in dataset.indices.sort())
 
     def __len__(self) -> int:
@@ -180,9 +179,19 @@ class Views:
         options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
         return _in_one_line(DataLoader(self.dataset, batch_sampler=keys, **options))
 
+    @property
+    def kept(self) -> bool:
+        """Whether a teacher keeps its outputs, so that batches shall tell their rows."""
+        return self._kept is not None
+
+    def keep(self, transform: str) -> None:
+        """Have batches tell their rows, as long as the transform has this fingerprint."""
+        self._kept = transform
+        self.check_transform()
+
     def check_transform(self) -> None:
         """Refuse a transform that is no longer what it was when teachers kept their outputs."""
-        if self.kept and self._transform != fingerprint(self.dataset.transform):
+        if self.kept and self._kept != fingerprint(self.dataset.transform):
             raise InputError(
                 "cache: train_transform is no longer what it was when the teacher's outputs were kept: it, or a "
                 "callback, changes it as a fit goes on. Do without a cache, or without that change"
@@ -190,11 +199,10 @@ class Views:
 
     def parts(self) -> dict[str, str]:
         """All that the views depend on, by name."""
-        self._transform = fingerprint(self.dataset.transform)
         return {
             "images": fingerprint([*map(contents, self.dataset.images)]),
             "samples": hashlib.sha256(self._indices.tobytes()).hexdigest(),
-            "transform": self._transform,
+            "transform": fingerprint(self.dataset.transform),
             "seed": str(self.dataset.seed),
             "views": str(self.views),
         }

@@ -481,8 +481,7 @@ class TestViews:
         data = SemiSupervisedDataModule(Digits(), labeled=4, views=2, batch_size=100)
         data.setup("fit")
         assert next(iter(data.train_dataloader())).rows is None
-        data.train_views().parts()
-        data.train_views().kept = True
+        data.train_views().keep(data.train_views().parts()["transform"])
         batch = next(iter(data.train_dataloader()))
         (same,) = data.train_views().read([batch.rows.numbers])
         assert torch.equal(same.x, batch.x)
