@@ -101,7 +101,8 @@ class Teacher(nn.Module):
     def prepare(self, x: Tensor) -> Tensor:
         """The student's inputs (B, ...) as the network takes them: preprocessed, where it computes."""
         for module in self._hidden:
-            module.eval()  # somebody else may hold the network, and call .train() on it
+            if any(part.training for part in module.modules()):  # somebody else may hold it, and call .train() on it
+                module.eval()  # takes longer than to look
         x = x if self.device is None else x.to(self.device)
         for preprocess in self._hidden[:-1]:
             x = preprocess(x)

@@ -2,13 +2,14 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import Kind, is_labeled
+from kd_lightning.batch import Kind, Rows, is_labeled
 
 X, Y = torch.randn(4, 3), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -53,7 +54,9 @@ def test_refuses_the_rest(given, got):
 
 
 def test_lightning_moves_every_tensor():
-    moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5), torch.device("meta"))
+    rows = Rows("a table", np.arange(len(X)))  # stays where looking up is done
+    moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5, rows=rows), torch.device("meta"))
+    assert moved.rows is rows
     assert isinstance(moved, Batch)
     assert {tensor.device.type for tensor in (moved.x, moved.y, moved.index, moved.view)} == {"meta"}
     assert moved.mean_labels == 1.5

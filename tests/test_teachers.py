@@ -22,12 +22,12 @@ def is_equal(one, other):
 
 
 class TestFrozen:
-    @pytest.mark.parametrize("who", ["module", "teacher", "network", "all, every step"])
+    @pytest.mark.parametrize("who", ["module", "teacher", "network", "a part", "all, every step"])
     def test_whoever_calls_train(self, quiet_trainer, loader, student, teacher, who):
         teacher.append(nn.Dropout(0.5))  # in train mode its logits would be random
         before = copy.deepcopy(teacher.state_dict())
         module = DistillModule(student, teacher)
-        callers = {"module": [module], "teacher": [module.teacher], "network": [teacher]}
+        callers = {"module": [module], "teacher": [module.teacher], "network": [teacher], "a part": [teacher[-1]]}
         seen = []
 
         class Nag(DistillModule):

@@ -180,7 +180,10 @@ class SupervisedModule(LightningModule):
         told = {name: values for name, values in told.items() if values is not None}
         weight = batch.weight
         known = is_labeled(y) if batch.labeled is None or not _makes_wait(y) else None
-        rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
+        if known is not None and known.all():  # nothing to pick, which would take longer
+            known = rows = None
+        else:
+            rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
         if rows is not None and (known is not None or len(rows) < len(y)):
             told = {name: values[rows] for name, values in told.items()}
             weight = None if weight is None else weight[rows]
