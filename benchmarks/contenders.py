@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.losses import mid_level  # noqa: F401  (its config finds losses that are imported)
 
-from kd_lightning import DatasetSource, DistillModule, EnsembleDistillModule, SemiSupervisedDataModule, Teacher
+from kd_lightning import (
+    CompileNetworks,
+    DatasetSource,
+    DistillModule,
+    EnsembleDistillModule,
+    SemiSupervisedDataModule,
+    Teacher,
+)
 from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.modules import SupervisedModule
 
@@ -110,11 +117,11 @@ class Steps(Callback):
         self.boundary()
 
 
-def lightning(make_module, x, y, boundary, epochs):
+def lightning(make_module, x, y, boundary, epochs, callbacks=()):
     """A module of this package."""
     data = SemiSupervisedDataModule(DatasetSource(TensorDataset(x, y)), views=1, val=0, batch_size=BATCH)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Steps(boundary)], **quiet)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Steps(boundary), *callbacks], **quiet)
     trainer.fit(make_module(), datamodule=data)
 
 
@@ -258,6 +265,7 @@ def compete(students, make_student, make_teacher, size, epochs, cache, log):
     y = torch.randint(100, (size,), generator=generator)
     torch.manual_seed(0)
     student, teachers = make_student(100), [make_teacher(100) for _ in range(8)]
+    last = {"callbacks": [CompileNetworks(backend=None, channels_last=True)]}
     fresh = lambda: copy.deepcopy(student)  # noqa: E731
     first = lambda: copy.deepcopy(teachers[0])  # noqa: E731
     ways = {
@@ -265,6 +273,8 @@ def compete(students, make_student, make_teacher, size, epochs, cache, log):
         "cached": partial(lightning, lambda: distilled(fresh(), first(), cache=cache), x, y),
         "8 teachers, cached": partial(lightning, lambda: ensemble(fresh(), copy.deepcopy(teachers), cache), x, y),
         "live": partial(lightning, lambda: distilled(fresh(), first()), x, y),
+        "cached, channels last": partial(lightning, lambda: distilled(fresh(), first(), cache=cache), x, y, **last),
+        "live, channels last": partial(lightning, lambda: distilled(fresh(), first()), x, y, **last),
         "plain loop": partial(plain, fresh(), first(), x, y),
         "torchdistill": partial(torchdistill, fresh(), first(), x, y),
         "modelopt": partial(modelopt, fresh(), first(), x, y),

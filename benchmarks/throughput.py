@@ -30,8 +30,8 @@ if __name__ == "__main__" and os.environ | ENVIRONMENT != {**os.environ}:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
 
 PAIRS = {  # student, teacher, images in an epoch
-    "ResNet-32 to ResNet-8": ("resnet8", "resnet32", 1536),
-    "wrn_40_2 to wrn_16_2": ("wrn_16_2", "wrn_40_2", 448),
+    "ResNet-32 to ResNet-8": ("resnet8", "resnet32", 1280),
+    "wrn_40_2 to wrn_16_2": ("wrn_16_2", "wrn_40_2", 384),
 }
 RATIOS = [  # of, over, at most, at least
     ("cached", "student alone", 1.05, None),
@@ -41,6 +41,11 @@ RATIOS = [  # of, over, at most, at least
     ("modelopt", "live", None, 1.0),
     ("torchdistill", "cached", None, 2.0),
     ("modelopt", "cached", None, 2.0),
+    # one line more, CompileNetworks(backend=None, channels_last=True), against what others do: none has a goal
+    ("torchdistill", "live, channels last", None, None),
+    ("modelopt", "live, channels last", None, None),
+    ("torchdistill", "cached, channels last", None, None),
+    ("modelopt", "cached, channels last", None, None),
 ]
 
 
@@ -61,9 +66,13 @@ class Table:
         ratio = statistics.median(numerators) / statistics.median(denominators)
         own = [a / b for a, b in zip(numerators, denominators, strict=True)]
         low, *_, high = statistics.quantiles(own, n=10, method="inclusive")
-        reached = ratio <= most if most is not None else (high if least == 1.0 else ratio) >= least
+        reached, goal = True, ""
+        if most is not None:
+            reached, goal = ratio <= most, f"≤ {most}"
+        elif least is not None:
+            within = least == 1.0
+            reached, goal = (high if within else ratio) >= least, f"≥ {least}{' within the spread' if within else ''}"
         self.missed += not reached
-        goal = f"≤ {most}" if most is not None else f"≥ {least}{' within the spread' if least == 1.0 else ''}"
         print(
             f"| {name} | {ratio:.3f} | {low:.3f} to {high:.3f} | {goal} | {'' if reached else 'missed'} |", flush=True
         )
