@@ -1,6 +1,6 @@
 """What a cache does to the student's accuracy: its formats, and a limited number of views.
 
-Run: python benchmarks/cached_accuracy.py [--seeds 10]      (about 6 minutes on two cores)
+Run: python benchmarks/cached_accuracy.py [--seeds 10]      (about 12 minutes on two cores)
 
 Digits, 10 labels per class, all training images, the settings of configs/distill_digits.yaml; the teacher is trained on
 all training labels. A seed draws split, networks and order. Differences from the live run on as many views are paired

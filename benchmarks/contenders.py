@@ -30,6 +30,7 @@ from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.modules import SupervisedModule
 
 BATCH, TEMPERATURE, SOFT_WEIGHT = 64, 4.0, 0.9
+LOADING = {"batch_size": BATCH}
 OPTIMIZER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 sgd = partial(SGD, **OPTIMIZER)
 
@@ -41,9 +42,10 @@ class Turns:
     always comes after the same one.
     """
 
-    def __init__(self, epochs, batches):
+    def __init__(self, epochs, batches, settle=lambda: None):
         self.epochs = epochs  # the first of them warms up, and is not kept
         self.batches = batches
+        self.settle = settle  # waits for what a turn has left a device to do
         self.seconds = {}
         self._order, self._left, self._whose, self._started, self._failure = [], [], None, {}, None
         self._draw = random.Random(0)
@@ -82,6 +84,7 @@ class Turns:
         return {name: [sum(found[i : i + self.batches]) for i in starts] for name, found in self.seconds.items()}
 
     def _boundary(self, name, ready, last=False):
+        self.settle()
         now = time.perf_counter()
         with self._changed:
             if name in self._started:
@@ -150,13 +153,16 @@ def soft_targets(student_logits, teacher_logits):
     return TEMPERATURE**2 * F.kl_div(F.log_softmax(student, 1), F.softmax(teacher, 1), reduction="batchmean")
 
 
-def plain(student, teacher, x, y, boundary, epochs):
+# The others take a dataset, and options of its loader; ``feed`` gives a loader's batches.
+
+
+def plain(student, teacher, data, boundary, epochs, feed=iter, **loading):
     """A loop as one writes it by hand; the teacher first, which on a CPU saves a tenth of the time."""
-    loader, optimizer = DataLoader(TensorDataset(x, y), BATCH, shuffle=True), sgd(student.parameters())
+    loader, optimizer = DataLoader(data, shuffle=True, **LOADING | loading), sgd(student.parameters())
     student.train()
     teacher.eval()
     for _ in range(epochs):
-        for images, labels in loader:
+        for images, labels in feed(loader):
             boundary()
             with torch.no_grad():
                 target = teacher(images)
@@ -167,7 +173,7 @@ def plain(student, teacher, x, y, boundary, epochs):
             optimizer.step()
 
 
-def torchdistill(student, teacher, x, y, boundary, epochs):
+def torchdistill(student, teacher, data, boundary, epochs, feed=iter, **loading):
     """Its distillation box, as its examples use it."""
     config = {
         "num_epochs": epochs,
@@ -175,7 +181,7 @@ def torchdistill(student, teacher, x, y, boundary, epochs):
             "dataset_id": "train",
             "requires_supp": False,
             "sampler": {"class_or_func": RandomSampler},
-            "kwargs": {"batch_size": BATCH},
+            "kwargs": LOADING | loading,
         },
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
@@ -203,11 +209,11 @@ def torchdistill(student, teacher, x, y, boundary, epochs):
             },
         },
     }
-    data = {"train": TensorDataset(x, y)}
-    box = get_distillation_box(teacher, student, data, config, torch.device("cpu"), None, False, 1)
+    device = next(student.parameters()).device
+    box = get_distillation_box(teacher, student, {"train": data}, config, device, None, False, 1)
     for epoch in range(epochs):
         box.pre_epoch_process(epoch=epoch)
-        for sample, targets in box.train_data_loader:
+        for sample, targets in feed(box.train_data_loader):
             boundary()
             box.pre_forward_process()
             loss = box.forward_process(sample, targets)
@@ -227,7 +233,7 @@ class Held(nn.Module):
         return self.network(x)
 
 
-def modelopt(student, teacher, x, y, boundary, epochs):
+def modelopt(student, teacher, data, boundary, epochs, feed=iter, **loading):
     """Its distillation mode in a loop, as its guide has it; the loss as written out, since its own is another."""
 
     class Loss(_Loss):
@@ -247,10 +253,10 @@ def modelopt(student, teacher, x, y, boundary, epochs):
             )
         ],
     )
-    loader, optimizer = DataLoader(TensorDataset(x, y), BATCH, shuffle=True), sgd(student.network.parameters())
+    loader, optimizer = DataLoader(data, shuffle=True, **LOADING | loading), sgd(student.network.parameters())
     student.train()
     for _ in range(epochs):
-        for images, labels in loader:
+        for images, labels in feed(loader):
             boundary()
             loss = student.compute_kd_loss(student_loss=F.cross_entropy(student(images), labels))
             optimizer.zero_grad()
@@ -275,9 +281,9 @@ def compete(students, make_student, make_teacher, size, epochs, cache, log):
         "live": partial(lightning, lambda: distilled(fresh(), first()), x, y),
         "cached, channels last": partial(lightning, lambda: distilled(fresh(), first(), cache=cache), x, y, **last),
         "live, channels last": partial(lightning, lambda: distilled(fresh(), first()), x, y, **last),
-        "plain loop": partial(plain, fresh(), first(), x, y),
-        "torchdistill": partial(torchdistill, fresh(), first(), x, y),
-        "modelopt": partial(modelopt, fresh(), first(), x, y),
+        "plain loop": partial(plain, fresh(), first(), TensorDataset(x, y)),
+        "torchdistill": partial(torchdistill, fresh(), first(), TensorDataset(x, y)),
+        "modelopt": partial(modelopt, fresh(), first(), TensorDataset(x, y)),
     }
     turns = Turns(epochs + 1, size // BATCH)
     for name in students or ways:

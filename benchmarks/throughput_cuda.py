@@ -1,6 +1,9 @@
 """The ratios of benchmarks/throughput.py on a GPU: ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last.
 
-Run: python benchmarks/throughput.py --device cuda. Images lie in memory as bytes and are augmented by 12 workers.
+Run: python benchmarks/throughput.py --device cuda      (about 15 minutes)
+
+Images lie in memory as bytes and are augmented by up to 12 workers; batches of 256. All contenders take turns, an epoch
+each. The plain loop and the other libraries get networks and batches with channels last, and run under autocast.
 """
 
 import os
@@ -10,75 +13,70 @@ import time
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+from contenders import Turns, alone, distilled, ensemble, modelopt, plain, torchdistill
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from throughput import RATIOS, Table, log
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
 
-from kd_lightning import (
-    CompileNetworks,
-    DatasetSource,
-    DistillModule,
-    SemiSupervisedDataModule,
-    SupervisedModule,
-    Teacher,
-)
+from kd_lightning import CompileNetworks, DatasetSource, SemiSupervisedDataModule
 
-SIZE, BATCH, CLASSES, EPOCHS = 16384, 256, 1000, 4  # the first epoch warms up
-sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+DEVICE = "cuda"
+SIZE, PIXELS, BATCH, CLASSES, VIEWS = 8192, 224, 256, 1000, 2
+EPOCHS = 6  # the first one warms up, and the last one's end counts to it
+PAIR = resnet18, resnet50
+WORKERS = min(12, os.cpu_count() or 1)
 transform = v2.Compose([v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
 
 
 class Watch(Callback):
-    """Seconds of each epoch, and at most how long the device had nothing to do for want of a batch."""
+    """Tells where an epoch begins; how long, at most, the device then had nothing to do for want of a batch."""
 
-    def __init__(self):
-        self.seconds, self.waits = [], []
+    def __init__(self, boundary):
+        self.boundary = boundary
+        self.waits = []
+
+    def begin(self):
+        """Wait for one's turn; nothing has been read yet."""
+        self.boundary()
+        self.waits.append(0.0)
+        self.end()
+
+    def arrive(self):
+        """A batch is there: was the device waiting for it?"""
+        if self.done.query():
+            self.waits[-1] += time.perf_counter() - self.asked
+
+    def end(self):
+        """The loader's turn; the device still works on what it was given."""
+        self.done = torch.Event(DEVICE)
+        self.done.record()
+        self.asked = time.perf_counter()
+
+    def feed(self, loader):
+        """An epoch's batches, on the device."""
+        self.begin()
+        for x, y in loader:
+            self.arrive()
+            x = x.to(DEVICE, non_blocking=True, memory_format=torch.channels_last)
+            yield x, y.to(DEVICE, non_blocking=True)
+            self.end()
 
     def on_train_epoch_start(self, trainer, module):
-        """Start."""
-        torch.cuda.synchronize()
-        self.start, self.wait, self.idle_since = time.perf_counter(), 0.0, None
+        """Begin."""
+        self.begin()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """A batch is there: was the device waiting for it?"""
-        if self.idle_since is not None and self.done.query():
-            self.wait += max(0.0, time.perf_counter() - self.idle_since)
+        """A batch is there."""
+        self.arrive()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        """The loader's turn; the device still works on what it was given."""
-        self.done = torch.cuda.Event()
-        self.done.record()
-        self.idle_since = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer, module):
-        """Stop."""
-        torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
-        self.waits.append(self.wait)
+        """The next one is asked for."""
+        self.end()
 
 
-def fit(make, images, labels, compiled):
-    """Seconds of each epoch but the first, and the share of them that the device waited."""
-    data = SemiSupervisedDataModule(
-        DatasetSource(TensorDataset(images, labels)),
-        views=2,
-        val=0,
-        batch_size=BATCH,
-        num_workers=min(12, os.cpu_count() or 1),
-        train_transform=transform,
-    )
-    watch = Watch()
-    callbacks = [watch, CompileNetworks(backend="inductor" if compiled else None, channels_last=True)]
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    Trainer(max_epochs=EPOCHS, accelerator="gpu", devices=1, precision="bf16-mixed", callbacks=callbacks, **quiet).fit(
-        make(), datamodule=data
-    )
-    return watch.seconds[1:], sum(watch.waits[1:]) / sum(watch.seconds[1:])
-
-
-class Plain(Dataset):
+class Images(Dataset):
     """The same images, by plain torchvision."""
 
     def __init__(self, images, labels):
@@ -91,66 +89,74 @@ class Plain(Dataset):
         return transform(self.images[index]), self.labels[index]
 
 
-def plain(images, labels):
-    """A loop as one writes it by hand."""
-    loader = DataLoader(
-        Plain(images, labels),
-        BATCH,
-        shuffle=True,
-        num_workers=min(12, os.cpu_count() or 1),
-        pin_memory=True,
-        persistent_workers=True,
+def ours(make_module, images, labels, watches, name, boundary, epochs, compiled=False):
+    """A module of this package."""
+    data = SemiSupervisedDataModule(
+        DatasetSource(TensorDataset(images, labels)),
+        views=VIEWS,
+        val=0,
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        train_transform=transform,
     )
-    student = resnet18(num_classes=CLASSES).cuda().to(memory_format=torch.channels_last).train()
-    teacher = resnet50(num_classes=CLASSES).cuda().to(memory_format=torch.channels_last).eval()
-    optimizer, seconds = sgd(student.parameters()), []
-    for _ in range(EPOCHS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for x, y in loader:
-            x, y = x.cuda(non_blocking=True), y.cuda(non_blocking=True)
-            with torch.autocast("cuda", torch.bfloat16):
-                logits = student(x)
-                with torch.no_grad():
-                    target = teacher(x)
-            s, t = logits.float() / 4, target.float() / 4
-            soft = 16 * F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
-            loss = 0.1 * F.cross_entropy(logits.float(), y) + 0.9 * soft
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    watches[name] = Watch(boundary)
+    callbacks = [watches[name], CompileNetworks(backend="inductor" if compiled else None, channels_last=True)]
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    machine = {"accelerator": DEVICE, "devices": 1, "precision": "bf16-mixed"}
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **machine, **quiet)
+    trainer.fit(make_module(), datamodule=data)
+
+
+def others(train, data, watches, name, boundary, epochs):
+    """A loop by hand, or another library's."""
+    watch = watches[name] = Watch(boundary)
+    student, teacher = (make(num_classes=CLASSES).to(DEVICE, memory_format=torch.channels_last) for make in PAIR)
+    loading = {"batch_size": BATCH, "num_workers": WORKERS, "pin_memory": DEVICE == "cuda", "persistent_workers": True}
+    with torch.autocast(DEVICE, torch.bfloat16):
+        train(student, teacher, data, lambda: None, epochs, feed=watch.feed, **loading)
 
 
 def run():
     """Print images/s, the share of waiting, and the ratios; the exit status."""
-    images = torch.randint(256, (SIZE, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(256, (SIZE, 3, PIXELS, PIXELS), dtype=torch.uint8)
     labels = torch.randint(CLASSES, (SIZE,))
-    found = {"plain loop": (plain(images, labels), None)}
+    torch.manual_seed(0)
+    make_student, make_teacher = (partial(make, num_classes=CLASSES) for make in PAIR)
+    experts = [make_teacher().state_dict() for _ in range(8)]
+
+    def teacher(number=0):  # the same ones for all, so that one cache serves
+        network = make_teacher()
+        network.load_state_dict(experts[number])
+        return network
+
+    turns, watches = Turns(EPOCHS, 1, settle=getattr(torch, DEVICE).synchronize), {}
     with tempfile.TemporaryDirectory() as cache:
-        for compiled in (False, True):
-            for name, where in (("student alone", None), ("live", None), ("cached", cache)):
-
-                def make(name=name, where=where):
-                    student = resnet18(num_classes=CLASSES)
-                    if name == "student alone":
-                        return SupervisedModule(student, optimizer=sgd)
-                    torch.manual_seed(0)  # the same teacher in every run, so that one cache serves
-                    return DistillModule(student, Teacher(resnet50(num_classes=CLASSES), cache=where), optimizer=sgd)
-
-                found[f"{name}, {'compiled' if compiled else 'not compiled'}"] = fit(make, images, labels, compiled)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+        modules = {
+            "student alone": lambda: alone(make_student()),
+            "cached": lambda: distilled(make_student(), teacher(), cache=cache),
+            "live": lambda: distilled(make_student(), teacher()),
+            "8 teachers, cached": lambda: ensemble(make_student(), [teacher(n) for n in range(8)], cache),
+        }
+        ways = {name: partial(ours, make, images, labels, watches, name) for name, make in modules.items()}
+        for name in ("student alone", "cached", "live"):
+            also = f"{name}, compiled"
+            ways[also] = partial(ours, modules[name], images, labels, watches, also, compiled=True)
+        data = Images(images, labels)
+        for name, train in {"plain loop": plain, "torchdistill": torchdistill, "modelopt": modelopt}.items():
+            ways[name] = partial(others, train, data, watches, name)
+        for name, way in ways.items():
+            log(f"preparing {name}")
+            turns.add(name, way)
+        seconds = {name: found[:-1] for name, found in turns.run().items()}
     print("| | images/s | share of waiting for data |\n|---|---|---|")
-    middle = {name: statistics.median(seconds) for name, (seconds, _) in found.items()}
-    for name, (_, waited) in found.items():
-        print(f"| {name} | {SIZE / middle[name]:.0f} | {'' if waited is None else f'{waited:.1%}'} |")
-    ratios = {}
-    for kind in ("not compiled", "compiled"):
-        ratios[f"cached / student alone, {kind}", 1.05] = middle[f"cached, {kind}"] / middle[f"student alone, {kind}"]
-    ratios["live / plain loop, not compiled", 1.05] = middle["live, not compiled"] / middle["plain loop"]
-    print("\n| ratio | measured | to reach |\n|---|---|---|")
-    for (name, goal), ratio in ratios.items():
-        print(f"| {name} | {ratio:.3f} | ≤ {goal} |")
-    return int(any(ratio > goal for (_, goal), ratio in ratios.items()))
+    for name, found in seconds.items():
+        waited = sum(watches[name].waits[1:-1]) / sum(found)
+        print(f"| {name} | {SIZE / statistics.median(found):.0f} | {waited:.1%} |")
+    print()
+    table = Table()
+    for of, over, most, least in [*RATIOS, ("cached, compiled", "student alone, compiled", 1.05, None)]:
+        if over in seconds:
+            table.add(f"{of} / {over}", seconds[of], seconds[over], most, least)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
+    print(f"{device}, torch {torch.__version__}")
+    return int(table.missed > 0)

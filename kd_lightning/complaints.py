@@ -16,6 +16,7 @@ from kd_lightning.config_files import (
     hint,
     known_keys,
     names_of_classes,
+    no_such_key,
     parameters_of,
     read_configs,
     walk,
@@ -78,7 +79,7 @@ def _unknown_key(key: str, parser: jsonargparse.ArgumentParser | None, config: d
         owner = find_class(parent)
         if found == name and owner is not None:
             allowed = [p for p in parameters_of(owner) if p != "self"]
-            return f"{path}: {owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
+            return f"{path}: {no_such_key(owner, name, allowed)}"
     known = [] if parser is None else [k for k in known_keys(parser) if k.rpartition(".")[0] == key.rpartition(".")[0]]
     return f"{key}: no such key{hint(key, known)}"
 

@@ -15,6 +15,7 @@ import jsonargparse
 import yaml
 
 from kd_lightning.errors import InputError
+from kd_lightning.teachers import Teacher
 
 SPEC = ("class_path", "init_args", "dict_kwargs")
 """What says how an object is built."""
@@ -115,6 +116,13 @@ def hint(name: str, allowed: Iterable[str]) -> str:
     """``; did you mean ...?`` where something is near."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def no_such_key(owner: Any, name: str, allowed: Iterable[str]) -> str:
+    """What to say of an argument that a class does not have."""
+    if name.startswith("cache") and name in parameters_of(Teacher):
+        return f"{owner.__name__} has no such key; a kd_lightning.Teacher around it does"
+    return f"{owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
 
 
 def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> None:
@@ -225,8 +233,7 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
         return
     for key, value in spec.get("init_args", {}).items():
         if key not in parameters:
-            near = f"no such key{hint(str(key), parameters)}; allowed: {', '.join(parameters)}"
-            raise InputError(f"{path}.init_args.{key}: {owner.__name__} has {near}")
+            raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), parameters)}")
         if value is None and parameters[key].default is not None and not _takes_none(owner, key):
             raise InputError(f"{path}.init_args.{key}: {owner.__name__} takes no null here; leave the key out")
 

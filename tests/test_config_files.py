@@ -104,6 +104,14 @@ CASES = {
         put(f"{STUDENT}.init_args.lr", 3),  # the optimiser has one, and stands first
         f"{STUDENT}.init_args.lr: DigitsCNN has no such key",
     ),
+    "argument of a Teacher": (
+        put(f"{TEACHER}.init_args.cache", "kept"),
+        f"{TEACHER}.init_args.cache: load_weights has no such key; a kd_lightning.Teacher around it does",
+    ),
+    "argument of a Teacher, to what takes any": (
+        put(TEACHER, {"class_path": "torchvision.models.resnet18", "init_args": {"cache": "kept"}}),
+        f"{TEACHER}.init_args.cache: resnet18 has no such key; a kd_lightning.Teacher around it does",
+    ),
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
     "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),

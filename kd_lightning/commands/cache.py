@@ -1,7 +1,8 @@
-"""``cache --config ...``: fill the caches of a config's teachers ahead. Takes fit's arguments, and trains nothing."""
+"""``cache CONFIG ...``: fill the caches of a config's teachers ahead. Takes fit's arguments, and trains nothing."""
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +17,8 @@ from kd_lightning.teachers import Teacher
 
 def main(args: list[str]) -> None:
     """Fill the caches on all devices, and print each folder's size."""
-    trainer = CacheCLI(["fit", *args]).trainer
+    configs = [f"--config={path}" for path in takewhile(lambda arg: not arg.startswith("-"), args)]
+    trainer = CacheCLI(["fit", *configs, *args[len(configs) :]]).trainer
     for teacher in _cached(trainer.lightning_module) if trainer.is_global_zero else ():
         for folder in teacher.kept_in:
             size = sum(file.stat().st_size for file in folder.iterdir())

@@ -38,7 +38,7 @@ def digits(width):
 
 
 def test_fills_trains_nothing_and_prints_the_size(config, capsys, tmp_path):
-    main(["cache", "--config", config()])
+    main(["cache", config()])
     (folder,) = (tmp_path / "teachers").iterdir()
     size = 1078 * 3 * 10 * 2
     whole = sum(file.stat().st_size for file in folder.iterdir())
