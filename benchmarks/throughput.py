@@ -164,7 +164,7 @@ def memory(table, rounds):
     for _ in range(rounds):
         for times, found in megabytes.items():
             command = [sys.executable, "-c", MEMORY, str(4000 * times)]
-            found.append(float(subprocess.check_output(command, cwd=here, stderr=subprocess.DEVNULL).split()[-1]))
+            found.append(float(subprocess.check_output(command, cwd=here).split()[-1]))
         log(f"anonymous memory: {megabytes}")
     table.add("anonymous memory of a cached run: 40,000 images / 4,000", megabytes[10], megabytes[1], 1.05)
 
@@ -175,7 +175,7 @@ def imports(table, rounds):
     for turn in range(rounds + 1):
         for statement, found in seconds.items():
             start = sum(os.times()[2:4])  # of processes that have ended
-            subprocess.run([sys.executable, "-c", statement], check=True, stderr=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-c", statement], check=True)
             if turn:
                 found.append(sum(os.times()[2:4]) - start)
     base, ours = seconds.values()
