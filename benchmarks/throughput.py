@@ -93,10 +93,23 @@ def networks(table, rounds):
             table.add(f"{name}: {of} / {over}", seconds[of], seconds[over], most, least)
 
 
+class Plain:
+    """A dataset as one writes it by hand."""
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.labels[index]
+
+
 def augmentation(table, rounds):
     """What a sample costs by the datamodule's replayable augmentation, and by plain torchvision v2."""
     import torch
-    from torch.utils.data import DataLoader, Dataset, TensorDataset
+    from torch.utils.data import DataLoader, TensorDataset
     from torchvision.transforms import v2
 
     from kd_lightning import DatasetSource, SemiSupervisedDataModule
@@ -112,17 +125,10 @@ def augmentation(table, rounds):
         ]
     )
 
-    class Plain(Dataset):
-        def __len__(self):
-            return len(images)
-
-        def __getitem__(self, index):
-            return transform(images[index]), labels[index]
-
     data = SemiSupervisedDataModule(
         DatasetSource(TensorDataset(images, labels)), val=0, batch_size=64, train_transform=transform
     )
-    loaders = {"ours": data.train_dataloader(), "plain": DataLoader(Plain(), 64, shuffle=True)}
+    loaders = {"ours": data.train_dataloader(), "plain": DataLoader(Plain(images, labels, transform), 64, shuffle=True)}
     seconds = {name: [] for name in loaders}
     for _ in range(rounds + 1):
         for name, loader in loaders.items():

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from contenders import Turns, alone, distilled, ensemble, modelopt, plain, torchdistill
 from lightning.pytorch import Callback, Trainer
-from throughput import RATIOS, Table, log
-from torch.utils.data import Dataset, TensorDataset
+from throughput import RATIOS, Plain, Table, log
+from torch.utils.data import TensorDataset
 from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
 
@@ -76,19 +76,6 @@ class Watch(Callback):
         self.end()
 
 
-class Images(Dataset):
-    """The same images, by plain torchvision."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return transform(self.images[index]), self.labels[index]
-
-
 def ours(make_module, images, labels, watches, name, boundary, epochs, compiled=False):
     """A module of this package."""
     data = SemiSupervisedDataModule(
@@ -141,7 +128,7 @@ def run():
         for name in ("student alone", "cached", "live"):
             also = f"{name}, compiled"
             ways[also] = partial(ours, modules[name], images, labels, watches, also, compiled=True)
-        data = Images(images, labels)
+        data = Plain(images, labels, transform)
         for name, train in {"plain loop": plain, "torchdistill": torchdistill, "modelopt": modelopt}.items():
             ways[name] = partial(others, train, data, watches, name)
         for name, way in ways.items():

@@ -120,9 +120,10 @@ def hint(name: str, allowed: Iterable[str]) -> str:
 
 def no_such_key(owner: Any, name: str, allowed: Iterable[str]) -> str:
     """What to say of an argument that a class does not have."""
+    message = f"{owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
     if name.startswith("cache") and name in parameters_of(Teacher):
-        return f"{owner.__name__} has no such key; a kd_lightning.Teacher around it does"
-    return f"{owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
+        message += f"; {name} is an argument of kd_lightning.Teacher, which goes around a teacher's network"
+    return message
 
 
 def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> None:

@@ -63,6 +63,19 @@ def test_lightning_moves_every_tensor():
     assert X.device.type == "cpu"
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("mps", True), ("cuda", False), ("meta", False)])
+def test_waits_only_where_it_must(monkeypatch, device, waits):
+    seen = []
+
+    def to(tensor, device, non_blocking=False):
+        seen.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    Batch(X, Y).to(device)
+    assert seen == [(torch.device(device), not waits)] * 2
+
+
 def test_pseudo_labels_move_and_are_pinned(monkeypatch):
     whole = Batch(X, Y, kind=Y, soft=X, x_strong=X, mean_labels=1.5, mean_pseudo=0.5, mean_rows=4.0)
     moved = move_data_to_device(whole, torch.device("meta"))

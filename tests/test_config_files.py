@@ -106,11 +106,12 @@ CASES = {
     ),
     "argument of a Teacher": (
         put(f"{TEACHER}.init_args.cache", "kept"),
-        f"{TEACHER}.init_args.cache: load_weights has no such key; a kd_lightning.Teacher around it does",
+        f"{TEACHER}.init_args.cache: load_weights has no such key; allowed: model, path, prefix; cache is an argument "
+        "of kd_lightning.Teacher",
     ),
     "argument of a Teacher, to what takes any": (
         put(TEACHER, {"class_path": "torchvision.models.resnet18", "init_args": {"cache": "kept"}}),
-        f"{TEACHER}.init_args.cache: resnet18 has no such key; a kd_lightning.Teacher around it does",
+        "; cache is an argument of kd_lightning.Teacher",
     ),
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),

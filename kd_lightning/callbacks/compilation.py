@@ -19,7 +19,7 @@ class CompileNetworks(Callback):
 
     Pays where a fit has thousands of steps of one shape: the first steps of each kind take up to minutes. While layers
     are captured for hints, networks run uncompiled. Outputs differ by rounding from uncompiled ones. After the fit (or
-    test) the networks are as they were.
+    test) the networks are not compiled; weights stay laid out as they are.
 
     Args:
         mode: As of ``torch.compile``: None, ``"reduce-overhead"``, ``"max-autotune"``, and its other ones.
