@@ -37,10 +37,11 @@ from kd_lightning import (
     SupervisedModule,
     exporting,
 )
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
+from kd_lightning.losses.base import decide
 from kd_lightning.models import DigitsCNN, resnet20
-from kd_lightning.modules.evaluation import decide
-from kd_lightning.quantization import quantize, size_of
+from kd_lightning.quantization.layers import quantize
+from kd_lightning.quantization.sizes import size_of
 
 PRECISIONS = {
     "fp32": None,
@@ -98,11 +99,11 @@ class Data(SemiSupervisedDataModule):
 class Seed:
     """All that is trained with one seed in one setting."""
 
-    def __init__(self, seed, setting, val=0.1):
+    def __init__(self, seed, setting, val_size=0.1):
         torch.set_num_threads(1)
         self.seed = seed
         self.labels = SETTINGS[setting]
-        self.make_data = partial(Data, {}, seed=seed, val=val)
+        self.make_data = partial(Data, {}, seed=seed, val_size=val_size)
         self.folder = tempfile.TemporaryDirectory()
         self.teacher = DigitsCNN(32)
         seed_everything(seed, verbose=False)
@@ -116,7 +117,7 @@ class Seed:
 
     def alone(self, precision, lr):
         """Without a teacher, on the labeled images."""
-        few = {"unlabeled": "none", "copies": 11} if self.labels else {}
+        few = {"unlabeled": "none", "views_per_epoch": 11} if self.labels else {}
         module = SupervisedModule(self.student(precision), **optimised(lr))
         found = fit(module, self.make_data(**self.labels, **few))
         if precision == "fp32":
@@ -126,7 +127,7 @@ class Seed:
     def taught(self, precision, scheme, lr, temperature):
         """By one of the schemes."""
         student = self.student(precision)
-        arguments = {"soft_loss": SoftTargetLoss(temperature), **optimised(lr)}
+        arguments = {"soft_loss": KDLoss(temperature), **optimised(lr)}
         teacher = self.teacher
         if scheme == "A":
             teacher = DigitsCNN(32)
@@ -181,7 +182,7 @@ GRID = {  # learning rate and temperature
 def try_settings(case):
     """Validation accuracies of one seed over the grid."""
     seed, setting = case
-    here, found = Seed(seed, setting, val=0.25), {}
+    here, found = Seed(seed, setting, val_size=0.25), {}
     here.alone("fp32", FLOAT_RATE)
     for method, grid in GRID.items():
         for lr, temperature in grid:

@@ -21,7 +21,7 @@ from few_labels import quiet
 from training import train
 
 from kd_lightning import Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule, Teacher
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN
 
 STEPS = 40 * 17
@@ -37,10 +37,10 @@ def run(seed):
     quiet()
     make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed)
     expert = train(STEPS, 1000 + seed, partial(SupervisedModule, DigitsCNN(32)), make_data(), lr=0.01).student
-    loss = {"soft_loss": SoftTargetLoss(4.0), "soft_weight": 0.5}
+    loss = {"soft_loss": KDLoss(4.0), "soft_weight": 0.5}
 
     def accuracy(views, **cache):
-        data = make_data(labeled=10, views=views)
+        data = make_data(labeled=10, num_views=views)
 
         def make(**options):
             return DistillModule(DigitsCNN(8), Teacher(expert, **cache), **loss, **options)

@@ -26,7 +26,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     Teacher,
 )
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.modules import SupervisedModule
 
 BATCH, TEMPERATURE, SOFT_WEIGHT = 64, 4.0, 0.9
@@ -122,7 +122,7 @@ class Steps(Callback):
 
 def lightning(make_module, x, y, boundary, epochs, callbacks=()):
     """A module of this package."""
-    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(x, y)), views=1, val=0, batch_size=BATCH)
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(x, y)), num_views=1, val_size=0, batch_size=BATCH)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Steps(boundary), *callbacks], **quiet)
     trainer.fit(make_module(), datamodule=data)
@@ -144,7 +144,7 @@ def ensemble(student, teachers, cache):
 
 
 def _soft():
-    return {"soft_loss": SoftTargetLoss(TEMPERATURE), "soft_weight": SOFT_WEIGHT, "optimizer": sgd}
+    return {"soft_loss": KDLoss(TEMPERATURE), "soft_weight": SOFT_WEIGHT, "optimizer": sgd}
 
 
 def soft_targets(student_logits, teacher_logits):

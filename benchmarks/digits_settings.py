@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning import Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN
 
 EPOCHS = 40
@@ -53,7 +53,7 @@ def optimised(lr):
 def run_seed(seed):
     """All settings on one split."""
     torch.set_num_threads(1)
-    make_data = partial(SemiSupervisedDataModule, Digits(), val=0.25, seed=seed, batch_size=64)
+    make_data = partial(SemiSupervisedDataModule, Digits(), val_size=0.25, seed=seed, batch_size=64)
     seed_everything(seed, verbose=False)
     teacher = DigitsCNN(WIDTHS["teacher"])
     results = {("teacher", 0.005): fit(SupervisedModule(teacher, **optimised(0.005)), make_data())}
@@ -61,7 +61,7 @@ def run_seed(seed):
     steps = -(-images // 64)
     for lr in (0.01, 0.03, 0.1, 0.3):
         seed_everything(seed, verbose=False)
-        data = make_data(labeled=10, unlabeled="none", copies=-(-steps * 64 // 100))
+        data = make_data(labeled=10, unlabeled="none", views_per_epoch=-(-steps * 64 // 100))
         module = SupervisedModule(DigitsCNN(WIDTHS["student"]), **optimised(lr))
         results["alone", lr] = fit(module, data, steps)
     for lr, temperature, weight in itertools.product((0.03, 0.1), (2.0, 4.0), (0.5, 0.9)):
@@ -69,7 +69,7 @@ def run_seed(seed):
         module = DistillModule(
             DigitsCNN(WIDTHS["student"]),
             teacher,
-            soft_loss=SoftTargetLoss(temperature),
+            soft_loss=KDLoss(temperature),
             soft_weight=weight,
             **optimised(lr),
         )

@@ -25,17 +25,10 @@ from scipy import stats
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from kd_lightning import (
-    Batch,
-    Digits,
-    DistillModule,
-    EnsembleDistillModule,
-    SemiSupervisedDataModule,
-    SupervisedModule,
-)
-from kd_lightning.ensembles import Ensemble
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning import Batch, Digits, DistillModule, EnsembleDistillModule, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import CifarResNet, DigitsCNN, FitNet, resnet20
+from kd_lightning.teachers.ensemble import Ensemble
 
 STEPS = 40 * 17  # of 64 images, of the 1078 in the training part
 TEACHERS = {
@@ -44,11 +37,11 @@ TEACHERS = {
     "maxout": partial(FitNet, ((32, 32), (64, 64)), hidden=None, in_channels=1),
 }
 MODES = {
-    "average": {"combine": "average"},
-    "average, by confidence": {"combine": "average", "teacher_weights": "confidence"},
-    "random, a batch": {"combine": "random"},
-    "random, a sample": {"combine": "random", "draw": "sample"},
-    "relabel": {"combine": "relabel"},
+    "average": {"strategy": "average"},
+    "average, by confidence": {"strategy": "average", "teacher_weights": "confidence"},
+    "random, a batch": {"strategy": "random"},
+    "random, a sample": {"strategy": "random", "draw_per": "sample"},
+    "relabel": {"strategy": "relabel"},
 }
 
 
@@ -101,16 +94,18 @@ def run(seed):
         _, found[name] = fit(make(DigitsCNN(8)), make_data(labeled=10, **data))
         print(f"seed {seed} {name}: {found[name]:.2f}", flush=True)
 
-    settings = {"soft_loss": SoftTargetLoss(4.0), "soft_weight": 0.5, **optimised(0.03)}
-    train("no teacher", partial(SupervisedModule, **optimised(0.03)), unlabeled="none", copies=11)
+    settings = {"soft_loss": KDLoss(4.0), "soft_weight": 0.5, **optimised(0.03)}
+    train("no teacher", partial(SupervisedModule, **optimised(0.03)), unlabeled="none", views_per_epoch=11)
     for name, teacher in teachers.items():
         train(f"one teacher: {name}", partial(DistillModule, teacher=teacher, **settings))
     best = max(validated, key=validated.__getitem__)
     found["one teacher: the best on validation"] = found[f"one teacher: {best}"]
     everyone = [*teachers.values()]
     for name, mode in MODES.items():
-        copies = len(everyone) if name == "relabel" else 1
-        train(name, partial(EnsembleDistillModule, teachers=everyone, **mode, **settings), copies=copies)
+        views_per_epoch = len(everyone) if name == "relabel" else 1
+        train(
+            name, partial(EnsembleDistillModule, teachers=everyone, **mode, **settings), views_per_epoch=views_per_epoch
+        )
     ensemble = Ensemble(everyone)
     test = make_data().test_dataloader()
     right = [ensemble.pool(ensemble(batch)).argmax(dim=1) == batch.y for batch in test]
@@ -154,7 +149,7 @@ def speed(repeats=15):
     print("\n| teachers | one by one, ms | as one, ms | ratio [least, most] | largest difference of a logit |")
     print("|---|---|---|---|---|")
     for name, (networks, x) in cases.items():
-        ways = [Ensemble(copy.deepcopy(networks)), Ensemble(networks, batched=True)]
+        ways = [Ensemble(copy.deepcopy(networks)), Ensemble(networks, use_vmap=True)]
         difference = float((ways[0](Batch(x)) - ways[1](Batch(x))).abs().max())
         turns = []
         for _ in range(repeats):

@@ -39,7 +39,7 @@ from kd_lightning import (
     SoftWeightAnnealing,
     SupervisedModule,
 )
-from kd_lightning.data.strong import strong_digits
+from kd_lightning.data.transforms import strong_digits
 from kd_lightning.models import DigitsCNN
 
 EPOCH, EPOCHS = 18, 60  # steps: a pass over the pool of 40 labels, 64 at a time
@@ -89,11 +89,11 @@ def optimised(lr):
 class Split:
     """All modes on one split: how each is trained."""
 
-    def __init__(self, seed, labels, kept, val=0):
+    def __init__(self, seed, labels, kept, val_size=0):
         self.seed = seed
         self.labels = labels
-        self.val = val
-        self.make_data = partial(Data, kept, labeled=labels // 10, val=val, seed=seed)
+        self.val_size = val_size
+        self.make_data = partial(Data, kept, labeled=labels // 10, val_size=val_size, seed=seed)
 
     def fit(self, make_module, callbacks=(), **data):
         """Train to the last step, and measure on validation images where there are some, else on test images."""
@@ -125,9 +125,14 @@ class Split:
 
     def alone(self, lr=0.01, strong=False):
         """On the labels alone; as many labeled images in a batch."""
-        copies = -(-EPOCH * LABELED // self.labels)
+        views_per_epoch = -(-EPOCH * LABELED // self.labels)
         one = {"train_transform": strong_digits()} if strong else {}
-        many = {"unlabeled": "none", "labeled_batch_size": None, "batch_size": LABELED, "copies": copies}
+        many = {
+            "unlabeled": "none",
+            "labeled_batch_size": None,
+            "batch_size": LABELED,
+            "views_per_epoch": views_per_epoch,
+        }
         return self.fit(lambda student: SupervisedModule(student, **optimised(lr)), **many, **one)
 
     def lee(self, lr=0.01, weight=3.0, begin=10, end=30, strong=False, **data):
@@ -146,10 +151,10 @@ class Split:
 
     def refresh(self, lr=0.03, threshold=0.8, every=1, warmup=10, fair=True, source="student", **data):
         """Labels made anew every epoch; of a class no more than its share of the pool, where fair."""
-        pool = Data({}, labeled=self.labels // 10, val=self.val, seed=self.seed).unlabeled_indices()
+        pool = Data({}, labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
         options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
         options["top_k_per_class"] = len(pool) // 10 if fair else None
-        make = partial(PseudoLabelModule, labels="refreshed", **optimised(lr))
+        make = partial(PseudoLabelModule, pseudo_labels="refreshed", **optimised(lr))
         return self.fit(make, [PseudoLabelRefresh(**options)], strong_transform=strong_digits(), **data)
 
     def graph(self, threshold=0.75, **options):
@@ -193,7 +198,7 @@ def quiet():
 def try_settings(seed):
     """Every setting of every mode at 40 labels, on one split: {(mode, setting): what was measured on validation}."""
     quiet()
-    split, found = Split(seed, 40, {}, val=0.25), {}
+    split, found = Split(seed, 40, {}, val_size=0.25), {}
     for mode, grid in GRID.items():
         for values in itertools.product(*grid.values()):
             setting = dict(zip(grid, values, strict=True))

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from contenders import BATCH, Turns, alone, distilled, ensemble, lightning
 
+from kd_lightning.cache.codecs import DenseCodec
+from kd_lightning.cache.store import OutputCache
 from kd_lightning.models import resnet8, resnet32
-from kd_lightning.output_cache import OutputCache
-from kd_lightning.teacher_cache import AllLogits
 
 SIZE, EPOCHS = 1024, 6
 
@@ -83,7 +83,7 @@ def classes():
 
 def samples():
     """The cache alone, on made-up logits of 100 classes, with 10 thousand to a million rows."""
-    form, chunk = AllLogits(100, "float16"), 1024
+    form, chunk = DenseCodec(100, "float16"), 1024
     logits = form.encode(torch.randn(chunk, 100, generator=torch.Generator().manual_seed(0)))
     print("\n| rows | size, MiB | fill, µs a row | check, µs a row | look up 64 rows, µs | anonymous memory, MiB |")
     print("|---|---|---|---|---|---|")

@@ -35,7 +35,7 @@ from kd_lightning import (
     SoftWeightAnnealing,
     SupervisedModule,
 )
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN, FitNet, vgg13
 
 EPOCHS, HINT_EPOCHS = 60, 30
@@ -75,7 +75,7 @@ def make_module(method, teacher, *, lr, hint_lr=None, hint_weight=0.0, init="def
     student, optimizer = make_student(init), partial(Adam, lr=lr)
     if method == "labels":
         return SupervisedModule(student, optimizer=optimizer)
-    distilled = {"soft_loss": SoftTargetLoss(temperature=3.0), "soft_weight": 0.31, "optimizer": optimizer}
+    distilled = {"soft_loss": KDLoss(temperature=3.0), "soft_weight": 0.31, "optimizer": optimizer}
     if method == "distillation":
         return DistillModule(student, teacher, **distilled)
     epochs = HINT_EPOCHS if method == "two-stage" else 0
@@ -83,8 +83,8 @@ def make_module(method, teacher, *, lr, hint_lr=None, hint_weight=0.0, init="def
     hints["hint_optimizer"] = partial(Adam, lr=hint_lr) if hint_lr else None
     module = HintModule(student, teacher, HINTS, **hints, **distilled)
     if relu:  # as the paper has it
-        for regressor in module.regressors.values():
-            regressor.append(nn.ReLU())
+        for projector in module.projectors.values():
+            projector.append(nn.ReLU())
     return module
 
 
@@ -112,21 +112,21 @@ def accuracy(network, loader):
     return 100 * float(right.double().mean())
 
 
-def run(seed, plan, *, val):
+def run(seed, plan, *, val_size):
     """All of a plan's runs on one split: {name: accuracy}, on validation images or, without any, on test images."""
     torch.set_num_threads(1)
     plain = {"train_transform": nn.Identity()}  # no augmentation
-    make_data = partial(SemiSupervisedDataModule, Digits(), val=val, batch_size=32, seed=seed, **plain)
+    make_data = partial(SemiSupervisedDataModule, Digits(), val_size=val_size, batch_size=32, seed=seed, **plain)
     teacher, data = DigitsCNN(32), make_data()
     seed_everything(seed, verbose=False)
     options = {"optimizer": partial(AdamW, lr=0.005, weight_decay=0.01)}
     fit(SupervisedModule(teacher, lr_scheduler=partial(CosineAnnealingLR, T_max=40), **options), data, epochs=40)
-    found = {"teacher": accuracy(teacher, data.val_dataloader() if val else data.test_dataloader())}
+    found = {"teacher": accuracy(teacher, data.val_dataloader() if val_size else data.test_dataloader())}
     for name, (method, settings) in plan.items():
         seed_everything(seed, verbose=False)
         module, data = make_module(method, teacher, **settings), make_data()
         fit(module, data)
-        found[name] = accuracy(module.student, data.val_dataloader() if val else data.test_dataloader())
+        found[name] = accuracy(module.student, data.val_dataloader() if val_size else data.test_dataloader())
         print(f"seed {seed} {name}: {found[name]:.1f}", flush=True)
     return found
 
@@ -186,7 +186,7 @@ def search(seeds):
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             plan[", ".join([method, *(f"{key} {value:g}" for key, value in settings.items())])] = (method, settings)
-    results = in_parallel(partial(run, plan=plan, val=0.25), range(100, 100 + seeds))
+    results = in_parallel(partial(run, plan=plan, val_size=0.25), range(100, 100 + seeds))
     print("\n| method and settings | validation accuracy % | each seed |\n|---|---|---|")
     for name in results[0]:
         values = [found[name] for found in results]
@@ -196,7 +196,7 @@ def search(seeds):
 def compare(seeds):
     """Test accuracies of the chosen settings, and the price of a step."""
     plan = {name: (name, settings) for name, settings in CHOSEN.items()}
-    others = {"two-stage, ReLU behind the regressors": ("two-stage", CHOSEN["two-stage"] | {"relu": True})}
+    others = {"two-stage, ReLU behind the projectors": ("two-stage", CHOSEN["two-stage"] | {"relu": True})}
     he = {"lr": 0.003, "init": "He"}  # one rate for all, not searched for
     others |= {f"{name}, He's initial weights": (name, he) for name in ("labels", "distillation")}
     others |= {"two-stage, He's initial weights": ("two-stage", he | {"hint_lr": 0.007})}
@@ -214,7 +214,7 @@ def compare(seeds):
 
 def compare_seed(seed, plan, others):
     """The variants are looked at on the first five seeds."""
-    return run(seed, plan | others if seed < 5 else plan, val=0)
+    return run(seed, plan | others if seed < 5 else plan, val_size=0)
 
 
 def in_parallel(function, seeds):

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 from kd_lightning import DatasetSource, Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN
 
 OMITTED = 3
@@ -83,7 +83,7 @@ def transfer_set(data):
     images = torch.stack([part.images[index][0] for index in kept])
     source = DatasetSource(TensorDataset(images, part.targets[kept]))
     return SemiSupervisedDataModule(
-        source, val=0, batch_size=data.batch_size, seed=data.seed, train_transform=data.train_transform
+        source, val_size=0, batch_size=data.batch_size, seed=data.seed, train_transform=data.train_transform
     )
 
 
@@ -135,7 +135,7 @@ def raised(logits, offset):
 def run_seed(seed, epochs=EPOCHS):
     """A teacher and its students on one split: {who: {column: figure}}."""
     torch.set_num_threads(1)
-    data = SemiSupervisedDataModule(Digits(), val=0.25, batch_size=64, seed=seed)
+    data = SemiSupervisedDataModule(Digits(), val_size=0.25, batch_size=64, seed=seed)
     seed_everything(seed, verbose=False)
     teacher = DigitsCNN(32)
     fit(SupervisedModule(teacher, **optimised(0.005, epochs)), data, epochs)
@@ -146,7 +146,7 @@ def run_seed(seed, epochs=EPOCHS):
         module = DistillModule(
             students[name],
             teacher,
-            soft_loss=SoftTargetLoss(temperature=4.0),
+            soft_loss=KDLoss(temperature=4.0),
             soft_weight=soft_weight,
             **optimised(0.03, epochs),
         )

@@ -126,7 +126,7 @@ def augmentation(table, rounds):
     )
 
     data = SemiSupervisedDataModule(
-        DatasetSource(TensorDataset(images, labels)), val=0, batch_size=64, train_transform=transform
+        DatasetSource(TensorDataset(images, labels)), val_size=0, batch_size=64, train_transform=transform
     )
     loaders = {"ours": data.train_dataloader(), "plain": DataLoader(Plain(images, labels, transform), 64, shuffle=True)}
     seconds = {name: [] for name in loaders}

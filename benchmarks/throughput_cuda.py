@@ -80,8 +80,8 @@ def ours(make_module, images, labels, watches, name, boundary, epochs, compiled=
     """A module of this package."""
     data = SemiSupervisedDataModule(
         DatasetSource(TensorDataset(images, labels)),
-        views=VIEWS,
-        val=0,
+        num_views=VIEWS,
+        val_size=0,
         batch_size=BATCH,
         num_workers=WORKERS,
         train_transform=transform,

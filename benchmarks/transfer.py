@@ -4,7 +4,7 @@ from few_labels import Data
 from torchvision.transforms import v2
 from training import measure, train
 
-from kd_lightning import ClassSubset, Digits, LayerwiseFinetuning, RotatedClasses, SupervisedModule, replace_head
+from kd_lightning import ClassSubset, Digits, LayerwiseFinetuning, RotatedClasses, SupervisedModule, reset_classifier
 from kd_lightning.models import DigitsCNN
 
 STEPS = 400
@@ -29,10 +29,10 @@ def strong_moves():
 class Transfer:
     """From the digits 0 to 4, all labeled, to 5 to 9, of which 2 labels per class are known."""
 
-    def __init__(self, seed, kept, val=0):
+    def __init__(self, seed, kept, val_size=0):
         self.seed = seed
         self.kept = kept
-        self.val = val
+        self.val_size = val_size
         digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
         rotated = RotatedClasses(digits)
         self.weights = {"0 to 4": self.pretrain(digits, 5, STEPS)}
@@ -40,7 +40,7 @@ class Transfer:
 
     def pretrain(self, source, classes, steps, **data):
         """Weights of a network of the old digits, and the number of its classes."""
-        images = Data({}, val=0, seed=self.seed, batch_size=64, **data)
+        images = Data({}, val_size=0, seed=self.seed, batch_size=64, **data)
         images.source = source
 
         def make(**options):
@@ -50,7 +50,15 @@ class Transfer:
 
     def fit(self, origin, lr=0.01, **callback):
         """Accuracy on the new digits, from weights that were trained on others, or from scratch."""
-        data = Data(self.kept, labeled=2, unlabeled="none", val=self.val, seed=self.seed, batch_size=32, copies=64)
+        data = Data(
+            self.kept,
+            labeled=2,
+            unlabeled="none",
+            val_size=self.val_size,
+            seed=self.seed,
+            batch_size=32,
+            views_per_epoch=64,
+        )
         data.source = ClassSubset(Digits(), [5, 6, 7, 8, 9])
 
         def make(**options):
@@ -58,7 +66,7 @@ class Transfer:
             student = DigitsCNN(32, num_classes=classes)
             if weights is not None:
                 student.load_state_dict(weights)
-                student = replace_head(student, 5)
+                student = reset_classifier(student, 5)
             return SupervisedModule(student, **options)
 
         callbacks = [LayerwiseFinetuning(**callback)] if callback else []

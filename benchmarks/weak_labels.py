@@ -39,9 +39,9 @@ from kd_lightning import (
     PairNoise,
     SupervisedModule,
     SymmetricNoise,
-    replace_head,
+    reset_classifier,
 )
-from kd_lightning.active_learning import ActiveLearningLoop, plot
+from kd_lightning.active.loop import ActiveLearningLoop, plot
 from kd_lightning.losses import (
     EarlyLearningLoss,
     ForwardCorrectionLoss,
@@ -61,10 +61,10 @@ COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
 class Noise:
     """Training on labels of which many are wrong; the network has 95 thousand weights, and can learn them by heart."""
 
-    def __init__(self, seed, noise, kept, val=0):
+    def __init__(self, seed, noise, kept, val_size=0):
         self.seed = seed
         self.noise = noise
-        self.make_data = partial(Data, kept, unlabeled="none", val=val, seed=seed, batch_size=64)
+        self.make_data = partial(Data, kept, unlabeled="none", val_size=val_size, seed=seed, batch_size=64)
 
     def fit(self, hard_loss=None, lr=0.01, data=None, method=SupervisedModule, **arguments):
         """Train with a loss."""
@@ -134,14 +134,14 @@ class Noise:
 class Coarse:
     """2 fine labels per class, and one of 5 pairs of digits for every other image."""
 
-    def __init__(self, seed, kept, val=0):
+    def __init__(self, seed, kept, val_size=0):
         self.seed = seed
         self.kept = kept
-        self.make_data = partial(Data, kept, labeled=2, val=val, seed=seed)
+        self.make_data = partial(Data, kept, labeled=2, val_size=val_size, seed=seed)
 
     def fine(self, lr=0.01, student=None):
         """The fine labels alone."""
-        data = self.make_data(unlabeled="none", batch_size=32, copies=20)
+        data = self.make_data(unlabeled="none", batch_size=32, views_per_epoch=20)
         student = student or partial(DigitsCNN, 8)
         return measure(
             train(STEPS["coarse"], self.seed, lambda **o: SupervisedModule(student(), **o), data, lr=lr), data
@@ -151,14 +151,14 @@ class Coarse:
         """First a network of the coarse classes, on all coarse labels; then a new head, and all layers, on the fine."""
         train_part, data = Digits().load().train, self.make_data(batch_size=96)
         data.setup("")
-        coarse = Data({}, batch_size=96, val=0, seed=self.seed)
+        coarse = Data({}, batch_size=96, val_size=0, seed=self.seed)
         coarse.source = DatasetSource(TensorDataset(train_part.images.tensors[0], train_part.targets // 2))
         coarse.setup("")
         used = sorted([*data.split.labeled, *data.split.unlabeled])
         coarse.split = replace(coarse.split, labeled=used, unlabeled=[])
         make = partial(SupervisedModule, DigitsCNN(8, num_classes=5))
         network = train(STEPS["coarse"], self.seed, lambda **o: make(**o), coarse, lr=lr).student
-        return self.fine(lr, lambda: replace_head(network, 10))
+        return self.fine(lr, lambda: reset_classifier(network, 10))
 
     def loss(self, lr=0.01, labeled=32):
         """Both at once, through the loss of coarse labels."""
@@ -180,7 +180,7 @@ def active(seed):
     quiet()
     kept, found = {}, {}
     for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
-        make_data = partial(Data, kept, labeled=2, val=0, seed=seed, batch_size=96, labeled_batch_size=32)
+        make_data = partial(Data, kept, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
         schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
         optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
         options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
@@ -210,7 +210,7 @@ LOSSES = {
 
 def try_transfer(seed, note):
     """From other digits: how to start, and at which rates."""
-    transfer = Transfer(seed, {}, val=0.9)
+    transfer = Transfer(seed, {}, val_size=0.9)
     for lr in (0.003, 0.01):
         note("from scratch", {"lr": lr}, transfer.fit(None, lr))
         for origin in ("0 to 4", "0 to 4, rotated"):
@@ -225,7 +225,7 @@ def try_transfer(seed, note):
 
 def try_noise(seed, note):
     """Losses and methods under symmetric noise."""
-    noise = Noise(seed, NOISE["40 % symmetric"], {}, val=0.25)
+    noise = Noise(seed, NOISE["40 % symmetric"], {}, val_size=0.25)
     for lr in (0.003, 0.01):
         note("cross-entropy", {"lr": lr}, noise.score(lr=lr))
         for q in (0.5, 0.7, 0.9):
@@ -244,7 +244,7 @@ def try_noise(seed, note):
 
 def try_coarse(seed, note):
     """Fine labels, and coarse ones with them."""
-    coarse = Coarse(seed, {}, val=0.25)
+    coarse = Coarse(seed, {}, val_size=0.25)
     for lr in (0.003, 0.01, 0.03):
         note("fine labels alone", {"lr": lr}, coarse.fine(lr))
         note("coarse head first", {"lr": lr}, coarse.head(lr))

@@ -1,18 +1,18 @@
 """Knowledge distillation and learning from few labels with PyTorch Lightning."""
 
-from kd_lightning.active_learning import ActiveLearningLoop
+from kd_lightning.active.loop import ActiveLearningLoop
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks import (
     ActivationCalibration,
+    BaselineMonitor,
     CompileNetworks,
     LayerwiseFinetuning,
     PredictionWriter,
     PseudoLabelRefresh,
-    SafetyGate,
+    QuantizedWeightHistograms,
+    SeedEveryStep,
     SoftWeightAnnealing,
-    StepSeed,
     StudentWriter,
-    WeightLevels,
 )
 from kd_lightning.data import (
     ClassSubset,
@@ -29,8 +29,7 @@ from kd_lightning.data import (
     TransitionNoise,
 )
 from kd_lightning.errors import InputError
-from kd_lightning.graph_labels import GraphPseudoLabels
-from kd_lightning.heads import replace_head
+from kd_lightning.features.heads import reset_classifier
 from kd_lightning.modules import (
     ApprenticeModule,
     CoTeachingModule,
@@ -40,7 +39,9 @@ from kd_lightning.modules import (
     PseudoLabelModule,
     SupervisedModule,
 )
-from kd_lightning.teachers import Teacher, load_weights
+from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+from kd_lightning.runs.weights import load_weights
+from kd_lightning.teachers.teacher import Teacher
 
 __all__ = [
     "SupervisedModule",
@@ -52,7 +53,7 @@ __all__ = [
     "CoTeachingModule",
     "Teacher",
     "load_weights",
-    "replace_head",
+    "reset_classifier",
     "Batch",
     "SemiSupervisedDataModule",
     "Digits",
@@ -69,14 +70,14 @@ __all__ = [
     "SoftWeightAnnealing",
     "PseudoLabelRefresh",
     "GraphPseudoLabels",
-    "SafetyGate",
+    "BaselineMonitor",
     "LayerwiseFinetuning",
     "CompileNetworks",
     "StudentWriter",
     "PredictionWriter",
-    "StepSeed",
+    "SeedEveryStep",
     "ActivationCalibration",
-    "WeightLevels",
+    "QuantizedWeightHistograms",
     "ActiveLearningLoop",
     "InputError",
 ]

@@ -36,9 +36,9 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     try:
         if args and args[0] in COMMANDS:
-            importlib.import_module(f"kd_lightning.commands.{args[0]}").main(args[1:])
+            importlib.import_module(f"kd_lightning.cli.commands.{args[0]}").main(args[1:])
         else:
-            from kd_lightning.cli import DistillCLI
+            from kd_lightning.cli.main import DistillCLI
 
             DistillCLI(args)
     except SIGTERMException:  # Lightning ends with status 0, which a scheduler would take for success

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kd_lightning.errors import InputError
 
-MISSING = -100
+IGNORE_INDEX = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
 
 
-class Kind(IntEnum):
+class LabelKind(IntEnum):
     """What a row's label is."""
 
     CLEAN = 0
@@ -49,7 +49,7 @@ class Batch:
             floats) is a missing label.
         index: Which sample each row is, (B,) integers. Labels and teacher outputs are looked up by it.
         view: Which augmentation of its sample each row is, (B,) integers.
-        kind: What each row's label is, (B,) numbers of ``Kind``. None: clean where it is known.
+        kind: What each row's label is, (B,) numbers of ``LabelKind``. None: clean where it is known.
         weight: What each row's hard loss is multiplied by, (B,). None: 1.
         candidates: Which classes a coarse label allows, (B, C) booleans; none in rows without one, whose y counts.
         soft: Probabilities to learn instead of ``y``, (B, C), in rows of pseudo-labels; elsewhere 0.
@@ -82,7 +82,7 @@ class Batch:
     rows: Rows | None = None
 
     @classmethod
-    def of(cls, batch: Any) -> Batch:
+    def from_any(cls, batch: Any) -> Batch:
         """Take a ``Batch`` as it is; make one of ``(x, y)``, ``(x,)`` or ``x``, as any DataLoader gives them.
 
         Raises:
@@ -100,7 +100,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
-    def at(self, rows: Tensor) -> Batch:
+    def select(self, rows: Tensor) -> Batch:
         """Some of the rows, given by a boolean tensor (B,) or by their numbers."""
         count = len(self)
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} | {"labeled": None}
@@ -129,4 +129,4 @@ class Batch:
 
 def is_labeled(y: Tensor) -> Tensor:
     """Where a label is known: a boolean tensor of the shape of ``y``."""
-    return ~torch.isnan(y) if y.is_floating_point() else y != MISSING
+    return ~torch.isnan(y) if y.is_floating_point() else y != IGNORE_INDEX

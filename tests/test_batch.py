@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import Kind, Rows, is_labeled
+from kd_lightning.batch import LabelKind, Rows, is_labeled
 
 X, Y = torch.randn(4, 3), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -21,7 +21,7 @@ Pair = namedtuple("Pair", "image label")
     ids=["tuple", "list", "named tuple", "tuple of x", "list of x", "x"],
 )
 def test_takes_what_loaders_give(given, y):
-    batch = Batch.of(given)
+    batch = Batch.from_any(given)
     assert batch.x is X
     assert batch.y is y
     assert (batch.index, batch.view, batch.mean_labels, len(batch)) == (None, None, None, 4)
@@ -29,11 +29,11 @@ def test_takes_what_loaders_give(given, y):
 
 def test_takes_a_batch_as_it_is():
     batch = Batch(X, index=Y)
-    assert Batch.of(batch) is batch
+    assert Batch.from_any(batch) is batch
 
 
 def test_takes_a_plain_loaders_batches():
-    (batch,) = (Batch.of(item) for item in DataLoader(TensorDataset(X, Y), batch_size=4))
+    (batch,) = (Batch.from_any(item) for item in DataLoader(TensorDataset(X, Y), batch_size=4))
     assert torch.equal(batch.x, X)
     assert torch.equal(batch.y, Y)
 
@@ -50,7 +50,7 @@ def test_takes_a_plain_loaders_batches():
 )
 def test_refuses_the_rest(given, got):
     with pytest.raises(InputError, match=rf"must be a Batch, a tensor x, or a pair of tensors \(x, y\), {got}"):
-        Batch.of(given)
+        Batch.from_any(given)
 
 
 def test_lightning_moves_every_tensor():
@@ -90,8 +90,8 @@ def test_pseudo_labels_move_and_are_pinned(monkeypatch):
 
 def test_kinds_are_what_batches_carry():
     kinds = torch.tensor([0, 1, 2], dtype=torch.int8)
-    assert [Kind(number) for number in kinds.tolist()] == [Kind.CLEAN, Kind.MISSING, Kind.PSEUDO]
-    assert (kinds == Kind.PSEUDO).tolist() == [False, False, True]
+    assert [LabelKind(number) for number in kinds.tolist()] == [LabelKind.CLEAN, LabelKind.MISSING, LabelKind.PSEUDO]
+    assert (kinds == LabelKind.PSEUDO).tolist() == [False, False, True]
 
 
 def test_pins_every_tensor(monkeypatch):
@@ -107,17 +107,17 @@ def test_pins_every_tensor(monkeypatch):
     "rows", [torch.tensor([True, False, True, True]), torch.tensor([3, 0, 3]), torch.tensor([], dtype=torch.long)]
 )
 def test_some_of_the_rows(rows):
-    part = Batch(X, Y, index=Y + 10, view=Y + 20, mean_labels=1.5).at(rows)
+    part = Batch(X, Y, index=Y + 10, view=Y + 20, mean_labels=1.5).select(rows)
     for found, whole in ((part.x, X), (part.y, Y), (part.index, Y + 10), (part.view, Y + 20)):
         assert torch.equal(found, whole[rows])
     assert part.mean_labels == 1.5  # of the optimiser step, whatever part of it this is
     assert len(part) == len(X[rows])
     whole = Batch(X, kind=Y, soft=X + 1, x_strong=X + 2, mean_labels=torch.tensor(2.0), mean_pseudo=1.0, mean_rows=4.5)
-    part = whole.at(rows)
+    part = whole.select(rows)
     for name in ("kind", "soft", "x_strong"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     assert (part.mean_labels, part.mean_pseudo, part.mean_rows) == (2, 1, 4.5)
-    part = Batch(X).at(rows)
+    part = Batch(X).select(rows)
     assert (part.y, part.index, part.view, part.mean_labels) == (None, None, None, None)
 
 

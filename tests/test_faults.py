@@ -28,10 +28,10 @@ from kd_lightning import (
     SupervisedModule,
 )
 from kd_lightning.__main__ import main
-from kd_lightning.checkpoints import SafeCheckpointIO, read_checkpoint
-from kd_lightning.cli import DistillCLI
+from kd_lightning.cli.main import DistillCLI
 from kd_lightning.data import ImageFolder
 from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 
 CONFIG = """
 name: tiny
@@ -169,7 +169,7 @@ class TestEmptyParts:
     def test_named(self, part):
         parts = {"train": self.FULL, "test": self.FULL, "unlabeled": self.FULL} | {part: self.EMPTY}
         with pytest.raises(InputError, match=f"{part}: the {part} part of DatasetSource is empty"):
-            SemiSupervisedDataModule(DatasetSource(**parts), val=0).setup("fit")
+            SemiSupervisedDataModule(DatasetSource(**parts), val_size=0).setup("fit")
 
     def test_folders(self, tmp_path):
         for folder in ("train", "nothing"):
@@ -178,7 +178,7 @@ class TestEmptyParts:
         for part, message in {"train": "train: .*nothing", "unlabeled": "unlabeled: no images in .*nothing"}.items():
             folders = {"train": str(tmp_path / "train"), part: str(tmp_path / "nothing")}
             with pytest.raises(InputError, match=message):
-                SemiSupervisedDataModule(ImageFolder(**folders), val=0).setup("fit")
+                SemiSupervisedDataModule(ImageFolder(**folders), val_size=0).setup("fit")
 
 
 class Breaks(TensorDataset):
@@ -204,7 +204,7 @@ class TestUnreadableImages:
             "source": {"class_path": "ImageFolder", "init_args": {"train": "photos", "image_size": 16}},
             "labeled": None,
             "batch_size": 4,
-            "val": 0,
+            "val_size": 0,
         }
         config["model"]["init_args"]["student"] = {"class_path": f"{__name__}.PhotoNet"}
         Path("config.yaml").write_text(yaml.safe_dump(config))
@@ -212,7 +212,7 @@ class TestUnreadableImages:
         assert last.startswith(f"error: image {bad} cannot be read: ")
 
     def test_datasets_without_paths_name_the_item(self):
-        data = SemiSupervisedDataModule(DatasetSource(Breaks(torch.randn(6, 4), torch.arange(6) % 2)), val=0)
+        data = SemiSupervisedDataModule(DatasetSource(Breaks(torch.randn(6, 4), torch.arange(6) % 2)), val_size=0)
         with pytest.raises(InputError, match="item 3 of Breaks cannot be read: OSError: bad sector"):
             list(data.train_dataloader())
 
@@ -274,7 +274,7 @@ class TestNonFinite:
         assert not (tmp_path / "blown.ckpt").exists()
 
     def test_the_first_bad_step_is_kept_until_somebody_looks(self):
-        from kd_lightning.modules.finite import FiniteCheck
+        from kd_lightning.modules._shared.finite_check import FiniteCheck
 
         check, fine = FiniteCheck(), torch.tensor(1.0)
         check.note({"hard": fine, "soft": fine}, 0)

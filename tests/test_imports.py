@@ -1,4 +1,4 @@
-"""Imports go down only."""
+"""Imports go down only: by folder, in the order of the way of the data."""
 
 import ast
 from pathlib import Path
@@ -6,62 +6,67 @@ from pathlib import Path
 import kd_lightning
 
 PACKAGE = Path(kd_lightning.__file__).parent
-LAYERS = [
+# from the top down; rooms of one line do not import each other
+ORDER = [
     {"__main__"},
-    {"commands"},
     {"cli"},
-    {"modules", "callbacks", "data", "loggers", "complaints", "config_files", "checkpoints", "active_learning"},
-    {
-        "losses",
-        "teachers",
-        "teacher_cache",
-        "output_cache",
-        "fingerprints",
-        "quantization",
-        "ensembles",
-        "layers",
-        "hints",
-        "preflight",
-        "models",
-        "batch",
-        "pseudo_labels",
-        "pseudo_label_report",
-        "graph_labels",
-        "contact_sheet",
-        "heads",
-        "acquisition",
-        "outputs",
-        "exporting",
-        "errors",
-    },
+    {"deploy"},
+    {"active"},
+    {"modules", "callbacks"},
+    {"data"},
+    {"teachers", "pseudo_labels"},
+    {"runs"},
+    {"cache", "quantization", "features", "losses", "models"},
+    {"batch"},
+    {"errors"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-APART = {"modules", "callbacks", "data"}
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def room_of(module):
+    return module.split(".")[1]
 
 
 def imports():
-    for path in PACKAGE.rglob("*.py"):
-        here = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if here == "__init__":
-            continue
+    """Every (file, its module, imported module) within the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(["kd_lightning", *path.relative_to(PACKAGE).with_suffix("").parts])
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            yield from ((path, here, name) for name in names if name and name.split(".")[0] == "kd_lightning")
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} has a relative import"
+                names = [node.module]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            yield from ((path, module, name) for name in names if name.split(".")[0] == "kd_lightning")
 
 
-def test_every_file_has_its_layer():
-    for path in PACKAGE.iterdir():
-        if path.suffix == ".py" or (path / "__init__.py").is_file():
-            assert path.stem in LEVEL or path.stem == "__init__", path
+def test_every_room_has_its_place():
+    rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert rooms - {"__init__"} == LEVEL.keys()
 
 
 def test_imports_go_down():
-    found = list(imports())
+    found = [(path, module, name) for path, module, name in imports() if module != "kd_lightning.__init__"]
     assert len(found) > 50
-    for path, here, name in found:
+    for path, module, name in found:
         assert name != "kd_lightning", f"{path} imports from the package's face"
-        there = name.split(".")[1]
-        assert LEVEL[here] <= LEVEL[there], f"{path} imports {name}, which lies above it"
-        if here in APART and there in APART:
-            assert here == there, f"{path} imports {name}, which lies beside it"
+        here, there = room_of(module), room_of(name)
+        assert here == there or LEVEL[here] < LEVEL[there], f"{path} imports {name}, which does not lie below it"
+
+
+def test_what_is_private_to_a_room_stays_there():
+    for path, module, name in imports():
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            if part.startswith("_") and part != "__init__":
+                owner = ".".join(parts[:depth])
+                assert module.startswith(f"{owner}."), f"{path} imports {name}, which is private to {owner}"
+
+
+def test_private_names_stay_in_their_file():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kd_lightning":
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{path} imports {private} from {node.module}"

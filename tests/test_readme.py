@@ -8,8 +8,8 @@ from torchvision.io import write_png
 from torchvision.models import resnet18
 
 from kd_lightning.__main__ import main
-from kd_lightning.batch import Kind
-from kd_lightning.quantization import is_calibrated
+from kd_lightning.batch import LabelKind
+from kd_lightning.quantization.calibration import is_calibrated
 
 
 def blocks(root, language):
@@ -54,4 +54,4 @@ def test_python(root, tmp_path, monkeypatch):
     assert len(names["trainer"].callbacks[0].table.label) == 18
     exec(compile(weak, "README.md", "exec"), names)
     kinds = next(iter(names["data"].train_dataloader())).kind.unique().tolist()
-    assert kinds == [Kind.MISSING, Kind.COARSE, Kind.NOISY]
+    assert kinds == [LabelKind.MISSING, LabelKind.COARSE, LabelKind.NOISY]

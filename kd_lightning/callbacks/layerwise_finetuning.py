@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.errors import InputError
-from kd_lightning.heads import find_head, layers_of, logits_from
+from kd_lightning.features.heads import find_head, layers_of, logits_from
 
 
 class LayerwiseFinetuning(Callback):
@@ -26,7 +26,7 @@ class LayerwiseFinetuning(Callback):
     its repository, and under DDP does not reduce the gradients of what it has thawed, issue 20340.) On one process
     frozen layers have no gradients, which saves their backward pass; under DDP these are thrown away before each step.
 
-    :func:`~kd_lightning.heads.layers_of` tells what a layer is. Each has its rate during an optimiser's step alone;
+    :func:`~kd_lightning.features.heads.layers_of` tells what a layer is. Each has its rate during an optimiser's step alone;
     schedulers, charts and checkpoints know the groups as they are without the callback, that is, the head's rate.
     Charts ``frozen``, 1 or 0.
 

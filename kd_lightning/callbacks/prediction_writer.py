@@ -40,7 +40,7 @@ class PredictionWriter(Callback):
         """Collect a batch."""
         if not isinstance(outputs, Tensor):  # somebody else's module
             return
-        index = Batch.of(batch).index
+        index = Batch.from_any(batch).index
         if index is None:  # as Lightning deals samples out to processes
             index = (len(self.rows) + torch.arange(len(outputs))) * trainer.world_size + trainer.global_rank
         self.rows += zip(index.tolist(), outputs.reshape(len(outputs), -1).tolist(), strict=True)

@@ -16,17 +16,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import MISSING, Batch
-from kd_lightning.ensembles import Ensemble
+from kd_lightning.batch import IGNORE_INDEX, Batch
 from kd_lightning.errors import InputError
-from kd_lightning.graph_labels import GraphPseudoLabels
-from kd_lightning.layers import dry
-from kd_lightning.losses.coarse import within
-from kd_lightning.outputs import logits_of
-from kd_lightning.pseudo_label_report import figures, measure
-from kd_lightning.pseudo_labels import PseudoLabels, check_classes, check_threshold, choose, write_round
-from kd_lightning.teacher_cache import keep_outputs
-from kd_lightning.teachers import Teacher
+from kd_lightning.features.capture import evaluating
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.losses.coarse import mask_candidates
+from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+from kd_lightning.pseudo_labels.report import figures, measure
+from kd_lightning.pseudo_labels.table import PseudoLabels, check_classes, check_threshold, choose, write_round
+from kd_lightning.teachers.cache_fill import keep_outputs
+from kd_lightning.teachers.ensemble import Ensemble
+from kd_lightning.teachers.teacher import Teacher
 
 Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
 
@@ -38,9 +38,9 @@ class PseudoLabelRefresh(Callback):
     permanent: each round replaces the one before. The label of a sample whose superclass is known lies in it (not that
     of a graph). Several processes predict a share each, and end with the same table.
     Works on any LightningModule of the multiclass task whose ``forward`` gives logits, and any datamodule with the two
-    methods of :class:`~kd_lightning.pseudo_labels.PseudoLabelStore`. ``PseudoLabelModule(labels="refreshed")`` learns
+    methods of :class:`~kd_lightning.pseudo_labels.PseudoLabelStore`. ``PseudoLabelModule(pseudo_labels="refreshed")`` learns
     the labels in a term of their own; the other modules take accepted ones for labels (of soft ones, the most probable
-    class); ``PseudoLabelModule(labels="online")`` leaves them alone, so that here they only show how its own are.
+    class); ``PseudoLabelModule(pseudo_labels="online")`` leaves them alone, so that here they only show how its own are.
 
     Each round leaves a CSV file in the run's folder ``pseudo_labels/`` (a row a sample; ``python -m kd_lightning
     labels RUN`` reads them); the last one, when training ends, is the trained student's, whatever the source, and is
@@ -226,7 +226,7 @@ class PseudoLabelRefresh(Callback):
     def _label(self, trainer: Trainer, module: LightningModule, source: Source) -> tuple[Tensor, PseudoLabels]:
         """The given labels, and a new table: the same on all processes."""
         index, y, answers, classes = self._predict(trainer, module, source)
-        unlabeled = y == MISSING
+        unlabeled = y == IGNORE_INDEX
         if not unlabeled.any():
             raise InputError(_EMPTY)
         if self.source != "teacher":
@@ -256,9 +256,9 @@ class PseudoLabelRefresh(Callback):
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         classes = 0
         # a loader draws a seed for its workers, which must not move the training's own draws
-        with isolate_rng(include_cuda=False), torch.no_grad(), dry(module), _validating(trainer):
+        with isolate_rng(include_cuda=False), torch.no_grad(), evaluating(module), _validating(trainer):
             for given in trainer.datamodule.pool_dataloader():  # type: ignore[attr-defined]
-                batch = Batch.of(given)
+                batch = Batch.from_any(given)
                 if batch.index is None or batch.y is None:
                     raise InputError("pool_dataloader must give Batches with index and y (-100 where unlabeled)")
                 batch = trainer.strategy.batch_to_device(batch)
@@ -303,7 +303,7 @@ class PseudoLabelRefresh(Callback):
                 logits = logits_of(teacher.eval()(given), "the teacher")
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise InputError(f"pseudo-labels need logits (B, C) of at least two classes, got {[*logits.shape]}")
-        return within(logits.float(), batch.candidates).softmax(dim=1)
+        return mask_candidates(logits.float(), batch.candidates).softmax(dim=1)
 
     def _teacher(self, module: LightningModule) -> nn.Module:
         for name in ("teacher", "ensemble"):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.exporting import save_weights
-from kd_lightning.quantization import precision_of, size_of
+from kd_lightning.quantization.sizes import precision_of, size_of
+from kd_lightning.runs.weights import save_weights
 
 
 class StudentWriter(Callback):
@@ -43,7 +43,7 @@ class StudentWriter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the input shape."""
         if self.input_shape is None:
-            self.input_shape = [*Batch.of(batch).x.shape[1:]]
+            self.input_shape = [*Batch.from_any(batch).x.shape[1:]]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""

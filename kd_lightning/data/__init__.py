@@ -1,11 +1,16 @@
 """Data: sources, splits, replayable views, and the datamodule that serves them."""
 
-from kd_lightning.data.class_subset import ClassSubset
-from kd_lightning.data.coarse_labels import CoarseLabels
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
-from kd_lightning.data.label_noise import LabelNoise, PairNoise, SymmetricNoise, TransitionNoise
-from kd_lightning.data.rotated_classes import RotatedClasses
-from kd_lightning.data.sources import DatasetSource, Digits, FakeData, ImageFolder, Source, TorchvisionDataset
+from kd_lightning.data.labels.coarse_labels import CoarseLabels
+from kd_lightning.data.labels.label_noise import LabelNoise, PairNoise, SymmetricNoise, TransitionNoise
+from kd_lightning.data.sources.class_subset import ClassSubset
+from kd_lightning.data.sources.dataset_source import DatasetSource
+from kd_lightning.data.sources.digits import Digits
+from kd_lightning.data.sources.fake_data import FakeData
+from kd_lightning.data.sources.image_folder import ImageFolder
+from kd_lightning.data.sources.rotated_classes import RotatedClasses
+from kd_lightning.data.sources.source import Source
+from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
 
 __all__ = [
     "SemiSupervisedDataModule",

@@ -12,17 +12,21 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from kd_lightning.batch import MISSING, Kind
-from kd_lightning.data.coarse_labels import CoarseLabels
-from kd_lightning.data.images import identity, path_of, read_image
-from kd_lightning.data.label_file import Answer, read_answers
-from kd_lightning.data.label_noise import LabelNoise
-from kd_lightning.data.labels import Labels, see
-from kd_lightning.data.sources import Parts, Source
+from kd_lightning.batch import IGNORE_INDEX, LabelKind
+from kd_lightning.data.labels.build import build_labels
+from kd_lightning.data.labels.coarse_labels import CoarseLabels
+from kd_lightning.data.labels.label_file import LabelRow, read_label_file
+from kd_lightning.data.labels.label_noise import LabelNoise
+from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.sources.images import identity, path_of, read_image
+from kd_lightning.data.sources.source import Parts, Source
 from kd_lightning.data.splits import Split, make_split
-from kd_lightning.data.views import ShareSampler, TwoStreamSampler, ViewDataset, ViewLoader, Views, ViewSampler
+from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.data.views.loader import ViewLoader
+from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, ViewSampler
+from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels import PseudoLabels
+from kd_lightning.pseudo_labels.table import PseudoLabels
 
 
 class SemiSupervisedDataModule(LightningDataModule):
@@ -33,7 +37,7 @@ class SemiSupervisedDataModule(LightningDataModule):
     run as ``split.json`` and checked on every process and on resume. ``predict`` serves the test images.
 
     Labels may also be noisy or coarse, by simulation or from a file, in any mixture: ``kind`` in the batch tells each
-    row's :class:`~kd_lightning.batch.Kind`. The validation and test labels are always the source's.
+    row's :class:`~kd_lightning.batch.LabelKind`. The validation and test labels are always the source's.
 
     Args:
         source: Where the images come from.
@@ -42,25 +46,25 @@ class SemiSupervisedDataModule(LightningDataModule):
         unlabeled: The unlabeled images to train on: the ``"rest"`` of the training part, ``"none"``, the unlabeled
             part of the ``"source"``, or the ``"test"`` images themselves. The last is the transductive setting: its
             test metrics carry the prefix ``transductive/``.
-        val: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
+        val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
         batch_size: Images in a batch, on each process.
         labeled_batch_size: How many of these are labeled: every batch then begins with so many labeled images, which
             come round as often as it takes, and an epoch is one pass over the unlabeled ones. None: labeled and
             unlabeled images are shuffled together.
         num_workers: Worker processes of each loader; augmentation does not depend on it.
         seed: Of the split, the order and the augmentation.
-        views: Number of different augmentations of an image, which teachers can keep their outputs of; None: a new one
+        num_views: Number of different augmentations of an image, which teachers can keep their outputs of; None: a new one
             each epoch.
-        copies: How many views of each image an epoch has.
+        views_per_epoch: How many views of each image an epoch has.
         train_transform: In place of the source's augmentation.
         strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
         eval_transform: In place of the source's evaluation transforms.
-        noisy: The source's own labels may be wrong: their kind is noisy, which co-teaching and ``LossByKind`` look at.
+        noisy: The source's own labels may be wrong: their kind is noisy, which co-teaching and ``LabelKindLoss`` look at.
         label_noise: How the labels that training sees go wrong, for experiments: :class:`SymmetricNoise`,
             :class:`PairNoise` or :class:`TransitionNoise`. Their kind is noisy, also where they happen to be right.
         coarse: Superclasses, which are the labels of (a part of) the training images outside ``labeled``.
-        labels: A CSV or Parquet file of labels that replace or add to those of the source, for training images and
-            those of its unlabeled part, see :func:`~kd_lightning.data.label_file.read_answers`. They are kept in
+        label_file: A CSV or Parquet file of labels that replace or add to those of the source, for training images and
+            those of its unlabeled part, see :func:`~kd_lightning.data.labels.label_file.read_label_file`. They are kept in
             ``split.json``, from which a later run goes on: ``labeled: RUN/split.json`` with a further file.
 
     Raises:
@@ -73,23 +77,27 @@ class SemiSupervisedDataModule(LightningDataModule):
         *,
         labeled: int | float | str | Path | None = None,
         unlabeled: Literal["rest", "none", "source", "test"] = "rest",
-        val: int | float = 0.1,
+        val_size: int | float = 0.1,
         batch_size: int = 64,
         labeled_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        views: int | None = None,
-        copies: int = 1,
+        num_views: int | None = None,
+        views_per_epoch: int = 1,
         train_transform: nn.Module | None = None,
         strong_transform: nn.Module | None = None,
         eval_transform: nn.Module | None = None,
         noisy: bool = False,
         label_noise: LabelNoise | None = None,
         coarse: CoarseLabels | None = None,
-        labels: str | Path | None = None,
+        label_file: str | Path | None = None,
     ) -> None:
         super().__init__()
-        for name, number in {"batch_size": batch_size, "views": views, "copies": copies}.items():
+        for name, number in {
+            "batch_size": batch_size,
+            "num_views": num_views,
+            "views_per_epoch": views_per_epoch,
+        }.items():
             if number is not None and number < 1:
                 raise InputError(f"{name} must be at least 1, got {number}")
         if num_workers < 0:
@@ -109,26 +117,26 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.source = source
         self.labeled = labeled
         self.unlabeled = unlabeled
-        self.val = val
+        self.val_size = val_size
         self.batch_size = batch_size
         self.labeled_batch_size = labeled_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.views = views
-        self.copies = copies
+        self.num_views = num_views
+        self.views_per_epoch = views_per_epoch
         self.train_transform = source.train_transform if train_transform is None else train_transform
         self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
         self.noisy = noisy
         self.label_noise = label_noise
         self.coarse = coarse
-        self.labels = labels
+        self.label_file = label_file
         self.transductive = unlabeled == "test"
         self.class_names: list[str] | None = None
         self.split: Split | None = None
         self._parts: Parts | None = None
-        self._labels: Labels | None = None
-        self._tables: dict[str, Views] = {}
+        self._labels: LabelTable | None = None
+        self._tables: dict[str, ViewTable] = {}
         self._contents: list[str] = []  # of the pool, so that no checkpoint reads all of it again
 
     def prepare_data(self) -> None:
@@ -145,13 +153,13 @@ class SemiSupervisedDataModule(LightningDataModule):
             if isinstance(self.labeled, str | Path):
                 self.split = Split.load(Path(self.labeled), targets)
             else:
-                self.split = make_split(targets, self.labeled, self.val, self.seed, self.class_names)
-            if self.labels is not None:
-                self.split = self.split.with_answers(self._answers(Path(self.labels)))
+                self.split = make_split(targets, self.labeled, self.val_size, self.seed, self.class_names)
+            if self.label_file is not None:
+                self.split = self.split.with_answers(self._answers(Path(self.label_file)))
             self._check_answers()
             self._labels = self._see()  # complains of a missing part before anything starts
             if not len(self._trained()):
-                raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, labels, or unlabeled")
+                raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
         if self.trainer is None or stage != TrainerFn.FITTING:
             return
         assert self.split is not None
@@ -178,8 +186,8 @@ class SemiSupervisedDataModule(LightningDataModule):
             return
         if state_dict.get("split", self.split.hash) != self.split.hash:
             raise InputError(
-                "the checkpoint was trained on another split; resume with the same source, labeled, labels, val and "
-                "seed, or with labeled: the split.json of its run and no labels, since the answers are in there"
+                "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
+                "seed, or with labeled: the split.json of its run and no label_file, since the answers are in there"
             )
         if state_dict.get("pool", self._pool_hash()) != self._pool_hash():
             raise InputError(
@@ -204,7 +212,11 @@ class SemiSupervisedDataModule(LightningDataModule):
         indices = self._trained()
         pool = len(indices) - len(split.labeled)
         world, rank = self._processes()
-        options: dict[str, Any] = {"copies": self.copies, "views": self.views, "seed": self.seed}
+        options: dict[str, Any] = {
+            "views_per_epoch": self.views_per_epoch,
+            "num_views": self.num_views,
+            "seed": self.seed,
+        }
         options |= {"num_replicas": world, "rank": rank}
         sampler = ViewSampler(len(indices), **options)
         if self.labeled_batch_size is not None:
@@ -215,14 +227,14 @@ class SemiSupervisedDataModule(LightningDataModule):
             sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
             sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
         dataset = ViewDataset(self._images(), indices, self.train_transform, self.seed, self.strong_transform)
-        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, views=self.train_views())
+        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, view_table=self.train_views())
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
         """The validation images; an empty list where there are none."""
         parts, split = self._ready()
         if not split.val:
             return []
-        return self._eval_loader([parts.train.images], torch.tensor(split.val), Labels(parts.train.targets))
+        return self._eval_loader([parts.train.images], torch.tensor(split.val), LabelTable(parts.train.targets))
 
     def test_dataloader(self) -> ViewLoader:
         """The test images."""
@@ -230,7 +242,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
-        return self._eval_loader([parts.test.images], indices, Labels(parts.test.targets))
+        return self._eval_loader([parts.test.images], indices, LabelTable(parts.test.targets))
 
     def predict_dataloader(self) -> ViewLoader:
         """The test images."""
@@ -257,11 +269,15 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     # What teachers keep outputs of.
 
-    def train_views(self) -> Views | None:
+    def train_views(self) -> ViewTable | None:
         """All views of all training images; None where they are endless."""
-        return None if self.views is None else self._table("train", self._trained(), self.train_transform, self.views)
+        return (
+            None
+            if self.num_views is None
+            else self._table("train", self._trained(), self.train_transform, self.num_views)
+        )
 
-    def pool_views(self) -> Views:
+    def pool_views(self) -> ViewTable:
         """The images of :meth:`pool_dataloader`."""
         return self._table("pool", self._pool(), self.eval_transform, 1)
 
@@ -269,10 +285,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         _, split = self._ready()
         return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
 
-    def _table(self, name: str, indices: Tensor, transform: Any, views: int) -> Views:
+    def _table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._tables:
             dataset = ViewDataset(self._images(), indices, transform, self.seed)
-            self._tables[name] = Views(dataset, views, self.num_workers)
+            self._tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._tables[name]
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
@@ -287,7 +303,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         known = [parts.train.targets]
         if self.unlabeled == "test" and parts.test is not None:
             known.append(parts.test.targets)
-        known.append(torch.full((sum(map(len, self._images())), *parts.train.targets.shape[1:]), MISSING))
+        known.append(torch.full((sum(map(len, self._images())), *parts.train.targets.shape[1:]), IGNORE_INDEX))
         return torch.cat(known)[index]
 
     def image(self, index: int) -> Any:
@@ -323,7 +339,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             return [self._parts.test.images]
         return []
 
-    def _see(self) -> Labels:
+    def _see(self) -> LabelTable:
         """What training may see, without pseudo-labels."""
         parts, split = self._ready()
         size = sum(map(len, self._images()))
@@ -333,19 +349,19 @@ class SemiSupervisedDataModule(LightningDataModule):
             "coarse": self.coarse,
             "class_names": self.class_names,
         }
-        return see(parts.train.targets, split, size, **weak)
+        return build_labels(parts.train.targets, split, size, **weak)
 
     def _trained(self) -> Tensor:
         """Indices of all training images: labeled ones, then those of the pool, and those with a coarse label."""
         _, split = self._ready()
         assert self._labels is not None
         kind = self._labels.kind
-        coarse = [] if kind is None else (kind == Kind.COARSE).nonzero().flatten().tolist()
+        coarse = [] if kind is None else (kind == LabelKind.COARSE).nonzero().flatten().tolist()
         return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
 
-    def _answers(self, path: Path) -> list[Answer]:
+    def _answers(self, path: Path) -> list[LabelRow]:
         parts, split = self._ready()
-        return read_answers(
+        return read_label_file(
             path,
             self._images()[:1] if self.unlabeled == "test" else self._images(),  # test images get no answer
             class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
@@ -369,14 +385,14 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.split = replace(split, pool=digest)
 
     def _eval_loader(
-        self, images: list[Any], indices: Tensor, labels: Labels, views: Views | None = None
+        self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
     ) -> ViewLoader:
         world, rank = self._processes()
         dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
-        return self._loader(dataset, labels, sampler=sampler, views=views)
+        return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
 
-    def _loader(self, dataset: ViewDataset, labels: Labels, **kwargs: Any) -> ViewLoader:
+    def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(
             dataset,
             labels,

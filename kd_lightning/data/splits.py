@@ -80,7 +80,7 @@ class Split:
             InputError: For an answer to a sample kept for validation, whose label is not for training.
         """
         if kept := {*self.val} & {int(answer[0]) for answer in answers}:
-            raise InputError(f"labels: sample {min(kept)} is kept for validation, and cannot be trained on")
+            raise InputError(f"label_file: sample {min(kept)} is kept for validation, and cannot be trained on")
         known = {int(row[0]): [*row] for row in [*self.answers, *answers]}
         labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")} - {*self.held_out}
         labeled = ({*self.labeled} - known.keys()) | labels
@@ -99,7 +99,7 @@ def hash_targets(targets: Tensor) -> str:
 
 
 def make_split(
-    targets: Tensor, labeled: float | None, val: float, seed: int, class_names: Sequence[str] | None = None
+    targets: Tensor, labeled: float | None, val_size: float, seed: int, class_names: Sequence[str] | None = None
 ) -> Split:
     """Draw a split, stratified by class.
 
@@ -110,7 +110,7 @@ def make_split(
         targets: The training labels: (N,) class indices, or (N, L) zeros and ones, which are drawn by fraction and
             without strata.
         labeled: An int per class (0 for none), a fraction of each class (at least one sample), or None for all.
-        val: Likewise; 0 for no validation part.
+        val_size: Likewise; 0 for no validation part.
         seed: Of the draw.
         class_names: For messages.
 
@@ -121,8 +121,10 @@ def make_split(
     groups = [(targets == c).nonzero().flatten() for c in range(int(targets.max()) + 1)] if single else []
     if not single:
         groups = [torch.arange(len(targets))]
-        if any(isinstance(n, int) and n > 0 for n in (labeled, val)):
-            raise InputError("labeled and val must be fractions where a sample has many labels, got a count per class")
+        if any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
+            raise InputError(
+                "labeled and val_size must be fractions where a sample has many labels, got a count per class"
+            )
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[int]] = {"labeled": [], "unlabeled": [], "val": []}
     for number, members in enumerate(groups):
@@ -132,10 +134,10 @@ def make_split(
             if isinstance(labeled, int) and labeled:
                 raise InputError(f"labeled: {labeled} per class asked, but class {name!r} has no training sample")
             continue
-        kept = _count("val", val, len(order), name) if val else 0
+        kept = _count("val_size", val_size, len(order), name) if val_size else 0
         rest = len(order) - kept
         if rest < 1:
-            raise InputError(f"val: {val} leaves class {name!r} no training sample of its {len(order)}")
+            raise InputError(f"val_size: {val_size} leaves class {name!r} no training sample of its {len(order)}")
         known = rest if labeled is None else _count("labeled", labeled, rest, name)
         parts["val"] += order[:kept]
         parts["labeled"] += order[kept : kept + known]

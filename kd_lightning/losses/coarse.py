@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.hard import check_target
-from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, check_target, reduce_rows
 
 
 def coarse_rows(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ def coarse_rows(logits: Tensor, candidates: Tensor) -> Tensor:
     return logits.logsumexp(dim=1) - logits.masked_fill(~candidates, -torch.inf).logsumexp(dim=1)
 
 
-def within(logits: Tensor, candidates: Tensor | None) -> Tensor:
+def mask_candidates(logits: Tensor, candidates: Tensor | None) -> Tensor:
     """Logits (B, C) with -inf for the classes that a row's candidates, if it has any, (B, C), rule out."""
     if candidates is None:
         return logits

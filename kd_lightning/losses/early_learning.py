@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.hard import log_probabilities, pick
-from kd_lightning.losses.logits import Reduction, check_reduction, check_weight, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, check_weight, log_probabilities, pick, reduce_rows
 
 
 class EarlyLearningLoss(nn.Module):

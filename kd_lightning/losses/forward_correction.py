@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.hard import check_transition, log_probabilities
-from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, check_transition, log_probabilities, reduce_rows
 
 
 class ForwardCorrectionLoss(nn.Module):

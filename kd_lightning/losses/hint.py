@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.logits import Reduction, check_reduction, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, reduce_rows
 
 
 class HintLoss(nn.Module):
@@ -14,7 +14,7 @@ class HintLoss(nn.Module):
 
     .. math:: \tfrac{1}{2} \lVert u - r(v) \rVert^2
 
-    for a hint :math:`u` and a regressor's output :math:`r(v)`: summed over all of a sample's entries, then averaged
+    for a hint :math:`u` and a projector's output :math:`r(v)`: summed over all of a sample's entries, then averaged
     over the batch. It grows with the size of the maps. Computed in at least float32.
 
     Args:

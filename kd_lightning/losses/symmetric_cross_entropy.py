@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.hard import log_probabilities, pick
-from kd_lightning.losses.logits import Reduction, check_reduction, check_weight, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, check_weight, log_probabilities, pick, reduce_rows
 
 
 class SymmetricCrossEntropyLoss(nn.Module):

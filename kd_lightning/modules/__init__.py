@@ -6,7 +6,7 @@ from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.hint import HintModule
 from kd_lightning.modules.pseudo_label import PseudoLabelModule
-from kd_lightning.modules.supervised import SupervisedModule, Term
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule
 
 __all__ = [
     "SupervisedModule",
@@ -16,5 +16,5 @@ __all__ = [
     "ApprenticeModule",
     "PseudoLabelModule",
     "CoTeachingModule",
-    "Term",
+    "LossTerm",
 ]

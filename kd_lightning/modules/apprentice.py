@@ -15,16 +15,16 @@ from torch.optim import Adam, Optimizer
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses import SoftTargetLoss
-from kd_lightning.losses.by_kind import remembers
-from kd_lightning.losses.logits import Task
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.losses import KDLoss
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.label_kind import remembers
+from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
+from kd_lightning.modules._shared.teacher_arguments import check_soft_weight, is_fitting
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.modules.evaluation import check_outputs
-from kd_lightning.modules.paired_optimizer import PairedOptimizer
-from kd_lightning.modules.supervised import Term, check_choice
-from kd_lightning.modules.teaching import check_soft_weight, is_fitting
-from kd_lightning.outputs import logits_of
-from kd_lightning.teachers import Teacher, load_weights
+from kd_lightning.modules.supervised import LossTerm, check_choice
+from kd_lightning.runs.weights import load_weights
+from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 Scheme = Literal["joint", "fixed_teacher", "finetune"]
 
@@ -49,7 +49,7 @@ class ApprenticeModule(DistillModule):
         scheme: Which of the three.
         teacher_weight: Scheme A: weight of the teacher's terms.
         soft_weight: w in [0, 1]; a callback may anneal it.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``SoftTargetLoss`` at temperature 1,
+        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 1,
             the paper's, and for apprentices of low precision better than higher ones.
         teacher_optimizer: Scheme A: takes the teacher's parameters, in place of ``optimizer``; ``lr_scheduler`` then
             scales the learning rates of both (OneCycleLR sets them: give it ``max_lr`` of the student's and the
@@ -97,7 +97,7 @@ class ApprenticeModule(DistillModule):
         super().__init__(
             student,
             None if joint else teacher,
-            soft_loss=SoftTargetLoss(temperature=1.0, task=task) if soft_loss is None else soft_loss,
+            soft_loss=KDLoss(temperature=1.0, task=task) if soft_loss is None else soft_loss,
             soft_weight=soft_weight,
             task=task,
             hard_loss=hard_loss,
@@ -120,7 +120,7 @@ class ApprenticeModule(DistillModule):
         if initial_weights is not None:
             load_weights(student, initial_weights)
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The student's terms; in scheme A the teacher's, too."""
         target = self.teacher_logits(batch) if self.scheme == "joint" else None
         if target is None:
@@ -130,13 +130,13 @@ class ApprenticeModule(DistillModule):
         check_soft_weight(self.soft_weight)  # a callback may have set it
         hard, teacher_hard = self.hard_term(logits, batch), self.hard_term(target, batch)
         terms = {
-            "hard": Term(1.0 - self.soft_weight, hard),
-            "soft": Term(self.soft_weight, self.soft_loss(logits, target.detach(), batch.y)),
-            "teacher_hard": Term(self.teacher_weight, teacher_hard),
+            "hard": LossTerm(1.0 - self.soft_weight, hard),
+            "soft": LossTerm(self.soft_weight, self.soft_loss(logits, target.detach(), batch.y)),
+            "teacher_hard": LossTerm(self.teacher_weight, teacher_hard),
         }
         if self.mutual:
             soft = self.soft_loss(target, logits.detach(), batch.y)
-            terms["teacher_soft"] = Term(self.teacher_weight * self.soft_weight, soft)
+            terms["teacher_soft"] = LossTerm(self.teacher_weight * self.soft_weight, soft)
         return terms
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:

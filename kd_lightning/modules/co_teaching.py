@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from kd_lightning.batch import Batch, Kind, is_labeled
+from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses.by_kind import remembers
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.losses.base import Task, check_reducible, per_row
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.hard import check_reducible, per_row
-from kd_lightning.losses.logits import Task
-from kd_lightning.modules.supervised import SupervisedModule, Term
-from kd_lightning.outputs import logits_of
+from kd_lightning.losses.label_kind import remembers
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule
 
 
 class CoTeachingModule(SupervisedModule):
@@ -95,7 +94,7 @@ class CoTeachingModule(SupervisedModule):
         """
         return self.forget_rate * min(epoch / self.ramp_epochs, 1.0)
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Each student's hard term, on the rows that the other has chosen."""
         both = self(batch.x), logits_of(self.peer(batch.x), "the peer")
         if both[0].shape != both[1].shape:
@@ -106,7 +105,7 @@ class CoTeachingModule(SupervisedModule):
         if batch.mean_labels is None:
             batch.mean_labels = self._mean_over_processes(labels, both[0])
         known = is_labeled(batch.y)
-        sorted_rows = known if batch.kind is None else known & (batch.kind != Kind.CLEAN)
+        sorted_rows = known if batch.kind is None else known & (batch.kind != LabelKind.CLEAN)
         self._sorted = self._sorted + sorted_rows.sum()
         coarse = batch.candidates.any(dim=1) if batch.candidates is not None else torch.zeros_like(known)
         rows = [self._rows(logits, batch, known, coarse) for logits in both]
@@ -116,7 +115,7 @@ class CoTeachingModule(SupervisedModule):
             count, everyone = self._sums(torch.stack([learned.sum(), (known | coarse).sum()]))
             size = float(batch.mean_labels) * count / max(everyone, 1.0)
             values = values if batch.weight is None else values * batch.weight
-            terms[name] = Term(1.0, (values * learned).sum() / max(size, 1e-9))
+            terms[name] = LossTerm(1.0, (values * learned).sum() / max(size, 1e-9))
         if self._trainer is not None:
             self._log_epoch("forget_rate", self.forgotten(self.current_epoch), len(batch))
         return terms

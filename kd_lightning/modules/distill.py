@@ -11,13 +11,18 @@ from torch.optim import Adam
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.logits import Task
-from kd_lightning.modules.evaluation import check_outputs
-from kd_lightning.modules.supervised import SupervisedModule, Term
-from kd_lightning.modules.teaching import check_same_teacher, check_soft_weight, is_fitting, make_soft_loss, say
-from kd_lightning.preflight import FirstLook
-from kd_lightning.teacher_cache import keep_outputs
-from kd_lightning.teachers import Teacher
+from kd_lightning.losses.base import Task
+from kd_lightning.modules._shared.teacher_arguments import (
+    check_same_teacher,
+    check_soft_weight,
+    is_fitting,
+    make_soft_loss,
+    say,
+)
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.teachers.cache_fill import keep_outputs
+from kd_lightning.teachers.probe import TeacherProbe
+from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 _NO_TEACHER = "training needs the teacher; teacher=None is for test and predict alone"
 
@@ -31,7 +36,7 @@ class DistillModule(SupervisedModule):
         student: The network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a :class:`Teacher` around it. None serves ``test`` and ``predict`` of a
             trained student where the teacher is not at hand.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``SoftTargetLoss`` at temperature 4.
+        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 4.
         soft_weight: w in [0, 1]; a callback may anneal it.
         task: See :class:`SupervisedModule`, as for all that follow.
         hard_loss: Called as ``(logits, target)``.
@@ -73,9 +78,9 @@ class DistillModule(SupervisedModule):
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
         self.soft_loss = make_soft_loss(soft_loss, task, [self.teacher])
         self.soft_weight = soft_weight
-        self._first_look: FirstLook | None = None
+        self._first_look: TeacherProbe | None = None
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The hard and the soft term."""
         target = self.teacher_logits(batch)  # before the student's activations are held: they cost room and time
         if target is None:
@@ -85,7 +90,7 @@ class DistillModule(SupervisedModule):
         check_soft_weight(self.soft_weight)  # a callback may have set it
         hard = self.hard_term(logits, batch)  # says what is wrong with labels
         soft = self.soft_loss(logits, target, batch.y)
-        return {"hard": Term(1.0 - self.soft_weight, hard), "soft": Term(self.soft_weight, soft)}
+        return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """The teacher's logits, for the metrics."""
@@ -109,7 +114,7 @@ class DistillModule(SupervisedModule):
             return
         keep_outputs([self.teacher], self.trainer)
         if self.trainer.is_global_zero:
-            self._first_look = FirstLook(self.teacher, self.soft_loss, self.task, say)
+            self._first_look = TeacherProbe(self.teacher, self.soft_loss, self.task, say)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which teacher it was, not the teacher."""

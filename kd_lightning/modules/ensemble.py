@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from kd_lightning.batch import Batch
-from kd_lightning.ensembles import Ensemble, draw
 from kd_lightning.errors import InputError
-from kd_lightning.losses.logits import Task, standardize_logits
-from kd_lightning.modules.ensemble_evaluation import EnsembleEvaluation
-from kd_lightning.modules.evaluation import Evaluation
-from kd_lightning.modules.supervised import SupervisedModule, Term, check_choice
-from kd_lightning.modules.teaching import check_same_teacher, check_soft_weight, is_fitting, make_soft_loss, say
-from kd_lightning.preflight import FirstLook
-from kd_lightning.teacher_cache import keep_outputs
+from kd_lightning.losses.base import Task, standardize_logits
+from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
+from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.teacher_arguments import (
+    check_same_teacher,
+    check_soft_weight,
+    is_fitting,
+    make_soft_loss,
+    say,
+)
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule, check_choice
+from kd_lightning.teachers.cache_fill import keep_outputs
+from kd_lightning.teachers.ensemble import Ensemble, draw
+from kd_lightning.teachers.probe import TeacherProbe
 
 
 class EnsembleDistillModule(SupervisedModule):
@@ -33,7 +39,7 @@ class EnsembleDistillModule(SupervisedModule):
     - ``average``: of their probabilities at the loss's temperature, q(c) = sum of w_k q_k(c).
     - ``random``: one teacher is drawn for each optimiser step, or for each sample.
     - ``relabel``: each sample is K training examples an epoch, one for each teacher, each with its own augmentation,
-      shuffled through the epoch: set the datamodule's ``copies`` to K. The teacher of a view is its number modulo K.
+      shuffled through the epoch: set the datamodule's ``views_per_epoch`` to K. The teacher of a view is its number modulo K.
       An example of a loader whose batches tell no view gets a uniformly drawn teacher.
 
     The objective is :class:`DistillModule`'s. Teachers may differ in architecture, inputs (``Teacher``'s
@@ -49,16 +55,16 @@ class EnsembleDistillModule(SupervisedModule):
     Args:
         student: The network to train, see :class:`SupervisedModule`.
         teachers: K trained networks, or ``Teacher``s around them. None for ``test`` and ``predict`` alone.
-        combine: ``"average"``, ``"random"`` or ``"relabel"``.
+        strategy: ``"average"``, ``"random"`` or ``"relabel"``.
         teacher_weights: K numbers, scaled to sum 1: weights of the average, probabilities of the draw, weights of the
             copies' soft terms. None: all the same. ``"confidence"``, for the average alone: for each labeled sample
             by the teachers' cross-entropy, see :meth:`Ensemble.confidence`.
-        draw: For ``random``, whether a teacher is drawn for each ``"batch"`` (the paper's way; the same for all
+        draw_per: For ``random``, whether a teacher is drawn for each ``"batch"`` (the paper's way; the same for all
             processes and accumulated batches of an optimiser step) or each ``"sample"``. Both follow from
             ``seed_everything``'s seed, and from the step, or epoch and index.
-        batched: Compute teachers of one architecture as one network, see :class:`Ensemble`; for the average and in
+        use_vmap: Compute teachers of one architecture as one network, see :class:`Ensemble`; for the average and in
             validation. What they say is then not looked at as the run begins.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``SoftTargetLoss`` at temperature 4.
+        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 4.
         soft_weight: w in [0, 1]; a callback may anneal it.
         task: See :class:`SupervisedModule`, as for all that follow.
         hard_loss: Called as ``(logits, target)``.
@@ -68,7 +74,7 @@ class EnsembleDistillModule(SupervisedModule):
 
     Raises:
         InputError: For no teachers, weights that do not fit them, classes that none knows or the student does not
-            have, a draw by sample of samples without index, ``relabel`` with other ``copies`` than teachers, and for
+            have, a draw by sample of samples without index, ``relabel`` with other ``views_per_epoch`` than teachers, and for
             what :class:`DistillModule` refuses.
     """
 
@@ -76,11 +82,11 @@ class EnsembleDistillModule(SupervisedModule):
         self,
         student: nn.Module,
         teachers: list[nn.Module] | None,
-        combine: Literal["average", "random", "relabel"] = "average",
+        strategy: Literal["average", "random", "relabel"] = "average",
         *,
         teacher_weights: list[float] | Literal["confidence"] | None = None,
-        draw: Literal["batch", "sample"] = "batch",
-        batched: bool = False,
+        draw_per: Literal["batch", "sample"] = "batch",
+        use_vmap: bool = False,
         soft_loss: nn.Module | None = None,
         soft_weight: float = 0.9,
         task: Task = "multiclass",
@@ -97,35 +103,35 @@ class EnsembleDistillModule(SupervisedModule):
             lr_scheduler=lr_scheduler,
             lr_interval=lr_interval,
         )
-        check_choice("combine", combine, ("average", "random", "relabel"))
-        check_choice("draw", draw, ("batch", "sample"))
+        check_choice("strategy", strategy, ("average", "random", "relabel"))
+        check_choice("draw_per", draw_per, ("batch", "sample"))
         check_soft_weight(soft_weight)
         if isinstance(teacher_weights, str):
             check_choice("teacher_weights", teacher_weights, ("confidence",))
-            if combine != "average":
-                raise InputError(f"teacher_weights: confidence weighs the average, but combine is {combine!r}")
-        self.save_hyperparameters("combine", "teacher_weights", "draw", "soft_weight")
+            if strategy != "average":
+                raise InputError(f"teacher_weights: confidence weighs the average, but strategy is {strategy!r}")
+        self.save_hyperparameters("strategy", "teacher_weights", "draw_per", "soft_weight")
         weights = None if isinstance(teacher_weights, str) else teacher_weights
-        self.ensemble = None if teachers is None else Ensemble(teachers, task=task, weights=weights, batched=batched)
-        self.combine = combine
+        self.ensemble = None if teachers is None else Ensemble(teachers, task=task, weights=weights, use_vmap=use_vmap)
+        self.strategy = strategy
         self.confident = isinstance(teacher_weights, str)
-        self.draw = draw
+        self.draw_per = draw_per
         self.soft_loss = make_soft_loss(soft_loss, task, self.ensemble or ())
         self.soft_weight = soft_weight
-        self._first_looks: list[FirstLook] = []
+        self._first_looks: list[TeacherProbe] = []
         self._told_of_views = self._pictured = False
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The hard and the soft term."""
         if self.ensemble is None:
             raise InputError("training needs the teachers; teachers=None is for test and predict alone")
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        averaged = self.combine == "average" and len(self.ensemble) > 1
+        averaged = self.strategy == "average" and len(self.ensemble) > 1
         answers = self.ensemble(batch) if averaged else None  # before the student's activations are held
         logits = self(batch.x)
         hard = self.hard_term(logits, batch)  # says what is wrong with labels
         soft = self._soft_term(self.ensemble, answers, logits, batch)
-        return {"hard": Term(1.0 - self.soft_weight, hard), "soft": Term(self.soft_weight, soft)}
+        return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
     def _soft_term(self, ensemble: Ensemble, answers: Tensor | None, logits: Tensor, batch: Batch) -> Tensor:
         classes = 1 if self.task == "binary" else logits.shape[-1]
@@ -147,7 +153,7 @@ class EnsembleDistillModule(SupervisedModule):
             target = ensemble.pool(answers, weights, float(getattr(soft_loss, "temperature", 1.0)), standardize)
         self._log_shares(ensemble.weights if weights is None else weights.mean(dim=0), len(batch))
         target = target.reshape(logits.shape)
-        if self.combine != "relabel" or (ensemble.weights == ensemble.weights[0]).all():
+        if self.strategy != "relabel" or (ensemble.weights == ensemble.weights[0]).all():
             soft: Tensor = soft_loss(logits, target, batch.y)
             return soft
         assert choice is not None
@@ -164,12 +170,14 @@ class EnsembleDistillModule(SupervisedModule):
         if count == 1:
             return torch.zeros(rows, dtype=torch.long)
         seed, weights = int(os.environ.get("PL_GLOBAL_SEED", 0)), ensemble.weights.tolist()
-        if self.combine == "random":
-            if self.draw == "sample" and batch.index is None:
-                raise InputError("draw: sample needs batches with an index, as the datamodule's; or set it to batch")
+        if self.strategy == "random":
+            if self.draw_per == "sample" and batch.index is None:
+                raise InputError(
+                    "draw_per: sample needs batches with an index, as the datamodule's; or set it to batch"
+                )
             if self._trainer is None:  # nothing tells step and epoch
-                return torch.multinomial(ensemble.weights, 1 if self.draw == "batch" else rows, True).expand(rows)
-            if self.draw == "batch" or batch.index is None:
+                return torch.multinomial(ensemble.weights, 1 if self.draw_per == "batch" else rows, True).expand(rows)
+            if self.draw_per == "batch" or batch.index is None:
                 return torch.full((rows,), draw((seed, self.global_step), weights))
             epoch = self.current_epoch
             return torch.tensor([draw((seed, epoch, index), weights) for index in batch.index.tolist()])
@@ -178,7 +186,7 @@ class EnsembleDistillModule(SupervisedModule):
         if not self._told_of_views:
             rank_zero_warn(
                 "relabel: these batches do not tell which view of its sample a row is, so each row gets a uniformly "
-                "drawn teacher; SemiSupervisedDataModule(copies=...) gives each sample to every teacher"
+                "drawn teacher; SemiSupervisedDataModule(views_per_epoch=...) gives each sample to every teacher"
             )
             self._told_of_views = True
         return torch.randint(count, (rows,))
@@ -217,17 +225,22 @@ class EnsembleDistillModule(SupervisedModule):
             for number, teacher in enumerate(self.ensemble):
                 if not teacher.missing_classes:
                     about = partial(say, about=f"teachers[{number}]")
-                    self._first_looks.append(FirstLook(teacher, self.soft_loss, self.task, about))
+                    self._first_looks.append(TeacherProbe(teacher, self.soft_loss, self.task, about))
 
     def on_train_start(self) -> None:
         """Check that each sample comes once to each teacher in an epoch where it should."""
         sampler: Any = getattr(self.trainer.train_dataloader, "sampler", None)
-        copies, views = getattr(sampler, "copies", None), getattr(sampler, "views", None)
+        views_per_epoch = getattr(sampler, "views_per_epoch", None)
+        num_views = getattr(sampler, "num_views", None)
         count = len(self.ensemble or ())
-        if self.combine == "relabel" and copies is not None and (copies != count or (views or count) % count):
+        if (
+            self.strategy == "relabel"
+            and views_per_epoch is not None
+            and (views_per_epoch != count or (num_views or count) % count)
+        ):
             raise InputError(
-                f"combine: relabel gives each sample to each of {count} teachers, and so needs the data's "
-                f"copies: {count} (and views, if set, a multiple of it); got copies {copies}, views {views}"
+                f"strategy: relabel gives each sample to each of {count} teachers, and so needs the data's "
+                f"views_per_epoch: {count} (and num_views, if set, a multiple of it); got views_per_epoch {views_per_epoch}, num_views {num_views}"
             )
 
     def on_validation_epoch_end(self) -> None:

@@ -20,14 +20,15 @@ from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.hints import Regressors, first_line, hint_figure
-from kd_lightning.layers import capture, dry
+from kd_lightning.features.capture import capture, evaluating
+from kd_lightning.features.projectors import Projectors, first_line
 from kd_lightning.losses import HintLoss
-from kd_lightning.losses.logits import Task, check_weight
+from kd_lightning.losses.base import Task, check_weight
+from kd_lightning.modules._shared.first_inputs import first_images
+from kd_lightning.modules._shared.hint_figure import hint_figure
+from kd_lightning.modules._shared.stage_callbacks import forget_best, hold_early_stopping
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.modules.first_images import first_images
-from kd_lightning.modules.stages import forget_best, hold_early_stopping
-from kd_lightning.modules.supervised import Term
+from kd_lightning.modules.supervised import LossTerm
 
 EXAMPLES = 4  # images for the dry pass and the figures
 
@@ -36,12 +37,12 @@ class HintModule(DistillModule):
     """Train a thin, deep student in two stages within one fit (FitNets, Romero et al. 2014).
 
     Stage 1, ``hint_epochs`` long: the guided layers of the student learn to answer the teacher's hint layers, through
-    regressors, by :class:`~kd_lightning.losses.HintLoss`. Only the student up to its deepest guided layer and the
-    regressors train; what lies above is not even computed. Stage 2: :class:`DistillModule`'s objective for the whole
+    projectors, by :class:`~kd_lightning.losses.HintLoss`. Only the student up to its deepest guided layer and the
+    projectors train; what lies above is not even computed. Stage 2: :class:`DistillModule`'s objective for the whole
     student, with a new optimiser and scheduler. ``SoftWeightAnnealing`` counts its epochs from there.
 
     Charts what :class:`DistillModule` does, and ``stage`` (1 or 2), ``train/hint`` (the sum over the pairs),
-    ``train/hint/<guided>``, the same for ``val``, ``regressor_parameters``, and at the end of each stage a figure of
+    ``train/hint/<guided>``, the same for ``val``, ``projector_parameters``, and at the end of each stage a figure of
     hint maps above the student's. ``val/hint`` pools several loaders, and runs the teacher up to its hints each time.
     In stage 1 ``EarlyStopping`` is held; what a ``ModelCheckpoint`` found best there is forgotten at its end.
 
@@ -52,7 +53,7 @@ class HintModule(DistillModule):
         student: The network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a ``Teacher`` around it; None for ``test`` and ``predict`` alone.
         hints: For each guided layer of the student the teacher's hint layer, by dotted path. Theirs must be tensors:
-            maps (B, C, H, W), tokens (B, N, C) or vectors (B, C); maps (B, H, W, C), as Swin's, need a regressor of
+            maps (B, C, H, W), tokens (B, N, C) or vectors (B, C); maps (B, H, W, C), as Swin's, need a projector of
             their own. ``python -m kd_lightning layers`` lists them.
         hint_epochs: Length of stage 1; 0 is plain distillation.
         hint_optimizer: Of stage 1, takes the parameters. None: ``optimizer``.
@@ -62,9 +63,9 @@ class HintModule(DistillModule):
         hint_weight: Above 0 the hint term stays on in stage 2, with this weight: one joint stage where ``hint_epochs``
             is 0, as most libraries have it. The paper found that this fails on thin deep students. The term sums over
             all entries of a map: a weight of about 1 over their number puts it beside the others.
-        regressors: By guided layer, from its output to the hint's shape; the others are built, see
-            :func:`~kd_lightning.hints.build_regressor`. They are trained, and are no part of the deployed student.
-        input_shape: Of one sample, to build the regressors from. None: they are built from the first training images
+        projectors: By guided layer, from its output to the hint's shape; the others are built, see
+            :func:`~kd_lightning.features.projectors.build_projector`. They are trained, and are no part of the deployed student.
+        input_shape: Of one sample, to build the projectors from. None: they are built from the first training images
             when the fit begins.
         soft_loss: See :class:`DistillModule`, as for all that follow.
         soft_weight: w in [0, 1]; FitNets' lambda 4 to 1 at temperature 3 is 0.31 to 0.10.
@@ -76,7 +77,7 @@ class HintModule(DistillModule):
 
     Raises:
         InputError: For no hints, a layer that a network does not have or never reaches, shapes that no built-in
-            regressor joins, a regressor of another output shape, ``hint_epochs`` that leave no epoch for stage 2, and
+            projector joins, a projector of another output shape, ``hint_epochs`` that leave no epoch for stage 2, and
             what :class:`DistillModule` refuses.
     """
 
@@ -91,7 +92,7 @@ class HintModule(DistillModule):
         hint_lr_scheduler: LRSchedulerCallable | None = None,
         hint_patience: int | None = None,
         hint_weight: float = 0.0,
-        regressors: dict[str, nn.Module] | None = None,
+        projectors: dict[str, nn.Module] | None = None,
         input_shape: list[int] | None = None,
         soft_loss: nn.Module | None = None,
         soft_weight: float = 0.9,
@@ -119,7 +120,7 @@ class HintModule(DistillModule):
         if hint_weight > 0 and self.teacher is not None and self.teacher.cache is not None:
             raise InputError("hint_weight: hints of every step need the teacher itself; leave out its cache")
         self.save_hyperparameters("hints", "hint_epochs", "hint_patience", "hint_weight", "input_shape")
-        self.regressors = Regressors(hints, regressors)
+        self.projectors = Projectors(hints, projectors)
         self.hint_epochs = hint_epochs
         self.hint_optimizer = hint_optimizer
         self.hint_lr_scheduler = hint_lr_scheduler
@@ -141,45 +142,48 @@ class HintModule(DistillModule):
         self._best, self._waited = math.inf, 0
 
     def _measure(self, x: Tensor) -> None:
-        """Build the regressors from inputs (B, ...)."""
+        """Build the projectors from inputs (B, ...)."""
         if self.teacher is None or not self._hinting:
             return
         try:
-            self.regressors.measure(self.student, self.teacher, x.to(self.device))
+            x = x.to(self.device)
+            with torch.no_grad():
+                teacher_x = self.teacher.prepare(x)
+            self.projectors.measure(self.student, x, self.teacher.network, teacher_x)
         except RuntimeError as error:
             reason = f"the networks cannot take inputs of shape {[*x.shape]}: {first_line(error)}"
             raise InputError(f"hints: {reason}") from error
 
     # The objective.
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The hint term in stage 1, the hard and the soft one in stage 2, all three in joint training."""
         if self.teacher is None:
             raise InputError("training needs the teacher; teacher=None is for test and predict alone")
-        if not self.regressors.joins:
+        if not self.projectors.joins:
             self._measure(batch.x)
         if not self.distilling:
             hints = self._hints(batch)  # before the student's activations are held
-            with capture(self.student, [*self.regressors.hints], stop=True) as guided:
+            with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
             value = self._hint_term(guided, hints, len(batch))
-            return {"hint": Term(1.0, self._reaching_all(value))}
+            return {"hint": LossTerm(1.0, self._reaching_all(value))}
         if self._joint:
-            layers = [*self.regressors.hints.values()]
+            layers = [*self.projectors.hints.values()]
             with (
-                capture(self.student, [*self.regressors.hints]) as guided,
+                capture(self.student, [*self.projectors.hints]) as guided,
                 capture(self.teacher.network, layers) as hints,
             ):
                 terms = super().losses(batch)
-            return terms | {"hint": Term(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
+            return terms | {"hint": LossTerm(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
         terms = super().losses(batch)
         weight, value = terms["soft"]
-        return terms | {"soft": Term(weight, self._reaching_all(value))}
+        return terms | {"soft": LossTerm(weight, self._reaching_all(value))}
 
     def _hints(self, batch: Batch) -> dict[str, Tensor]:
         """The teacher's hints; what lies above is not computed."""
         assert self.teacher is not None
-        with capture(self.teacher.network, [*self.regressors.hints.values()], stop=True) as hints:
+        with capture(self.teacher.network, [*self.projectors.hints.values()], stop=True) as hints:
             self.teacher.compute(batch)
         return hints
 
@@ -191,14 +195,14 @@ class HintModule(DistillModule):
         return torch.stack([*values.values()]).sum()
 
     def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.hint_loss(*pair) for name, pair in self.regressors.pairs(guided, hints).items()}
+        return {name: self.hint_loss(*pair) for name, pair in self.projectors.pairs(guided, hints).items()}
 
     def _trained(self) -> list[nn.Parameter]:
         """What the current stage trains."""
         if self.distilling:
-            return [p for name, p in self.named_parameters() if self._joint or not name.startswith("regressors.")]
-        below = [p for name, p in self.student.named_parameters() if name in self.regressors.below]
-        return [*below, *self.regressors.parameters()]
+            return [p for name, p in self.named_parameters() if self._joint or not name.startswith("projectors.")]
+        below = [p for name, p in self.student.named_parameters() if name in self.projectors.below]
+        return [*below, *self.projectors.parameters()]
 
     def _reaching_all(self, value: Tensor) -> Tensor:
         """Under DDP, which waits for a gradient of every parameter: those that do not train get zeros."""
@@ -230,9 +234,9 @@ class HintModule(DistillModule):
             )
 
     def configure_model(self) -> None:
-        """Build the regressors, now that the data are at hand."""
+        """Build the projectors, now that the data are at hand."""
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if not fitting or not self._hinting or self.regressors.below:
+        if not fitting or not self._hinting or self.projectors.below:
             return
         try:
             self._examples = first_images(self, EXAMPLES)
@@ -246,18 +250,18 @@ class HintModule(DistillModule):
         if self.distilling:
             return self.optimization(self._trained(), self.optimizer, self.lr_scheduler)
         trained = self._trained()
-        if not self.regressors.below or not any(p.requires_grad for p in trained[: len(self.regressors.below)]):
+        if not self.projectors.below or not any(p.requires_grad for p in trained[: len(self.projectors.below)]):
             reason = "hints: nothing below the guided layers requires a gradient"
-            if not self.regressors.below:
-                reason = "the regressors are not built yet: give input_shape, or leave it to Trainer.fit"
+            if not self.projectors.below:
+                reason = "the projectors are not built yet: give input_shape, or leave it to Trainer.fit"
             raise InputError(reason)
         optimizer = self.hint_optimizer or self.optimizer
         return self.optimization(trained, optimizer, self.hint_lr_scheduler, monitor="val/hint")
 
     def on_train_start(self) -> None:
         """Tell what was built, and begin; a run that goes on in an epoch has no other call before its first step."""
-        if self.regressors.joins:
-            rank_zero_info(self.regressors.describe())
+        if self.projectors.joins:
+            rank_zero_info(self.projectors.describe())
         if self.hint_patience is not None and not self.trainer.enable_validation:
             raise InputError("hint_patience needs validation data, whose hint loss it watches")
         self._enter_stage()
@@ -265,14 +269,14 @@ class HintModule(DistillModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Keep a few images for the figures."""
         if self._examples is None and self._hinting:
-            self._examples = Batch.of(batch).x[:EXAMPLES].detach()
+            self._examples = Batch.from_any(batch).x[:EXAMPLES].detach()
 
     def on_train_epoch_start(self) -> None:
         """Go over to stage 2 when it is time."""
         self._enter_stage()
         self.log("stage", 2.0 if self.distilling else 1.0)
-        if self.regressors:
-            self.log("regressor_parameters", float(self.regressors.size()))
+        if self.projectors:
+            self.log("projector_parameters", float(self.projectors.size()))
 
     def _enter_stage(self) -> None:
         if self.distilling:
@@ -295,7 +299,7 @@ class HintModule(DistillModule):
             return
         for name, layer in self.student.named_modules():
             own = [f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)]
-            if isinstance(layer, _BatchNorm) and layer.training and own and not self.regressors.below.intersection(own):
+            if isinstance(layer, _BatchNorm) and layer.training and own and not self.projectors.below.intersection(own):
                 self._held.append(layer.eval())
 
     def _release(self) -> None:
@@ -318,12 +322,12 @@ class HintModule(DistillModule):
             return
         precision = self.trainer.precision_plugin
         batch = Batch(precision.convert_input(self._examples.to(self.device)))
-        with torch.no_grad(), dry(self.student), dry(self.regressors), precision.forward_context():
-            with capture(self.student, [*self.regressors.hints], stop=True) as guided:
+        with torch.no_grad(), evaluating(self.student), evaluating(self.projectors), precision.forward_context():
+            with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
-            pairs = self.regressors.pairs(guided, self._hints(batch))
+            pairs = self.projectors.pairs(guided, self._hints(batch))
         for name, (regressed, hint) in pairs.items():
-            figure = hint_figure(hint, regressed, f"{name} -> {self.regressors.hints[name]}")
+            figure = hint_figure(hint, regressed, f"{name} -> {self.projectors.hints[name]}")
             for board in boards:
                 board.experiment.add_figure(f"hints/{name}/{stage}", figure, self.global_step)
             plt.close(figure)
@@ -335,8 +339,8 @@ class HintModule(DistillModule):
         if not fitting or (self.distilling and not self._joint):
             super()._evaluate(stage, batch, batch_idx, dataloader_idx)
             return
-        batch = Batch.of(batch)
-        with capture(self.student, [*self.regressors.hints]) as guided:
+        batch = Batch.from_any(batch)
+        with capture(self.student, [*self.projectors.hints]) as guided:
             super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         values = {f"val/hint/{name}": value for name, value in self._distances(guided, self._hints(batch)).items()}
         for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
@@ -360,11 +364,11 @@ class HintModule(DistillModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the stage, and the shapes that regressors are built from."""
+        """Store the stage, and the shapes that projectors are built from."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["hints"] = {
-            "pairs": self.regressors.hints,
-            "joins": self.regressors.joins,
+            "pairs": self.projectors.hints,
+            "joins": self.projectors.joins,
             "distilling": self.distilling,
             "distill_from_epoch": self.distill_from_epoch if self._settled else None,
             "best": self._best,
@@ -377,14 +381,14 @@ class HintModule(DistillModule):
         return self.distilling or self.distill_from_epoch != self.hint_epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on in the checkpoint's stage, with its regressors."""
+        """Go on in the checkpoint's stage, with its projectors."""
         if (saved := checkpoint.get("hints")) is not None:
-            if saved["pairs"] != self.regressors.hints:
+            if saved["pairs"] != self.projectors.hints:
                 raise InputError(
-                    f"hints: the checkpoint was trained with {saved['pairs']}, got {self.regressors.hints}"
+                    f"hints: the checkpoint was trained with {saved['pairs']}, got {self.projectors.hints}"
                 )
             if saved["joins"]:
-                self.regressors.build(saved["joins"], self.device, torch.float32)
+                self.projectors.build(saved["joins"], self.device, torch.float32)
             self.distilling = saved["distilling"]
             self._best, self._waited = saved["best"], saved["waited"]
             if saved["distill_from_epoch"] is not None:

@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import Batch, Kind, is_labeled
+from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses.coarse import within
-from kd_lightning.losses.logits import Task
-from kd_lightning.modules.adaptive_thresholds import AdaptiveThresholds
-from kd_lightning.modules.supervised import SupervisedModule, Term, check_choice
-from kd_lightning.outputs import logits_of
-from kd_lightning.pseudo_labels import check_classes, check_threshold
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.coarse import mask_candidates
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule, check_choice
+from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
+from kd_lightning.pseudo_labels.table import check_classes, check_threshold
 
 
 class PseudoLabelModule(SupervisedModule):
     """Self-training: ``hard + unsupervised_weight * unsupervised``, where the unlabeled images have pseudo-labels.
 
-    - ``labels="online"``: the label is the current student's decision, made anew in every step. Without a threshold
+    - ``pseudo_labels="online"``: the label is the current student's decision, made anew in every step. Without a threshold
       this is Lee (2013), with the weight ramped by ``SoftWeightAnnealing(attribute="unsupervised_weight")``. With a
       threshold and a datamodule that has a ``strong_transform`` it is FixMatch (Sohn et al. 2020): the label comes
       from the weak view ``x``, where its probability reaches the threshold; the loss is taken on ``x_strong``. With
       ``adaptive_thresholds`` it is FlexMatch.
-    - ``labels="refreshed"``: the label is what a ``PseudoLabelRefresh`` callback last handed out, hard or soft.
+    - ``pseudo_labels="refreshed"``: the label is what a ``PseudoLabelRefresh`` callback last handed out, hard or soft.
 
     The unsupervised term is cross-entropy summed over the accepted samples, and divided by the number of *all*
     unlabeled ones, so that few accepted labels weigh little. Samples with a coarse label are learned in both terms,
@@ -45,7 +45,7 @@ class PseudoLabelModule(SupervisedModule):
     Args:
         student: Gives logits (B, C), see :class:`SupervisedModule`.
         unsupervised_weight: Lee's alpha, at least 0; a callback may anneal it.
-        labels: ``"online"`` or ``"refreshed"``.
+        pseudo_labels: ``"online"`` or ``"refreshed"``.
         threshold: Accept online labels of at least this probability, in (0, 1]; None: all.
         adaptive_thresholds: Lower it for each class by how much of it is learned, see :class:`AdaptiveThresholds`.
         ema_decay: Online labels come from a running average of the student with this decay, in [0, 1), buffers
@@ -67,7 +67,7 @@ class PseudoLabelModule(SupervisedModule):
         self,
         student: nn.Module,
         unsupervised_weight: float = 1.0,
-        labels: Literal["online", "refreshed"] = "online",
+        pseudo_labels: Literal["online", "refreshed"] = "online",
         threshold: float | None = None,
         *,
         adaptive_thresholds: bool = False,
@@ -88,18 +88,20 @@ class PseudoLabelModule(SupervisedModule):
         )
         if task != "multiclass":
             raise InputError(f"task must be multiclass, since a pseudo-label is one class, got {task!r}")
-        check_choice("labels", labels, ("online", "refreshed"))
+        check_choice("pseudo_labels", pseudo_labels, ("online", "refreshed"))
         check_threshold(threshold)
         _check_weight(unsupervised_weight)
-        if labels == "refreshed" and (threshold is not None or adaptive_thresholds):
+        if pseudo_labels == "refreshed" and (threshold is not None or adaptive_thresholds):
             raise InputError("threshold: refreshed labels are accepted by PseudoLabelRefresh; set it there")
         if adaptive_thresholds and threshold is None:
             raise InputError("adaptive_thresholds needs a threshold, the highest that a class can have")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
-        self.save_hyperparameters("unsupervised_weight", "labels", "threshold", "adaptive_thresholds", "ema_decay")
+        self.save_hyperparameters(
+            "unsupervised_weight", "pseudo_labels", "threshold", "adaptive_thresholds", "ema_decay"
+        )
         self.unsupervised_weight = unsupervised_weight
-        self.labels = labels
+        self.pseudo_labels = pseudo_labels
         self.threshold = threshold
         self.adaptive_thresholds = adaptive_thresholds
         self.ema = None if ema_decay is None else _average(student, ema_decay)
@@ -107,7 +109,7 @@ class PseudoLabelModule(SupervisedModule):
         self._visible: Tensor | None = None  # labels whose classes are yet to be checked
         self._seen = self._accepted = torch.zeros(())  # in this epoch
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The hard and the unsupervised term."""
         _check_weight(self.unsupervised_weight)  # a callback may have set it
         clean = self._clean(batch)
@@ -117,15 +119,15 @@ class PseudoLabelModule(SupervisedModule):
         if self._visible is not None:
             check_classes(self._visible, logits.shape[-1], self._class_names(), type(self).__name__)
             self._visible = None
-        labeled = batch.at(given)
+        labeled = batch.select(given)
         if batch.mean_labels is None:
             batch.mean_coarse = self._mean_over_processes(int(coarse.sum()), logits)
         else:
             labeled.mean_labels = batch.mean_labels - batch.mean_pseudo
         hard = self.hard_term(logits[given] if len(logits) == len(batch) else logits, labeled)
         batch.mean_labels, batch.mean_pseudo = labeled.mean_labels, 0.0  # what the hard term is charted over
-        unlabeled = batch.at(~clean)
-        if self.labels == "online":
+        unlabeled = batch.select(~clean)
+        if self.pseudo_labels == "online":
             target, accepted = self._label(batch, clean, logits)
             target = F.one_hot(target, learned.shape[-1]).to(learned.dtype)
         else:
@@ -136,7 +138,7 @@ class PseudoLabelModule(SupervisedModule):
         everyone = (len(batch) if batch.mean_rows is None else batch.mean_rows) - fine
         value = (value * accepted).sum() / max(everyone, 1e-9)
         self._note(accepted, len(unlabeled))
-        return {"hard": Term(1.0, hard), "unsupervised": Term(self.unsupervised_weight, value)}
+        return {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
 
     @staticmethod
     def _clean(batch: Batch) -> Tensor:
@@ -146,7 +148,7 @@ class PseudoLabelModule(SupervisedModule):
         if batch.y.shape != (len(batch),):
             raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*batch.y.shape]}")
         known = is_labeled(batch.y)
-        return known if batch.kind is None else known & (batch.kind != Kind.PSEUDO)
+        return known if batch.kind is None else known & (batch.kind != LabelKind.PSEUDO)
 
     def _forward(self, batch: Batch, clean: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the batch, or of its given rows alone where no more are needed; and those that are to learn.
@@ -158,7 +160,7 @@ class PseudoLabelModule(SupervisedModule):
             learned = logits[~clean]
         else:
             # labels from the student itself need the weak views, too
-            weak = batch.x if self.labels == "online" and self.ema is None else batch.x[given]
+            weak = batch.x if self.pseudo_labels == "online" and self.ema is None else batch.x[given]
             logits, learned = self(torch.cat([weak, batch.x_strong[~clean]])).tensor_split([len(weak)])
         if logits.ndim != 2:
             raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}")
@@ -172,7 +174,7 @@ class PseudoLabelModule(SupervisedModule):
         else:
             answers = logits_of(self.ema.eval()(batch.x[~clean]), "the averaged student")
         allowed = None if batch.candidates is None else batch.candidates[~clean]
-        confidence, label = within(answers.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
+        confidence, label = mask_candidates(answers.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:
             self._log_epoch("train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9))
         if self.threshold is None:
@@ -230,10 +232,14 @@ class PseudoLabelModule(SupervisedModule):
                 "rest, source or test, or train a SupervisedModule"
             )
         # with refreshed labels it is the callback's concern, since a teacher may know what no label tells
-        self._visible = data.visible_labels() if self.labels == "online" and hasattr(data, "visible_labels") else None
+        self._visible = (
+            data.visible_labels() if self.pseudo_labels == "online" and hasattr(data, "visible_labels") else None
+        )
         callbacks = [type(callback).__name__ for callback in getattr(self.trainer, "callbacks", ())]
-        if self.labels == "refreshed" and "PseudoLabelRefresh" not in callbacks:
-            raise InputError("labels: refreshed, but nobody does; add PseudoLabelRefresh to the trainer's callbacks")
+        if self.pseudo_labels == "refreshed" and "PseudoLabelRefresh" not in callbacks:
+            raise InputError(
+                "pseudo_labels: refreshed, but nobody does; add PseudoLabelRefresh to the trainer's callbacks"
+            )
 
     def on_train_epoch_start(self) -> None:
         """Count anew."""
@@ -244,7 +250,7 @@ class PseudoLabelModule(SupervisedModule):
         super().on_train_epoch_end()
         if not int(self._seen):
             rank_zero_warn("no batch of this epoch had an unlabeled sample (y = -100): nothing to pseudo-label")
-        elif self.labels == "online" and self.unsupervised_weight > 0 and not float(self._accepted):
+        elif self.pseudo_labels == "online" and self.unsupervised_weight > 0 and not float(self._accepted):
             rank_zero_warn(
                 f"no pseudo-label of this epoch reached the threshold {self.threshold}, so only the labels were "
                 f"learned; lower it, or train longer on the labels first"
@@ -288,7 +294,7 @@ def _refreshed(unlabeled: Batch, learned: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities to learn (U, C), and in which rows there are any, (U,)."""
     if unlabeled.kind is None or unlabeled.y is None:  # before the first refresh
         return torch.zeros_like(learned), learned.new_zeros(len(learned))
-    accepted = unlabeled.kind == Kind.PSEUDO
+    accepted = unlabeled.kind == LabelKind.PSEUDO
     if unlabeled.soft is not None:
         return unlabeled.soft.to(learned), accepted.to(learned)
     label = torch.where(accepted, unlabeled.y, 0)

@@ -21,20 +21,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.losses.base import Task, mean_loss, row_fields_of, to_probabilities
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.hard import mean_loss, told_names
-from kd_lightning.losses.logits import Task
-from kd_lightning.modules.evaluation import Evaluation, to_probabilities
-from kd_lightning.modules.finite import FiniteCheck
-from kd_lightning.modules.means import Means
-from kd_lightning.outputs import logits_of
-from kd_lightning.teachers import check_fit
+from kd_lightning.modules._shared.epoch_means import EpochMeans
+from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.finite_check import FiniteCheck
+from kd_lightning.runs.weights import check_fit
 
 # how torch says that inputs do not fit a layer
 _SHAPES = re.compile(r"shapes? |channels|expected .*(input|dim)|size of tensor|sizes? mismatch", re.IGNORECASE)
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """One term of the objective: ``weight * value``; the value is charted unweighted."""
 
     weight: float
@@ -97,7 +96,7 @@ class SupervisedModule(LightningModule):
         # The teacher's logits on evaluation sets, which do not change: {(stage, loader, batch): (index, logits)}.
         self._teacher_outputs: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._finite = FiniteCheck()
-        self._epoch_means = Means()
+        self._epoch_means = EpochMeans()
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's logits."""
@@ -114,16 +113,16 @@ class SupervisedModule(LightningModule):
         self._evaluations.clear()
         self._teacher_outputs.clear()
         self._finite = FiniteCheck()
-        self._epoch_means = Means()
+        self._epoch_means = EpochMeans()
         for part in self.hard_loss.modules() if stage == TrainerFn.FITTING else ():
             if callable(forget := getattr(part, "forget", None)):
                 forget()
 
     # What a method changes.
 
-    def losses(self, batch: Batch) -> dict[str, Term]:
+    def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of the objective, by name."""
-        return {"hard": Term(1.0, self.hard_term(self(batch.x), batch))}
+        return {"hard": LossTerm(1.0, self.hard_term(self(batch.x), batch))}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """What the student is compared with in validation and test; None without a teacher."""
@@ -176,7 +175,7 @@ class SupervisedModule(LightningModule):
         classes = self.task == "multiclass"
         if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
             raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
-        told = {name: getattr(batch, name) for name in told_names(self.hard_loss)}
+        told = {name: getattr(batch, name) for name in row_fields_of(self.hard_loss)}
         told = {name: values for name, values in told.items() if values is not None}
         weight = batch.weight
         known = is_labeled(y) if batch.labeled is None or not _makes_wait(y) else None
@@ -216,7 +215,7 @@ class SupervisedModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on a batch; works without a Trainer."""
-        batch = Batch.of(batch)
+        batch = Batch.from_any(batch)
         terms = self.losses(batch)
         self._finite.note({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_wait(batch.x):
@@ -280,10 +279,10 @@ class SupervisedModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Probabilities (B, C); (B,) for the binary task."""
-        return to_probabilities(self(Batch.of(batch).x), self.task)
+        return to_probabilities(self(Batch.from_any(batch).x), self.task)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        batch = replace(Batch.of(batch), candidates=None)  # the figures are of fine labels
+        batch = replace(Batch.from_any(batch), candidates=None)  # the figures are of fine labels
         logits = self(batch.x)
         teacher = self._kept_teacher_logits((stage, dataloader_idx, batch_idx), batch)
         if dataloader_idx not in self._evaluations:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from kd_lightning import Digits, SemiSupervisedDataModule
-from kd_lightning.data.sources import Part
+from kd_lightning.data.sources.source import Part
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ class Blanked(Digits):
 
 
 def test_no_3_is_in_the_transfer_set(benchmark):
-    data = SemiSupervisedDataModule(Digits(), val=0.25, batch_size=64, seed=0)
+    data = SemiSupervisedDataModule(Digits(), val_size=0.25, batch_size=64, seed=0)
     transfer = benchmark.transfer_set(data)
     transfer.setup("")
     parts = Digits().load()

@@ -27,8 +27,8 @@ from kd_lightning import (
     LayerwiseFinetuning,
     PseudoLabelModule,
     PseudoLabelRefresh,
+    SeedEveryStep,
     SemiSupervisedDataModule,
-    StepSeed,
     SupervisedModule,
 )
 from kd_lightning.models import DigitsCNN
@@ -419,7 +419,7 @@ def go_on(folder, path=None, save=False):
     schedule = partial(lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=40)
     optimizer = partial(AdamW, lr=0.01, weight_decay=0.1)
     module = SupervisedModule(student, optimizer=optimizer, lr_scheduler=schedule, lr_interval="step")
-    callbacks = [LayerwiseFinetuning(2, DECAY), StepSeed(1)]
+    callbacks = [LayerwiseFinetuning(2, DECAY), SeedEveryStep(1)]
     if save:
         callbacks += [
             ModelCheckpoint(folder, "step-{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
@@ -673,7 +673,7 @@ def test_student_that_starts_again(quiet_trainer):
     """Once while it is frozen, once at the thaw."""
     built = []
     torch.manual_seed(0)
-    module = PseudoLabelModule(DigitsCNN(4), labels="refreshed", optimizer=noting(built))
+    module = PseudoLabelModule(DigitsCNN(4), pseudo_labels="refreshed", optimizer=noting(built))
     first = snapshot(module.student)
     callbacks = [LayerwiseFinetuning(3, DECAY), PseudoLabelRefresh(restart_student=True)]
     trainer = quiet_trainer(max_epochs=4, limit_train_batches=2, callbacks=callbacks)

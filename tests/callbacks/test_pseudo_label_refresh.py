@@ -35,14 +35,14 @@ from kd_lightning import (
     InputError,
     PseudoLabelModule,
     PseudoLabelRefresh,
+    SeedEveryStep,
     SemiSupervisedDataModule,
-    StepSeed,
 )
 from kd_lightning.__main__ import main
-from kd_lightning.batch import Kind
-from kd_lightning.cli import DistillCLI
-from kd_lightning.loggers import ResumableCSVLogger
+from kd_lightning.batch import LabelKind
+from kd_lightning.cli.main import DistillCLI
 from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.csv_logger import ResumableCSVLogger
 
 ADAM = partial(torch.optim.AdamW, lr=0.02)
 STEPS = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.7)
@@ -58,7 +58,7 @@ def make(kind, **kwargs):
     student, teachers = DigitsCNN(4, dropout=0.2), [DigitsCNN(8), DigitsCNN(6)]
     kwargs = {"optimizer": ADAM, "lr_scheduler": STEPS} | kwargs
     if kind is PseudoLabelModule:
-        return kind(student, **({"labels": "refreshed"} | kwargs))
+        return kind(student, **({"pseudo_labels": "refreshed"} | kwargs))
     return kind(student, teachers if kind is EnsembleDistillModule else teachers[0], **kwargs)
 
 
@@ -237,7 +237,7 @@ def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
     hard, said = [], []
 
     def look(trainer, module, batch):
-        clean = batch.y if batch.kind is None else batch.y[batch.kind == Kind.CLEAN]
+        clean = batch.y if batch.kind is None else batch.y[batch.kind == LabelKind.CLEAN]
         assert not (clean == 9).any()
         if trainer.current_epoch:
             hard.append(truth[batch.index[batch.y == 9]])
@@ -317,7 +317,7 @@ def test_leaves_everything_as_it_was(fit, source, workers):
 
 def test_labels_that_nobody_uses_change_nothing(fit):
     def train(*callbacks):
-        module = make(PseudoLabelModule, labels="online", threshold=0.2)
+        module = make(PseudoLabelModule, pseudo_labels="online", threshold=0.2)
         torch.manual_seed(3)  # of the dropout
         fit(module, *callbacks)
         return module.state_dict()
@@ -354,7 +354,16 @@ def test_exact_resume(fit, tmp_path, name):
         refresh = PseudoLabelRefresh(**options)
         made = [other() for other in others]
         # a resumed run draws the same dropout
-        fit(module, refresh, *made, StepSeed(0), *callbacks, default_root_dir=root, enable_checkpointing=True, **kwargs)
+        fit(
+            module,
+            refresh,
+            *made,
+            SeedEveryStep(0),
+            *callbacks,
+            default_root_dir=root,
+            enable_checkpointing=True,
+            **kwargs,
+        )
         return module.state_dict(), refresh
 
     class Saves(ModelCheckpoint):
@@ -500,7 +509,7 @@ def test_somebody_elses_module_and_data(fit, tmp_path):
 def test_data_without_a_pool(fit, loader, quiet_trainer):
     trainer = quiet_trainer(callbacks=[PseudoLabelRefresh()])
     with pytest.raises(InputError, match="as SemiSupervisedDataModule has them, got no datamodule"):
-        trainer.fit(make(PseudoLabelModule, labels="online"), loader())
+        trainer.fit(make(PseudoLabelModule, pseudo_labels="online"), loader())
 
     class Bare(LightningDataModule):
         def set_pseudo_labels(self, labels):
@@ -586,11 +595,11 @@ def test_fit_twice(fit):
     refresh, tables, kinds = PseudoLabelRefresh(), [], []
 
     def look(trainer, module, batch):
-        kinds.append(None if batch.kind is None else bool((batch.kind == Kind.PSEUDO).any()))
+        kinds.append(None if batch.kind is None else bool((batch.kind == LabelKind.PSEUDO).any()))
 
     made = data()
     for _ in range(2):
-        fit(make(PseudoLabelModule), refresh, StepSeed(), Probe(look, batch=True), datamodule=made, max_epochs=2)
+        fit(make(PseudoLabelModule), refresh, SeedEveryStep(), Probe(look, batch=True), datamodule=made, max_epochs=2)
         tables.append(refresh.table.hash)
     assert tables[0] == tables[1]
     assert kinds == [None, None, True, True] * 2
@@ -673,7 +682,7 @@ def story(tmp_path, monkeypatch):
         trainer = {"max_epochs": 2, "limit_train_batches": 2, "accelerator": "cpu", "callbacks": [refresh]}
         trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
         student = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
-        model = {"class_path": "PseudoLabelModule", "init_args": {"student": student, "labels": "refreshed"}}
+        model = {"class_path": "PseudoLabelModule", "init_args": {"student": student, "pseudo_labels": "refreshed"}}
         source = {"source": {"class_path": "Digits"}, "labeled": 4, "batch_size": 72}
         config = {"trainer": trainer, "model": model}
         config["data"] = {"class_path": "SemiSupervisedDataModule", "init_args": source}
@@ -726,8 +735,7 @@ SCRIPT = """
 import json, os, sys, torch
 from lightning.pytorch import Trainer
 from torch.utils.data import TensorDataset
-from kd_lightning import (DatasetSource, Digits, GraphPseudoLabels, PseudoLabelRefresh, SemiSupervisedDataModule,
-                          SupervisedModule)
+from kd_lightning import DatasetSource, Digits, GraphPseudoLabels, PseudoLabelRefresh, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.models import DigitsCNN
 
 def run(devices, name, count, batch, source):
@@ -736,9 +744,9 @@ def run(devices, name, count, batch, source):
     # the classes in turn
     order = torch.stack([(part.targets == c).nonzero().flatten()[:99] for c in range(10)], dim=1).flatten()[:count]
     source_of = lambda: DatasetSource(TensorDataset(part.images.tensors[0][order], part.targets[order]))
-    data = SemiSupervisedDataModule(source_of(), labeled=1, val=0, batch_size=batch // devices)
+    data = SemiSupervisedDataModule(source_of(), labeled=1, val_size=0, batch_size=batch // devices)
     if name == "uneven":  # all on rank 0
-        alone = SemiSupervisedDataModule(source_of(), labeled=1, val=0)
+        alone = SemiSupervisedDataModule(source_of(), labeled=1, val_size=0)
         data.pool_dataloader = list if int(os.environ.get("LOCAL_RANK", 0)) else alone.pool_dataloader
     module = SupervisedModule(DigitsCNN(4))
     refresh = PseudoLabelRefresh(warmup_epochs=0, threshold=0.105, soft=True, source=source)

@@ -22,7 +22,7 @@ from kd_lightning import (
     load_weights,
 )
 from kd_lightning.models import DigitsCNN
-from kd_lightning.quantization import quantize
+from kd_lightning.quantization.layers import quantize
 
 SGD = partial(torch.optim.SGD, lr=0.5)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from kd_lightning.cli import DistillCLI, build
-from kd_lightning.teachers import Teacher
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.runs.build import build
+from kd_lightning.teachers.teacher import Teacher
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # configs name classes of parts.py, in processes of their own too
@@ -54,7 +55,7 @@ def nodes(node):
 
 
 VARIANTS = {  # arguments of the model, by dotted path, under which a config is another story
-    "ensemble_digits": [{"combine": "random"}, {"combine": "random", "draw": "sample"}, {"combine": "relabel"}],
+    "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],
     "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
@@ -89,8 +90,8 @@ def quick(path, **changes):
     if "strong_transform" in data and kind in IMAGE_SIZE:
         data["strong_transform"]["init_args"]["size"] = IMAGE_SIZE[kind][-1]
     sooner(config)
-    if config["model"]["init_args"].get("combine") == "relabel":
-        data["copies"] = len(config["model"]["init_args"]["teachers"])
+    if config["model"]["init_args"].get("strategy") == "relabel":
+        data["views_per_epoch"] = len(config["model"]["init_args"]["teachers"])
     if "hint_epochs" in config["model"]["init_args"]:
         config["model"]["init_args"]["hint_epochs"] = 1  # both stages within two epochs
     for node in nodes(config["model"]):
@@ -177,7 +178,7 @@ def one_of_each_module():
     """The digits config of each module, and of each way of labeling, for what is too slow to run for all."""
     chosen = {}
     for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, "joint" not in p.stem, p.stem)):
-        labels = yaml.safe_load(path.read_text())["model"]["init_args"].get("labels")
+        labels = yaml.safe_load(path.read_text())["model"]["init_args"].get("pseudo_labels")
         chosen.setdefault((module_of(path), labels), path)
     return sorted(chosen.values())
 

@@ -16,20 +16,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_lightning import PseudoLabelModule, PseudoLabelRefresh
 from kd_lightning.__main__ import main
-from kd_lightning.cli import DistillCLI
+from kd_lightning.cli.main import DistillCLI
 from kd_lightning.errors import InputError
-from kd_lightning.quantization import quantized_layers
+from kd_lightning.quantization.layers import quantized_layers
 
 RUN = Path("runs/quick/version_0")
 TAGS = {"SupervisedModule": {"train/loss", "train/hard"}}
 TAGS["DistillModule"] = TAGS["SupervisedModule"] | {"train/soft", "soft_weight"}
-TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "regressor_parameters"}
+TAGS["HintModule"] = TAGS["DistillModule"] | {"train/hint", "hint_weight", "stage", "projector_parameters"}
 TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number}_share" for number in range(3)}
 TAGS["ApprenticeModule"] = TAGS["DistillModule"]
 TAGS["CoTeachingModule"] = TAGS["SupervisedModule"] | {"train/peer_hard", "forget_rate"}
 TAGS["PseudoLabelModule"] = TAGS["SupervisedModule"] | {"train/unsupervised", "train/coverage", "unsupervised_weight"}
 REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
-HELPERS = ("regressors.", "teacher.", "ema.", "peer.")  # trained beside the student, kept for a resume, not deployed
+HELPERS = ("projectors.", "teacher.", "ema.", "peer.")  # trained beside the student, kept for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 
@@ -67,7 +67,7 @@ def assert_same_end(one, other):
 
 class TestOneRun:
     def test_fits_validates_tests_and_predicts(self, story):
-        commands = ["validate"] if story.whole.datamodule.val else []
+        commands = ["validate"] if story.whole.datamodule.val_size else []
         for command in [*commands, "test", "predict"]:
             main([command, *story.args, "--ckpt_path", "last"])
         tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])

@@ -18,12 +18,12 @@ from kd_lightning import (
     SupervisedModule,
     SymmetricNoise,
 )
-from kd_lightning.batch import Kind
-from kd_lightning.cli import DistillCLI
-from kd_lightning.data.sources import Part
+from kd_lightning.batch import LabelKind
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.data.sources.source import Part
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.models import DigitsCNN
-from kd_lightning.pseudo_labels import PseudoLabels
+from kd_lightning.pseudo_labels.table import PseudoLabels
 
 TARGETS = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)
 COARSE = CoarseLabels({"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]})
@@ -83,8 +83,8 @@ def test_visible_labels_change_something(quiet_trainer):
         ({"unlabeled": "test"}, "no test part"),
         ({"unlabeled": "some"}, "unlabeled must be one of rest, none, source, test, got 'some'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"copies": 0}, "copies must be at least 1"),
-        ({"views": 0}, "views must be at least 1"),
+        ({"views_per_epoch": 0}, "views_per_epoch must be at least 1"),
+        ({"num_views": 0}, "num_views must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
     ],
 )
@@ -108,12 +108,12 @@ def test_no_test_part():
 
 
 def test_no_validation_part():
-    assert SemiSupervisedDataModule(Digits(), val=0).val_dataloader() == []
+    assert SemiSupervisedDataModule(Digits(), val_size=0).val_dataloader() == []
 
 
 def test_of_many_labels_each_may_be_missing():
     y = torch.randint(2, (20, 3))
-    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val=0)
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val_size=0)
     labels = data.visible_labels()
     known = data.split.labeled
     assert len(known) == 10
@@ -139,7 +139,7 @@ class TestSplitFile:
         data, _ = fit(enable_checkpointing=True)
         assert json.loads((tmp_path / "split.json").read_text())["hash"] == data.split.hash
         assert [*tmp_path.rglob("split.json")] == [tmp_path / "split.json"]  # none in the current folder
-        again = SemiSupervisedDataModule(Digits(), labeled=tmp_path / "split.json", val=7, seed=9)
+        again = SemiSupervisedDataModule(Digits(), labeled=tmp_path / "split.json", val_size=7, seed=9)
         again.setup("")
         assert again.split == data.split
 
@@ -226,7 +226,7 @@ class TestPool:
 
     def test_of_many_labels(self):
         y = torch.randint(2, (20, 3))
-        data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val=0)
+        data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val_size=0)
         assert torch.equal(data.hidden_truth(torch.arange(20)), y)
         index = torch.tensor(data.unlabeled_indices())
         with pytest.raises(InputError, match="pseudo-labels are for samples of one class each"):
@@ -247,7 +247,7 @@ class TestChangedPool:
         y = torch.tensor([0, 1, 2, 0, 1, 2])
         source = DatasetSource(TensorDataset(torch.rand(6, 3, generator=torch.Generator().manual_seed(0)), y))
         source.unlabeled = TensorDataset(more)
-        data = SemiSupervisedDataModule(source, **{"val": 0, "unlabeled": "source"} | kwargs)
+        data = SemiSupervisedDataModule(source, **{"val_size": 0, "unlabeled": "source"} | kwargs)
         trainer = quiet_trainer(max_epochs=1 if path is None else 2)
         trainer.fit(SupervisedModule(torch.nn.Linear(3, 3)), datamodule=data, ckpt_path=path)
         return trainer
@@ -292,7 +292,7 @@ def test_two_streams_of_which_one_is_empty(arguments):
 
 
 def test_two_streams_of_fewer_labels_than_a_batch_has(quiet_trainer, student):
-    data = SemiSupervisedDataModule(Digits(), labeled=1, labeled_batch_size=24, batch_size=256, val=0.1)
+    data = SemiSupervisedDataModule(Digits(), labeled=1, labeled_batch_size=24, batch_size=256, val_size=0.1)
     pool = data.unlabeled_indices()
     batches = list(data.train_dataloader())
     assert [len(batch) for batch in batches[:-1]] == [256] * (len(batches) - 1)
@@ -327,7 +327,7 @@ class TestWeakLabels:
         truth = data.hidden_truth(index)
         drawn = SymmetricNoise(0.5).draw(data._parts.train.targets, 10, 3)[index]
         assert torch.equal(found["y"], torch.where(known, drawn, -100))
-        assert torch.equal(found["kind"], torch.where(known, Kind.NOISY, Kind.MISSING).to(torch.int8))
+        assert torch.equal(found["kind"], torch.where(known, LabelKind.NOISY, LabelKind.MISSING).to(torch.int8))
         assert 70 < (found["y"] != truth)[known].sum() < 130  # of 200
         assert torch.equal(data.visible_labels()[labeled], found["y"][known])
         assert torch.equal(truth, Digits().load().train.targets[index])
@@ -347,7 +347,7 @@ class TestWeakLabels:
         plain = {"train_transform": torch.nn.Identity()}
         data = SemiSupervisedDataModule(Digits(), labeled=5, unlabeled=unlabeled, coarse=coarse, **plain)
         index, found = self.everything(data.train_dataloader())
-        is_coarse = found["kind"] == Kind.COARSE
+        is_coarse = found["kind"] == LabelKind.COARSE
         assert is_coarse.sum() == pytest.approx(fraction * len(data.split.unlabeled), rel=0.1)
         assert len(index) == 50 + (is_coarse.sum() if unlabeled == "none" else len(data.split.unlabeled))
         assert torch.equal(found["y"] != -100, torch.isin(index, torch.tensor(data.split.labeled)))
@@ -363,13 +363,13 @@ class TestWeakLabels:
         """Their kind is noisy, but where a file says otherwise, and beside pseudo-labels."""
         data = SemiSupervisedDataModule(Digits(), labeled=5, noisy=True)
         _, found = self.everything(data.train_dataloader())
-        assert torch.equal(found["kind"] == Kind.NOISY, found["y"] != -100)
-        assert torch.equal(found["kind"] == Kind.MISSING, found["y"] == -100)
+        assert torch.equal(found["kind"] == LabelKind.NOISY, found["y"] != -100)
+        assert torch.equal(found["kind"] == LabelKind.MISSING, found["y"] == -100)
         first = data.split.labeled[0]
         (tmp_path / "labels.csv").write_text(f"index,label\n{first},3\n")
-        data = SemiSupervisedDataModule(Digits(), labeled=5, noisy=True, labels=tmp_path / "labels.csv")
+        data = SemiSupervisedDataModule(Digits(), labeled=5, noisy=True, label_file=tmp_path / "labels.csv")
         index, found = self.everything(data.train_dataloader())
-        assert torch.equal(found["kind"] == Kind.CLEAN, index == first)
+        assert torch.equal(found["kind"] == LabelKind.CLEAN, index == first)
         pool = torch.tensor(data.unlabeled_indices())
         labels = torch.zeros(len(pool), dtype=torch.long)
         some = torch.arange(len(pool)) < 7
@@ -437,10 +437,10 @@ class TestLabelFile:
             source = DatasetSource(TensorDataset(x[:80], TARGETS), TensorDataset(x[:12], TARGETS[:12]))
             source.unlabeled = None if more is None else TensorDataset(more)
             if rows is not None:
-                kwargs["labels"] = tmp_path / name
+                kwargs["label_file"] = tmp_path / name
                 text = [",".join(map(str, row)) for row in (("index", "label", "kind", "weight"), *rows)]
-                kwargs["labels"].write_text("\n".join(text))
-            data = SemiSupervisedDataModule(source, **{"labeled": 2, "val": 2, "batch_size": 16} | kwargs)
+                kwargs["label_file"].write_text("\n".join(text))
+            data = SemiSupervisedDataModule(source, **{"labeled": 2, "val_size": 2, "batch_size": 16} | kwargs)
             data.setup("")
             return data
 
@@ -480,14 +480,18 @@ class TestLabelFile:
         )
         for index, row in rows.items():
             assert x[row].item() == index
-        told = {first: (2, Kind.CLEAN, 0.5), second: (-100, Kind.COARSE, 1), old[0]: (1, Kind.NOISY, 1)}
-        told |= {90: (1, Kind.CLEAN, 1), 91: (-100, Kind.COARSE, 2), old[2]: (int(TARGETS[old[2]]), Kind.CLEAN, 1)}
-        told |= {n: (-100, Kind.MISSING, 1) for n in (old[1], third, 92) if n in pool}
+        told = {first: (2, LabelKind.CLEAN, 0.5), second: (-100, LabelKind.COARSE, 1), old[0]: (1, LabelKind.NOISY, 1)}
+        told |= {
+            90: (1, LabelKind.CLEAN, 1),
+            91: (-100, LabelKind.COARSE, 2),
+            old[2]: (int(TARGETS[old[2]]), LabelKind.CLEAN, 1),
+        }
+        told |= {n: (-100, LabelKind.MISSING, 1) for n in (old[1], third, 92) if n in pool}
         for index, expected in told.items():
             assert (y[rows[index]].item(), kind[rows[index]].item(), weight[rows[index]].item()) == expected
         assert candidates[rows[second]].tolist() == [True, True, False]
         assert candidates[rows[91]].tolist() == [False, False, True]
-        assert candidates.sum() == 2 * (list(kind).count(Kind.COARSE) - 1) + 1 or stream  # rows may come twice
+        assert candidates.sum() == 2 * (list(kind).count(LabelKind.COARSE) - 1) + 1 or stream  # rows may come twice
         assert data.hidden_truth(torch.tensor([old[0], 90])).tolist() == [TARGETS[old[0]], -100]
         seen = {
             int(i): int(label)
@@ -505,7 +509,7 @@ class TestLabelFile:
         yes = torch.ones_like(index, dtype=torch.bool)
         data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, yes, 0, 0))
         for batch in data.train_dataloader():
-            pseudo = batch.kind == Kind.PSEUDO
+            pseudo = batch.kind == LabelKind.PSEUDO
             assert torch.equal(pseudo, torch.isin(batch.index, index))
             assert (batch.y[pseudo] == 0).all()
             assert (batch.y[batch.index == 90] == 1).all()
@@ -592,7 +596,7 @@ class TestLabelFile:
 
     def test_mended_file_in_the_same_datamodule(self, make, tmp_path):
         data = make()
-        data = SemiSupervisedDataModule(data.source, labeled=2, labels=tmp_path / "a.csv")
+        data = SemiSupervisedDataModule(data.source, labeled=2, label_file=tmp_path / "a.csv")
         (tmp_path / "a.csv").write_text("index,label\n3,bird\n")
         for _ in range(2):
             with pytest.raises(InputError, match="line 2: 'bird' is no class"):
@@ -624,7 +628,7 @@ class TestLabelFile:
         (tmp_path / "a.csv").write_text("index,label\n3,1\n")
         source = DatasetSource(TensorDataset(torch.rand(20, 4), torch.randint(2, (20, 3))))
         with pytest.raises(InputError, match="label_noise, coarse and labels are for samples of one class each"):
-            SemiSupervisedDataModule(source, labels=tmp_path / "a.csv").setup("")
+            SemiSupervisedDataModule(source, label_file=tmp_path / "a.csv").setup("")
 
     def test_old_split_file(self, make, tmp_path):
         split = make().split
@@ -655,9 +659,9 @@ def test_weak_labels_from_yaml(tmp_path, monkeypatch):
               init_args: {groups: {even: ["0", 2, "4", 6, 8], odd: [1, "3", 5, "7", "9"]}, fraction: 0}
         """
     )
-    data = DistillCLI(["fit", "--config", "config.yaml", "--data.labels", "answers.csv"]).datamodule
+    data = DistillCLI(["fit", "--config", "config.yaml", "--data.label_file", "answers.csv"]).datamodule
     assert data.split.answers == [[3, "odd", "coarse", 1.0]]
     assert data.coarse.groups == {"even": ["0", 2, "4", 6, 8], "odd": [1, "3", 5, "7", "9"]}
     assert data.label_noise.rate == 0.5
-    (found,) = [batch.at(batch.index == 3) for batch in data.train_dataloader() if 3 in batch.index]
+    (found,) = [batch.select(batch.index == 3) for batch in data.train_dataloader() if 3 in batch.index]
     assert found.candidates.tolist() == [[False, True] * 5]

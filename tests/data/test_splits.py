@@ -32,11 +32,11 @@ def test_splits_of_one_seed_are_nested():
     ("labeled", "val", "message"),
     [
         (10, 0.1, "labeled: 10 per class asked, but class 'c' has 9 to give"),
-        (2, 11, "val: 11 per class asked, but class 'c' has 10 to give"),
-        (2, 10, "val: 10 leaves class 'c' no training sample of its 10"),
+        (2, 11, "val_size: 11 per class asked, but class 'c' has 10 to give"),
+        (2, 10, "val_size: 10 leaves class 'c' no training sample of its 10"),
         (0.0, 0.1, "labeled: a fraction"),
         (1.5, 0.1, "labeled: a fraction"),
-        (2, -0.1, "val: a fraction"),
+        (2, -0.1, "val_size: a fraction"),
     ],
 )
 def test_split_that_cannot_be(labeled, val, message):
@@ -142,5 +142,5 @@ class TestAnswers:
                 Split.load(tmp_path / "split.json", TARGETS)
 
     def test_for_validation_are_refused(self):
-        with pytest.raises(InputError, match="labels: sample 6 is kept for validation, and cannot be trained on"):
+        with pytest.raises(InputError, match="label_file: sample 6 is kept for validation, and cannot be trained on"):
             self.SPLIT.with_answers([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])

@@ -8,7 +8,7 @@ from scipy.special import logsumexp, softmax
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import CoarseLoss
-from kd_lightning.losses.coarse import coarse_rows, members_of, within
+from kd_lightning.losses.coarse import coarse_rows, mask_candidates, members_of
 
 GROUPS = [[0, 3], [1], [2, 4]]
 TARGET = torch.tensor([0, 2, 1, 2, 0, 1])
@@ -80,10 +80,10 @@ def test_rows_of_several_sets():
 
 def test_within():
     logits = draw()
-    assert within(logits, None) is logits
+    assert mask_candidates(logits, None) is logits
     candidates = torch.zeros(6, 5, dtype=torch.bool)
     candidates[0, [1, 3]] = True
-    found = within(logits, candidates)
+    found = mask_candidates(logits, candidates)
     assert found[0].isfinite().tolist() == [False, True, False, True, False]
     assert torch.equal(found[0, [1, 3]], logits[0, [1, 3]])
     assert torch.equal(found[1:], logits[1:])

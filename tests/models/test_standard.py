@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning import InputError, models
-from kd_lightning.cli import build
 from kd_lightning.models.cifar_resnet import BasicBlock
 from kd_lightning.models.wide_resnet import PreActivationBlock, WideResNet
+from kd_lightning.runs.build import build
 
 RESNETS = {f"resnet{depth}": (depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}
 RESNETS |= {f"resnet{depth}x4": (depth, (32, 64, 128, 256)) for depth in (8, 32)}

@@ -34,10 +34,11 @@ from kd_lightning import (
     load_weights,
 )
 from kd_lightning.__main__ import main
-from kd_lightning.cli import DistillCLI
-from kd_lightning.losses import EarlyLearningLoss, SoftTargetLoss
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.losses import EarlyLearningLoss, KDLoss
 from kd_lightning.models import DigitsCNN
-from kd_lightning.quantization import activation_ranges, is_calibrated, quantize
+from kd_lightning.quantization.calibration import activation_ranges, is_calibrated
+from kd_lightning.quantization.layers import quantize
 
 NAN = float("nan")
 SCHEMES = ("joint", "fixed_teacher", "finetune")
@@ -196,7 +197,7 @@ class TestBadInput:
             ({"teacher_weight": -1.0}, "teacher_weight must be above 0, got -1.0"),
             ({"teacher_weight": NAN}, "teacher_weight must be above 0, got nan"),
             ({"soft_weight": 1.1}, r"soft_weight must lie in \[0, 1\], got 1.1"),
-            ({"task": "binary", "soft_loss": SoftTargetLoss()}, "soft_loss is for the multiclass task"),
+            ({"task": "binary", "soft_loss": KDLoss()}, "soft_loss is for the multiclass task"),
         ],
     )
     def test_arguments(self, student, teacher, arguments, message):
@@ -405,7 +406,7 @@ class TestResume:
             lr_interval="step",
         )
         # 240 training images: seven batches in each epoch, four steps
-        data = SemiSupervisedDataModule(Digits(), labeled=5, val=0.8, batch_size=36, seed=1)
+        data = SemiSupervisedDataModule(Digits(), labeled=5, val_size=0.8, batch_size=36, seed=1)
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = [ActivationCalibration(), saves] + ([] if stop is None else [Stop(stop)])
         trainer = quiet_trainer(
@@ -552,7 +553,7 @@ class TestFinetune:
 class TestCharts:
     def test_teacher_accuracy_is_never_stale(self, quiet_trainer, student, teacher):
         """The datamodule tells which samples a batch holds; a frozen teacher's logits would be kept."""
-        data = SemiSupervisedDataModule(Digits(), labeled=20, batch_size=64, val=0.3, seed=1)
+        data = SemiSupervisedDataModule(Digits(), labeled=20, batch_size=64, val_size=0.3, seed=1)
         found, expected = [], []
 
         class Watch(Callback):

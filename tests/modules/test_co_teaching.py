@@ -14,14 +14,14 @@ from scipy.special import log_softmax
 from torch import nn
 
 from kd_lightning import Batch, CoTeachingModule, Digits, InputError, SemiSupervisedDataModule, SymmetricNoise
-from kd_lightning.batch import Kind
+from kd_lightning.batch import LabelKind
 from kd_lightning.callbacks import StudentWriter
-from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LossByKind
+from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LabelKindLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.modules import co_teaching
 
 CLASSES = 4
-N, C, M, P, G = Kind.NOISY, Kind.CLEAN, Kind.MISSING, Kind.PSEUDO, Kind.COARSE
+N, C, M, P, G = LabelKind.NOISY, LabelKind.CLEAN, LabelKind.MISSING, LabelKind.PSEUDO, LabelKind.COARSE
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -158,7 +158,7 @@ class TestObjective:
 
     def test_all_clean_is_plain_training(self):
         batch = plain()
-        batch.kind = torch.where(batch.y == -100, Kind.MISSING, Kind.CLEAN)
+        batch.kind = torch.where(batch.y == -100, LabelKind.MISSING, LabelKind.CLEAN)
         found = module_of(0.9).losses(batch)["hard"].value
         expected = nn.functional.cross_entropy(draw(0), batch.y)
         torch.testing.assert_close(found, expected)
@@ -197,10 +197,10 @@ class TestObjective:
 
     def test_another_hard_loss(self):
         loss = GeneralizedCrossEntropyLoss()
-        module = module_of(0.5, hard_loss=LossByKind(loss))
+        module = module_of(0.5, hard_loss=LabelKindLoss(loss))
         found = module.losses(mixed())["hard"].value
         rows = nn.functional.cross_entropy(draw(0), mixed().y, reduction="none")
-        noisy = mixed().kind == Kind.NOISY
+        noisy = mixed().kind == LabelKind.NOISY
         rows[noisy] = GeneralizedCrossEntropyLoss(reduction="none")(draw(0)[noisy], mixed().y[noisy])
         rows[[2, 8]] = torch.from_numpy(rows_by_hand(draw(0), mixed())[0])[[2, 8]]
         # chosen by the peer's loss of the same kind, which puts the noisy rows in cross-entropy's order
@@ -235,7 +235,7 @@ def test_two_processes_choose_as_one(monkeypatch):
         def run(rank, make=make, modules=modules, shares=shares, labels=labels):
             modules[rank]._trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
             modules[rank]._log_epoch = lambda *args: None
-            batch = make().at(shares[rank])
+            batch = make().select(shares[rank])
             batch.mean_labels = labels / 2
             terms = modules[rank].losses(batch)
             sum(term.value for term in terms.values()).backward()
@@ -260,7 +260,7 @@ def test_two_processes_choose_as_one(monkeypatch):
         ({"task": "binary"}, "task must be multiclass, got 'binary'"),
         ({"hard_loss": nn.Identity()}, "hard_loss: Identity has no reduction"),
         ({"hard_loss": EarlyLearningLoss()}, "hard_loss: EarlyLearningLoss remembers samples, of one student alone"),
-        ({"hard_loss": LossByKind(EarlyLearningLoss())}, "hard_loss: LossByKind remembers samples"),
+        ({"hard_loss": LabelKindLoss(EarlyLearningLoss())}, "hard_loss: LabelKindLoss remembers samples"),
     ],
 )
 def test_constructor_checks(arguments, message):
@@ -312,13 +312,13 @@ class TestRun:
 
     @pytest.mark.parametrize(
         ("options", "warns"),
-        [({}, False), ({"noisy": True}, False), ({"labels": "l.csv"}, True), ({"noise": 1}, False)],
+        [({}, False), ({"noisy": True}, False), ({"label_file": "l.csv"}, True), ({"noise": 1}, False)],
     )
     def test_says_so_where_every_label_is_clean(self, quiet_trainer, tmp_path, options, warns):
         (tmp_path / "l.csv").write_text("index,label\n0,3\n")
-        options = {"labels": tmp_path / "l.csv"} if "labels" in options else options
+        options = {"label_file": tmp_path / "l.csv"} if "label_file" in options else options
         options = {"label_noise": SymmetricNoise(0.0)} if "noise" in options else options
-        data = SemiSupervisedDataModule(Digits(), labeled=5, val=0, batch_size=512, **options)
+        data = SemiSupervisedDataModule(Digits(), labeled=5, val_size=0, batch_size=512, **options)
         module = CoTeachingModule(*networks(0, 1), 0.4, ramp_epochs=1)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -15,12 +15,12 @@ from kd_lightning import (
     Digits,
     DistillModule,
     InputError,
+    SeedEveryStep,
     SemiSupervisedDataModule,
     SoftWeightAnnealing,
-    StepSeed,
     Teacher,
 )
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN
 
 NAN = float("nan")
@@ -79,7 +79,7 @@ class TestObjective:
         torch.manual_seed(0)
         student, teacher = torch.randn(shape) * 2, torch.randn(shape) * 2
         hard, soft = by_hand(task, student, teacher, y, temperature)
-        soft_loss = SoftTargetLoss(temperature, task)
+        soft_loss = KDLoss(temperature, task)
         module = DistillModule(Fixed(student), Fixed(teacher), task=task, soft_weight=weight, soft_loss=soft_loss)
         loss = module.training_step((torch.zeros(len(y), 2), y), 0)  # without a Trainer
         assert loss.item() == pytest.approx((1 - weight) * hard + weight * soft, rel=1e-5)
@@ -111,7 +111,7 @@ class TestObjective:
         limit = 0.5 * (gap - gap.mean(1, keepdim=True)) / 5 / 6
         for temperature in (50.0, 400.0):
             net = Fixed(student)
-            loss = SoftTargetLoss(temperature)
+            loss = KDLoss(temperature)
             module = DistillModule(net, Fixed(teacher), soft_loss=loss, soft_weight=0.5)
             module.training_step(torch.zeros(6, 2), 0).backward()
             assert net.logits.grad.double() == pytest.approx(limit, abs=0.03 * limit.abs().max().item())
@@ -147,7 +147,7 @@ class TestBadInput:
 
     def test_soft_loss_of_another_task(self, student, teacher):
         with pytest.raises(InputError, match="soft_loss is for the multiclass task, but the module's task is binary"):
-            DistillModule(student, teacher, task="binary", soft_loss=SoftTargetLoss())
+            DistillModule(student, teacher, task="binary", soft_loss=KDLoss())
 
     @pytest.mark.parametrize("outputs", [9, 11, 1])
     @pytest.mark.parametrize("validation", [True, False])
@@ -208,7 +208,7 @@ class TestCharts:
 
 class TestKeptOutputs:
     def data(self, **kwargs):
-        return SemiSupervisedDataModule(Digits(), labeled=5, batch_size=256, val=0.5, **kwargs)
+        return SemiSupervisedDataModule(Digits(), labeled=5, batch_size=256, val_size=0.5, **kwargs)
 
     def test_computed_once_where_samples_are_known(self, quiet_trainer, student, teacher):
         counting = Counting(teacher)
@@ -310,7 +310,7 @@ class TestResume:
         interval = "epoch" if accumulate == 1 else "step"
         module = DistillModule(DigitsCNN(4, dropout=0.3), DigitsCNN(8), lr_scheduler=halve, lr_interval=interval)
         # 240 training images: seven batches, the last one short
-        data = SemiSupervisedDataModule(Digits(), labeled=5, val=0.8, batch_size=36, seed=1)
+        data = SemiSupervisedDataModule(Digits(), labeled=5, val_size=0.8, batch_size=36, seed=1)
         torch.manual_seed(1 if path is None else 2)  # a resumed process starts with another state
         watch = Watch(stop)
         saves = [
@@ -326,7 +326,7 @@ class TestResume:
             default_root_dir=folder,
             accumulate_grad_batches=accumulate,
             limit_val_batches=2,
-            callbacks=[watch, StepSeed(seed=7), SoftWeightAnnealing(0.9, 0.1, shape="cosine"), *saves],
+            callbacks=[watch, SeedEveryStep(seed=7), SoftWeightAnnealing(0.9, 0.1, shape="cosine"), *saves],
         )
         try:
             trainer.fit(module, datamodule=data, ckpt_path=path)
@@ -357,7 +357,7 @@ def test_accumulated_batches_equal_a_large_one(quiet_trainer):
         torch.manual_seed(0)
         student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         module = DistillModule(student, DigitsCNN(8), soft_weight=0.5, optimizer=partial(torch.optim.SGD, lr=0.2))
-        data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=batch_size, seed=3, val=0.1)
+        data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=batch_size, seed=3, val_size=0.1)
         trainer = quiet_trainer(accumulate_grad_batches=accumulate, limit_train_batches=384 // batch_size)
         trainer.fit(module, datamodule=data)
         terms = [trainer.callback_metrics[name].item() for name in ("train/hard", "train/soft")]

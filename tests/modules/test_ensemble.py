@@ -19,7 +19,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     Teacher,
 )
-from kd_lightning.losses import CorrelationLoss, DecoupledLoss, SoftTargetLoss
+from kd_lightning.losses import DISTLoss, DKDLoss, KDLoss
 from kd_lightning.models import DigitsCNN
 
 NAN = float("nan")
@@ -31,14 +31,14 @@ LABELS = {
 }
 SHAPES = {"multiclass": (ROWS, CLASSES), "multilabel": (ROWS, CLASSES), "binary": (ROWS,)}
 LOSSES = {
-    "soft, T 1": SoftTargetLoss(1.0),
-    "soft, T 4": SoftTargetLoss(4.0),
-    "soft, T 20": SoftTargetLoss(20.0),
-    "standardised": SoftTargetLoss(2.0, standardize=True),
-    "decoupled": DecoupledLoss(alpha=1.5, beta=3.0, temperature=2.0),
-    "correlation": CorrelationLoss(beta=1.5, gamma=0.5, temperature=2.0),
-    "multilabel": SoftTargetLoss(3.0, "multilabel"),
-    "binary": SoftTargetLoss(3.0, "binary"),
+    "soft, T 1": KDLoss(1.0),
+    "soft, T 4": KDLoss(4.0),
+    "soft, T 20": KDLoss(20.0),
+    "standardised": KDLoss(2.0, standardize=True),
+    "decoupled": DKDLoss(alpha=1.5, beta=3.0, temperature=2.0),
+    "correlation": DISTLoss(beta=1.5, gamma=0.5, temperature=2.0),
+    "multilabel": KDLoss(3.0, "multilabel"),
+    "binary": KDLoss(3.0, "binary"),
 }
 WEIGHTS = {"uniform": None, "given": [1, 2, 5], "one of weight 0": [1.0, 0.0, 3.0], "confidence": "confidence"}
 
@@ -77,7 +77,7 @@ def numbered(count):
 def samples(count=12, **kwargs):
     """A datamodule of numbered samples, all labeled."""
     data = TensorDataset(numbered(count), torch.arange(count) % CLASSES)
-    return SemiSupervisedDataModule(DatasetSource(data), **({"val": 0, "batch_size": 4} | kwargs))
+    return SemiSupervisedDataModule(DatasetSource(data), **({"val_size": 0, "batch_size": 4} | kwargs))
 
 
 def logits(task, seed, column=False):
@@ -125,7 +125,7 @@ def soft_by_hand(loss, s, q, y):
     p = soften(loss.task, s, t)
     if loss.task != "multiclass":
         return t**2 * np.mean(q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p)))
-    if isinstance(loss, DecoupledLoss):
+    if isinstance(loss, DKDLoss):
         rows = []
         for a, b, label in zip(q, p, y.tolist(), strict=True):
             c = int(a.argmax()) if label == -100 else label
@@ -133,7 +133,7 @@ def soft_by_hand(loss, s, q, y):
             rest, others = np.delete(a, c) / (1 - a[c]), np.delete(b, c) / (1 - b[c])
             rows.append(loss.alpha * kl(one, two) + loss.beta * kl(rest, others))
         return t**2 * np.mean(rows)
-    if isinstance(loss, CorrelationLoss):
+    if isinstance(loss, DISTLoss):
         rows = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)])
         columns = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T, strict=True)])
         return t**2 * (loss.beta * rows + loss.gamma * columns)
@@ -182,7 +182,7 @@ class TestAverage:
         for temperature in (4.0, 1.5):
             module.soft_loss.temperature = temperature
             q = sum(soften("multiclass", z.double().numpy(), temperature) for z in t) / 2
-            soft = soft_by_hand(SoftTargetLoss(temperature), s.double().numpy(), q, y)
+            soft = soft_by_hand(KDLoss(temperature), s.double().numpy(), q, y)
             loss = module.training_step((torch.zeros(ROWS, 2), y), 0)
             assert loss.item() == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-5)
 
@@ -194,15 +194,15 @@ class TestAverage:
                 return (student - teacher).square().mean()
 
         s, t = logits("binary", 0), logits("binary", 1)
-        for combine in ("random", "average"):
-            module = EnsembleDistillModule(Fixed(s), [Fixed(t)] * 2, combine, task="binary", soft_loss=Squared())
+        for strategy in ("random", "average"):
+            module = EnsembleDistillModule(Fixed(s), [Fixed(t)] * 2, strategy, task="binary", soft_loss=Squared())
             found = module.losses(Batch(torch.zeros(ROWS, 2)))["soft"].value
-            assert found.item() == pytest.approx((s - t).square().mean().item(), rel=1e-5), combine
+            assert found.item() == pytest.approx((s - t).square().mean().item(), rel=1e-5), strategy
 
 
 class TestIdentities:
     @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
-    @pytest.mark.parametrize("loss", [SoftTargetLoss(1.0), SoftTargetLoss(4.0)])
+    @pytest.mark.parametrize("loss", [KDLoss(1.0), KDLoss(4.0)])
     def test_random_is_the_average_on_average(self, monkeypatch, weights, loss):
         log = []
         student, x, y = nn.Linear(4, CLASSES).double(), numbered(ROWS).double(), LABELS["multiclass"]
@@ -226,25 +226,25 @@ class TestIdentities:
         student = nn.Linear(4, CLASSES).double()
         teachers = [Asked(k).double() for k in range(COUNT)]
 
-        def epoch(combine, copies):
-            module = EnsembleDistillModule(student, teachers, combine, teacher_weights=weights, soft_weight=0.6)
+        def epoch(strategy, views_per_epoch):
+            module = EnsembleDistillModule(student, teachers, strategy, teacher_weights=weights, soft_weight=0.6)
             total, rows = 0, 0
-            for batch in samples(copies=copies).train_dataloader():
+            for batch in samples(views_per_epoch=views_per_epoch).train_dataloader():
                 batch.x = batch.x.double()
                 total, rows = total + gradient(module, batch)[1], rows + len(batch)
-            assert rows == 12 * copies
+            assert rows == 12 * views_per_epoch
             return total
 
         assert torch.allclose(epoch("relabel", COUNT), COUNT * epoch("average", 1), rtol=1e-6, atol=1e-9)
 
     MODES = [
-        {"combine": "average"},
-        {"combine": "average", "teacher_weights": "confidence"},
-        {"combine": "average", "batched": True},
-        {"combine": "random"},
-        {"combine": "random", "draw": "sample"},
-        {"combine": "relabel"},
-        {"combine": "relabel", "teacher_weights": [3.0]},
+        {"strategy": "average"},
+        {"strategy": "average", "teacher_weights": "confidence"},
+        {"strategy": "average", "use_vmap": True},
+        {"strategy": "random"},
+        {"strategy": "random", "draw_per": "sample"},
+        {"strategy": "relabel"},
+        {"strategy": "relabel", "teacher_weights": [3.0]},
     ]
 
     @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -265,7 +265,7 @@ class TestIdentities:
         def fit(make):
             torch.manual_seed(0)
             module = make(DigitsCNN(4, dropout=0.3))
-            data = SemiSupervisedDataModule(Digits(), labeled=5, batch_size=16, val=20)
+            data = SemiSupervisedDataModule(Digits(), labeled=5, batch_size=16, val_size=20)
             trainer = quiet_trainer(limit_train_batches=3, limit_val_batches=1, precision=precision)
             trainer.fit(module, data)
             return module.state_dict(), {k: v for k, v in trainer.callback_metrics.items() if "teacher_0" not in k}
@@ -308,7 +308,9 @@ class TestDraws:
         def fit(**kwargs):
             """{(epoch, index): teacher}"""
             log = []
-            module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "random", draw="sample")
+            module = EnsembleDistillModule(
+                nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "random", draw_per="sample"
+            )
             quiet_trainer(max_epochs=2).fit(module, samples(40, **kwargs))
             found, seen = {}, 0
             for k, rows in log:
@@ -329,7 +331,7 @@ class TestDraws:
     def test_relabel(self, quiet_trainer, views):
         log = []
         module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "relabel")
-        quiet_trainer(max_epochs=3).fit(module, samples(12, copies=3, views=views, batch_size=5))
+        quiet_trainer(max_epochs=3).fit(module, samples(12, views_per_epoch=3, num_views=views, batch_size=5))
         for k in range(3):  # each sample once an epoch
             asked = [index for number, rows in log if number == k for index in rows]
             assert len(asked) == 36
@@ -349,19 +351,19 @@ class TestDraws:
         counts = [sum(len(rows) for number, rows in log if number == k) for k in range(3)]
         assert sum(counts) == 300
         assert min(counts) > 60  # per row
-        with pytest.raises(InputError, match="draw: sample needs batches with an index"):
-            EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], "random", draw="sample").training_step(
+        with pytest.raises(InputError, match="draw_per: sample needs batches with an index"):
+            EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], "random", draw_per="sample").training_step(
                 (numbered(4), torch.arange(4)), 0
             )
 
-    @pytest.mark.parametrize("combine", ["random", "relabel"])
-    def test_partial_teachers_by_hand(self, monkeypatch, combine):
+    @pytest.mark.parametrize("strategy", ["random", "relabel"])
+    def test_partial_teachers_by_hand(self, monkeypatch, strategy):
         """The drawn one's classes from it, class 3 from the others, at the loss's temperature; then normalised."""
         monkeypatch.setenv("PL_GLOBAL_SEED", "1")
         maps = [[2, 0, 1], [0, 3], [0, 1, 2, 3]]
         s, t = logits("multiclass", 0), [logits("multiclass", k + 1)[:, : len(m)] for k, m in enumerate(maps)]
         teachers = [Teacher(Fixed(z), classes=m) for z, m in zip(t, maps, strict=True)]
-        module = EnsembleDistillModule(Fixed(s), teachers, combine, soft_loss=SoftTargetLoss(2.0))
+        module = EnsembleDistillModule(Fixed(s), teachers, strategy, soft_loss=KDLoss(2.0))
         found = module.losses(Batch(torch.zeros(ROWS, 2), view=torch.arange(ROWS)))["soft"].value.item()
         said = [soften("multiclass", z.double().numpy(), 2.0) for z in t]
         q = np.zeros((3, ROWS, 4))
@@ -369,10 +371,8 @@ class TestDraws:
             knowing = [k] if c in maps[k] else [j for j in range(3) if c in maps[j]]
             q[k, :, c] = np.mean([said[j][:, maps[j].index(c)] for j in knowing], axis=0)
         q /= q.sum(2, keepdims=True)
-        choices = [[0, 1, 2, 0, 1, 2]] if combine == "relabel" else [[k] * ROWS for k in range(3)]
-        expected = [
-            soft_by_hand(SoftTargetLoss(2.0), s.double().numpy(), q[choice, range(ROWS)], None) for choice in choices
-        ]
+        choices = [[0, 1, 2, 0, 1, 2]] if strategy == "relabel" else [[k] * ROWS for k in range(3)]
+        expected = [soft_by_hand(KDLoss(2.0), s.double().numpy(), q[choice, range(ROWS)], None) for choice in choices]
         assert min(abs(found - one) for one in expected) < 1e-5 * found
 
 
@@ -401,14 +401,14 @@ class TestTraining:
         assert [teacher.network for teacher in twin.ensemble] == networks
         assert twin.student is not student
 
-    @pytest.mark.parametrize("batched", [True, False])
-    def test_half_precision(self, quiet_trainer, student, batched):
+    @pytest.mark.parametrize("use_vmap", [True, False])
+    def test_half_precision(self, quiet_trainer, student, use_vmap):
         torch.manual_seed(1)
         networks = [DigitsCNN(8) for _ in range(2)]
         terms = {}
         for precision in ("32-true", "bf16-mixed"):
             still = partial(torch.optim.SGD, lr=0.0)
-            module = EnsembleDistillModule(copy.deepcopy(student), networks, batched=batched, optimizer=still)
+            module = EnsembleDistillModule(copy.deepcopy(student), networks, use_vmap=use_vmap, optimizer=still)
             trainer = quiet_trainer(limit_train_batches=2, precision=precision)
             trainer.fit(module, SemiSupervisedDataModule(Digits(), batch_size=64))
             terms[precision] = trainer.callback_metrics["train/soft"].item()
@@ -418,9 +418,9 @@ class TestTraining:
     def test_batched_equals_the_loop(self, quiet_trainer, student):
         """Through Lightning's sanity check, which runs under inference_mode, training and validation."""
         found = []
-        for batched in (True, False):
+        for use_vmap in (True, False):
             torch.manual_seed(1)
-            module = EnsembleDistillModule(copy.deepcopy(student), [DigitsCNN(8) for _ in range(2)], batched=batched)
+            module = EnsembleDistillModule(copy.deepcopy(student), [DigitsCNN(8) for _ in range(2)], use_vmap=use_vmap)
             trainer = quiet_trainer(limit_train_batches=3, limit_val_batches=2)
             trainer.fit(module, SemiSupervisedDataModule(Digits(), batch_size=32))
             found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
@@ -449,7 +449,7 @@ class TestTraining:
             quiet_trainer().test(make(teachers), loader(), ckpt_path=path, verbose=False)
         quiet_trainer().predict(make(None), loader(), ckpt_path=path)
         again = EnsembleDistillModule.load_from_checkpoint(path, student=student, teachers=None, weights_only=True)
-        assert (again.combine, again.soft_weight) == ("random", 0.4)
+        assert (again.strategy, again.soft_weight) == ("random", 0.4)
 
 
 class TestBadInput:
@@ -462,11 +462,11 @@ class TestBadInput:
             ({"teacher_weights": [0, 0]}, r"teacher_weights must be .* not all 0, got \[0, 0\]"),
             ({"teacher_weights": [1, NAN]}, r"teacher_weights must be finite, .*, got \[1, nan\]"),
             ({"teacher_weights": "certainty"}, "teacher_weights must be one of confidence, got 'certainty'"),
-            ({"combine": "mean"}, "combine must be one of average, random, relabel, got 'mean'"),
-            ({"draw": "row"}, "draw must be one of batch, sample, got 'row'"),
-            ({"combine": "random", "teacher_weights": "confidence"}, "confidence weighs the average, .* is 'random'"),
-            ({"combine": "relabel", "teacher_weights": "confidence"}, "confidence weighs the average, .* 'relabel'"),
-            ({"soft_loss": SoftTargetLoss(task="binary")}, "soft_loss is for the binary task, .* is multiclass"),
+            ({"strategy": "mean"}, "strategy must be one of average, random, relabel, got 'mean'"),
+            ({"draw_per": "row"}, "draw_per must be one of batch, sample, got 'row'"),
+            ({"strategy": "random", "teacher_weights": "confidence"}, "confidence weighs the average, .* is 'random'"),
+            ({"strategy": "relabel", "teacher_weights": "confidence"}, "confidence weighs the average, .* 'relabel'"),
+            ({"soft_loss": KDLoss(task="binary")}, "soft_loss is for the binary task, .* is multiclass"),
             ({"soft_weight": 1.5}, r"soft_weight must lie in \[0, 1\], got 1.5"),
         ],
         ids=str,
@@ -478,13 +478,17 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("data", "got"),
-        [({}, "copies 1, views None"), ({"copies": 3}, "copies 3, views None"), ({"copies": 2, "views": 3}, "views 3")],
+        [
+            ({}, "views_per_epoch 1, num_views None"),
+            ({"views_per_epoch": 3}, "views_per_epoch 3, num_views None"),
+            ({"views_per_epoch": 2, "num_views": 3}, "num_views 3"),
+        ],
     )
     def test_relabel_of_other_copies(self, quiet_trainer, data, got):
         module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], "relabel")
-        with pytest.raises(InputError, match=rf"relabel gives each sample .*copies: 2 .* got .*{got}"):
+        with pytest.raises(InputError, match=rf"relabel gives each sample .*views_per_epoch: 2 .* got .*{got}"):
             quiet_trainer().fit(module, samples(**data))
-        quiet_trainer(limit_train_batches=1).fit(module, samples(copies=2, views=4))
+        quiet_trainer(limit_train_batches=1).fit(module, samples(views_per_epoch=2, num_views=4))
 
     def test_without_teachers(self, quiet_trainer, loader, student):
         module = EnsembleDistillModule(student, None)
@@ -495,8 +499,8 @@ class TestBadInput:
         ):
             quiet_trainer().fit(module, loader())
 
-    @pytest.mark.parametrize("combine", ["average", "random", "relabel"])
-    def test_teachers_that_do_not_fit_the_student(self, quiet_trainer, loader, student, combine):
+    @pytest.mark.parametrize("strategy", ["average", "random", "relabel"])
+    def test_teachers_that_do_not_fit_the_student(self, quiet_trainer, loader, student, strategy):
         for teachers, message in [
             ([DigitsCNN(4, 9), DigitsCNN(4, 9)], "must have the same number of outputs, got .*9.* and .*10"),
             (
@@ -510,7 +514,7 @@ class TestBadInput:
         ]:
             for validation in (loader(), None):
                 with pytest.raises(InputError, match=message):
-                    quiet_trainer().fit(EnsembleDistillModule(student, teachers, combine), loader(), validation)
+                    quiet_trainer().fit(EnsembleDistillModule(student, teachers, strategy), loader(), validation)
 
     def test_weighted_relabel_needs_losses_of_rows(self):
         class Own(nn.Module):
@@ -571,8 +575,8 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"no teacher \(of weight above 0\) knows the student's classes \[2, 3\]"):
             module.training_step((numbered(4), torch.arange(4)), 0)
 
-    @pytest.mark.parametrize("combine", ["average", "random", "relabel"])
-    def test_a_loss_that_counts_its_steps(self, combine):
+    @pytest.mark.parametrize("strategy", ["average", "random", "relabel"])
+    def test_a_loss_that_counts_its_steps(self, strategy):
         """Such as one with a warm-up of its own: the very object is called, no copy."""
 
         class Counted(nn.Module):
@@ -582,7 +586,7 @@ class TestBadInput:
                 self.calls += 1
                 return nn.functional.mse_loss(student, teacher)
 
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], combine, soft_loss=Counted())
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], strategy, soft_loss=Counted())
         for _ in range(3):
             module.training_step((numbered(4), torch.arange(4)), 0)
         assert module.soft_loss.calls == 3

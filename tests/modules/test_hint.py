@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kd_lightning import DistillModule, HintModule, InputError, SoftWeightAnnealing, Teacher
-from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN, FitNet
 
 HINTS = {"5": "5"}  # of DigitsCNN: the second ReLU, (2 * width, 8, 8)
@@ -62,14 +62,14 @@ class Watch(Callback):
 class TestObjective:
     def test_stage_one_by_hand(self, student, teacher):
         torch.manual_seed(3)
-        regressors = {"5": nn.Conv2d(8, 16, 1), "2": nn.Conv2d(4, 8, 1)}
-        module = HintModule(student, teacher, {"5": "5", "2": "2"}, 1, regressors=regressors).eval()
+        projectors = {"5": nn.Conv2d(8, 16, 1), "2": nn.Conv2d(4, 8, 1)}
+        module = HintModule(student, teacher, {"5": "5", "2": "2"}, 1, projectors=projectors).eval()
         x = torch.rand(3, 1, 8, 8)
         loss = module.training_step((x, torch.tensor([0, -100, 3])), 0)  # without a Trainer
         expected = 0.0
         for layer in (5, 2):
             mine = part(student, layer + 1).double()(x.double())
-            weight, bias = (t.double() for t in regressors[str(layer)].parameters())
+            weight, bias = (t.double() for t in projectors[str(layer)].parameters())
             regressed = torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], mine) + bias[:, None, None]
             hint = part(teacher, layer + 1).double()(x.double())
             expected += ((regressed - hint) ** 2).sum().item() / 2 / 3
@@ -79,17 +79,15 @@ class TestObjective:
 
     def test_stage_two_is_distillation(self, student, teacher):
         x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, -100, 3, 1])
-        module = HintModule(
-            student, teacher, HINTS, 1, soft_weight=0.31, soft_loss=SoftTargetLoss(3.0), input_shape=SHAPE
-        )
-        plain = DistillModule(copy.deepcopy(student), teacher, soft_weight=0.31, soft_loss=SoftTargetLoss(3.0))
+        module = HintModule(student, teacher, HINTS, 1, soft_weight=0.31, soft_loss=KDLoss(3.0), input_shape=SHAPE)
+        plain = DistillModule(copy.deepcopy(student), teacher, soft_weight=0.31, soft_loss=KDLoss(3.0))
         module.distilling = True
         assert torch.equal(module.training_step((x, y), 0), plain.training_step((x, y), 0))
 
     def test_joint_adds_the_weighted_hint(self, student, teacher):
         x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, -100, 3, 1])
         module = HintModule(student, teacher, HINTS, 0, hint_weight=0.01, input_shape=SHAPE).eval()
-        hint = module.hint_loss(module.regressors["0"](part(student, 6)(x)), part(teacher, 6)(x))
+        hint = module.hint_loss(module.projectors["0"](part(student, 6)(x)), part(teacher, 6)(x))
         plain = DistillModule(student, teacher).eval().training_step((x, y), 0)
         assert module.training_step((x, y), 0).item() == pytest.approx((plain + 0.01 * hint).item(), rel=1e-5)
 
@@ -109,7 +107,7 @@ class TestObjective:
         loss = module.training_step((x, torch.zeros(3, dtype=torch.long)), 0)
         hint = part(teacher, 6).eval()(x / 2)
         assert loss.item() == pytest.approx(
-            module.hint_loss(module.regressors["0"](part(student, 6)(x)), hint).item(), rel=1e-5
+            module.hint_loss(module.projectors["0"](part(student, 6)(x)), hint).item(), rel=1e-5
         )
         assert seen == [(4, 1, 8, 8), (3, 1, 8, 8)]
         assert not changed(before, teacher)
@@ -149,9 +147,9 @@ class TestStages:
         kinds, trained = zip(*watch.optimizers, strict=True)
         assert kinds == (SGD, SGD, Adam, Adam)
         below = {f"student.{name}" for name in BELOW}
-        regressors = {name for name in names.values() if name.startswith("regressors.")}
-        assert {names[p] for p in trained[0]} == below | regressors
-        assert {names[p] for p in trained[2]} == set(names.values()) - regressors
+        projectors = {name for name in names.values() if name.startswith("projectors.")}
+        assert {names[p] for p in trained[0]} == below | projectors
+        assert {names[p] for p in trained[2]} == set(names.values()) - projectors
         assert watch.rates == pytest.approx([1e-4, 5e-5, 1e-3, 1e-4])
         assert watch.states == [0, len(trained[0]), 0, len(trained[2])]  # an optimiser's state starts empty
 
@@ -274,7 +272,7 @@ class TestStages:
         averages = EMAWeightAveraging(decay=0.5)
         quiet_trainer(max_epochs=3, callbacks=[averages]).fit(module, loader())
         assert not changed(snapshot(averages._average_model.module), module)  # the end takes the averages over
-        assert {key for key in snapshot(copy.deepcopy(module)) if key.startswith("regressors.")}
+        assert {key for key in snapshot(copy.deepcopy(module)) if key.startswith("projectors.")}
         assert not any(layer._forward_hooks for layer in [*student.modules(), *teacher.modules()])
 
 
@@ -338,11 +336,11 @@ class TestEndOfStageOne:
     def test_best_checkpoint_is_of_stage_two(self, quiet_trainer, loader, teacher, tmp_path):
         """The hint loss may be far below what comes after."""
         best = ModelCheckpoint(tmp_path, "{epoch}", monitor="train/loss")
-        regressor = nn.Conv2d(8, 16, 1)
-        nn.init.zeros_(regressor.weight), nn.init.zeros_(regressor.bias)
+        projector = nn.Conv2d(8, 16, 1)
+        nn.init.zeros_(projector.weight), nn.init.zeros_(projector.bias)
         dim = copy.deepcopy(teacher)
         nn.init.zeros_(dim[4].weight), nn.init.zeros_(dim[4].bias)  # its hints are zeros, and the loss at once, too
-        module = HintModule(DigitsCNN(4), dim, HINTS, 2, regressors={"5": regressor}, optimizer=partial(SGD, lr=1e-3))
+        module = HintModule(DigitsCNN(4), dim, HINTS, 2, projectors={"5": projector}, optimizer=partial(SGD, lr=1e-3))
         trainer = quiet_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[best])
         trainer.fit(module, loader(), loader())
         assert Path(best.best_model_path).name in ("epoch=2.ckpt", "epoch=3.ckpt")
@@ -380,10 +378,10 @@ class TestCharts:
         found = EventAccumulator(board.log_dir).Reload()
         tags = set(found.Tags()["scalars"])
         hints = {f"{stage}/hint{pair}" for stage in ("train", "val") for pair in ("", "/5", "/2")}
-        assert hints | {"stage", "regressor_parameters", "soft_weight", "train/hard", "train/soft"} <= tags
+        assert hints | {"stage", "projector_parameters", "soft_weight", "train/hard", "train/soft"} <= tags
         total, first, second = (found.Scalars(f"train/hint{pair}")[0].value for pair in ("", "/5", "/2"))
         assert total == pytest.approx(first + second, rel=1e-5)
-        (count,) = {event.value for event in found.Scalars("regressor_parameters")}
+        (count,) = {event.value for event in found.Scalars("projector_parameters")}
         assert count == (8 * 16 + 16) + (4 * 32 * 5 * 5 + 32)
         images = {f"hints/{pair}/stage_{stage}" for pair in ("5", "2") for stage in (1, 2)}
         assert images == set(found.Tags()["images"])
@@ -401,7 +399,7 @@ class TestCharts:
         student[1].reset_running_stats(), student[4].reset_running_stats()
         mine = part(student, 6).train()
         mine(loader().dataset.tensors[0][:4])
-        expected = module.hint_loss(module.regressors["0"](mine.eval()(x)), part(teacher, 6)(x))
+        expected = module.hint_loss(module.projectors["0"](mine.eval()(x)), part(teacher, 6)(x))
         assert trainer.callback_metrics["val/hint"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -510,13 +508,13 @@ class TestBadInput:
             ({"hint_weight": math.nan}, "hint_weight must be finite and at least 0, got nan"),
             ({"hints": {"55": "5"}}, "hints: layer '55': DigitsCNN has none of that name; nearest: 5"),
             ({"hints": {"5": "x"}}, "hints: layer 'x': DigitsCNN has none of that name"),
-            ({"regressors": {"2": nn.Identity()}}, "regressors: '2' is no guided layer; hints has 5"),
+            ({"projectors": {"2": nn.Identity()}}, "projectors: '2' is no guided layer; hints has 5"),
             (
-                {"regressors": {"5": nn.Conv2d(8, 15, 1)}},
-                r"regressors: that of 5 gives \[15, 8, 8\] .* 5 is \[16, 8, 8\]",
+                {"projectors": {"5": nn.Conv2d(8, 15, 1)}},
+                r"projectors: that of 5 gives \[15, 8, 8\] .* 5 is \[16, 8, 8\]",
             ),
-            ({"regressors": {"5": nn.Conv2d(9, 16, 1)}}, "regressors: one does not fit its layer"),
-            ({"hints": {"5": "11"}}, r"no built-in regressor joins 5 \[8, 8, 8\] to 11 \[32\] \(for one sample\)"),
+            ({"projectors": {"5": nn.Conv2d(9, 16, 1)}}, "projectors: one does not fit its layer"),
+            ({"hints": {"5": "11"}}, r"no built-in projector joins 5 \[8, 8, 8\] to 11 \[32\] \(for one sample\)"),
             ({"input_shape": [3, 8, 8]}, r"cannot take inputs of shape|expected input"),
         ],
         ids=str,
@@ -544,7 +542,7 @@ class TestBadInput:
             quiet_trainer(max_epochs=2).fit(module, loader())
 
     def test_optimiser_before_the_regressors(self, student, teacher):
-        with pytest.raises(InputError, match="the regressors are not built yet: give input_shape"):
+        with pytest.raises(InputError, match="the projectors are not built yet: give input_shape"):
             HintModule(student, teacher, HINTS, 1).configure_optimizers()
 
 
@@ -600,7 +598,7 @@ class Bytes(LightningDataModule):
 def test_first_images_go_through_the_datamodules_hooks(quiet_trainer, student, teacher, iterable):
     module = HintModule(student, teacher, HINTS, 1)
     quiet_trainer(max_epochs=2).fit(module, datamodule=Bytes(iterable))
-    assert module.regressors.joins == [([8, 8, 8], [16, 8, 8])]
+    assert module.projectors.joins == [([8, 8, 8], [16, 8, 8])]
 
 
 def test_validation_step_without_a_trainer(student, teacher):
@@ -613,4 +611,4 @@ def test_thin_and_deep(quiet_trainer, loader, teacher):
     student = FitNet(((4,) * 2, (4,) * 2, (4,) * 2), hidden=None, in_channels=1)
     module = HintModule(student, teacher, {"stage3": "5", "pool1": "9"}, 1)
     quiet_trainer(max_epochs=2).fit(module, loader())
-    assert [type(layer).__name__ for layer in module.regressors["0"]] == ["Conv2d", "Upsample"]
+    assert [type(layer).__name__ for layer in module.projectors["0"]] == ["Conv2d", "Upsample"]

@@ -19,7 +19,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     SupervisedModule,
 )
-from kd_lightning.losses import CorrelationLoss, DecoupledLoss, GeneralizedCrossEntropyLoss
+from kd_lightning.losses import DISTLoss, DKDLoss, GeneralizedCrossEntropyLoss
 from kd_lightning.models import DigitsCNN
 
 
@@ -32,8 +32,8 @@ MODULES = {
     "supervised": lambda: SupervisedModule(net(0)),
     "robust": lambda: SupervisedModule(net(0), hard_loss=GeneralizedCrossEntropyLoss()),
     "distill": lambda: DistillModule(net(0), net(1)),
-    "decoupled": lambda: DistillModule(net(0), net(1), soft_loss=DecoupledLoss()),
-    "correlation": lambda: DistillModule(net(0), net(1), soft_loss=CorrelationLoss()),
+    "decoupled": lambda: DistillModule(net(0), net(1), soft_loss=DKDLoss()),
+    "correlation": lambda: DistillModule(net(0), net(1), soft_loss=DISTLoss()),
     "average": lambda: EnsembleDistillModule(net(0), [net(1), net(2)]),
     "confidence": lambda: EnsembleDistillModule(net(0), [net(1), net(2)], teacher_weights="confidence"),
     "apprentice": lambda: ApprenticeModule(net(0), net(1), "joint", mutual=True),

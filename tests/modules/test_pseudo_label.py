@@ -22,8 +22,8 @@ from kd_lightning import (
     SoftWeightAnnealing,
     SupervisedModule,
 )
-from kd_lightning.batch import Kind
-from kd_lightning.pseudo_labels import PseudoLabels
+from kd_lightning.batch import LabelKind
+from kd_lightning.pseudo_labels.table import PseudoLabels
 
 ROWS, FEATURES, CLASSES = 9, 5, 4
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -94,9 +94,9 @@ class TestObjective:
     @pytest.mark.parametrize("soft", [False, True])
     def test_refreshed_labels(self, strong, soft):
         net, x = linear(), draw()
-        kind = torch.where(Y == -100, Kind.MISSING, Kind.CLEAN).to(torch.int8)
+        kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
         y, probabilities = Y.clone(), None
-        y[[1, 4, 7]], kind[[1, 4, 7]] = torch.tensor([3, 0, 0]), Kind.PSEUDO
+        y[[1, 4, 7]], kind[[1, 4, 7]] = torch.tensor([3, 0, 0]), LabelKind.PSEUDO
         targets = {1: np.eye(4)[3], 2: None, 4: np.eye(4)[0], 6: None, 7: np.eye(4)[0]}
         if soft:
             probabilities = torch.zeros(ROWS, CLASSES)
@@ -104,7 +104,7 @@ class TestObjective:
             targets |= {row: probabilities[row].double().numpy() for row in (1, 4, 7)}
         loss, gradient = by_hand(net.weight, x, given(Y), targets, strong, weight=3.0)
         batch = Batch(x, y, kind=kind, soft=probabilities, x_strong=strong, mean_labels=7.0, mean_pseudo=3.0)
-        module = PseudoLabelModule(net, 3.0, labels="refreshed")
+        module = PseudoLabelModule(net, 3.0, pseudo_labels="refreshed")
         for _ in range(2):  # an optimiser may ask twice for the loss of a batch
             net.zero_grad()
             found = module.training_step(batch, 0)
@@ -115,14 +115,14 @@ class TestObjective:
     def test_before_the_first_refresh_only_labels_are_learned(self):
         net, x = linear(), draw()
         loss, gradient = by_hand(net.weight, x, given(Y), {})
-        found = PseudoLabelModule(net, labels="refreshed").training_step(Batch(x, Y), 0)
+        found = PseudoLabelModule(net, pseudo_labels="refreshed").training_step(Batch(x, Y), 0)
         found.backward()
         assert found.item() == pytest.approx(loss, rel=1e-12)
         assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10)
 
     def test_own_labels_take_no_notice_of_handed_out_ones(self):
         net, x = linear(), draw()
-        y, kind = Y.clone(), torch.where(Y == -100, Kind.PSEUDO, Kind.CLEAN)
+        y, kind = Y.clone(), torch.where(Y == -100, LabelKind.PSEUDO, LabelKind.CLEAN)
         expected = PseudoLabelModule(net).training_step((x, Y), 0)
         y[Y == -100] = 2
         assert torch.equal(PseudoLabelModule(net).training_step(Batch(x, y, kind=kind), 0), expected)
@@ -173,8 +173,8 @@ def coarse_batch(**kwargs):
     """Two of the unlabeled rows have a coarse label."""
     candidates = torch.zeros(ROWS, CLASSES, dtype=torch.bool)
     candidates[1, [0, 3]] = candidates[6, [1, 2, 3]] = True
-    kind = torch.where(Y == -100, Kind.MISSING, Kind.CLEAN).to(torch.int8)
-    kind[[1, 6]] = Kind.COARSE
+    kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
+    kind[[1, 6]] = LabelKind.COARSE
     return Batch(draw(), Y, kind=kind, candidates=candidates, **kwargs)
 
 
@@ -224,7 +224,7 @@ class TestCoarse:
         net, batch = linear(), coarse_batch()
         module = PseudoLabelModule(net)
         for rows in (torch.arange(cut), torch.arange(cut, ROWS)):
-            part = batch.at(rows)
+            part = batch.select(rows)
             part.mean_labels, part.mean_coarse, part.mean_rows = 3.0, 1.0, ROWS / 2
             (module.training_step(part, 0) / 2).backward()
         _, gradient = coarse_by_hand(linear().weight, batch)
@@ -234,9 +234,9 @@ class TestCoarse:
         """An accepted one takes the coarse label's place; the other coarse row is in the hard term alone."""
         net, batch = linear(), coarse_batch(mean_labels=6.0, mean_coarse=1.0, mean_pseudo=1.0)
         batch.y, batch.candidates[1] = Y.clone(), False
-        batch.y[1], batch.kind[1] = 3, Kind.PSEUDO
-        found = PseudoLabelModule(net, labels="refreshed").losses(batch)
-        hard = batch.at(torch.tensor([row for row in range(ROWS) if row != 1]))
+        batch.y[1], batch.kind[1] = 3, LabelKind.PSEUDO
+        found = PseudoLabelModule(net, pseudo_labels="refreshed").losses(batch)
+        hard = batch.select(torch.tensor([row for row in range(ROWS) if row != 1]))
         expected, _ = coarse_by_hand(net.weight, hard, threshold=2.0)
         assert found["hard"].value.item() == pytest.approx(expected)
         learned = -np.log(softmax((net.weight @ batch.x[1]).detach().numpy())[3]) / 5  # of all without a clean label
@@ -248,7 +248,7 @@ def two_streams(labeled=(2, 1, 1, 1), rest=7, **kwargs):
     y = torch.arange(CLASSES).repeat_interleave(torch.tensor(labeled))
     part = TensorDataset(draw(3, len(y)).float(), y)
     source = DatasetSource(part, unlabeled=TensorDataset(draw(4, rest).float()))
-    return SemiSupervisedDataModule(source, labeled=None, val=0, unlabeled="source", **kwargs)
+    return SemiSupervisedDataModule(source, labeled=None, val_size=0, unlabeled="source", **kwargs)
 
 
 class TestSteps:
@@ -271,7 +271,7 @@ class TestSteps:
         net, seen = linear().float(), []
         coarse = CoarseLabels({"low": [0, 1], "high": [2, 3]}, fraction=0.5)
         source = DatasetSource(TensorDataset(draw(3, 26).float(), torch.arange(26) % CLASSES))
-        data = SemiSupervisedDataModule(source, labeled=1, coarse=coarse, val=0, batch_size=7)
+        data = SemiSupervisedDataModule(source, labeled=1, coarse=coarse, val_size=0, batch_size=7)
 
         class Watch(Callback):
             def on_train_batch_start(self, trainer, module, batch, number):
@@ -343,24 +343,24 @@ class Bn(nn.Module):
 
 
 class TestOneForward:
-    @pytest.mark.parametrize("labels", ["online", "refreshed"])
+    @pytest.mark.parametrize("pseudo_labels", ["online", "refreshed"])
     @pytest.mark.parametrize("ema", [None, 0.9])
     @pytest.mark.parametrize("two", [False, True])
     @pytest.mark.parametrize("y", [Y, NONE, ALL], ids=["mixed", "no label", "all labeled"])
-    def test_batch_statistics_are_those_of_all_rows(self, labels, ema, two, y):
+    def test_batch_statistics_are_those_of_all_rows(self, pseudo_labels, ema, two, y):
         x, strong = draw().float(), draw(1).float() if two else None
         net = Bn()
-        module = PseudoLabelModule(net, labels=labels, ema_decay=ema)
+        module = PseudoLabelModule(net, pseudo_labels=pseudo_labels, ema_decay=ema)
         module.training_step(Batch(x, y, x_strong=strong), 0).backward()
         labeled = x[y != -100]
-        through = x if not two or (labels == "online" and ema is None) else labeled
+        through = x if not two or (pseudo_labels == "online" and ema is None) else labeled
         through = torch.cat([through, strong[y == -100]]) if two else through
         assert net.calls == [(True, len(through))]
         assert net.norm.running_mean.tolist() == pytest.approx((0.1 * through.mean(dim=0)).tolist(), abs=1e-6)
         assert net.norm.running_var.tolist() == pytest.approx((0.9 + 0.1 * through.var(dim=0)).tolist(), abs=1e-6)
         if ema is not None:
             averaged = module.ema.module
-            assert averaged.calls == ([(False, int((y == -100).sum()))] if labels == "online" else [])
+            assert averaged.calls == ([(False, int((y == -100).sum()))] if pseudo_labels == "online" else [])
             assert averaged.norm.running_mean.tolist() == [0.0] * FEATURES
             assert all(p.grad is None and not p.requires_grad for p in module.ema.parameters())
 
@@ -501,14 +501,14 @@ class TestAdaptiveThresholds:
     [
         ({"task": "binary"}, "task must be multiclass, since a pseudo-label is one class, got 'binary'"),
         ({"task": "multilabel"}, "task must be multiclass, .* got 'multilabel'"),
-        ({"labels": "offline"}, "labels must be one of online, refreshed, got 'offline'"),
+        ({"pseudo_labels": "offline"}, "pseudo_labels must be one of online, refreshed, got 'offline'"),
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], or be null for none, got 0.0"),
         ({"threshold": 1.01}, r"threshold must lie in \(0, 1\], .* got 1.01"),
         ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\], .* got nan"),
         ({"unsupervised_weight": -0.1}, "unsupervised_weight must be at least 0, got -0.1"),
         ({"unsupervised_weight": float("nan")}, "unsupervised_weight must be at least 0, got nan"),
         (
-            {"labels": "refreshed", "threshold": 0.9},
+            {"pseudo_labels": "refreshed", "threshold": 0.9},
             "refreshed labels are accepted by PseudoLabelRefresh; set it there",
         ),
         ({"adaptive_thresholds": True}, "adaptive_thresholds needs a threshold"),
@@ -589,8 +589,8 @@ class TestRun:
         assert not [str(w.message) for w in caught if "pseudo-label" in str(w.message)]
 
     def test_nobody_refreshes(self, quiet_trainer, loader, student):
-        with pytest.raises(InputError, match="labels: refreshed, but nobody does; add PseudoLabelRefresh"):
-            quiet_trainer().fit(PseudoLabelModule(student, labels="refreshed"), loader())
+        with pytest.raises(InputError, match="label_file: refreshed, but nobody does; add PseudoLabelRefresh"):
+            quiet_trainer().fit(PseudoLabelModule(student, pseudo_labels="refreshed"), loader())
 
     def test_plain_loader(self, quiet_trainer, student, loader):
         trainer = quiet_trainer(max_epochs=2)
@@ -613,10 +613,10 @@ class TestRun:
                     data.set_pseudo_labels(PseudoLabels(index, label, label.float(), chosen, chosen, 0, 0))
 
             def on_train_batch_start(self, trainer, module, batch, number):
-                odd = batch.index[batch.kind == Kind.PSEUDO] % 2 if batch.kind is not None else torch.tensor([-1])
+                odd = batch.index[batch.kind == LabelKind.PSEUDO] % 2 if batch.kind is not None else torch.tensor([-1])
                 kinds.append((trainer.current_epoch, *odd.unique().tolist()))
                 if batch.kind is not None:
-                    pseudo = batch.kind == Kind.PSEUDO
+                    pseudo = batch.kind == LabelKind.PSEUDO
                     assert (batch.y[pseudo] == trainer.current_epoch).all()
                     assert batch.mean_pseudo == pseudo.sum()
 
@@ -632,7 +632,7 @@ class TestRun:
         trainer.fit(module, datamodule=two_streams())
         trainer.save_checkpoint(tmp_path / "c.ckpt")
         again = PseudoLabelModule.load_from_checkpoint(tmp_path / "c.ckpt", student=Bn(), weights_only=True)
-        names = ("unsupervised_weight", "labels", "threshold", "adaptive_thresholds")
+        names = ("unsupervised_weight", "pseudo_labels", "threshold", "adaptive_thresholds")
         assert [getattr(again, name) for name in names] == [0.5, "online", 0.4, True]
         state = module.state_dict()
         assert {name.split(".")[0] for name in state} == {"student", "ema"}

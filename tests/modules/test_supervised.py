@@ -24,8 +24,8 @@ from kd_lightning import (
     SupervisedModule,
     SymmetricNoise,
 )
-from kd_lightning.batch import Kind
-from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LossByKind, SoftTargetLoss
+from kd_lightning.batch import LabelKind
+from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, KDLoss, LabelKindLoss
 
 NAN = float("nan")
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -144,7 +144,7 @@ def test_hard_loss_of_ones_own_sees_labeled_rows_alone():
 
 def weak_batch(weighted=True):
     """Two rows of each kind of label, in no order, and weights."""
-    kinds = [Kind.NOISY, Kind.CLEAN, Kind.COARSE, Kind.MISSING, Kind.PSEUDO]
+    kinds = [LabelKind.NOISY, LabelKind.CLEAN, LabelKind.COARSE, LabelKind.MISSING, LabelKind.PSEUDO]
     kind = torch.tensor([*kinds, *kinds[::-1]], dtype=torch.int8)
     candidates = torch.zeros(10, 4, dtype=torch.bool)
     candidates[2, [0, 3]] = candidates[7, [1, 2, 3]] = True
@@ -166,7 +166,7 @@ def weak_by_hand(logits, batch, noisy_q=None):
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         inside = p[chosen].sum()
         value, slope = -np.log(inside), p - chosen * p / inside
-        if noisy_q is not None and batch.kind[i] == Kind.NOISY:
+        if noisy_q is not None and batch.kind[i] == LabelKind.NOISY:
             value, slope = (1 - inside**noisy_q) / noisy_q, slope * inside**noisy_q
         share = 1.0 if batch.weight is None else batch.weight[i].item()
         loss, labels = loss + share * value, labels + 1
@@ -184,7 +184,7 @@ class TestWeakLabels:
         logits, batch = torch.randn(10, 4).double() * 2, weak_batch(weighted)
         expected, gradient = weak_by_hand(logits, batch, q)
         net = Fixed(logits)
-        loss = None if q is None else LossByKind(GeneralizedCrossEntropyLoss(q))
+        loss = None if q is None else LabelKindLoss(GeneralizedCrossEntropyLoss(q))
         found = SupervisedModule(net, hard_loss=loss).training_step(batch, 0)
         found.backward()
         assert found.item() == pytest.approx(expected, rel=1e-12)
@@ -197,9 +197,9 @@ class TestWeakLabels:
         torch.manual_seed(0)
         logits, batch = torch.randn(10, 4).double(), weak_batch()
         net = Fixed(logits)
-        module = SupervisedModule(net, hard_loss=LossByKind(GeneralizedCrossEntropyLoss()))
+        module = SupervisedModule(net, hard_loss=LabelKindLoss(GeneralizedCrossEntropyLoss()))
         for rows in (torch.arange(cut), torch.arange(cut, 10)):
-            part = batch.at(rows)
+            part = batch.select(rows)
             part.mean_labels = 4.0
             (module.hard_term(net.logits[rows], part) / 2).backward()
         assert net.logits.grad.numpy() == pytest.approx(weak_by_hand(logits, batch, 0.7)[1], abs=1e-14)
@@ -211,7 +211,7 @@ class TestWeakLabels:
         source = DatasetSource(TensorDataset(torch.randn(46, 5), torch.arange(46) % 4))
         coarse = CoarseLabels({"low": [0, 1], "high": [2, 3]}, fraction=0.5)
         data = SemiSupervisedDataModule(
-            source, labeled=4, coarse=coarse, label_noise=SymmetricNoise(0.5), val=0, batch_size=12
+            source, labeled=4, coarse=coarse, label_noise=SymmetricNoise(0.5), val_size=0, batch_size=12
         )
         seen = []
 
@@ -225,7 +225,7 @@ class TestWeakLabels:
         assert trainer.global_step == 1 and len(seen) == 4 and len({len(batch) for batch in seen}) == 2
         names = ("x", "y", "kind", "candidates")
         whole = Batch(**{name: torch.cat([getattr(batch, name) for batch in seen]) for name in names})
-        assert set(whole.kind.tolist()) == {Kind.NOISY, Kind.COARSE, Kind.MISSING}
+        assert set(whole.kind.tolist()) == {LabelKind.NOISY, LabelKind.COARSE, LabelKind.MISSING}
         _, gradient = weak_by_hand(whole.x @ start.t(), whole)
         assert ((start - net.weight) / 0.1).detach().numpy() == pytest.approx(gradient.T @ whole.x.numpy(), abs=1e-5)
 
@@ -243,7 +243,7 @@ class TestWeakLabels:
         logits = torch.randn(10, 4)
         expected, _ = weak_by_hand(logits, batch)
         assert SupervisedModule(Fixed(logits)).training_step(batch, 0).item() == pytest.approx(expected, rel=1e-5)
-        nothing = batch.at(torch.tensor([3, 6]))
+        nothing = batch.select(torch.tensor([3, 6]))
         loss = SupervisedModule(Fixed(logits)).training_step(nothing, 0)
         assert loss == 0 and loss.requires_grad
 
@@ -252,7 +252,7 @@ class TestWeakLabels:
         logits, teacher, batch = torch.randn(10, 4).double(), torch.randn(10, 4).double(), weak_batch()
         terms = DistillModule(Fixed(logits), Fixed(teacher), soft_weight=0.3).losses(batch)
         assert terms["hard"].value.item() == pytest.approx(weak_by_hand(logits, batch)[0])
-        torch.testing.assert_close(terms["soft"].value, SoftTargetLoss(4.0)(logits, teacher))
+        torch.testing.assert_close(terms["soft"].value, KDLoss(4.0)(logits, teacher))
 
     def test_weights_of_the_binary_task(self):
         logits, y = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, -100, 0])
@@ -292,7 +292,7 @@ class TestWeakLabels:
     @pytest.mark.parametrize("task", ["binary", "multilabel"])
     def test_losses_of_one_class_each(self, task):
         y, logits = torch.tensor([[0], [1]]), torch.zeros(2, 1)
-        for loss in (GeneralizedCrossEntropyLoss(), LossByKind(GeneralizedCrossEntropyLoss())):
+        for loss in (GeneralizedCrossEntropyLoss(), LabelKindLoss(GeneralizedCrossEntropyLoss())):
             module = SupervisedModule(Fixed(logits), task=task, hard_loss=loss)
             with pytest.raises(InputError, match=r"a hard loss takes logits \(B, C\) and class indices \(B,\)"):
                 module.training_step((torch.zeros(2, 1), y), 0)
@@ -318,7 +318,7 @@ class TestEarlyLearning:
         x = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
         part = TensorDataset(x, torch.arange(40) % 10)
         source = DatasetSource(part, test=part)
-        return SemiSupervisedDataModule(source, labeled=2, label_noise=SymmetricNoise(0.4), val=0, batch_size=16)
+        return SemiSupervisedDataModule(source, labeled=2, label_noise=SymmetricNoise(0.4), val_size=0, batch_size=16)
 
     def test_is_told_the_labeled_rows(self):
         logits, batch = torch.randn(10, 4).double(), weak_batch(weighted=False)
@@ -327,7 +327,7 @@ class TestEarlyLearning:
         known, loss = batch.y != -100, EarlyLearningLoss(reduction="none")
         rows = loss(logits[known], batch.y[known], known.nonzero().flatten())
         torch.testing.assert_close(module.hard_loss.memory, loss.memory)
-        coarse = batch.at(torch.tensor([2, 7]))
+        coarse = batch.select(torch.tensor([2, 7]))
         expected = (rows.sum() + 2 * weak_by_hand(logits[[2, 7]], coarse)[0]) / 8
         torch.testing.assert_close(found.detach(), expected)
 
@@ -341,7 +341,7 @@ class TestEarlyLearning:
         assert seen == [(0, 0)]
         assert loss == 0 and loss.requires_grad
 
-    @pytest.mark.parametrize("wrap", [lambda loss: loss, LossByKind])
+    @pytest.mark.parametrize("wrap", [lambda loss: loss, LabelKindLoss])
     def test_resume_is_exact(self, quiet_trainer, tmp_path, wrap):
         whole, part, resumed = self.make(wrap=wrap), self.make(wrap=wrap), self.make(1, wrap=wrap)
         quiet_trainer(max_epochs=3).fit(whole, datamodule=self.data())

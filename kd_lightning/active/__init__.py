@@ -1,0 +1,10 @@
+"""Active learning: which samples to label next."""
+
+from kd_lightning.active.loop import ActiveLearningLoop, plot
+from kd_lightning.active.strategies import STRATEGIES
+
+__all__ = [
+    "ActiveLearningLoop",
+    "plot",
+    "STRATEGIES",
+]

@@ -1,0 +1,158 @@
+"""``experiment CONFIG --seeds N``: does the method help? The same student with it and without, over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from kd_lightning.cli.commands.compare import report
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.errors import InputError
+from kd_lightning.runs.build import build
+
+Config = dict[str, Any]
+OF_THE_METHOD = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
+"""Callbacks that the twin, which learns from labels alone, has no use for."""
+
+
+def main(args: list[str]) -> None:
+    """Read the command line, run what is missing, and compare."""
+    parser = argparse.ArgumentParser(prog="kd_lightning experiment", description=__doc__)
+    parser.add_argument("config", help="YAML of the method, on a SemiSupervisedDataModule")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N - 1 (default 3)")
+    parser.add_argument("--out", metavar="DIR", help="of the comparison (default: <root>/<name>_comparison)")
+    options, overrides = parser.parse_known_args(args)
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
+    config = parse(["--config", options.config, *overrides], "experiment")
+    machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
+    processes = Trainer(**machine, logger=False).world_size
+    if processes > 1:
+        raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
+    config["trainer"]["enable_model_summary"] = False
+    seeded = [with_seed(config, seed) for seed in range(options.seeds)]
+    plan = [baseline_of(method) for method in seeded] + seeded
+
+    console = Console()
+    folders = []
+    for number, run_config in enumerate(plan, 1):
+        name, seed = run_config["name"], run_config["seed_everything"]
+        folder = _finished(run_config)
+        done = "" if folder is None else f" is done: {folder}"
+        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]{done}")
+        folders.append(folder or _run(run_config))
+    teachers = _teacher_runs(config)
+    root = Path(config["trainer"]["default_root_dir"])
+    out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
+    report([*folders, *teachers], out)
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The config with this seed for weights, split, order and augmentation."""
+    config = deepcopy(config)
+    config["seed_everything"] = seed
+    config["data"].setdefault("init_args", {})["seed"] = seed
+    return config
+
+
+def baseline_of(method: Config) -> Config:
+    """The same student trained on the same labels without a teacher and without unlabeled images.
+
+    Same steps, augmentation and schedule: since its epoch would be shorter, it sees each labeled image in several
+    views an epoch, until there are as many steps.
+    """
+    baseline = deepcopy(method)
+    data = build(LightningDataModule, method["data"])
+    if not isinstance(data, SemiSupervisedDataModule):
+        raise InputError(f"experiment needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    data.prepare_data()
+    batches = len(data.train_dataloader())
+    limit = method["trainer"].get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    arguments = method["model"]["init_args"]
+    if arguments.get("hint_epochs") and arguments.get("lr_scheduler"):
+        rank_zero_warn("lr_scheduler is made for stage 2; the student alone follows it over all epochs")
+    kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
+    baseline["name"] = f"{method['name']}_alone"
+    kept_arguments = {name: arguments[name] for name in kept if name in arguments}
+    if start := arguments.get("initial_weights"):  # what it starts from is not the teacher's doing
+        loaded = {"model": arguments["student"], "path": start}
+        kept_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
+    baseline["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": kept_arguments}
+    baseline["data"]["init_args"] |= {"unlabeled": "none", "labeled_batch_size": None, "strong_transform": None}
+    alone = build(LightningDataModule, baseline["data"])  # coarse labels stay, beside the fine ones
+    alone.prepare_data()
+    samples = len(alone.train_dataloader().dataset)
+    baseline["data"]["init_args"]["views_per_epoch"] = math.ceil(batches * data.batch_size / samples)
+    baseline["trainer"]["limit_train_batches"] = batches
+    callbacks = baseline["trainer"].get("callbacks") or []
+    baseline["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in OF_THE_METHOD]
+    return baseline
+
+
+class _ParsedCLI(DistillCLI):
+    """Parses, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the config."""
+
+
+def parse(args: list[str], command: str) -> Config:
+    """The config that ``fit`` would run with these arguments; InputError, naming the command, if it has no data."""
+    cli = _ParsedCLI(args, run=False)
+    config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_validation=True))
+    if not config.get("data"):
+        raise InputError(f"{command} needs data in the config: a SemiSupervisedDataModule")
+    return config
+
+
+def _run(config: Config) -> Path:
+    """Fit, and test the weights that the run would deploy."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        cli = DistillCLI(["fit", "--config", str(path)])
+    checkpoint = next((c for c in cli.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    best = checkpoint is not None and checkpoint.monitor is not None and checkpoint.best_model_path
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best" if best else None, verbose=False)
+    assert cli.trainer.log_dir is not None
+    run = Path(cli.trainer.log_dir)
+    (run / "experiment.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return run
+
+
+def _finished(config: Config) -> Path | None:
+    """The run of exactly this config, if there is one that came to its end."""
+    folder = Path(config["trainer"]["default_root_dir"]) / config["name"]
+    text = yaml.safe_dump(config)
+    found: list[Path] = sorted(folder.glob("version_*/experiment.yaml"))
+    return next((path.parent for path in found if path.read_text(encoding="utf-8") == text), None)
+
+
+def _teacher_runs(config: Config) -> list[Path]:
+    """The runs that the teachers' weights come from, where they come from some that were tested."""
+    arguments = config["model"]["init_args"]
+    given = arguments.get("teachers") or [arguments.get("teacher")]
+    folders = [Path(path).parent for teacher in given if (path := _weights_of(teacher))]
+    return [folder for folder in dict.fromkeys(folders) if (folder / "metrics.csv").is_file()]
+
+
+def _weights_of(teacher: Config | None) -> str | None:
+    """The file that a network, or the one that a ``Teacher`` holds, is loaded from."""
+    arguments = (teacher or {}).get("init_args", {})
+    inner = arguments.get("network")
+    found: str | None = arguments.get("path") or (_weights_of(inner) if isinstance(inner, dict) else None)
+    return found

@@ -1,0 +1,111 @@
+"""Fits that each lack a fold of the labels, for what only a student that has not seen a label can tell of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.data.splits import Split
+from kd_lightning.errors import InputError
+from kd_lightning.runs.class_paths import find_class, walk
+from kd_lightning.runs.weights import load_weights
+
+Config = dict[str, Any]
+
+
+def one_process(config: Config, command: str, cure: str) -> torch.device:
+    """The device that a config trains on; InputError if it asks for several processes."""
+    machine: Any = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
+    trainer = Trainer(**machine, logger=False)
+    if trainer.world_size > 1:
+        raise InputError(f"{command} runs on one process, got {trainer.world_size}; set {cure}")
+    return trainer.strategy.root_device
+
+
+def known_labels(data: Any) -> dict[int, str] | None:
+    """The class of each labeled sample by name, or by number; None where samples have no single class."""
+    labels = data.visible_labels() if hasattr(data, "visible_labels") else torch.zeros(0, 0)
+    if labels.ndim > 1 or labels.is_floating_point():
+        return None
+    names = getattr(data, "class_names", None) or []
+    known = {index: int(labels[index]) for index in (labels >= 0).nonzero().flatten().tolist()}
+    return {index: str(names[label]) if label < len(names) else str(label) for index, label in known.items()}
+
+
+def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str) -> list[list[int]]:
+    """Deal labeled samples into folds, class by class: each keeps a label outside each fold, else InputError.
+
+    >>> [len(fold) for fold in deal({3: "cat", 5: "cat", 6: "cat", 8: "dog", 9: "dog"}, 2, seed=0, option="--folds")]
+    [3, 2]
+    """
+    if not 2 <= folds <= len(labels):
+        raise InputError(f"{option} must lie in 2 ... {len(labels)}, the number of labels, got {folds}")
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, name in sorted(labels.items()):
+        members[name].append(index)
+    if single := sorted(name for name, found in members.items() if len(found) == 1):
+        raise InputError(f"{option} needs 2 labels of each class, so that one stays; only 1 of {', '.join(single)}")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = [torch.tensor(found)[torch.randperm(len(found), generator=generator)] for found in members.values()]
+    order = torch.cat(shuffled).tolist()  # one row for all classes, so that folds are of one size
+    return [sorted(order[number::folds]) for number in range(folds)]
+
+
+def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: Path) -> Iterator[Path]:
+    """The folder of a finished run for each fold, whose labels are hidden from it and whose samples are in its pool.
+
+    Each is fitted when it is asked for, and not again if it is there already.
+    """
+    for number, fold in enumerate(folds):
+        path = (folder / f"split_{number}.json").resolve()
+        labeled = sorted({*split.labeled} - {*fold})
+        replace(split, labeled=labeled, held_out=sorted({*split.held_out, *fold})).save(path)
+        print(f"[{number + 1}/{len(folds)}] {config['name']}_fold_{number}")
+        yield _fit(config_of_fold(config, path, number))
+
+
+def config_of_fold(config: Config, split: Path, number: int) -> Config:
+    """The config with the split of a fold, in a folder beside it, whatever folders the config names."""
+    config = deepcopy(config) | {"name": f"{config['name']}_fold_{number}", "ckpt_path": None}
+    arguments = config["data"]["init_args"] = {**(config["data"].get("init_args") or {}), "labeled": str(split)}
+    if "label_file" in arguments:
+        arguments["label_file"] = None  # the split has its answers
+    config["trainer"] |= {"default_root_dir": str(split.parent), "logger": True, "enable_model_summary": False}
+    config["checkpoint"]["dirpath"] = None
+    return config
+
+
+def _fit(config: Config) -> Path:
+    """The folder of a finished run of exactly this config, split and first weights; it is run if there is none."""
+    root, text = Path(config["trainer"]["default_root_dir"]), yaml.safe_dump(config)
+    files = [path for path in map(Path, weight_files(config)) if path.is_file()]
+    text += "".join(f"# {path} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
+    split = Path(config["data"]["init_args"]["labeled"]).read_text(encoding="utf-8")
+    found: list[Path] = sorted((root / config["name"]).glob("version_*/fold.yaml"))
+    for path in found:
+        copy = path.with_name("split.json")  # the split's file may have been written anew since
+        if path.read_text(encoding="utf-8") == text and copy.is_file() and copy.read_text(encoding="utf-8") == split:
+            print(f"is done: {path.parent}")
+            return path.parent
+    path = root / f"{config['name']}.yaml"
+    path.write_text(text, encoding="utf-8")
+    folder = Path(DistillCLI(["fit", "--config", str(path)]).trainer.log_dir or root)
+    path.replace(folder / "fold.yaml")  # says that the run came to its end
+    return folder
+
+
+def weight_files(config: Config) -> list[str]:
+    """Files of weights that all folds read, and that may come from networks which have seen the labels."""
+    found = [(key, value, find_class(owner) is load_weights) for _, key, value, owner in walk(config["model"])]
+    loaded = [file for key, file, weights in found if key == "initial_weights" or (key == "path" and weights)]
+    return [*dict.fromkeys(str(file) for file in loaded if file)]

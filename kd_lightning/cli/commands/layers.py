@@ -1,0 +1,59 @@
+"""``layers --config ...``: both networks' layers side by side. Takes fit's arguments, and trains nothing."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from kd_lightning.batch import Batch
+from kd_lightning.cli.main import InspectCLI
+from kd_lightning.errors import InputError
+from kd_lightning.features.layers import Layer, list_layers
+from kd_lightning.teachers.teacher import Teacher
+
+
+def main(args: list[str]) -> None:
+    """Print a table."""
+    networks = LayersCLI(["fit", *args]).networks
+    table = Table(title="Outputs of one sample; an inner layer counts in its outer ones, too")
+    for name in networks:
+        table.add_column(f"{name}'s layer", overflow="fold")
+        table.add_column("output")
+        table.add_column("MACs", justify="right")
+        table.add_column("parameters", justify="right")
+    for row in zip_longest(*networks.values()):
+        table.add_row(*(cell for layer in row for cell in _cells(layer)))
+    console = Console()
+    if console.width < 150:  # a narrow terminal shows folded lines rather than cut names
+        console = Console(width=150)
+    console.print(table)
+
+
+class LayersCLI(InspectCLI):
+    """Builds what fit would, and looks at its networks."""
+
+    networks: dict[str, list[Layer]]
+
+    def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
+        """Take the place of ``Trainer.fit``."""
+        data: Any = model if datamodule is None else datamodule
+        data.prepare_data()
+        data.setup("fit")
+        x = Batch.from_any(next(iter(data.train_dataloader()))).x
+        student, teacher = getattr(model, "student", None), getattr(model, "teacher", None)
+        if not isinstance(student, nn.Module):
+            raise InputError(f"model: layers needs a module with a student, {type(model).__name__} has none")
+        self.networks = {"student": list_layers(student, x)}
+        if isinstance(teacher, Teacher):
+            self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(x))
+
+
+def _cells(layer: Layer | None) -> list[str]:
+    if layer is None:
+        return [""] * 4
+    shape = "-" if layer.shape is None else " x ".join(map(str, layer.shape))
+    return [f"{layer.name} ({layer.kind})", shape, f"{layer.macs:,}", f"{layer.parameters:,}"]

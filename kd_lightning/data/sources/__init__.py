@@ -1,0 +1,23 @@
+"""Sources: where samples and their labels come from."""
+
+from kd_lightning.data.sources.class_subset import ClassSubset
+from kd_lightning.data.sources.dataset_source import DatasetSource
+from kd_lightning.data.sources.digits import Digits
+from kd_lightning.data.sources.fake_data import FakeData
+from kd_lightning.data.sources.image_folder import ImageFolder
+from kd_lightning.data.sources.rotated_classes import RotatedClasses
+from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
+
+__all__ = [
+    "Part",
+    "Parts",
+    "Source",
+    "Digits",
+    "TorchvisionDataset",
+    "ImageFolder",
+    "FakeData",
+    "DatasetSource",
+    "ClassSubset",
+    "RotatedClasses",
+]

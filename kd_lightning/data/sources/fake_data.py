@@ -1,0 +1,37 @@
+"""Random images."""
+
+from __future__ import annotations
+
+import torchvision
+from torchvision.transforms import v2
+
+from kd_lightning.data.sources._parts import dataset_part
+from kd_lightning.data.sources.source import Parts, Source
+from kd_lightning.data.transforms import to_float
+
+
+class FakeData(Source):
+    """torchvision's FakeData: random images with random labels, for trying things out.
+
+    Args:
+        size: Number of training images; the test part has as many.
+        image_size: Channels, height, width.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, size: int = 256, image_size: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10) -> None:
+        self.size = size
+        self.image_size = tuple(image_size)
+        self.num_classes = num_classes
+        self.train_transform = v2.Compose([v2.RandomHorizontalFlip(), to_float()])
+        self.eval_transform = to_float()
+
+    def load(self) -> Parts:
+        """Make the images."""
+        train, test = (
+            torchvision.datasets.FakeData(self.size, self.image_size, self.num_classes, random_offset=offset)
+            for offset in (0, self.size)
+        )
+        return Parts(
+            dataset_part(train), dataset_part(test), class_names=[str(number) for number in range(self.num_classes)]
+        )

@@ -1,0 +1,78 @@
+"""A source whose images come in four rotations, each a class of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kd_lightning.data.sources.images import Images, path_of, read_image
+from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.errors import InputError
+
+
+class RotatedClasses(Source):
+    """Turn C classes into 4 C: each image upright, and turned by 90, 180 and 270 degrees against the clock.
+
+    For a network that shall be moved to other classes: to tell rotations apart, too, its features must know more of the
+    images than C classes ask for (Lee, Hwang, Shin, "Self-supervised Label Augmentation via Input Transformations",
+    2020). Class c, turned k times, is class k C + c.
+
+    Args:
+        source: The source of the images, one class for each. Its unlabeled part is left out.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.train_transform = source.train_transform
+        self.eval_transform = source.eval_transform
+
+    def prepare(self) -> None:
+        """Download what is missing."""
+        self.source.prepare()
+
+    def load(self) -> Parts:
+        """Open the source.
+
+        Raises:
+            InputError: If its images have many labels each.
+        """
+        parts = self.source.load()
+        targets = parts.train.targets
+        if targets.ndim > 1 or targets.is_floating_point():
+            raise InputError(f"RotatedClasses: the images of {type(self.source).__name__} have many labels each")
+        names = parts.class_names or [str(number) for number in range(int(targets.max()) + 1 if len(targets) else 0)]
+        return Parts(
+            _turned(parts.train, len(names)),
+            None if parts.test is None else _turned(parts.test, len(names)),
+            class_names=[f"{name} at {90 * turns}" for turns in range(4) for name in names],
+        )
+
+
+class _Turned:
+    """All images, then all of them turned once, twice and thrice."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        paths = [path_of([images], number) for number in range(len(images))] if len(images) else []
+        self.paths = paths * 4 if all(paths) else None  # where path_of looks
+
+    def __getitem__(self, index: int, /) -> Any:
+        turns, index = divmod(index, len(self.images))
+        image = read_image([self.images], index)
+        if isinstance(image, Image.Image):
+            return image.rotate(90 * turns, expand=True)
+        if not isinstance(image, Tensor) or image.ndim < 2:
+            raise InputError(
+                f"RotatedClasses: images must be PIL images or tensors (C, H, W), got {type(image).__name__}"
+            )
+        return torch.rot90(image, turns, (-2, -1))
+
+    def __len__(self) -> int:
+        return 4 * len(self.images)
+
+
+def _turned(part: Part, classes: int) -> Part:
+    return Part(_Turned(part.images), torch.cat([part.targets + turns * classes for turns in range(4)]))

@@ -1,0 +1,145 @@
+"""Strong augmentations: the second view of a sample, on which FixMatch trains (Sohn et al. 2020).
+
+All draw from torch's global generator, which a ``ViewDataset`` seeds for each view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import float32, nn, uint8
+from torchvision.transforms import v2
+
+from kd_lightning.errors import InputError
+
+
+def strong_digits() -> nn.Module:
+    """Strong view of ``Digits``: float tensors (1, 8, 8) in [0, 1], in and out.
+
+    Turned, moved by a pixel, scaled and sheared, with other brightness and contrast, and a patch of 2x2 pixels erased.
+    As far as 8x8 pixels bear it: farther, and people take one digit for another.
+    """
+    return _compose(
+        v2.RandomAffine(
+            # moves are rounded to pixels; this is one of them in 3 of 8 draws
+            degrees=25,
+            translate=(0.1, 0.1),
+            scale=(0.8, 1.2),
+            shear=10,
+            interpolation=v2.InterpolationMode.BILINEAR,
+        ),
+        v2.ColorJitter(brightness=0.3, contrast=0.3),
+        _cutout(1 / 4),
+    )
+
+
+def strong_small(mean: list[float], std: list[float], size: int = 32, padding: int = 4, flip: bool = True) -> nn.Module:
+    """FixMatch's strong view, with RandAugment and Cutout, of small images such as CIFAR-10's.
+
+    The weak view (crop and flip), then two operations of RandAugment, which are FixMatch's 14, and Cutout of a square
+    of half the side. What comes in from outside is the mean colour. FixMatch draws each operation's strength and
+    leaves half of them out; torchvision's RandAugment does all at a third of the range.
+
+    Args:
+        mean: Of each channel, of images in [0, 1].
+        std: Likewise.
+        size: Side of the square that comes out.
+        padding: Pixels around the image that the crop may reach into.
+        flip: Whether an image and its mirror image are the same class; not so for digits.
+
+    Returns:
+        From a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], to a normalised tensor (C, size, size).
+
+    Raises:
+        InputError: For values out of range.
+    """
+    if not mean or len(mean) != len(std):
+        raise InputError(f"mean and std must have a number for each channel, got {mean} and {std}")
+    if min(std) <= 0:
+        raise InputError(f"std must be above 0, got {std}")
+    _check_size(size)
+    if padding < 0:
+        raise InputError(f"padding must be at least 0, got {padding}")
+    return _compose(
+        *_to_bytes(),
+        v2.RandomCrop(size, padding=padding),
+        *([v2.RandomHorizontalFlip()] if flip else []),
+        v2.RandAugment(num_ops=2, magnitude=10, fill=[255 * value for value in mean]),
+        v2.ToDtype(float32, scale=True),
+        v2.Normalize(mean, std),
+        _cutout(1 / 2),
+    )
+
+
+def strong_photos(size: int = 224) -> nn.Module:
+    """Strong view of photographs, normalised as torchvision's pretrained networks expect.
+
+    What ``ImageFolder`` trains with (a crop of any size, and flip), then RandAugment and Cutout as ``strong_small``.
+
+    Args:
+        size: Side of the square that comes out.
+
+    Returns:
+        From a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], grey or colour, to (3, size, size).
+
+    Raises:
+        InputError: For a size below 2.
+    """
+    _check_size(size)
+    mean = [0.485, 0.456, 0.406]
+    return _compose(
+        *_to_bytes(),
+        v2.RGB(),
+        v2.RandomResizedCrop(size, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandAugment(num_ops=2, magnitude=10, fill=[255 * value for value in mean]),
+        v2.ToDtype(float32, scale=True),
+        v2.Normalize(mean, [0.229, 0.224, 0.225]),
+        _cutout(1 / 2),
+    )
+
+
+def _compose(*steps: nn.Module) -> nn.Module:
+    transform: nn.Module = v2.Compose(list(steps))
+    return transform
+
+
+def _to_bytes() -> list[nn.Module]:
+    """Any image as uint8 tensor, which RandAugment and its fill colour are made for."""
+    return [v2.ToImage(), v2.ToDtype(uint8, scale=True)]
+
+
+def _cutout(share: float) -> nn.Module:
+    """A square of this share of the side becomes 0, always: the mean colour of normalised images."""
+    square: nn.Module = v2.RandomErasing(p=1.0, scale=(share**2, share**2), ratio=(1.0, 1.0), value=0)
+    return square
+
+
+def _check_size(size: int) -> None:
+    if size < 2:
+        raise InputError(f"size must be at least 2, got {size}")
+
+
+def to_float() -> nn.Module:
+    """Image or uint8 tensor to a float tensor in [0, 1]."""
+    transform: nn.Module = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    return transform
+
+
+def photo_transforms(size: int) -> tuple[nn.Module, nn.Module]:
+    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect."""
+    tail = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
+    tail.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return (
+        v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *tail]),
+        v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), *tail]),
+    )
+
+
+def small_image_transforms(
+    mean: Sequence[float], std: Sequence[float], size: int, *, flip: bool, padding: int = 4
+) -> tuple[nn.Module, nn.Module]:
+    tail = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    crop = [v2.RandomCrop(size, padding=padding), *([v2.RandomHorizontalFlip()] if flip else [])]
+    return v2.Compose([*crop, *tail]), v2.Compose(tail)

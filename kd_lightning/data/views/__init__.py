@@ -1,0 +1,1 @@
+"""Views: replayable augmentations of samples, their order, and the loader that serves them."""

@@ -1,0 +1,1 @@
+"""Deployment: export a student, and check the file."""

@@ -1,0 +1,106 @@
+"""Decoupled knowledge distillation (DKD)."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.errors import InputError
+from kd_lightning.losses.base import (
+    Reduction,
+    Task,
+    check_reduction,
+    check_temperature,
+    check_weight,
+    kl_divergence,
+    pair_logits,
+    reduce_rows,
+)
+
+
+class DKDLoss(nn.Module):
+    r"""Soft-target loss taken apart into the target class and the rest, each with its own weight.
+
+    With p = softmax(z / T), y the target class, and p̂ the probabilities of the other classes renormalised to 1:
+
+    .. math:: T^2 \left(\alpha \, \mathrm{KL}([p^t_y, 1 - p^t_y] \,\|\, [p^s_y, 1 - p^s_y])
+              + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s)\right)
+
+    in nats, averaged over the batch. The soft-target loss is the special case alpha = 1, beta = 1 - p^t_y: there the
+    more certain the teacher, the less it says about the other classes. With two classes the second term is 0.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (2022), whose beta depends on the pair of networks (8 for
+    many, 2 for a weak teacher) and which raises the loss linearly over the first 20 epochs; that is left to the caller.
+
+    Args:
+        alpha: Weight of the target-class term, at least 0.
+        beta: Weight of the term among the other classes, at least 0.
+        temperature: T, finite and above 0. Read at every call, so it may be annealed.
+        reduction: "mean" (a scalar) or "none" (one value per row).
+
+    Shape:
+        - student_logits, teacher_logits: (B, C), C >= 2. Half precision is computed in float32.
+        - target: (B,), long, class indices or -100 for an unlabeled row. Such a row takes the teacher's most likely
+          class for its target: this package's choice, not the paper's, which has labels everywhere.
+        - output: scalar, or (B,) for reduction "none".
+
+    Raises:
+        InputError: An argument outside what is allowed above; logits whose shapes differ; no target, or one that is
+            not (B,) long. A class index beyond C raises torch's own error, as in ``torch.nn.CrossEntropyLoss``.
+
+    Example:
+        >>> import torch
+        >>> loss = DKDLoss(alpha=1.0, beta=2.0, temperature=1.0)
+        >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
+        >>> round(loss(student, teacher, torch.tensor([0])).item(), 3)
+        0.451
+    """
+
+    task: ClassVar[Task] = "multiclass"
+    takes_top_k: ClassVar[bool] = True  # the others count as alike in the term among the rest
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        check_weight("alpha", alpha)
+        check_weight("beta", beta)
+        check_temperature(temperature)
+        check_reduction(reduction)
+        self.alpha = float(alpha)
+        self.beta = float(beta)
+        self.temperature = float(temperature)
+        self.reduction = reduction
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        check_temperature(self.temperature)
+        student, teacher = pair_logits(student_logits, teacher_logits, self.task)
+        if target is None:
+            raise InputError("target must be given to DKDLoss, got None")
+        if target.dtype != torch.long or target.shape != student.shape[:1]:
+            raise InputError(
+                f"target must be long of shape {tuple(student.shape[:1])}, "
+                f"got {target.dtype} of shape {tuple(target.shape)}"
+            )
+        target = torch.where(target == IGNORE_INDEX, teacher.argmax(dim=1), target).unsqueeze(1)
+        student_target, student_others = self._split(student, target)
+        teacher_target, teacher_others = self._split(teacher, target)
+        rows = self.alpha * kl_divergence(student_target, teacher_target)
+        rows = rows + self.beta * kl_divergence(student_others, teacher_others)
+        return reduce_rows(self.temperature**2 * rows, self.reduction)
+
+    def _split(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of target against rest, (B, 2), and among the rest, (B, C - 1)."""
+        log_p = F.log_softmax(logits / self.temperature, dim=1)
+        # Gathering the others, rather than masking the target, keeps infinities out of the graph.
+        others = torch.arange(log_p.shape[1] - 1, device=log_p.device)
+        log_others = log_p.gather(1, others + (others >= target))
+        log_rest = log_others.logsumexp(dim=1, keepdim=True)
+        return torch.cat([log_p.gather(1, target), log_rest], dim=1), log_others - log_rest
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``print(loss)``."""
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}"

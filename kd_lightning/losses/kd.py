@@ -1,0 +1,106 @@
+"""The soft-target loss of knowledge distillation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.losses.base import (
+    Reduction,
+    Task,
+    check_reduction,
+    check_task,
+    check_temperature,
+    kl_divergence,
+    pair_logits,
+    reduce_rows,
+    standardize_logits,
+)
+
+
+class KDLoss(nn.Module):
+    r"""Divergence of the student's softened probabilities from the teacher's.
+
+    Multiclass, summed over classes and averaged over the batch, in nats:
+
+    .. math:: T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T))
+
+    Binary and multilabel: the same between Bernoulli distributions with probability sigmoid(z / T), averaged over
+    a row's logits, then over the batch. The factor T² undoes the gradient's shrinking as 1/T², so changing T leaves
+    the balance with the hard loss alone.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015); ``standardize``: Sun et al.,
+    "Logit Standardization in Knowledge Distillation" (2024).
+
+    Args:
+        temperature: T, finite and above 0. Read at every call, so it may be annealed.
+        task: "multiclass", "multilabel" or "binary".
+        standardize: Replace both sides' logits by (z - mean) / (1e-7 + std) per sample; multiclass only. The student
+            then learns how the teacher's logits relate, not their range. Constant logits are only centred.
+        reduction: "mean" (a scalar) or "none" (one value per row).
+
+    Shape:
+        - student_logits, teacher_logits: (B, C) for multiclass, C >= 2; (B, L) for multilabel; (B,) or (B, 1) for
+          binary, also mixed. Half precision is computed in float32.
+        - target: ignored.
+        - output: scalar, or (B,) for reduction "none".
+
+    Raises:
+        InputError: An argument outside what is allowed above; logits whose shapes differ or don't fit the task.
+
+    Example:
+        >>> import torch
+        >>> loss = KDLoss(temperature=2.0)
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, -2.0]])
+        >>> round(loss(student, teacher).item(), 3)
+        1.311
+        >>> loss(teacher, teacher)
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        task: Task = "multiclass",
+        standardize: bool = False,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_task(task)
+        check_reduction(reduction)
+        if standardize and task != "multiclass":
+            raise InputError(f"standardize must be False unless task is 'multiclass', got task {task!r}")
+        self.temperature = float(temperature)
+        self.task = task
+        self.standardize = standardize
+        self.reduction = reduction
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        check_temperature(self.temperature)
+        student, teacher = pair_logits(student_logits, teacher_logits, self.task)
+        if self.standardize:
+            student, teacher = standardize_logits(student), standardize_logits(teacher)
+        divergence = kl_divergence(self._log_probabilities(student), self._log_probabilities(teacher))
+        rows = divergence if self.task == "multiclass" else divergence.mean(dim=1)
+        return reduce_rows(self.temperature**2 * rows, self.reduction)
+
+    @property
+    def takes_top_k(self) -> bool:
+        """Whether a few logits and the sum of the others' probabilities will do: not to be standardised."""
+        return self.task == "multiclass" and not self.standardize
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C) for multiclass, else (B, L, 2): the logarithms of yes and no."""
+        softened = logits / self.temperature
+        if self.task == "multiclass":
+            return F.log_softmax(softened, dim=-1)
+        return torch.stack([F.logsigmoid(softened), F.logsigmoid(-softened)], dim=-1)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in ``print(loss)``."""
+        return (
+            f"temperature={self.temperature}, task={self.task!r}, "
+            f"standardize={self.standardize}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,35 @@
+"""A look at the training images before a fit begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from kd_lightning.batch import Batch
+
+
+def first_images(module: LightningModule, count: int) -> Tensor:
+    """Up to ``count`` of the training images (B, ...) as a step would get them, while the trainer sets itself up.
+
+    No generator moves, and an ordinary loader starts no workers.
+    """
+    # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
+    loader: Any = module.trainer.fit_loop._data_source.dataloader()
+    loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    while isinstance(loader, list | tuple | dict):
+        loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+    data: Any = getattr(loader, "dataset", None)
+    ordinary = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    with isolate_rng(), torch.device("cpu"):  # Lightning may have made the accelerator torch's default
+        if ordinary and not isinstance(data, IterableDataset):
+            batch = loader.collate_fn([data[n] for n in range(min(count, len(data)))])
+        else:
+            batch = next(iter(loader))
+        batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
+    return Batch.from_any(batch).x[:count]

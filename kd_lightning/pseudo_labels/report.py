@@ -1,0 +1,71 @@
+"""How good a round of pseudo-labels is, as numbers and as pictures."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.pseudo_labels.table import PseudoLabels
+
+
+def measure(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> dict[str, float]:
+    """What a round looks like.
+
+    Args:
+        table: The round.
+        given: The labels that were given, (M,).
+        truth: The true labels of the pool, (N,), -100 where nobody knows; None: nowhere.
+
+    Returns:
+        ``coverage``, ``confidence``, ``flips``, ``class_distance`` (total variation distance between the class shares
+        of accepted and given labels, in [0, 1]; not where nothing is accepted), and where there is truth ``precision``
+        and ``accepted_precision`` (not where nothing is accepted).
+    """
+    accepted = table.accepted
+    values = {
+        "coverage": float(accepted.double().mean()),
+        "confidence": float(table.confidence.double().mean()),
+        "flips": float(table.changed.double().mean()),
+    }
+    if accepted.any() and len(given):
+        shares = class_shares(table, given)
+        values["class_distance"] = float((shares[0] - shares[1]).abs().sum() / 2)
+    known = torch.zeros_like(accepted) if truth is None else truth != IGNORE_INDEX
+    if known.any():
+        right = torch.eq(table.label, torch.as_tensor(truth)).double()
+        values["precision"] = float(right[known].mean())
+        if (known & accepted).any():
+            values["accepted_precision"] = float(right[known & accepted].mean())
+    return values
+
+
+def class_shares(table: PseudoLabels, given: Tensor) -> Tensor:
+    """Shares of the classes among accepted and among given labels, (2, C)."""
+    labels = (table.label[table.accepted], given)
+    classes = int(torch.cat([*labels, table.label]).max()) + 1
+    counts = torch.stack([torch.bincount(part, minlength=classes).double() for part in labels])
+    return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+
+def figures(table: PseudoLabels, given: Tensor, threshold: float | None) -> dict[str, Figure]:
+    """A histogram of confidences with the threshold drawn in, and the classes of accepted and given labels."""
+    histogram = Figure(figsize=(5, 3), layout="constrained")
+    panel = histogram.subplots()
+    panel.hist(table.confidence.numpy(), bins=40, range=(0.0, 1.0))
+    if threshold is not None:
+        panel.axvline(threshold, color="C3", label=f"threshold {threshold:g}")
+        panel.legend()
+    panel.set(xlabel="confidence", ylabel="samples")
+    panel.set_title(f"round {table.round}: {int(table.accepted.sum())} of {len(table.label)} accepted", fontsize=9)
+
+    shares = class_shares(table, given)
+    classes = Figure(figsize=(max(5.0, min(0.3 * shares.shape[1], 20.0)), 3), layout="constrained")
+    panel = classes.subplots()
+    for number, (name, share) in enumerate(zip(("accepted pseudo-labels", "given labels"), shares, strict=True)):
+        places = [place + 0.4 * (number - 0.5) for place in range(len(share))]
+        panel.bar(places, share.numpy(), width=0.4, label=name)
+    panel.set(xlabel="class", ylabel="share")
+    panel.legend(fontsize=8)
+    return {"confidence": histogram, "classes": classes}

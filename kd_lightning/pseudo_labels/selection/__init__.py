@@ -1,0 +1,7 @@
+"""Selections: which pseudo-labels count. One rule a file."""
+
+from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
+
+__all__ = [
+    "AdaptiveThresholds",
+]

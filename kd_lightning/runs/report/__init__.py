@@ -1,0 +1,7 @@
+"""Pictures and tables about runs."""
+
+from kd_lightning.runs.report.contact_sheet import contact_sheet
+
+__all__ = [
+    "contact_sheet",
+]

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import nn
+
+from kd_lightning import ApprenticeModule, CompileNetworks, DistillModule, EnsembleDistillModule, HintModule, InputError
+from kd_lightning.callbacks.compile_networks import networks_of
+from kd_lightning.models import DigitsCNN
+
+
+@pytest.fixture
+def fitted(quiet_trainer, loader):
+    def fit(module, *callbacks):
+        seed_everything(0, verbose=False)
+        quiet_trainer(max_epochs=2, callbacks=[*callbacks]).fit(module, loader())
+        return module.student.state_dict()
+
+    return fit
+
+
+def nets(count=3):
+    torch.manual_seed(0)
+    return [DigitsCNN(4) for _ in range(count)]
+
+
+def distill(nets):
+    return DistillModule(nets[0], nets[1])
+
+
+def test_all_networks_are_compiled_while_fitting(fitted):
+    class Seen(CompileNetworks):
+        def on_train_batch_end(self, trainer, module, *args):
+            self.compiled = [network._compiled_call_impl is not None for network in networks_of(module)]
+
+    module = EnsembleDistillModule(nets()[0], nets()[1:])
+    seen = Seen(backend="eager")
+    names = set(module.state_dict())
+    fitted(module, seen)
+    assert seen.compiled == [True] * 3
+    assert [network._compiled_call_impl for network in networks_of(module)] == [None] * 3
+    assert set(module.state_dict()) == names
+
+
+def test_the_same_training(fitted):
+    expected = fitted(distill(nets()))
+    for backend in ("eager", None):
+        found = fitted(distill(nets()), CompileNetworks(backend=backend))
+        for name, value in expected.items():
+            assert torch.equal(value, found[name])
+
+
+def test_channels_last(fitted):
+    expected = fitted(distill(nets()))
+    module = distill(nets())
+    found = fitted(module, CompileNetworks(backend=None, channels_last=True))
+    for network in networks_of(module):
+        assert network[3].weight.is_contiguous(memory_format=torch.channels_last)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_hints_under_compilation(fitted):
+    def hint(nets):
+        return HintModule(nets[0], nets[1], {"5": "5"}, 1)
+
+    expected = fitted(hint(nets()))
+    found = fitted(hint(nets()), CompileNetworks(backend="eager"))
+    for name, value in expected.items():
+        assert torch.equal(value, found[name])
+
+
+def test_a_teacher_that_learns():
+    student, teacher = nets(2)
+    assert networks_of(ApprenticeModule(student, teacher)) == [student, teacher]
+
+
+def test_inductor_agrees(fitted):
+    def tiny():
+        torch.manual_seed(0)
+        return [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2)]
+
+    expected = fitted(distill(tiny()))
+    found = fitted(distill(tiny()), CompileNetworks())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_without_networks(quiet_trainer):
+    with pytest.raises(InputError, match="LightningModule has neither student nor teacher"):
+        CompileNetworks().setup(quiet_trainer(), LightningModule(), "fit")
+
+
+@pytest.mark.parametrize("kwargs", [{"mode": "fast"}, {"backend": "fast"}])
+def test_what_torch_does_not_have(kwargs):
+    with pytest.raises(InputError, match=f"{next(iter(kwargs))} must be one of .*, got 'fast'"):
+        CompileNetworks(**kwargs)

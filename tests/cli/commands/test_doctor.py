@@ -1,0 +1,370 @@
+"""doctor, from its command line."""
+
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+from kd_lightning.__main__ import main
+from kd_lightning.cli.commands.doctor import _normalised, examine
+from kd_lightning.data import Digits, SemiSupervisedDataModule
+from kd_lightning.models import DigitsCNN
+from kd_lightning.modules import EnsembleDistillModule
+from kd_lightning.teachers.teacher import Teacher
+
+IMAGES, LABELS = (Digits().load().train.images.tensors[0], Digits().load().train.targets)
+NAMES = ["teacher", "normalisation", "class order", "eval mode", "soft targets", "labels", "gradients"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Weights of a teacher."""
+    torch.manual_seed(0)
+    network = DigitsCNN(8)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(6):
+        for rows in torch.randperm(len(IMAGES)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(network(IMAGES[rows]), LABELS[rows]).backward()
+            optimizer.step()
+    return network.state_dict()
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, trained):
+    """A tiny distillation as a dict; its teacher's weights are there."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(trained, "teacher.pt")
+    return deepcopy(CONFIG)
+
+
+CONFIG = {
+    "name": "tiny",
+    "seed_everything": 1,
+    "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+    "model": {
+        "class_path": "DistillModule",
+        "init_args": {
+            "student": {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": 0.2}},
+            "teacher": {
+                "class_path": "kd_lightning.load_weights",
+                "init_args": {"model": {"class_path": "DigitsCNN", "init_args": {"width": 8}}, "path": "teacher.pt"},
+            },
+            "soft_weight": 0.5,
+        },
+    },
+    "data": {
+        "class_path": "SemiSupervisedDataModule",
+        "init_args": {"source": {"class_path": "Digits"}, "labeled": 5, "batch_size": 32},
+    },
+}
+
+
+def doctor(config, capsys, *args):
+    """Exit status, and what was printed: ``{check: (mark, text, hint)}``."""
+    before = set(Path.cwd().rglob("*")) | {Path.cwd() / "config.yaml"}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        main(["doctor", "--config", "config.yaml", *args])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    assert set(Path.cwd().rglob("*")) == before  # nothing is left behind
+    lines = capsys.readouterr().out.strip().splitlines()
+    found = {}
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if match := re.match(r"(ok|look|STOP) +([a-z ]+): (.*)", line):
+            hint = after.removeprefix("      -> ") if after.startswith("      ->") else None
+            found[match[2]] = (match[1], match[3], hint)
+    return status, found
+
+
+def test_healthy(config, capsys):
+    status, found = doctor(config, capsys)
+    assert status == 0
+    assert list(found) == NAMES
+    assert all(mark == "ok" and hint is None for mark, _, hint in found.values())
+    assert re.match(
+        r"9\d\.\d% of 119 validation labels right \(chance 10.9%, student as it stands", found["teacher"][1]
+    )
+    assert found["labels"][1] == "50 of 1078 training samples labeled, 10 of 10 classes"
+    assert found["gradients"][1].count("weight 0.5") == 2
+
+
+def test_what_fit_has_saved_can_be_examined(config, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true"])
+    main(["fit", "--config", "config.yaml", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"])
+    saved = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())
+    assert doctor(saved, capsys)[0] == 0
+
+
+def test_overrides(config, capsys):
+    status, found = doctor(config, capsys, "--model.soft_weight", "1e-7", "--data.val_size", "20")
+    assert status == 0
+    assert "of 200 validation labels" in found["teacher"][1]
+    assert found["gradients"][0] == "look" and found["gradients"][2].startswith("soft is negligible")
+
+
+def test_untrained_teacher(config, capsys):
+    torch.manual_seed(0)
+    torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
+    status, found = doctor(config, capsys)
+    assert status == 1
+    assert found["teacher"][0] == "STOP" and "is it trained" in found["teacher"][2]
+
+
+def test_permuted_classes(config, capsys, trained):
+    order = [4, 7, 0, 2, 9, 1, 3, 5, 8, 6]
+    weights = deepcopy(trained)
+    weights["13.weight"], weights["13.bias"] = weights["13.weight"][order], weights["13.bias"][order]
+    torch.save(weights, "teacher.pt")
+    status, found = doctor(config, capsys)
+    assert status == 1  # as it stands, it teaches nonsense
+    assert found["class order"][2] == f"Teacher(network, classes={order})"
+    network = config["model"]["init_args"]["teacher"]
+    config["model"]["init_args"]["teacher"] = {
+        "class_path": "kd_lightning.Teacher",
+        "init_args": {"network": network, "classes": order},
+    }
+    status, found = doctor(config, capsys)
+    assert status == 0 and found["class order"][0] == "ok"
+
+
+def scaled(path: str) -> nn.Module:
+    """The teacher, as if it had been trained on pixels in [0, 255]."""
+    network = DigitsCNN(8)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    network[0].weight.data /= 255
+    return network
+
+
+def test_normalisation_can_be_pasted(config, capsys):
+    network = {"class_path": f"{__name__}.scaled", "init_args": {"path": "teacher.pt"}}
+    config["model"]["init_args"]["teacher"] = network
+    status, found = doctor(config, capsys)
+    assert status == 1 and "[0, 255]" in found["normalisation"][1]
+    pasted = yaml.safe_load(found["normalisation"][2].split("in YAML ")[1])
+    config["model"]["init_args"]["teacher"] = {
+        "class_path": "kd_lightning.Teacher",
+        "init_args": {"network": network, **pasted},
+    }
+    status, found = doctor(config, capsys)
+    assert status == 0 and found["normalisation"][0] == "ok"
+
+
+class Always(nn.Module):
+    """Dropout that ignores eval mode."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.1)
+
+
+def with_always(path: str) -> nn.Module:
+    network = DigitsCNN(8)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    return nn.Sequential(network, Always())
+
+
+def test_functional_dropout(config, capsys):
+    network = {"class_path": f"{__name__}.with_always", "init_args": {"path": "teacher.pt"}}
+    config["model"]["init_args"]["teacher"] = network
+    status, found = doctor(config, capsys)
+    assert status == 0
+    assert found["eval mode"][0] == "look" and "F.dropout" in found["eval mode"][2]
+
+
+@pytest.mark.parametrize(("temperature", "advice"), [("0.01", "raise"), ("1000", "lower")])
+def test_temperature(config, capsys, temperature, advice):
+    config["model"]["init_args"]["soft_loss"] = {"class_path": "kd_lightning.losses.KDLoss"}
+    status, found = doctor(config, capsys, "--model.init_args.soft_loss.init_args.temperature", temperature)
+    assert status == 0
+    assert f"{advice} the temperature" in found["soft targets"][2]
+
+
+def dead() -> nn.Module:
+    """A student that cannot learn."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+
+
+def broken() -> nn.Module:
+    """A student whose weights are not finite."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(network[1].weight, torch.nan)
+    return network
+
+
+@pytest.mark.parametrize(("student", "says"), [("dead", "no parameter"), ("broken", "nan")])
+@pytest.mark.parametrize("module", ["DistillModule", "SupervisedModule"])
+def test_student_that_cannot_learn(config, capsys, student, says, module):
+    config["model"]["init_args"]["student"] = {"class_path": f"{__name__}.{student}"}
+    if module == "SupervisedModule":
+        config["model"]["class_path"] = module
+        del config["model"]["init_args"]["teacher"], config["model"]["init_args"]["soft_weight"]
+    status, found = doctor(config, capsys)
+    assert status == 1
+    assert found["gradients"][0] == "STOP" and says in found["gradients"][1]
+
+
+def test_without_a_teacher(config, capsys):
+    config["model"] = {
+        "class_path": "SupervisedModule",
+        "init_args": {"student": {"class_path": "DigitsCNN", "init_args": {"width": 4}}},
+    }
+    status, found = doctor(config, capsys)
+    assert status == 0
+    assert list(found) == ["labels", "gradients"]
+    assert [mark for mark, _, _ in found.values()] == ["ok", "ok"]
+
+
+def test_teachers_of_part_of_the_classes():
+    """What they say of their own classes is not judged beside all; that they hold still is."""
+    torch.manual_seed(0)
+    restless = nn.Sequential(DigitsCNN(4, num_classes=5), Always())
+    teachers = [
+        DigitsCNN(4),
+        Teacher(DigitsCNN(4, num_classes=3), classes=[7, 2, 9]),
+        Teacher(restless, classes=[4, 3, 2, 1, 0]),
+    ]
+    module = EnsembleDistillModule(DigitsCNN(4), teachers)
+    found = {finding.name: finding for finding in examine(module, SemiSupervisedDataModule(Digits(), labeled=10))}
+    assert [name for name in found if name.startswith(("teachers[1]", "teachers[2]"))] == [
+        "teachers[1], eval mode",
+        "teachers[2], eval mode",
+    ]
+    assert "the same way twice" in found["teachers[1], eval mode"].text
+    assert "asked twice, it answers" in found["teachers[2], eval mode"].text
+    assert "right (chance" in found["ensemble"].text
+
+
+def test_without_validation_part(config, capsys):
+    status, found = doctor(config, capsys, "--data.val_size", "0")
+    assert status == 0
+    assert "of 50 labels of training images, for want of validation labels, right" in found["teacher"][1]
+
+
+class PlainData(LightningDataModule):
+    """Pairs from TensorDatasets, normalised on the way, labels missing where asked."""
+
+    def __init__(self, val: bool = True, labeled: bool = True, test: bool = False):
+        super().__init__()
+        self.val, self.labeled, self.test = val, labeled, test
+        self.eval_transform = v2.Compose([v2.Normalize([0.5], [0.25])])
+
+    def loader(self, part):
+        y = LABELS[part] if self.labeled else torch.full_like(LABELS[part], -100)
+        return DataLoader(TensorDataset(IMAGES[part], y), 50)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] - 0.5) / 0.25, batch[1]
+
+    def train_dataloader(self):
+        return self.loader(slice(0, 500))
+
+    def val_dataloader(self):
+        return self.loader(slice(500, 700)) if self.val else []
+
+    def test_dataloader(self):
+        raise AssertionError("the test part judges nothing")
+
+
+class TestTheirData:
+    def teacher(self, config):
+        config["data"] = {"class_path": f"{__name__}.PlainData"}
+        network = config["model"]["init_args"]["teacher"]
+        preprocess = {"class_path": "torchvision.transforms.v2.Normalize", "init_args": {"mean": [-2.0], "std": [4.0]}}
+        right = {
+            "class_path": "kd_lightning.Teacher",
+            "init_args": {"network": network, "preprocess": preprocess},
+        }
+        return network, right
+
+    def test_healthy(self, config, capsys):
+        _, config["model"]["init_args"]["teacher"] = self.teacher(config)
+        status, found = doctor(config, capsys)
+        assert status == 0 and all(mark == "ok" for mark, _, _ in found.values())
+        assert "of 200 validation labels" in found["teacher"][1]
+        assert found["labels"][1] == "50 of 50 samples of a training batch labeled, 10 of 10 classes"
+
+    def test_normalised_by_the_datamodule(self, config, capsys):
+        self.teacher(config)
+        _, found = doctor(config, capsys)
+        assert "made for inputs in [0, 1]" in found["normalisation"][1]
+        assert "mean: [-2.0], std: [4.0]" in found["normalisation"][2]
+
+    def test_without_validation_part(self, config, capsys):
+        _, config["model"]["init_args"]["teacher"] = self.teacher(config)
+        status, found = doctor(config, capsys, "--data.val", "false")
+        assert status == 0 and "of 500 labels of training images" in found["teacher"][1]
+
+    def test_without_any_label(self, config, capsys):
+        _, config["model"]["init_args"]["teacher"] = self.teacher(config)
+        status, found = doctor(config, capsys, "--data.labeled", "false")
+        assert status == 0 and "no labels" in found["teacher"][1]
+        assert found["labels"][1] == "0 of 50 samples of a training batch labeled"
+        config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": {"class_path": "DigitsCNN"}}}
+        status, found = doctor(config, capsys, "--data.labeled", "false")
+        assert status == 1 and found["labels"][0] == "STOP"
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--model.soft_wieght", "0.5"], ["soft_wieght"]),
+        (["--model.teacher.path", "gone.pt"], ["gone.pt"]),
+        (["--ckpt_path", "config.yaml"], ["config.yaml"]),
+        (["--model.student.num_classes", "7"], ["same number of outputs", "[10]", "[7]"]),
+        (["--model.teacher", "null"], ["teacher"]),
+        (["--data.batch_size", "0"], ["batch_size must be at least 1, got 0"]),
+        (["--model", "lightning.pytorch.demos.boring_classes.BoringModel"], ["SupervisedModule", "BoringModel"]),
+    ],
+)
+def test_wrong_input(config, capsys, args, parts):
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    if "BoringModel" in args[-1]:
+        config["model"] = {"class_path": args[-1]}
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        args = []
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "--config", "config.yaml", *args])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for part in parts:
+        assert part in last
+    assert not Path("runs").exists()
+
+
+def test_hidden_truth_is_not_asked(config, capsys, monkeypatch):
+    """With the truth of the unlabeled images falsified, doctor says the same."""
+    expected = doctor(config, capsys, "--data.val_size", "0")
+    load = Digits.load
+
+    def falsified(self):
+        parts = load(self)
+        monkeypatch.setattr("kd_lightning.data.datamodule.make_split", lambda *args: split)
+        hidden = parts.train.targets.clone()
+        hidden[split.unlabeled] = (hidden[split.unlabeled] + 1) % 10
+        return parts._replace(train=parts.train._replace(targets=hidden))
+
+    from kd_lightning.data.splits import make_split
+
+    split = make_split(load(Digits()).train.targets, 5, 0, 0, None)
+    monkeypatch.setattr(Digits, "load", falsified)
+    assert doctor(config, capsys, "--data.val_size", "0") == expected
+
+
+def test_finds_the_last_normalisation():
+    class Data:
+        eval_transform = v2.Compose([v2.Resize(8), v2.Compose([v2.Normalize([0.1], [0.2])]), nn.Identity()])
+
+    assert _normalised(Data()) == ([0.1], [0.2])
+    assert _normalised(object()) is None

@@ -1,0 +1,393 @@
+"""export, from its command line: what each format holds, that it answers as PyTorch does, and what is refused."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from safetensors import safe_open
+from torch import nn
+
+from kd_lightning.__main__ import main
+from kd_lightning.cli.commands.export import _task
+from kd_lightning.data import Digits
+from kd_lightning.deploy.export import QUANTIZED_TOLERANCE, TOLERANCE, Comparison, answers, compare, reader, write
+from kd_lightning.errors import InputError
+from kd_lightning.losses.base import decide
+from kd_lightning.models import DigitsCNN
+from kd_lightning.quantization.calibration import calibrate
+from kd_lightning.quantization.layers import quantize
+from kd_lightning.quantization.sizes import weight_levels
+from kd_lightning.runs.weights import load_weights
+
+IMAGES = Digits().load().train.images.tensors[0]
+SUFFIXES = ["onnx", "pt2", "safetensors"]
+DECIDE = partial(decide, task="multiclass")
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory):
+    """Runs of a float and of a quantised student, not to be changed."""
+    folder = tmp_path_factory.mktemp("export")
+    config = yaml.safe_load((root / "configs/student_digits.yaml").read_text())
+    config["trainer"] |= {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": str(folder)}
+    config["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
+    plain = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
+    torch.manual_seed(0)
+    torch.save(calibrate(quantize(DigitsCNN(4), 4), [IMAGES[:128]]).state_dict(), folder / "start.pt")
+    quant = {"class_path": "kd_lightning.quantization.quantize", "init_args": {"model": plain, "weight_bits": 4}}
+    start = {"class_path": "kd_lightning.load_weights", "init_args": {"model": quant, "path": str(folder / "start.pt")}}
+    for name, student in {"plain": plain, "quant": start}.items():
+        config |= {"name": name}
+        config["model"]["init_args"]["student"] = student
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        main(["fit", "--config", str(folder / "config.yaml")])
+    (folder / "start.pt").unlink()  # an exported student does without what it started from
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the float student's run."""
+    return Path(shutil.copytree(trained / "plain/version_0", tmp_path / "run"))
+
+
+def network(trained, name):
+    fresh = quantize(DigitsCNN(4), 4) if name == "quant" else DigitsCNN(4)
+    return load_weights(fresh, trained / name / "version_0/student.safetensors").eval()
+
+
+@pytest.fixture(scope="module")
+def files(trained):
+    """The files of both runs, and what was said of them."""
+    folder, said = trained / "out", {}
+    for name in ("plain", "quant"):
+        for suffix in SUFFIXES:
+            path = folder / f"{name}.{suffix}"
+            with pytest.MonkeyPatch.context() as patch:
+                lines = []
+                patch.setattr("builtins.print", lambda *a, lines=lines, **_: lines.append(" ".join(map(str, a))))
+                main(["export", str(trained / name / "version_0"), "--out", str(path)])
+            said[path.name] = "\n".join(lines)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(said)  # and nothing else
+    return folder, said
+
+
+def ask(path, x, name):
+    """An independent reader of each format."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(x)
+    return load_weights(quantize(DigitsCNN(4), 4) if name == "quant" else DigitsCNN(4), path).eval()(x)
+
+
+@pytest.mark.parametrize("name", ["plain", "quant"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_answers_and_metadata(trained, files, name, suffix):
+    folder, said = files
+    path, net = folder / f"{name}.{suffix}", network(trained, name)
+    for count in (1, 3, 100):
+        x = IMAGES[-count:]
+        with torch.no_grad():
+            expected, found = net(x), ask(path, x, name)
+        top = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=top * (1e-5 if name == "plain" else 2e-2))
+    if suffix == "onnx":
+        model = onnx.load(path)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        assert model.opset_import[0].version == 17 == int(found.pop("opset"))
+        assert found.pop("onnx")
+    elif suffix == "pt2":
+        extra = {"metadata.json": ""}
+        torch.export.load(path, extra_files=extra)
+        found = json.loads(extra["metadata.json"])
+    else:
+        with safe_open(path, "pt") as content:
+            found = content.metadata()
+    assert ("brevitas" in found) == (name == "quant")
+    assert found["kd_lightning"]
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert json.loads(found["classes"]) == [*"0123456789"]
+    assert json.loads(found["input_shape"]) == [1, 8, 8]
+    assert found["task"] == "multiclass"
+    assert found["preprocessing"] == repr(Digits().eval_transform)
+    assert found["precision"] == ("fp32" if name == "plain" else "8A-4W")
+    assert (found["file"], found["weights"]) == ("student.safetensors", "step 34")
+    assert str(trained).encode() not in path.read_bytes()
+    assert sys.prefix.encode() not in path.read_bytes()  # nor the folders of the exporting machine
+    text = said[path.name]
+    assert "checked on 119 validation images" in text
+    assert "100.00 % of the decisions agree (0 of 119 differ)" in text
+    assert f"{path.stat().st_size / 1000:.1f} KB" in text
+    assert ("opset 17" in text) == (suffix == "onnx")
+    assert ("default settings" in text) == (name == "quant" and suffix == "onnx")
+    assert ("in 8 bits" in text) == (name == "quant" and suffix == "onnx")
+
+
+def test_onnx_holds_integers(trained, files):
+    model = onnx.load(files[0] / "quant.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["QuantizeLinear"] == 2  # the inputs of two layers
+    assert kinds["DequantizeLinear"] == 4  # and their weights
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    held = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    integers = {array.shape: array for array in held if array.dtype == np.int8 and array.ndim == 4}
+    net = network(trained, "quant")
+    assert set(integers) == {(8, 4, 3, 3), (16, 8, 3, 3)}
+    for layer in (net[3], net[7]):
+        levels = weight_levels(layer)[1].numpy()
+        assert np.array_equal(integers[levels.shape], levels)
+        assert 1 < len(np.unique(levels)) <= 15
+    assert {array.shape for array in held if array.dtype == np.float32 and array.ndim == 4} == {(4, 1, 3, 3)}
+
+
+@pytest.mark.parametrize(("bits", "lowest", "highest"), [(2, -2, 1), ("ternary", -1, 1), (8, -127, 127)])
+def test_levels_of_other_precisions(tmp_path, bits, lowest, highest):
+    torch.manual_seed(0)
+    net = calibrate(quantize(DigitsCNN(4), bits, skip=()), [IMAGES[:64]]).eval()
+    batches = [IMAGES[:1], IMAGES[1:50]]
+    write(net, batches[0], tmp_path / "x.onnx", "onnx", {})
+    result = compare(answers(net, batches), answers(reader(tmp_path / "x.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    assert result.agrees(QUANTIZED_TOLERANCE)
+    held = [numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "x.onnx").graph.initializer]
+    weights = [array for array in held if array.dtype == np.int8 and array.ndim > 1]
+    assert len(weights) == 4
+    assert (min(w.min() for w in weights), max(w.max() for w in weights)) == (lowest, highest)
+
+
+def test_biases_stay_as_written(tmp_path):
+    """Onnxruntime rounds the biases of such networks to integers, unless it is told not to."""
+    torch.manual_seed(0)
+    first = [nn.ConvTranspose2d(1, 8, 2), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2), nn.ReLU()]
+    net = quantize(nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 10)), 4, skip=())
+    calibrate(net, [IMAGES[:64]]).eval()
+    batches, path = IMAGES.split(100), tmp_path / "x.onnx"
+    write(net, batches[0], path, "onnx", {})
+    expected = answers(net, batches)
+    kept = compare(expected, answers(reader(path, "onnx", DigitsCNN), batches), DECIDE)
+    assert kept.agrees(QUANTIZED_TOLERANCE)
+    rewritten = answers(reader(path, "onnx", DigitsCNN, as_written=False), batches)
+    assert compare(expected, rewritten, DECIDE).typical > 100 * kept.typical
+
+
+def test_torch_export_needs_neither_brevitas_nor_this_package(trained, files):
+    code = "import sys, torch\nsys.modules |= {'brevitas': None, 'kd_lightning': None}\n"
+    code += f"print(torch.export.load({str(files[0] / 'quant.pt2')!r}).module()(torch.ones(5, 1, 8, 8)).tolist())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    with torch.no_grad():
+        expected = network(trained, "quant")(torch.ones(5, 1, 8, 8))
+    torch.testing.assert_close(torch.tensor(json.loads(found.splitlines()[-1])), expected)
+
+
+def spoil_scale(factor):
+    def spoil(model):
+        scales = {node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        tensor = next(t for t in model.graph.initializer if t.name in scales and len(t.dims) == 1)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+
+    return spoil
+
+
+def swap_channels(model):
+    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4)
+    levels = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(np.roll(levels, 1, axis=0), tensor.name))
+
+
+@pytest.mark.parametrize("spoil", [spoil_scale(1.2), spoil_scale(1.02), swap_channels])
+def test_spoiled_file_does_not_agree(trained, files, tmp_path, spoil):
+    batches, net = IMAGES.split(64), network(trained, "quant")
+    model = onnx.load(files[0] / "quant.onnx")
+    expected = answers(net, batches)
+    good = compare(expected, answers(reader(files[0] / "quant.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    spoil(model)
+    onnx.save(model, tmp_path / "spoiled.onnx")
+    bad = compare(expected, answers(reader(tmp_path / "spoiled.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    assert good.agrees(QUANTIZED_TOLERANCE)
+    assert not bad.agrees(QUANTIZED_TOLERANCE)
+
+
+def test_comparison_by_hand():
+    expected = torch.tensor([[1.0, 0.0], [0.0, -4.0], [1.0, 2.0]])
+    found = torch.tensor([[1.0, 0.1], [0.0, -4.0], [2.5, 2.0]])
+    result = compare(expected, found, DECIDE)
+    assert result == pytest.approx((3, 1.5, 1.5 / 4, 0.1 / 4, 3, 1))
+    assert result.agreement == pytest.approx(2 / 3)
+    result = compare(expected, found, partial(decide, task="multilabel"))
+    assert (result.decisions, result.changed) == (6, 1)  # 0.1 is a yes, 0 is none
+    assert compare(torch.zeros(2, 3), torch.zeros(2, 3), DECIDE).agrees(0)
+    assert not compare(expected, expected * torch.nan, DECIDE).agrees(1)
+    with pytest.raises(InputError, match=re.escape("logits [3, 1], PyTorch with [3, 2]")):
+        compare(expected, found[:, :1], DECIDE)
+
+
+@pytest.mark.parametrize(
+    ("relative", "typical", "decisions", "changed", "good"),
+    [
+        (0.05, 0.005, 119, 1, True),
+        (0.051, 0.0, 119, 0, False),
+        (0.04, 0.0051, 119, 0, False),
+        (0.05, 0.0, 119, 2, False),
+        (0.05, 0.0, 4000, 5, True),
+        (0.05, 0.0, 4000, 6, False),
+    ],
+)
+def test_what_agrees(relative, typical, decisions, changed, good):
+    assert Comparison(decisions, 1.0, relative, typical, decisions, changed).agrees(0.05) == good
+
+
+def test_networks_that_wrap_their_logits(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = DigitsCNN(4)
+
+        def forward(self, x):
+            return {"features": x, "logits": self.inner(x)}
+
+    net, x = Wrapped().eval(), IMAGES[:5]
+    for form, name in {"onnx": "x.onnx", "torch_export": "x.pt2"}.items():
+        write(net, x, tmp_path / name, form, {})
+        found = reader(tmp_path / name, form, Wrapped)(x)
+        torch.testing.assert_close(found, net.inner(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_batch_shows(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(int(x.shape[0]), 64)
+
+    write(Fixed(), IMAGES, tmp_path / "x.onnx", "onnx", {})
+    with pytest.raises(InputError, match=re.escape("cannot answer a batch of shape [3, 1, 8, 8]")):
+        answers(reader(tmp_path / "x.onnx", "onnx", Fixed), [IMAGES[:2], IMAGES[:3]])
+
+
+def test_network_that_cannot_be_exported(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(InputError, match="Branching cannot be exported as torch_export: GuardOnDataDependentSymNode"):
+        write(Branching(), IMAGES, tmp_path / "x.pt2", "torch_export", {})
+
+
+def test_task():
+    config = {"model": {"init_args": {"task": "multilabel"}}}
+    assert _task(config, torch.zeros(2, 1)) == "multilabel"
+    config["model"]["init_args"] = {}
+    assert [_task(config, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == ["binary", "binary", "multiclass"]
+
+
+def test_checkpoint_and_format(run, tmp_path, capsys):
+    (run / "student.safetensors").unlink()
+    checkpoint = next((run / "checkpoints").glob("last*.ckpt"))
+    out = tmp_path / "new/folder/deployed"
+    main(["export", str(run), "--out", str(out), "--format", "safetensors", "--checkpoint", str(checkpoint)])
+    renamed = out.rename(out.with_suffix(".safetensors"))
+    found, expected = load_weights(DigitsCNN(4), renamed), load_weights(DigitsCNN(4), checkpoint)
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+    with safe_open(renamed, "pt") as content:
+        assert content.metadata()["file"] == content.metadata()["weights"] == checkpoint.name
+    assert "deployed: safetensors, fp32" in capsys.readouterr().out
+
+
+def test_training_images_without_a_validation_part(run, tmp_path, capsys):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"] |= {"val_size": 0, "labeled": 3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert "checked on 30 training images" in capsys.readouterr().out
+
+
+def test_file_that_does_not_agree_is_not_written(trained, tmp_path, capsys):
+    out = tmp_path / "student.onnx"
+    out.write_text("the good one of yesterday")
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(trained / "plain/version_0"), "--out", str(out), "--tolerance", "0"])
+    assert end.value.code == 1
+    assert "STOP: the file does not agree with PyTorch" in capsys.readouterr().out
+    assert out.read_text() == "the good one of yesterday"
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def change(key, value):
+    def apply(run):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        node = config
+        for name in key.split(".")[:-1]:
+            node = node[name]
+        node[key.split(".")[-1]] = value
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    return apply
+
+
+GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "args", "message"),
+    [
+        (lambda run: (run / "config.yaml").unlink(), [], "run is no run: it has no config.yaml"),
+        (
+            lambda run: None,
+            ["--format", "tflite"],
+            "format must be one of onnx, torch_export, safetensors, got 'tflite'",
+        ),
+        (lambda run: None, ["--out", "student.pt"], "out must end in .onnx, .pt2, .safetensors, or --format"),
+        (lambda run: None, ["--tolerance", "-1"], "tolerance must be at least 0, got -1"),
+        (lambda run: None, ["--tolerance", "nan"], "tolerance must be at least 0, got nan"),
+        (lambda run: (run / "student.safetensors").unlink(), [], "run has no student.safetensors; --checkpoint may"),
+        (lambda run: None, ["--checkpoint", "no.ckpt"], "no weights file at no.ckpt"),
+        (lambda run: (run / "config.yaml").write_text("a: [b"), [], "config.yaml is no YAML"),
+        (lambda run: (run / "config.yaml").write_text("3"), [], "model must have a student to export, None has none"),
+        (change("model.init_args", {"net": 3}), [], "model must have a student to export, kd_lightning.Superv"),
+        (change("model.init_args.student.init_args.width", 8), [], "student.safetensors do not fit DigitsCNN"),
+        (change("model.init_args.student.class_path", "my.Net"), [], "the student of run cannot be built"),
+        (change("data", None), [], "data is missing"),
+        (change("data.init_args.source", GONE), [], "the data of run cannot be read"),
+        (lambda run: Path("x.onnx").mkdir(), ["--out", "x.onnx"], "x.onnx cannot be written: it is a folder"),
+        (lambda run: Path("file").touch(), ["--out", "file/x.onnx"], "cannot be written: "),
+    ],
+)
+def test_wrong_input(run, fails, monkeypatch, spoil, args, message):
+    monkeypatch.chdir(run.parent)
+    spoil(run)
+    before = set(run.parent.rglob("*"))
+    assert message in fails("export", "run", *([] if "--out" in args else ["--out", "student.onnx"]), *args)
+    assert set(run.parent.rglob("*")) == before
+
+
+def test_folder_of_runs_and_nothing_trained(run, fails):
+    shutil.rmtree(run / "checkpoints")
+    (run / "student.safetensors").unlink()
+    assert "nor has it a checkpoint; train it first" in fails("export", str(run), "--out", "x.onnx")
+    assert "name one of the runs in there: run" in fails("export", str(run.parent), "--out", "x.onnx")
+
+
+@pytest.mark.parametrize(("name", "package"), [("plain", "onnx"), ("plain", "onnxruntime"), ("quant", "onnxoptimizer")])
+def test_without_the_extra(trained, fails, monkeypatch, tmp_path, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    found = fails("export", str(trained / name / "version_0"), "--out", str(tmp_path / "x.onnx"))
+    assert "onnx needs the extra export: pip install 'kd-lightning[export]'" in found
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tolerances_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"default {TOLERANCE:g}, for quantised students {QUANTIZED_TOLERANCE:g}" in text

@@ -1,0 +1,172 @@
+"""Fits that each lack a fold of the labels."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import kd_lightning.cli.commands.folds as command
+from kd_lightning.cli.commands.folds import (
+    config_of_fold,
+    fit_folds,
+    known_labels,
+    one_process,
+    stratified_folds,
+    weight_files,
+)
+from kd_lightning.data import Digits
+from kd_lightning.data.splits import Split, make_split
+from kd_lightning.errors import InputError
+
+TARGETS = Digits().load().train.targets
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5, 11])
+def test_folds(folds):
+    sizes = {"a": 2, "b": 3, "c": 7, "d": 5}
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    labels = {100 + 3 * number: name for number, name in enumerate(names)}
+    dealt = stratified_folds(labels, folds, 1, "--folds")
+    assert sorted(index for fold in dealt for index in fold) == sorted(labels)
+    assert len(dealt) == folds and all(fold == sorted(fold) for fold in dealt)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    for name, size in sizes.items():
+        counts = [sum(labels[index] == name for index in fold) for fold in dealt]
+        assert max(counts) - min(counts) <= 1
+        assert sum(count > 0 for count in counts) == min(size, folds)
+        assert all(size - count >= 1 for count in counts)
+    assert stratified_folds(dict(reversed(labels.items())), folds, 1, "--folds") == dealt
+    assert stratified_folds(labels, folds, 2, "--folds") != dealt
+
+
+def test_folds_refused():
+    with pytest.raises(
+        InputError, match=r"--cross-fit needs 2 labels of each class, so that one stays; only 1 of b, c$"
+    ):
+        stratified_folds({0: "a", 1: "c", 2: "a", 3: "b"}, 2, 0, "--cross-fit")
+    for folds in (-1, 0, 1, 5):
+        with pytest.raises(InputError, match=f"--folds must lie in 2 ... 4, the number of labels, got {folds}"):
+            stratified_folds(dict.fromkeys(range(4), "a"), folds, 0, "--folds")
+
+
+def test_known_labels():
+    data = SimpleNamespace(visible_labels=lambda: torch.tensor([1, -100, 2, 0]), class_names=["cat", "dog"])
+    assert known_labels(data) == {0: "dog", 2: "2", 3: "cat"}
+    data.class_names = None
+    assert known_labels(data) == {0: "1", 2: "2", 3: "0"}
+    for several in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.long)):
+        data.visible_labels = lambda several=several: several
+        assert known_labels(data) is None
+    assert known_labels(object()) is None
+
+
+def test_one_process():
+    config = {"trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1}}
+    assert one_process(config, "clean", "devices") == torch.device("cpu")
+    config["trainer"]["num_nodes"] = 3
+    with pytest.raises(InputError, match="clean runs on one process, got 3; set devices"):
+        one_process(config, "clean", "devices")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return {
+        "name": "a",
+        "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt",
+        "trainer": {"default_root_dir": "runs", "logger": {"class_path": "CSVLogger"}, "max_epochs": 3},
+        "checkpoint": {"dirpath": "here", "monitor": None},
+        "model": {"class_path": "SupervisedModule", "init_args": {"initial_weights": str(tmp_path / "start.pt")}},
+        "data": {"class_path": "SemiSupervisedDataModule", "init_args": {"labeled": 4, "seed": 2}},
+    }
+
+
+def test_config_of_a_fold(config, tmp_path):
+    """Nothing of it writes into the run, and nothing starts from weights that knew the labels."""
+    copy = json.loads(json.dumps(config))
+    after = config_of_fold(config, tmp_path / "split_1.json", 1)
+    assert config == copy
+    assert after["name"] == "a_fold_1" and after["ckpt_path"] is None
+    root = {"default_root_dir": str(tmp_path), "enable_model_summary": False}
+    assert after["trainer"] == root | {"logger": True, "max_epochs": 3}
+    assert after["checkpoint"] == {"dirpath": None, "monitor": None}
+    assert after["data"]["init_args"] == {"labeled": str(tmp_path / "split_1.json"), "seed": 2}
+
+
+def test_a_folds_split_has_the_answers_of_a_label_file(config, tmp_path):
+    config["data"]["init_args"]["label_file"] = "answers.csv"
+    assert config_of_fold(config, tmp_path / "split_1.json", 1)["data"]["init_args"]["label_file"] is None
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Takes the place of the CLI: leaves what a fit leaves, and counts."""
+    seen = []
+
+    def fit(args):
+        config = yaml.safe_load(Path(args[2]).read_text())
+        root = Path(config["trainer"]["default_root_dir"], config["name"])
+        folder = root / f"version_{len(list(root.glob('version_*')))}"
+        Split.load(Path(config["data"]["init_args"]["labeled"]), TARGETS).save(folder / "split.json")
+        seen.append(config["name"])
+        return SimpleNamespace(trainer=SimpleNamespace(log_dir=str(folder)))
+
+    monkeypatch.setattr(command, "DistillCLI", fit)
+    return seen
+
+
+def test_fits(config, fits, tmp_path):
+    """Each hides its fold, and what was hidden before; one at a time, and none twice."""
+    split = make_split(TARGETS, 2, 0.1, 0)
+    hidden, *rest = split.labeled
+    split = Split(rest, split.unlabeled, split.val, 0, split.data, [hidden], [[rest[0], 3, "noisy", 0.5]])
+    folds = [rest[::2], rest[1::2]]
+    runs = fit_folds(config, split, folds, tmp_path / "folds")
+    first = next(runs)
+    assert fits == ["a_fold_0"]
+    assert first == tmp_path / "folds/a_fold_0/version_0"
+    assert [path.name for path in runs] == ["version_0"] and fits == ["a_fold_0", "a_fold_1"]
+    for number, fold in enumerate(folds):
+        one = Split.load(tmp_path / f"folds/a_fold_{number}/version_0/split.json", TARGETS)
+        assert one.labeled == folds[1 - number] and one.held_out == sorted([hidden, *fold])
+        kept = ("unlabeled", "val", "seed", "answers")
+        assert all(getattr(one, name) == getattr(split, name) for name in kept)
+
+
+def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path, capsys):
+    split = make_split(TARGETS, 2, 0.1, 0)
+    folds = [split.labeled[::2], split.labeled[1::2]]
+
+    def run(split=split, folds=folds):
+        fits.clear()
+        found = [*fit_folds(config, split, folds, tmp_path)]
+        return found, len(fits)
+
+    first, count = run()
+    assert count == 2
+    capsys.readouterr()
+    assert run() == (first, 0)
+    assert capsys.readouterr().out.count("is done: ") == 2
+    assert run(split.with_answers([[split.unlabeled[0], 1, "noisy", 1.0]]))[1] == 2  # a label file has grown
+    assert run() == (first, 0)
+    assert run(folds=folds[::-1])[1] == 2
+    (first[0] / "fold.yaml").unlink()  # it was killed
+    assert run()[1] == 1
+    config["trainer"]["max_epochs"] = 4
+    assert run()[1] == 2
+    for content in (b"first weights", b"others"):
+        (tmp_path / "start.pt").write_bytes(content)
+        assert run()[1] == 2
+        assert run()[1] == 0
+
+
+def test_weight_files():
+    loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": {}, "path": "teacher.pt"}}
+    model = {"init_args": {"teacher": loaded, "initial_weights": None, "student": {"init_args": {"path": "other"}}}}
+    assert weight_files({"model": model}) == ["teacher.pt"]
+    model["init_args"] |= {"initial_weights": "start.pt", "teacher": [loaded, loaded]}
+    assert sorted(weight_files({"model": model})) == ["start.pt", "teacher.pt"]
+    model["init_args"] |= {"initial_weights": None, "teacher": None}
+    assert weight_files({"model": model}) == []

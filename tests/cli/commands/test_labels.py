@@ -1,0 +1,462 @@
+"""labels: what a run's ledger says, its doubtful images, and the cross-fitted precision."""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scipy.stats import beta
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import kd_lightning.cli.commands.folds
+import kd_lightning.cli.commands.labels as command
+from kd_lightning.__main__ import main as command_line
+from kd_lightning.cli.commands.labels import Estimate, aggregate, cross_fit, explain, ledger, main, read_round, rebuild
+from kd_lightning.data import Digits, SemiSupervisedDataModule
+from kd_lightning.data.splits import Split, make_split
+from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.table import COLUMNS, PseudoLabels, write_round
+
+TARGETS = Digits().load().train.targets
+NAMES = [str(number) for number in range(10)]
+
+
+def labels(label, confidence, accepted, *, index=None, changed=None, number=0, epoch=1):
+    """A table from plain lists."""
+    size = len(label)
+    index = torch.arange(size) if index is None else torch.tensor(index)
+    changed = torch.zeros(size, dtype=torch.bool) if changed is None else torch.tensor(changed, dtype=torch.bool)
+    accepted = torch.tensor(accepted, dtype=torch.bool)
+    return PseudoLabels(index, torch.tensor(label), torch.tensor(confidence), accepted, changed, number, epoch)
+
+
+def cells(text, title):
+    """The rows of a printed table."""
+    lines = text.split(title)[1].split("\n\n")[0].split("\n \n")[0].splitlines()
+    start = next(number for number, line in enumerate(lines) if "───" in line) + 1
+    rows = []
+    for line in lines[start:]:
+        if not line.strip():
+            break
+        rows.append([cell.strip() for cell in line.split("  ") if cell.strip()])
+    return rows
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two rounds on the digits, as fit leaves it; nothing was trained."""
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    split = make_split(TARGETS, 5, 0.1, 0)
+    split.save(folder / "split.json")
+    data = {"class_path": "SemiSupervisedDataModule", "init_args": {"source": {"class_path": "Digits"}}}
+    data["init_args"] |= {"labeled": 20, "seed": 7}  # another split, were it drawn again
+    config = {"name": "tiny", "data": data, "model": {}, "trainer": {}, "checkpoint": {}, "ckpt_path": None}
+    config["trainer"] |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    index = split.unlabeled[:8]
+    first = labels([0, 0, 1, 1, 2, 2, 3, 3], [0.5] * 8, [1] + 7 * [0], index=index)
+    confidence = [0.9, 0.3, 0.8, 0.7, 0.3, 0.6, 0.2, 1.0]
+    second = {"changed": [1, 0, 0, 1, 0, 0, 0, 0], "number": 1, "epoch": 4, "index": index}
+    write_round(folder, first, NAMES, lambda index: None)
+    second = labels([0, 0, 0, 1, 2, 2, 3, 3], confidence, [1, 0, 1, 1, 0, 0, 0, 1], **second)
+    write_round(folder, second, NAMES, lambda index: None)
+    return folder
+
+
+def test_tables(run, capsys):
+    main([str(run)])
+    text = capsys.readouterr().out
+    rounds = cells(text, "Pseudo-labels")
+    assert rounds[0][:7] == ["0", "1", "8", "1 (12.5 %)", "-", "0.500", "0.500"]
+    # (0.9 + 0.3 + 0.8 + 0.7 + 0.3 + 0.6 + 0.2 + 1) / 8 and (0.9 + 0.8 + 0.7 + 1) / 4
+    assert rounds[1][:7] == ["1", "4", "8", "4 (50.0 %)", "25.0", "0.600", "0.850"]
+    assert rounds[1][7] == "2 0.0 % ... 0 50.0 %"
+    classes = cells(text, "Accepted labels of round 1")
+    assert classes[:4] == [
+        ["0", "2", "50.0", "0.850", "10.0"],
+        ["1", "1", "25.0", "0.700", "10.0"],
+        ["2", "0", "0.0", "-", "10.0"],
+        ["3", "1", "25.0", "1.000", "10.0"],
+    ]
+    assert [row[0] for row in classes] == NAMES
+    assert max(map(len, text.splitlines()[:-1])) <= 130 and "…" not in text
+
+
+def test_another_round(run, capsys):
+    main([str(run), "--round", "0"])
+    rows = cells(capsys.readouterr().out, "Accepted labels of round 0")
+    assert rows[0] == ["0", "1", "100.0", "0.500", "10.0"]
+    with pytest.raises(InputError, match=r"has rounds 0 ... 1, got 2"):
+        main([str(run), "--round", "2"])
+
+
+def test_nothing_accepted(run, capsys):
+    write_round(run, labels([0, 1], [0.5, 0.5], [0, 0], number=2), NAMES, lambda index: None)
+    main([str(run)])
+    text = capsys.readouterr().out
+    assert cells(text, "Pseudo-labels")[2] == ["2", "1", "2", "0 (0.0 %)", "0.0", "0.500", "-", "-"]
+    assert cells(text, "Accepted labels of round 2")[0] == ["0", "0", "-", "-", "10.0"]
+
+
+def test_many_classes_and_names_with_brackets(run, capsys):
+    """Of 50 classes the extremes; a name is never taken for a style."""
+    names = [f"[red]{number}" for number in range(50)]
+    many = labels([*range(50), 49], [0.5] * 51, [1] * 51, number=2)
+    write_round(run, many, names, lambda index: None)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError):
+        main([str(run)])
+    text = capsys.readouterr().out
+    rows = cells(text, "Accepted labels of round 2")
+    assert len(rows) == 30 and ["[red]49", "2", "3.9", "0.500", "-"] in rows
+    # 50 here, and the 4 names of the other rounds
+    assert "the 15 rarest and the 15 most frequent of 54 classes" in " ".join(text.split())
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the contact sheet was asked for."""
+    calls = []
+    real = command.contact_sheet
+
+    def spy(images, captions, **kwargs):
+        calls.append((images, captions))
+        return real(images, captions, **kwargs)
+
+    monkeypatch.setattr(command, "contact_sheet", spy)
+    return calls
+
+
+def test_sheet_shows_the_least_confident(run, seen, capsys):
+    main([str(run), "--images", "3"])
+    path = run / "pseudo_labels" / "doubtful.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert str(path) in capsys.readouterr().out
+    index = make_split(TARGETS, 5, 0.1, 0).unlabeled[:8]
+    images, captions = seen[0]
+    # 0.2, then the two of 0.3, the lower index first
+    assert captions == [f"{index[6]}\n3 0.200", f"{index[1]}\n0 0.300", f"{index[4]}\n2 0.300"]
+    pixels = Digits().load().train.images.tensors[0]
+    assert all(torch.equal(image, pixels[index[row]]) for image, row in zip(images, (6, 1, 4), strict=True))
+
+
+def test_out(run, seen, tmp_path):
+    main([str(run), "--out", str(tmp_path / "new" / "sheet.pdf")])
+    assert (tmp_path / "new" / "sheet.pdf").read_bytes().startswith(b"%PDF")
+    assert len(seen[0][0]) == 8
+    with pytest.raises(InputError, match="--out: .*docx"):
+        main([str(run), "--out", str(tmp_path / "sheet.docx")])
+    with pytest.raises(InputError, match="--images must be at least 1, got 0"):
+        main([str(run), "--images", "0"])
+
+
+def test_the_split_is_the_runs_own(run):
+    assert rebuild(run).split == make_split(TARGETS, 5, 0.1, 0)
+
+
+def test_the_split_has_the_answers_of_a_label_file(run, tmp_path):
+    """The file is not read again: it may be gone, or another by now."""
+    answered = Split.load(run / "split.json", TARGETS).with_answers([[0, 3, "noisy", 1.0]])
+    answered.save(run / "split.json")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["label_file"] = str(tmp_path / "gone.csv")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    data = rebuild(run)
+    assert data.split == answered and data.visible_labels()[0] == 3
+
+
+def test_no_ledger(run):
+    with pytest.raises(InputError, match="name one of the runs in there: version_0"):
+        main([str(run.parent)])
+    shutil.rmtree(run / "pseudo_labels")
+    for folder in (run, run / "nowhere"):
+        with pytest.raises(InputError, match="has no ledger of pseudo-labels.*; add PseudoLabelRefresh"):
+            main([str(folder)])
+
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", 1),
+        ("round,epoch\n", 1),
+        (f"{HEADER}\n", 1),
+        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,1,8,,cat\n", 3),  # cut off
+        (f"{HEADER}\n0,1,7,,cat,0.5,1,0,\n", 2),
+        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n\n", 3),
+        (f"{HEADER}\n0,1,7,,cat,much,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,cat,1.5,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,cat,nan,1,0\n", 2),
+        (f"{HEADER}\n0,1,-7,,cat,0.5,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,cat,0.5,yes,0\n", 2),
+        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,2,8,,cat,0.5,1,0\n", 3),
+    ],
+)
+def test_damaged_ledger(run, text, line):
+    path = run / "pseudo_labels" / "round_0001.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"round_0001.csv, line {line}: the ledger is damaged: "):
+        main([str(run)])
+
+
+def test_what_is_written_is_read(tmp_path):
+    names = ["a, b", 'said "c"']
+    table = labels([0, 1], [0.25, 1.0], [1, 0], index=[3, 900], changed=[0, 1], number=7, epoch=12)
+    path = write_round(tmp_path, table, names, lambda index: f"images/{index},ä.png")
+    one = read_round(path)
+    assert (one.number, one.epoch, one.label) == (7, 12, names)
+    assert one.path == ["images/3,ä.png", "images/900,ä.png"]
+    for name in ("index", "confidence", "accepted", "changed"):
+        assert getattr(one, name).tolist() == getattr(table, name).tolist()
+    write_round(tmp_path, replace(table, round=12345), names, lambda index: None)
+    (tmp_path / "pseudo_labels" / "round_x.csv").touch()
+    assert list(ledger(tmp_path)) == [7, 12345]
+
+
+def test_figures_are_shown_without_the_data(run, capsys):
+    """The tables come first; then what is missing."""
+    config = (run / "config.yaml").read_text()
+    for text, message in (
+        (None, "config.yaml cannot be read: .*No such file"),
+        ("a: [", "config.yaml cannot be read: "),
+        ("name: tiny", "names no data"),
+        (config.replace("class_path: Digits", "class_path: Numbers"), "the data of .* cannot be rebuilt: .*Numbers"),
+    ):
+        (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            main([str(run)])
+        text = capsys.readouterr().out
+        assert cells(text, "Pseudo-labels")[1][3] == "4 (50.0 %)"
+        assert cells(text, "Accepted labels of round 1")[0] == ["0", "2", "50.0", "0.850", "-"]
+    (run / "config.yaml").write_text(config)
+    split = json.loads((run / "split.json").read_text())
+    (run / "split.json").write_text(json.dumps(split | {"seed": 1}))
+    with pytest.raises(InputError, match="split.json was changed after it was written"):
+        main([str(run)])
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A run on files: two labeled ones of two classes, and a pool of three."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train/cat/0.png", "train/dog/1.png", "pool/a.png", "pool/b.png", "pool/c.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 7, 3), 80, dtype=np.uint8)).save(name)
+    source = {"class_path": "ImageFolder", "init_args": {"train": "train", "unlabeled": "pool", "image_size": 8}}
+    arguments = {"source": source, "unlabeled": "source", "val_size": 0}
+    run = Path("runs/files/version_0")
+    run.mkdir(parents=True)
+    config = {"data": {"class_path": "SemiSupervisedDataModule", "init_args": arguments}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    data = rebuild(run)
+    table = labels([0, 1, 1], [0.5, 0.75, 0.25], [1, 1, 1], index=[2, 3, 4])
+    write_round(run, table, data.class_names, data.path)
+    return run
+
+
+def test_files(files, seen, capsys):
+    main([str(files)])
+    assert seen[0][1] == ["4\ndog 0.250", "2\ncat 0.500", "3\ndog 0.750"]
+    assert all(isinstance(image, Image.Image) and image.size == (7, 9) for image in seen[0][0])
+    assert cells(capsys.readouterr().out, "Accepted labels of round 0") == [
+        ["cat", "1", "33.3", "0.500", "50.0"],
+        ["dog", "2", "66.7", "0.500", "50.0"],
+    ]
+
+
+def test_files_that_moved_with_their_config(files, seen):
+    """What counts is that it is the same file."""
+    Path("pool").rename("elsewhere")
+    config = (files / "config.yaml").read_text()
+    (files / "config.yaml").write_text(config.replace("unlabeled: pool", "unlabeled: elsewhere"))
+    main([str(files)])
+    assert len(seen) == 1
+
+
+def test_files_that_changed(files):
+    Image.new("RGB", (7, 9)).save("pool/aa.png")
+    with pytest.raises(InputError, match=r"has changed: image 4 was pool.c.png, now it is pool.b.png"):
+        main([str(files)])
+    Path("pool/aa.png").unlink()
+    Path("pool/c.png").write_text("no image")
+    with pytest.raises(InputError, match=r"image pool.c.png cannot be read"):
+        main([str(files)])
+    Path("pool/c.png").unlink()
+    with pytest.raises(InputError, match="has changed: it has no image 4 any more"):
+        main([str(files)])
+    shutil.rmtree("pool")
+    with pytest.raises(InputError, match=r"the data of .* cannot be rebuilt: unlabeled: no images in pool"):
+        main([str(files)])
+
+
+# Cross-fitting.
+
+
+def rounds(folder, *tables):
+    """Written, and read again."""
+    return [read_round(write_round(folder, table, ["cat", "dog"], lambda index: None)) for table in tables]
+
+
+def test_counts(tmp_path):
+    """Two folds; only held-out samples count, and only rounds that both have."""
+    truth = {0: "cat", 1: "dog", 4: "cat", 6: "dog", 7: "dog"}
+    at = {"index": [0, 1, 2, 4, 6, 7]}
+    first = rounds(
+        tmp_path / "0",
+        # held out 0, 1, 6: right, right, wrong
+        labels([0, 1, 0, 1, 0, 1], [0.5] * 6, [1, 0, 1, 1, 1, 1], **at),
+        labels([1, 0, 0, 0, 0, 1], [0.5] * 6, [1, 0, 1, 1, 0, 1], number=1, epoch=3, **at),
+        labels([0, 1, 0, 0, 1, 1], [0.5] * 6, [1] * 6, number=2, epoch=5, **at),
+    )
+    second = rounds(
+        tmp_path / "1",
+        # held out 4, 7: right, wrong
+        labels([1, 0, 0, 0, 0, 0], [0.5] * 6, [1, 1, 1, 1, 1, 0], **at),
+        labels([1, 0, 0, 0, 0, 1], [0.5] * 6, [0, 0, 0, 0, 0, 0], number=1, epoch=3, **at),
+        labels([1, 0, 0, 0, 0, 1], [0.5] * 6, [1] * 6, number=2, epoch=4, **at),  # stopped early
+    )
+    found = aggregate([first, second], [[0, 1, 6], [4, 7]], truth)
+    # round, epoch, held out, right, accepted, of these right
+    assert [astuple(one) for one in found] == [(0, 1, 5, 3, 3, 2), (1, 3, 5, 2, 1, 0)]
+    with pytest.raises(InputError, match="round 0 of a fold has no label of sample 5"):
+        aggregate([first, second], [[0], [4, 5]], truth)
+    with pytest.raises(InputError, match="no round of the same epoch in common"):
+        aggregate([first[2:], second[2:]], [[0], [4]], truth)
+
+
+@pytest.mark.parametrize(("right", "count"), [(7, 9), (0, 4), (4, 4)])
+def test_interval(right, count):
+    """Clopper and Pearson's, by quantiles of the beta distribution."""
+    share, low, high = Estimate(0, 0, held_out=count, right=right).precision(accepted=False)
+    assert share == right / count
+    assert low == pytest.approx(beta.ppf(0.025, right, count - right + 1) if right else 0)
+    assert high == pytest.approx(beta.ppf(0.975, right + 1, count - right) if right < count else 1)
+    assert Estimate(0, 0, held_out=count, right=right).precision(accepted=True) is None
+
+
+def test_explanation_names_weights_that_may_know_the_labels():
+    loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": {}, "path": "teacher.pt"}}
+    model = {"init_args": {"teacher": loaded, "initial_weights": None, "student": {"init_args": {"path": "other"}}}}
+    text = explain({"model": model}, 5)
+    assert "with 4/5 of the labels" in text and "All folds read teacher.pt: " in text
+    model["init_args"] |= {"initial_weights": "start.pt", "teacher": None}
+    assert "All folds read start.pt: " in explain({"model": model}, 5)
+    model["init_args"]["initial_weights"] = None
+    assert "All folds" not in explain({"model": model}, 5)
+
+
+@pytest.fixture
+def fake_fit(monkeypatch):
+    """Takes the place of the fits: labels every held-out sample rightly but those of class 9; gives the splits."""
+    splits = []
+
+    def fit(config):
+        folder = Path(config["trainer"]["default_root_dir"]) / config["name"]
+        split = Split.load(Path(config["data"]["init_args"]["labeled"]), TARGETS)
+        splits.append(split)
+        label = [int(TARGETS[index]) % 9 for index in split.held_out]
+        for number, accepted in enumerate((False, True)):
+            table = labels(label, [0.5] * len(label), [accepted] * len(label), index=split.held_out, number=number)
+            write_round(folder, replace(table, epoch=2 * number + 1), NAMES, lambda index: None)
+        return folder
+
+    monkeypatch.setattr(kd_lightning.cli.commands.folds, "_fit", fit)
+    return splits
+
+
+def test_cross_fit_of_ledgers(run, fake_fit, capsys):
+    main([str(run), "--cross-fit", "4"])
+    whole = Split.load(run / "split.json", TARGETS)
+    assert len(fake_fit) == 4
+    assert sorted(index for split in fake_fit for index in split.held_out) == whole.labeled
+    for split in fake_fit:
+        assert sorted(split.labeled + split.held_out) == whole.labeled
+        assert (split.val, split.unlabeled, split.seed) == (whole.val, whole.unlabeled, whole.seed)
+        assert set(Counter(TARGETS[split.labeled].tolist())) == set(range(10))
+    text = capsys.readouterr().out
+    # 50 labels, 5 of each class: 45 right
+    low, high = beta.ppf(0.025, 45, 6), beta.ppf(0.975, 46, 5)
+    shown = f"90.0 [{100 * low:.1f}, {100 * high:.1f}]"
+    assert cells(text, "Cross-fitted precision") == [
+        ["0", "1", "50", "0", "-", shown],
+        ["1", "3", "50", "50"] + 2 * [shown],
+    ]
+    assert "with 3/4 of the labels, so rather too low" in " ".join(text.split())
+    with (run / "pseudo_labels" / "cross_fit.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert [first[name] for name in ("accepted", "accepted_right", "accepted_precision_low")] == ["0", "0", ""]
+    whole_row = [second[name] for name in ("round", "epoch", "held_out", "right", "accepted", "accepted_right")]
+    assert whole_row == ["1", "3", "50", "45", "50", "45"]
+    assert float(second["precision"]) == float(second["accepted_precision"]) == 0.9
+    assert float(second["precision_low"]) == pytest.approx(low)
+    assert float(second["accepted_precision_high"]) == pytest.approx(high)
+    board = EventAccumulator(str(run)).Reload()
+    steps = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert steps == {
+        "pseudo_labels/cross_fit_precision": [(1, pytest.approx(0.9)), (3, pytest.approx(0.9))],
+        "pseudo_labels/cross_fit_accepted_precision": [(3, pytest.approx(0.9))],
+    }
+
+
+def test_cross_fit_refused(run, fake_fit):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["devices"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="--cross-fit runs on one process, got 2"):
+        cross_fit(run, 2)
+    config["trainer"]["devices"] = 1
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    make_split(TARGETS, 1, 0.1, 0).save(run / "split.json")
+    with pytest.raises(InputError, match="so that one stays; only 1 of 0, 1, 2, 3"):
+        cross_fit(run, 2)
+    (run / "split.json").unlink()
+    with pytest.raises(InputError, match="needs a run on a SemiSupervisedDataModule with a split.json"):
+        cross_fit(run, 2)
+    assert not fake_fit
+
+
+def test_cross_fit_of_a_real_run(config, capsys):
+    """Whole fits, whose ledgers hold the held-out samples; done ones are not repeated, and a killed one is."""
+    refresh = {"class_path": "PseudoLabelRefresh", "init_args": {"every_n_epochs": 1, "threshold": 0.1}}
+    config["trainer"] |= {"default_root_dir": "runs", "callbacks": [refresh]}
+    student = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
+    config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": student}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    command_line(["fit", "--config", "config.yaml"])
+    run = Path("runs/tiny/version_0")
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    found = cross_fit(run, 2)
+    assert [(one.round, one.epoch, one.held_out) for one in found] == [(0, 1, 50), (1, 2, 50)]
+    assert all(0 <= one.accepted_right <= one.right <= 50 for one in found)
+    truth = {name: SemiSupervisedDataModule(Digits(), labeled=str(path)) for name, path in splits(run).items()}
+    right = 0  # counted anew, from the folds' files
+    for name, data in truth.items():
+        data.setup("")
+        with (run / f"pseudo_labels/cross_fit/2_folds/{name}/version_0/pseudo_labels/round_0001.csv").open() as file:
+            rows = {int(row["index"]): int(row["label"]) for row in csv.DictReader(file)}
+        assert set(rows) == {*data.split.unlabeled, *data.split.held_out}
+        right += sum(rows[index] == int(TARGETS[index]) for index in data.split.held_out)
+    assert found[1].right == right
+    assert all(path.read_bytes() == content for path, content in before.items())  # the run is as it was
+
+    capsys.readouterr()
+    (run / "pseudo_labels/cross_fit/2_folds/tiny_fold_1/version_0/fold.yaml").unlink()
+    assert cross_fit(run, 2) == found
+    folders = sorted(path.name for path in run.glob("pseudo_labels/cross_fit/2_folds/*/version_*"))
+    assert folders == ["version_0", "version_0", "version_1"]
+    assert capsys.readouterr().out.count("is done") == 1
+
+
+def splits(run):
+    return {f"tiny_fold_{n}": run / f"pseudo_labels/cross_fit/2_folds/split_{n}.json" for n in range(2)}

@@ -1,0 +1,299 @@
+"""query: which samples to label next, and how the answers come back."""
+
+import csv
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+import kd_lightning.cli.commands.query as command
+from kd_lightning.__main__ import main
+from kd_lightning.active.strategies import Pool, pick
+from kd_lightning.cli.commands.labels import rebuild
+from kd_lightning.cli.commands.query import query
+from kd_lightning.data import Digits
+from kd_lightning.data.splits import make_split
+from kd_lightning.errors import InputError
+from kd_lightning.models import DigitsCNN
+
+DIGITS = Digits().load().train
+IMAGES, TARGETS = DIGITS.images.tensors[0], DIGITS.targets
+SPLIT = make_split(TARGETS, 5, 0.1, 0)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Leaves a run's folder on the digits as fit does; its student was not trained, but knows several opinions."""
+
+    def make(number=0, *, dropout=0.0, split=SPLIT, **data):
+        folder = tmp_path / "runs" / "tiny" / f"version_{number}"
+        split.save(folder / "split.json")
+        source = {"class_path": "SemiSupervisedDataModule", "init_args": {"source": {"class_path": "Digits"}}}
+        source["init_args"] |= {"labeled": 20, "seed": 7, "batch_size": 500} | data  # another split, were it drawn
+        student = {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": dropout}}
+        model = {"class_path": "SupervisedModule", "init_args": {"student": student}}
+        config = {"name": "tiny", "data": source, "model": model, "trainer": {"accelerator": "cpu"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        save_file(network(number).state_dict(), folder / "student.safetensors")
+        return folder
+
+    return make
+
+
+def network(number):
+    """The student of a run."""
+    torch.manual_seed(number)
+    student = DigitsCNN(4).eval()
+    student[-1].weight.data *= 20
+    return student
+
+
+def said(number, index):
+    with torch.no_grad():
+        return network(number)(IMAGES[index]).double().softmax(dim=1)
+
+
+def edit(run, change):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    change(config)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What contact sheets were asked for."""
+    calls = []
+    real = command.contact_sheet
+
+    def spy(images, captions, **kwargs):
+        calls.append((images, captions, kwargs))
+        return real(images, captions, **kwargs)
+
+    monkeypatch.setattr(command, "contact_sheet", spy)
+    return calls
+
+
+def test_the_smallest_margins(make_run, sheets, capsys):
+    run = make_run()
+    main(["query", str(run), "--n", "9", "--images", "4"])
+    p = said(0, SPLIT.unlabeled).sort(dim=1, descending=True).values
+    scores = 1 - (p[:, 0] - p[:, 1])
+    best = scores.argsort(descending=True)[:9]
+    rows = table(run / "query.csv")
+    assert [*rows[0]] == ["index", "path", "score", "label"]
+    assert [int(row["index"]) for row in rows] == torch.tensor(SPLIT.unlabeled)[best].tolist()
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores[best].tolist(), abs=1e-6)
+    assert {(row["path"], row["label"]) for row in rows} == {("", "")}
+    images, captions, _ = sheets[0]
+    assert all(torch.equal(i, IMAGES[int(r["index"])]) for i, r in zip(images, rows[:4], strict=True))
+    assert captions == [f"{row['index']}\n{float(row['score']):.3f}" for row in rows[:4]]
+    assert (run / "query.png").read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert f"9 of {len(SPLIT.unlabeled)} samples without a label, by margin: {run / 'query.csv'}" in text
+
+
+def test_strategies_differ_and_the_seed_is_used(make_run, tmp_path):
+    run = make_run(dropout=0.5)
+    found = {
+        strategy: tuple(query([run], 5, strategy, out=tmp_path / "new" / f"{strategy}.csv"))
+        for strategy in ("least-confidence", "entropy", "bald", "k-centre", "badge", "random")
+    }
+    assert len({*found.values()}) == 6
+    assert (tmp_path / "new" / "badge.png").is_file()
+    for strategy in ("bald", "random"):
+        first, second = (tuple(query([run], 5, strategy, seed=seed, out=tmp_path / "x.csv")) for seed in (0, 1))
+        assert first == found[strategy] != second
+
+
+def test_several_runs(make_run):
+    """bald looks at how they differ, others at their mean; each student has the data of its own run."""
+    runs = [make_run(number) for number in range(3)]
+    index = torch.tensor(SPLIT.unlabeled)
+    answers = torch.stack([said(number, index) for number in range(3)])
+    pool = Pool(answers.mean(dim=0), answers=answers)
+    for strategy in ("bald", "entropy"):
+        assert query(runs, 6, strategy) == index[pick(strategy, pool, 6).rows].tolist()
+    assert not (runs[1] / "query.csv").exists()
+    with pytest.raises(InputError, match="badge takes one run, got 3"):
+        query(runs, 6, "badge")
+    with pytest.raises(InputError, match="bald needs several runs, or a student with dropout"):
+        query(runs[:1], 6, "bald")
+    other = make_run(3, split=make_split(TARGETS, 4, 0.1, 0))
+    with pytest.raises(InputError, match="version_3 has not the split of .*version_0: fit it with --data.labeled"):
+        query([runs[0], other], 6, "bald")
+
+
+def test_disagreement(make_run, tmp_path):
+    run = make_run()
+    with pytest.raises(InputError, match="needs a module with a frozen teacher, SupervisedModule has none"):
+        query([run], 4, "disagreement")
+    save_file(network(1).state_dict(), tmp_path / "teacher.safetensors")
+    model = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
+    teacher = {"class_path": "kd_lightning.load_weights"}
+    teacher["init_args"] = {"model": model, "path": str(tmp_path / "teacher.safetensors")}
+
+    def distill(config):
+        config["model"]["class_path"] = "DistillModule"
+        config["model"]["init_args"]["teacher"] = teacher
+
+    edit(run, distill)
+    index = torch.tensor(SPLIT.unlabeled)
+    t, s = said(1, index), said(0, index)
+    order = (t * (t / s).log()).sum(dim=1).argsort(descending=True)
+    assert query([run], 4, "disagreement") == index[order[:4]].tolist()
+    (tmp_path / "teacher.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights file at .*teacher.safetensors"):
+        query([run], 4, "disagreement")
+    assert len(query([run], 4, "margin")) == 4  # which has no need of it
+
+
+def test_coarse_samples_are_in_the_pool(make_run):
+    groups = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
+    run = make_run(coarse={"class_path": "CoarseLabels", "init_args": {"groups": groups}}, unlabeled="none")
+    index = torch.tensor(SPLIT.unlabeled)
+    p = torch.where((TARGETS[index] >= 5)[:, None] == (torch.arange(10) >= 5), said(0, index), 0)
+    p = p / p.sum(dim=1, keepdim=True)
+    order = p.max(dim=1).values.argsort(stable=True)
+    assert query([run], 5, "least-confidence") == index[order[:5]].tolist()
+
+
+def test_paths(tmp_path, monkeypatch):
+    """Files are named; filled in by path or index, the answers fit."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train/cat/0.png", "train/dog/1.png", "pool/a, b.png", "pool/c.png", "pool/d.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (9, 7, 3), dtype=np.uint8)).save(name)
+    run = Path("runs/files/version_0")
+    run.mkdir(parents=True)
+    source = {"class_path": "ImageFolder", "init_args": {"train": "train", "unlabeled": "pool", "image_size": 8}}
+    data = {"class_path": "SemiSupervisedDataModule"}
+    data["init_args"] = {"source": source, "unlabeled": "source", "val_size": 0}
+    student = {"class_path": "CifarResNet", "init_args": {"depth": 8, "num_classes": 2}}
+    model = {"class_path": "SupervisedModule", "init_args": {"student": student}}
+    config = {"data": data, "model": model, "trainer": {"accelerator": "cpu"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    save_file(command.build_student(student).state_dict(), run / "student.safetensors")
+    assert sorted(query([run], 3)) == [2, 3, 4]
+    rows = table(run / "query.csv")
+    paths = {"2": "pool/a, b.png", "3": "pool/c.png", "4": "pool/d.png"}
+    assert {row["index"]: row["path"] for row in rows} == paths
+    with (run / "query.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(row | {"label": "dog" if row["index"] == "3" else ""} for row in rows)
+    edit(run, lambda config: config["data"]["init_args"].update(label_file=str(run / "query.csv")))
+    assert rebuild(run).split.answers == [[3, 1, "clean", 1.0]]
+    assert sorted(query([run], 2, out=run / "next.csv")) == [2, 4]
+
+
+def test_from_fit_to_fit(config, capsys):
+    """A real run is asked, answered in part, and the next fit starts from the grown labeled set, and so on."""
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2}
+    config["data"]["init_args"]["batch_size"] = 128
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "config.yaml"])
+    runs = [Path(f"runs/tiny/version_{number}") for number in range(3)]
+    asked = []
+    for run, after in pairwise(runs):
+        capsys.readouterr()
+        main(["query", str(run), "--n", "6", "--strategy", "entropy"])
+        printed = capsys.readouterr().out
+        rows = table(run / "query.csv")
+        assert not {int(row["index"]) for row in rows} & {index for index, *_ in asked}
+        for row in rows[:4]:  # two stay without an answer
+            row["label"] = str(int(TARGETS[int(row["index"])]))
+            asked.append([int(row["index"]), int(row["label"]), "clean", 1.0])
+        with (run / "query.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0]])
+            writer.writeheader()
+            writer.writerows(rows)
+        line = shlex.split(printed[printed.index("python -m kd_lightning fit") :].replace("\\\n", " "))
+        main(line[3:])
+        before, split = (json.loads((one / "split.json").read_text()) for one in (run, after))
+        assert split["answers"] == sorted(asked)
+        assert split["labeled"] == sorted(before["labeled"] + [int(row["index"]) for row in rows[:4]])
+        assert split["val"] == before["val"]
+    first, last = (json.loads((run / "split.json").read_text()) for run in (runs[0], runs[2]))
+    assert len(last["labeled"]) == len(first["labeled"]) + 8
+    # what was filled in is not written over
+    answers = (runs[0] / "query.csv").read_text()
+    with pytest.raises(
+        InputError, match=r"query.csv is there, and may have answers, which would be lost; name another"
+    ):
+        query([runs[0]], 3)
+    assert (runs[0] / "query.csv").read_text() == answers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace(",", "\t"),
+        lambda text: text.replace("label", "Label"),
+        lambda text: text.replace("label", "label,kind"),
+        lambda text: text.replace("label", " label"),
+        lambda text: text[:-1] + "3\n",
+        lambda text: "",
+    ],
+)
+def test_a_file_that_somebody_has_changed_is_kept(make_run, change):
+    run = make_run()
+    query([run], 3)
+    query([run], 2)  # nobody has
+    path = run / "query.csv"
+    text = path.read_text()
+    assert text.count("\n") == 3
+    path.write_text(changed := change(text.replace("\r\n", "\n")))
+    with pytest.raises(InputError, match="may have answers"):
+        query([run], 3)
+    assert path.read_text() == changed
+
+
+def test_bad_input(make_run, fails, tmp_path):
+    run = make_run()
+    pool = len(SPLIT.unlabeled)
+    for arguments, message in (
+        (["--n", "0"], "--n must be at least 1, got 0"),
+        (["--n", str(pool + 1)], f"n: {pool + 1} samples to label asked for, but only {pool} without a label are left"),
+        (["--n", "1", "--strategy", "best"], "strategy must be one of least-confidence, .*random, got 'best'"),
+        (["--n", "1", "--seed", "-1"], "seed must lie in"),
+        (["--n", "1", "--images", "0"], "--images must be at least 1, got 0"),
+        (["--n", "1", "--out", "query.png"], "--out must end in .csv, got query.png"),
+    ):
+        assert re.search(message, fails("query", str(run), *arguments))
+    assert not (run / "query.csv").exists()
+
+    with pytest.raises(InputError, match="runs must be different ones"):
+        query([run, run.parent / run.name], 1)
+    with pytest.raises(InputError, match="config.yaml cannot be read"):
+        query([tmp_path], 1)
+    (run / "student.safetensors").rename(run / "gone")
+    with pytest.raises(InputError, match="no weights file at .*student.safetensors"):
+        query([run], 1)
+    (run / "gone").rename(run / "student.safetensors")
+    everything = make_run(1, split=make_split(TARGETS, None, 0.1, 0))
+    with pytest.raises(InputError, match="no sample without a label is left"):
+        query([everything], 1)
+    with pytest.raises(InputError, match="unlabeled: test; test images get no labels"):
+        query([make_run(2, unlabeled="test")], 1)
+    edit(run, lambda config: config["model"].update(init_args={"network": {}}))
+    with pytest.raises(InputError, match="query needs a model with a student, SupervisedModule has none"):
+        query([run], 1)
+    other, boring = make_run(3), "lightning.pytorch.demos.boring_classes.BoringDataModule"
+    (other / "split.json").unlink()
+    edit(other, lambda config: config.update(data={"class_path": boring}))
+    with pytest.raises(InputError, match="query needs data: SemiSupervisedDataModule, got BoringDataModule"):
+        query([other], 1)

@@ -1,0 +1,264 @@
+"""Config files: how several are read as one, and that each mistake is found at its place."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from torch import nn
+
+from kd_lightning.__main__ import main
+from kd_lightning.cli.config_check import _check_spec, config_files, read_configs
+from kd_lightning.errors import InputError
+from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.class_paths import find_class, hint, walk
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("trainer: {max_epochs: 1, devices: 2}\nname: a\n")
+    Path("b.yaml").write_text("trainer: {max_epochs: 3}\nlist: [{x: 1}]\n")
+    Path("broken.yaml").write_text("trainer: {max_epochs: 1\nmodel: [")
+
+
+def test_later_files_over_earlier_ones(folder):
+    args = ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "broken.yaml", "--config", "gone.yaml", "--config"]
+    assert [str(path) for path in config_files(args)] == ["a.yaml", "b.yaml", "broken.yaml"]
+    assert read_configs(args) == {"trainer": {"max_epochs": 3, "devices": 2}, "name": "a", "list": [{"x": 1}]}
+
+
+def test_walk_tells_places_and_owners():
+    config = {"model": {"class_path": "A", "init_args": {"b": [{"class_path": "C", "dict_kwargs": {"d": 1}}]}}}
+    found = {path: owner for path, _, _, owner in walk(config)}
+    assert found["model.init_args.b"] == "A"
+    assert found["model.init_args.b[0].dict_kwargs.d"] == "C"
+    assert found["model.class_path"] is None
+
+
+def test_find_class():
+    assert find_class("DigitsCNN") is find_class("kd_lightning.models.DigitsCNN") is DigitsCNN
+    assert find_class("kd_lightning.models.Nothing") is find_class("no.such.Thing") is find_class(3) is None
+    assert find_class("") is find_class("..") is None
+
+
+def test_hint():
+    assert hint("soft_wieght", ["soft_weight", "hard_loss"]) == "; did you mean soft_weight?"
+    assert hint("zzz", ["soft_weight"]) == ""
+
+
+def remove(path):
+    *parents, last = path.split(".")
+
+    def change(config):
+        for name in parents:
+            config = config[name]
+        del config[last]
+
+    return change
+
+
+def rename(path, name):
+    def change(config):
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config[parent]
+        config[name] = config.pop(last)
+
+    return change
+
+
+def put(path, value):
+    def change(config):
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config[parent]
+        config[last] = value
+
+    return change
+
+
+def at_once(*changes):
+    def change(config):
+        for one in changes:
+            one(config)
+
+    return change
+
+
+STUDENT, TEACHER = "model.init_args.student", "model.init_args.teacher"
+CASES = {
+    "top": (rename("data", "daata"), "daata: no such key; did you mean data?"),
+    "group": (rename("trainer.max_epochs", "max_epoch"), None),
+    "in a group": (put("trainer.max_epoch", 1), "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
+    "spec": (rename(f"{STUDENT}.init_args", "init_arg"), f"{STUDENT}.init_arg: no such key; did you mean init_args?"),
+    "spec, deeper": (
+        rename(f"{TEACHER}.init_args.model.class_path", "clas_path"),
+        f"{TEACHER}.init_args.model.clas_path: no such key; did you mean class_path?",
+    ),
+    "in a list": (
+        put("trainer.callbacks", [{"class_path": "SoftWeightAnnealing", "init_arg": {}}]),
+        "trainer.callbacks[0].init_arg: no such key; did you mean init_args?",
+    ),
+    "argument": (put(f"{STUDENT}.init_args.widht", 3), f"{STUDENT}.init_args.widht: DigitsCNN has no such key"),
+    "argument of another class": (
+        put(f"{STUDENT}.init_args.lr", 3),  # the optimiser has one, and stands first
+        f"{STUDENT}.init_args.lr: DigitsCNN has no such key",
+    ),
+    "argument of a Teacher": (
+        put(f"{TEACHER}.init_args.cache", "kept"),
+        f"{TEACHER}.init_args.cache: load_weights has no such key; allowed: model, path, prefix; cache is an argument "
+        "of kd_lightning.Teacher",
+    ),
+    "argument of a Teacher, to what takes any": (
+        put(TEACHER, {"class_path": "torchvision.models.resnet18", "init_args": {"cache": "kept"}}),
+        "; cache is an argument of kd_lightning.Teacher",
+    ),
+    "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
+    "no model class": (remove("model.class_path"), "model.class_path is missing"),
+    "empty spec": (put(STUDENT, {}), f"{STUDENT}.class_path is missing"),
+    "empty optimizer": (
+        at_once(
+            put("model.class_path", "HintModule"),
+            put("model.init_args.hints", {"2": "2"}),
+            put("model.init_args.hint_epochs", 1),
+            put("model.init_args.hint_optimizer", {}),
+        ),
+        "model.init_args.hint_optimizer.class_path is missing",
+    ),
+    "negative width": (
+        put(f"{TEACHER}.init_args.model.init_args.width", -8),
+        f"{TEACHER}.init_args.model.init_args.width: it makes a tensor of negative dimension -8",
+    ),
+    "empty scheduler": (put("model.init_args.lr_scheduler", {}), "model.init_args.lr_scheduler.class_path is missing"),
+    "empty model": (put("model", {}), "model.class_path is missing"),
+    "no path": (put(f"{STUDENT}.class_path", 3), f"{STUDENT}.class_path must be the import path of a class, got 3"),
+    "no arguments": (put(f"{STUDENT}.init_args", 3.7), f"{STUDENT}.init_args must hold arguments and their values"),
+    "null arguments": (put("model.init_args", None), "model.init_args must hold arguments and their values, got None"),
+    "no mapping": (put("checkpoint", [1]), "checkpoint must hold keys and their values, got [1]"),
+    "model is a list": (put("model", [1]), "model must be a mapping with a class_path, got [1]"),
+    "required": (remove(f"{TEACHER}.init_args.path"), f"{TEACHER}.init_args.path: missing, but load_weights needs it"),
+    "required twice": (remove(f"{TEACHER}.init_args"), f"{TEACHER}.init_args.path: missing, but load_weights needs"),
+    "data": (remove("data"), "data is missing: DistillModule brings no loaders of its own"),
+    "union": (put("trainer.max_epochs", "much"), "trainer.max_epochs: Expected a int, got much"),
+    "union of two": (put("seed_everything", "x"), "seed_everything: Expected a bool or a int, got x"),
+    "another kind": (put(STUDENT, {"class_path": "Digits"}), f"{STUDENT}: Digits is not what can stand here"),
+    "no network": (put(STUDENT, True), f"{STUDENT}: Not a valid subclass of Module, got True"),
+    "a function": (
+        put(f"{STUDENT}", {"class_path": "resnet20"}),
+        f"{STUDENT}: a function needs its full path, kd_lightning.models.cifar_resnet.resnet20",
+    ),
+    "inputs": (
+        put(STUDENT, {"class_path": "kd_lightning.models.resnet20"}),
+        "the student cannot take inputs of shape [32, 1, 8, 8]: ",
+    ),
+    "refused by Lightning": (put("trainer.val_check_interval", 100), "val_check_interval"),
+    "no such figure": (
+        at_once(put("early_stopping", 3), put("checkpoint.monitor", "val/acc"), put("checkpoint.save_top_k", 0)),
+        "Early stopping conditioned on metric `val/acc` which is not available",
+    ),
+    "null": (put("data.init_args.batch_size", None), "batch_size: SemiSupervisedDataModule takes no null here"),
+    "null inside": (put(f"{STUDENT}.init_args.width", None), f"{STUDENT}.init_args.width: DigitsCNN takes no null"),
+    "name": (put("name", None), "name must be the name of the run's folder, got None"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CASES.values(), ids=CASES)
+def test_each_mistake_at_its_place(config, fails, change, message):
+    config["checkpoint"] = {}
+    change(config)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    last = fails("fit", "--config", "config.yaml")
+    assert (message or "trainer.max_epoch: no such key; did you mean trainer.max_epochs?") in last
+    assert not Path("runs").exists() or "inputs" in last or "val" in last  # these are found in the first steps
+
+
+MODULES = ["torch.nn", "torchvision.models", "torch.relu", "torch.pi", "torch.Tensor", "builtins.dict", "kd_lightning"]
+
+
+@pytest.mark.parametrize("class_path", MODULES)
+def test_what_is_no_network(config, fails, class_path):
+    config["model"]["init_args"]["student"]["class_path"] = class_path
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert "student" in fails("fit", "--config", "config.yaml")
+
+
+def test_doubled_key(config, fails):
+    Path("config.yaml").write_text(yaml.safe_dump(config) + "name: again\n")
+    line = len(Path("config.yaml").read_text().splitlines())
+    assert fails("fit", "--config", "config.yaml").endswith(
+        f"name stands twice, the second time in line {line} of config.yaml"
+    )
+
+
+def test_doubled_key_inside(config, fails):
+    Path("config.yaml").write_text("trainer:\n  callbacks:\n  - {a: 1, b: 2, a: 3}\n")
+    assert "trainer.callbacks[0].a stands twice, the second time in line 3" in fails("fit", "--config", "config.yaml")
+
+
+def test_key_that_is_a_list(config, fails):
+    Path("config.yaml").write_text("name: a\n? [b, c]\n: 1\n")
+    assert "line 2 of config.yaml: a key must be a plain word" in fails("fit", "--config", "config.yaml")
+
+
+def test_another_class_in_a_second_file(config, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    student = {"class_path": "kd_lightning.models.resnet20", "init_args": {"num_classes": 10}}
+    Path("second.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"student": student}}}))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml", "--config", "second.yaml", "--print_config"])
+    assert not end.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["student"]["init_args"] == {"num_classes": 10}
+
+
+def test_file_before_the_command(config, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump({"fit": config}))
+    with pytest.raises(SystemExit) as end:
+        main(["--config", "config.yaml", "fit", "--print_config"])
+    assert not end.value.code
+
+
+def test_merge_keys_are_no_doubles(config, capsys):
+    network = "  init_args:\n    student: &net {class_path: DigitsCNN}\n    teacher: {<<: *net}\n"
+    Path("config.yaml").write_text(f"model:\n  class_path: DistillModule\n{network}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml", "--print_config"])
+    assert not end.value.code
+
+
+def test_no_yaml(folder, fails):
+    assert "broken.yaml is no YAML: " in fails("fit", "--config=broken.yaml")
+
+
+def build(
+    a: int = 1, b: int | None = 2, c: Any = 3, d: Literal["x", None] = "x", e: int = None, f=4, *, g: nn.Module  # noqa: RUF013
+) -> nn.Module:  # fmt: skip
+    """Takes null here and there."""
+
+
+@pytest.mark.parametrize(("name", "takes"), zip("abcdefg", (False, True, True, True, True, True, False), strict=True))
+def test_null(name, takes, monkeypatch):
+    monkeypatch.setattr("kd_lightning.models.build", build, raising=False)
+    spec = {"class_path": "kd_lightning.models.build", "init_args": {name: None}}
+    if takes:
+        _check_spec(spec, "model", [])
+    else:
+        with pytest.raises(InputError, match=f"model.init_args.{name}: build takes no null here; leave the key out"):
+            _check_spec(spec, "model", [])
+
+
+def test_what_is_right_is_left_alone(config, capsys):
+    """Another class on the command line, a second file without one, a file in a file, arguments of ``**kwargs``."""
+    Path("data.yaml").write_text(yaml.safe_dump(config["data"]))
+    config["data"] = "data.yaml"
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("second.yaml").write_text("model: {init_args: {soft_weight: 0.25}}")
+    args = ["fit", "--config", "config.yaml", "--config", "second.yaml"]
+    args += ["--model.init_args.student.class_path", "torchvision.models.resnet18"]
+    args += ["--model.init_args.student.dict_kwargs.num_classes", "10"]
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["soft_weight"] == 0.25
+    assert printed["data"]["init_args"]["labeled"] == 5

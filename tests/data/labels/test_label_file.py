@@ -1,0 +1,271 @@
+"""Label files: CSV and Parquet, samples by index and by path, and what is refused by line."""
+
+import os
+import time
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from torch.utils.data import Subset, TensorDataset
+
+from kd_lightning import InputError
+from kd_lightning.data.labels.label_file import LabelRow, read_label_file
+
+NAMES = ["cat", "dog", "car"]
+GROUPS = ["animal", "vehicle"]
+IMAGES = [TensorDataset(torch.zeros(8, 1)), TensorDataset(torch.zeros(4, 1))]
+
+
+class Files:
+    """Images that know their paths."""
+
+    def __init__(self, paths):
+        self.paths = [str(path) for path in paths]
+
+    def __len__(self):
+        return len(self.paths)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def run(text, images=IMAGES, name="labels.csv", names=NAMES, **kwargs):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return read_label_file(path, images, class_names=names, **{"group_names": GROUPS} | kwargs)
+
+    return run
+
+
+def test_all_kinds(read):
+    rows = "5,dog,,\n3,1,noisy,0.5\n0,vehicle,coarse,\n11,,missing,\n1,2.0,clean,0\n7,1,coarse,2\n"
+    assert read("index,label,kind,weight\n" + rows) == [
+        LabelRow(0, "vehicle", "coarse", 1.0),
+        LabelRow(1, 2, "clean", 0.0),
+        LabelRow(3, 1, "noisy", 0.5),
+        LabelRow(5, 1, "clean", 1.0),
+        LabelRow(7, "vehicle", "coarse", 2.0),
+        LabelRow(11, -1, "missing", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "index,label\n5,dog\n",
+        "\ufeffindex,label\n5,dog\n",  # as Excel writes it
+        "index,label\r\n5,dog\r\n\r\n",
+        "label , index\n dog , 5 \n",
+        "index,score,label,note\n5,0.3,dog,\n6,0.2,,nobody knows\n",
+        "index,path,label\n5.0,elsewhere/x.png,dog\n",  # a path of images that have none
+        'index,label,note\n5,dog,"two\nlines"\n',
+    ],
+)
+def test_ways_to_write_it(read, text):
+    assert read(text) == [LabelRow(5, 1, "clean", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("5,bird,,", "line 2: 'bird' is no class; there are cat, dog, car, 0, 1, 2"),
+        ("4,cat,,\n5,3,,", "line 3: '3' is no class"),
+        ("5,-1,,", "line 2: '-1' is no class"),
+        ("5,1.5,,", "line 2: '1.5' is no class"),
+        ("5,,clean,", "line 2: '' is no class"),
+        ("5,cat,coarse,", "line 2: 'cat' is no superclass; there are animal, vehicle"),
+        ("5,cat,doubtful,", "line 2: kind must be one of clean, noisy, coarse, missing, got 'doubtful'"),
+        ("12,cat,,", "line 2: there is no sample 12; the data have 0 ... 11"),
+        ("-1,cat,,", "line 2: there is no sample -1"),
+        ("1.5,cat,,", "line 2: index must be a whole number, got '1.5'"),
+        ("1_0,cat,,", "line 2: index must be a whole number, got '1_0'"),
+        ("inf,cat,,", "line 2: index must be a whole number, got 'inf'"),
+        ("five,cat,,", "line 2: index must be a whole number, got 'five'"),
+        (",cat,,", "line 2: there is neither an index nor a path"),
+        ("5,cat,,\n6,cat,,\n5,dog,,", "line 4: sample 5 comes twice"),
+        ("5,cat,,\n5.0,,missing,", "line 3: sample 5 comes twice"),
+        ("5,cat,,-1", "line 2: weight must be a number of at least 0, below 1e38, got '-1'"),
+        ("5,cat,,nan", "line 2: weight must be a number of at least 0, below 1e38, got 'nan'"),
+        ("5,cat,,inf", "line 2: weight must be a number of at least 0, below 1e38, got 'inf'"),
+        ("5,cat,,much", "line 2: weight must be a number of at least 0, below 1e38, got 'much'"),
+        ("5,cat,,1e39", "line 2: weight must be a number of at least 0, below 1e38, got '1e39'"),
+        ("4,dog,,\n7,cat,,", "line 3: sample 7 is kept for validation, and cannot be trained on"),
+        ('\n\n5,"bi\nrd",,', "line 5: 'bi\\nrd' is no class"),  # where an editor shows it
+        ("5,,,", "has no row with a label or a kind"),
+        ("", "has no row with a label or a kind"),
+    ],
+)
+def test_refused_by_line(read, rows, message):
+    with pytest.raises(InputError, match=r"labels: .*labels.csv") as error:
+        read(f"index,label,kind,weight\n{rows}\n", kept=[7])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have the columns index or path, and label or kind, got none"),
+        ("sample,label\n5,cat\n", "must have the columns index or path, and label or kind, got sample, label"),
+        ("index,score\n5,1\n", "got index, score"),
+        ("index,label\n4,cat\n5,dog,more\n", "line 3: there are more cells than columns"),
+        ('index,label\n4,cat\n"5,dog\n6,dog\n', "cannot be read as CSV: unexpected end of data"),
+        ("index,label,label\n5,cat,dog\n", "has the column label twice"),
+        ("path,label\na.png,cat\n", "line 2: these images have no paths; name 'a.png' by its index"),
+    ],
+)
+def test_files_that_are_none(read, text, message):
+    with pytest.raises(InputError) as error:
+        read(text)
+    assert message in str(error.value)
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="label_file: there is no file .*gone.csv"):
+        read_label_file(tmp_path / "gone.csv", IMAGES, class_names=NAMES)
+    for name, message in (("a.csv", "cannot be read as CSV"), ("a.parquet", "cannot be read as Parquet")):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00index")
+        with pytest.raises(InputError, match=message):
+            read_label_file(tmp_path / name, IMAGES, class_names=NAMES)
+
+
+def test_superclasses_that_nobody_names(read):
+    with pytest.raises(InputError, match="line 2: 'animal' is no superclass; there are none: data.coarse names them"):
+        read("index,label,kind\n5,animal,coarse\n", group_names=[])
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "expected"),
+    [
+        (["5", "6", "7"], "6", 1),
+        (["5", "6", "7"], "6.0", 1),
+        (["5", "6", "7"], "1", None),  # a class that is called by another number
+        (["10", "2", "x"], "2", 1),
+        (["crane", "crane", "owl"], "crane", None),
+        (["crane", "crane", "owl"], "1", 1),
+        (["crane", "crane", "owl"], "owl", 2),
+    ],
+)
+def test_names_before_numbers(read, names, label, expected):
+    text = f"index,label\n5,{label}\n"
+    if expected is None:
+        with pytest.raises(InputError, match=f"{label!r} is no class"):
+            read(text, names=names)
+    else:
+        assert read(text, names=names) == [LabelRow(5, expected, "clean", 1.0)]
+
+
+class TestParquet:
+    @staticmethod
+    def read(tmp_path, columns):
+        parquet.write_table(pyarrow.table(columns), tmp_path / "labels.parquet")
+        return read_label_file(tmp_path / "labels.parquet", IMAGES, class_names=NAMES, group_names=GROUPS)
+
+    @pytest.mark.parametrize(
+        "columns",
+        [
+            {"index": [5, 3, 1], "label": ["dog", "car", None]},
+            {"index": [5, 3, 1], "label": [1, 2, None]},
+            {"index": [5.0, 3.0, 1.0], "label": [1.0, 2.0, float("nan")]},
+            {"index": [5, 3, 1], "label": pyarrow.array(["dog", "car", None]).dictionary_encode()},
+            {"index": [5, 3, 1], "label": ["dog", "car", ""], "kind": [None] * 3, "image": [b"\xff"] * 3},
+        ],
+    )
+    def test_types_of_columns(self, tmp_path, columns):
+        assert self.read(tmp_path, columns) == [LabelRow(3, 2, "clean", 1.0), LabelRow(5, 1, "clean", 1.0)]
+
+    def test_kinds_and_weights(self, tmp_path):
+        kinds = {"index": [5, 3], "label": ["dog", "animal"], "kind": ["noisy", "coarse"], "weight": [0.25, None]}
+        assert self.read(tmp_path, kinds) == [LabelRow(3, "animal", "coarse", 1.0), LabelRow(5, 1, "noisy", 0.25)]
+
+    def test_refused_by_row(self, tmp_path):
+        with pytest.raises(InputError, match="labels.parquet, row 2: 'bird' is no class"):
+            self.read(tmp_path, {"index": [5, 3], "label": ["dog", "bird"]})
+        with pytest.raises(InputError, match="must have the columns index or path, and label or kind, got a"):
+            self.read(tmp_path, {"a": [5]})
+
+    def test_without_the_extra(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+        monkeypatch.delattr(pyarrow, "parquet", raising=False)
+        (tmp_path / "labels.parquet").write_bytes(b"")
+        with pytest.raises(InputError, match=r"needs pyarrow: pip install 'kd-lightning\[weak\]'"):
+            read_label_file(tmp_path / "labels.parquet", IMAGES, class_names=NAMES)
+
+
+class TestPaths:
+    TRAIN = ["train/a/1.png", "train/a/2.png", "train/b/1.png"]
+    POOL = ["pool/a/1.png", "pool/a/9.png", "pool/3.png"]
+
+    @pytest.fixture
+    def images(self, tmp_path):
+        return [Files(tmp_path / "data" / name for name in names) for names in (self.TRAIN, self.POOL)]
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("{folder}/data/train/b/1.png", 2),
+            ("{folder}/data/train/../train/b/1.png", 2),
+            ("../data/train/a/2.png", 1),  # from the file's folder
+            ("train/b/1.png", 2),  # from the folder of all images
+            ("pool/a/1.png", 3),
+            ("b/1.png", 2),  # from the folder of a part
+            ("./a/9.png", 4),
+            ("3.png", 5),
+        ],
+    )
+    def test_ways_to_name_an_image(self, read, images, tmp_path, name, expected):
+        (answer,) = read(f"path,label\n{name.format(folder=tmp_path)},dog\n", images, "answers/labels.csv")
+        assert answer == LabelRow(expected, 1, "clean", 1.0)
+
+    def test_from_the_current_folder(self, read, images, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        relative = [Files(os.path.relpath(path) for path in part.paths) for part in images]
+        for part in (images, relative):
+            (answer,) = read("path,label\ndata/train/b/1.png,dog\n", part, "answers/labels.csv")
+            assert answer.sample == 2
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("a/1.png,dog", "line 2: 'a/1.png' may be several images; write its whole path"),  # of both parts
+            ("1.png,dog", "line 2: the data have no image '1.png'"),
+            ("train/b/7.png,dog", "line 2: the data have no image 'train/b/7.png'"),
+            (",dog", "line 2: there is neither an index nor a path"),
+            ("b/1.png,dog\ntrain/b/1.png,cat", "line 3: sample train/b/1.png comes twice"),
+        ],
+    )
+    def test_refused(self, read, images, rows, message):
+        with pytest.raises(InputError) as error:
+            read(f"path,label\n{rows}\n", images, "answers/labels.csv")
+        assert message in str(error.value)
+
+    def test_image_that_is_listed_twice(self, read, images):
+        """By its index alone it can be named."""
+        twice = [Subset(images[0], [0, 2, 0])]
+        with pytest.raises(InputError, match="'a/1.png' may be several images"):
+            read("path,label\na/1.png,dog\n", twice)
+        assert [answer.sample for answer in read("path,label\nb/1.png,dog\n", twice)] == [1]
+        assert [answer.sample for answer in read("index,path,label\n2,a/1.png,dog\n", twice)] == [2]
+
+    def test_beside_an_index(self, read, images):
+        """The file's name must fit, wherever the folder went; else the data are not those that were asked about."""
+        (answer,) = read("index,path,label\n4,/moved/a/9.png,dog\n", images)
+        assert answer.sample == 4
+        with pytest.raises(InputError, match=r"line 2: sample 3 is .*pool/a/1.png, not pool/a/9.png"):
+            read("index,path,label\n3,pool/a/9.png,dog\n", images)
+
+    def test_some_images_without_a_path(self, read, images):
+        mixed = [IMAGES[0], images[0]]
+        assert [answer.sample for answer in read("path,label\nb/1.png,dog\n", mixed)] == [10]
+
+
+def test_many_rows(tmp_path):
+    paths = [f"data/{number % 1000}/{number}.png" for number in range(20_000)]
+    names = [f"class {number}" for number in range(1000)]
+    rows = (f"{path.removeprefix('data/')},class {number % 1000}" for number, path in enumerate(paths))
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    start = time.process_time()
+    answers = read_label_file(Path(tmp_path / "labels.csv"), [Files(paths)], class_names=names)
+    assert time.process_time() - start < 15  # about 1 s
+    assert [answer.label for answer in answers] == [number % 1000 for number in range(20_000)]

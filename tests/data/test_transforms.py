@@ -1,0 +1,182 @@
+"""Strong views: shapes and ranges, replayable, stronger than the weak ones, and still of their class."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from kd_lightning import Digits, InputError
+from kd_lightning.data.transforms import photo_transforms, strong_digits, strong_photos, strong_small
+from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.runs.build import build
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+
+
+def to_bytes(count, channels=3, side=32):
+    """Smooth uint8 images (N, C, side, side) of several colours; no pixel is black or white."""
+    coarse = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(2))
+    images = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    return (20 + 210 * images).to(torch.uint8)
+
+
+def to_pil(image):
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).squeeze(2).numpy()))
+
+
+def weak_small():
+    tail = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *tail]), v2.Compose(tail)
+
+
+def digits():
+    return Digits().load().train.images.tensors[0]
+
+
+def identity(image):
+    return image
+
+
+CASES = {  # strong, weak, evaluation, images
+    "digits": lambda: (strong_digits(), Digits().train_transform, identity, digits()[:100]),
+    "small": lambda: (strong_small(MEAN, STD), *weak_small(), to_bytes(100)),
+    "photos": lambda: (strong_photos(56), *photo_transforms(56), to_bytes(100, side=64)),
+}
+
+
+def views(transform, images, view=0, seed=3):
+    """That view of all images, (N, C, H, W)."""
+    dataset = ViewDataset([TensorDataset(images)], torch.arange(len(images)), transform, seed)
+    return torch.stack([sample.x for sample in dataset.__getitems__([(n, view) for n in range(len(images))])])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("digits", (1, 8, 8)), ("small", (3, 32, 32)), ("photos", (3, 56, 56))])
+def test_what_comes_out(name, shape):
+    strong, _, _, images = CASES[name]()
+    x = views(strong, images)
+    assert x.shape[1:] == shape
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+    assert type(x) is torch.Tensor
+    if name == "digits":
+        assert x.min() == 0
+        assert x.max() <= 1
+        assert x.max() > 0.99
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_seed_same_view(name):
+    strong, _, _, images = CASES[name]()
+    first = views(strong, images)
+    torch.rand(9), np.random.rand(9)
+    assert torch.equal(views(strong, images), first)
+    for other in (views(strong, images, view=1), views(strong, images, seed=4)):
+        assert ((other - first).abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stronger_than_the_weak_view(name):
+    strong, weak, evaluation, images = CASES[name]()
+    plain = torch.stack([evaluation(image) for image in images])
+    near, far = ((views(t, images) - plain).abs().mean().item() for t in (weak, strong))
+    assert far > 1.1 * near > 0
+
+
+def test_digits_stay_of_their_class():
+    """Nearest neighbours among strong views of training images name strong views of test images."""
+    parts = Digits().load()
+    known = torch.cat([views(strong_digits(), digits(), view) for view in range(3)])
+    model = KNeighborsClassifier(5).fit(known.flatten(1), parts.train.targets.repeat(3))
+    truth = parts.test.targets.numpy()[:400]
+    found = model.predict(views(strong_digits(), parts.test.images.tensors[0][:400]).flatten(1))
+    assert (found == truth).mean() > 0.6
+    for digit, other in ((6, 9), (9, 6)):
+        assert (found[truth == digit] == other).mean() < 0.1
+
+
+@pytest.mark.parametrize("transform", [strong_small(MEAN, STD), strong_photos(32)])
+def test_any_kind_of_image(transform):
+    for seed, image in enumerate(to_bytes(20)):
+        made = []
+        for given in (image, to_pil(image), v2.functional.to_dtype(image, torch.float32, scale=True)):
+            torch.manual_seed(seed)
+            made.append(transform(given))
+        assert torch.allclose(made[0], made[1], atol=1e-6)
+        assert torch.allclose(made[0], made[2], atol=1e-6)
+
+
+def test_grey_images():
+    images = to_bytes(30, channels=1, side=28)
+    small = strong_small([0.1307], [0.3081], size=28, padding=2, flip=False)
+    assert views(small, images).shape == (30, 1, 28, 28)
+    assert small(to_pil(images[0])).shape == (1, 28, 28)
+    assert strong_photos(24)(to_pil(images[0])).shape == (3, 24, 24)
+    assert strong_photos(24)(images[0]).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize(("transform", "side"), [(strong_small(MEAN, STD), 32), (strong_photos(64), 64)])
+def test_cutout_of_half_the_side(transform, side):
+    for image in views(transform, to_bytes(30, side=side)):
+        hole = (image == 0).all(dim=0)
+        rows, columns = hole.sum(dim=1), hole.sum(dim=0)
+        assert ((rows >= side // 2).sum(), (columns >= side // 2).sum()) == (side // 2, side // 2)
+
+
+def test_cutout_of_digits():
+    """Of a white image nothing but the square is taken away, when nothing else is done."""
+    cutout = strong_digits().transforms[-1]
+    torch.manual_seed(0)
+    for _ in range(20):
+        hole = cutout(torch.ones(1, 8, 8))[0] == 0
+        rows, columns = hole.any(dim=1).sum(), hole.any(dim=0).sum()
+        assert (rows, columns, hole.sum()) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(("flip", "found"), [(True, {False, True}), (False, {False})])
+def test_flip(flip, found):
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :, 16:] = 200
+    made = strong_small([0.0] * 3, [1.0] * 3, padding=0, flip=flip)
+    steps = nn.Sequential(*[s for s in made.transforms if not isinstance(s, v2.RandAugment | v2.RandomErasing)])
+    torch.manual_seed(0)
+    assert {bool(steps(image)[0, 0, 0] > 0.5) for _ in range(30)} == found
+
+
+def test_outside_is_the_mean_colour():
+    """RandAugment's turns and moves bring in what becomes about 0, as Cutout does."""
+    transform = strong_small(MEAN, STD, padding=0, flip=False)
+    steps = nn.Sequential(*[s for s in transform.transforms if not isinstance(s, v2.RandomErasing)])
+    white = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    outside = [steps(white)[:, [0, 0, -1, -1], [0, -1, 0, -1]] for _ in range(200)]
+    moved = [corners for corners in outside if (corners.abs() < 0.05).all(dim=0).any()]
+    assert len(moved) > 20
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: strong_small([0.5], [0.5, 0.5]), r"a number for each channel, got \[0.5\] and \[0.5, 0.5\]"),
+        (lambda: strong_small([], []), "a number for each channel"),
+        (lambda: strong_small([0.5], [0.0]), r"std must be above 0, got \[0.0\]"),
+        (lambda: strong_small([0.5], [0.5], size=1), "size must be at least 2, got 1"),
+        (lambda: strong_small([0.5], [0.5], padding=-1), "padding must be at least 0, got -1"),
+        (lambda: strong_photos(0), "size must be at least 2, got 0"),
+    ],
+)
+def test_bad_values(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("strong_digits", {}), ("strong_small", {"mean": MEAN, "std": STD, "flip": False}), ("strong_photos", {})],
+)
+def test_from_yaml(name, arguments):
+    config = {"class_path": f"kd_lightning.data.transforms.{name}", "init_args": arguments}
+    assert isinstance(build(nn.Module, config), nn.Module)

@@ -1,0 +1,329 @@
+"""Layers by name: what is captured, that nothing stays behind, and costs counted by hand."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import vit_b_16
+
+from kd_lightning.errors import InputError
+from kd_lightning.features.capture import capture, evaluating, find_layer
+from kd_lightning.features.layers import list_layers
+from kd_lightning.models import DigitsCNN, resnet8
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + 1
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), Counting()), Counting(), nn.Linear(3, 2))
+
+
+X = torch.arange(8.0).reshape(2, 4) / 8
+MAPS = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class TestCapture:
+    @pytest.mark.parametrize("stop", [True, False])
+    def test_outputs_in_the_graph(self, network, stop):
+        with capture(network, ["0", "1.0"], stop=stop) as outputs:
+            network(X)
+        expected = network[0](X)
+        assert outputs.keys() == {"0", "1.0"}
+        assert torch.equal(outputs["0"], expected)
+        assert torch.equal(outputs["1.0"], expected.tanh())
+        outputs["1.0"].sum().backward()
+        assert network[0].weight.grad.abs().sum() > 0
+
+    def test_what_lies_above_is_not_computed(self, network):
+        with capture(network, ["1.1", "0"], stop=True):
+            network(X)
+        assert (network[1][1].calls, network[2].calls) == (1, 0)
+        with capture(network, ["1.1", "0"]):
+            network(X)
+        assert (network[1][1].calls, network[2].calls) == (2, 1)
+
+    @pytest.mark.parametrize("fault", [None, ValueError])
+    def test_leaves_no_hook(self, network, fault):
+        before = network(X)
+        try:
+            with capture(network, ["1", "3"]):
+                network(X)
+                if fault:
+                    raise fault
+        except ValueError:
+            pass
+        assert not any(layer._forward_hooks for layer in network.modules())
+        assert torch.equal(copy.deepcopy(network)(X), before)
+        assert torch.equal(torch.compile(network, backend="eager")(X), before)
+
+    def test_an_uncalled_layer_is_absent_and_one_called_twice_refused(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.shared, self.once, self.unused = nn.Tanh(), nn.Tanh(), nn.Tanh()
+
+            def forward(self, x):
+                return self.once(self.shared(self.shared(x)))
+
+        twice = Twice()
+        with capture(twice, ["once", "unused"], stop=True) as outputs:
+            out = twice(X)
+        assert outputs.keys() == {"once"}
+        assert torch.equal(out, X.tanh().tanh().tanh())  # never complete, so the pass ran to its end
+        with (
+            pytest.raises(InputError, match="layer shared is called more than once in a pass; choose a layer around"),
+            capture(twice, ["shared"]),
+        ):
+            twice(X)
+
+    def test_a_name_twice(self, network):
+        with capture(network, ["0", "0"], stop=True) as outputs:
+            network(X)
+        assert list(outputs) == ["0"]
+
+    def test_output_that_is_no_tensor(self):
+        attention = nn.Sequential(nn.Identity(), nn.LSTM(4, 3))
+        with pytest.raises(InputError, match="layer 1 gives no tensor, but tuple"), capture(attention, ["1"]):
+            attention(X)
+        assert not attention[1]._forward_hooks
+
+
+class TestChangedInPlace:
+    @pytest.fixture
+    def block(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("names", [["1"], ["0", "1"], ["1", "2"]])
+    def test_names_the_layer(self, block, names, grad):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(InputError, match="^layer 1: its output is changed in place by a later layer; choose that"),
+            capture(block, names),
+        ):
+            block(MAPS)
+        assert not any(layer._forward_hooks for layer in block.modules())
+
+    def test_through_a_view_and_by_the_caller(self, block):
+        viewed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.ReLU(inplace=True))
+        with pytest.raises(InputError, match="layer 0: its output is changed"), capture(viewed, ["0"]):
+            viewed(MAPS)
+        with pytest.raises(InputError, match="layer 2: its output is changed"), capture(block, ["2"]):
+            block(MAPS).add_(1)
+
+    def test_layers_before_and_after_it_are_right(self, block):
+        with capture(block, ["0", "2"]) as outputs:
+            block(MAPS)
+        first = block[0](MAPS)
+        assert torch.equal(outputs["0"], first)
+        assert torch.equal(outputs["2"], block[1](first).relu())
+
+    def test_not_where_the_pass_stops_there(self, block):
+        block.eval()
+        with capture(block, ["0", "1"], stop=True) as outputs:
+            block(MAPS)
+        expected = block[1](block[0](MAPS))
+        assert torch.equal(outputs["1"], expected) and expected.min() < 0
+
+    def test_another_error_comes_first(self, block):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capture(block, ["1"]):
+            block.append(nn.Linear(99, 1))(MAPS)
+
+
+class TestCompiled:
+    """Compiled as a wrapper, in place, and in a part: with a backend that counts its compilations and graph runs."""
+
+    NAMES = ("0", "1.0", "2")
+
+    @pytest.fixture(params=["wrapper", "in place", "a wrapped layer", "a layer in place"])
+    def compiled(self, request):
+        torch._dynamo.reset()
+        counts = {"compiled": 0, "run": 0}
+
+        def backend(graph, _inputs):
+            counts["compiled"] += 1
+
+            def run(*args):
+                counts["run"] += 1
+                return graph.forward(*args)
+
+            return run
+
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2))
+        plain = copy.deepcopy(network)
+        if request.param == "wrapper":
+            network = torch.compile(network, backend=backend)
+        elif request.param == "in place":
+            network.compile(backend=backend)
+        elif request.param == "a wrapped layer":
+            network[2] = torch.compile(network[2], backend=backend)
+        else:
+            network[2].compile(backend=backend)
+        yield plain, network, counts
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("stop", [True, False])
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_right_outputs_and_compiled_again_afterwards(self, compiled, warm, stop):
+        plain, network, counts = compiled
+        if warm:
+            assert torch.equal(network(X), plain(X)) and counts == {"compiled": 1, "run": 1}
+        for x in (X, X + 1):  # the second pass must not give the first one's
+            before = dict(counts)
+            with capture(network, self.NAMES, stop=stop) as outputs:
+                out = network(x)
+                assert torch.equal(out, plain(x))
+            assert counts == before
+            assert outputs.keys() == set(self.NAMES)
+            first = plain[0](x)
+            expected = {"0": first, "1.0": first.tanh(), "2": plain[2](plain[1](first))}
+            assert all(torch.equal(outputs[name], expected[name]) for name in self.NAMES)
+        outputs["2"].sum().backward()
+        assert find_layer(network, "0").weight.grad.abs().sum() > 0
+        runs = counts["run"]
+        for n in (1, 2):
+            assert torch.equal(network(X), plain(X))
+            assert counts == {"compiled": 1, "run": runs + n}
+        assert not any(layer._forward_hooks for layer in network.modules())
+
+    def test_compiled_again_after_an_error(self, compiled):
+        _, network, counts = compiled
+        with pytest.raises(KeyError), capture(network, self.NAMES):
+            raise KeyError
+        network(X)
+        assert counts == {"compiled": 1, "run": 1}
+
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_names_are_those_of_the_plain_network(self, compiled, warm):
+        plain, network, _ = compiled
+        if warm:
+            network(X)
+        for name in ("0", "1", "1.0", "3"):
+            assert repr(find_layer(network, name)) == repr(find_layer(plain, name))
+        assert torch.equal(find_layer(network, "1.1").weight, plain[1][1].weight)
+        with pytest.raises(InputError, match="layer '1.7': Sequential has none of that name; nearest: 1"):
+            find_layer(network, "1.7")
+
+    def test_a_plain_network_leaves_others_compiled(self, compiled):
+        plain, network, counts = compiled
+        with capture(plain, ["0"]) as outputs:
+            network(X)
+            plain(X)
+        assert counts["run"] == 1 and torch.equal(outputs["0"], plain[0](X))
+
+
+class TestDry:
+    @pytest.fixture
+    def mixed(self):
+        """In training, with a layer in eval mode whose own layer trains."""
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(4))),
+            nn.Dropout(0.5),
+        )
+        network[2].eval()
+        network[2][1].train()
+        network[2][1][1].eval()
+        return network
+
+    @pytest.mark.parametrize("fault", [None, ValueError, KeyboardInterrupt])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_leaves_everything_as_it_was(self, mixed, training, fault):
+        mixed.training = training  # of itself alone
+        modes = {name: layer.training for name, layer in mixed.named_modules()}
+        state = {key: value.clone() for key, value in mixed.state_dict().items()}
+        generator = torch.get_rng_state()
+        with pytest.raises(fault) if fault else nullcontext(), evaluating(mixed):
+            assert not any(layer.training for layer in mixed.modules())
+            assert torch.equal(torch.get_rng_state(), generator)
+            assert torch.equal(mixed(MAPS), mixed(MAPS))
+            torch.rand(3)
+            mixed.train()
+            if fault:
+                raise fault
+        assert set(modes.values()) == {True, False}
+        assert {name: layer.training for name, layer in mixed.named_modules()} == modes
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(state[key], value) for key, value in mixed.state_dict().items())
+
+    def test_uses_the_running_statistics(self, mixed):
+        mixed[1].running_mean.fill_(3.0)
+        with evaluating(mixed), capture(mixed, ["0", "1"]) as outputs:
+            mixed(MAPS)
+        torch.testing.assert_close(outputs["1"], (outputs["0"] - 3) / (1 + 1e-5) ** 0.5)
+
+    def test_gradients_may_flow_and_a_shared_layer_keeps_its_mode(self):
+        shared = nn.Linear(4, 4).eval()
+        network = nn.Sequential(shared, nn.Sequential(shared, nn.Dropout(1.0))).train()
+        shared.eval()
+        with evaluating(network):
+            network(X).sum().backward()
+        assert shared.weight.grad.abs().sum() > 0
+        assert (network.training, network[1].training, network[1][1].training, shared.training) == (*[True] * 3, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layer1.0.conv3", "layer 'layer1.0.conv3': CifarResNet has none of that name; nearest: layer1.0.conv[12]"),
+        ("zzz", "has none of that name; it has conv1, bn1, relu, layer1, layer1.0, ..."),
+        ("", "layer '': CifarResNet has none of that name"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(InputError, match=message):
+        find_layer(resnet8(), name)
+
+
+class TestList:
+    def test_digits_by_hand(self):
+        layers = {layer.name: layer for layer in list_layers(DigitsCNN(4), torch.zeros(3, 1, 8, 8))}
+        assert list(layers) == [name for name, _ in DigitsCNN(4).named_modules() if name]
+        assert layers["0"] == ("0", "Conv2d", (4, 8, 8), 9 * 4, 9 * 4 * 64)
+        assert layers["7"][2:] == ((16, 4, 4), 9 * 8 * 16, 9 * 8 * 16 * 16)
+        assert layers["13"][2:] == ((10,), 16 * 10 + 10, 160)
+        assert layers["1"].parameters == 8 and layers["1"].macs == 0
+
+    def test_outer_layers_count_their_inner_ones(self):
+        layers = {layer.name: layer for layer in list_layers(resnet8(), torch.zeros(1, 3, 32, 32))}
+        inner = [layer for name, layer in layers.items() if name.startswith("layer2.0.")]
+        flat = [layer for layer in inner if layer.kind in ("Conv2d", "BatchNorm2d")]
+        assert layers["layer2"].macs == sum(layer.macs for layer in flat) == 16 * 16 * (9 * 16 + 9 * 32 + 16) * 32
+        assert layers["layer2"].parameters == sum(layer.parameters for layer in flat)
+
+    def test_transformer_by_hand(self):
+        vit = vit_b_16(image_size=32, num_classes=5)
+        layers = {layer.name: layer for layer in list_layers(vit, torch.zeros(1, 3, 32, 32))}
+        tokens, width, hidden = 5, 768, 3072
+        attention = 4 * tokens * width**2 + 2 * tokens**2 * width  # projections; scores and their sums
+        block = layers["encoder.layers.encoder_layer_3"]
+        assert block.shape == (tokens, width)
+        assert block.macs == attention + 2 * tokens * width * hidden
+        assert layers["encoder.layers.encoder_layer_3.self_attention"].shape is None  # a pair
+
+    def test_leaves_everything_as_it_was(self):
+        network = DigitsCNN(4, dropout=0.5)
+        network[0].eval()
+        state = {key: value.clone() for key, value in network.state_dict().items()}
+        generator, modes = torch.get_rng_state(), [layer.training for layer in network.modules()]
+        list_layers(network, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert [layer.training for layer in network.modules()] == modes
+        assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+        assert not any(layer._forward_hooks for layer in network.modules())

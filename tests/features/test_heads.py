@@ -1,0 +1,293 @@
+"""The head is found in networks of many makers and replaced alone; the layers below it, against timm's."""
+
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from kd_lightning import InputError, load_weights, models, reset_classifier
+from kd_lightning.features.heads import find_head, layers_of
+from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.build import build
+
+
+class ViT(torchvision.models.VisionTransformer):
+    """torchvision's, tiny."""
+
+    def __init__(self, num_classes):
+        super().__init__(32, 4, 2, 2, 8, 16, num_classes=num_classes)
+
+
+class Swin(torchvision.models.SwinTransformer):
+    """torchvision's, tiny."""
+
+    def __init__(self, num_classes):
+        super().__init__([4, 4], 8, [1, 2], [2, 2], [4, 4], num_classes=num_classes)
+
+
+class Wrapped(nn.Module):
+    """A backbone without its head, as most people write it."""
+
+    def __init__(self, backbone, features, num_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(features, num_classes)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class HeadFirst(nn.Module):
+    """Holds its head before what is below it."""
+
+    def __init__(self, num_classes, says=True):
+        super().__init__()
+        self.fc = nn.Linear(6, num_classes)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        if says:
+            self.num_classes = num_classes
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+def without(network, name):
+    setattr(network, name, nn.Identity())
+    return network
+
+
+NETWORKS = {  # a maker of each, its head, the shape of its input
+    "resnet18": (lambda n: torchvision.models.resnet18(num_classes=n), "fc", (3, 32, 32)),
+    "mobilenet": (lambda n: torchvision.models.mobilenet_v3_small(num_classes=n), "classifier.3", (3, 32, 32)),
+    "squeezenet": (lambda n: torchvision.models.squeezenet1_1(num_classes=n), "classifier.1", (3, 32, 32)),
+    "vit": (ViT, "heads.head", (3, 32, 32)),
+    "swin": (Swin, "head", (3, 32, 32)),
+    "timm_resnet": (lambda n: timm.create_model("test_resnet", num_classes=n), "fc", (3, 32, 32)),
+    "timm_vit": (lambda n: timm.create_model("test_vit", num_classes=n, img_size=32), "head", (3, 32, 32)),
+    "timm_convnext": (lambda n: timm.create_model("test_convnext", num_classes=n), "head.fc", (3, 32, 32)),
+    "digits": (lambda n: DigitsCNN(4, n), "13", (1, 8, 8)),
+    "resnet8": (models.resnet8, "fc", (3, 16, 16)),
+    "vgg8": (lambda n: models.vgg8(n), "fc", (3, 32, 32)),
+    "wrn": (lambda n: models.wrn_16_1(n), "fc", (3, 16, 16)),
+    "sequential": (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(4, n)), "1", (2, 2)),
+    "bare": (lambda n: nn.Linear(4, n), "", (4,)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_head_is_replaced_and_nothing_else(name):
+    make, head, shape = NETWORKS[name]
+    network = make(10)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    assert find_head(network) == head
+    changed = reset_classifier(network, 3)
+    assert changed is network or not head
+    assert changed.eval()(torch.rand(2, *shape)).shape == (2, 3)
+    fresh = make(3)
+    after = changed.state_dict()
+    assert {key: value.shape for key, value in after.items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    prefix = f"{head}." if head else ""
+    for key in before.keys() - {f"{prefix}weight", f"{prefix}bias"}:
+        assert torch.equal(before[key], after[key]), key
+    for attribute in ("num_classes", "out_features"):
+        assert getattr(changed, attribute, None) == getattr(fresh, attribute, None)
+
+
+def test_classes_are_told_on_the_way_to_the_head_alone():
+    inner = nn.Sequential(without(timm.create_model("test_resnet", num_classes=10), "fc"), HeadFirst(10))
+    network = nn.Sequential(inner)
+    network.num_classes, network.out_features, inner.num_classes = 10, 10, 7
+    reset_classifier(network, 3, "0.1.fc")
+    assert (network.num_classes, inner[1].num_classes) == (3, 3)
+    assert (inner[0].num_classes, inner.num_classes) == (10, 7)
+    assert network.out_features == 10  # which often counts features
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda bias: nn.Linear(4, 10, bias),
+        lambda bias: nn.Conv1d(4, 10, 3, 2, 1, 2, bias=bias, padding_mode="circular"),
+        lambda bias: nn.Conv2d(4, 10, (3, 1), 2, (1, 0), 2, bias=bias),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_new_layer_is_like_the_old(layer, bias, alone):
+    old = layer(bias).to("meta", torch.float64).eval()
+    network = old if alone else nn.Sequential(OrderedDict(body=nn.ReLU(), head=old))
+    new = reset_classifier(network, 3)
+    new = new if alone else new.head
+    wanted = {**vars(old), "out_features": 3, "out_channels": 3}
+    assert new is not old
+    assert (new.weight.shape[0], new.bias is None) == (3, not bias)
+    assert (new.weight.dtype, new.weight.device, new.training) == (torch.float64, torch.device("meta"), False)
+    for key in vars(new).keys() - {"_parameters"}:
+        assert getattr(new, key) == wanted[key], key
+
+
+class TwoNames(nn.Module):
+    def __init__(self, head_first):
+        super().__init__()
+        head = nn.Linear(8, 10)
+        if head_first:
+            self.head = head
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), head)
+        self.head = head
+
+    def forward(self, x):
+        return self.head(self.layers[:-1](x))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_head_under_two_names(head_first):
+    network = reset_classifier(TwoNames(head_first), 3)
+    assert network(torch.rand(2, 4)).shape == network.layers(torch.rand(2, 4)).shape == (2, 3)
+
+
+def test_named_head():
+    network = HeadFirst(10)
+    assert find_head(network, "fc") == "fc"
+    assert reset_classifier(network, 3, "fc")(torch.rand(2, 4)).shape == (2, 3)
+    assert network.num_classes == 3
+
+
+def test_auxiliary_heads_are_left_alone():
+    network = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    reset_classifier(network, 3)
+    assert (network.fc.out_features, network.aux2.fc2.out_features) == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "message"),
+    [
+        (DigitsCNN(4), {"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        (DigitsCNN(4), {"head": "fc"}, r"linear or convolutional layer, such as \['3', '7', '13'\], got 'fc'"),
+        (DigitsCNN(4), {"head": "1"}, "linear or convolutional layer, .* got '1'"),
+        (nn.Sequential(nn.ReLU()), {}, "Sequential has no linear or convolutional layer to be its head"),
+        (nn.Conv2d(4, 4, 3, groups=2), {}, "a convolution in groups"),
+        (nn.Sequential(nn.LazyLinear(4)), {}, "0 does not know its inputs yet; run the network once"),
+        (HeadFirst(10), {}, "head must be named: HeadFirst is of 10 classes, and its last layer, 'body.0', gives 6"),
+        (timm.create_model("test_vit", num_classes=0), {}, "is of 0 classes"),
+        (timm.create_model("levit_128s"), {}, "head must be named: Levit.* has several, head.linear, head_dist.linear"),
+    ],
+)
+def test_bad_input(network, arguments, message):
+    with pytest.raises(InputError, match=message):
+        reset_classifier(network, **({"num_classes": 3} | arguments))
+
+
+def test_from_yaml(tmp_path):
+    weights = DigitsCNN(4, 5).state_dict()
+    torch.save(weights, tmp_path / "trained.pt")
+    model = {"class_path": "kd_lightning.models.DigitsCNN", "init_args": {"width": 4, "num_classes": 5}}
+    loaded = {
+        "class_path": "kd_lightning.load_weights",
+        "init_args": {"model": model, "path": f"{tmp_path}/trained.pt"},
+    }
+    config = {"class_path": "kd_lightning.reset_classifier", "init_args": {"network": loaded, "num_classes": 3}}
+    built = build(nn.Module, config)
+    assert built[13].out_features == 3
+    assert torch.equal(built[0].weight, weights["0.weight"])
+    assert load_weights(DigitsCNN(4, 3), _saved(built, tmp_path))[13].out_features == 3
+
+
+def _saved(network, folder):
+    torch.save(network.state_dict(), folder / "changed.pt")
+    return folder / "changed.pt"
+
+
+# The layers below.
+
+
+def names(network, head=None):
+    """The name of each parameter of each layer."""
+    name = {id(p): name for name, p in network.named_parameters()}
+    layers = layers_of(network, network.get_submodule(find_head(network, head)))
+    return [[name[id(p)] for p in layer] for layer in layers]
+
+
+def parts(network, head=None):
+    """What each layer begins with."""
+    return [layer[0].rpartition(".")[0] for layer in names(network, head)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_below_the_head_is_in_one_layer(name):
+    make, head, _ = NETWORKS[name]
+    network = make(10)
+    found = [parameter for layer in names(network) for parameter in layer]
+    assert sorted(found) == sorted(n for n, _ in network.named_parameters() if n.rpartition(".")[0] != head)
+    assert all(names(network))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "resnet18"])
+def test_layers_are_those_of_timm(name):
+    network = timm.create_model(name, num_classes=10)
+    wanted = {}
+    for group in param_groups_layer_decay(network, layer_decay=0.5, weight_decay=0.1):
+        wanted.setdefault(group["lr_scale"], set()).update(id(p) for p in group["params"])
+    layers = layers_of(network, network.get_classifier())
+    assert [{id(p) for p in layer} for layer in layers] == [wanted[0.5**d] for d in range(len(layers), 0, -1)]
+    assert wanted.keys() == {0.5**depth for depth in range(len(layers) + 1)}
+
+
+def test_norms_and_the_order():
+    assert names(DigitsCNN(4)) == [
+        ["0.weight", "1.weight", "1.bias"],
+        ["3.weight", "4.weight", "4.bias"],
+        ["7.weight", "8.weight", "8.bias"],
+    ]
+    first = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.RMSNorm(4), nn.Linear(4, 2))
+    assert names(first) == [["0.weight", "0.bias"], ["1.weight", "1.bias", "2.weight"]]
+    blocks = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    assert parts(models.resnet8()) == ["conv1", *blocks]  # the last block has most parameters, and is one layer
+    assert parts(torchvision.models.mobilenet_v3_small()) == [
+        "features.0.0",
+        *(f"features.{number}.block.0.0" for number in range(1, 12)),
+        "features.12.0",
+        "classifier.0",
+    ]
+
+
+VIT = ["", "encoder.layers.encoder_layer_0.ln_1", "encoder.layers.encoder_layer_1.ln_1"]
+RESNET = ["conv1", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
+
+
+@pytest.mark.parametrize(
+    ("network", "below"),
+    [
+        (ViT(10), VIT),
+        (torchvision.models.resnet18(), RESNET),
+        (Wrapped(without(torchvision.models.resnet18(), "fc"), 512, 10), [f"backbone.{part}" for part in RESNET]),
+        (nn.Sequential(without(torchvision.models.resnet18(), "fc"), nn.Linear(512, 10)), [f"0.{p}" for p in RESNET]),
+        (Wrapped(without(ViT(1), "heads"), 8, 10), ["backbone", *(f"backbone.{part}" for part in VIT[1:])]),
+    ],
+    ids=["vit", "resnet18", "wrapped", "sequence", "wrapped_vit"],
+)
+def test_backbones_are_opened_up(network, below):
+    assert parts(network) == below
+
+
+def test_token_and_position_belong_to_the_first_layer():
+    assert set(names(ViT(10))[0]) == {"class_token", "encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+    inner = nn.Sequential(OrderedDict(inner=ViT(10)))  # the head lies within
+    assert {name.removeprefix("inner.") for name in names(inner)[0]} == set(names(ViT(10))[0])
+    assert names(timm.create_model("test_vit"))[0][:2] == ["cls_token", "pos_embed"]
+
+
+def test_shared_parameters_are_taken_once():
+    shared = nn.Linear(4, 4)
+    network = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 4))
+    network[3].weight = shared.weight  # tied with the head, and so of the head
+    assert names(network) == [["0.bias"]]
+    assert not layers_of(nn.Linear(4, 2), nn.Linear(4, 2))[1:]
+
+
+def test_head_alone():
+    bare, in_sequence = nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert layers_of(bare, bare) == layers_of(in_sequence, in_sequence[1]) == []

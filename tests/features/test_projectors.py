@@ -1,0 +1,631 @@
+"""Joining layers: every projector against a reference, what measuring learns and leaves alone, and real networks."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from torch import nn
+from torchvision.models import resnet18, vit_b_16
+from torchvision.models.vision_transformer import VisionTransformer
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+from kd_lightning.features.capture import capture
+from kd_lightning.features.projectors import Projectors, TokensToMap, build_projector, map_shape, target_of, to_map
+from kd_lightning.losses import HintLoss
+from kd_lightning.modules._shared.hint_figure import hint_figure
+from kd_lightning.teachers.teacher import Teacher
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def set_out(tokens, side):
+    """Tokens as a map, entry by entry."""
+    first = tokens.shape[1] - side * side
+    array = np.empty((len(tokens), tokens.shape[2], side, side))
+    for row in range(side):
+        for column in range(side):
+            array[:, :, row, column] = tokens[:, first + row * side + column].detach().numpy()
+    return torch.from_numpy(array)
+
+
+def weights_of(projector, kind):
+    (layer,) = [module for module in projector.modules() if isinstance(module, kind)]
+    return layer.weight, layer.bias
+
+
+LARGER = [
+    ((4, 6, 6), (5, 6, 6), (1, 1)),
+    ((4, 8, 8), (5, 6, 6), (3, 3)),
+    ((4, 8, 9), (5, 5, 7), (4, 3)),
+    ((4, 6, 9), (2, 6, 2), (1, 8)),
+    ((3, 5, 7), (2, 1, 1), (5, 7)),
+    ((1, 1, 1), (1, 1, 1), (1, 1)),
+]
+SMALLER = [
+    ((4, 3, 3), (5, 6, 6)),
+    ((4, 3, 5), (2, 7, 6)),
+    ((4, 6, 5), (2, 6, 9)),  # along one side
+    ((4, 8, 3), (2, 5, 7)),  # larger along the other
+    ((4, 1, 1), (2, 3, 3)),
+]
+OTHER_TOKENS = [(9, 4, 3, 2), (10, 4, 3, 2), (9, 5, 3, 2), (17, 5, 4, 2)]
+
+
+class TestBuild:
+    @pytest.mark.parametrize(("guided", "hint", "kernel"), LARGER)
+    def test_larger_map_is_a_valid_convolution(self, guided, hint, kernel):
+        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        weight, bias = weights_of(projector, nn.Conv2d)
+        assert tuple(weight.shape[2:]) == kernel
+        assert parameters(projector) == (guided[0] * kernel[0] * kernel[1] + 1) * hint[0]
+        windows = x.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1)
+        expected = torch.einsum("bchwij,ocij->bohw", windows, weight) + bias.reshape(-1, 1, 1)
+        assert expected.shape == (3, *hint)
+        torch.testing.assert_close(projector(x), expected)
+
+    @pytest.mark.parametrize(("guided", "hint"), SMALLER)
+    def test_smaller_map_is_resized(self, guided, hint):
+        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        weight, bias = weights_of(projector, nn.Conv2d)
+        assert tuple(weight.shape) == (hint[0], guided[0], 1, 1)
+        assert parameters(projector) == (guided[0] + 1) * hint[0]
+        mixed = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0]) + bias.reshape(-1, 1, 1)
+        expected = F.interpolate(mixed, hint[1:], mode="bilinear", align_corners=False)
+        assert expected.shape == (3, *hint)
+        torch.testing.assert_close(projector(x), expected)
+
+    @pytest.mark.parametrize(
+        ("guided", "hint"), [((4,), (7,)), ((1,), (1,)), ((6, 4), (6, 7)), ((17, 4), (17, 4)), ((1, 3), (1, 2))]
+    )
+    def test_vectors_and_equally_many_tokens_are_linear(self, guided, hint):
+        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        weight, bias = weights_of(projector, nn.Linear)
+        assert parameters(projector) == (guided[-1] + 1) * hint[-1]
+        expected = torch.einsum("b...c,oc->b...o", x, weight) + bias
+        assert expected.shape == (3, *hint)
+        torch.testing.assert_close(projector(x), expected)
+
+    @pytest.mark.parametrize(("guided", "hint", "side", "hint_side"), OTHER_TOKENS)
+    def test_other_tokens_are_joined_as_maps(self, guided, hint, side, hint_side):
+        for (mine, n, k), (theirs, m, j) in (
+            ((guided, 3, side), (hint, 5, hint_side)),
+            ((hint, 3, hint_side), (guided, 5, side)),
+        ):
+            x, target = draw(2, mine, n), draw(2, theirs, m, seed=1)
+            projector = build_projector((mine, n), (theirs, m)).double()
+            kernel = max(k - j + 1, 1)
+            assert parameters(projector) == (n * kernel**2 + 1) * m
+            expected = F.conv2d(set_out(x, k), *weights_of(projector, nn.Conv2d))
+            expected = F.interpolate(expected, (j, j), mode="bilinear") if k < j else expected
+            assert expected.shape == (2, m, j, j)
+            torch.testing.assert_close(projector(x), expected)
+            assert torch.equal(target_of(target, projector(x)), set_out(target, j))
+
+    def test_as_many_places_with_and_without_class_token_are_maps(self):
+        x, target = draw(2, 10, 3), draw(2, 9, 5, seed=1)
+        projector = build_projector((10, 3), (9, 5)).double()
+        expected = F.conv2d(set_out(x, 3), *weights_of(projector, nn.Conv2d))
+        assert parameters(projector) == (3 + 1) * 5
+        torch.testing.assert_close(projector(x), expected)
+        assert torch.equal(target_of(target, projector(x)), set_out(target, 3))
+
+    @pytest.mark.parametrize("tokens", [9, 10])
+    @pytest.mark.parametrize(("size", "kernel"), [((3, 3), (1, 1)), ((2, 3), (2, 1)), ((4, 2), None)])
+    def test_tokens_to_a_map(self, tokens, size, kernel):
+        x, projector = draw(2, tokens, 4), build_projector((tokens, 4), (5, *size)).double()
+        weight, bias = weights_of(projector, nn.Conv2d)
+        assert tuple(weight.shape) == (5, 4, *(kernel or (1, 1)))
+        expected = F.conv2d(set_out(x, 3), weight, bias)
+        expected = expected if kernel else F.interpolate(expected, size, mode="bilinear")
+        assert expected.shape == (2, 5, *size)
+        torch.testing.assert_close(projector(x), expected)
+
+    @pytest.mark.parametrize("tokens", [9, 10])
+    @pytest.mark.parametrize(("size", "kernel"), [((3, 3), (1, 1)), ((5, 4), (3, 2)), ((4, 2), None)])
+    def test_a_map_to_tokens(self, tokens, size, kernel):
+        x, target = draw(2, 4, *size), draw(2, tokens, 5, seed=1)
+        projector = build_projector((4, *size), (tokens, 5)).double()
+        weight, bias = weights_of(projector, nn.Conv2d)
+        assert tuple(weight.shape) == (5, 4, *(kernel or (1, 1)))
+        expected = F.conv2d(x, weight, bias)
+        expected = expected if kernel else F.interpolate(expected, (3, 3), mode="bilinear")
+        torch.testing.assert_close(projector(x), expected)
+        assert torch.equal(target_of(target, projector(x)), set_out(target, 3))
+
+    @pytest.mark.parametrize(
+        ("guided", "hint", "message"),
+        [
+            ((4,), (4, 3, 3), "[4] is neither a map (C, H, W) nor tokens (N, C)"),
+            ((4, 3, 3), (4,), "[4] is neither a map"),
+            ((9, 4), (4,), "[4] is neither a map"),
+            ((4, 3, 3, 3), (4, 3, 3), "[4, 3, 3, 3] is neither a map"),
+            ((4, 3, 3), (4, 2, 3, 3), "[4, 2, 3, 3] is neither a map"),
+            ((), (4,), "[] is neither a map"),
+            ((7, 4), (4, 3, 3), "the grid of 7 tokens is not square, with or without a class token"),
+            ((9, 4), (12, 4), "the grid of 12 tokens"),
+        ],
+    )
+    def test_shapes_that_do_not_join(self, guided, hint, message):
+        with pytest.raises(InputError, match=re.escape(message)):
+            build_projector(guided, hint)
+
+
+class TestTokens:
+    @pytest.mark.parametrize(
+        ("tokens", "side"), [(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (196, 14), (197, 14), (1025, 32)]
+    )
+    def test_raster_order_without_the_class_token(self, tokens, side):
+        x = draw(2, tokens, 3)
+        assert map_shape((tokens, 3)) == (3, side, side)
+        assert torch.equal(to_map(x), set_out(x, side)) and torch.equal(TokensToMap()(x), to_map(x))
+
+    def test_the_order_of_a_real_transformer(self):
+        torch.manual_seed(0)
+        vit = VisionTransformer(12, 4, 1, 1, hidden_dim=6, mlp_dim=2, num_classes=2).eval()
+        with capture(vit, ["conv_proj", "encoder.dropout"]) as outputs:
+            vit(torch.randn(2, 3, 12, 12))
+        tokens = outputs["encoder.dropout"] - vit.encoder.pos_embedding
+        torch.testing.assert_close(to_map(tokens), outputs["conv_proj"])
+
+    @pytest.mark.parametrize("tokens", [0, 3, 6, 7, 8, 11, 198])
+    def test_no_square(self, tokens):
+        message = f"the grid of {tokens} tokens is not square, with or without a class token"
+        for call in (map_shape, lambda shape: to_map(torch.zeros(2, *shape))):
+            with pytest.raises(InputError, match=message):
+                call((tokens, 4))
+
+    def test_maps_stay(self):
+        assert map_shape([4, 3, 2]) == (4, 3, 2)
+
+    @pytest.mark.parametrize("shape", [(), (4,), (4, 3, 2, 1)])
+    def test_neither_map_nor_tokens(self, shape):
+        with pytest.raises(InputError, match=re.escape(f"{[*shape]} is neither a map (C, H, W) nor tokens (N, C)")):
+            map_shape(shape)
+
+    @pytest.mark.parametrize(("hint", "regressed"), [((2, 9, 4), (2, 9, 4)), ((2, 4), (2, 4)), ((2, 4, 3, 3),) * 2])
+    def test_target_is_the_hint_itself(self, hint, regressed):
+        hint = torch.zeros(hint)
+        assert target_of(hint, torch.zeros(regressed)) is hint
+
+
+class Student(nn.Module):
+    """A side branch is computed first, and joins above; one layer is never reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Conv2d(3, 6, 1)
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.drop = nn.Dropout(0.5)
+        self.mid = nn.Conv2d(4, 5, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(5, 6, 1, bias=False)
+        self.unused = nn.Conv2d(3, 3, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        side = self.side(x).mean((2, 3))
+        z = self.mid(self.drop(self.stem(x)).relu())
+        return self.head(self.deep(z.relu()).mean((2, 3)) + side)
+
+
+class Network(nn.Module):
+    """A teacher."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU())
+        self.top = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(7, 8, 1), nn.Sigmoid())
+        self.unused = nn.Tanh()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.top(self.body(x)).mean((2, 3)))
+
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+STEM = {"stem.0.weight", "stem.0.bias", "stem.1.weight", "stem.1.bias"}
+MID = STEM | {"mid.weight", "mid.bias"}
+DEEP = MID | {"deep.weight"}
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return Student()
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(1)
+    return Teacher(Network())
+
+
+def run(projectors, student, teacher, x=X):
+    with capture(student, [*projectors.hints], stop=True) as guided:
+        student(x)
+    with capture(teacher.network, [*projectors.hints.values()], stop=True) as hints:
+        teacher(Batch(x))
+    return projectors.pairs(guided, hints)
+
+
+def measured(student, teacher, hints, given=None, x=X):
+    projectors = Projectors(hints, given)
+    projectors.measure(student, teacher, x)
+    return projectors
+
+
+class TestMeasure:
+    def test_shapes_and_pairs_by_hand(self, student, teacher):
+        projectors = measured(student, teacher, {"mid": "top.2", "stem.0": "body.0", "head": "fc"})
+        assert projectors.joins == [
+            ([5, 4, 4], [8, 4, 4]),
+            ([4, 8, 8], [7, 8, 8]),
+            ([5], [5]),
+        ]
+        assert {key: type(module[0]) for key, module in projectors.items()} == {
+            "0": nn.Conv2d,
+            "1": nn.Conv2d,
+            "2": nn.Linear,
+        }
+        size = (5 + 1) * 8 + (4 + 1) * 7 + (5 + 1) * 5
+        assert projectors.size() == parameters(projectors) == size
+        assert projectors.describe() == (
+            "hints: mid [5, 4, 4] -> top.2 [8, 4, 4]; stem.0 [4, 8, 8] -> body.0 [7, 8, 8]; head [5] -> fc [5]; "
+            f"{size} parameters in projectors"
+        )
+        student.eval()
+        pairs = run(projectors, student, teacher)
+        assert [*pairs] == ["mid", "stem.0", "head"]
+        network = teacher.network
+        z = student.stem[0](X)
+        weight, bias = projectors["1"][0].weight, projectors["1"][0].bias
+        torch.testing.assert_close(pairs["stem.0"][0], F.conv2d(z, weight, bias))
+        weight, bias = projectors["0"][0].weight, projectors["0"][0].bias
+        z = student.mid(student.stem[1](z).relu())
+        torch.testing.assert_close(pairs["mid"][0], F.conv2d(z, weight, bias))
+        torch.testing.assert_close(pairs["mid"][1], network.top(network.body(X)))
+        torch.testing.assert_close(pairs["stem.0"][1], network.body[0](X))
+        torch.testing.assert_close(pairs["head"][1], network(X))
+
+    @pytest.mark.parametrize("hint", ["body.2", "top.2", "body.0"])
+    def test_linear_whatever_the_sign_of_the_hint(self, student, teacher, hint):
+        projectors = measured(student, teacher, {"mid": hint})
+        z = draw(3, 5, 4, 4).float()
+        one, two, both, none = (projectors["0"](x) for x in (z, 2 * z, 3 * z, 0 * z))
+        torch.testing.assert_close(one + two, both + none)
+        assert one.min() < 0
+
+    @pytest.mark.parametrize(
+        ("guided", "below"),
+        [
+            (["stem.0"], {"stem.0.weight", "stem.0.bias"}),
+            (["mid"], MID),  # not the side branch, though it runs first
+            (["deep"], DEEP),
+            (["stem", "deep"], DEEP),
+            (["deep", "stem"], DEEP),
+            (["side"], {"side.weight", "side.bias"}),
+            (["side", "stem"], STEM | {"side.weight", "side.bias"}),
+            (["head"], DEEP | {"side.weight", "side.bias", "head.weight", "head.bias"}),
+        ],
+    )
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_parameters_below_the_guided_layers(self, student, teacher, guided, below, grad):
+        layers = {name: "fc" if name == "head" else f"body.{n}" for n, name in enumerate(guided)}
+        with torch.set_grad_enabled(grad):
+            projectors = measured(student, teacher, layers)
+        assert projectors.below == below
+        assert all(p.grad is None for p in student.parameters())
+
+    def test_frozen_parameters_below_count_and_stay_frozen(self, student, teacher):
+        below = measured(student, teacher, {"mid": "top"}).below
+        student.stem.requires_grad_(False)
+        student.mid.bias.requires_grad_(False)
+        flags = [p.requires_grad for p in student.parameters()]
+        assert measured(student, teacher, {"mid": "top"}).below == below >= {"mid.weight", "mid.bias", "stem.0.weight"}
+        assert [p.requires_grad for p in student.parameters()] == flags
+        with pytest.raises(InputError):
+            measured(student, teacher, {"mid": "nowhere"})
+        assert [p.requires_grad for p in student.parameters()] == flags
+
+    @pytest.mark.parametrize("fault", [None, "joined", "given"])
+    def test_leaves_everything_as_it_was(self, student, teacher, fault):
+        student.stem[0].eval()  # BatchNorm and dropout train
+        given = nn.Sequential(nn.BatchNorm2d(5), nn.Conv2d(5, 9 if fault == "given" else 8, 1), nn.Dropout(0.5))
+        given[2].eval()
+        networks = {"student": student, "teacher": teacher.network, "given": given}
+        layers = [layer for network in networks.values() for layer in network.modules()]
+        modes = [layer.training for layer in layers]
+        state = {(n, k): v.clone() for n, network in networks.items() for k, v in network.state_dict().items()}
+        generator, images = torch.get_rng_state(), X.clone()
+        hints = {"mid": "top", "head" if fault == "joined" else "deep": "body.0"}
+        if fault:
+            with pytest.raises(InputError):
+                measured(student, teacher, hints, {"mid": given})
+        else:
+            measured(student, teacher, hints, {"mid": given})
+        assert torch.equal(torch.get_rng_state(), generator) and torch.equal(X, images)
+        assert [layer.training for layer in layers] == modes
+        assert all(torch.equal(state[n, k], v) for n in networks for k, v in networks[n].state_dict().items())
+        assert not any(layer._forward_hooks for layer in layers)
+        assert not any(p.requires_grad for p in teacher.network.parameters())
+
+    def test_compiled_student(self, student, teacher):
+        torch._dynamo.reset()
+        plain = measured(student, teacher, {"mid": "top"})
+        wrapped = torch.compile(student, backend="eager")
+        wrapped(X)
+        projectors = measured(wrapped, teacher, {"mid": "top"})
+        assert projectors.joins == plain.joins
+        assert projectors.below == {f"_orig_mod.{name}" for name in MID}  # as its named_parameters has them
+        student.compile(backend="eager")
+        assert measured(student, teacher, {"mid": "top"}).below == MID
+
+    def test_built_regressors_train_and_depend_on_the_seed_alone(self, student, teacher):
+        hints = {"mid": "top", "deep": "top"}
+        torch.manual_seed(5)
+        one = measured(student, teacher, hints)
+        torch.rand(7)  # however much was drawn
+        generator = torch.get_rng_state()
+        other = measured(student, teacher, hints, x=X + 1)
+        assert torch.equal(torch.get_rng_state(), generator) and torch.initial_seed() == 5
+        assert torch.equal(one["0"][0].weight, other["0"][0].weight)
+        assert torch.equal(one["1"][0].weight, other["1"][0].weight)
+        assert not torch.equal(one["0"][0].bias, one["1"][0].bias)  # one after the other
+        assert all(module.training for module in one.modules())
+        assert all(p.requires_grad for p in one.parameters())
+        torch.manual_seed(6)
+        assert not torch.equal(measured(student, teacher, {"mid": "top"})["0"][0].weight, one["0"][0].weight)
+
+    def test_hints_of_preprocessed_images(self, student):
+        network = Network()
+        teacher = Teacher(network, preprocess=nn.Upsample(scale_factor=2))
+        projectors = measured(student, teacher, {"mid": "body"})
+        assert projectors.joins == [([5, 4, 4], [7, 16, 16])]
+        expected = network.body(F.interpolate(X, scale_factor=2))
+        torch.testing.assert_close(run(projectors, student, teacher)["mid"][1], expected)
+
+
+class TestRegressors:
+    HINTS = {"stem.0": "body.0", "mid": "top.1", "deep": "body.2"}
+
+    def test_given_ones_are_used_and_others_built(self, student, teacher):
+        mine = nn.Conv2d(5, 8, 3, padding=1)
+        projectors = measured(student, teacher, self.HINTS, {"mid": mine})
+        assert projectors["1"] is mine and {*projectors} == {"0", "1", "2"}
+        assert {key.split(".")[0] for key in projectors.state_dict()} == {"0", "1", "2"}
+        pairs = run(projectors, student.eval(), teacher)
+        assert [*pairs] == [*self.HINTS]
+        torch.testing.assert_close(pairs["mid"][0], mine(student.mid(student.stem(X).relu())))
+
+    def test_measuring_again_keeps_them(self, student, teacher):
+        projectors = measured(student, teacher, self.HINTS, {"mid": nn.Conv2d(5, 8, 1)})
+        modules = dict(projectors.items())
+        projectors.measure(student, teacher, X)
+        assert {key: id(module) for key, module in projectors.items()} == {k: id(m) for k, m in modules.items()}
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_state_dict_round_trip_by_their_joins(self, student, teacher, own, tmp_path):
+        def given():
+            return {"mid": nn.Conv2d(5, 8, 1)} if own else None
+
+        projectors = measured(student, teacher, self.HINTS, given())
+        torch.save({"joins": projectors.joins, "state": projectors.state_dict()}, tmp_path / "r.pt")
+        saved = torch.load(tmp_path / "r.pt", weights_only=True)
+        again = Projectors(self.HINTS, given())
+        again.build(saved["joins"], torch.device("cpu"), torch.float32)
+        again.load_state_dict(saved["state"])
+        assert again.joins == projectors.joins and again.describe() == projectors.describe()
+        student.eval()
+        one, other = run(projectors, student, teacher), run(again, student, teacher)
+        assert all(torch.equal(one[name][0], other[name][0]) for name in self.HINTS)
+
+    @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
+    def test_built_where_and_as_they_are_asked_for(self, device, dtype):
+        projectors = Projectors({"a.b": "c"})
+        generator = torch.get_rng_state()
+        with torch.device("meta"):  # whatever the default is
+            projectors.build([([4, 3, 3], [2, 2, 2])], torch.device(device), dtype)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert {(p.device.type, p.dtype) for p in projectors.parameters()} == {(device, dtype)}
+
+    def test_built_in_the_dtype_of_the_student(self, student, teacher):
+        projectors = measured(student.double(), teacher.double(), self.HINTS, x=X.double())
+        assert {p.dtype for p in projectors.parameters()} == {torch.float64}
+
+    def test_no_pairs(self):
+        with pytest.raises(InputError, match="hints must name at least one pair, {guided layer: hint layer}, got none"):
+            Projectors({})
+
+    def test_given_one_of_no_guided_layer(self):
+        with pytest.raises(InputError, match=r"projectors: 'top\.1' is no guided layer; hints has stem\.0, mid, deep$"):
+            Projectors(self.HINTS, {"mid": nn.Identity(), "top.1": nn.Identity()})
+
+    @pytest.mark.parametrize(
+        ("hints", "message"),
+        [
+            ({"stem.9": "body.0"}, r"^hints: layer 'stem\.9': Student has none of that name; nearest: stem"),
+            ({"mid": "top", "stem.0": "bodi"}, "^hints: layer 'bodi': Network has none of that name; nearest: body"),
+            ({"": "body.0"}, "^hints: layer '': Student has none of that name"),
+        ],
+    )
+    def test_unknown_layers(self, student, teacher, hints, message):
+        with pytest.raises(InputError, match=message):
+            Projectors(hints).measure(student, teacher, X)
+
+    def test_pair_that_does_not_join(self, student, teacher):
+        message = (
+            "hints: no built-in projector joins head [5] to body.0 [7, 8, 8] (for one sample): [5] is neither a map "
+            "(C, H, W) nor tokens (N, C); choose other layers, or give one in projectors"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            measured(student, teacher, {"mid": "top", "head": "body.0"})
+        own = nn.Sequential(nn.Linear(5, 7 * 8 * 8), nn.Unflatten(1, (7, 8, 8)))
+        assert measured(student, teacher, {"head": "body.0"}, {"head": own}).joins == [([5], [7, 8, 8])]
+
+    @pytest.mark.parametrize(
+        ("hints", "message"),
+        [
+            ({"mid": "top", "unused": "body"}, "^hints: the student's layer unused is never reached in its forward"),
+            ({"mid": "unused"}, "^hints: the teacher's layer unused is never reached in its forward"),
+        ],
+    )
+    def test_layer_that_is_never_reached(self, student, teacher, hints, message):
+        with pytest.raises(InputError, match=message):
+            measured(student, teacher, hints)
+
+    @pytest.mark.parametrize(
+        ("own", "shape"),
+        [
+            (nn.Conv2d(5, 9, 1), "[9, 4, 4]"),
+            (nn.Conv2d(5, 1, 1), "[1, 4, 4]"),  # would broadcast
+            (nn.Conv2d(5, 8, 3), "[8, 2, 2]"),
+            (nn.Flatten(), "[80]"),
+        ],
+    )
+    def test_given_one_of_another_output_shape(self, student, teacher, own, shape):
+        message = f"projectors: that of mid gives {shape} for one sample, but the hint of top is [8, 4, 4]"
+        with pytest.raises(InputError, match=re.escape(message)):
+            measured(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
+
+    @pytest.mark.parametrize("own", [nn.Conv2d(6, 8, 1), nn.Linear(3, 8), nn.Module()])
+    def test_given_one_that_crashes(self, student, teacher, own):
+        with pytest.raises(InputError, match=r"^projectors: one does not fit its layer: \S[^\n]+$"):
+            measured(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
+
+
+@pytest.fixture(scope="module")
+def resnets():
+    torch.manual_seed(0)
+    return resnet18(num_classes=5), Teacher(resnet18(num_classes=5))
+
+
+@pytest.fixture(scope="module")
+def vits():
+    torch.manual_seed(0)
+    vit = vit_b_16(image_size=64, num_classes=5)
+    return vit, Teacher(copy.deepcopy(vit))
+
+
+LAYER = "encoder.layers.encoder_layer_{}".format
+R1, R2, R3, R4 = (("layer1", (64, 16, 16)), ("layer2", (128, 8, 8)), ("layer3", (256, 4, 4)), ("layer4", (512, 2, 2)))
+V0, V1, PATCHES = ((LAYER(0), (17, 768)), (LAYER(1), (17, 768)), ("conv_proj", (768, 4, 4)))
+
+
+class TestRealNetworks:
+    """Images of 64 x 64, so 4 x 4 patches."""
+
+    IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def check(self, student, teacher, pairs, first, size):
+        student.zero_grad()
+        projectors = measured(student, teacher, {guided: hint for (guided, _), (hint, _) in pairs}, x=self.IMAGES)
+        assert projectors.joins == [([*g], [*h]) for (_, g), (_, h) in pairs]
+        assert projectors.size() == size
+        compared = run(projectors, student, teacher, self.IMAGES)
+        loss = torch.stack([HintLoss()(*pair) for pair in compared.values()]).sum()
+        loss.backward()
+        assert loss.isfinite() and loss > 0
+        reached = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        assert reached.keys() == projectors.below
+        assert all(g.isfinite().all() for g in reached.values()) and reached[first].abs().max() > 0
+        assert all(p.grad.abs().max() > 0 for p in projectors.parameters())
+        return projectors
+
+    @pytest.mark.parametrize(
+        ("pairs", "size"),
+        [
+            ([(R1, R1)], (64 + 1) * 64),
+            ([(R2, R3)], (128 * 25 + 1) * 256),
+            ([(R3, R2)], (256 + 1) * 128),
+            ([(R2, R2), (R4, R3)], (128 + 1) * 128 + (512 + 1) * 256),
+            ([(("avgpool", (512, 1, 1)), R4)], (512 + 1) * 512),
+            ([(("fc", (5,)), ("fc", (5,)))], 30),
+        ],
+    )
+    def test_resnets(self, resnets, pairs, size):
+        projectors = self.check(*resnets, pairs, "conv1.weight", size)
+        assert ("fc.weight" in projectors.below) == ("fc" in projectors.hints)
+
+    @pytest.mark.parametrize(
+        ("pairs", "size"),
+        [
+            ([(R3, V0)], (256 + 1) * 768),
+            ([(R2, V1), (R4, PATCHES)], (128 * 25 + 1) * 768 + (512 + 1) * 768),
+        ],
+    )
+    def test_resnet_learns_from_a_transformer(self, resnets, vits, pairs, size):
+        self.check(resnets[0], vits[1], pairs, "conv1.weight", size)
+
+    @pytest.mark.parametrize(
+        ("pairs", "size"), [([(V1, R3)], (768 + 1) * 256), ([(V0, R2), (PATCHES, R4)], 769 * 128 + (9 * 768 + 1) * 512)]
+    )
+    def test_transformer_learns_from_a_resnet(self, resnets, vits, pairs, size):
+        projectors = self.check(vits[0], resnets[1], pairs, "conv_proj.weight", size)
+        block = {name for name, _ in vits[0].named_parameters() if "encoder_layer_1." in name}
+        assert block and (block <= projectors.below) == (pairs[0][0] is V1)
+
+    def test_transformers_of_the_same_tokens(self, vits):
+        self.check(*vits, [(V0, V1)], "conv_proj.weight", 769 * 768)
+
+    def test_transformers_of_other_tokens(self, vits):
+        torch.manual_seed(0)
+        fine = VisionTransformer(64, 8, 1, 2, hidden_dim=16, mlp_dim=8, num_classes=5)  # 8 x 8 patches
+        self.check(fine, vits[1], [((LAYER(0), (65, 16)), V0)], "conv_proj.weight", (16 * 25 + 1) * 768)
+        self.check(vits[0], Teacher(fine), [(V0, (LAYER(0), (65, 16)))], "conv_proj.weight", 769 * 16)
+
+
+class TestFigure:
+    @pytest.fixture(autouse=True)
+    def closed(self):
+        yield
+        plt.close("all")
+
+    @pytest.mark.parametrize(
+        ("batch", "samples", "rows", "channels", "most", "columns"),
+        [(5, 2, 2, 9, 6, 6), (1, 2, 1, 4, 6, 4), (5, 3, 3, 9, 1, 1), (5, 2, 2, 1, 6, 1)],
+    )
+    def test_maps(self, batch, samples, rows, channels, most, columns):
+        hint, regressed = draw(batch, channels, 4, 3), draw(batch, channels, 4, 3, seed=1)
+        hint = hint * torch.randperm(channels, generator=torch.Generator().manual_seed(2)).add(1).reshape(-1, 1, 1)
+        figure = hint_figure(hint, regressed.requires_grad_(), "a -> b", samples, most)
+        shown = hint[:rows].numpy()
+        chosen = np.argsort(-shown.transpose(1, 0, 2, 3).reshape(channels, -1).var(1))[:columns]
+        axes = figure.get_axes()
+        assert len(axes) == 2 * rows * columns and all(len(axis.get_images()) == 1 for axis in axes)
+        assert figure.get_suptitle() == "a -> b"
+        for place, axis in enumerate(axes):
+            row, column = divmod(place, columns)
+            image, channel = axis.get_images()[0], chosen[column]
+            source = (hint, regressed.detach())[row % 2][row // 2, channel]
+            np.testing.assert_allclose(image.get_array(), source.numpy(), rtol=1e-6)
+            of_hint = hint[row // 2, channel]
+            assert image.get_clim() == pytest.approx((of_hint.min().item(), of_hint.max().item()))
+            assert axis.get_ylabel() == ("" if column else ("hint", "regressed")[row % 2])
+            assert axis.get_title() == (f"channel {channel}" if row == 0 and channels > 1 else "")
+
+    @pytest.mark.parametrize("shape", [(3, 7, 4), (3, 9, 4), (1, 10, 4), (3, 6), (1, 1)])
+    def test_tokens_and_vectors_are_one_matrix(self, shape):
+        hint, regressed = draw(*shape), draw(*shape, seed=1)
+        figure = hint_figure(hint, regressed, "tokens")
+        axes = figure.get_axes()
+        assert len(axes) == 2 * min(shape[0], 2)
+        for row, axis in enumerate(axes):
+            source = (hint, regressed)[row % 2][row // 2]
+            (image,) = axis.get_images()
+            np.testing.assert_allclose(image.get_array(), source.reshape(-1, shape[-1]).numpy(), rtol=1e-6)
+            assert axis.get_ylabel() == ("hint", "regressed")[row % 2] and axis.get_title() == ""
+
+    def test_defaults_half_precision_and_constant_maps(self):
+        figure = hint_figure(*(fill((3, 7, 2, 2), dtype=torch.bfloat16) for fill in (torch.zeros, torch.ones)), "")
+        figure.canvas.draw()
+        assert len(figure.get_axes()) == 2 * 2 * 6

@@ -1,0 +1,149 @@
+"""Evaluation: each figure against scikit-learn or the formula in float64, over batches with missing labels."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from torch import nn
+
+from kd_lightning import InputError
+from kd_lightning.losses.base import decide, to_probabilities
+from kd_lightning.modules._shared.evaluation import Evaluation
+
+NAN = float("nan")
+SHAPES = {"multiclass": (200, 5), "multilabel": (200, 3), "binary": (200,), "binary, column": (200, 1)}
+
+
+def draw(case):
+    """Task, student's and teacher's logits, labels with holes."""
+    task, shape = case.split(",")[0], SHAPES[case]
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (2 * torch.randn(shape, generator=generator) for _ in range(2))
+    if task == "multiclass":
+        y = torch.randint(5, (200,), generator=generator)
+        y[::7] = -100
+        y[100:150] = -100  # a batch without any
+    else:
+        y = torch.randint(2, shape, generator=generator).float()
+        y.view(-1)[::7] = NAN
+        y[100:150] = NAN
+    return task, logits, teacher, y
+
+
+def measure(task, logits, teacher, y, size=50):
+    evaluation = Evaluation(task, 1 if task == "binary" else logits.shape[1])
+    for start in range(0, len(y), size):
+        part = slice(start, start + size)
+        known = ~torch.isnan(y[part]) & (y[part] != -100)
+        if task == "multiclass":
+            loss = nn.functional.cross_entropy(logits[part][known], y[part][known])
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits[part][known], y[part][known])
+        evaluation.update(logits[part], y[part], loss, int(known.sum()), None if teacher is None else teacher[part])
+    return {name: value.item() for name, value in evaluation.compute().items()}
+
+
+def binned_gap(confidence, right):
+    """Expected calibration error over 15 bins of equal width."""
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    return sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_against_references(case):
+    task, logits, teacher, y = draw(case)
+    found = measure(task, logits, teacher, y)
+    s, t, truth = logits.double().numpy(), teacher.double().numpy(), y.double().numpy()
+    known = ~np.isnan(truth) & (truth != -100)
+    if task == "multiclass":
+        log_s = s - np.log(np.exp(s).sum(1, keepdims=True))
+        log_t = t - np.log(np.exp(t).sum(1, keepdims=True))
+        truth, guess, taught = truth[known].astype(int), s.argmax(1), t.argmax(1)
+        losses = -log_s[known, truth]
+        gap = binned_gap(np.exp(log_s[known]).max(1), guess[known] == truth)
+        f1 = f1_score(truth, guess[known], average="macro")
+        kl = (np.exp(log_t) * (log_t - log_s)).sum(1).mean()
+    else:
+        p, q = 1 / (1 + np.exp(-s)), 1 / (1 + np.exp(-t))
+        guess, taught = (s > 0).astype(int), (t > 0).astype(int)
+        losses = -np.where(truth == 1, np.log(p), np.log(1 - p))[known]
+        gap = binned_gap(p[known], truth[known])
+        kl = (q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))).mean()
+        if task == "multilabel":  # each label's over its own known samples
+            f1 = np.mean([f1_score(truth[k, n], guess[k, n]) for n, k in enumerate(known.T)])
+        else:
+            f1 = f1_score(truth[known], guess[known])
+        truth = truth[known]
+    assert found == {
+        "loss": pytest.approx(losses.mean(), rel=1e-5),
+        "accuracy": pytest.approx(accuracy_score(truth, guess[known]), rel=1e-6),
+        "f1": pytest.approx(f1, rel=1e-6),
+        "calibration_error": pytest.approx(gap, abs=1e-6),
+        "agreement": pytest.approx((guess == taught).mean(), rel=1e-6),
+        "teacher_kl": pytest.approx(kl, rel=1e-5),
+        "teacher_accuracy": pytest.approx(accuracy_score(truth, taught[known]), rel=1e-6),
+    }
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_batches_make_no_difference(case):
+    task, logits, teacher, y = draw(case)
+    parts, whole = measure(task, logits, teacher, y, 50), measure(task, logits, teacher, y, 200)
+    assert parts == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_only_what_there_is(case):
+    task, logits, teacher, y = draw(case)
+    assert set(measure(task, logits, None, y)) == {"loss", "accuracy", "f1", "calibration_error"}
+    none = torch.full_like(y, -100 if task == "multiclass" else NAN)
+    assert set(measure(task, logits, teacher, none)) == {"agreement", "teacher_kl"}
+    assert measure(task, logits, None, none) == {}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_same_network_agrees(case):
+    task, logits, _, y = draw(case)
+    found = measure(task, logits, logits, y)
+    assert found["agreement"] == 1
+    assert found["teacher_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["teacher_accuracy"] == found["accuracy"]
+
+
+def test_confusion_matrix():
+    task, logits, _, y = draw("multiclass")
+    evaluation = Evaluation(task, 5)
+    evaluation.update(logits, y, torch.tensor(0.0), 1, None)
+    known = y != -100
+    expected = confusion_matrix(y[known], logits[known].argmax(1))
+    assert evaluation.confusion.compute().tolist() == expected.tolist()
+    figures = evaluation.figures(["ant", "bee", "cat", "dog", "eel"])
+    assert set(figures) == {"confusion_matrix"}
+    figure = figures["confusion_matrix"]
+    written = {text.get_text() for text in figure.axes[0].get_xticklabels()}
+    assert written == {"ant", "bee", "cat", "dog", "eel"}
+    figure = evaluation.figures(["ant"])["confusion_matrix"]
+    assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {*"01234"}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_teacher_of_other_outputs(case):
+    task, logits, teacher, _ = draw(case)
+    evaluation = Evaluation(task, 3)
+    with pytest.raises(InputError, match=r"same number of outputs, got .* from the teacher and .* from the student"):
+        evaluation.check(logits, torch.cat([teacher.reshape(200, -1)] * 2, dim=1))
+    evaluation.check(logits, teacher)
+    evaluation.check(logits, None)
+
+
+def test_probabilities_and_decisions():
+    z = torch.tensor([[0.0, 1.0], [3.0, 3.0]], requires_grad=True)
+    assert to_probabilities(z.bfloat16(), "multiclass").dtype == torch.float32
+    assert not to_probabilities(z, "multiclass").requires_grad
+    e = np.e
+    assert to_probabilities(z, "multiclass").tolist() == [pytest.approx([1 / (1 + e), e / (1 + e)]), [0.5, 0.5]]
+    assert to_probabilities(z[:1], "multilabel").tolist() == [pytest.approx([0.5, e / (1 + e)])]
+    assert to_probabilities(z[:, :1], "binary").shape == (2,)
+    assert decide(z, "multiclass").tolist() == [1, 0]
+    assert decide(z, "multilabel").tolist() == [[0, 1], [1, 1]]  # one half is no
+    assert decide(z[:, :1], "binary").tolist() == [0, 1]

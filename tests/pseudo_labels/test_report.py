@@ -1,0 +1,91 @@
+"""The report of a round: its numbers by hand, limit cases, and its pictures."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from kd_lightning.pseudo_labels.report import class_shares, figures, measure
+from kd_lightning.pseudo_labels.table import PseudoLabels
+
+LABEL = [0, 0, 1, 2, 2, 2]
+
+
+def table(accepted, label=LABEL):
+    confidence = torch.linspace(0.5, 1.0, len(label))
+    changed = torch.arange(len(label)) < 2
+    return PseudoLabels(
+        torch.arange(len(label)), torch.tensor(label), confidence, torch.tensor(accepted).bool(), changed, 3, 5
+    )
+
+
+def test_by_hand():
+    truth = torch.tensor([0, 1, -100, 2, 2, 1])
+    values = measure(table([1, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 1, 3]), truth)
+    assert values == pytest.approx(
+        {
+            "coverage": 4 / 6,
+            "confidence": 0.75,
+            "flips": 2 / 6,
+            # 1/4, 1/4, 2/4, 0 against 3/5, 1/5, 0, 1/5
+            "class_distance": (0.35 + 0.05 + 0.5 + 0.2) / 2,
+            "precision": 3 / 5,
+            "accepted_precision": 3 / 3,
+        }
+    )
+
+
+def test_same_shares_are_no_distance_apart_and_disjoint_ones_are_one():
+    one = table([1] * 6)
+    assert measure(one, torch.tensor(LABEL * 3), None)["class_distance"] == pytest.approx(0)
+    assert measure(one, torch.tensor([7, 3]), None)["class_distance"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("truth", [None, torch.full((6,), -100)])
+def test_without_truth(truth):
+    assert set(measure(table([1] * 6), torch.tensor([0]), truth)) == {
+        "coverage",
+        "confidence",
+        "flips",
+        "class_distance",
+    }
+
+
+def test_nothing_accepted():
+    values = measure(table([0] * 6), torch.tensor([0]), torch.tensor([1] * 6))
+    assert values == pytest.approx({"coverage": 0, "confidence": 0.75, "flips": 2 / 6, "precision": 1 / 6})
+
+
+def test_nothing_accepted_of_what_is_known():
+    values = measure(table([1, 0, 0, 0, 0, 0]), torch.tensor([0]), torch.tensor([-100, 0, 0, 0, 0, 0]))
+    assert values["precision"] == pytest.approx(1 / 5)
+    assert "accepted_precision" not in values
+
+
+def test_no_label_was_given():
+    """As where a teacher labels everything."""
+    assert "class_distance" not in measure(table([1] * 6), torch.empty(0, dtype=torch.long), None)
+
+
+def test_shares():
+    shares = class_shares(table([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 4]))
+    assert shares.tolist() == [[0, 0, 1, 0, 0], [0.25, 0.5, 0, 0, 0.25]]
+    none = class_shares(table([0] * 6), torch.empty(0, dtype=torch.long))
+    assert none.tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize("accepted", [[1, 0, 1, 1, 1, 0], [0] * 6])
+def test_pictures(threshold, accepted):
+    open_ones = plt.get_fignums()
+    drawn = figures(table(accepted), torch.tensor([0, 0, 1, 4]), threshold)
+    assert set(drawn) == {"confidence", "classes"}
+    (panel,) = drawn["confidence"].axes
+    assert panel.get_title() == f"round 3: {sum(accepted)} of 6 accepted"
+    assert sum(bar.get_height() for bar in panel.patches) == 6
+    assert [line.get_xdata()[0] for line in panel.lines] == ([] if threshold is None else [0.9])
+    (panel,) = drawn["classes"].axes
+    heights = [bar.get_height() for bar in panel.patches]
+    assert heights == pytest.approx(class_shares(table(accepted), torch.tensor([0, 0, 1, 4])).flatten().tolist())
+    for figure in drawn.values():
+        figure.canvas.draw()
+    assert plt.get_fignums() == open_ones  # none is left open

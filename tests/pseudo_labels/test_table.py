@@ -1,0 +1,170 @@
+"""A round of labels: who is accepted, what changed, its hash, the ledger, and what is refused."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kd_lightning import InputError
+from kd_lightning.pseudo_labels.table import COLUMNS, PseudoLabels, check_classes, check_threshold, choose, write_round
+
+
+def draw(rows=40, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.randn(rows, classes, generator=generator).mul(2).softmax(dim=1)
+    return probabilities, torch.randperm(1000, generator=generator)[:rows]
+
+
+def by_hand(probabilities, index, threshold, top):
+    """{index: (label, confidence, accepted)}, row by row; of equal ones the first by index."""
+    rows = {int(i): (int(p.argmax()), float(p.max())) for i, p in zip(index, probabilities.numpy(), strict=True)}
+    accepted = {i for i, (_, confidence) in rows.items() if threshold is None or confidence >= threshold}
+    if top is not None:
+        for number in {label for label, _ in rows.values()}:
+            members = sorted((i for i in accepted if rows[i][0] == number), key=lambda i: (-rows[i][1], i))
+            accepted -= {*members[top:]}
+    return {i: (*rows[i], i in accepted) for i in sorted(rows)}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.6, 1.0, 1e-3])
+@pytest.mark.parametrize("top", [None, 1, 3, 99])
+def test_by_hand(threshold, top):
+    probabilities, index = draw()
+    probabilities[5] = probabilities[9] = probabilities[2]  # equal ones
+    table = choose(probabilities, index, threshold=threshold, top_k_per_class=top, epoch=7)
+    expected = by_hand(probabilities, index, threshold, top)
+    columns = (table.index, table.label, table.confidence, table.accepted)
+    found = {i: row for i, *row in zip(*(column.tolist() for column in columns), strict=True)}
+    assert list(found) == list(expected)
+    assert [tuple(row) for row in found.values()] == [*expected.values()]
+    assert (table.round, table.epoch, table.soft, table.changed.any()) == (0, 7, None, False)
+    assert table.accepted.any() == (threshold != 1.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+def test_uniform_ones_are_never_accepted(classes):
+    probabilities = torch.full((2, classes), 1 / classes)
+    probabilities[1, 1] += 1e-3
+    assert choose(probabilities, torch.arange(2)).accepted.tolist() == [False, True]
+
+
+def test_a_threshold_is_reached_by_what_equals_it():
+    probabilities = torch.tensor([[0.95, 0.05], [0.0, 1.0], [0.94999, 0.05001]])
+    for dtype in (torch.float32, torch.float64):
+        given = probabilities.to(dtype)
+        assert choose(given, torch.arange(3), threshold=0.95).accepted.tolist() == [True, True, False]
+        assert choose(given, torch.arange(3), threshold=1.0).accepted.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
+def test_soft_ones_are_sharpened(temperature):
+    probabilities, index = draw()
+    probabilities[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    table = choose(probabilities, index, soft=True, sharpen=temperature)
+    p = probabilities.double().numpy()[index.argsort().numpy()]
+    log = np.log(np.maximum(p, 1e-300)) / temperature
+    power = np.exp(log - log.max(axis=1, keepdims=True))
+    expected = power / power.sum(axis=1, keepdims=True)
+    assert table.soft.dtype == torch.float32
+    assert table.soft.numpy() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(table.soft.argmax(dim=1), table.label)
+
+
+def test_what_changed():
+    index = torch.tensor([4, 2, 9])
+    first = choose(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]]), index)
+    assert (first.round, first.changed.tolist()) == (0, [False] * 3)
+    order = torch.tensor([2, 0, 1])  # a loader may give them in another order
+    probabilities = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.1, 0.9]])
+    second = choose(probabilities[order], index[order], before=first, threshold=0.85)
+    assert (second.round, second.index.tolist(), second.changed.tolist()) == (1, [2, 4, 9], [False, True, False])
+    assert second.accepted.tolist() == [True, False, True]
+
+
+def test_hash_and_state():
+    probabilities, index = draw()
+    table = choose(probabilities, index, threshold=0.5, soft=True)
+    again = PseudoLabels(**table.state_dict())
+    assert again.hash == table.hash == choose(probabilities, index, threshold=0.5, soft=True).hash
+    others = [replace(table, round=1), replace(table, epoch=1), replace(table, soft=None)]
+    for name in ("index", "label", "confidence", "accepted", "changed", "soft"):
+        value = getattr(table, name).clone()
+        value[3] = ~value[3] if value.dtype == torch.bool else value[3] + 1
+        others.append(replace(table, **{name: value}))
+    assert len({table.hash, *(other.hash for other in others)}) == 10
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.0001, float("nan"), float("inf")])
+def test_threshold_out_of_range(threshold):
+    with pytest.raises(InputError, match=rf"certainty must lie in \(0, 1\], or be null for none, got {threshold}$"):
+        check_threshold(threshold, "certainty")
+
+
+@pytest.mark.parametrize("threshold", [None, 1e-9, 0.95, 1.0, 1])
+def test_threshold_in_range(threshold):
+    check_threshold(threshold)
+
+
+@pytest.mark.parametrize(
+    ("y", "classes", "names", "named"),
+    [
+        ([0, 2, -100, 2], 3, None, "'1', so"),
+        ([0, 2, -100, 2], 3, ["ant", "bee", "cat"], "'bee', so"),
+        ([0, 2, -100, 2], 3, ["ant", "bee"], "'1', so"),  # names of something else
+        ([-100], 2, None, "'0', '1', so"),
+        ([], 2, None, "'0', '1', so"),
+        ([9], 7, None, "'0', '1', '2', '3', '4', ..., so"),
+    ],
+)
+def test_class_without_a_label(y, classes, names, named):
+    with pytest.raises(InputError, match=f"^Owner: no labeled sample of class {named} no pseudo-label can be learned"):
+        check_classes(torch.tensor(y, dtype=torch.long), classes, names, "Owner")
+
+
+@pytest.mark.parametrize("y", [torch.tensor([1, -100, 0]), torch.tensor([1.0, float("nan"), 0.0])])
+def test_every_class_has_a_label(y):
+    check_classes(y, 2, None, "Owner")
+
+
+class TestLedger:
+    @staticmethod
+    def write(folder, table, names=None, path_of=lambda index: None):
+        path = write_round(folder, table, names, path_of)
+        with path.open(newline="", encoding="utf-8") as file:
+            return path, [*csv.DictReader(file)]
+
+    def test_a_row_a_sample(self, tmp_path):
+        first = choose(torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75)
+        table = choose(
+            torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, before=first, epoch=3
+        )
+        path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], {5: "x/5.png", 12: None}.get)
+        assert path == tmp_path / "pseudo_labels" / "round_0001.csv"
+        assert [tuple(row) for row in rows] == [COLUMNS] * 2
+        assert [[*row.values()] for row in rows] == [
+            ["1", "3", "5", "x/5.png", "Käse", "0.800000", "1", "0"],
+            ["1", "3", "12", "", "Käse", "0.600000", "0", "1"],
+        ]
+
+    def test_a_round_is_replaced(self, tmp_path):
+        for label in (0, 1):
+            table = choose(torch.eye(2)[[label]], torch.tensor([0]))
+            _, rows = self.write(tmp_path, table, ['a, "b"', "b"])
+        assert [row["label"] for row in rows] == ["b"]
+        assert [path.name for path in (tmp_path / "pseudo_labels").iterdir()] == ["round_0000.csv"]
+
+    def test_later_rounds_go(self, tmp_path):
+        """Those of a run that is resumed from before them."""
+        first = choose(torch.eye(2), torch.arange(2))
+        second = choose(torch.eye(2), torch.arange(2), before=first)
+        for table in (first, second, choose(torch.eye(2), torch.arange(2), before=second), second):
+            self.write(tmp_path, table)
+        names = sorted(path.name for path in (tmp_path / "pseudo_labels").iterdir())
+        assert names == ["round_0000.csv", "round_0001.csv"]
+
+    @pytest.mark.parametrize(("names", "label"), [(None, "2"), (["a", "b"], "2"), (["a", "b", "c"], "c")])
+    def test_classes_without_a_name(self, tmp_path, names, label):
+        _, rows = self.write(tmp_path, choose(torch.eye(3)[[2]], torch.tensor([0])), names)
+        assert rows[0]["label"] == label

@@ -1,0 +1,128 @@
+"""Contact sheets."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kd_lightning.errors import InputError
+from kd_lightning.runs.report.contact_sheet import contact_sheet
+
+
+def drawn(image):
+    """What a panel shows."""
+    return np.asarray(contact_sheet([image], [""]).axes[0].images[0].get_array())
+
+
+def near(pixels, expected):
+    assert pixels.shape == np.shape(expected)
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+
+
+GREY = [[0, 51], [102, 255]]
+SHARES = [[0, 0.2], [0.4, 1]]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.tensor(GREY, dtype=torch.uint8),
+        torch.tensor([GREY], dtype=torch.uint8),
+        torch.tensor(SHARES),
+        torch.tensor(SHARES, dtype=torch.bfloat16).float(),
+        torch.tensor(SHARES, requires_grad=True),
+        np.array(SHARES),
+        np.array(GREY, dtype=np.uint8)[..., None],
+        Image.fromarray(np.array(GREY, dtype=np.uint8)),
+        # ranges of their own: stretched
+        torch.tensor(SHARES) * 6 - 3,
+        torch.tensor(GREY),
+        Image.fromarray(np.array(GREY, dtype=np.uint16) * 257),
+        Image.fromarray(np.array(GREY, dtype=np.float32)),
+        # neither grey nor RGB: the first channel
+        torch.stack([torch.tensor(SHARES), torch.zeros(2, 2)]),
+        torch.cat([torch.tensor([SHARES]), torch.zeros(6, 2, 2)]),
+    ],
+)
+def test_grey(image):
+    pixels = drawn(image)
+    assert pixels.shape == (2, 2)
+    np.testing.assert_allclose(pixels, SHARES, atol=2e-3)
+
+
+def test_colors():
+    values = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(np.uint8) * 10  # (H, W, C)
+    for channels in (3, 4):
+        image = values[..., :channels]
+        expected = image.astype(np.float64) / 255
+        near(drawn(image), expected)
+        near(drawn(torch.from_numpy(image.copy()).permute(2, 0, 1)), expected)
+        near(drawn(np.ascontiguousarray(image.transpose(2, 0, 1)) / 255), expected)
+        near(drawn(Image.fromarray(image)), expected)
+    # of normalised values nobody knows what alpha is
+    x = torch.from_numpy(values).permute(2, 0, 1).float() - 100
+    near(drawn(x), values[..., :3].astype(np.float64) / 220)
+
+
+def test_stretched_over_the_whole_image():
+    """Channels keep their ratio; each image has its own range."""
+    x = torch.zeros(3, 1, 2)
+    x[0, 0, 0], x[1, 0, 1] = -2.0, 8.0
+    near(drawn(x), [[[0, 0.2, 0.2], [0.2, 1, 0.2]]])
+    sheet = contact_sheet([x, x / 10 + 0.2], ["a", "b"])
+    near(np.asarray(sheet.axes[1].images[0].get_array()), [[[0, 0.2, 0.2], [0.2, 1, 0.2]]])
+
+
+def test_values_that_are_none():
+    nan, inf = float("nan"), float("inf")
+    near(drawn(torch.tensor([[nan, 0.5, inf, 0.25]])), [[0.25, 0.5, 0.5, 0.25]])
+    near(drawn(torch.tensor([[-1.0, nan, 1.0, -inf]])), [[0, 0, 1, 0]])
+    near(drawn(torch.full((2, 2), nan)), np.zeros((2, 2)))
+    near(drawn(torch.full((2, 2), 7.0)), np.zeros((2, 2)))
+    near(drawn(torch.full((2, 2), 0.25)), np.full((2, 2), 0.25))
+    near(drawn(torch.tensor([[True, False]])), [[1, 0]])
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "CMYK", "I", "YCbCr"])
+def test_modes_of_pil(mode):
+    """A white dot on black, in every mode."""
+    image = Image.new("L", (4, 3))
+    image.putpixel((3, 0), 255)
+    pixels = drawn(image.convert(mode))
+    pixels = pixels[..., :3].mean(axis=-1) if pixels.ndim == 3 else pixels
+    expected = np.zeros((3, 4))
+    expected[0, 3] = 1
+    near(pixels, expected)
+
+
+def test_sheet(tmp_path):
+    """Sizes differ; every image has its caption; a last row is not filled up."""
+    images = [torch.rand(1, 8, 8), torch.rand(3, 20, 5), Image.new("RGB", (3, 30)), torch.rand(2, 2)]
+    captions = ["one", "cost: $5 or $6", "a class whose name is longer than its image is wide", "4\nfour"]
+    sheet = contact_sheet(images, captions, columns=3, title="$ of all $")
+    assert len(sheet.axes) == 4
+    assert [axes.get_subplotspec().rowspan.start for axes in sheet.axes] == [0, 0, 0, 1]
+    labels = [axes.get_xlabel() for axes in sheet.axes]
+    assert labels[:2] + labels[3:] == ["one", "cost: $5 or $6", "4\nfour"]
+    assert " ".join(labels[2].split()) == captions[2] and max(map(len, labels[2].splitlines())) <= 20
+    assert sheet.get_suptitle() == "$ of all $"
+    sheet.savefig(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as file:
+        assert file.size[0] == pytest.approx(3 * 150, abs=1)
+
+
+def test_wrong_input():
+    x = torch.rand(1, 8, 8)
+    for images, captions in (([], []), ([x], []), ([x], ["a", "b"])):
+        with pytest.raises(InputError, match="at least one, each with a caption"):
+            contact_sheet(images, captions)
+    with pytest.raises(InputError, match="columns must be at least 1, got 0"):
+        contact_sheet([x], ["a"], columns=0)
+    with pytest.raises(InputError, match="got str"):
+        contact_sheet(["x.png"], ["a"])
+    for image in (np.full((8, 8), "a"), torch.rand(8, 8).to_sparse()):
+        with pytest.raises(InputError, match="images must be PIL images, tensors or arrays of numbers, got .* of"):
+            contact_sheet([image], ["a"])
+    for shape in ((8,), (1, 1, 8, 8), (3, 0, 8)):
+        with pytest.raises(InputError, match=r"\(H, W\) or \(C, H, W\), got \("):
+            contact_sheet([torch.rand(shape)], ["a"])
