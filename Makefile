@@ -1,4 +1,10 @@
-# make demo | make test | make check: each creates .venv first, from nothing but Python, make and a package index.
+# Needs only Python, make and a package index: each target but "gpu" creates .venv first.
+#   make demo                               a teacher, and a small student alone and distilled
+#   make check                              ruff, mypy --strict, codespell
+#   make test                               all tests but slow ones and those that need a GPU
+#   make test-all                           all tests but those that need a GPU
+#   make coverage                           the same, with branch coverage
+#   make gpu PYTHON=python3 OUT=runs/gpu    tests and throughput on a GPU, in an interpreter that has the packages
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +12,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all coverage gpu check clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed
@@ -22,8 +28,21 @@ teacher: $(VENV)/installed
 	$(BIN)/python -m kd_lightning fit --config configs/teacher_digits.yaml
 	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path last
 
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/installed-test
+	$(PYTEST) -m "not gpu"
+
+coverage: $(VENV)/installed-test
+	$(PYTEST) -m "not gpu" --cov --cov-branch --cov-report=term
+
+# installs nothing; ends after 8 minutes at most; exit status 0 and one line where there is no GPU
+OUT ?= runs/gpu
+gpu:
+	$(PYTHON) tests/gpu/run.py --out $(OUT)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -1,14 +1,14 @@
 """Students of low precision: without a teacher, and in the Apprentice's schemes A, B and C.
 
 Run: python benchmarks/apprentice.py [--seeds 5]      (about 40 minutes on two cores)
-     python benchmarks/apprentice.py --settings       (how the settings were chosen: validation images alone)
+     python benchmarks/apprentice.py --settings       (selects the settings, on validation images alone)
 
-Digits, DigitsCNN of width 8 under one of width 32, in two settings: all labels, and 10 labels per class with the
-other training images unlabeled. Every run takes as many steps (those of 40 epochs), with the same views of the same
-images for all methods of a setting that see them. The fixed teacher of B and C is trained on all training labels; A's
-teacher sees the labels that the student sees. C starts from the seed's fp32 student without a teacher. A seed draws
-split, networks and order. Learning rate and temperature are those that --settings chose. Test images are only ever
-reported on: "best" is the scheme of the highest mean validation accuracy at that precision.
+The student is DigitsCNN of width 8, the teacher one of width 32. There are two settings: all labels, and 10 labels per
+class with the other training images unlabeled. Every run takes the same number of steps (those of 40 epochs). All
+methods of a setting see the same views of the same images. The fixed teacher of B and C is trained on all training
+labels. A's teacher sees the labels that the student sees. C starts from the seed's fp32 student without a teacher. A
+seed sets split, networks and order. --settings selects learning rate and temperature. Test images select nothing:
+"best" is the scheme of the highest mean validation accuracy at that precision.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from kd_lightning import (
     Digits,
     SemiSupervisedDataModule,
     SupervisedModule,
-    exporting,
 )
+from kd_lightning.deploy.export import collect_logits, compare_logits, export_student, load_exported
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import decide
+from kd_lightning.losses.base import predicted_labels
 from kd_lightning.models import DigitsCNN, resnet20
 from kd_lightning.quantization.layers import quantize
 from kd_lightning.quantization.sizes import size_of
@@ -53,12 +53,12 @@ PRECISIONS = {
 SETTINGS = {"10 labels per class": {"labeled": 10}, "all labels": {}}
 SCHEMES = {"A": "joint", "B": "fixed_teacher", "C": "finetune"}
 EXPORTED = ("8A-4W", "8A-ternary")
-FLOAT_RATE = 0.03  # of the fp32 student alone, chosen by benchmarks/digits_settings.py
-RATE, TEMPERATURE = 0.01, 1.0  # the best of every method
+FLOAT_RATE = 0.03  # of the fp32 student alone, selected by benchmarks/digits_settings.py
+RATE, TEMPERATURE = 0.01, 1.0  # the best, or level with the best, for every method
 
 
 def fit(module, data):
-    """Train to the last step; validation and test accuracy in percent."""
+    """Train to the last step. Return validation and test accuracy in percent."""
     trainer = Trainer(
         max_steps=STEPS,
         limit_val_batches=0,
@@ -75,29 +75,28 @@ def fit(module, data):
 
 
 class Data(SemiSupervisedDataModule):
-    """Augments each view once for all methods, which see the same: that is half of the time."""
+    """Augments each view once, for all methods: augmentation takes half of the time."""
 
-    def __init__(self, kept, **arguments):
+    def __init__(self, cache, **arguments):
         super().__init__(Digits(), batch_size=64, **arguments)
-        self.kept = kept
+        self.cache = cache
 
     def train_dataloader(self):
-        """With a memory."""
+        """The loader, with a cache of augmented samples."""
         loader = super().train_dataloader()
-        sample, indices = loader.dataset._sample, loader.dataset.indices
+        load = loader.dataset._load
 
-        def remembered(position, view):
-            key = int(indices[position]), view
-            if key not in self.kept:
-                self.kept[key] = sample(position, view)
-            return self.kept[key]
+        def cached(index, view):
+            if (index, view) not in self.cache:
+                self.cache[index, view] = load(index, view)
+            return self.cache[index, view]
 
-        loader.dataset._sample = remembered
+        loader.dataset._load = cached
         return loader
 
 
 class Seed:
-    """All that is trained with one seed in one setting."""
+    """All trainings of one seed in one setting."""
 
     def __init__(self, seed, setting, val_size=0.1):
         torch.set_num_threads(1)
@@ -110,13 +109,13 @@ class Seed:
         fit(SupervisedModule(self.teacher, **optimised(0.005)), self.make_data())
 
     def student(self, precision):
-        """Each with the same initial weights."""
+        """A new student, always with the same initial weights."""
         seed_everything(self.seed, verbose=False)
         network = DigitsCNN(8)
         return network if PRECISIONS[precision] is None else quantize(network, **PRECISIONS[precision])
 
     def alone(self, precision, lr):
-        """Without a teacher, on the labeled images."""
+        """Train without a teacher, on the labeled images."""
         few = {"unlabeled": "none", "views_per_epoch": 11} if self.labels else {}
         module = SupervisedModule(self.student(precision), **optimised(lr))
         found = fit(module, self.make_data(**self.labels, **few))
@@ -124,8 +123,8 @@ class Seed:
             torch.save(module.student.state_dict(), Path(self.folder.name, "fp32.pt"))
         return module.student, found
 
-    def taught(self, precision, scheme, lr, temperature):
-        """By one of the schemes."""
+    def distilled(self, precision, scheme, lr, temperature):
+        """Train by one of the schemes."""
         student = self.student(precision)
         arguments = {"soft_loss": KDLoss(temperature), **optimised(lr)}
         teacher = self.teacher
@@ -139,7 +138,7 @@ class Seed:
 
 
 def run(case):
-    """One seed and setting: {(precision, method): (validation, test accuracy)}, and exports beside PyTorch."""
+    """One seed and setting: {(precision, method): (validation, test accuracy)}, and exports compared with PyTorch."""
     seed, setting = case
     here, found, agreed = Seed(seed, setting), {}, {}
     for precision in PRECISIONS:
@@ -149,7 +148,7 @@ def run(case):
             if method == "no teacher":
                 student, found[precision, method] = here.alone(precision, FLOAT_RATE if precision == "fp32" else RATE)
             else:
-                student, found[precision, method] = here.taught(precision, method, RATE, TEMPERATURE)
+                student, found[precision, method] = here.distilled(precision, method, RATE, TEMPERATURE)
             if precision in EXPORTED:
                 agreed[precision, method] = exported(student, here.make_data().test_dataloader())
             print(f"seed {seed}, {setting}, {precision}, {method}: {found[precision, method][1]:.2f}", flush=True)
@@ -157,13 +156,13 @@ def run(case):
 
 
 def exported(student, loader):
-    """How near ONNX Runtime's answers are to PyTorch's."""
+    """Compare the outputs of ONNX Runtime with those of PyTorch."""
     batches = [batch.x for batch in loader]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "student.onnx")
-        exporting.write(student.eval(), batches[0], path, "onnx", {})
-        found = exporting.answers(exporting.reader(path, "onnx", nn.Identity), batches)
-    return exporting.compare(exporting.answers(student, batches), found, partial(decide, task="multiclass"))
+        export_student(student.eval(), batches[0], path, "onnx", {})
+        found = collect_logits(load_exported(path, "onnx", nn.Identity), batches)
+    return compare_logits(collect_logits(student, batches), found, partial(predicted_labels, task="multiclass"))
 
 
 def spread(values):
@@ -189,13 +188,13 @@ def try_settings(case):
             if method == "no teacher":
                 _, (found[method, lr, temperature], _) = here.alone("8A-ternary", lr)
             else:
-                _, (found[method, lr, temperature], _) = here.taught("8A-ternary", method, lr, temperature)
+                _, (found[method, lr, temperature], _) = here.distilled("8A-ternary", method, lr, temperature)
             print(f"seed {seed}, {method}, {lr}, {temperature}: {found[method, lr, temperature]:.2f}", flush=True)
     return found
 
 
 def settings(seeds, setting="10 labels per class"):
-    """The table of the search."""
+    """Print the table of the search."""
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         results = list(pool.map(try_settings, [(100 + seed, setting) for seed in range(seeds)]))
     print(f"\n| 8A-ternary, {setting} | learning rate | temperature | validation accuracy % |\n|---|---|---|---|")
@@ -207,7 +206,7 @@ def settings(seeds, setting="10 labels per class"):
 
 
 def compare(seeds):
-    """The tables of accuracies."""
+    """Print the tables of accuracies."""
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         results = dict(zip(cases := [*itertools.product(range(seeds), SETTINGS)], pool.map(run, cases), strict=True))
     for setting in SETTINGS:
@@ -234,17 +233,17 @@ def compare(seeds):
         for precision in [name for name, options in PRECISIONS.items() if options]:
             others = column[precision, "no teacher"][1]
             print(f"| {precision} | {' | '.join(interval(column[precision, s][1], others) for s in SCHEMES)} |")
-    print("\n| ONNX Runtime against PyTorch | files | decisions | agree % | largest difference, of the largest logit |")
+    print("\n| ONNX Runtime against PyTorch | files | images | agree % | largest difference, of the largest logit |")
     print("|---|---|---|---|---|")
     for precision in EXPORTED:
         each = [c for _, agreed in results.values() for key, c in agreed.items() if key[0] == precision]
-        decisions, changed = sum(c.decisions for c in each), sum(c.changed for c in each)
+        images, changed = sum(c.predictions for c in each), sum(c.changed for c in each)
         largest = max(c.relative for c in each)
-        print(f"| {precision} | {len(each)} | {decisions} | {100 - 100 * changed / decisions:.3f} | {largest:.1e} |")
+        print(f"| {precision} | {len(each)} | {images} | {100 - 100 * changed / images:.3f} | {largest:.1e} |")
 
 
 def speed(repeats=11):
-    """Milliseconds of a training step against the float twin's, in turns."""
+    """Print the milliseconds of a training step, as a ratio to those of the same network in float, in turns."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     nets = {

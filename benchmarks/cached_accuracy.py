@@ -1,10 +1,10 @@
-"""What a cache does to the student's accuracy: its formats, and a limited number of views.
+"""The effect of a cache on the student's accuracy: its formats, and a limited number of views.
 
 Run: python benchmarks/cached_accuracy.py [--seeds 10]      (about 12 minutes on two cores)
 
-Digits, 10 labels per class, all training images, the settings of configs/distill_digits.yaml; the teacher is trained on
-all training labels. A seed draws split, networks and order. Differences from the live run on as many views are paired
-by seed; noise is the standard deviation of the live run's accuracy over seeds. Test images are only reported on.
+Digits, 10 labels per class, all training images, the settings of configs/distill_digits.yaml. The teacher is trained on
+all training labels. A seed sets split, networks and order. Differences from the live run with as many views are paired
+by seed. Noise is the standard deviation of the live run's accuracy over seeds. Test images select nothing.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CACHES = {
 
 
 def run(seed):
-    """{way: test accuracy}, with 8 views; and live with endless ones, and with one."""
+    """One seed: {way: test accuracy}, with 8 views; also live with endless views, and live with one."""
     quiet()
     make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed)
     expert = train(STEPS, 1000 + seed, partial(SupervisedModule, DigitsCNN(32)), make_data(), lr=0.01).student

@@ -1,4 +1,4 @@
-"""Ways of training a student for an epoch, for benchmarks/throughput.py, that take turns."""
+"""The contenders of benchmarks/throughput.py: ways to train a student for an epoch, which take turns."""
 
 import copy
 import random
@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from torch.optim import SGD
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchdistill.core.distillation import get_distillation_box
-from torchdistill.losses import mid_level  # noqa: F401  (its config finds losses that are imported)
+from torchdistill.losses import mid_level  # noqa: F401  (its config only finds losses that are imported)
 
 from kd_lightning import (
     CompileNetworks,
@@ -36,29 +36,29 @@ sgd = partial(SGD, **OPTIMIZER)
 
 
 class Turns:
-    """Threads that run one at a time, a batch each, round after round; keeps how long each epoch's batches took.
+    """Threads that run one at a time, a batch each, round after round; measures the time of each epoch's batches.
 
-    So whatever slows the machine down for a while slows all of them. Each round has another order, so that nobody
-    always comes after the same one.
+    If something slows the machine down for a while, it slows all of them. Each round has another order, so that no
+    contender always follows the same one.
     """
 
     def __init__(self, epochs, batches, settle=lambda: None):
-        self.epochs = epochs  # the first of them warms up, and is not kept
+        self.epochs = epochs  # the first of them is a warm-up, and does not count
         self.batches = batches
-        self.settle = settle  # waits for what a turn has left a device to do
+        self.settle = settle  # waits until a device has finished the work of a turn
         self.seconds = {}
         self._order, self._left, self._whose, self._started, self._failure = [], [], None, {}, None
-        self._draw = random.Random(0)
+        self._rng = random.Random(0)
         self._changed = threading.Condition()
 
     def add(self, name, contender):
-        """Prepare a contender, up to its first batch; it is called with a function to call as each batch begins."""
+        """Prepare a contender, up to its first batch. It must call its argument at the start of each batch."""
         ready = threading.Event()
         self.seconds[name] = []
         self._order.append(name)
 
         def run():
-            torch.set_flush_denormal(True)  # of this thread: else it costs time how small a run's numbers become
+            torch.set_flush_denormal(True)  # for this thread: else small numbers slow a run down
             try:
                 contender(partial(self._boundary, name, ready), self.epochs)
                 self._boundary(name, ready, last=True)
@@ -74,7 +74,7 @@ class Turns:
             raise self._failure
 
     def run(self):
-        """Let all of them train; {name: seconds of each epoch}. What ends an epoch counts to its last batch."""
+        """Train all of them: {name: seconds of each epoch}. The end of an epoch counts to its last batch."""
         with self._changed:
             self._pass_on()
             self._changed.wait_for(lambda: not self._order or self._failure is not None)
@@ -97,7 +97,7 @@ class Turns:
 
     def _pass_on(self):
         if not self._left:
-            self._left = self._draw.sample(self._order, len(self._order))
+            self._left = self._rng.sample(self._order, len(self._order))
         self._whose = self._left.pop() if self._left else None
         self._changed.notify_all()
 
@@ -110,13 +110,13 @@ class Turns:
 
 
 class Steps(Callback):
-    """Tells where a batch begins."""
+    """Calls a function at the start of each batch."""
 
     def __init__(self, boundary):
         self.boundary = boundary
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """Wait for one's turn."""
+        """Wait for the turn, at the start of a batch."""
         self.boundary()
 
 
@@ -148,16 +148,16 @@ def _soft():
 
 
 def soft_targets(student_logits, teacher_logits):
-    """Hinton's loss, written out."""
+    """Hinton's loss, by its formula."""
     student, teacher = student_logits / TEMPERATURE, teacher_logits / TEMPERATURE
     return TEMPERATURE**2 * F.kl_div(F.log_softmax(student, 1), F.softmax(teacher, 1), reduction="batchmean")
 
 
-# The others take a dataset, and options of its loader; ``feed`` gives a loader's batches.
+# The others take a dataset, and options of its loader. ``feed`` returns the batches of a loader.
 
 
 def plain(student, teacher, data, boundary, epochs, feed=iter, **loading):
-    """A loop as one writes it by hand; the teacher first, which on a CPU saves a tenth of the time."""
+    """A loop written by hand. The teacher runs first, which saves a tenth of the time on a CPU."""
     loader, optimizer = DataLoader(data, shuffle=True, **LOADING | loading), sgd(student.parameters())
     student.train()
     teacher.eval()
@@ -174,7 +174,7 @@ def plain(student, teacher, data, boundary, epochs, feed=iter, **loading):
 
 
 def torchdistill(student, teacher, data, boundary, epochs, feed=iter, **loading):
-    """Its distillation box, as its examples use it."""
+    """The distillation box of torchdistill, as in its examples."""
     config = {
         "num_epochs": epochs,
         "train_data_loader": {
@@ -221,32 +221,32 @@ def torchdistill(student, teacher, data, boundary, epochs, feed=iter, **loading)
         box.post_epoch_process()
 
 
-class Held(nn.Module):
-    """Holds a network, for a library that does not take a Sequential as a student."""
+class Wrapped(nn.Module):
+    """Wraps a network, for a library that does not take a Sequential as a student."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, x):
-        """The network's logits."""
+        """Return the network's logits."""
         return self.network(x)
 
 
 def modelopt(student, teacher, data, boundary, epochs, feed=iter, **loading):
-    """Its distillation mode in a loop, as its guide has it; the loss as written out, since its own is another."""
+    """The distillation mode of modelopt in a loop, as in its guide, with ``soft_targets``, since its loss differs."""
 
     class Loss(_Loss):
         def forward(self, student_logits, teacher_logits):
             return soft_targets(student_logits, teacher_logits)
 
     student = mtd.convert(
-        Held(student),
+        Wrapped(student),
         mode=[
             (
                 "kd_loss",
                 {
-                    "teacher_model": Held(teacher),
+                    "teacher_model": Wrapped(teacher),
                     "criterion": Loss(),
                     "loss_balancer": mtd.StaticLossBalancer(SOFT_WEIGHT),
                 },

@@ -1,9 +1,9 @@
-"""Choose the settings of the digits demo on validation data, for the student alone and for the distilled one.
+"""Select the settings of the digits demo on validation data, for the student alone and for the distilled one.
 
 Run: python benchmarks/digits_settings.py [--seeds 4]      (about 15 minutes on two cores)
 
 Every seed has its own split, with a quarter of the training images for validation (300), and a teacher trained on
-the other training images. The test images are never touched. The seeds are none of the demo's.
+the other training images. The test images are not used. The seeds are none of the demo's.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WIDTHS = {"teacher": 32, "student": 8}
 
 
 def fit(module, data, steps=None):
-    """Validation accuracy after the last step."""
+    """Train, and return the validation accuracy after the last step."""
     trainer = Trainer(
         max_epochs=EPOCHS,
         limit_train_batches=steps,
@@ -43,7 +43,7 @@ def fit(module, data, steps=None):
 
 
 def optimised(lr):
-    """The optimiser and schedule that all share."""
+    """The optimiser and the schedule of all trainings."""
     return {
         "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
         "lr_scheduler": partial(CosineAnnealingLR, T_max=EPOCHS),

@@ -1,13 +1,13 @@
-"""Three teachers, in every way of joining them, against each alone and against no teacher.
+"""Three teachers, by every strategy, against each alone and against no teacher.
 
 Run: python benchmarks/ensemble.py [--seeds 5]      (about 10 minutes on two cores)
 
 Digits, 10 labels per class for the student, all training images. The teachers (a plain, a residual and a maxout
-network) are trained on all training labels. Every student is the same network with the same initial weights, and gets
-as many steps under the same schedule: those of 40 epochs, which are 13 1/3 epochs of relabeling's three copies.
-Learning rate, temperature and soft weight are those that benchmarks/digits_settings.py chose on validation images, for
-one teacher. The best single teacher is the one of the highest validation accuracy, seed by seed. A seed draws split,
-networks and order. Test images are only ever reported on. Then what computing teachers as one network saves.
+network) are trained on all training labels. Every student is the same network with the same initial weights, the same
+number of steps and the same schedule. The steps are those of 40 epochs, or of 13 1/3 epochs with relabeling's three
+views. benchmarks/digits_settings.py selected learning rate, temperature and soft weight on validation images, for one
+teacher. The best single teacher is the one of the highest validation accuracy, for each seed. A seed sets split,
+networks and order. Test images select nothing. A second table shows what it saves to compute teachers as one network.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def optimised(lr):
 
 
 def fit(module, data):
-    """Train to the last step; validation and test accuracy in percent."""
+    """Train to the last step. Return validation and test accuracy in percent."""
     trainer = Trainer(
         max_steps=STEPS,
         limit_val_batches=0,
@@ -72,7 +72,7 @@ def fit(module, data):
 
 @torch.no_grad()
 def accuracy(network, loader):
-    """Share right."""
+    """The share of samples that the network predicts right."""
     network.eval()
     right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
     return float(right.double().mean())
@@ -122,7 +122,7 @@ def interval(mine, others):
 
 
 def compare(seeds):
-    """The table of accuracies."""
+    """Print the table of accuracies."""
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         results = list(pool.map(run, range(seeds)))
     single = "one teacher: the best on validation"
@@ -138,7 +138,7 @@ def compare(seeds):
 
 
 def speed(repeats=15):
-    """Milliseconds of the teachers' answers to a batch, one by one and as one network, in turns."""
+    """Print the milliseconds of the teachers' outputs for a batch, one by one and as one network, in turns."""
     torch.set_num_threads(1)
     cases = {
         "3 DigitsCNN of width 8, 64 digits": ([DigitsCNN(8) for _ in range(3)], torch.rand(64, 1, 8, 8)),

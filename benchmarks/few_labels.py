@@ -1,13 +1,13 @@
 """Few labels and many images: every mode of self-training against the labels alone, and against scikit-learn.
 
 Run: python benchmarks/few_labels.py [--splits 5]
-     python benchmarks/few_labels.py --settings        (chooses the settings, on validation images)
+     python benchmarks/few_labels.py --settings        (selects the settings, on validation images)
 
-Digits: 1197 training images, of which 20, 40 or 100 have a label and the rest are the pool, and 600 test images. One
-network of 6274 weights, DigitsCNN(8), for all; every mode gets as many steps under the same schedule, with the same
-labeled images and augmentation in each batch. There is no validation part: its labels would be labels, too. So the last
-weights are tested, and the settings come from other splits, on which 25 % of the training images are for validation
-and the test images are not touched. A seed draws split, network and order. Differences are paired by split.
+Digits: 1197 training images and 600 test images. Of the training images, 20, 40 or 100 have a label; the rest are the
+pool. All modes have one network of 6274 weights, DigitsCNN(8), the same number of steps, the same schedule, and the
+same labeled images and augmentation in each batch. There is no validation part, since its labels would add to the
+labels. So the last weights are tested. The settings come from other splits, with 25 % of the training images for
+validation and without the test images. A seed sets split, network and order. Differences are paired by split.
 """
 
 import argparse
@@ -50,35 +50,35 @@ LABELS = (20, 40, 100)
 
 
 def weak_digits():
-    """The source's augmentation, and moves by a pixel in half of the draws; the source's are rounded to none."""
+    """The source's augmentation, and moves by a pixel in half of the samples (the source's moves round to none)."""
     bilinear = v2.InterpolationMode.BILINEAR
     return v2.RandomAffine(degrees=10, translate=(0.13, 0.13), scale=(0.9, 1.1), interpolation=bilinear)
 
 
 class Data(SemiSupervisedDataModule):
-    """Augments each view once for all modes and numbers of labels, which see the same: that is most of the time."""
+    """Augments each view once, for all modes and numbers of labels: augmentation takes most of the time."""
 
-    def __init__(self, kept, **arguments):
+    def __init__(self, cache, **arguments):
         super().__init__(Digits(), **{"train_transform": weak_digits()} | arguments)
-        self.kept = kept
+        self.cache = cache
 
     def train_dataloader(self):
-        """With a memory."""
+        """The loader, with a cache of augmented images."""
         loader = super().train_dataloader()
         apply, names = loader.dataset._apply, {id(t): repr(t) for t in (self.train_transform, self.strong_transform)}
 
-        def remembered(transform, image, index, key):
+        def cached(transform, image, index, key):
             key = names[id(transform)], key
-            if key not in self.kept:
-                self.kept[key] = apply(transform, image, index, key[1])
-            return self.kept[key]
+            if key not in self.cache:
+                self.cache[key] = apply(transform, image, index, key[1])
+            return self.cache[key]
 
-        loader.dataset._apply = remembered
+        loader.dataset._apply = cached
         return loader
 
 
 def optimised(lr):
-    """The optimiser and the schedule that all share."""
+    """The optimiser and the schedule of all trainings."""
     return {
         "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
         "lr_scheduler": partial(CosineAnnealingLR, T_max=STEPS),
@@ -87,16 +87,16 @@ def optimised(lr):
 
 
 class Split:
-    """All modes on one split: how each is trained."""
+    """The training of each mode, on one split."""
 
-    def __init__(self, seed, labels, kept, val_size=0):
+    def __init__(self, seed, labels, cache, val_size=0):
         self.seed = seed
         self.labels = labels
         self.val_size = val_size
-        self.make_data = partial(Data, kept, labeled=labels // 10, val_size=val_size, seed=seed)
+        self.make_data = partial(Data, cache, labeled=labels // 10, val_size=val_size, seed=seed)
 
     def fit(self, make_module, callbacks=(), **data):
-        """Train to the last step, and measure on validation images where there are some, else on test images."""
+        """Train to the last step, and measure on validation images if there are some, else on test images."""
         streams = {"batch_size": LABELED + UNLABELED, "labeled_batch_size": LABELED}
         data = self.make_data(**(streams | data))
         seed_everything(self.seed, verbose=False)
@@ -124,7 +124,7 @@ class Split:
         return found
 
     def alone(self, lr=0.01, strong=False):
-        """On the labels alone; as many labeled images in a batch."""
+        """Train on the labels alone, with as many labeled images in a batch."""
         views_per_epoch = -(-EPOCH * LABELED // self.labels)
         one = {"train_transform": strong_digits()} if strong else {}
         many = {
@@ -136,21 +136,21 @@ class Split:
         return self.fit(lambda student: SupervisedModule(student, **optimised(lr)), **many, **one)
 
     def lee(self, lr=0.01, weight=3.0, begin=10, end=30, strong=False, **data):
-        """The student's decisions of each step, without a threshold; shown by a refresh that teaches nothing."""
+        """Lee's pseudo-labels of each step, without a threshold. The refresh only reports on them."""
         data |= {"strong_transform": strong_digits()} if strong else {}
         ramp = SoftWeightAnnealing(0.0, weight, begin, end, attribute="unsupervised_weight")
         make = partial(PseudoLabelModule, unsupervised_weight=0.0, **optimised(lr))
         return self.fit(make, [ramp, PseudoLabelRefresh(every_n_epochs=EPOCHS)], **data)
 
     def fixmatch(self, lr=0.03, threshold=0.8, adaptive=False, **data):
-        """Labels from the weak view, the loss on the strong one; FlexMatch's thresholds where adaptive."""
+        """Labels from the weak view, and the loss on the strong one; FlexMatch's thresholds if adaptive."""
         options = {"threshold": threshold, "adaptive_thresholds": adaptive}
         shown = PseudoLabelRefresh(every_n_epochs=EPOCHS, threshold=threshold)
         make = partial(PseudoLabelModule, **options, **optimised(lr))
         return self.fit(make, [shown], strong_transform=strong_digits(), **data)
 
     def refresh(self, lr=0.03, threshold=0.8, every=1, warmup=10, fair=True, source="student", **data):
-        """Labels made anew every epoch; of a class no more than its share of the pool, where fair."""
+        """New labels for the whole pool every few epochs; if fair, no more of a class than its share of the pool."""
         pool = Data({}, labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
         options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
         options["top_k_per_class"] = len(pool) // 10 if fair else None
@@ -158,11 +158,11 @@ class Split:
         return self.fit(make, [PseudoLabelRefresh(**options)], strong_transform=strong_digits(), **data)
 
     def graph(self, threshold=0.75, **options):
-        """The same, with labels that spread over the neighbors among the student's features."""
+        """The same, with labels that spread over a graph of the student's features."""
         return self.refresh(source=GraphPseudoLabels(), threshold=threshold, **options)
 
     def sklearn(self):
-        """Scikit-learn's two, on the same labels and pool: pixels, and settings by its documentation."""
+        """Scikit-learn's two methods on pixels, with the same labels and pool, and settings from its documentation."""
         data = self.make_data()
         data.setup("")
         y, x = data.visible_labels().clamp_min(-1).numpy(), data.source.load()
@@ -189,14 +189,14 @@ GRID = {
 
 
 def quiet():
-    """One thread, and no word of Lightning's."""
+    """One thread, and no messages of Lightning."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
 def try_settings(seed):
-    """Every setting of every mode at 40 labels, on one split: {(mode, setting): what was measured on validation}."""
+    """Every setting of every mode at 40 labels, on one split: {(mode, setting): figures on validation images}."""
     quiet()
     split, found = Split(seed, 40, {}, val_size=0.25), {}
     for mode, grid in GRID.items():
@@ -209,7 +209,7 @@ def try_settings(seed):
 
 
 def settings(pool, seeds):
-    """Every setting of every mode, on validation images of splits that are not reported on."""
+    """Print the table of every setting of every mode, on validation images of splits that serve nothing else."""
     found = list(pool.map(try_settings, seeds))
     print("| mode | setting | validation accuracy % | worst split | precision, accepted % |\n|---|---|---|---|---|")
     for mode, setting in found[0]:
@@ -221,7 +221,7 @@ def settings(pool, seeds):
         print(f"| {mode} | {setting} | {' | '.join(cells)} |")
 
 
-# Of each mode the most accurate setting, among those with at least 97 % precision where there is a threshold.
+# The most accurate setting of each mode. With a threshold, the precision must be at least 97 %.
 MODES = {
     "labels alone": (Split.alone, {"lr": 0.03}),
     "labels alone, strong views": (Split.alone, {"strong": True}),
@@ -237,11 +237,11 @@ MODES = {
 
 
 def run(seed):
-    """All modes on one split: {(mode, labels): what was measured on test images}."""
+    """All modes on one split: {(mode, labels): figures on test images}."""
     quiet()
-    kept, found = {}, {}
+    cache, found = {}, {}
     for labels in LABELS:
-        split = Split(seed, labels, kept)
+        split = Split(seed, labels, cache)
         for mode, (method, setting) in MODES.items():
             found[mode, labels] = method(split, **setting)
             print(seed, labels, mode, {k: round(v, 2) for k, v in found[mode, labels].items()}, flush=True)
@@ -250,7 +250,7 @@ def run(seed):
 
 
 def compare(found):
-    """The tables of test accuracies, of differences, and of the labels' precision."""
+    """Print the tables of test accuracies, of differences, and of the precision of the labels."""
     modes = [*dict.fromkeys(mode for mode, _ in found[0])]
 
     def values(mode, labels, what="accuracy"):
@@ -284,7 +284,7 @@ def compare(found):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", type=int, default=5)
-    parser.add_argument("--settings", action="store_true", help="choose them, on validation images")
+    parser.add_argument("--settings", action="store_true", help="select the settings, on validation images")
     options = parser.parse_args()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         if options.settings:

@@ -20,13 +20,13 @@ SIZE, EPOCHS = 1024, 6
 
 
 def data(classes):
-    """In-memory images of random labels."""
+    """In-memory images with random labels."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(SIZE, 3, 32, 32, generator=generator), torch.randint(classes, (SIZE,), generator=generator)
 
 
 def compete(ways):
-    """{name: seconds of each epoch}, in turns."""
+    """Train in turns: {name: seconds of each epoch}."""
     turns = Turns(EPOCHS, SIZE // BATCH)
     for name, way in ways.items():
         turns.add(name, way)
@@ -34,13 +34,13 @@ def compete(ways):
 
 
 def against(seconds, base):
-    """Each contender's median over the base's."""
+    """The median of each contender, divided by that of the base."""
     middle = statistics.median(seconds[base])
     return {name: statistics.median(found) / middle for name, found in seconds.items()}
 
 
 def teachers():
-    """An epoch under 1, 2, 4 and 8 teachers, cached and live."""
+    """Print the time of an epoch with 1, 2, 4 and 8 teachers, cached and live."""
     torch.manual_seed(0)
     student, experts = resnet8(100), [resnet32(100) for _ in range(8)]
     x, y = data(100)
@@ -60,7 +60,7 @@ def teachers():
 
 
 def classes():
-    """An epoch with 10 to 10,000 classes."""
+    """Print the time of an epoch with 10 to 10,000 classes."""
     print("\n| classes | epoch, cached / alone | the 10 likeliest, cached / alone | bytes a view | of the 10 |")
     print("|---|---|---|---|---|")
     for count in (10, 100, 1000, 10000):
@@ -82,10 +82,10 @@ def classes():
 
 
 def samples():
-    """The cache alone, on made-up logits of 100 classes, with 10 thousand to a million rows."""
+    """Print the cost of the cache alone, with random logits of 100 classes, and 10 thousand to a million rows."""
     form, chunk = DenseCodec(100, "float16"), 1024
     logits = form.encode(torch.randn(chunk, 100, generator=torch.Generator().manual_seed(0)))
-    print("\n| rows | size, MiB | fill, µs a row | check, µs a row | look up 64 rows, µs | anonymous memory, MiB |")
+    print("\n| rows | size, MiB | fill, µs a row | check, µs a row | read 64 rows, µs | anonymous memory, MiB |")
     print("|---|---|---|---|---|---|")
     for rows in (10**4, 10**5, 10**6):
         with tempfile.TemporaryDirectory() as folder:
@@ -101,20 +101,20 @@ def samples():
             began = time.perf_counter()
             for numbers in order:
                 form.decode(cache.read(numbers))
-            looked = (time.perf_counter() - began) / len(order)
+            reading = (time.perf_counter() - began) / len(order)
             memory = anonymous() - before
-        costs = [1e6 * (filled - start) / rows, 1e6 * (checked - filled) / rows, 1e6 * looked]
+        costs = [1e6 * (filled - start) / rows, 1e6 * (checked - filled) / rows, 1e6 * reading]
         cells = " | ".join(f"{cost:.2f}" for cost in costs)
         print(f"| {rows:,} | {cache.size / 2**20:.0f} | {cells} | {memory:.1f} |", flush=True)
 
 
 def anonymous():
-    """Anonymous memory of this process in MiB, that is, without mapped files."""
+    """Anonymous memory of this process in MiB (memory without mapped files)."""
     return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def run():
-    """All tables; the exit status."""
+    """Print all tables. Return the exit status."""
     teachers()
     classes()
     samples()

@@ -1,13 +1,13 @@
 """FitNets' two stages against labels, distillation, and joint training, on a thin student of 18 layers.
 
 Run: python benchmarks/hints.py [--seeds 10]             the tables (about 30 minutes on two cores)
-     python benchmarks/hints.py --search [--seeds 4]     how the settings were chosen (about 40 minutes)
+     python benchmarks/hints.py --search [--seeds 4]     selects the settings (about 40 minutes)
 
-The student: 17 convolutions of 8 channels with ReLU and a linear layer, no shortcuts, no BatchNorm, drawn as torch
-does by default. Digits, all training labels, no augmentation. All methods get the same images, as many steps, and a
-constant learning rate, each its own best one: chosen by the search on validation images (a quarter of the training
-images), with seeds that serve nothing else. The tables are of test images, and from training on all training images.
-A seed draws split, teacher, initial weights and order, and is the same for all methods.
+The student has 17 convolutions of 8 channels with ReLU and a linear layer, no shortcuts, no BatchNorm, and torch's
+default initial weights. Digits, all training labels, no augmentation. All methods get the same images and the same
+number of steps. Each has its own best constant learning rate. The search selects it on validation images (a quarter of
+the training images), with seeds that serve nothing else. The tables have the accuracy on test images, after training on
+all training images. A seed sets split, teacher, initial weights and order, and is the same for all methods.
 """
 
 import argparse
@@ -44,7 +44,7 @@ HINTS = {
     **{"stage2.1": "9", "stage2.3": "9", "stage2.5": "9"},
     **{"stage3.1": "9", "stage3.3": "9", "stage3.5": "9", "pool": "10"},
 }
-CHOSEN = {  # by --search
+SELECTED = {  # by --search
     "labels": {"lr": 0.0005},
     "distillation": {"lr": 0.001},
     "joint": {"lr": 0.007, "hint_weight": 0.01},
@@ -61,7 +61,7 @@ ANNEALED = {"start": 0.31, "end": 0.10}  # FitNets' lambda from 4 to 1 at temper
 
 
 def make_student(init):
-    """The thin deep student: as torch draws it, or after He et al. (2015)."""
+    """The thin deep student, with torch's initial weights, or those of He et al. (2015)."""
     student = FitNet(((8,) * 5, (8,) * 6, (8,) * 6), hidden=None, maxout=False, in_channels=1)
     for layer in student.modules():
         if init == "He" and isinstance(layer, nn.Conv2d):
@@ -82,7 +82,7 @@ def make_module(method, teacher, *, lr, hint_lr=None, hint_weight=0.0, init="def
     hints = {"hint_epochs": epochs, "hint_weight": hint_weight, "input_shape": [1, 8, 8]}
     hints["hint_optimizer"] = partial(Adam, lr=hint_lr) if hint_lr else None
     module = HintModule(student, teacher, HINTS, **hints, **distilled)
-    if relu:  # as the paper has it
+    if relu:  # as in the paper
         for projector in module.projectors.values():
             projector.append(nn.ReLU())
     return module
@@ -106,14 +106,14 @@ def fit(module, data, epochs=EPOCHS):
 
 @torch.no_grad()
 def accuracy(network, loader):
-    """Percentage right."""
+    """The percentage of samples that the network predicts right."""
     network.eval()
     right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
     return 100 * float(right.double().mean())
 
 
 def run(seed, plan, *, val_size):
-    """All of a plan's runs on one split: {name: accuracy}, on validation images or, without any, on test images."""
+    """All runs of a plan on one split: {name: accuracy}, on validation images if there are any, else on test images."""
     torch.set_num_threads(1)
     plain = {"train_transform": nn.Identity()}  # no augmentation
     make_data = partial(SemiSupervisedDataModule, Digits(), val_size=val_size, batch_size=32, seed=seed, **plain)
@@ -145,7 +145,7 @@ def interval(mine, others):
 
 
 def step_times(module, x, y, steps):
-    """Milliseconds of a training step on the batch: forward, backward and update. Endless."""
+    """Yield the milliseconds of a training step on the batch (forward, backward and update), without end."""
     optimizer = module.configure_optimizers()
     while True:
         start = time.perf_counter()
@@ -157,7 +157,7 @@ def step_times(module, x, y, steps):
 
 
 def steps_table(repeats=15):
-    """What a step of stage 1 costs beside one of stage 2, in turns, on the same batch."""
+    """Print the cost of a step of stage 1 and of stage 2, in turns, on the same batch."""
     torch.set_num_threads(1)
     digits, images = torch.rand(32, 1, 8, 8), torch.rand(16, 3, 32, 32)
     cases = {
@@ -180,7 +180,7 @@ def steps_table(repeats=15):
 
 
 def search(seeds):
-    """Validation accuracies of all settings."""
+    """Print the validation accuracies of all settings."""
     plan = {}
     for method, grid in GRID.items():
         for values in itertools.product(*grid.values()):
@@ -194,10 +194,10 @@ def search(seeds):
 
 
 def compare(seeds):
-    """Test accuracies of the chosen settings, and the price of a step."""
-    plan = {name: (name, settings) for name, settings in CHOSEN.items()}
-    others = {"two-stage, ReLU behind the projectors": ("two-stage", CHOSEN["two-stage"] | {"relu": True})}
-    he = {"lr": 0.003, "init": "He"}  # one rate for all, not searched for
+    """Print the test accuracies of the selected settings, and the cost of a step."""
+    plan = {name: (name, settings) for name, settings in SELECTED.items()}
+    others = {"two-stage, ReLU behind the projectors": ("two-stage", SELECTED["two-stage"] | {"relu": True})}
+    he = {"lr": 0.003, "init": "He"}  # one rate for all, without a search
     others |= {f"{name}, He's initial weights": (name, he) for name in ("labels", "distillation")}
     others |= {"two-stage, He's initial weights": ("two-stage", he | {"hint_lr": 0.007})}
     results = in_parallel(partial(compare_seed, plan=plan, others=others), range(seeds))
@@ -213,12 +213,12 @@ def compare(seeds):
 
 
 def compare_seed(seed, plan, others):
-    """The variants are looked at on the first five seeds."""
+    """Run one seed; the variants run on the first five seeds alone."""
     return run(seed, plan | others if seed < 5 else plan, val_size=0)
 
 
 def in_parallel(function, seeds):
-    """One process for each of two cores."""
+    """Run the seeds in two processes."""
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         return list(pool.map(function, seeds))
 

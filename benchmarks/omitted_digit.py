@@ -1,16 +1,16 @@
-"""Hinton's omitted digit: a student taught without a single 3 knows 3s once its bias for class 3 is raised.
+"""Hinton's omitted digit: a student distilled without a single 3 predicts 3s once its bias for class 3 is raised.
 
 Run: python benchmarks/omitted_digit.py [--seeds 5]      (about 5 minutes on two cores)
 
-A teacher is trained on training images of all digits, then students on the same images without the 3s: by the
-teacher's soft targets alone, and, as the control, by hard targets alone. Then the bias of class 3 is raised. The rule
-is the same for both: by what gets most validation images right; of the amounts that do, the middle of the widest
-range. Validation images are a quarter of the training images (3s among them), and no network was trained on them. Test
-images serve the last figures alone. (The paper raised the bias by what "optimizes overall performance on the test
-set": 3.5.)
+A teacher is trained on training images of all digits. Then two students are trained on the same images without the 3s:
+one by the teacher's soft targets alone, and one, as the control, by hard targets alone. Then the bias of class 3 is
+raised, by the same rule for both: by the amount that gets most validation images right, or the middle of the widest
+range of such amounts. Validation images are a quarter of the training images (with 3s), and no network is trained on
+them. Test images serve the last figures alone. (The paper raised the bias by the amount that "optimizes overall
+performance on the test set": 3.5.)
 
-A seed draws split, initial weights, order and augmentation. Networks, temperature, learning rates, epochs and schedule
-are the demo's; nothing was tuned here.
+A seed sets split, initial weights, order and augmentation. Networks, temperature, learning rates, epochs and schedule
+are the demo's. Nothing was tuned here.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def fit(module, data, epochs):
 
 
 def optimised(lr, epochs):
-    """The optimiser and schedule that all share."""
+    """The optimiser and the schedule of all trainings."""
     return {
         "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
         "lr_scheduler": partial(CosineAnnealingLR, T_max=epochs),
@@ -79,9 +79,9 @@ def transfer_set(data):
     """The images that ``data`` trains on, without the omitted digit."""
     data.setup("")
     part = data.source.load().train
-    kept = torch.tensor([index for index in data.split.labeled if part.targets[index] != OMITTED])
-    images = torch.stack([part.images[index][0] for index in kept])
-    source = DatasetSource(TensorDataset(images, part.targets[kept]))
+    others = torch.tensor([index for index in data.split.labeled if part.targets[index] != OMITTED])
+    images = torch.stack([part.images[index][0] for index in others])
+    source = DatasetSource(TensorDataset(images, part.targets[others]))
     return SemiSupervisedDataModule(
         source, val_size=0, batch_size=data.batch_size, seed=data.seed, train_transform=data.train_transform
     )
@@ -96,7 +96,7 @@ def outputs(network, loader):
 
 
 def best_offset(logits, targets):
-    """What to add to the omitted class's logits, by the rule above.
+    """The amount to add to the logits of the omitted class, by the rule above.
 
     Args:
         logits: (N, C).
@@ -105,9 +105,9 @@ def best_offset(logits, targets):
     others = logits.clone()
     others[:, OMITTED] = -torch.inf
     best, decision = others.max(dim=1)
-    # an image is taken for the omitted digit from this amount on
+    # from this amount on, an image is predicted as the omitted digit
     amount, order = (best - logits[:, OMITTED]).double().sort()
-    # between amounts k and k + 1: the images up to k are taken for it, the others for their next best class
+    # between amounts k and k + 1: images up to k are predicted as the omitted digit, others as their best other class
     taken = (targets == OMITTED)[order].cumsum(0)[:-1]
     left = (decision == targets)[order].flip(0).cumsum(0).flip(0)[1:]
     right, width = taken + left, amount.diff()
@@ -166,7 +166,7 @@ def run_seed(seed, epochs=EPOCHS):
 
 
 def row(name, seed, values):
-    """A line of the table; ``values`` holds a number, or one for each seed, by column."""
+    """A line of the table. ``values`` holds a number, or a list of one for each seed, by column."""
     cells = [name, str(seed)]
     for column in COLUMNS:
         found = values.get(column, "-")
@@ -190,18 +190,20 @@ def table(results):
 
 
 def remark(results):
-    """Where the results differ from the paper's, and from what one may expect."""
+    """How the results differ from those of the paper, and from those that one may expect."""
 
     def mean(name, column):
         return statistics.mean(found[name][column] for found in results.values())
 
     raw = mean("soft targets", "omitted_before")
     return (
-        f"Differs from the paper: before the bias is raised {raw:.0f} % of 3s are right (there 86.8 %).\n"
-        f"The hard student gains from the rule too, {mean('hard targets', 'omitted_after'):.0f} % of 3s, but needs "
-        f"{mean('hard targets', 'offset'):.1f} for it, and makes {mean('hard targets', 'errors_after'):.0f} errors "
-        f"in all where the soft one makes {mean('soft targets', 'errors_after'):.0f}; raised as the soft one is, "
-        f"it knows {mean('hard targets, raised as soft', 'omitted_after'):.0f} %."
+        f"One figure differs from the paper: before the bias is raised, {raw:.0f} % of 3s are right (paper: 86.8 %).\n"
+        "The student of hard targets gains from the rule, too. It gets "
+        f"{mean('hard targets', 'omitted_after'):.0f} % of 3s right, but it needs an amount of "
+        f"{mean('hard targets', 'offset'):.1f}, and makes {mean('hard targets', 'errors_after'):.0f} errors in all; "
+        f"the student of soft targets makes {mean('soft targets', 'errors_after'):.0f}. Raised by the amount of the "
+        "soft student, the hard student gets "
+        f"{mean('hard targets, raised as soft', 'omitted_after'):.0f} % of 3s right."
     )
 
 

@@ -1,14 +1,14 @@
-"""What distilling costs: against training alone, a plain loop, and other libraries.
+"""The cost of distillation, compared with training alone, a plain loop, and other libraries.
 
-Run: python benchmarks/throughput.py                 (at most 20 minutes; exit status 1 where a ratio is missed)
+Run: python benchmarks/throughput.py                 (at most 20 minutes; exit status 1 if a ratio misses its goal)
      python benchmarks/throughput.py --growth        (how cost grows with teachers, classes and samples)
      python benchmarks/throughput.py --device cuda   (ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last)
 
-Needs the extra ``bench``. CPU: one thread on one core; all contenders take turns within one process, a batch each, for
-9 epochs after one that warms up; in-memory images of 32 x 32 pixels, batches of 64, random labels of 100 classes. A
-ratio is that of the medians; its spread is the 10th and 90th percentile of the epochs' own ratios. All threads share
-one store of memory that keeps what it has been given. An epoch is one with filled caches; filling one costs a pass of
-the teacher over each view. Modules of this package run without logger and progress bar.
+The extra ``bench`` is needed. On the CPU, one thread runs on one core. All contenders take turns within one process, a
+batch each, for 9 epochs after one for warm-up. Images of 32 x 32 pixels lie in memory; batches have 64 images, with
+random labels of 100 classes. A ratio is that of the medians. Its spread is the 10th and 90th percentile of the ratios
+of single epochs. All threads share one memory arena that returns nothing to the system. Caches are full; to fill one
+costs a pass of the teacher over each view. Modules of this package run without logger and progress bar.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-# what only the environment sets for all threads of this process
+# only the environment sets these for all threads of this process
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
-# one store of memory that keeps what it has: with one for each thread, which gives back to the system and asks again,
-# three contenders that were the same took 2.57 to 2.82 seconds; so, 2.26 to 2.30
+# one memory arena that returns nothing to the system: three identical contenders then take 2.26 to 2.30 seconds. With
+# an arena for each thread, which returns memory and requests it again, they take 2.57 to 2.82 seconds
 ENVIRONMENT |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**32))
 if __name__ == "__main__" and os.environ | ENVIRONMENT != {**os.environ}:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
@@ -41,7 +41,7 @@ RATIOS = [  # of, over, at most, at least
     ("modelopt", "live", None, 1.0),
     ("torchdistill", "cached", None, 2.0),
     ("modelopt", "cached", None, 2.0),
-    # one line more, CompileNetworks(backend=None, channels_last=True), against what others do: none has a goal
+    # with one line more, CompileNetworks(backend=None, channels_last=True); these have no goal
     ("torchdistill", "live, channels last", None, None),
     ("modelopt", "live, channels last", None, None),
     ("torchdistill", "cached, channels last", None, None),
@@ -50,19 +50,19 @@ RATIOS = [  # of, over, at most, at least
 
 
 def log(text):
-    """Say what is going on, on stderr: the table stands alone on stdout."""
+    """Print progress to stderr; stdout has the tables alone."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 class Table:
-    """The ratios, and whether each is reached."""
+    """The table of ratios, and the number of goals missed."""
 
     def __init__(self):
         self.missed = 0
         print("| ratio | measured | spread | to reach | |\n|---|---|---|---|---|", flush=True)
 
     def add(self, name, numerators, denominators, most=None, least=None):
-        """One ratio of paired measurements; a lower bound is reached where the spread comes up to it."""
+        """Add one ratio of paired measurements. A lower bound of 1 is reached if the spread reaches it."""
         ratio = statistics.median(numerators) / statistics.median(denominators)
         own = [a / b for a, b in zip(numerators, denominators, strict=True)]
         low, *_, high = statistics.quantiles(own, n=10, method="inclusive")
@@ -79,7 +79,7 @@ class Table:
 
 
 def networks(table, rounds):
-    """Every contender on both pairs of networks."""
+    """Measure every contender on both pairs of networks."""
     from contenders import compete
 
     import kd_lightning.models
@@ -94,7 +94,7 @@ def networks(table, rounds):
 
 
 class Plain:
-    """A dataset as one writes it by hand."""
+    """A dataset written by hand."""
 
     def __init__(self, images, labels, transform):
         self.images, self.labels, self.transform = images, labels, transform
@@ -107,7 +107,7 @@ class Plain:
 
 
 def augmentation(table, rounds):
-    """What a sample costs by the datamodule's replayable augmentation, and by plain torchvision v2."""
+    """Measure the time of a sample with the datamodule's replayable augmentation, and with plain torchvision v2."""
     import torch
     from torch.utils.data import DataLoader, TensorDataset
     from torchvision.transforms import v2
@@ -132,7 +132,7 @@ def augmentation(table, rounds):
     seconds = {name: [] for name in loaders}
     for _ in range(rounds + 1):
         for name, loader in loaders.items():
-            start = time.process_time()  # one thread, which waits for nothing: others' work counts not
+            start = time.process_time()  # one thread that waits for nothing: the work of other processes does not count
             for _batch in loader:
                 pass
             seconds[name].append(time.process_time() - start)
@@ -161,9 +161,9 @@ print(anonymous() - held)
 
 
 def memory(table, rounds):
-    """Anonymous memory at the end of a cached run, beyond the data, with ten times the images.
+    """Measure anonymous memory at the end of a cached run, without the data, with ten times the images.
 
-    Of 1000 classes: held in memory, the larger table would be an eighth of all.
+    There are 1000 classes: in memory, the larger table would be an eighth of the total.
     """
     here = Path(__file__).parent
     megabytes = {1: [], 10: []}
@@ -176,7 +176,7 @@ def memory(table, rounds):
 
 
 def imports(table, rounds):
-    """Importing the package against importing what it stands on, in seconds of the processor."""
+    """Measure the import of the package and that of its dependencies, in seconds of processor time."""
     seconds = {"import lightning, torchvision, torchmetrics": [], "import kd_lightning": []}
     for turn in range(rounds + 1):
         for statement, found in seconds.items():
@@ -193,11 +193,11 @@ ROUNDS = {"imports": 9, "augmentation": 15, "memory": 2, "networks": 9}
 
 
 def main():
-    """Run what is asked for; the exit status."""
+    """Run the selected parts. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", action="store_true", help="how cost grows, instead of the ratios")
+    parser.add_argument("--growth", action="store_true", help="measure how cost grows, instead of the ratios")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", choices=PARTS, nargs="*", default=[*PARTS], help="some of the ratios")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=[*PARTS], help="measure some of the ratios")
     options = parser.parse_args()
     if options.device == "cuda":
         from throughput_cuda import run

@@ -2,8 +2,8 @@
 
 Run: python benchmarks/throughput.py --device cuda      (about 15 minutes)
 
-Images lie in memory as bytes and are augmented by up to 12 workers; batches of 256. All contenders take turns, an epoch
-each. The plain loop and the other libraries get networks and batches with channels last, and run under autocast.
+Images lie in memory as bytes, and up to 12 workers augment them. Batches have 256 images. All contenders take turns, an
+epoch each. The plain loop and the other libraries get networks and batches with channels last, and run under autocast.
 """
 
 import os
@@ -24,38 +24,38 @@ from kd_lightning import CompileNetworks, DatasetSource, SemiSupervisedDataModul
 
 DEVICE = "cuda"
 SIZE, PIXELS, BATCH, CLASSES, VIEWS = 8192, 224, 256, 1000, 2
-EPOCHS = 6  # the first one warms up, and the last one's end counts to it
+EPOCHS = 6  # the first one is a warm-up, and the end of the last one counts to it
 PAIR = resnet18, resnet50
 WORKERS = min(12, os.cpu_count() or 1)
 transform = v2.Compose([v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
 
 
 class Watch(Callback):
-    """Tells where an epoch begins; how long, at most, the device then had nothing to do for want of a batch."""
+    """Calls a function at the start of each epoch, and measures how long, at most, the device waits for a batch."""
 
     def __init__(self, boundary):
         self.boundary = boundary
         self.waits = []
 
     def begin(self):
-        """Wait for one's turn; nothing has been read yet."""
+        """Wait for the turn, before any batch is read."""
         self.boundary()
         self.waits.append(0.0)
         self.end()
 
     def arrive(self):
-        """A batch is there: was the device waiting for it?"""
+        """A batch has arrived: count the time if the device was waiting for it."""
         if self.done.query():
-            self.waits[-1] += time.perf_counter() - self.asked
+            self.waits[-1] += time.perf_counter() - self.requested
 
     def end(self):
-        """The loader's turn; the device still works on what it was given."""
+        """The loader reads the next batch, while the device still works on the last one."""
         self.done = torch.Event(DEVICE)
         self.done.record()
-        self.asked = time.perf_counter()
+        self.requested = time.perf_counter()
 
     def feed(self, loader):
-        """An epoch's batches, on the device."""
+        """Yield the batches of an epoch, on the device."""
         self.begin()
         for x, y in loader:
             self.arrive()
@@ -64,15 +64,15 @@ class Watch(Callback):
             self.end()
 
     def on_train_epoch_start(self, trainer, module):
-        """Begin."""
+        """Begin an epoch."""
         self.begin()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """A batch is there."""
+        """Record that a batch has arrived."""
         self.arrive()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        """The next one is asked for."""
+        """Record that the next batch is requested."""
         self.end()
 
 
@@ -95,7 +95,7 @@ def ours(make_module, images, labels, watches, name, boundary, epochs, compiled=
 
 
 def others(train, data, watches, name, boundary, epochs):
-    """A loop by hand, or another library's."""
+    """A loop written by hand, or that of another library."""
     watch = watches[name] = Watch(boundary)
     student, teacher = (make(num_classes=CLASSES).to(DEVICE, memory_format=torch.channels_last) for make in PAIR)
     loading = {"batch_size": BATCH, "num_workers": WORKERS, "pin_memory": DEVICE == "cuda", "persistent_workers": True}
@@ -104,7 +104,7 @@ def others(train, data, watches, name, boundary, epochs):
 
 
 def run():
-    """Print images/s, the share of waiting, and the ratios; the exit status."""
+    """Print images/s, the share of waiting, and the ratios. Return the exit status."""
     images = torch.randint(256, (SIZE, 3, PIXELS, PIXELS), dtype=torch.uint8)
     labels = torch.randint(CLASSES, (SIZE,))
     torch.manual_seed(0)

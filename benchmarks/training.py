@@ -1,4 +1,4 @@
-"""What benchmarks of few or weak labels share: training to the last step, and measuring."""
+"""The training and the measurement that benchmarks of few or weak labels share."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 
 def train(steps, seed, make_module, data, callbacks=(), lr=0.01):
-    """Train so many steps, with AdamW and a cosine, and give the module back."""
+    """Train for so many steps, with AdamW and a cosine schedule. Return the module."""
     schedule = partial(CosineAnnealingLR, T_max=steps)
     options = {"optimizer": partial(AdamW, lr=lr, weight_decay=0.01), "lr_scheduler": schedule, "lr_interval": "step"}
     seed_everything(seed, verbose=False)
@@ -21,7 +21,7 @@ def train(steps, seed, make_module, data, callbacks=(), lr=0.01):
 
 
 def make_trainer(steps, callbacks=()):
-    """One that leaves nothing behind."""
+    """Make a trainer that writes nothing."""
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -36,5 +36,5 @@ def make_trainer(steps, callbacks=()):
 
 
 def measure(module, data):
-    """Accuracy on validation images where there are some, else on test images, in %."""
+    """Accuracy in %, on validation images if there are some, else on test images."""
     return 100 * accuracy(module.student, data.val_dataloader() or data.test_dataloader())

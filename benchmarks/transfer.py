@@ -21,17 +21,17 @@ SETTINGS = {
 
 
 def strong_moves():
-    """Moves, turns, zooms and shears, twice as far as elsewhere."""
+    """Shifts, rotations, scales and shears, twice as strong as the usual ones."""
     ranges = {"degrees": 25, "translate": (0.125, 0.125), "scale": (0.8, 1.25), "shear": 15}
     return v2.RandomAffine(**ranges, interpolation=v2.InterpolationMode.BILINEAR)
 
 
 class Transfer:
-    """From the digits 0 to 4, all labeled, to 5 to 9, of which 2 labels per class are known."""
+    """Transfer from the digits 0 to 4, with all labels, to 5 to 9, with 2 labels per class."""
 
-    def __init__(self, seed, kept, val_size=0):
+    def __init__(self, seed, cache, val_size=0):
         self.seed = seed
-        self.kept = kept
+        self.cache = cache
         self.val_size = val_size
         digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
         rotated = RotatedClasses(digits)
@@ -39,7 +39,7 @@ class Transfer:
         self.weights["0 to 4, rotated"] = self.pretrain(rotated, 20, 1000, train_transform=strong_moves())
 
     def pretrain(self, source, classes, steps, **data):
-        """Weights of a network of the old digits, and the number of its classes."""
+        """Weights of a network of the first digits, and the number of its classes."""
         images = Data({}, val_size=0, seed=self.seed, batch_size=64, **data)
         images.source = source
 
@@ -49,9 +49,9 @@ class Transfer:
         return train(steps, self.seed, make, images, lr=0.005).student.state_dict(), classes
 
     def fit(self, origin, lr=0.01, **callback):
-        """Accuracy on the new digits, from weights that were trained on others, or from scratch."""
+        """Accuracy on the new digits, from weights that were trained on the first ones, or from scratch."""
         data = Data(
-            self.kept,
+            self.cache,
             labeled=2,
             unlabeled="none",
             val_size=self.val_size,
@@ -73,5 +73,5 @@ class Transfer:
         return measure(train(STEPS, self.seed, make, data, callbacks, lr=lr), data)
 
     def all(self):
-        """Every method."""
+        """Run every method: {name: accuracy}."""
         return {name: self.fit(**setting) for name, setting in SETTINGS.items()}

@@ -1,12 +1,12 @@
-"""Weak labels: noisy, coarse, few and well chosen, or of other classes; each method against what there was before.
+"""Weak labels (noisy, coarse, few and actively selected, or of other classes): each method against its baseline.
 
 Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer]      (all four if none is named)
-     python benchmarks/weak_labels.py --settings [PART ...]       (chooses the settings, on validation images)
+     python benchmarks/weak_labels.py --settings [PART ...]       (selects the settings, on validation images)
 
-Digits: 1197 training images and 600 test images, which nothing is chosen on; for transfer, those of 5 to 9. There is no
-validation part, so the last weights are tested; settings come from other splits, on which 25 % of the training images
-are for validation (for transfer, which needs but 10, 90 %). All methods of a part have the same network, steps,
-schedule and augmentation; those for noise have one learning rate, the best one for cross-entropy. A seed draws split,
+Digits: 1197 training images and 600 test images; for transfer, those of 5 to 9. Test images select nothing. There is no
+validation part, so the last weights are tested. The settings come from other splits, with 25 % of the training images
+for validation (for transfer, which trains on 10 images, 90 %). All methods of a part have the same network, steps,
+schedule and augmentation. Those for noise have one learning rate, the best one for cross-entropy. A seed sets split,
 noise, network and order. Differences are paired by split.
 """
 
@@ -53,18 +53,18 @@ from kd_lightning.models import DigitsCNN
 
 STEPS = {"noise": 760, "coarse": 760, "active": 400}
 FOLDS = 5
-TRANSFER_SPLITS = 30  # what it gains is less than the scatter between splits
+TRANSFER_SPLITS = 30  # the gain is smaller than the scatter between splits
 NOISE = {"40 % symmetric": SymmetricNoise(0.4), "40 % pair": PairNoise(0.4)}
 COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
 
 
 class Noise:
-    """Training on labels of which many are wrong; the network has 95 thousand weights, and can learn them by heart."""
+    """Training on labels of which many are wrong. The network has 95 thousand weights, and can memorise the labels."""
 
-    def __init__(self, seed, noise, kept, val_size=0):
+    def __init__(self, seed, noise, cache, val_size=0):
         self.seed = seed
         self.noise = noise
-        self.make_data = partial(Data, kept, unlabeled="none", val_size=val_size, seed=seed, batch_size=64)
+        self.make_data = partial(Data, cache, unlabeled="none", val_size=val_size, seed=seed, batch_size=64)
 
     def fit(self, hard_loss=None, lr=0.01, data=None, method=SupervisedModule, **arguments):
         """Train with a loss."""
@@ -81,11 +81,11 @@ class Noise:
         return measure(self.fit(*arguments, **options), self.make_data())
 
     def clean(self, lr=0.01):
-        """On the true labels: what can be reached."""
+        """Accuracy of a training on the true labels, an upper bound."""
         return self.score(lr=lr, data=self.make_data())
 
     def out_of_fold(self, lr):
-        """Labels, probabilities of students that have not seen them, truth, and indices of the labeled samples."""
+        """Labels, out-of-fold probabilities, true labels and indices of the labeled samples."""
         data = self.make_data(label_noise=self.noise)
         data.setup("")
         labeled = torch.tensor(data.split.labeled)
@@ -104,19 +104,19 @@ class Noise:
         return data.visible_labels()[labeled], probabilities[labeled], data.hidden_truth(labeled), labeled
 
     def edit(self, lr=0.01, found=None):
-        """Confident learning: without the labels that students of other folds contradict; precision and recall, too."""
+        """Confident learning: train without the suspects of other folds. Return accuracy, precision and recall."""
         labels, probabilities, truth, labeled = found or self.out_of_fold(lr)
         suspect = torch.from_numpy(np.asarray(find_label_issues(labels.numpy(), probabilities.numpy(), n_jobs=1)))
         data = self.make_data(label_noise=self.noise)
         data.setup("")
-        data.split = data.split.with_answers([[i, -1, "missing", 1.0] for i in labeled[suspect].tolist()])
+        data.split = data.split.with_label_rows([[i, -1, "missing", 1.0] for i in labeled[suspect].tolist()])
         wrong = labels != truth
         right = float((suspect & wrong).sum())
         precision, recall = 100 * right / max(float(suspect.sum()), 1.0), 100 * right / float(wrong.sum())
         return self.score(lr=lr, data=data), precision, recall
 
     def all(self):
-        """Every method: {name: accuracy}, and the suspects' precision and recall."""
+        """Run every method: {name: accuracy}, and the precision and recall of the suspects."""
         lr, found = SETTINGS["noise"], {}
         found["cross-entropy"] = self.score(lr=lr)
         found["label smoothing"] = self.score(nn.CrossEntropyLoss(label_smoothing=0.2), lr)
@@ -134,13 +134,13 @@ class Noise:
 class Coarse:
     """2 fine labels per class, and one of 5 pairs of digits for every other image."""
 
-    def __init__(self, seed, kept, val_size=0):
+    def __init__(self, seed, cache, val_size=0):
         self.seed = seed
-        self.kept = kept
-        self.make_data = partial(Data, kept, labeled=2, val_size=val_size, seed=seed)
+        self.cache = cache
+        self.make_data = partial(Data, cache, labeled=2, val_size=val_size, seed=seed)
 
     def fine(self, lr=0.01, student=None):
-        """The fine labels alone."""
+        """Accuracy of a training on the fine labels alone."""
         data = self.make_data(unlabeled="none", batch_size=32, views_per_epoch=20)
         student = student or partial(DigitsCNN, 8)
         return measure(
@@ -148,7 +148,7 @@ class Coarse:
         )
 
     def head(self, lr=0.01):
-        """First a network of the coarse classes, on all coarse labels; then a new head, and all layers, on the fine."""
+        """Train a network on all coarse labels; then train it with a new head on the fine labels."""
         train_part, data = Digits().load().train, self.make_data(batch_size=96)
         data.setup("")
         coarse = Data({}, batch_size=96, val_size=0, seed=self.seed)
@@ -161,14 +161,14 @@ class Coarse:
         return self.fine(lr, lambda: reset_classifier(network, 10))
 
     def loss(self, lr=0.01, labeled=32):
-        """Both at once, through the loss of coarse labels."""
+        """Train on fine and coarse labels at once, with the loss of coarse labels."""
         streams = {"batch_size": 96, "labeled_batch_size": labeled}
         data = self.make_data(coarse=CoarseLabels(COARSE), **streams)
         make = lambda **options: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731
         return measure(train(STEPS["coarse"], self.seed, make, data, lr=lr), data)
 
     def all(self):
-        """Every method."""
+        """Run every method: {name: accuracy}."""
         found = {"fine labels alone": self.fine(SETTINGS["fine"])}
         found["coarse head first"] = self.head(SETTINGS["head"])
         found["coarse-label loss"] = self.loss(**SETTINGS["coarse"])
@@ -176,11 +176,11 @@ class Coarse:
 
 
 def active(seed):
-    """From 20 to 100 labels in rounds of 20, by every strategy: {strategy: [accuracy of each round]}."""
+    """Run every strategy from 20 to 100 labels in rounds of 20: {strategy: [accuracy of each round]}."""
     quiet()
-    kept, found = {}, {}
+    cache, found = {}, {}
     for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
-        make_data = partial(Data, kept, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
+        make_data = partial(Data, cache, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
         schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
         optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
         options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
@@ -208,68 +208,68 @@ LOSSES = {
 }
 
 
-def try_transfer(seed, note):
-    """From other digits: how to start, and at which rates."""
+def try_transfer(seed, record):
+    """Try the start and the learning rates of transfer."""
     transfer = Transfer(seed, {}, val_size=0.9)
     for lr in (0.003, 0.01):
-        note("from scratch", {"lr": lr}, transfer.fit(None, lr))
+        record("from scratch", {"lr": lr}, transfer.fit(None, lr))
         for origin in ("0 to 4", "0 to 4, rotated"):
-            note(f"{origin}, all layers alike", {"lr": lr}, transfer.fit(origin, lr))
+            record(f"{origin}, all layers alike", {"lr": lr}, transfer.fit(origin, lr))
             for options in (
                 {"frozen_epochs": 5, "lr_decay": 0.5},
                 {"frozen_epochs": 0, "lr_decay": 0.5},
                 {"frozen_epochs": 0, "batch_norm": "freeze"},
             ):
-                note(f"{origin}, by layer", {"lr": lr, **options}, transfer.fit(origin, lr, **options))
+                record(f"{origin}, by layer", {"lr": lr, **options}, transfer.fit(origin, lr, **options))
 
 
-def try_noise(seed, note):
-    """Losses and methods under symmetric noise."""
+def try_noise(seed, record):
+    """Try losses and methods with symmetric noise."""
     noise = Noise(seed, NOISE["40 % symmetric"], {}, val_size=0.25)
     for lr in (0.003, 0.01):
-        note("cross-entropy", {"lr": lr}, noise.score(lr=lr))
+        record("cross-entropy", {"lr": lr}, noise.score(lr=lr))
         for q in (0.5, 0.7, 0.9):
-            note("GCE", {"lr": lr, "q": q}, noise.score(GeneralizedCrossEntropyLoss(q), lr))
+            record("GCE", {"lr": lr, "q": q}, noise.score(GeneralizedCrossEntropyLoss(q), lr))
         for alpha, beta in ((0.1, 1.0), (0.1, 0.3), (1.0, 1.0)):
             loss = SymmetricCrossEntropyLoss(alpha, beta)
-            note("symmetric CE", {"lr": lr, "alpha": alpha, "beta": beta}, noise.score(loss, lr))
+            record("symmetric CE", {"lr": lr, "alpha": alpha, "beta": beta}, noise.score(loss, lr))
         for weight, momentum in ((1.0, 0.7), (3.0, 0.7), (3.0, 0.9)):
             loss = EarlyLearningLoss(weight, momentum)
-            note("ELR", {"lr": lr, "weight": weight, "momentum": momentum}, noise.score(loss, lr))
+            record("ELR", {"lr": lr, "weight": weight, "momentum": momentum}, noise.score(loss, lr))
         for epochs in (5, 10, 20):
             options = {"forget_rate": 0.4, "ramp_epochs": epochs}
-            note("co-teaching", {"lr": lr, "ramp": epochs}, noise.score(lr=lr, method=CoTeachingModule, **options))
-        note("forward", {"lr": lr}, noise.score(ForwardCorrectionLoss(noise.noise.matrix(10).tolist()), lr))
+            record("co-teaching", {"lr": lr, "ramp": epochs}, noise.score(lr=lr, method=CoTeachingModule, **options))
+        record("forward", {"lr": lr}, noise.score(ForwardCorrectionLoss(noise.noise.matrix(10).tolist()), lr))
 
 
-def try_coarse(seed, note):
-    """Fine labels, and coarse ones with them."""
+def try_coarse(seed, record):
+    """Try the methods for coarse labels."""
     coarse = Coarse(seed, {}, val_size=0.25)
     for lr in (0.003, 0.01, 0.03):
-        note("fine labels alone", {"lr": lr}, coarse.fine(lr))
-        note("coarse head first", {"lr": lr}, coarse.head(lr))
+        record("fine labels alone", {"lr": lr}, coarse.fine(lr))
+        record("coarse head first", {"lr": lr}, coarse.head(lr))
         for labeled in (16, 32):
-            note("coarse-label loss", {"lr": lr, "labeled in a batch": labeled}, coarse.loss(lr, labeled))
+            record("coarse-label loss", {"lr": lr, "labeled in a batch": labeled}, coarse.loss(lr, labeled))
 
 
 TRIALS = {"noise": (try_noise, 4), "coarse": (try_coarse, 4), "transfer": (try_transfer, 10)}  # on so many splits
 
 
 def try_settings(part, seed):
-    """Settings of a part on one split: {(method, setting): validation accuracy}."""
+    """Try the settings of a part on one split: {(method, setting): validation accuracy}."""
     quiet()
     found = {}
 
-    def note(method, setting, value):
+    def record(method, setting, value):
         found[method, str(setting)] = value
         print(seed, method, setting, round(value, 2), flush=True)
 
-    TRIALS[part][0](seed, note)
+    TRIALS[part][0](seed, record)
     return found
 
 
 def settings(part, pool):
-    """Every setting, on validation images of splits that are not reported on."""
+    """Print the table of every setting, on validation images of splits that serve nothing else."""
     found = list(pool.map(partial(try_settings, part), range(100, 100 + TRIALS[part][1])))
     print("\n| method | setting | validation accuracy % |\n|---|---|---|")
     for method, setting in found[0]:
@@ -278,17 +278,17 @@ def settings(part, pool):
 
 
 def run_noise(seed):
-    """Both kinds of noise on one split."""
+    """Run all methods with both kinds of noise on one split."""
     quiet()
-    kept, found = {}, {}
+    cache, found = {}, {}
     for name, noise in NOISE.items():
-        found[name] = Noise(seed, noise, kept).all()
+        found[name] = Noise(seed, noise, cache).all()
         print(seed, name, found[name], flush=True)
     return found
 
 
 def run_all(part, seed):
-    """All methods of a part on one split."""
+    """Run all methods of a part on one split."""
     quiet()
     found = part(seed, {}).all()
     print(seed, found, flush=True)
@@ -296,7 +296,7 @@ def run_all(part, seed):
 
 
 def table(found, base):
-    """Accuracies, and paired differences from a method."""
+    """Print accuracies, and paired differences from a base method."""
     print(f"| test accuracy % | mean ± std | over {base} |\n|---|---|---|")
     for name in found[0]:
         values, others = ([of_split[method] for of_split in found] for method in (name, base))
@@ -305,7 +305,7 @@ def table(found, base):
 
 
 def report_noise(pool):
-    """The tables of both kinds of noise."""
+    """Print the tables of both kinds of noise."""
     found = list(pool.map(run_noise, range(5)))
     for name in NOISE:
         print(f"\n{name} noise")
@@ -316,13 +316,13 @@ def report_noise(pool):
 
 
 def report_coarse(pool):
-    """The table of coarse labels."""
+    """Print the table of coarse labels."""
     print()
     table(list(pool.map(partial(run_all, Coarse), range(5))), "fine labels alone")
 
 
 def report_active(pool):
-    """Accuracy against labels, by strategy; and a picture."""
+    """Print accuracy by number of labels and strategy, and save a picture."""
     found = list(pool.map(active, range(5)))
     counts = [result["labels"] for result in found[0]["random"]]
     print("\n| test accuracy % | " + " | ".join(f"{count} labels" for count in counts) + " |")
@@ -336,7 +336,7 @@ def report_active(pool):
 
 
 def report_transfer(pool):
-    """The table of transfer."""
+    """Print the table of transfer."""
     print()
     table(list(pool.map(partial(run_all, Transfer), range(TRANSFER_SPLITS))), "from scratch")
 
@@ -346,8 +346,8 @@ REPORTS = {"noise": report_noise, "coarse": report_coarse, "active": report_acti
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="|".join(REPORTS), help="which parts; default all")
-    parser.add_argument("--settings", action="store_true", help="choose them, on validation images")
+    parser.add_argument("parts", nargs="*", metavar="|".join(REPORTS), help="the parts to run; default: all")
+    parser.add_argument("--settings", action="store_true", help="select the settings, on validation images")
     options = parser.parse_args()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for part in options.parts or REPORTS:

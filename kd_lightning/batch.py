@@ -1,4 +1,4 @@
-"""The one batch that every module reads."""
+"""The batch that all modules and losses read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ IGNORE_INDEX = -100
 
 
 class LabelKind(IntEnum):
-    """What a row's label is."""
+    """The kind of a row's label."""
 
-    CLEAN = 0
-    MISSING = 1
-    PSEUDO = 2
-    COARSE = 3  # y is missing, and candidates tells what it may be
+    CLEAN = 0  # y is the label
+    MISSING = 1  # there is no label
+    PSEUDO = 2  # y is a pseudo-label
+    COARSE = 3  # y is missing; candidates holds the possible classes
     NOISY = 4  # y may be wrong
 
 
 class Rows(NamedTuple):
-    """Where the rows of a batch stand in a table of all views, in which what teachers say of them is kept.
+    """The positions of a batch's rows in the table of all views, by which teachers cache their outputs.
 
     Attributes:
-        table: Which one; a :class:`~kd_lightning.data.views.Views`.
-        numbers: (B,) integers on the CPU, whatever the batch's device, so that looking up never waits for one.
+        table: The table of views; a :class:`~kd_lightning.data.views.ViewTable`.
+        numbers: (B,) integers. They stay on the CPU whatever the batch's device is, so that no lookup synchronises.
     """
 
     table: Hashable
@@ -41,28 +41,28 @@ class Rows(NamedTuple):
 
 @dataclass
 class Batch:
-    """A batch of samples; all fields but ``x`` are optional.
+    """A batch of B rows. All fields except ``x`` are optional.
 
     Attributes:
         x: Inputs, (B, ...).
-        y: Labels: (B,) class indices, (B, L) zeros and ones for the multilabel task. ``-100`` (``NaN`` where
-            floats) is a missing label.
-        index: Which sample each row is, (B,) integers. Labels and teacher outputs are looked up by it.
-        view: Which augmentation of its sample each row is, (B,) integers.
-        kind: What each row's label is, (B,) numbers of ``LabelKind``. None: clean where it is known.
-        weight: What each row's hard loss is multiplied by, (B,). None: 1.
-        candidates: Which classes a coarse label allows, (B, C) booleans; none in rows without one, whose y counts.
-        soft: Probabilities to learn instead of ``y``, (B, C), in rows of pseudo-labels; elsewhere 0.
+        y: Labels: (B,) class indices, or (B, L) zeros and ones for the multilabel task. A missing label is ``-100``
+            (``NaN`` where labels are floats).
+        index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it.
+        view: The view (augmentation of the sample) of each row, (B,) integers.
+        kind: The kind of each row's label, (B,) numbers of ``LabelKind``. If None, known labels are clean.
+        weight: The factor of each row's hard loss, (B,). If None, it is 1.
+        candidates: The classes that a coarse label allows, (B, C) booleans; all False in rows without coarse label.
+        soft: Probabilities (B, C) that replace ``y`` in rows of pseudo-labels; 0 in other rows.
         x_strong: A second, stronger augmentation of the same samples, (B, ...).
-        mean_labels: Known labels, coarse and pseudo-labels included, that a batch of this optimiser step holds on
-            average over the processes and the accumulated batches. Set by the data loader, or by the module where a
-            loader does not know it; divides the hard term, so that one process and two give the same gradient.
-        mean_pseudo: How many of these are pseudo-labels.
-        mean_coarse: How many of these are coarse labels.
-        mean_rows: How many rows such a batch has on average. None: as many as this one.
-        labeled: Numbers (K,) of the rows whose label is known, found by the loader so that no step waits for a device.
-            None: looked for in ``y``.
-        rows: Where these rows stand among all views, where a teacher keeps its outputs of them.
+        mean_labels: Mean number of known labels, coarse and pseudo-labels included, over the batches of this optimiser
+            step (all processes, all accumulated batches). The hard term is divided by it, so that one process and two
+            give the same gradient. The data loader sets it; if it does not, the module does.
+        mean_pseudo: Mean number of pseudo-labels among ``mean_labels``.
+        mean_coarse: Mean number of coarse labels among ``mean_labels``.
+        mean_rows: Mean number of rows of these batches. If None, it is B.
+        labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step synchronises with
+            the device. If None, ``y`` is searched.
+        rows: The positions of the rows in the table of all views, by which teachers cache their outputs.
     """
 
     x: Tensor
@@ -83,10 +83,10 @@ class Batch:
 
     @classmethod
     def from_any(cls, batch: Any) -> Batch:
-        """Take a ``Batch`` as it is; make one of ``(x, y)``, ``(x,)`` or ``x``, as any DataLoader gives them.
+        """Convert ``(x, y)``, ``(x,)`` or ``x`` to a ``Batch``; a ``Batch`` is returned unchanged.
 
         Raises:
-            InputError: For anything else.
+            InputError: If ``batch`` is anything else.
         """
         if isinstance(batch, Batch):
             return batch
@@ -101,7 +101,7 @@ class Batch:
         return len(self.x)
 
     def select(self, rows: Tensor) -> Batch:
-        """Some of the rows, given by a boolean tensor (B,) or by their numbers."""
+        """Return a batch of some rows, given by a boolean tensor (B,) or by their numbers."""
         count = len(self)
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} | {"labeled": None}
         for name, part in parts.items():
@@ -112,21 +112,21 @@ class Batch:
         return Batch(**parts)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Every tensor on a device, without waiting for it; Lightning calls it, and would take longer by itself."""
+        """Return the batch with all tensors on a device, copied without blocking where possible. Lightning calls it."""
         device = torch.device(device)
-        wait = device.type in ("cpu", "mps")  # as Lightning does: these could be read before all of it is there
-        return self._with(lambda tensor: tensor.to(device, non_blocking=not wait))
+        blocking = device.type in ("cpu", "mps")  # as in Lightning: there a tensor could be read before its copy ends
+        return self._map(lambda tensor: tensor.to(device, non_blocking=not blocking))
 
     def pin_memory(self) -> Batch:
-        """Pin every tensor; DataLoader calls it where ``pin_memory=True``."""
-        return self._with(lambda tensor: tensor.pin_memory())
+        """Return the batch with all tensors in pinned memory. DataLoader calls it if ``pin_memory=True``."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
 
 def is_labeled(y: Tensor) -> Tensor:
-    """Where a label is known: a boolean tensor of the shape of ``y``."""
+    """Return a boolean tensor of the shape of ``y``: True where the label is known."""
     return ~torch.isnan(y) if y.is_floating_point() else y != IGNORE_INDEX

@@ -1,9 +1,9 @@
-"""The one exception for what a user gave and cannot be used."""
+"""The exception for input that cannot be used."""
 
 
 class InputError(ValueError):
-    """A value, file or data set that cannot be used as given.
+    """Raised for a value, file or data set that cannot be used as given.
 
-    The message says what is wrong, where, and what is allowed. The command line prints it and exits with
-    status 2; from Python it is an ordinary ``ValueError``.
+    The message has the name of the key, what is allowed, and what came. The command line prints the message and exits
+    with status 2. In Python it is a ``ValueError``.
     """

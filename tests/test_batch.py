@@ -1,4 +1,4 @@
-"""Batch: what it takes, and how it travels."""
+"""Batch: conversion, selection of rows, and moving to a device."""
 
 from collections import namedtuple
 
@@ -20,7 +20,7 @@ Pair = namedtuple("Pair", "image label")
     [((X, Y), Y), ([X, Y], Y), (Pair(X, Y), Y), ((X,), None), ([X], None), (X, None)],
     ids=["tuple", "list", "named tuple", "tuple of x", "list of x", "x"],
 )
-def test_takes_what_loaders_give(given, y):
+def test_takes_the_batches_of_loaders(given, y):
     batch = Batch.from_any(given)
     assert batch.x is X
     assert batch.y is y
@@ -54,7 +54,7 @@ def test_refuses_the_rest(given, got):
 
 
 def test_lightning_moves_every_tensor():
-    rows = Rows("a table", np.arange(len(X)))  # stays where looking up is done
+    rows = Rows("a table", np.arange(len(X)))  # stay on the CPU
     moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5, rows=rows), torch.device("meta"))
     assert moved.rows is rows
     assert isinstance(moved, Batch)
@@ -63,8 +63,8 @@ def test_lightning_moves_every_tensor():
     assert X.device.type == "cpu"
 
 
-@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("mps", True), ("cuda", False), ("meta", False)])
-def test_waits_only_where_it_must(monkeypatch, device, waits):
+@pytest.mark.parametrize(("device", "blocking"), [("cpu", True), ("mps", True), ("cuda", False), ("meta", False)])
+def test_blocks_only_where_it_must(monkeypatch, device, blocking):
     seen = []
 
     def to(tensor, device, non_blocking=False):
@@ -73,7 +73,7 @@ def test_waits_only_where_it_must(monkeypatch, device, waits):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     Batch(X, Y).to(device)
-    assert seen == [(torch.device(device), not waits)] * 2
+    assert seen == [(torch.device(device), not blocking)] * 2
 
 
 def test_pseudo_labels_move_and_are_pinned(monkeypatch):
@@ -88,7 +88,7 @@ def test_pseudo_labels_move_and_are_pinned(monkeypatch):
         assert (batch.mean_labels, batch.mean_pseudo, batch.mean_rows, batch.index) == (1.5, 0.5, 4.0, None)
 
 
-def test_kinds_are_what_batches_carry():
+def test_label_kinds_are_numbers():
     kinds = torch.tensor([0, 1, 2], dtype=torch.int8)
     assert [LabelKind(number) for number in kinds.tolist()] == [LabelKind.CLEAN, LabelKind.MISSING, LabelKind.PSEUDO]
     assert (kinds == LabelKind.PSEUDO).tolist() == [False, False, True]
@@ -110,7 +110,7 @@ def test_some_of_the_rows(rows):
     part = Batch(X, Y, index=Y + 10, view=Y + 20, mean_labels=1.5).select(rows)
     for found, whole in ((part.x, X), (part.y, Y), (part.index, Y + 10), (part.view, Y + 20)):
         assert torch.equal(found, whole[rows])
-    assert part.mean_labels == 1.5  # of the optimiser step, whatever part of it this is
+    assert part.mean_labels == 1.5  # a mean over the optimiser step, the same for each part of the batch
     assert len(part) == len(X[rows])
     whole = Batch(X, kind=Y, soft=X + 1, x_strong=X + 2, mean_labels=torch.tensor(2.0), mean_pseudo=1.0, mean_rows=4.5)
     part = whole.select(rows)

@@ -1,4 +1,4 @@
-"""Bad input and faults beyond a wrong config: what breaks, which part it was, and that nothing saved is lost."""
+"""Bad input and faults other than a wrong config: the error names the part, and no saved file is lost."""
 
 import os
 import resource
@@ -75,7 +75,7 @@ def small_disk():
 
 
 class WithExtraState(nn.Sequential):
-    """A network that keeps something else than tensors."""
+    """A network whose state holds something other than tensors."""
 
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 10))
@@ -88,7 +88,7 @@ class WithExtraState(nn.Sequential):
 
 
 class Still(nn.Module):
-    """A network that always says the same."""
+    """A network with constant outputs."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class Blow(Callback):
 
 
 class Returns(nn.Module):
-    """A network that dresses its logits up."""
+    """A network that wraps its logits."""
 
     def __init__(self, dress):
         super().__init__()
@@ -218,7 +218,7 @@ class TestUnreadableImages:
 
 
 class PhotoNet(nn.Sequential):
-    """For small colour images."""
+    """A network for small colour images."""
 
     def __init__(self):
         super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
@@ -259,7 +259,7 @@ class TestNonFinite:
 
     def test_a_second_fit_starts_clean(self, quiet_trainer, loader, student):
         module = SupervisedModule(student)
-        module._finite.note({"hard": torch.tensor(float("nan"))}, 3)
+        module._finite_check.record({"hard": torch.tensor(float("nan"))}, 3)
         quiet_trainer().fit(module, loader())
 
     @pytest.mark.parametrize("make", [SupervisedModule, lambda s: DistillModule(s, DigitsCNN(4))])
@@ -273,14 +273,14 @@ class TestNonFinite:
             trainer.save_checkpoint(tmp_path / "blown.ckpt")
         assert not (tmp_path / "blown.ckpt").exists()
 
-    def test_the_first_bad_step_is_kept_until_somebody_looks(self):
+    def test_the_first_bad_step_is_stored_until_the_check(self):
         from kd_lightning.modules._shared.finite_check import FiniteCheck
 
         check, fine = FiniteCheck(), torch.tensor(1.0)
-        check.note({"hard": fine, "soft": fine}, 0)
+        check.record({"hard": fine, "soft": fine}, 0)
         check.check()
-        check.note({"hard": fine, "soft": fine / 0}, 4)
-        check.note({"hard": fine * float("nan"), "soft": fine / 0}, 5)
+        check.record({"hard": fine, "soft": fine / 0}, 4)
+        check.record({"hard": fine * float("nan"), "soft": fine / 0}, 5)
         with pytest.raises(InputError, match="train/soft is not a finite number at step 4"):
             check.check()
 
@@ -355,7 +355,7 @@ class TestCheckpoints:
         quiet_trainer(max_epochs=2).fit(SupervisedModule(WithExtraState()), loader(), ckpt_path=tmp_path / "a.ckpt")
         assert load_file(tmp_path / "student.safetensors").keys() == {"1.weight", "1.bias"}
 
-    def test_full_disk_keeps_the_file_that_is_overwritten(self, tmp_path, small_disk):
+    def test_full_disk_leaves_the_file_that_is_overwritten(self, tmp_path, small_disk):
         io, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
         io.save_checkpoint({"state_dict": {}, "global_step": 1}, path)
         with small_disk(), pytest.raises(InputError, match=r"last.ckpt cannot be written"):
@@ -363,7 +363,7 @@ class TestCheckpoints:
         assert read_checkpoint(path)["global_step"] == 1
         assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
-    def test_full_disk_keeps_the_student_that_is_overwritten(self, tmp_path, quiet_trainer, loader, small_disk):
+    def test_full_disk_leaves_the_student_that_is_overwritten(self, tmp_path, quiet_trainer, loader, small_disk):
         (tmp_path / "student.safetensors").write_text("before")
         trainer = quiet_trainer(callbacks=[StudentWriter()])
         with small_disk(), pytest.raises(InputError, match=r"student.safetensors cannot be written"):
@@ -456,7 +456,7 @@ def test_a_rank_that_dies_ends_the_others(config, rank):
 
 
 class Terminate(Callback):
-    """Asks its own process to end, as a scheduler does."""
+    """Sends SIGTERM to its own process, as a scheduler does."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 6:
@@ -469,7 +469,10 @@ def test_sigterm_is_no_success(config, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "config.yaml"])
     assert end.value.code == 143
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: stopped by SIGTERM; --ckpt_path last goes on"
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "error: stopped by SIGTERM; --ckpt_path last resumes the run"
+    )
     assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] >= 6
     assert not Path("runs/tiny/version_0/student.safetensors").exists()
 
@@ -483,7 +486,7 @@ def _alive(group):
 
 
 def test_teacher_refusals_have_no_traceback(config, fails):
-    """A teacher's own complaint while training reaches the shell as one line."""
+    """An error of a teacher during training reaches the shell as one line."""
     config["model"] = {
         "class_path": "DistillModule",
         "init_args": {

@@ -1,4 +1,4 @@
-"""Active learning with networks: what a pool looks like to them, and rounds of it simulated."""
+"""Simulate rounds of active learning on data whose labels are all known."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 
-from kd_lightning.active.pool import PASSES, survey, teacher_of, with_pool
-from kd_lightning.active.strategies import check_strategy, pick
+from kd_lightning.active.pool import DROPOUT_PASSES, collect_pool_outputs, find_teacher, with_unlabeled_pool
+from kd_lightning.active.strategies import check_strategy, select_samples
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
@@ -21,24 +21,24 @@ from kd_lightning.modules import SupervisedModule
 
 
 class ActiveLearningLoop:
-    """Simulates active learning where all labels are known: trains, asks for labels, trains anew on more of them.
+    """Simulate active learning: train, select samples, reveal their labels, and train again on more labels.
 
-    Each round begins with new weights, of the same seed. Only the labels that were asked for are revealed.
+    Each round starts with new weights of the same seed. Training sees the first labels and those of selected samples.
 
     Args:
-        make_module: Makes the module to train, with a student.
-        make_data: Makes the datamodule, whose labeled samples are the first ones; called once.
-        make_trainer: Makes the trainer of a round, of one process.
+        make_module: Function that makes the module to train, which must have a ``student``.
+        make_data: Function that makes the datamodule. Its labeled samples are the first ones. It is called once.
+        make_trainer: Function that makes the trainer of a round, for one process.
         strategy: A name of :data:`~kd_lightning.active.strategies.STRATEGIES`.
-        queries: How many labels to ask for in a round.
-        rounds: How often to ask.
-        seed: Of weights, training and strategy; that of the split is the datamodule's.
+        queries: Number of samples to select in a round, at least 1.
+        rounds: Number of selections, at least 1.
+        seed: Seed of weights, training and strategy, from 0 to 2**32 - 1. The datamodule has the seed of the split.
 
     Attributes:
-        results: Of the rounds so far, also where one fails.
+        results: The results of the finished trainings, also if a later one fails.
 
     Raises:
-        InputError: For an unknown strategy, a seed out of range, and less than one query or round.
+        InputError: If the strategy is unknown, or ``seed``, ``queries`` or ``rounds`` is out of range.
     """
 
     def __init__(
@@ -68,24 +68,26 @@ class ActiveLearningLoop:
         """Train ``rounds`` + 1 times.
 
         Returns:
-            Of each training the number of ``labels``, the ``accuracy`` on the test images, and the ``queried`` samples'
-            indices that it led to: none at the end.
+            One dictionary for each training: ``labels``, their number; ``accuracy`` on the test images, in [0, 1]; and
+            ``queried``, the indices of the samples selected after it, empty for the last one.
 
         Raises:
-            InputError: For too few samples without a label, a pool whose labels nobody knows, or of test images, and
-                several processes.
+            InputError: If there are too few samples without a label, labels of the pool are unknown, the pool is the
+                test images, or the trainer has several processes.
         """
         data = self.make_data()
         data.prepare_data()
         data.setup("")
-        pool = torch.tensor(with_pool(data).unlabeled_indices())
+        pool = torch.tensor(with_unlabeled_pool(data).unlabeled_indices())
         if self.queries * self.rounds > len(pool):
-            asked = f"{self.rounds} rounds of {self.queries}"
-            raise InputError(f"queries: {asked} samples asked for, but only {len(pool)} without a label are there")
+            total = f"{self.rounds} rounds of {self.queries}"
+            raise InputError(f"queries: at most {len(pool)} samples without a label can be selected, got {total}")
         if self.queries * self.rounds == len(pool) and data.labeled_batch_size is not None:
-            raise InputError("queries: they leave no sample without a label, but labeled_batch_size needs one")
+            raise InputError(
+                "queries: all samples would get a label, but labeled_batch_size needs a sample without one"
+            )
         if (data.hidden_truth(pool) == IGNORE_INDEX).any():
-            raise InputError(f"unlabeled: {data.unlabeled}; to simulate answers, all labels must be known")
+            raise InputError(f"unlabeled must be a pool whose labels are all known, got {data.unlabeled}")
         results = self.results = []
         for number in range(self.rounds + 1):
             with isolate_rng():
@@ -97,40 +99,44 @@ class ActiveLearningLoop:
                 accuracy = float(trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"])
                 assert data.split is not None
                 labels = len(data.split.labeled)
-                queried = self._ask(module, data, trainer) if number < self.rounds else []
+                queried = self._select(module, data, trainer) if number < self.rounds else []
             truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long)).tolist()
-            data.split = data.split.with_answers([[i, y, "clean", 1.0] for i, y in zip(queried, truth, strict=True)])
+            data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, truth, strict=True)])
             results.append({"labels": labels, "accuracy": accuracy, "queried": queried})
         return results
 
-    def _ask(self, module: SupervisedModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
+    def _select(self, module: SupervisedModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
+        """Return the indices of the samples to label next."""
         device = trainer.strategy.root_device
         module.to(device)
-        teacher = teacher_of(module) if self.strategy == "disagreement" else None
-        passes = PASSES if self.strategy == "bald" else 0
-        index, pool = survey(
+        teacher = find_teacher(module) if self.strategy == "disagreement" else None
+        passes = DROPOUT_PASSES if self.strategy == "bald" else 0
+        index, pool = collect_pool_outputs(
             module.student, data, self.strategy, teacher=teacher, passes=passes, seed=self.seed, device=device
         )
-        found: list[int] = index[pick(self.strategy, pool, self.queries).rows].tolist()
-        return found
+        selected: list[int] = index[select_samples(self.strategy, pool, self.queries).rows].tolist()
+        return selected
 
 
 def plot(results: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Accuracy against labels: of each strategy the mean over its runs, and where there are several the sample SD.
+    """Plot the test accuracy against the number of labels.
+
+    Each strategy has one line, the mean over its runs. The band around it is one sample standard deviation.
 
     Args:
-        results: What :meth:`ActiveLearningLoop.run` gave, a list of runs (such as one for each seed) by strategy.
+        results: For each strategy a list of runs, such as one for each seed. A run is the result of
+            :meth:`ActiveLearningLoop.run`.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for number, (strategy, runs) in enumerate(results.items()):
-        found: dict[int, list[float]] = defaultdict(list)
+        accuracies: dict[int, list[float]] = defaultdict(list)
         for run in runs:
-            for one in run:
-                found[one["labels"]].append(100 * one["accuracy"])
-        counts = sorted(found)
-        means = [statistics.mean(found[count]) for count in counts]
-        spread = [statistics.stdev(found[count]) if len(found[count]) > 1 else 0.0 for count in counts]
+            for training in run:
+                accuracies[training["labels"]].append(100 * training["accuracy"])
+        counts = sorted(accuracies)
+        means = [statistics.mean(accuracies[count]) for count in counts]
+        spread = [statistics.stdev(accuracies[count]) if len(accuracies[count]) > 1 else 0.0 for count in counts]
         axes.plot(counts, means, marker="o", color=f"C{number}", label=strategy)
         low, high = zip(*((mean - sd, mean + sd) for mean, sd in zip(means, spread, strict=True)), strict=True)
         axes.fill_between(counts, low, high, color=f"C{number}", alpha=0.15)

@@ -1,1 +1,12 @@
-"""Stored outputs of teachers: files that survive a crash, codecs, and hashes of what they depend on."""
+"""Stored outputs of teachers: crash-safe files, codecs, and fingerprints of what the outputs depend on."""
+
+from kd_lightning.cache.codecs import DenseCodec, TopKCodec
+from kd_lightning.cache.content import fingerprint
+from kd_lightning.cache.store import OutputCache
+
+__all__ = [
+    "OutputCache",
+    "DenseCodec",
+    "TopKCodec",
+    "fingerprint",
+]

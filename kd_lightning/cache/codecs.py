@@ -1,8 +1,8 @@
-"""Codecs: how logits become rows of bytes, and back."""
+"""Codecs: they turn logits into rows of bytes, and back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,27 +10,34 @@ from torch import Tensor
 
 from kd_lightning.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-Bytes = np.ndarray[Any, Any]
+Bytes = np.ndarray[Any, Any]  # of uint8
 
 
-class Format(Protocol):
-    """How logits (B, C) become rows of bytes, and back."""
+class Codec(Protocol):
+    """Turns logits (B, C) into rows of bytes, and back.
+
+    Attributes:
+        name: Identifies the codec and its settings.
+        row_bytes: Bytes of one row.
+    """
 
     name: str
     row_bytes: int
 
     def encode(self, logits: Tensor) -> Bytes | None:
-        """Rows (B, row_bytes); None where a finite logit is too large."""
+        """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
 
     def decode(self, rows: Bytes) -> Tensor:
-        """Logits (B, C), float32."""
+        """Return logits (B, C) in float32."""
 
 
 class DenseCodec:
-    """Every logit, in float16 or float32."""
+    """Stores every logit.
+
+    Args:
+        classes: C.
+        dtype: ``"float16"`` or ``"float32"``.
+    """
 
     def __init__(self, classes: int, dtype: str) -> None:
         self.name = f"{dtype} logits of {classes} classes"
@@ -38,20 +45,28 @@ class DenseCodec:
         self.row_bytes = classes * self.dtype.itemsize
 
     def encode(self, logits: Tensor) -> Bytes | None:
-        """Rows (B, row_bytes); None where a finite logit is too large."""
-        values = _fitting(logits.float(), self.dtype)
+        """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
+        values = _cast(logits.float(), self.dtype)
         return None if values is None else values.view(np.uint8)
 
     def decode(self, rows: Bytes) -> Tensor:
-        """Logits (B, C), float32."""
+        """Return logits (B, C) in float32."""
         return torch.from_numpy(rows.view(self.dtype).astype(np.float32, copy=False))
 
 
 class TopKCodec:
-    """The k largest logits and their classes; the rest share their probability evenly among them.
+    """Stores the k largest logits and their classes. The other classes share the rest of the probability evenly.
 
-    So probabilities at temperature 1 are those of the teacher for the k classes, and right in sum for the others. At
-    T > 1 what the others have together is too small by Jensen's inequality, the more so the more they differ.
+    At temperature 1 the probabilities of the k classes are exact, and so is the sum of the others. At T > 1 the sum of
+    the others is too small (Jensen's inequality), the more so the more their logits differ.
+
+    Args:
+        classes: C.
+        dtype: ``"float16"`` or ``"float32"``.
+        k: Number of logits to store, at least 1 and below C.
+
+    Raises:
+        InputError: If k is out of range.
     """
 
     def __init__(self, classes: int, dtype: str, k: int) -> None:
@@ -65,11 +80,11 @@ class TopKCodec:
         self.row_bytes = self.record.itemsize
 
     def encode(self, logits: Tensor) -> Bytes | None:
-        """Rows (B, row_bytes); None where a finite logit is too large."""
+        """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
         logits = logits.float()
         top, classes = logits.topk(self.k, dim=1)
         rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(self.classes - self.k)
-        values = _fitting(torch.cat([top, rest[:, None]], dim=1), self.record["rest"])
+        values = _cast(torch.cat([top, rest[:, None]], dim=1), self.record["rest"])
         if values is None:
             return None
         rows = np.empty(len(values), self.record)
@@ -77,7 +92,7 @@ class TopKCodec:
         return rows.view(np.uint8).reshape(len(rows), -1)
 
     def decode(self, rows: Bytes) -> Tensor:
-        """Logits (B, C), float32."""
+        """Return logits (B, C) in float32."""
         records = rows.view(self.record).reshape(len(rows))
         rest = torch.from_numpy(records["rest"].astype(np.float32))
         logits = rest[:, None].repeat(1, self.classes)
@@ -85,7 +100,8 @@ class TopKCodec:
         return logits.scatter_(1, classes, torch.from_numpy(records["values"].astype(np.float32)))
 
 
-def _fitting(values: Tensor, dtype: np.dtype[Any]) -> Bytes | None:
+def _cast(values: Tensor, dtype: np.dtype[Any]) -> Bytes | None:
+    """Cast values to the type, or return None if a finite one is too large for it."""
     finite = values.abs().where(values.isfinite(), 0)
     if finite.numel() and float(finite.max()) > float(np.finfo(dtype).max):
         return None

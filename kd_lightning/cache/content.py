@@ -1,4 +1,4 @@
-"""What tells one transform, network or function from another: a hash of its code and of all that it holds."""
+"""Fingerprints of transforms, networks and functions: hashes of their code and all their attributes."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ from kd_lightning.errors import InputError
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
-# whose code is known by their version, as is that of the standard library
+# packages whose code counts by name only
 _KNOWN = {"torch", "torchvision", "numpy", "PIL", *sys.stdlib_module_names}
-# of which nothing counts but the class: what they hold changes with whatever else a program does
+# objects of which only the class counts, since their attributes change at any time
 _SERVICES = (logging.Logger, logging.Handler, io.IOBase, threading.Thread)
-# what every module holds beside its content: its mode, hooks, and the trainer that it was under
+# attributes of modules that do not count: mode, hooks, trainer
 _CONTENT = {"_parameters", "_buffers", "_modules"}
 _BOOKKEEPING = {kind: {*vars(kind()), "_compiled_call_impl"} - _CONTENT for kind in (LightningModule, nn.Module)}
-# what Python keeps in a class beside its content
+# attributes of classes that do not count
 _OF_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__slots__", "__firstlineno__", "_abc_impl"}
 _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
 _OF_CLASSES |= {"__static_attributes__", "__conditional_annotations__"}
 
 
 def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
-    """SHA-256 of an object's class, its code, and all attributes, down to numbers; the same in every process.
+    """Compute the SHA-256 of an object's class, its code, and all its attributes. It is the same in every process.
 
-    Functions, lambdas and methods count by their code, defaults and closure, and by what they name in their module
-    and in other ones: functions, classes, values. In modules that are installed as packages the whole file counts for
-    what they name. Code of torch, torchvision, numpy, Pillow and the standard library counts by name alone.
+    Functions, lambdas and methods count by their code, defaults and closure, and by the functions, classes and values
+    that they use from their own and other modules. For functions in installed packages, the file of their module
+    counts instead of what they use. Code of torch, torchvision, numpy, Pillow and the standard library counts by name
+    only.
 
     Args:
         thing: Any object.
-        without: Objects within it that do not count.
+        without: Objects inside it that do not count.
 
     Raises:
-        InputError: For an object that is nested too deeply.
+        InputError: If the object is nested too deeply.
 
     >>> fingerprint([1, 2.0]) == fingerprint([1, 2.0]) != fingerprint([1, 2])
     True
@@ -60,7 +61,7 @@ def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
     try:
         _feed(thing, digest.update, {id(one): (number, one) for number, one in enumerate(without)})
     except RecursionError as error:
-        raise InputError(f"{type(thing).__name__} is nested too deeply to be told from others") from error
+        raise InputError(f"{type(thing).__name__} is nested too deeply for a fingerprint") from error
     return digest.hexdigest()
 
 
@@ -68,10 +69,10 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
     if isinstance(thing, _PLAIN) and not isinstance(thing, Enum):
         update(f"{type(thing).__name__}:{thing!r};".encode())
         return
-    if id(thing) in seen:  # also ends circles
+    if id(thing) in seen:  # also ends cycles
         update(f"seen {seen[id(thing)][0]};".encode())
         return
-    seen[id(thing)] = len(seen), thing  # kept alive, so that no other object gets this id
+    seen[id(thing)] = len(seen), thing  # the reference prevents that another object gets this id
 
     def go(*parts: Any) -> None:
         for part in parts:
@@ -94,7 +95,7 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
         update(thing.save_to_buffer())
     elif isinstance(thing, Mapping | Set | list | tuple | deque):
         if isinstance(thing, list) and all(map(_is_row, thing)):
-            update(repr([*thing]).encode())  # at once: lists of files are long
+            update(repr([*thing]).encode())  # in one step, since lists of files are long
         else:
             go(*_items(thing))
         if not _is_known(type(thing)):
@@ -130,7 +131,7 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
 
 
 def _is_row(thing: Any) -> bool:
-    """Whether its text says all: a number, a text, or a tuple of such."""
+    """Whether ``repr`` identifies it: a number, a string, or a tuple of these."""
     return type(thing) in _ATOMS or (type(thing) is tuple and all(type(part) in _ATOMS for part in thing))
 
 
@@ -141,7 +142,7 @@ def _items(thing: Any) -> Iterable[Any]:
 
 
 def _state(thing: Any) -> dict[str, Any]:
-    """An object's attributes."""
+    """The attributes of an object, slots included."""
     state = {**getattr(thing, "__dict__", {})}
     for kind in type(thing).__mro__:
         slots = vars(kind).get("__slots__", ())
@@ -154,7 +155,7 @@ def _state(thing: Any) -> dict[str, Any]:
         hooks = [*getattr(thing, "_forward_pre_hooks", {}).values(), *getattr(thing, "_forward_hooks", {}).values()]
         apart = next(names for kind, names in _BOOKKEEPING.items() if isinstance(thing, kind))
         state = {key: value for key, value in state.items() if key not in apart}
-        state |= {"hooks": hooks} if hooks else {}  # without their numbers, which count all hooks of a process
+        state |= {"hooks": hooks} if hooks else {}  # without their numbers, which count all hooks of the process
     return state
 
 
@@ -163,7 +164,7 @@ def _is_known(thing: Any) -> bool:
 
 
 def _installed(module: str | None) -> str | None:
-    """SHA-256 of a module's file, if it is of an installed package."""
+    """SHA-256 of a module's file, if it belongs to an installed package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
     return None if {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts) else _hash_of(file)
 
@@ -174,13 +175,13 @@ def _hash_of(file: str) -> str:
 
 
 def _names(code: types.CodeType) -> list[str]:
-    """All names that a function and those within it may look up in modules."""
+    """All names that a function and its inner functions may look up in modules."""
     inner = [name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _names(constant)]
     return [*dict.fromkeys([*code.co_names, *inner])]
 
 
 def _named(space: Mapping[str, Any], names: list[str], within: tuple[types.ModuleType, ...]) -> dict[str, Any]:
-    """What stands under these names in a module, and in modules that it names."""
+    """The values of these names in a module, and in the modules that it uses."""
     found = {name: space[name] for name in names if name in space}
     for name, value in found.items():
         own = isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in _KNOWN

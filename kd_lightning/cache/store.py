@@ -1,4 +1,4 @@
-"""Rows of bytes on disk, keyed by what they were computed from, and never half of them taken for all."""
+"""A crash-safe table of rows of bytes on disk, keyed by everything that the rows depend on."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from kd_lightning.errors import InputError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-RECORD = 16  # bytes of a chunk's checksum; all zero: the chunk is absent
+RECORD = 16  # bytes of a chunk's checksum; zeros mean that the chunk is absent
 
 
 class OutputCache:
-    """A table of rows of bytes in a folder of its own, filled chunk by chunk, by any number of processes.
+    """A table of rows of bytes in its own folder. Any number of processes fills it, chunk by chunk.
 
-    The folder, ``<root>/<name>-<key>``, holds ``cache.json`` (what the rows were computed from), ``outputs`` (the rows,
-    mapped into memory), and ``chunks``, a checksum for each chunk, written and flushed only after the chunk itself. So
-    whatever ends a process, a chunk without its checksum is absent, and one that does not fit it is found damaged.
+    The folder ``<root>/<name>-<key>`` contains three files: ``cache.json`` (what the rows depend on), ``outputs`` (the
+    rows, mapped into memory) and ``chunks`` (a checksum for each chunk). A checksum is written after its chunk is on
+    disk. So after a crash, a chunk without a checksum is absent, and a chunk that does not match its checksum is
+    damaged.
 
     Args:
         root: Folder of all caches.
-        name: How the folder's name begins, for the reader.
-        parts: Everything that the rows depend on, by name; any difference makes another folder.
-        rows: How many there are.
-        row_bytes: Of one row.
-        chunk: Rows that are written at a time.
+        name: First part of the folder's name.
+        parts: Everything that the rows depend on, by name. Any difference gives another folder.
+        rows: Number of rows.
+        row_bytes: Bytes of one row.
+        chunk: Number of rows that are written at a time. An existing cache has its own.
 
     Raises:
-        InputError: If the folder cannot be made or is another's.
+        InputError: If the folder cannot be created or written.
     """
 
     def __init__(
@@ -55,32 +56,32 @@ class OutputCache:
 
     @property
     def chunks(self) -> int:
-        """How many there are."""
+        """Number of chunks."""
         return -(-self.rows // self.chunk)
 
     @property
     def size(self) -> int:
-        """Bytes of the whole table."""
+        """Bytes of the table."""
         return self.rows * self.row_bytes
 
     def lock(self) -> FileLock:
-        """Held by the run that fills; the system frees it when that run ends, however it ends."""
+        """Return the lock for the run that fills. The system frees it when that run ends or crashes."""
         from filelock import FileLock  # here, since few runs need it
 
         return FileLock(self.folder / "lock")
 
     def _open(self, chunk: int) -> int:
-        """Make the folder where it is not there; the chunk size that the table has."""
+        """Create the folder if it does not exist. Return the table's chunk size."""
         try:
             if (found := self._chunk_of(self.folder)) and self._misfits(found) == []:
-                return found  # so that what is whole may lie where nobody can write
+                return found  # so that a complete cache may be read-only
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.lock():
                 found = self._chunk_of(self.folder)
-                if found is None:  # new, or damaged: then nobody knows how the rest was written
+                if found is None:  # new, or damaged: then the other files are of unknown origin
                     header = self.folder / "cache.json"
                     if header.is_file():
-                        rank_zero_warn(f"cache: {header} is damaged, so all of its cache is computed again")
+                        rank_zero_warn(f"cache: {header} is damaged, so the whole cache is computed again")
                     (self.folder / "chunks").unlink(missing_ok=True)
                     written = header.with_suffix(".new")
                     written.write_text(json.dumps({"chunk": chunk, "parts": self.parts}, indent=1, sort_keys=True))
@@ -89,25 +90,25 @@ class OutputCache:
                     chunk = found
                 for file, size in self._misfits(chunk):
                     with file.open("ab") as opened:
-                        opened.truncate(size)  # what is missing reads as zeros
-        except (OSError, NotImplementedError) as error:  # the latter where locks are not
-            raise InputError(f"cache: {self.folder} cannot be used: {error}; name another folder") from error
+                        opened.truncate(size)  # fills with zeros
+        except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
+            raise InputError(f"cache: {self.folder} cannot be used: {error}; set another folder") from error
         return chunk
 
     def _misfits(self, chunk: int) -> list[tuple[Path, int]]:
-        """Files that have not the size that they should, which comes with them."""
+        """Files of a wrong size, with the right size."""
         sizes = {self.folder / "outputs": self.size, self.folder / "chunks": -(-self.rows // chunk) * RECORD}
         return [(file, size) for file, size in sizes.items() if not file.is_file() or file.stat().st_size != size]
 
     def _chunk_of(self, folder: Path) -> int | None:
-        """The chunk size of a cache of these parts; None where there is none, or a damaged one."""
+        """Chunk size of the cache in a folder. None if there is no intact cache of the same parts."""
         header = _header(folder)
         chunk = header.get("chunk")
-        whole = header.get("parts") == self.parts and isinstance(chunk, int) and chunk > 0
-        return chunk if whole else None
+        intact = header.get("parts") == self.parts and isinstance(chunk, int) and chunk > 0
+        return chunk if intact else None
 
     def difference(self) -> str:
-        """Which parts differ from those of the nearest other cache of this name; empty where there is none."""
+        """Names of the parts that differ from the most similar cache of this name; empty if there is no other."""
         nearest: list[str] | None = None
         for folder in self.root.glob(f"{self.name}-*"):
             other = _header(folder).get("parts")
@@ -119,18 +120,18 @@ class OutputCache:
         return ", ".join(nearest or [])
 
     def rows_of(self, number: int) -> range:
-        """A chunk's rows."""
+        """Numbers of a chunk's rows."""
         return range(self.rows)[number * self.chunk : (number + 1) * self.chunk]
 
     def _records(self) -> np.ndarray[Any, Any]:
         return np.fromfile(self.folder / "chunks", dtype=np.uint8).reshape(-1, RECORD)
 
     def absent(self) -> list[int]:
-        """Chunks that are not written yet."""
+        """Numbers of the chunks that are not written yet."""
         return np.flatnonzero(~self._records().any(axis=1)).tolist()
 
     def damaged(self, numbers: Iterable[int]) -> list[int]:
-        """Those of the written chunks that do not fit their checksum."""
+        """Those of the given chunks that are written but do not match their checksum."""
         records = self._records()
         found = []
         with (self.folder / "outputs").open("rb") as file:
@@ -143,26 +144,26 @@ class OutputCache:
         return found
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Make chunks absent."""
+        """Mark chunks as absent."""
         with (self.folder / "chunks").open("r+b") as file:
             for number in numbers:
                 file.seek(number * RECORD)
                 file.write(bytes(RECORD))
 
     def check_room(self, rows: int) -> None:
-        """Refuse to fill so many rows where the disk has no room for them."""
+        """Raise InputError if the disk has no room for so many rows."""
         needed, free = rows * self.row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
-                f"cache: {readable(needed)} of outputs do not fit into {self.root}, where {readable(free)} are free; "
-                "name another folder, keep fewer views, or set cache_top_k"
+                f"cache: {format_size(needed)} of outputs do not fit into {self.root}, where {format_size(free)} are "
+                "free; set another folder, fewer num_views, or cache_top_k"
             )
 
     def write(self, number: int, rows: np.ndarray[Any, Any]) -> None:
-        """Write a chunk (rows, row_bytes), then its checksum.
+        """Write a chunk (rows, row_bytes), and then its checksum.
 
         Raises:
-            InputError: If it cannot be written, as on a full disk; the chunk then stays absent.
+            InputError: If the chunk cannot be written, for example on a full disk. It then stays absent.
         """
         place = self.rows_of(number)
         data = np.ascontiguousarray(rows).tobytes()
@@ -176,21 +177,21 @@ class OutputCache:
                 with (self.folder / file).open("r+b", buffering=0) as opened:
                     opened.seek(start)
                     written = 0
-                    while written < len(content):  # the system may take less than all
+                    while written < len(content):  # a write may take a part only
                         written += opened.write(content[written:]) or 0
                     os.fsync(opened.fileno())
         except OSError as error:
             raise InputError(f"cache: {self.folder} cannot be written: {error}") from error
 
     def read(self, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows (B, row_bytes), by their numbers; a copy."""
+        """Return a copy of rows (B, row_bytes), by their numbers."""
         if self._table is None:
             self._table = np.memmap(self.folder / "outputs", np.uint8, "r", shape=(self.rows, self.row_bytes))
         return np.asarray(self._table[numbers])
 
 
 def _header(folder: Path) -> dict[str, Any]:
-    """What a cache's folder says of it; empty where that cannot be read."""
+    """Content of a folder's ``cache.json``; empty if it cannot be read."""
     try:
         header = json.loads((folder / "cache.json").read_text())
     except (OSError, ValueError):
@@ -198,10 +199,10 @@ def _header(folder: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def readable(size: float) -> str:
-    """A number of bytes for people.
+def format_size(size: float) -> str:
+    """Format a number of bytes.
 
-    >>> readable(1536)
+    >>> format_size(1536)
     '1.5 KiB'
     """
     for unit in ("bytes", "KiB", "MiB", "GiB"):
@@ -212,5 +213,5 @@ def readable(size: float) -> str:
 
 
 def _checksum(number: int, data: bytes) -> bytes:
-    """Of a chunk in its place; never all zero in practice."""
+    """Checksum of a chunk and its number. It is never all zeros in practice."""
     return hashlib.blake2b(data, digest_size=RECORD, salt=number.to_bytes(8, "little")).digest()

@@ -1,4 +1,4 @@
-"""Callbacks: one file each; they work on anybody's LightningModule that has what they name."""
+"""Callbacks, one file each. A callback works on any LightningModule that has the attributes that the callback names."""
 
 from kd_lightning.callbacks.activation_calibration import ActivationCalibration
 from kd_lightning.callbacks.baseline_monitor import BaselineMonitor
@@ -12,14 +12,14 @@ from kd_lightning.callbacks.soft_weight_annealing import SoftWeightAnnealing
 from kd_lightning.callbacks.student_writer import StudentWriter
 
 __all__ = [
-    "SoftWeightAnnealing",
-    "PseudoLabelRefresh",
-    "BaselineMonitor",
-    "LayerwiseFinetuning",
-    "CompileNetworks",
-    "SeedEveryStep",
-    "StudentWriter",
-    "PredictionWriter",
     "ActivationCalibration",
+    "BaselineMonitor",
+    "CompileNetworks",
+    "LayerwiseFinetuning",
+    "PredictionWriter",
+    "PseudoLabelRefresh",
     "QuantizedWeightHistograms",
+    "SeedEveryStep",
+    "SoftWeightAnnealing",
+    "StudentWriter",
 ]

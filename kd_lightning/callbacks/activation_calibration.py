@@ -1,4 +1,4 @@
-"""Ranges of activations before the first step."""
+"""Calibrate the activation ranges of a quantised student before its first step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kd_lightning.quantization.calibration import activation_ranges, calibrate, 
 class ActivationCalibration(Callback):
     """Calibrate a quantised student on the first training batch, unless it is calibrated already.
 
-    The ranges then lie in every checkpoint, so that a resumed run goes on exactly. Several processes take the largest
-    magnitude of all their batches. A student without quantised activations is left alone. Works on any
-    LightningModule with a ``student``; the command line adds it by itself.
+    Every checkpoint holds the ranges, so a resumed run continues exactly. With several processes, a range is the
+    largest magnitude over the batches of all processes. A student without quantised activations stays as it is. Works
+    on any LightningModule with a ``student``. The command line adds this callback to every fit.
 
     Raises:
         InputError: If the module has no ``student``.
@@ -27,7 +27,7 @@ class ActivationCalibration(Callback):
         self._due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether there is something to do; a resumed run has its ranges by now."""
+        """Runs at the start of training, after a checkpoint is loaded. Checks whether the student needs calibration."""
         student = getattr(pl_module, "student", None)
         if not isinstance(student, nn.Module):
             name = type(pl_module).__name__
@@ -35,7 +35,7 @@ class ActivationCalibration(Callback):
         self._due = not is_calibrated(student)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Calibrate."""
+        """Runs before each training batch. Calibrates the student on the first one, if it needs it."""
         if not self._due:
             return
         self._due = False

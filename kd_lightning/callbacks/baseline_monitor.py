@@ -1,4 +1,4 @@
-"""Watch that pseudo-labels do no harm."""
+"""Compare a semi-supervised run with its baseline: the same student trained without pseudo-labels."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kd_lightning.errors import InputError
 
 ACCURACY = "val/accuracy"
-LABELED_ONLY = "val/labeled_only_accuracy"
+BASELINE_ACCURACY = "val/baseline_accuracy"
 
 
 class BaselineMonitor(Callback):
-    """Compare a semi-supervised run with its twin: the same student trained on the labels alone, on the same split.
+    """Log the accuracy of a baseline run beside that of this run, and warn if this run ends below it.
 
-    Charts the twin's accuracy as ``val/labeled_only_accuracy`` beside ``val/accuracy``, and warns at the end of a fit
-    that stays below it. What is compared is what the runs deploy: the accuracy at the best checkpoint where one is
-    monitored, else the last. Nothing is saved: a resumed run reads the twin again. Works on any LightningModule that
-    logs ``val/accuracy``; where the datamodule has a ``split``, it must be the twin's.
+    The baseline is the same student, trained on the labeled samples of the same split alone. Its accuracy is logged as
+    ``val/baseline_accuracy``. The two compared accuracies are those of the deployed weights: at the best checkpoint if
+    a checkpoint callback monitors a metric, else at the last epoch. Nothing is saved: a resumed run reads the baseline
+    again. Works on any LightningModule that logs ``val/accuracy``. If the datamodule has a ``split``, it must be the
+    baseline's.
 
     Args:
-        twin: Folder of the finished run of the twin. Only a fit reads it.
+        baseline: Folder of the baseline's finished run. It is read only for a fit.
 
     Raises:
-        InputError: If the folder is no finished run that was validated, or its split is another.
+        InputError: If the folder is not a finished run with validation metrics, or its split differs.
     """
 
     def __init__(self, baseline: str | Path) -> None:
@@ -42,104 +43,110 @@ class BaselineMonitor(Callback):
         self._accuracy = math.nan
         self._images: int | None = None
         self._rows: list[dict[str, float]] = []
-        self._told = False
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the twin's accuracy, and check its split."""
+        """Runs at the start of each stage. Before a fit, reads the baseline's accuracy and checks its split."""
         if stage != TrainerFn.FITTING:
             return
         self._accuracy = read_accuracy(self.baseline)
         self._images = None
         split: Any = getattr(getattr(trainer, "datamodule", None), "split", None)
-        if hasattr(split, "val") and hasattr(split, "labeled"):  # somebody else's split may be anything
+        if hasattr(split, "val") and hasattr(split, "labeled"):  # another datamodule's split may be of any type
             check_split(self.baseline, split)
-            if isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1:  # an int is a count
+            # a float limit of 1 means all batches, an integer is a number of batches
+            if isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1:
                 self._images = len(split.val)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the figures that a resumed run has logged before."""
+        """Runs at the start of training. Reads the metrics that a resumed run has logged before."""
         files = [Path(a.log_dir) / "metrics.csv" for a in trainer.loggers if isinstance(a, CSVLogger)]
         rows = _read_rows(files[0]) if files and files[0].is_file() else []
         self._rows = [row for row in rows if row.get("step", math.inf) < trainer.global_step]
-        self._told = False
+        self._warned = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chart the twin's accuracy."""
+        """Runs at the end of each validation epoch. Logs the baseline's accuracy."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            pl_module.log(LABELED_ONLY, self._accuracy, sync_dist=True)
+            pl_module.log(BASELINE_ACCURACY, self._accuracy, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the run's own accuracy."""
+        """Runs after each validation. Records the metrics of this run."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
         if ACCURACY not in trainer.callback_metrics:
-            self._tell(f"BaselineMonitor needs a module that logs {ACCURACY}, {type(pl_module).__name__} logs none")
+            self._warn_once(
+                f"BaselineMonitor needs a module that logs {ACCURACY}, {type(pl_module).__name__} logs none"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the run stayed below its twin."""
+        """Runs at the end of training. Warns if this run is below its baseline."""
         if getattr(trainer, "fast_dev_run", False):
             return
-        accuracy = self._reached(trainer)
+        accuracy = self._deployed_accuracy(trainer)
         if accuracy is None:
-            self._tell(
-                f"BaselineMonitor: the run logged no {ACCURACY}, so it is not known whether pseudo-labels did harm"
+            self._warn_once(
+                f"BaselineMonitor: the run logged no {ACCURACY}, so it cannot be compared with {self.baseline}"
             )
         elif accuracy < self._accuracy:
-            self._tell(
-                f"BaselineMonitor: {ACCURACY} is {accuracy:.4f}, below the {self._accuracy:.4f} of the same student trained "
-                f"on the labels alone ({self.baseline}){explain_difference(accuracy, self._accuracy, self._images)}. Try a "
-                f"higher threshold, a smaller unsupervised_weight or a later warm-up, or deploy the twin"
+            difference = describe_difference(accuracy, self._accuracy, self._images)
+            self._warn_once(
+                f"BaselineMonitor: {ACCURACY} is {accuracy:.4f}, below the {self._accuracy:.4f} of the baseline "
+                f"without pseudo-labels ({self.baseline}){difference}. Try a higher threshold, a smaller "
+                f"unsupervised_weight or a later warm-up, or deploy the baseline"
             )
 
-    def _reached(self, trainer: Trainer) -> float | None:
-        """The accuracy of what this run deploys; None where it is not known."""
+    def _deployed_accuracy(self, trainer: Trainer) -> float | None:
+        """Return the accuracy of the weights that this run deploys, or None if it is unknown."""
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         if not monitors:
-            return choose_accuracy(self._rows)
+            return select_accuracy(self._rows)
         best = monitors[0]
-        if best.monitor == ACCURACY and best.best_model_score is not None:  # knows of all epochs, without a metrics.csv
+        if best.monitor == ACCURACY and best.best_model_score is not None:  # covers all epochs without a metrics.csv
             return float(best.best_model_score)
-        return choose_accuracy(self._rows, best.monitor, best.mode)
+        return select_accuracy(self._rows, best.monitor, best.mode)
 
-    def _tell(self, text: str) -> None:
-        if not self._told:
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
             rank_zero_warn(text)
-        self._told = True
+        self._warned = True
 
 
 def read_accuracy(folder: Path) -> float:
-    """The validation accuracy of what a finished run deployed.
+    """Return the validation accuracy of the weights that a finished run deployed.
 
     Raises:
-        InputError: If the folder is no finished run, or was not validated.
+        InputError: If the folder is not a finished run, or the run was not validated.
     """
     path = folder / "metrics.csv"
     if not path.is_file():
         versions = sorted(folder.glob("version_*/metrics.csv"))
-        what = "has no metrics.csv" if folder.is_dir() else "is not there"
+        problem = "has no metrics.csv" if folder.is_dir() else "does not exist"
         hint = f", such as {versions[-1].parent}" if versions else ""
-        raise InputError(f"baseline: {folder} {what}; allowed: the folder of a finished run on the labels alone{hint}")
+        raise InputError(f"baseline: {folder} {problem}; allowed: the folder of a finished run{hint}")
     checkpoint: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
             checkpoint = config.get("checkpoint") or {}
         except (yaml.YAMLError, AttributeError) as error:
-            raise InputError(f"baseline: {folder / 'config.yaml'} is no run's config") from error
-    accuracy = choose_accuracy(_read_rows(path), checkpoint.get("monitor"), checkpoint.get("mode", "max"))
+            raise InputError(f"baseline: {folder / 'config.yaml'} is not the config of a run") from error
+    accuracy = select_accuracy(_read_rows(path), checkpoint.get("monitor"), checkpoint.get("mode", "max"))
     if accuracy is None:
         raise InputError(
-            f"baseline: {path} has no {ACCURACY}; the twin must have a validation part (data.val_size above 0)"
+            f"baseline: {path} has no {ACCURACY}; the baseline must have a validation part (data.val_size above 0)"
         )
     return accuracy
 
 
-def choose_accuracy(rows: Sequence[dict[str, float]], monitor: str | None = None, mode: str = "max") -> float | None:
-    """The accuracy where ``monitor`` was best first; the last one without a monitor, or where it was never logged.
+def select_accuracy(rows: Sequence[dict[str, float]], monitor: str | None = None, mode: str = "max") -> float | None:
+    """Return the accuracy of the first row in which ``monitor`` is best.
+
+    If ``monitor`` is None or was never logged, return the last accuracy; if there is none, return None.
 
     >>> rows = [{"val/accuracy": 0.5, "val/loss": 1.0}, {"val/accuracy": 0.4, "val/loss": 2.0}]
-    >>> choose_accuracy(rows), choose_accuracy(rows, "val/accuracy"), choose_accuracy(rows, "val/loss", "max")
+    >>> select_accuracy(rows), select_accuracy(rows, "val/accuracy"), select_accuracy(rows, "val/loss", "max")
     (0.4, 0.5, 0.4)
     """
     rows = [row for row in rows if ACCURACY in row]
@@ -151,10 +158,10 @@ def choose_accuracy(rows: Sequence[dict[str, float]], monitor: str | None = None
 
 
 def check_split(folder: Path, split: Any) -> None:
-    """Refuse a twin that was trained or validated on other samples.
+    """Check that the baseline in ``folder`` was trained and validated on the samples of ``split``.
 
     Raises:
-        InputError: If its ``val`` or ``labeled`` differ; the message says which.
+        InputError: If ``val`` or ``labeled`` differ, or the baseline has no readable split file.
     """
     path = folder / "split.json"
     try:
@@ -162,26 +169,26 @@ def check_split(folder: Path, split: Any) -> None:
         differ = [name for name in ("val", "labeled") if [*saved[name]] != [*getattr(split, name)]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"baseline: {path} is missing or no split file, so it is not known what it learned from"
+            f"baseline: {path} is missing or is not a split file, so its samples cannot be compared"
         ) from error
     if differ:
         raise InputError(
-            f"baseline: {folder} was made on another split, its {' and '.join(differ)} samples differ; train both with "
-            f"the same labeled, val and seed, or with labeled: {path}"
+            f"baseline: {folder} has another split, its {' and '.join(differ)} samples differ; train both runs with "
+            f"the same labeled, val_size and seed, or with labeled: {path}"
         )
 
 
-def explain_difference(accuracy: float, before: float, images: int | None) -> str:
-    """What a difference of two accuracies stands for; nothing where the number of images is not known.
+def describe_difference(accuracy: float, baseline: float, images: int | None) -> str:
+    """Describe how large and how reliable the difference of two accuracies is; empty if ``images`` is unknown.
 
-    The standard error is that of two independent binomials. Two runs on the same images differ by less chance, how
-    much less is not known.
+    The standard error is that of two independent binomial proportions. Two runs on the same images differ by less
+    chance than that, by an unknown amount.
     """
     if not images:
         return ""
-    error = math.sqrt((accuracy * (1 - accuracy) + before * (1 - before)) / images)
-    gap = before - accuracy
-    chance = "of so few images it may be chance" if gap < 2 * error else "that is hardly chance"
+    error = math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / images)
+    gap = baseline - accuracy
+    chance = "the difference may be chance" if gap < 2 * error else "chance is an unlikely cause"
     return (
         f": {100 * gap:.2f} points, {gap * images:.0f} of {images} validation images, with a standard error of "
         f"{100 * error:.2f} points; {chance}"
@@ -189,7 +196,7 @@ def explain_difference(accuracy: float, before: float, images: int | None) -> st
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
-    """The figures of a metrics.csv, row by row."""
+    """Return the rows of a metrics.csv, without their empty cells."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]

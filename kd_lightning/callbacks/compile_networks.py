@@ -1,4 +1,4 @@
-"""Faster networks by torch.compile and by the order of their weights in memory."""
+"""Compile networks with torch.compile, and set the memory format of their weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 
 
 class CompileNetworks(Callback):
-    """Compile a module's student and its teachers by ``torch.compile``, in place: names of weights stay as they are.
+    """Compile a module's student and its teachers with ``torch.compile``, in place. Weight names do not change.
 
-    Pays where a fit has thousands of steps of one shape: the first steps of each kind take up to minutes. While layers
-    are captured for hints, networks run uncompiled. Outputs differ by rounding from uncompiled ones. After the fit (or
-    test) the networks are not compiled; weights stay laid out as they are.
+    Compilation pays in fits of thousands of steps of one shape: the first step of each shape takes up to minutes.
+    Networks run uncompiled while layers are captured for hints. Outputs differ from uncompiled ones by rounding. After
+    the fit or test the networks run uncompiled again; the memory format of their weights stays.
 
     Args:
-        mode: As of ``torch.compile``: None, ``"reduce-overhead"``, ``"max-autotune"``, and its other ones.
-        backend: As of ``torch.compile``. None: does not compile, for ``channels_last`` alone.
-        channels_last: Also keep weights of convolutions with channels last, which is faster on GPUs in half precision
-            and on many CPUs.
+        mode: The mode of ``torch.compile``, such as ``"reduce-overhead"`` or ``"max-autotune"``. Default: None, which
+            means torch's default mode.
+        backend: The backend of ``torch.compile``. If None, networks are not compiled; use it to set ``channels_last``
+            alone.
+        channels_last: Also store the weights of convolutions in channels-last format. This is faster on GPUs in half
+            precision, and on many CPUs.
 
     Raises:
-        InputError: For a mode or backend that torch does not have, and a module that has neither student nor teacher.
+        InputError: If torch does not have the mode or the backend, or the module has neither student nor teacher.
     """
 
     def __init__(self, mode: str | None = None, backend: str | None = "inductor", channels_last: bool = False) -> None:
@@ -42,8 +44,8 @@ class CompileNetworks(Callback):
         self._compiled: list[nn.Module] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compile what is not compiled already."""
-        networks = networks_of(pl_module)
+        """Runs at the start of each stage. Compiles the networks that are not compiled yet."""
+        networks = find_networks(pl_module)
         if not networks:
             raise InputError(f"CompileNetworks: {type(pl_module).__name__} has neither student nor teacher")
         for network in networks:
@@ -54,14 +56,14 @@ class CompileNetworks(Callback):
                 self._compiled.append(network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the networks as they were."""
+        """Runs at the end of each stage. Removes the compiled forward passes."""
         for network in self._compiled:
             network._compiled_call_impl = None
         self._compiled.clear()
 
 
-def networks_of(module: nn.Module) -> list[nn.Module]:
-    """A module's student, its frozen teachers' networks, and a teacher that learns."""
-    learners: list[Any] = [getattr(module, name, None) for name in ("student", "teacher")]
-    found = [one for one in learners if isinstance(one, nn.Module) and not isinstance(one, Teacher)]
-    return found + [part.network for part in module.modules() if isinstance(part, Teacher)]
+def find_networks(module: nn.Module) -> list[nn.Module]:
+    """Return a module's student, its teacher if that one is trained, and the networks of its frozen teachers."""
+    candidates: list[Any] = [getattr(module, name, None) for name in ("student", "teacher")]
+    trained = [found for found in candidates if isinstance(found, nn.Module) and not isinstance(found, Teacher)]
+    return trained + [part.network for part in module.modules() if isinstance(part, Teacher)]

@@ -1,4 +1,4 @@
-"""Fine-tuning from pretrained weights: the head first, then all layers, the deeper the slower."""
+"""Fine-tune from pretrained weights: the head first, then all layers, deeper ones with lower learning rates."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ from kd_lightning.features.heads import find_head, layers_of, logits_from
 
 
 class LayerwiseFinetuning(Callback):
-    """Train the head alone for some epochs, then all layers, each slower than the one above it.
+    """Train the head alone for some epochs, then all layers, each with a lower learning rate than the one above it.
 
-    What is frozen follows from the epoch, so that a resumed run goes on as it would have, and parameters stay where
-    they are in optimiser and DDP's reducer. (Lightning's ``BackboneFinetuning`` freezes again on resume, issue 21901 of
-    its repository, and under DDP does not reduce the gradients of what it has thawed, issue 20340.) On one process
-    frozen layers have no gradients, which saves their backward pass; under DDP these are thrown away before each step.
+    The epoch alone decides what is frozen. So a resumed run continues exactly, and all parameters stay in the
+    optimiser and in DDP's reducer. (Lightning's ``BackboneFinetuning`` freezes again on resume, issue 21901 of its
+    repository. Under DDP it does not reduce the gradients of unfrozen layers, issue 20340.) On one process, frozen
+    layers have no gradients, which saves their backward pass. Under DDP, their gradients are removed before each step.
 
-    :func:`~kd_lightning.features.heads.layers_of` tells what a layer is. Each has its rate during an optimiser's step alone;
-    schedulers, charts and checkpoints know the groups as they are without the callback, that is, the head's rate.
-    Charts ``frozen``, 1 or 0.
+    :func:`~kd_lightning.features.heads.layers_of` defines the layers. A layer has its own learning rate during the
+    optimiser's step only. Schedulers, logs and checkpoints see the parameter groups as they are without the callback,
+    with the head's rate. Logs ``frozen``: 1 or 0.
 
     Args:
-        frozen_epochs: Epochs in which only the head learns, and what is not in the network.
-        lr_decay: What the rate is multiplied by from each layer to the one below, in (0, 1]; the head has the
-            optimiser's own.
-        batch_norm: ``"thaw"``: while frozen, BatchNorm below the head keeps its statistics, later it updates them;
-            ``"freeze"``: it keeps its statistics always; ``"adapt"``: it updates them from the start. Its weights are
-            those of the layer in any case. So does InstanceNorm, where it has statistics.
-        head: The head's dotted name in the network. None: its last linear or convolutional layer.
-        network: Where the module has the network; dotted paths work.
+        frozen_epochs: Number of epochs, at least 0, in which only the head and the parts outside the network train.
+        lr_decay: Factor in (0, 1] between the learning rate of a layer and that of the layer above it. The head has
+            the optimiser's rate.
+        batch_norm: When BatchNorm and InstanceNorm layers below the head update their running statistics.
+            ``"thaw"``: not while the layers are frozen. ``"freeze"``: never. ``"adapt"``: always. In all three modes
+            their weights train with their layer.
+        head: Dotted name of the head in the network. Default: None, which means its last linear or convolutional
+            layer.
+        network: Dotted name of the network in the module.
 
     Raises:
-        InputError: For values out of range, a module without the network, a network that is only a head or gives
-            another number of logits than what was taken for its head, and for LBFGS with ``lr_decay`` below 1.
+        InputError: If a value is out of range, the module does not have the network, the network has no layer below
+            its head, its number of logits is not that of the head, or the optimiser is LBFGS and ``lr_decay`` is
+            below 1.
     """
 
     def __init__(
@@ -64,17 +66,17 @@ class LayerwiseFinetuning(Callback):
         self.batch_norm = batch_norm
         self.head = head
         self.network = network
-        self._depth: dict[nn.Parameter, int] = {}  # of what is below the head, where it is 0
-        self._trainable: dict[nn.Parameter, bool] = {}  # as found
-        self._training: dict[nn.Module, bool] = {}  # the mode of each BatchNorm, as found
+        self._depth: dict[nn.Parameter, int] = {}  # of parameters below the head; the head's depth is 0
+        self._requires_grad: dict[nn.Parameter, bool] = {}  # before the fit
+        self._training: dict[nn.Module, bool] = {}  # mode of each BatchNorm before the fit
         self._frozen = False
         self._hooks: dict[Any, list[RemovableHandle]] = {}
-        self._whole: dict[Optimizer, list[Any]] = {}  # within a step, its groups, each with a part of it
-        self._nested: Counter[Optimizer] = Counter()  # hooks run twice where a step calls the one of a parent class
+        self._groups: dict[Optimizer, list[Any]] = {}  # during a step: its own groups, each with one of its parts
+        self._nested: Counter[Optimizer] = Counter()  # hooks run twice if a step calls the step of a parent class
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers; here, after ``configure_model`` and the exchange of BatchNorm for SyncBatchNorm."""
-        self._leave()
+        """Runs at the start of a fit, after ``configure_model`` and the conversion to SyncBatchNorm. Finds layers."""
+        self._reset()
         try:
             network = pl_module.get_submodule(self.network)
         except AttributeError as error:
@@ -86,105 +88,115 @@ class LayerwiseFinetuning(Callback):
         if not layers:
             raise InputError(f"LayerwiseFinetuning: {type(network).__name__} has nothing below its head")
         self._depth = {p: depth for depth, layer in enumerate(reversed(layers), 1) for p in layer}
-        self._trainable = {p: p.requires_grad for p in self._depth}
+        self._requires_grad = {p: p.requires_grad for p in self._depth}
         self._training = {m: m.training for m in network.modules() if isinstance(m, _NormBase)}
         if self.head is None:
-            self._hooks[network] = [network.register_forward_hook(partial(_check, name, logits_from(head)))]
+            self._hooks[network] = [network.register_forward_hook(partial(_check_head, name, logits_from(head)))]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Freeze or thaw; here, since a resumed run may get no other call before its first step."""
-        epoch, before = trainer.current_epoch, self._frozen
+        """Runs before each training batch. Freezes or unfreezes the layers, and hooks new optimisers.
+
+        A run resumed within an epoch calls no earlier hook before its first step.
+        """
+        epoch, was_frozen = trainer.current_epoch, self._frozen
         self._frozen = epoch < self.frozen_epochs
-        if self._frozen != before:
+        if self._frozen != was_frozen:
             rank_zero_info(f"epoch {epoch}: " + ("the head alone learns" if self._frozen else "all layers learn"))
-        if self._frozen and not isinstance(trainer.strategy, DDPStrategy):  # whose reducer waits for all gradients
+        if self._frozen and not isinstance(trainer.strategy, DDPStrategy):  # DDP's reducer waits for all gradients
             for parameter in self._depth:
                 parameter.requires_grad_(False)
-        keeps = self.batch_norm == "freeze" or (self.batch_norm == "thaw" and self._frozen)
+        fixed_statistics = self.batch_norm == "freeze" or (self.batch_norm == "thaw" and self._frozen)
         for norm, training in self._training.items():
-            if keeps:
+            if fixed_statistics:
                 norm.eval()
-            elif before and not self._frozen:
+            elif was_frozen and not self._frozen:
                 norm.train(training)
-        for optimizer in trainer.optimizers if self.lr_decay < 1.0 else ():  # new ones may come between epochs
-            for one in getattr(optimizer, "pair", (optimizer,)):  # those that PairedOptimizer steps
-                if one not in self._hooks:
-                    self._watch(one)
+        for optimizer in trainer.optimizers if self.lr_decay < 1.0 else ():  # other callbacks may replace them
+            for part in getattr(optimizer, "pair", (optimizer,)):  # PairedOptimizer steps a pair of optimisers
+                if part not in self._hooks:
+                    self._hook_optimizer(part)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Without a gradient a parameter is left alone, by weight decay, momentum and the norm of all, too."""
+        """Runs before each optimiser step. Removes the gradients of frozen layers.
+
+        Without a gradient, weight decay, momentum and gradient clipping skip a parameter, too.
+        """
         if self._frozen:
             for parameter in self._depth:
                 parameter.grad = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chart it."""
+        """Runs at the start of each training epoch. Logs ``frozen``."""
         pl_module.log("frozen", float(trainer.current_epoch < self.frozen_epochs), sync_dist=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Thaw: who makes a new optimiser between epochs takes what requires a gradient."""
-        for parameter, trainable in self._trainable.items():
-            parameter.requires_grad_(trainable)
+        """Runs at the end of each training epoch. Unfreezes the layers.
+
+        A new optimiser made between epochs takes the parameters that require a gradient.
+        """
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the network as it was found."""
-        self._leave()
+        """Runs at the end of training. Restores the network and the optimisers."""
+        self._reset()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same; before a checkpoint is made of what is left."""
-        self._leave()
+        """Runs when training fails, before a checkpoint is saved. Restores the network and the optimisers."""
+        self._reset()
 
-    def _leave(self) -> None:
-        for parameter, trainable in self._trainable.items():
-            parameter.requires_grad_(trainable)
+    def _reset(self) -> None:
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
         for norm, training in self._training.items():
             norm.train(training)
-        for optimizer in [*self._whole]:
-            self._restore(optimizer)
+        for optimizer in [*self._groups]:
+            self._restore_groups(optimizer)
         for handle in [handle for handles in self._hooks.values() for handle in handles]:
             handle.remove()
-        for kept in (self._depth, self._trainable, self._training, self._hooks, self._nested):
-            kept.clear()
+        for state in (self._depth, self._requires_grad, self._training, self._hooks, self._nested):
+            state.clear()
         self._frozen = False
 
-    def _watch(self, optimizer: Optimizer) -> None:
+    def _hook_optimizer(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
             raise InputError(f"LayerwiseFinetuning: LBFGS has one rate, lr_decay must be 1, got {self.lr_decay}")
-        before, after = optimizer.register_step_pre_hook(self._split), optimizer.register_step_post_hook(self._join)
-        # another callback of this kind, which splits the parts further, must join first; torch has no argument for it
+        before = optimizer.register_step_pre_hook(self._split_groups)
+        after = optimizer.register_step_post_hook(self._join_groups)
+        # another callback of this class splits the parts further and must join first; torch has no argument for that
         optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         self._hooks[optimizer] = [before, after]
 
-    def _split(self, optimizer: Optimizer, *_: Any) -> None:
-        """For a step, give each layer a group with its rate."""
+    def _split_groups(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before a step, replace each group by one group for each layer, with the layer's rate."""
         self._nested[optimizer] += 1
         if self._nested[optimizer] > 1:
             return
-        parts, whole = [], []
+        parts, groups = [], []
         for group in optimizer.param_groups:
             by_depth: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 by_depth.setdefault(self._depth.get(parameter, 0), []).append(parameter)
             for depth, parameters in sorted(by_depth.items()):
                 parts.append(group | {"params": parameters, "lr": group["lr"] * self.lr_decay**depth})
-            whole.append((group, parts[-1] if group["params"] else {}))
-        self._whole[optimizer] = whole
+            groups.append((group, parts[-1] if group["params"] else {}))
+        self._groups[optimizer] = groups
         optimizer.param_groups[:] = parts  # in place, since a wrapper may share the list
 
-    def _join(self, optimizer: Optimizer, *_: Any) -> None:
+    def _join_groups(self, optimizer: Optimizer, *_: Any) -> None:
         self._nested[optimizer] -= 1
         if not self._nested[optimizer]:
-            self._restore(optimizer)
+            self._restore_groups(optimizer)
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        """Give back the groups, with what the optimiser has noted in them, such as a count of steps."""
-        for group, part in self._whole[optimizer]:
+    def _restore_groups(self, optimizer: Optimizer) -> None:
+        """Restore the groups, with the values that the step has stored in them, such as a step count."""
+        for group, part in self._groups[optimizer]:
             group.update({name: value for name, value in part.items() if name not in ("params", "lr")})
-        optimizer.param_groups[:] = [group for group, _ in self._whole.pop(optimizer)]
+        optimizer.param_groups[:] = [group for group, _ in self._groups.pop(optimizer)]
 
 
-def _check(name: str, gives: int, network: nn.Module, inputs: Any, output: Any) -> None:
-    """Complain where what gives the logits cannot be the layer of that name."""
-    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] != gives:
-        reason = f"the network gives {output.shape[1]} logits, and its last layer, {name!r}, {gives} numbers"
+def _check_head(name: str, head_outputs: int, network: nn.Module, inputs: Any, output: Any) -> None:
+    """Raise InputError if the network's logits do not have the size of the head's output."""
+    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] != head_outputs:
+        reason = f"the network has {output.shape[1]} logits, but its last layer {name!r} has {head_outputs} outputs"
         raise InputError(f"LayerwiseFinetuning: head must be named: {reason}")

@@ -1,58 +1,73 @@
-"""Write predictions to a file that a person can open."""
+"""Write predictions to a CSV file."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.batch import Batch
 
 
-class PredictionWriter(Callback):
-    """Collect the probabilities of ``predict`` and write ``predictions.csv`` into the run's folder.
+class PredictionWriter(BasePredictionWriter):
+    """Write the probabilities that ``predict_step`` returns to ``predictions.csv`` in the run's folder.
 
-    One row a sample: its index, the decision by class name, and the probability of each class. Several processes
-    give one file, ordered by index. Rows of a loader that knows no index are numbered as they come.
+    The file has one row for each sample: its index, the predicted class name, and the probability of each class. Rows
+    are sorted by index. Several processes write one file. If batches have no index, samples are numbered in the order
+    of the loader. If ``predict_step`` returns no tensor, no file is written. The command line adds this callback to
+    every run.
+
+    The write interval is ``"batch"``: the rows are collected batch by batch, so the file is complete even with
+    ``trainer.predict(return_predictions=False)``, and Lightning stores no second copy of the predictions.
     """
 
     def __init__(self) -> None:
+        super().__init__(write_interval="batch")
         self.rows: list[tuple[int, list[float]]] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs at the start of each stage. Accepts a ``predict_step`` with ``dataloader_iter``, unlike the base class.
+
+        The base class refuses it because Lightning then has no sample indices. This writer does not use them.
+        """
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Runs at the start of ``predict``. Clears the rows of an earlier call."""
         self.rows = []
 
-    def on_predict_batch_end(
+    def write_on_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        dataloader_idx: int,
     ) -> None:
-        """Collect a batch."""
-        if not isinstance(outputs, Tensor):  # somebody else's module
+        """Runs after each predicted batch. Collects its rows."""
+        if not isinstance(prediction, Tensor):  # another library's module
             return
         index = Batch.from_any(batch).index
-        if index is None:  # as Lightning deals samples out to processes
-            index = (len(self.rows) + torch.arange(len(outputs))) * trainer.world_size + trainer.global_rank
-        self.rows += zip(index.tolist(), outputs.reshape(len(outputs), -1).tolist(), strict=True)
+        if index is None:  # in the order in which Lightning's sampler distributes samples to processes
+            index = (len(self.rows) + torch.arange(len(prediction))) * trainer.world_size + trainer.global_rank
+        self.rows += zip(index.tolist(), prediction.reshape(len(prediction), -1).tolist(), strict=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather, and write."""
+        """Runs at the end of ``predict``. Gathers the rows of all processes and writes the file."""
         rows = self.rows
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, rows)
             rows = [row for part in parts for row in part]
-        folder = trainer.log_dir or trainer.default_root_dir
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective call: all ranks make it
         if not trainer.is_global_zero or not rows:
             return
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
@@ -65,12 +80,13 @@ class PredictionWriter(Callback):
             table = csv.writer(file)
             table.writerow(["index", "prediction", *(names if width > 1 else names[1:])])
             for number, probabilities in sorted(dict(rows).items()):
-                decision = _decision(probabilities, names, getattr(pl_module, "task", "multiclass"))
-                table.writerow([number, decision, *(f"{p:.6g}" for p in probabilities)])
+                predicted = _predicted_class(probabilities, names, getattr(pl_module, "task", "multiclass"))
+                table.writerow([number, predicted, *(f"{p:.6g}" for p in probabilities)])
         rank_zero_info(f"predictions written to {path}")
 
 
-def _decision(probabilities: list[float], names: list[str], task: str) -> str:
+def _predicted_class(probabilities: list[float], names: list[str], task: str) -> str:
+    """Return the class name; of the multilabel task all names above 0.5, joined by ``;``."""
     if task == "multilabel":
         return ";".join(name for name, p in zip(names, probabilities, strict=False) if p > 0.5)
     if task == "binary":

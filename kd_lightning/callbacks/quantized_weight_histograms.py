@@ -1,4 +1,4 @@
-"""What quantised weights look like."""
+"""Log histograms of quantised weights to TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from kd_lightning.quantization.sizes import weight_levels
 
 
 class QuantizedWeightHistograms(Callback):
-    """Show TensorBoard the weights of a quantised student's layers, in units of their levels.
+    """Log the weights of a quantised student's layers to TensorBoard, in units of their quantisation levels.
 
-    After every epoch a histogram of each layer (``weight_levels/<layer>``: a level is an integer), and at the end of
-    a fit one figure with the levels drawn in. Nothing is done for a float student. Works on any LightningModule with
-    a ``student``; the command line adds it by itself.
+    Logs a histogram of each layer after every epoch (``weight_levels/<layer>``; each level is an integer), and one
+    figure with the levels marked at the end of a fit (``weight_levels``). Does nothing for a float student. Works on
+    any LightningModule with a ``student``. The command line adds this callback to every fit.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the histograms."""
-        for board in _boards(trainer):
+        """Runs at the end of each training epoch. Logs the histograms."""
+        for logger in _tensorboard_loggers(trainer):
             for name, layer in quantized_layers(_student(pl_module)).items():
                 weights, _ = weight_levels(layer)
-                board.experiment.add_histogram(f"weight_levels/{name}", weights.flatten(), trainer.global_step)
+                logger.experiment.add_histogram(f"weight_levels/{name}", weights.flatten(), trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the figure."""
+        """Runs at the end of training. Logs the figure."""
         if quantized_layers(_student(pl_module)):
-            for board in _boards(trainer):
-                board.experiment.add_figure("weight_levels", draw_levels(_student(pl_module)), trainer.global_step)
+            for logger in _tensorboard_loggers(trainer):
+                logger.experiment.add_figure("weight_levels", plot_levels(_student(pl_module)), trainer.global_step)
 
 
-def draw_levels(network: nn.Module) -> Figure:
-    """A panel for each quantised layer: float weights in units of their channel's scale, and their levels."""
+def plot_levels(network: nn.Module) -> Figure:
+    """Plot one panel for each quantised layer: float weights in units of their channel's scale, and their levels."""
     layers = quantized_layers(network)
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
-    picture = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
-    panels = picture.subplots(rows, columns, squeeze=False).flat
-    for (name, layer), panel in zip(layers.items(), panels, strict=False):  # in this order no panel is lost
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, layer), panel in zip(layers.items(), panels, strict=False):  # layers first: zip takes no extra panel
         weights, levels = (tensor.flatten().float().cpu().numpy() for tensor in weight_levels(layer))
         low, high = int(levels.min()), int(levels.max())
         panel.hist(weights, bins=60, color="C0")
-        if high - low < 20:  # those of 8 bits would hide the histogram
+        if high - low < 20:  # the levels of 8 bits would hide the histogram
             for level in range(low, high + 1):
                 panel.axvline(level, color="C3", linewidth=0.8)
         panel.set_title(f"{name}: {high - low + 1} levels, {100 * (levels == 0).mean():.0f} % zero", fontsize=8)
         panel.tick_params(labelsize=7)
-    for panel in list(panels):
+    for panel in list(panels):  # the panels that are left
         panel.set_axis_off()
-    return picture
+    return figure
 
 
 def _student(module: LightningModule) -> nn.Module:
@@ -61,5 +61,5 @@ def _student(module: LightningModule) -> nn.Module:
     return student if isinstance(student, nn.Module) else nn.Identity()
 
 
-def _boards(trainer: Trainer) -> list[TensorBoardLogger]:
+def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

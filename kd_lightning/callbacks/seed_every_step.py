@@ -1,4 +1,4 @@
-"""Random numbers that a resumed run draws again."""
+"""Seed torch before each training step, so that a resumed run repeats its random numbers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class SeedEveryStep(Callback):
-    """Seed torch before every training batch from (seed, epoch, batch, rank).
+    """Seed torch before every training batch from (seed, epoch, batch index, rank).
 
-    A checkpoint holds no state of the random generators. With this, dropout in a resumed run falls as it would have
-    without the interruption. The command line adds it by itself.
+    A checkpoint does not hold the state of the random number generators. With this callback, a resumed run has the
+    same dropout masks as an unbroken one. The command line adds this callback to every run.
 
     Args:
-        seed: None takes that of ``seed_everything``; without either, nothing is done.
+        seed: The seed. Default: None, which means the seed of ``seed_everything``; if that is not set either, the
+            callback does nothing.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed this step."""
+        """Runs before each training batch. Seeds torch."""
         seed = os.environ.get("PL_GLOBAL_SEED") if self.seed is None else self.seed
         if seed is not None:
             key = f"{seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"

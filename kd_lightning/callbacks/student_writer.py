@@ -1,4 +1,4 @@
-"""Write the student alone, ready to deploy."""
+"""Write the student's weights to a file, ready to deploy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kd_lightning.runs.weights import save_weights
 
 
 class StudentWriter(Callback):
-    """At the end of a fit write ``student.safetensors`` into the run's folder.
+    """Write ``student.safetensors`` to the run's folder at the end of a fit.
 
-    The weights are those of the best checkpoint where one is monitored, else the last ones. The metadata says which,
-    and holds the task, the input shape (of one sample), the precision and what the weights take at it in bytes, the
-    class names and the preprocessing (evaluation transforms) as the datamodule has them. Works on any LightningModule
-    with a ``student``.
+    The weights are those of the best checkpoint if a checkpoint callback monitors a metric, else the last ones. The
+    file's metadata holds their origin (checkpoint or step), the task, the input shape of one sample, the precision, the
+    size of the weights at that precision in bytes, and the datamodule's class names and evaluation transforms. Works
+    on any LightningModule with a ``student``. The command line adds this callback to every fit.
 
     Raises:
         InputError: If the module has no ``student``, or the file cannot be written.
@@ -36,22 +36,22 @@ class StudentWriter(Callback):
         self.input_shape: list[int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a student."""
+        """Runs at the start of each stage. Checks that the module has a student."""
         if not isinstance(getattr(pl_module, "student", None), torch.nn.Module):
             raise InputError(f"StudentWriter needs a module with a student, {type(pl_module).__name__} has none")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the input shape."""
+        """Runs before each training batch. Records the input shape from the first one."""
         if self.input_shape is None:
             self.input_shape = [*Batch.from_any(batch).x.shape[1:]]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        """Runs at the end of a fit. Writes the file."""
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective call: all ranks make it
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        # a resumed run knows its best checkpoint's old path, where it may be no more
+        # a resumed run stores the old path of its best checkpoint; the file may be gone
         best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), "")
         student: torch.nn.Module = pl_module.student  # type: ignore[assignment]
         state: dict[str, Tensor] = student.state_dict()

@@ -1,55 +1,103 @@
-"""The config files of a command line: read them, and refuse what no parser can make sense of, by place."""
+"""Config files of a command line: reads them, and refuses what the parser would accept or report at another place."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jsonargparse
 import yaml
 
 from kd_lightning.errors import InputError
-from kd_lightning.runs.class_paths import SPEC, find_class, hint, no_such_key, parameters_of
+from kd_lightning.runs.class_paths import (
+    SPEC_KEYS,
+    arguments_of,
+    did_you_mean,
+    find_class,
+    name_of,
+    no_such_key,
+    takes_any_argument,
+    takes_none,
+)
+
+_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def config_files(args: Iterable[str]) -> Iterator[Path]:
-    """The config files named on the command line."""
+def config_files(args: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Yield (key, file) of each config file on the command line: ``--config FILE``, or ``--KEY FILE`` for a part of it.
+
+    The key of a whole config is empty.
+    """
     args = list(args)
     for number, argument in enumerate(args):
-        name, _, value = argument.partition("=")
-        if name in ("--config", "-c"):
-            path = Path(value or (args[number + 1] if number + 1 < len(args) else ""))
-            if path.is_file():
-                yield path
+        name, equals, value = argument.partition("=")
+        path = Path(value if equals else args[number + 1] if number + 1 < len(args) else "")
+        key = "" if name in ("--config", "-c") else name.removeprefix("--")
+        if (key == "" or (name.startswith("--") and _takes_config(key, path))) and path.is_file():
+            yield key, path
+
+
+def _takes_config(key: str, path: Path) -> bool:
+    first, *inner = key.split(".")
+    written_in_full = first not in ("model", "data") or "init_args" in inner  # not --model.student
+    return path.suffix in _SUFFIXES and all(map(str.isidentifier, (first, *inner))) and (not inner or written_in_full)
 
 
 def read_configs(args: Iterable[str]) -> dict[str, Any]:
-    """The config files of a command line, later ones over earlier ones; without what is no YAML."""
+    """Read the config files of a command line, later ones over earlier ones, and the files that they name.
+
+    The parser changes the working directory, so that relative paths lead to other files then. Call this before.
+    What is no YAML is left out.
+    """
     merged: dict[str, Any] = {}
-    for path in config_files(args):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            continue
-        if isinstance(content, dict):
+    for key, path in config_files(args):
+        content = _read(path, top=not key)
+        if isinstance(content, dict) and ("." not in key or content.keys() & {*SPEC_KEYS}):
+            for name in reversed(key.split(".") if key else []):
+                content = {name: content}
             _merge(merged, content)
     return merged
 
 
+def _read(path: Path, top: bool, above: tuple[Path, ...] = ()) -> Any:
+    """Return the content of a file, with the content of the config files that it names in their place."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return None
+    return _with_files(content, path.resolve(), top, (*above, path.resolve()))
+
+
+def _with_files(node: Any, path: Path, top: bool, above: tuple[Path, ...]) -> Any:
+    if isinstance(node, list):
+        return [_with_files(child, path, False, above) for child in node]
+    if isinstance(node, dict):
+        return {key: _with_file(child, path, top, above) for key, child in node.items()}
+    return node
+
+
+def _with_file(value: Any, path: Path, top: bool, above: tuple[Path, ...]) -> Any:
+    if isinstance(value, str) and value.endswith(_SUFFIXES):
+        file = path.parent / value
+        if file.is_file() and file.resolve() not in above:
+            content = _read(file, False, above)
+            if isinstance(content, dict) and (top or "class_path" in content):
+                return content
+    return _with_files(value, path, False, above)
+
+
 def nulls_of(args: Sequence[str]) -> set[str]:
-    """Keys, without ``init_args``, that a command line gives null."""
+    """Return the keys, without ``init_args``, that a command line sets to null."""
     pairs = [argument.partition("=")[::2] for argument in args]
     pairs += pairwise(args)
     return {key.lstrip("-").replace(".init_args", "") for key, value in pairs if value == "null"}
 
 
 def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:
-    """All keys of a parser and of its subcommands."""
+    """Return all keys of a parser and of its subcommands."""
     keys = [action.dest for action in parser._actions]
     for action in parser._actions:
         if isinstance(action.choices, dict):
@@ -58,24 +106,23 @@ def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:
 
 
 def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> None:
-    """Refuse what would otherwise be taken silently, or complained of at the wrong place.
+    """Refuse in config files what the parser accepts without a warning, or reports at the wrong place.
 
     Args:
         args: The command line.
-        parser: Whose keys are allowed.
+        parser: The parser whose keys are allowed.
 
     Raises:
-        InputError: For a key that stands twice (YAML's reader would take the last), a key that nobody knows, a class
-            spec without its class, arguments that are no mapping, null where an argument cannot be None; and for a file
-            that is no YAML.
+        InputError: For a key that appears twice (YAML's reader takes the last one), an unknown key, an object without
+            its class, arguments that are no mapping, null where an argument cannot be None, and a file that is no YAML.
     """
     args = list(args)
-    for path in config_files(args):
+    for _, path in config_files(args):
         try:
             root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-        _check_doubled(root, "", path)
+        _check_duplicates(root, "", path)
     config, keys = read_configs(args), known_keys(parser)
     for command in _subcommands(parser):  # a file given before the command holds its keys below its name
         if isinstance(config.get(command), dict):
@@ -86,14 +133,14 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
     given = [argument.lstrip("-").partition("=")[0] for argument in args if argument.startswith("--")]
     for key, value in config.items():
         if key not in top:
-            raise InputError(f"{key}: no such key{hint(str(key), top)}")
-        inner = {k.partition(".")[2] for k in keys if k.startswith(f"{key}.")}
+            raise InputError(f"{key}: no such key{did_you_mean(str(key), top)}")
+        inner = [k for k in keys if k.startswith(f"{key}.")]
         if key in ("model", "data"):
             _check_spec(value, key, given)
         elif inner and isinstance(value, dict):
             for name in value:
-                if name not in inner:
-                    raise InputError(f"{key}.{name}: no such key{hint(f'{key}.{name}', [f'{key}.{k}' for k in inner])}")
+                if f"{key}.{name}" not in inner:
+                    raise InputError(f"{key}.{name}: no such key{did_you_mean(f'{key}.{name}', inner)}")
             _check_values(value, key, given)
         elif inner and not isinstance(value, str):
             raise InputError(f"{key} must hold keys and their values, got {value!r}")
@@ -105,7 +152,7 @@ def _subcommands(parser: jsonargparse.ArgumentParser) -> list[str]:
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
     if "class_path" in other and other["class_path"] != into.get("class_path"):
-        for key in SPEC[1:]:  # another class has other arguments
+        for key in SPEC_KEYS[1:]:  # another class has other arguments
             into.pop(key, None)
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -114,19 +161,20 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _check_doubled(node: yaml.Node | None, place: str, path: Path) -> None:
+def _check_duplicates(node: yaml.Node | None, path: str, file: Path) -> None:
     if isinstance(node, yaml.SequenceNode):
         for number, child in enumerate(node.value):
-            _check_doubled(child, f"{place}[{number}]", path)
+            _check_duplicates(child, f"{path}[{number}]", file)
     if isinstance(node, yaml.MappingNode):
         names = [key.value for key, _ in node.value]
         for number, (key, child) in enumerate(node.value):
             if not isinstance(key, yaml.ScalarNode):
-                raise InputError(f"line {key.start_mark.line + 1} of {path}: a key must be a plain word")
-            here = f"{place}.{key.value}" if place else str(key.value)
+                raise InputError(f"line {key.start_mark.line + 1} of {file}: a key must be a plain word")
+            key_path = f"{path}.{key.value}" if path else str(key.value)
             if key.value in names[:number] and key.value != "<<":
-                raise InputError(f"{here} stands twice, the second time in line {key.start_mark.line + 1} of {path}")
-            _check_doubled(child, here, path)
+                line = key.start_mark.line + 1
+                raise InputError(f"{key_path} appears twice, the second time in line {line} of {file}")
+            _check_duplicates(child, key_path, file)
 
 
 def _check_values(node: Any, path: str, given: list[str]) -> None:
@@ -134,7 +182,7 @@ def _check_values(node: Any, path: str, given: list[str]) -> None:
         for number, child in enumerate(node):
             _check_values(child, f"{path}[{number}]", given)
     if isinstance(node, dict):
-        if node and all(difflib.get_close_matches(str(key), SPEC, n=1, cutoff=0.75) for key in node):
+        if node and all(difflib.get_close_matches(str(key), SPEC_KEYS, n=1, cutoff=0.75) for key in node):
             _check_spec(node, path, given)
         else:
             for key, child in node.items():
@@ -142,40 +190,30 @@ def _check_values(node: Any, path: str, given: list[str]) -> None:
 
 
 def _check_spec(spec: Any, path: str, given: list[str]) -> None:
-    """A mapping that says how an object is built; anything else is the parser's to judge."""
+    """Check a mapping that describes an object; the parser checks anything else."""
     if not isinstance(spec, dict):
         return
     for key in spec:
-        if key not in SPEC:
-            raise InputError(f"{path}.{key}: no such key{hint(str(key), SPEC)}; allowed: {', '.join(SPEC)}")
+        if key not in SPEC_KEYS:
+            allowed = ", ".join(SPEC_KEYS)
+            raise InputError(f"{path}.{key}: no such key{did_you_mean(str(key), SPEC_KEYS)}; allowed: {allowed}")
     class_path = spec.get("class_path")
     if "class_path" not in spec and not any(key in (path, f"{path}.class_path") for key in given):
         raise InputError(f"{path}.class_path is missing: it says what to build, such as kd_lightning.DistillModule")
     if "class_path" in spec and (not isinstance(class_path, str) or not class_path):
         raise InputError(f"{path}.class_path must be the import path of a class, got {class_path!r}")
-    for part in SPEC[1:]:
+    for part in SPEC_KEYS[1:]:
         arguments = spec.get(part, {})
         if not isinstance(arguments, dict):
             raise InputError(f"{path}.{part} must hold arguments and their values, got {arguments!r}")
         for name, value in arguments.items():
             _check_values(value, f"{path}.{part}.{name}", given)
     owner = find_class(class_path)
-    parameters = parameters_of(owner)
-    if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if takes_any_argument(owner):
         return
+    allowed_names = arguments_of(owner)
     for key, value in spec.get("init_args", {}).items():
-        if key not in parameters:
-            raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), parameters)}")
-        if value is None and parameters[key].default is not None and not _takes_none(owner, key):
-            raise InputError(f"{path}.init_args.{key}: {owner.__name__} takes no null here; leave the key out")
-
-
-def _takes_none(owner: Any, name: str) -> bool:
-    """Whether an argument may be None, for all that is known: the parser lets null pass for any."""
-    try:
-        hints = get_type_hints(owner.__init__ if inspect.isclass(owner) else owner)
-    except Exception:  # of somebody else's annotations anything may come
-        return True
-    kind = hints.get(name, Any)
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType, Literal) else (kind,)
-    return any(one in (None, NoneType, Any, object) or isinstance(one, TypeVar) for one in kinds)
+        if key not in allowed_names:
+            raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), allowed_names)}")
+        if value is None and not takes_none(owner, key):
+            raise InputError(f"{path}.init_args.{key}: {name_of(owner)} takes no null here; leave the key out")

@@ -30,14 +30,14 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
-from kd_lightning.runs.class_paths import walk
+from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
-from kd_lightning.runs.parser_errors import one_line
+from kd_lightning.runs.parser_errors import explain_error
 
-# what the parser makes of an empty mapping where it needs a network, a model, or a scheduler of either kind
-_BASES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
-# what of the checkpoint's settings holds for last.ckpt
-_WHEN = (
+# the class that the parser takes for an empty mapping: of a network, a model, a scheduler of either kind
+_BASE_CLASSES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
+# settings of the checkpoint that also hold for last.ckpt
+_SETTINGS_OF_LAST = (
     "dirpath",
     "save_weights_only",
     "every_n_train_steps",
@@ -48,28 +48,28 @@ _WHEN = (
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the config beside the run, whatever the logger."""
+    """Saves the config in the run's folder, with any logger."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml``."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
+        """Write ``config.yaml`` before the run starts."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process must read log_dir: it is broadcast
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+            self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=True)
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI in subclass mode for model and data, with what every run of this package gets.
+    """LightningCLI with the loggers and callbacks of this package; model and data are any subclass.
 
-    A run lies in ``<trainer.default_root_dir>/<name>/version_k``. With ``--ckpt_path`` in such a folder, it goes on
-    in there.
+    A run lies in ``<trainer.default_root_dir>/<name>/version_k``. If ``--ckpt_path`` lies in such a folder, the run
+    continues there.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         self.run_folder: Path | None = None
         self.resumed_step: int | None = None
         super().__init__(
-            # any subclass of LightningModule; None leaves data optional, for modules that bring their own loaders
+            # any LightningModule; for None, data is optional: a module may have loaders of its own
             LightningModule,
             None,
             subclass_mode_model=True,
@@ -82,7 +82,7 @@ class DistillCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's name, and checkpoints and early stopping on validation data."""
+        """Add the run's name, the checkpoint's settings and early stopping."""
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -92,28 +92,29 @@ class DistillCLI(LightningCLI):
             "--early_stopping",
             type=int | None,
             default=None,
-            help="Stop after so many validations without a better value of the checkpoint's monitor.",
+            help="Stop after this number of validations without a better value of the checkpoint's monitor.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; without Lightning's warning when called from a program that has arguments of its own."""
-        Parser.command_line = () if isinstance(args, dict) else tuple(sys.argv[1:] if args is None else args)
-        check_configs(Parser.command_line, parser)
+        """Parse the command line, without Lightning's warning about the arguments of a calling program."""
+        command_line = () if isinstance(args, dict) else tuple(sys.argv[1:] if args is None else args)
+        Parser.config = read_configs(command_line)
+        check_configs(command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
-        nulls = nulls_of(Parser.command_line)
-        for path, key, value, _ in walk(self.config.as_dict()):
+        nulls = nulls_of(command_line)
+        for path, key, value, _ in walk_config(self.config.as_dict()):
             place = path.removeprefix(f"{self.config.get('subcommand')}.")
-            if key == "class_path" and value in _BASES:
+            if key == "class_path" and value in _BASE_CLASSES:
                 raise InputError(f"{place} is missing: it says what to build")
             if value == "None" and place.replace(".init_args", "") in nulls:
-                self.config[path] = None  # the parser makes a text of a null for an argument's argument
+                self.config[path] = None  # for an argument of an argument the parser turns null into a text
 
     def _parse_ckpt_path(self) -> None:
-        """The command line wins over the hyperparameters in a checkpoint."""
+        """Do nothing: the command line counts, not the hyperparameters in the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the run that a checkpoint belongs to, and do without a teacher where it is not needed."""
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        """Before anything is built: find the checkpoint's run, and leave out a teacher that is missing."""
+        config = self._own_config
         if not config.name:
             raise InputError(f"name must be the name of the run's folder, got {config.name!r}")
         if self.subcommand is not None:
@@ -123,56 +124,56 @@ class DistillCLI(LightningCLI):
             if path is not None:
                 self.resumed_step = read_checkpoint(path).get("global_step")
         if self.subcommand != "fit" or self.run_folder is not None:
-            self.save_config_callback = None  # fit's own config stays
+            self.save_config_callback = None  # the folder has fit's config already
         if self.subcommand in ("test", "predict"):
             self._drop_missing_teacher(config)
 
     def _checkpoint_file(self, config: Any) -> Path | None:
-        """The checkpoint's path; ``last`` and ``best`` of the newest run of this name are looked up."""
-        asked = config.get("ckpt_path")
-        if asked in (None, "hpc", "registry"):
+        """Return the checkpoint's path; ``last`` and ``best`` mean the newest one of the runs of this name."""
+        given = config.get("ckpt_path")
+        if given in (None, "hpc", "registry"):
             return None
-        if asked in ("last", "best"):
+        if given in ("last", "best"):
             root = Path(config.trainer.default_root_dir)
-            runs = root if config.trainer.logger is False else root / config.name  # as Lightning lays them
+            runs = root if config.trainer.logger is False else root / config.name  # as Lightning does
             pattern = "checkpoints/*.ckpt" if runs == root else "version_*/checkpoints/*.ckpt"
             found: list[Path] = sorted(runs.glob(pattern), key=os.path.getmtime)
-            found = [p for p in found if p.stem.startswith("last") == (asked == "last")]
+            found = [p for p in found if p.stem.startswith("last") == (given == "last")]
             if not found:
-                raise InputError(f"ckpt_path: {asked}, but there is no such checkpoint below {runs}")
+                raise InputError(f"ckpt_path: {given}, but there is no such checkpoint below {runs}")
             config["ckpt_path"] = str(found[-1])
             return found[-1]
-        if not Path(asked).is_file():
-            raise InputError(f"ckpt_path: no checkpoint at {asked}; allowed: a file, last, best")
-        return Path(asked)
+        if not Path(given).is_file():
+            raise InputError(f"ckpt_path: no checkpoint at {given}; allowed: a file, last, best")
+        return Path(given)
 
     @staticmethod
     def _drop_missing_teacher(config: Any) -> None:
-        """A trained student is tested without its teacher, and without what it started from, where files are gone."""
+        """Leave out the teachers and first weights whose files are gone; a trained student needs neither."""
         arguments = config.model.get("init_args") or {}
         if isinstance(start := arguments.get("initial_weights"), str | Path) and not Path(start).is_file():
             arguments["initial_weights"] = None
         for role in ("teacher", "teachers"):
             given = arguments.get(role)
-            for one in given if isinstance(given, list) else [given] if given is not None else ():
-                paths = [v for k, v in one.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
+            for spec in given if isinstance(given, list) else [given] if given is not None else ():
+                paths = [v for k, v in spec.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
                 if any(not Path(path).is_file() for path in paths):
                     arguments[role] = None
 
     def instantiate_classes(self) -> None:
-        """Build everything; what a constructor refuses is a wrong config."""
+        """Build everything; an argument that a constructor refuses becomes an InputError."""
         try:
             super().instantiate_classes()
         except InputError:
             raise
         except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
-            raise InputError(one_line(str(error), read_configs(Parser.command_line))) from error
+            raise InputError(explain_error(error, Parser.config)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Loggers and callbacks that every run gets."""
+        """Build the trainer with the loggers and callbacks that every run has."""
         if self.datamodule is None and not is_overridden("train_dataloader", self.model):
-            raise InputError(f"data is missing: {type(self.model).__name__} brings no loaders of its own")
-        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+            raise InputError(f"data is missing: {type(self.model).__name__} has no loaders of its own")
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]  # built objects
         trainer = {**config["trainer"], **kwargs}
         if trainer["logger"] in (None, True):
             trainer["logger"] = self._loggers(trainer["default_root_dir"], config["name"])
@@ -190,29 +191,27 @@ class DistillCLI(LightningCLI):
             callbacks.append(RichProgressBar())
         if config["checkpoint"].save_last:
             config["checkpoint"].save_last = None
-            chosen = (self.config if self.subcommand is None else self.config[self.subcommand]).checkpoint
-            callbacks.append(LastCheckpoint(**{name: chosen[name] for name in _WHEN}))
+            settings = self._own_config.checkpoint
+            callbacks.append(LastCheckpoint(**{name: settings[name] for name in _SETTINGS_OF_LAST}))
         if trainer["enable_checkpointing"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         built = self._instantiate_trainer(trainer, callbacks)
-        if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not somebody's own
+        if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one from the config
             built.strategy.checkpoint_io = SafeCheckpointIO()
         return built
 
     def _validates(self, trainer: dict[str, Any]) -> bool:
-        """Whether the default monitor will be there: not in somebody else's module, nor without validation."""
-        if self.config_init_monitor != "val/accuracy":
+        """Return whether the checkpoint's monitor will be logged; other modules, or no validation, lack the default."""
+        if self._own_config.checkpoint.monitor != "val/accuracy":
             return True
         data = self.datamodule
         no_part = isinstance(data, SemiSupervisedDataModule) and data.val_size == 0 and not _is_path(data.labeled)
         return isinstance(self.model, SupervisedModule) and not no_part and trainer["limit_val_batches"] != 0
 
     @property
-    def config_init_monitor(self) -> str | None:
-        """The checkpoint's monitor as configured."""
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
-        monitor: str | None = config.checkpoint.monitor
-        return monitor
+    def _own_config(self) -> Any:
+        """The parsed config of the command, such as ``fit``."""
+        return self.config if self.subcommand is None else self.config[self.subcommand]
 
     def _loggers(self, root: str, name: str) -> list[Any]:
         version: int | str | None = None
@@ -226,10 +225,10 @@ class DistillCLI(LightningCLI):
 
 
 class InspectCLI(DistillCLI):
-    """Builds what ``fit`` would; a command's own ``fit`` then looks at it instead of training."""
+    """Builds what ``fit`` builds; the ``fit`` of a subclass then examines it and does not train."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """One process suffices, and nothing is written."""
+        """Build a trainer with one process and no loggers."""
         return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
 
 

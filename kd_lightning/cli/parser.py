@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from kd_lightning.cli.config_check import known_keys, read_configs
-from kd_lightning.errors import InputError
-from kd_lightning.runs.parser_errors import one_line
+from kd_lightning.cli.config_check import known_keys
+from kd_lightning.runs.parser_errors import explain_parser_error
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose complaints are InputErrors of one line."""
+    """A parser whose errors are InputErrors of one line.
 
-    command_line: tuple[str, ...] = ()
+    Attributes:
+        config: The content of the command line's config files, in which errors look up the place of a key. It belongs
+            to the class, since jsonargparse builds a parser of the same class for the arguments of each object.
+    """
+
+    config: Mapping[str, Any] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""
-        raise InputError(one_line(message, read_configs(Parser.command_line), known_keys(self))) from ex
+        raise explain_parser_error(message, ex, Parser.config, known_keys(self)) from ex

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kd_lightning.batch import IGNORE_INDEX, LabelKind
-from kd_lightning.data.labels.build import build_labels
+from kd_lightning.data.labels.build import build_labels, check_label_rows
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import LabelRow, read_label_file
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.sources.images import identity, path_of, read_image
-from kd_lightning.data.sources.source import Parts, Source
+from kd_lightning.data.sources.source import Parts, Source, check_not_empty
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
@@ -30,45 +29,48 @@ from kd_lightning.pseudo_labels.table import PseudoLabels
 
 
 class SemiSupervisedDataModule(LightningDataModule):
-    """Split a source into labeled, unlabeled and validation images, and serve them as ``Batch``es.
+    """Split a source into labeled, unlabeled and validation images, and load them as ``Batch`` objects.
 
-    Training batches mix labeled and unlabeled images; a label that training may not see is -100 (NaN where floats).
-    The truth of unlabeled images stays in here and never enters a training batch. The split is written beside the
-    run as ``split.json`` and checked on every process and on resume. ``predict`` serves the test images.
+    Training batches mix labeled and unlabeled images. A label that training may not see is -100 (NaN where labels are
+    floats). The true labels of unlabeled images never enter a training batch. The split is written to the run's folder
+    as ``split.json``, and checked on every process and on resume. ``predict`` uses the test images.
 
-    Labels may also be noisy or coarse, by simulation or from a file, in any mixture: ``kind`` in the batch tells each
-    row's :class:`~kd_lightning.batch.LabelKind`. The validation and test labels are always the source's.
+    Labels may also be noisy or coarse, simulated or from a file, in any mixture. ``kind`` in the batch holds the
+    :class:`~kd_lightning.batch.LabelKind` of each row. Validation and test labels are always those of the source.
 
     Args:
         source: Where the images come from.
-        labeled: How many training labels may be seen: an int per class (0 for none), a fraction of each class, the
-            path of a saved ``split.json`` (which then decides validation too), or None for all.
-        unlabeled: The unlabeled images to train on: the ``"rest"`` of the training part, ``"none"``, the unlabeled
-            part of the ``"source"``, or the ``"test"`` images themselves. The last is the transductive setting: its
-            test metrics carry the prefix ``transductive/``.
+        labeled: How many training labels may be seen: an int per class (0 for none), a fraction of each class, or the
+            path of a saved ``split.json``, which then sets the validation part, too. Default: None, which means all.
+        unlabeled: The unlabeled images to train on: ``"rest"`` (of the training part), ``"none"``, ``"source"`` (the
+            source's unlabeled part) or ``"test"`` (the test images). The last is the transductive setting: its test
+            metrics have the prefix ``transductive/``.
         val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
-        batch_size: Images in a batch, on each process.
-        labeled_batch_size: How many of these are labeled: every batch then begins with so many labeled images, which
-            come round as often as it takes, and an epoch is one pass over the unlabeled ones. None: labeled and
-            unlabeled images are shuffled together.
-        num_workers: Worker processes of each loader; augmentation does not depend on it.
-        seed: Of the split, the order and the augmentation.
-        num_views: Number of different augmentations of an image, which teachers can keep their outputs of; None: a new one
-            each epoch.
-        views_per_epoch: How many views of each image an epoch has.
-        train_transform: In place of the source's augmentation.
-        strong_transform: A stronger augmentation for a second view of each image, ``x_strong`` in the batch.
-        eval_transform: In place of the source's evaluation transforms.
-        noisy: The source's own labels may be wrong: their kind is noisy, which co-teaching and ``LabelKindLoss`` look at.
-        label_noise: How the labels that training sees go wrong, for experiments: :class:`SymmetricNoise`,
-            :class:`PairNoise` or :class:`TransitionNoise`. Their kind is noisy, also where they happen to be right.
-        coarse: Superclasses, which are the labels of (a part of) the training images outside ``labeled``.
-        label_file: A CSV or Parquet file of labels that replace or add to those of the source, for training images and
-            those of its unlabeled part, see :func:`~kd_lightning.data.labels.label_file.read_label_file`. They are kept in
-            ``split.json``, from which a later run goes on: ``labeled: RUN/split.json`` with a further file.
+        batch_size: Images per batch on each process, at least 1.
+        labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
+            that many labeled images, which repeat as often as needed; an epoch is one pass over the unlabeled images.
+            Default: None, which shuffles labeled and unlabeled images together.
+        num_workers: Worker processes of each loader, at least 0. Augmentation does not depend on it.
+        seed: Seed of the split, the order and the augmentation.
+        num_views: Number of different augmentations of an image, at least 1. Teachers can cache their outputs only if
+            it is set. Default: None, which means new augmentations in every epoch.
+        views_per_epoch: Views of each image in an epoch, at least 1.
+        train_transform: Augmentation. Default: None, which means the source's.
+        strong_transform: Stronger augmentation for a second view of each image, ``x_strong`` in the batch.
+            Default: None, which means no second view.
+        eval_transform: Transform for validation and test. Default: None, which means the source's.
+        noisy: Whether the source's own labels may be wrong. Their kind is then noisy, which co-teaching and
+            ``LabelKindLoss`` use.
+        label_noise: Simulated noise of the training labels: :class:`SymmetricNoise`, :class:`PairNoise` or
+            :class:`TransitionNoise`. The kind of all of them is then noisy, also of those that stay right.
+        coarse: Superclasses. They are the labels of all or a fraction of the training images outside ``labeled``.
+        label_file: CSV or Parquet file of labels that replace or extend those of the source, for training images and
+            those of the source's unlabeled part; see
+            :func:`~kd_lightning.data.labels.label_file.read_label_file`. They are stored in ``split.json``. A later run
+            continues from there: ``labeled: RUN/split.json`` with a further file.
 
     Raises:
-        InputError: For values out of range, and for a source without the part that is asked for.
+        InputError: For values out of range, and for a source that lacks the part that ``unlabeled`` names.
     """
 
     def __init__(
@@ -106,13 +108,12 @@ class SemiSupervisedDataModule(LightningDataModule):
             raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
         if labeled_batch_size is not None and not 1 <= labeled_batch_size < batch_size:
             raise InputError(
-                f"labeled_batch_size must leave room for unlabeled images: at least 1 and below batch_size, "
-                f"{batch_size}, got {labeled_batch_size}"
+                f"labeled_batch_size must be at least 1 and below batch_size, {batch_size}, got {labeled_batch_size}"
             )
         if coarse is not None and coarse.fraction > 0 and labeled is None:
             raise InputError(
-                "coarse: every image has a fine label, since labeled is not set; set it, or coarse.fraction: 0 where "
-                "only a label file has coarse ones"
+                "coarse: every image has a fine label, since labeled is not set; set labeled, or coarse.fraction: 0 if "
+                "coarse labels come from a label file alone"
             )
         self.source = source
         self.labeled = labeled
@@ -136,82 +137,87 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.split: Split | None = None
         self._parts: Parts | None = None
         self._labels: LabelTable | None = None
-        self._tables: dict[str, ViewTable] = {}
-        self._contents: list[str] = []  # of the pool, so that no checkpoint reads all of it again
+        self._view_tables: dict[str, ViewTable] = {}
+        self._pool_digests: list[str] = []  # hashed once, not again for every checkpoint
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Runs once per node before ``setup``: download missing files."""
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Open the source, split it, and check that every process has the same split."""
+        """Runs on every process before each stage: load and split the source, and compare the split with rank 0's."""
         if self._labels is None:
             self._parts = parts = self.source.load()
             self.class_names = parts.class_names
-            _check_filled(parts, type(self.source).__name__)
+            check_not_empty(parts, type(self.source).__name__)
             targets = parts.train.targets
             if isinstance(self.labeled, str | Path):
                 self.split = Split.load(Path(self.labeled), targets)
             else:
                 self.split = make_split(targets, self.labeled, self.val_size, self.seed, self.class_names)
             if self.label_file is not None:
-                self.split = self.split.with_answers(self._answers(Path(self.label_file)))
-            self._check_answers()
-            self._labels = self._see()  # complains of a missing part before anything starts
-            if not len(self._trained()):
+                self.split = self.split.with_label_rows(self._read_label_rows(Path(self.label_file)))
+            self.split = check_label_rows(self.split, parts, unlabeled_part=self.unlabeled != "test")
+            self._labels = self._build_labels()  # raises InputError for a missing part before training starts
+            if not len(self._train_indices()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
         if self.trainer is None or stage != TrainerFn.FITTING:
             return
         assert self.split is not None
-        self._labels = self._see()  # without an earlier fit's pseudo-labels
-        self._tables.clear()
+        self._labels = self._build_labels()  # without the pseudo-labels of an earlier fit
+        self._view_tables.clear()
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
-            raise InputError(f"rank {self.trainer.global_rank} drew another split than rank 0: is its data the same?")
-        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asks all processes
+            raise InputError(
+                f"rank {self.trainer.global_rank} has another split than rank 0; all ranks must read the same data"
+            )
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # a collective call: made on every rank
         if not self.trainer.loggers and not self.trainer.checkpoint_callbacks:
-            return  # a run that leaves nothing behind
+            return  # the run writes no files
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self.split.save(Path(folder) / "split.json")
 
     def state_dict(self) -> dict[str, Any]:
-        """Which split, pool and labels it was, for the checkpoint."""
+        """Runs when a checkpoint is saved: return the hashes of the split, the pool and the labels."""
         if self.split is None or self._labels is None:
             return {}
         return {"split": self.split.hash, "pool": self._pool_hash(), "labels": self._labels.hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume on another split, with other images in the pool, or with other labels."""
+        """Runs when a fit resumes: refuse another split, other images in the pool, or other labels."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or self.split is None:
             return
         if state_dict.get("split", self.split.hash) != self.split.hash:
             raise InputError(
-                "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
-                "seed, or with labeled: the split.json of its run and no label_file, since the answers are in there"
+                "the checkpoint was trained on another split; resume with the same source, labeled, label_file, "
+                "val_size and seed, or with labeled: the split.json of its run (it holds the labels of label_file) and "
+                "no label_file"
             )
         if state_dict.get("pool", self._pool_hash()) != self._pool_hash():
             raise InputError(
-                "the unlabeled pool has changed since the checkpoint (its hash differs), so that pseudo-labels would "
-                "stand for other images; resume with the images of that run, or start anew"
+                "the unlabeled pool has changed since the checkpoint (its hash differs), and pseudo-labels would go to "
+                "other images; resume with the images of that run, or start a new run"
             )
         if self._labels is not None and state_dict.get("labels", self._labels.hash) != self._labels.hash:
             raise InputError(
                 "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise "
-                "and coarse, or start anew"
+                "and coarse, or start a new run"
             )
 
     def _pool_hash(self) -> str:
-        parts, _ = self._ready()
-        self._contents = self._contents or [identity(images) for images in self._extra() or [parts.train.images]]
-        return hashlib.sha256(repr((self._contents, self.unlabeled_indices())).encode()).hexdigest()
+        parts, _ = self._parts_and_split()
+        self._pool_digests = self._pool_digests or [
+            identity(images) for images in self._extra_images() or [parts.train.images]
+        ]
+        return hashlib.sha256(repr((self._pool_digests, self.unlabeled_indices())).encode()).hexdigest()
 
     def train_dataloader(self) -> ViewLoader:
-        """Labeled and unlabeled images, shuffled together or in two streams."""
-        _, split = self._ready()
+        """Loader of labeled and unlabeled images, shuffled together or in two streams."""
+        _, split = self._parts_and_split()
         assert self._labels is not None
-        indices = self._trained()
+        indices = self._train_indices()
         pool = len(indices) - len(split.labeled)
-        world, rank = self._processes()
+        world, rank = self._world_size_and_rank()
         options: dict[str, Any] = {
             "views_per_epoch": self.views_per_epoch,
             "num_views": self.num_views,
@@ -221,8 +227,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         sampler = ViewSampler(len(indices), **options)
         if self.labeled_batch_size is not None:
             if not pool or not split.labeled:
-                lacking = "unlabeled" if split.labeled else "labeled"
-                raise InputError(f"labeled_batch_size: batches of labeled and unlabeled images, but none is {lacking}")
+                missing = "unlabeled" if split.labeled else "labeled"
+                raise InputError(f"labeled_batch_size needs labeled and unlabeled images, got no {missing} ones")
             sizes = {"labeled_batch": self.labeled_batch_size}
             sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
             sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
@@ -230,76 +236,74 @@ class SemiSupervisedDataModule(LightningDataModule):
         return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, view_table=self.train_views())
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
-        """The validation images; an empty list where there are none."""
-        parts, split = self._ready()
+        """Loader of the validation images; an empty list if there are none."""
+        parts, split = self._parts_and_split()
         if not split.val:
             return []
         return self._eval_loader([parts.train.images], torch.tensor(split.val), LabelTable(parts.train.targets))
 
     def test_dataloader(self) -> ViewLoader:
-        """The test images."""
-        parts, _ = self._ready()
+        """Loader of the test images."""
+        parts, _ = self._parts_and_split()
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
         return self._eval_loader([parts.test.images], indices, LabelTable(parts.test.targets))
 
     def predict_dataloader(self) -> ViewLoader:
-        """The test images."""
+        """Loader of the test images."""
         return self.test_dataloader()
 
     def visible_labels(self) -> Tensor:
-        """The label of each index that training may see; -100 or NaN elsewhere, and where it is coarse."""
-        return self._see().visible
+        """The labels that training may see, by index; -100 or NaN for hidden, missing and coarse labels."""
+        return self._build_labels().visible
 
     # The pool, for pseudo-labels.
 
     def unlabeled_indices(self) -> list[int]:
-        """Indices of the unlabeled images to train on."""
-        parts, split = self._ready()
+        """Indices of the unlabeled images to train on, ascending."""
+        parts, split = self._parts_and_split()
         start = len(parts.train.images)
-        pool = range(start, start + sum(map(len, self._extra())))
+        pool = range(start, start + sum(map(len, self._extra_images())))
         if self.unlabeled == "rest":
             return sorted({*(index for index in split.unlabeled if index < start), *split.held_out})
         return sorted({*pool} - {*split.labeled} | {*split.held_out})
 
     def pool_dataloader(self) -> ViewLoader:
-        """Labeled and unlabeled training images under evaluation transforms, with the labels that can be seen."""
-        return self._eval_loader(self._images(), self._pool(), self._see(), self.pool_views())
+        """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
+        return self._eval_loader(self._images(), self._pool_indices(), self._build_labels(), self.pool_views())
 
-    # What teachers keep outputs of.
+    # Views whose teacher outputs can be cached.
 
     def train_views(self) -> ViewTable | None:
-        """All views of all training images; None where they are endless."""
-        return (
-            None
-            if self.num_views is None
-            else self._table("train", self._trained(), self.train_transform, self.num_views)
-        )
+        """All views of all training images; None if ``num_views`` is None."""
+        if self.num_views is None:
+            return None
+        return self._view_table("train", self._train_indices(), self.train_transform, self.num_views)
 
     def pool_views(self) -> ViewTable:
-        """The images of :meth:`pool_dataloader`."""
-        return self._table("pool", self._pool(), self.eval_transform, 1)
+        """The images of :meth:`pool_dataloader`, one view each."""
+        return self._view_table("pool", self._pool_indices(), self.eval_transform, 1)
 
-    def _pool(self) -> Tensor:
-        _, split = self._ready()
+    def _pool_indices(self) -> Tensor:
+        _, split = self._parts_and_split()
         return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
 
-    def _table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
-        if name not in self._tables:
+    def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
+        if name not in self._view_tables:
             dataset = ViewDataset(self._images(), indices, transform, self.seed)
-            self._tables[name] = ViewTable(dataset, num_views, self.num_workers)
-        return self._tables[name]
+            self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
+        return self._view_tables[name]
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
-        """Fill accepted pseudo-labels into training batches from now on, in place of all earlier ones."""
-        self._ready()
+        """Replace all pseudo-labels; later training batches hold the accepted ones."""
+        self._parts_and_split()
         assert self._labels is not None
-        self._labels.set(labels)
+        self._labels.set_pseudo_labels(labels)
 
     def hidden_truth(self, index: Tensor) -> Tensor:
-        """The true labels of training images, (N,), for metrics alone; -100 where nobody knows them."""
-        parts, _ = self._ready()
+        """True labels of training images (N,), for metrics alone; -100 where they are unknown."""
+        parts, _ = self._parts_and_split()
         known = [parts.train.targets]
         if self.unlabeled == "test" and parts.test is not None:
             known.append(parts.test.targets)
@@ -307,27 +311,27 @@ class SemiSupervisedDataModule(LightningDataModule):
         return torch.cat(known)[index]
 
     def image(self, index: int) -> Any:
-        """A training image as the source gives it, before any transform."""
+        """A training image of the source, before any transform."""
         return read_image(self._images(), index)
 
     def path(self, index: int) -> str | None:
-        """The path of a training image's file, where there is one."""
+        """The path of a training image's file; None if it has none."""
         return path_of(self._images(), index)
 
     def _images(self) -> list[Any]:
-        """All images by index: the training part, then the pool's, else those that may have answers."""
-        parts, _ = self._ready()
-        return [parts.train.images, *(self._extra() or ([] if parts.unlabeled is None else [parts.unlabeled]))]
+        """Images by index: the training part, then those of the pool or of the source's unlabeled part, if any."""
+        parts, _ = self._parts_and_split()
+        return [parts.train.images, *(self._extra_images() or ([] if parts.unlabeled is None else [parts.unlabeled]))]
 
-    def _ready(self) -> tuple[Parts, Split]:
+    def _parts_and_split(self) -> tuple[Parts, Split]:
         if self._parts is None or self.split is None:
             self.setup("")
         assert self._parts is not None
         assert self.split is not None
         return self._parts, self.split
 
-    def _extra(self) -> list[Any]:
-        """The images of a pool that lies outside the training part."""
+    def _extra_images(self) -> list[Any]:
+        """The images of the pool that are not in the training part."""
         assert self._parts is not None
         if self.unlabeled == "source":
             if self._parts.unlabeled is None:
@@ -339,55 +343,42 @@ class SemiSupervisedDataModule(LightningDataModule):
             return [self._parts.test.images]
         return []
 
-    def _see(self) -> LabelTable:
-        """What training may see, without pseudo-labels."""
-        parts, split = self._ready()
+    def _build_labels(self) -> LabelTable:
+        """The labels that training may see, without pseudo-labels."""
+        parts, split = self._parts_and_split()
         size = sum(map(len, self._images()))
-        weak: Any = {
-            "noisy": self.noisy,
-            "noise": self.label_noise,
-            "coarse": self.coarse,
-            "class_names": self.class_names,
-        }
-        return build_labels(parts.train.targets, split, size, **weak)
+        return build_labels(
+            parts.train.targets,
+            split,
+            size,
+            noisy=self.noisy,
+            noise=self.label_noise,
+            coarse=self.coarse,
+            class_names=self.class_names,
+        )
 
-    def _trained(self) -> Tensor:
-        """Indices of all training images: labeled ones, then those of the pool, and those with a coarse label."""
-        _, split = self._ready()
+    def _train_indices(self) -> Tensor:
+        """Indices to train on: labeled ones, then ascending those of the pool and those with a coarse label."""
+        _, split = self._parts_and_split()
         assert self._labels is not None
         kind = self._labels.kind
         coarse = [] if kind is None else (kind == LabelKind.COARSE).nonzero().flatten().tolist()
         return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
 
-    def _answers(self, path: Path) -> list[LabelRow]:
-        parts, split = self._ready()
+    def _read_label_rows(self, path: Path) -> list[LabelRow]:
+        parts, split = self._parts_and_split()
         return read_label_file(
             path,
-            self._images()[:1] if self.unlabeled == "test" else self._images(),  # test images get no answer
+            self._images()[:1] if self.unlabeled == "test" else self._images(),  # no labels for test images
             class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
             group_names=[] if self.coarse is None else self.coarse.names,
-            kept=split.val,
+            val_indices=split.val,
         )
-
-    def _check_answers(self) -> None:
-        """Refuse answers for images of an unlabeled part that is not there, or is another."""
-        parts, split = self._ready()
-        size = len(parts.train.images)
-        beyond = [answer[0] for answer in split.answers if answer[0] >= size]
-        if not beyond:
-            return
-        what = f"labeled: there are answers for images of the source's unlabeled part (sample {beyond[0]})"
-        if parts.unlabeled is None or self.unlabeled == "test":
-            raise InputError(f"{what}, which {'is gone' if parts.unlabeled is None else 'unlabeled: test leaves out'}")
-        digest = identity(parts.unlabeled)
-        if split.pool not in ("", digest) or max(beyond) >= size + len(parts.unlabeled):
-            raise InputError(f"{what}, which has changed since (its hash differs)")
-        self.split = replace(split, pool=digest)
 
     def _eval_loader(
         self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
     ) -> ViewLoader:
-        world, rank = self._processes()
+        world, rank = self._world_size_and_rank()
         dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
         return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
@@ -403,13 +394,5 @@ class SemiSupervisedDataModule(LightningDataModule):
             **kwargs,
         )
 
-    def _processes(self) -> tuple[int, int]:
+    def _world_size_and_rank(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-
-
-def _check_filled(parts: Parts, source: str) -> None:
-    held = {"train": parts.train.images, "unlabeled": parts.unlabeled}
-    held["test"] = None if parts.test is None else parts.test.images
-    for name, images in held.items():
-        if images is not None and len(images) == 0:
-            raise InputError(f"{name}: the {name} part of {source} is empty; it must hold at least one image")

@@ -1,6 +1,6 @@
-"""Strong augmentations: the second view of a sample, on which FixMatch trains (Sohn et al. 2020).
+"""Transforms: the sources' defaults, and strong augmentations for the second view of FixMatch (Sohn et al. 2020).
 
-All draw from torch's global generator, which a ``ViewDataset`` seeds for each view.
+All use torch's global generator alone, which ``ViewDataset`` seeds for each view.
 """
 
 from __future__ import annotations
@@ -14,15 +14,43 @@ from torchvision.transforms import v2
 from kd_lightning.errors import InputError
 
 
-def strong_digits() -> nn.Module:
-    """Strong view of ``Digits``: float tensors (1, 8, 8) in [0, 1], in and out.
+def to_float() -> nn.Module:
+    """From a PIL image or a uint8 tensor to a float tensor in [0, 1]."""
+    transform: nn.Module = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    return transform
 
-    Turned, moved by a pixel, scaled and sheared, with other brightness and contrast, and a patch of 2x2 pixels erased.
-    As far as 8x8 pixels bear it: farther, and people take one digit for another.
+
+def photo_transforms(size: int) -> tuple[nn.Module, nn.Module]:
+    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect."""
+    tail = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
+    tail.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return (
+        v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *tail]),
+        v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), *tail]),
+    )
+
+
+def small_image_transforms(
+    mean: Sequence[float], std: Sequence[float], size: int, *, flip: bool, padding: int = 4
+) -> tuple[nn.Module, nn.Module]:
+    """Training and evaluation transforms for small images, normalised by the mean and std of each channel.
+
+    Training crops a square of ``size`` pixels after ``padding`` pixels of zeros, and mirrors at random if ``flip``.
+    """
+    tail = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    crop = [v2.RandomCrop(size, padding=padding), *([v2.RandomHorizontalFlip()] if flip else [])]
+    return v2.Compose([*crop, *tail]), v2.Compose(tail)
+
+
+def strong_digits() -> nn.Module:
+    """Strong view of ``Digits``, from and to float tensors (1, 8, 8) in [0, 1].
+
+    Random rotation, shift by one pixel, scale, shear, brightness and contrast; 2x2 pixels are erased. With stronger
+    values people mistake one digit for another.
     """
     return _compose(
         v2.RandomAffine(
-            # moves are rounded to pixels; this is one of them in 3 of 8 draws
+            # shifts are rounded to whole pixels: this is a shift by one pixel in 3 of 8 cases
             degrees=25,
             translate=(0.1, 0.1),
             scale=(0.8, 1.2),
@@ -35,21 +63,22 @@ def strong_digits() -> nn.Module:
 
 
 def strong_small(mean: list[float], std: list[float], size: int = 32, padding: int = 4, flip: bool = True) -> nn.Module:
-    """FixMatch's strong view, with RandAugment and Cutout, of small images such as CIFAR-10's.
+    """FixMatch's strong view of small images such as those of CIFAR-10.
 
-    The weak view (crop and flip), then two operations of RandAugment, which are FixMatch's 14, and Cutout of a square
-    of half the side. What comes in from outside is the mean colour. FixMatch draws each operation's strength and
-    leaves half of them out; torchvision's RandAugment does all at a third of the range.
+    Crop and flip as in the weak view, then two operations of RandAugment, which are FixMatch's 14, then Cutout of a
+    square of half the side. New pixels have the mean colour. FixMatch samples the strength of each operation and skips
+    half of them; torchvision's RandAugment applies all, at a third of the range.
 
     Args:
-        mean: Of each channel, of images in [0, 1].
-        std: Likewise.
-        size: Side of the square that comes out.
-        padding: Pixels around the image that the crop may reach into.
-        flip: Whether an image and its mirror image are the same class; not so for digits.
+        mean: Mean of each channel of images in [0, 1].
+        std: Standard deviation of each channel of images in [0, 1], above 0.
+        size: Side of the output in pixels, at least 2.
+        padding: Pixels around the image that a crop may include, at least 0.
+        flip: Whether to mirror images at random. Set it to false if a mirror image is of another class, as for digits.
 
     Returns:
-        From a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], to a normalised tensor (C, size, size).
+        A transform from a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], to a normalised tensor
+        (C, size, size).
 
     Raises:
         InputError: For values out of range.
@@ -75,13 +104,15 @@ def strong_small(mean: list[float], std: list[float], size: int = 32, padding: i
 def strong_photos(size: int = 224) -> nn.Module:
     """Strong view of photographs, normalised as torchvision's pretrained networks expect.
 
-    What ``ImageFolder`` trains with (a crop of any size, and flip), then RandAugment and Cutout as ``strong_small``.
+    Crop of random size and flip as in ``ImageFolder``'s default, then RandAugment and Cutout as in
+    :func:`strong_small`.
 
     Args:
-        size: Side of the square that comes out.
+        size: Side of the output in pixels, at least 2.
 
     Returns:
-        From a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], grey or colour, to (3, size, size).
+        A transform from a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], grey or colour, to a normalised
+        tensor (3, size, size).
 
     Raises:
         InputError: For a size below 2.
@@ -106,12 +137,12 @@ def _compose(*steps: nn.Module) -> nn.Module:
 
 
 def _to_bytes() -> list[nn.Module]:
-    """Any image as uint8 tensor, which RandAugment and its fill colour are made for."""
+    """Convert to a uint8 tensor, the range of RandAugment's fill colour."""
     return [v2.ToImage(), v2.ToDtype(uint8, scale=True)]
 
 
 def _cutout(share: float) -> nn.Module:
-    """A square of this share of the side becomes 0, always: the mean colour of normalised images."""
+    """Set a square, whose side is this share of the image's, to 0: the mean colour of normalised images."""
     square: nn.Module = v2.RandomErasing(p=1.0, scale=(share**2, share**2), ratio=(1.0, 1.0), value=0)
     return square
 
@@ -119,27 +150,3 @@ def _cutout(share: float) -> nn.Module:
 def _check_size(size: int) -> None:
     if size < 2:
         raise InputError(f"size must be at least 2, got {size}")
-
-
-def to_float() -> nn.Module:
-    """Image or uint8 tensor to a float tensor in [0, 1]."""
-    transform: nn.Module = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    return transform
-
-
-def photo_transforms(size: int) -> tuple[nn.Module, nn.Module]:
-    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect."""
-    tail = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
-    tail.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return (
-        v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *tail]),
-        v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), *tail]),
-    )
-
-
-def small_image_transforms(
-    mean: Sequence[float], std: Sequence[float], size: int, *, flip: bool, padding: int = 4
-) -> tuple[nn.Module, nn.Module]:
-    tail = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    crop = [v2.RandomCrop(size, padding=padding), *([v2.RandomHorizontalFlip()] if flip else [])]
-    return v2.Compose([*crop, *tail]), v2.Compose(tail)

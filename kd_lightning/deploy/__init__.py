@@ -1,1 +1,1 @@
-"""Deployment: export a student, and check the file."""
+"""Deployment: export a student to a file, and check the file against PyTorch."""

@@ -1,4 +1,4 @@
-"""Files to deploy a student from: write them, and ask them for their answers."""
+"""Export a student to a file, load the file, and compare its logits with PyTorch's."""
 
 from __future__ import annotations
 
@@ -18,86 +18,92 @@ from torch import Tensor, nn
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.quantization.layers import quantized_layers
-from kd_lightning.runs.weights import _texts, load_weights, save_weights
+from kd_lightning.runs.weights import load_weights, metadata_texts, save_weights
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
-"""Each format's suffix."""
+"""The file suffix of each format."""
 OPSET = 17
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 METADATA = "metadata.json"
-"""Where a ``.pt2`` keeps its metadata (``extra_files``)."""
+"""Name of the metadata in the ``extra_files`` of a ``.pt2``."""
 TOLERANCE = 1e-4
+"""Default tolerance for float students."""
 QUANTIZED_TOLERANCE = 5e-2
+"""Default tolerance for quantised students."""
 
 
 class Comparison(NamedTuple):
-    """How near two sets of logits are.
+    """The difference between two sets of logits.
 
     Attributes:
-        images: How many images were answered.
-        largest: The largest difference of a logit.
-        relative: The same as a share of the largest magnitude of an expected logit.
-        typical: Of each image's largest difference the median over the images, as such a share.
-        decisions: How many decisions were made: one for each image, or for each label of the multilabel task.
-        changed: How many of them differ.
+        images: Number of images.
+        largest: Largest absolute difference of a logit.
+        relative: ``largest`` divided by the largest magnitude of an expected logit.
+        typical: Median over the images of an image's largest difference, divided by the same magnitude.
+        predictions: Number of predictions: one for each image, or one for each label of the multilabel task.
+        changed: Number of predictions that differ.
     """
 
     images: int
     largest: float
     relative: float
     typical: float
-    decisions: int
+    predictions: int
     changed: int
 
     @property
     def agreement(self) -> float:
-        """Share of equal decisions."""
-        return 1 - self.changed / self.decisions
+        """Share of equal predictions."""
+        return 1 - self.changed / self.predictions
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether all logits are within the tolerance, the typical image's within a tenth, and decisions stay.
+        """Return whether the logits agree.
+
+        ``relative`` must be at most the tolerance and ``typical`` at most a tenth of it. At most one prediction in a
+        thousand, plus one, may change: within the tolerance, only near-ties change.
 
         Args:
-            tolerance: Of ``relative``. 1e-4 suits float students, whose runtimes differ in the order of their sums
-                alone (4e-7 on the digits). Quantised ones need 5e-2: an input on the border of two levels may be
-                rounded the other way, which changes the logits of a few images (by up to 0.3 % with three
-                convolutions, 0.8 % with 20 to 56 layers; PyTorch itself differs as much with another batch size) and
-                leaves the typical one (1e-7). A scale that is wrong by 1 % changes them all, by 0.6 % or more.
-
-        One decision in a thousand may change, and one more: within the tolerance only near-ties can.
+            tolerance: Largest allowed ``relative``, at least 0. Use 1e-4 for float students: runtimes differ in the
+                order of their sums only (4e-7 on the digits). Use 5e-2 for quantised students: a runtime may round an
+                input between two levels the other way. That changes the logits of a few images (by up to 0.3 % with
+                three convolutions, 0.8 % with 20 to 56 layers; PyTorch itself differs as much with another batch
+                size), but not those of the typical image (1e-7). A scale that is wrong by 1 % changes all images, by
+                0.6 % or more.
         """
-        near = self.relative <= tolerance and self.typical <= tolerance / 10
-        return near and self.changed <= 1 + self.decisions / 1000
+        close = self.relative <= tolerance and self.typical <= tolerance / 10
+        return close and self.changed <= 1 + self.predictions / 1000
 
 
-def require(form: str, *, quantized: bool) -> None:
-    """Check that a format's packages are there.
+def check_packages(file_format: str, *, quantized: bool) -> None:
+    """Check that the packages that a format needs are installed.
 
     Raises:
-        InputError: If one is missing.
+        InputError: If a package is missing.
     """
-    names = ["onnx", "onnxruntime", *["onnxoptimizer"] * quantized] if form == "onnx" else []
+    names = ["onnx", "onnxruntime", *["onnxoptimizer"] * quantized] if file_format == "onnx" else []
     try:
         for name in names:
             importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{form} needs the extra export: pip install 'kd-lightning[export]' ({error})") from error
+        raise InputError(
+            f"{file_format} needs the extra export: pip install 'kd-lightning[export]' ({error})"
+        ) from error
 
 
-def versions(form: str, *, quantized: bool) -> dict[str, str]:
-    """The packages that a file is made with."""
-    names = ["torch", *["onnx"] * (form == "onnx"), *["brevitas"] * quantized]
+def package_versions(file_format: str, *, quantized: bool) -> dict[str, str]:
+    """Return the versions of the packages that write a file."""
+    names = ["torch", *["onnx"] * (file_format == "onnx"), *["brevitas"] * quantized]
     return {"kd_lightning": version("kd-lightning")} | {name: version(name) for name in names}
 
 
 @contextmanager
-def part_of(path: Path, form: str) -> Iterator[Path]:
-    """A file beside the path to write to and to rename once it is good; whatever else happens, it is gone at the end.
+def temporary_file(path: Path, file_format: str) -> Iterator[Path]:
+    """Provide an empty file beside ``path``, to write to and then rename. If it is not renamed, it is deleted.
 
     Raises:
         InputError: If the path cannot be written.
     """
-    part = path.with_name(f".{path.stem}.part{FORMATS[form]}")
+    part = path.with_name(f".{path.stem}.part{FORMATS[file_format]}")
     if path.is_dir():
         raise InputError(f"{path} cannot be written: it is a folder")
     try:
@@ -111,105 +117,106 @@ def part_of(path: Path, form: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write(student: nn.Module, x: Tensor, path: Path, form: str, metadata: Mapping[str, Any]) -> None:
-    """Write a student.
+def export_student(student: nn.Module, x: Tensor, path: Path, file_format: str, metadata: Mapping[str, Any]) -> None:
+    """Write a student to a file.
 
     Args:
-        student: In eval mode.
-        x: Inputs (B, ...), of which the first is used.
+        student: The student, in eval mode.
+        x: Inputs (B, ...). The first one is used to trace the student.
         path: The file.
-        form: One of ``FORMATS``. ``onnx`` holds quantised weights as 8-bit integers with QuantizeLinear and
-            DequantizeLinear; the others hold the float weights, which ``torch_export`` rounds each time.
-        metadata: Texts, or what JSON can say.
+        file_format: One of ``FORMATS``. ``onnx`` stores quantised weights as 8-bit integers with QuantizeLinear and
+            DequantizeLinear. The other formats store float weights; ``torch_export`` rounds them in each call.
+        metadata: Strings, or values that JSON can express.
 
     Raises:
         InputError: If the format cannot express the student.
     """
-    writer = {"onnx": _write_onnx, "torch_export": _write_torch_export, "safetensors": _write_safetensors}[form]
+    writer = {"onnx": _write_onnx, "torch_export": _write_torch_export, "safetensors": _write_safetensors}[file_format]
     try:
-        # two, since torch.export takes a batch of one for a constant
-        writer(student, x[[0, 0]], path, _texts(metadata))
+        # a batch of two, since torch.export treats a batch size of one as a constant
+        writer(student, x[[0, 0]], path, metadata_texts(metadata))
     except InputError:
         raise
-    except Exception as error:  # an exporter raises whatever it stumbles on
+    except Exception as error:  # exporters raise errors of any type
         reason = str(error).strip().partition("\n")[0]
         name = type(student).__name__
-        raise InputError(f"{name} cannot be exported as {form}: {type(error).__name__}: {reason}") from error
+        raise InputError(f"{name} cannot be exported as {file_format}: {type(error).__name__}: {reason}") from error
     finally:
-        gc.collect()  # torch.export leaves twins of the student's class behind, and YAML would find two of its name
+        gc.collect()  # torch.export leaves copies of the student's class, and a config's class name would be ambiguous
 
 
-def reader(
-    path: Path, form: str, fresh: Callable[[], nn.Module], *, as_written: bool = True
+def load_exported(
+    path: Path, file_format: str, build_network: Callable[[], nn.Module], *, as_written: bool = True
 ) -> Callable[[Tensor], Tensor]:
-    """What answers from a file alone: inputs (B, ...) to logits.
+    """Load an exported file as a function from inputs (B, ...) to logits.
 
     Args:
         path: The file.
-        form: One of ``FORMATS``.
-        fresh: Builds the network that ``safetensors`` are loaded into.
-        as_written: Whether onnxruntime keeps to a quantised graph's own arithmetic. By default it rewrites it, and
-            rounds the biases of layers whose output is quantised (without BatchNorm between) to integers.
+        file_format: One of ``FORMATS``.
+        build_network: Function that builds the network for the weights of ``safetensors``.
+        as_written: Whether onnxruntime runs a quantised graph as it is written. If False, it uses its default, which
+            rewrites the graph and rounds the biases of layers with a quantised output to integers (if there is no
+            BatchNorm between).
 
     Raises:
-        InputError: If the runtime refuses the file.
+        InputError: If the runtime cannot load the file.
     """
-    if form == "safetensors":
-        return _Logits(load_weights(fresh(), path).eval())
+    if file_format == "safetensors":
+        return _Logits(load_weights(build_network(), path).eval())
     try:
-        if form == "torch_export":
+        if file_format == "torch_export":
             return torch.export.load(path).module()
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # runtimes have their own
-        raise InputError(f"the {form} file cannot be read again: {' '.join(str(error).split())}") from error
+    except Exception as error:  # runtimes raise errors of their own types
+        raise InputError(f"the {file_format} file cannot be loaded: {' '.join(str(error).split())}") from error
     return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
 
 @torch.no_grad()
-def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Tensor:
-    """The logits of all batches.
+def collect_logits(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Tensor:
+    """Return a network's logits for all batches, (N, ...).
 
     Raises:
-        InputError: If a batch cannot be answered.
+        InputError: If the network fails on a batch.
     """
-    found = []
+    logits = []
     for x in batches:
         try:
-            found.append(logits_of(network(x), "the student"))
+            logits.append(logits_of(network(x), "the student"))
         except InputError:
             raise
-        except Exception as error:  # runtimes have their own
+        except Exception as error:  # runtimes raise errors of their own types
             reason = " ".join(str(error).split())
-            raise InputError(f"the student cannot answer a batch of shape {[*x.shape]}: {reason}") from error
-    return torch.cat(found)
+            raise InputError(f"the student fails on a batch of shape {[*x.shape]}: {reason}") from error
+    return torch.cat(logits)
 
 
-def compare(expected: Tensor, found: Tensor, decide: Callable[[Tensor], Tensor]) -> Comparison:
-    """Set logits side by side.
+def compare_logits(expected: Tensor, found: Tensor, predict: Callable[[Tensor], Tensor]) -> Comparison:
+    """Compare the logits of a file with those of PyTorch.
 
     Args:
-        expected: PyTorch's (B, ...).
-        found: The file's, of the same shape.
-        decide: From logits to decisions.
+        expected: PyTorch's logits, (N, ...).
+        found: The file's logits, of the same shape.
+        predict: Function from logits to predicted labels.
 
     Raises:
         InputError: If the shapes differ.
     """
     if found.shape != expected.shape:
-        raise InputError(f"the file answers with logits {[*found.shape]}, PyTorch with {[*expected.shape]}")
+        raise InputError(f"the file returns logits of shape {[*found.shape]}, PyTorch {[*expected.shape]}")
     differences = (found - expected).abs().reshape(len(found), -1).amax(1)
     largest, typical = float(differences.max()), float(differences.median())
     top = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
-    same = decide(expected) == decide(found)
+    same = predict(expected) == predict(found)
     return Comparison(len(found), largest, largest / top, typical / top, same.numel(), int((~same).sum()))
 
 
 class _Logits(nn.Module):
-    """A network that returns logits, whatever the student wraps them in."""
+    """A network that returns the student's logits as a tensor."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
@@ -226,11 +233,11 @@ def _write_onnx(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, s
         "output_names": [OUTPUT],
         "dynamic_axes": {INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
         "opset_version": OPSET,
-        "dynamo": False,  # the other exporter would need onnxscript, and folds the integers away
+        "dynamo": False,  # the other exporter needs onnxscript, and replaces the integers by floats
         "keep_initializers_as_inputs": False,
     }
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that exporter's deprecation; what tracing loses shows in the comparison
+        warnings.simplefilter("ignore")  # of a deprecated exporter, and of tracing: the comparison finds its errors
         if quantized_layers(student):
             from brevitas.export import export_onnx_qcdq
 
@@ -246,16 +253,16 @@ def _write_onnx(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, s
 def _write_torch_export(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, str]) -> None:
     network = _Logits(student).eval()
     shapes = ({0: torch.export.Dim(BATCH)},)
-    with torch.no_grad(), _plain_rounding(network, x):
+    with torch.no_grad(), _as_torch_operations(network, x):
         program = torch.export.export(network, (x,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names this machine's folders
+        node.meta.pop("stack_trace", None)  # it has paths of the local file system
     torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
 @contextmanager
-def _plain_rounding(network: nn.Module, x: Tensor) -> Iterator[None]:
-    """Brevitas's layers as torch's own operations: as they are, they branch on values, which export refuses."""
+def _as_torch_operations(network: nn.Module, x: Tensor) -> Iterator[None]:
+    """Run Brevitas layers as plain torch operations. Their own branch on values, which torch.export refuses."""
     if not quantized_layers(network):
         yield
         return

@@ -1,4 +1,4 @@
-"""Outputs of layers named by their dotted path, and what each layer costs."""
+"""Capture outputs of layers by their dotted path."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from kd_lightning.errors import InputError
 
 
 class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
-    """All layers that were asked for have been computed."""
+    """Raised when all captured layers have been computed."""
 
 
 @contextmanager
 def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of layers while inside; no hook stays behind.
+    """Capture the outputs of layers during the forward passes inside the ``with`` block.
 
-    A layer that is not called is absent. A network under ``torch.compile`` runs uncompiled inside.
+    A layer that is not called is absent from the result. Inside the block, a network under ``torch.compile`` runs
+    uncompiled. All hooks are removed at the end.
 
     Args:
-        network: Whose layers they are.
-        names: Their dotted paths, as in ``named_modules``.
-        stop: End the network's forward pass once each of them has been computed, so that what lies above is not. The
-            pass then returns nothing: leave it as the last statement inside.
+        network: The network.
+        names: Dotted paths of the layers, as in ``named_modules``.
+        stop: End the forward pass as soon as all layers have been computed. The layers above them are not computed, and
+            the pass returns nothing, so it must be the last statement of the block.
 
     Yields:
-        Their outputs by name, in the graph.
+        The outputs by name, with their autograd graph.
 
     Raises:
-        InputError: For a name that the network does not have, with the nearest ones; for an output that is no tensor,
-            or that a later layer changes in place; for a layer that is called more than once (with ``stop`` the pass
-            may have ended before that is seen).
+        InputError: If the network has no layer of a name (the message names similar ones), if an output is no tensor or
+            is changed in place by a later layer, and if a layer is called more than once (with ``stop``, the pass may
+            end before the second call).
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with capture(network, ["1"], stop=True) as outputs:
@@ -46,18 +47,18 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     names = [*dict.fromkeys(names)]
     layers = [find_layer(network, name) for name in names]
     outputs: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}  # rise with each change in place
+    versions: dict[str, int] = {}  # a tensor's version increases with each change in place
     handles = []
 
-    def keep(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
-                raise InputError(f"layer {name} gives no tensor, but {kind}; choose a layer inside it or after it")
+                raise InputError(f"layer {name} must return a tensor, got {kind}; use a layer inside it or after it")
             if name in outputs:
-                raise InputError(f"layer {name} is called more than once in a pass; choose a layer around it")
+                raise InputError(f"layer {name} is called more than once in a pass; use a layer around it")
             outputs[name] = output
-            if not output.is_inference():  # those have no version
+            if not output.is_inference():  # inference tensors have no version
                 versions[name] = output._version
             if stop and len(outputs) == len(names):
                 raise _Reached
@@ -66,11 +67,11 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
 
     with ExitStack() as stack:
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
-            # compiled code does not see hooks that come and go
+            # compiled code ignores hooks that are added later
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for name, layer in zip(names, layers, strict=True):
-                handles.append(layer.register_forward_hook(keep(name)))
+                handles.append(layer.register_forward_hook(record(name)))
             yield outputs
         except _Reached:
             pass
@@ -79,12 +80,12 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
                 handle.remove()
     for name, version in versions.items():
         if outputs[name]._version != version:
-            raise InputError(f"layer {name}: its output is changed in place by a later layer; choose that one instead")
+            raise InputError(f"layer {name}: its output is changed in place by a later layer; use that layer")
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Forward passes in eval mode that leave random generators, modes and BatchNorm's statistics as they were."""
+    """Run the block in eval mode. Random generators, modes and BatchNorm statistics stay unchanged."""
     modes = {layer: layer.training for layer in network.modules()}
     try:
         network.eval()
@@ -96,10 +97,10 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """A layer by its dotted path.
+    """Return the layer of a dotted path.
 
     Raises:
-        InputError: If there is none of that name; the message lists the nearest.
+        InputError: If the network has no such layer. The message names similar ones.
     """
     network = getattr(network, "_orig_mod", network)  # under torch.compile
     layers = dict(network.named_modules())

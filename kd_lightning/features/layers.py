@@ -1,4 +1,4 @@
-"""Shapes, multiply-accumulates and parameters of each layer."""
+"""List the output shape, multiply-accumulates and parameters of each layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from kd_lightning.features.capture import evaluating
 
 
 class Layer(NamedTuple):
-    """A layer as one forward pass has seen it.
+    """A layer in one forward pass.
 
     Attributes:
-        name: Its dotted path.
-        kind: Its class.
-        shape: Of its output for one sample, without the batch; None where the output is no tensor, or there was none.
-        parameters: Their number, those of inner layers included.
-        macs: Multiply-accumulates for one sample, inner layers included.
+        name: Dotted path.
+        kind: Name of its class.
+        shape: Shape of its output for one sample, without the batch dimension. None if the layer is not called, or
+            returns no tensor.
+        parameters: Number of parameters, including inner layers.
+        macs: Multiply-accumulates for one sample, including inner layers.
     """
 
     name: str
@@ -31,28 +32,28 @@ class Layer(NamedTuple):
 
 
 def list_layers(network: nn.Module, x: Tensor) -> list[Layer]:
-    """All layers in the order of their names, from one forward pass in eval mode.
+    """List all layers in the order of ``named_modules``, from one forward pass in eval mode.
 
-    Random generators, modes and BatchNorm's statistics are left as they were.
+    Random generators, modes and BatchNorm statistics stay unchanged.
 
     Args:
         network: The network.
-        x: Inputs (B, ...), of which the first is used.
+        x: Inputs (B, ...). Only the first one is used.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 shapes[name] = tuple(output.shape[1:])
 
         return hook
 
-    handles = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules()]
+    handles = [layer.register_forward_hook(record(name)) for name, layer in network.named_modules()]
     counter = FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know attention's fused kernels
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not count fused attention kernels
         with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             network(x[:1])
     finally:

@@ -1,4 +1,4 @@
-"""The logits in whatever a network returns."""
+"""Take the logits out of a network's output."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kd_lightning.errors import InputError
 
 
 def logits_of(output: Any, owner: str) -> Tensor:
-    """Take the logits out of a network's output, where it is plain which part they are.
+    """Take the logits out of a network's output.
 
     Args:
-        output: A tensor; a mapping, named tuple or dataclass with ``logits`` (as torchvision's Inception and Hugging
-            Face's models give in training); or a mapping, tuple or list that holds one tensor.
-        owner: Whose output it is, for the message.
+        output: A tensor; a mapping, named tuple or dataclass with ``logits`` (as returned in training by torchvision's
+            Inception and the models of Hugging Face); or a mapping, tuple or list with exactly one tensor.
+        owner: Name of the network in the error message.
 
     Raises:
-        InputError: For anything else.
+        InputError: For any other output.
 
     >>> import torch
     >>> logits_of({"logits": torch.zeros(2, 3), "features": torch.zeros(2, 8)}, "the student").shape
@@ -36,7 +36,7 @@ def logits_of(output: Any, owner: str) -> Tensor:
         return tensors[0]
     held = ", ".join(f"{name}: {_describe(part)}" for name, part in parts.items())
     raise InputError(
-        f"{owner} must return logits: a tensor, something with a part named logits, or a tuple or mapping with one "
+        f"{owner} must return logits: a tensor, an object with a part named logits, or a tuple or mapping with one "
         f"tensor; got {type(output).__name__}{f' with {held}' if held else ''}"
     )
 

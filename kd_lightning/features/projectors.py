@@ -1,4 +1,4 @@
-"""Joining a student's layers to a teacher's: projectors, tokens as maps, and a picture of both."""
+"""Projectors (FitNets: regressors) map a student's features to the shape of a teacher's; tokens as maps."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture, evaluating, find_layer
 
 Shape = Sequence[int]
-Join = tuple[list[int], list[int]]
-"""Shapes of a guided layer's and a hint layer's outputs for one sample."""
+ShapePair = tuple[list[int], list[int]]
+"""Output shapes of a guided layer and a hint layer for one sample."""
 
 
 class Projectors(nn.ModuleDict):
     """One projector for each pair of a guided layer (student) and a hint layer (teacher).
 
-    Keyed by the pairs' numbers, since a module's name may hold no dot.
+    FitNets calls projectors regressors. Their keys are the numbers of the pairs, since a module's key has no dot.
 
     Args:
-        hints: Guided layer to hint layer, by dotted path.
-        given: Projectors of one's own, by guided layer; the others are built from what :meth:`measure` sees.
+        hints: Dotted path of the guided layer to that of the hint layer.
+        given: The user's own projectors, by guided layer. Default: None, which means that
+            :meth:`build_from_networks` builds all of them.
+
+    Attributes:
+        shapes: Output shapes of each pair of layers, for one sample. Empty until the projectors are built.
+        guided_parameters: Names of the student's parameters that the guided layers depend on.
 
     Raises:
-        InputError: For no pairs, or a given projector of none of them.
+        InputError: If there is no pair, or if a given projector belongs to no guided layer.
     """
 
     def __init__(self, hints: Mapping[str, str], given: Mapping[str, nn.Module] | None = None) -> None:
@@ -36,8 +41,8 @@ class Projectors(nn.ModuleDict):
             raise InputError(f"projectors: {unknown[0]!r} is no guided layer; hints has {', '.join(hints)}")
         super().__init__({str([*hints].index(name)): module for name, module in (given or {}).items()})
         self.hints = {str(guided): str(hint) for guided, hint in hints.items()}
-        self.joins: list[Join] = []
-        self.below: frozenset[str] = frozenset()  # the student's parameters up to its guided layers
+        self.shapes: list[ShapePair] = []
+        self.guided_parameters: frozenset[str] = frozenset()
 
     def _check_names(self, student: nn.Module, teacher: nn.Module) -> None:
         for guided, hint in self.hints.items():
@@ -47,29 +52,30 @@ class Projectors(nn.ModuleDict):
                 except InputError as error:
                     raise InputError(f"hints: {error}") from error
 
-    def measure(self, student: nn.Module, x: Tensor, teacher: nn.Module, teacher_x: Tensor) -> None:
+    def build_from_networks(self, student: nn.Module, x: Tensor, teacher: nn.Module, teacher_x: Tensor) -> None:
         """Find all shapes by one forward pass of each network, and build the missing projectors.
 
         Args:
             student: The student.
-            x: Its inputs (B, ...).
+            x: The student's inputs (B, ...).
             teacher: The teacher's network, in eval mode.
-            teacher_x: The same samples as the teacher takes them, (B, ...).
+            teacher_x: The same samples, preprocessed for the teacher.
 
         Raises:
-            InputError: If a layer is never reached, if no built-in projector joins a pair, or if a given one does not.
+            InputError: If a layer is not called, if no built-in projector fits a pair, or if a given projector does not
+                fit.
         """
         self._check_names(student, teacher)
         parameters = dict(student.named_parameters())
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        student.requires_grad_(True)  # what lies below does so whether it trains or not
+        student.requires_grad_(True)  # guided_parameters include frozen ones
         try:
-            self._measure(student, x, teacher, teacher_x, parameters)
+            self._build_from_networks(student, x, teacher, teacher_x, parameters)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
 
-    def _measure(
+    def _build_from_networks(
         self,
         student: nn.Module,
         x: Tensor,
@@ -83,63 +89,72 @@ class Projectors(nn.ModuleDict):
             with torch.no_grad(), capture(teacher, [*self.hints.values()]) as hints:
                 teacher(teacher_x)
             outputs = [
-                (_reached("student", guided, name), _reached("teacher", hints, layer))
+                (_output("student", guided, name), _output("teacher", hints, layer))
                 for name, layer in self.hints.items()
             ]
-            total = torch.stack([mine.float().sum() for mine, _ in outputs]).sum()
+            total = torch.stack([output.float().sum() for output, _ in outputs]).sum()
             found: Sequence[Tensor | None] = [None] * len(parameters)
             if total.requires_grad and parameters:
                 found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
-            self.below = frozenset(name for name, g in zip(parameters, found, strict=True) if g is not None)
+            self.guided_parameters = frozenset(n for n, g in zip(parameters, found, strict=True) if g is not None)
             self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device, outputs[0][0].dtype)
             try:
                 pairs = self.pairs(guided, hints)
-            except Exception as error:  # a given one may raise anything
+            except Exception as error:  # the user's own projector may raise anything
                 raise InputError(f"projectors: one does not fit its layer: {first_line(error)}") from error
-        for name, (regressed, hint) in pairs.items():
-            if regressed.shape != hint.shape:
+        for name, (projected, hint) in pairs.items():
+            if projected.shape != hint.shape:
                 raise InputError(
-                    f"projectors: that of {name} gives {[*regressed.shape[1:]]} for one sample, but the hint of "
+                    f"projectors: that of {name} gives {[*projected.shape[1:]]} for one sample, but the hint of "
                     f"{self.hints[name]} is {[*hint.shape[1:]]}"
                 )
 
-    def build(self, joins: Iterable[Join], device: torch.device, dtype: torch.dtype) -> None:
-        """The projectors that are not there yet, drawn alike on one process and on many, and by no one's generator."""
-        self.joins = [*joins]
+    def build(self, shapes: Iterable[ShapePair], device: torch.device, dtype: torch.dtype) -> None:
+        """Build the missing projectors.
+
+        Their weights depend on torch's initial seed alone, so they are the same on every process. The state of torch's
+        generators stays unchanged.
+
+        Args:
+            shapes: Output shapes of each pair of layers, for one sample.
+            device: Of the projectors.
+            dtype: Of the projectors.
+        """
+        self.shapes = [*shapes]
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            # the seed alone: several processes start again from it; not torch.manual_seed, which reaches accelerators
+            # not torch.manual_seed, which also seeds accelerators
             torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)
             self._build(device, dtype)
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> None:
-        for number, ((name, layer), (guided, hint)) in enumerate(zip(self.hints.items(), self.joins, strict=True)):
+        for number, ((name, layer), (guided, hint)) in enumerate(zip(self.hints.items(), self.shapes, strict=True)):
             if str(number) in self:
                 continue
             try:
                 self[str(number)] = build_projector(guided, hint).to(device, dtype)
             except InputError as error:
                 raise InputError(
-                    f"hints: no built-in projector joins {name} {guided} to {layer} {hint} (for one sample): {error}; "
-                    "choose other layers, or give one in projectors"
+                    f"hints: no built-in projector maps {name} {guided} to {layer} {hint} (for one sample): {error}; "
+                    "set other layers, or your own projectors"
                 ) from error
 
     def pairs(self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """The student's regressed outputs and the hints, of one shape, by guided layer.
+        """Return the student's projected outputs and the hints, of one shape, by guided layer.
 
         Args:
-            guided: What the student's layers gave, by name.
-            hints: What the teacher's gave.
+            guided: Outputs of the student's layers, by name.
+            hints: Outputs of the teacher's layers, by name.
         """
         pairs = {}
         for number, (name, layer) in enumerate(self.hints.items()):
-            regressed = self[str(number)](_reached("student", guided, name))
-            hint = _reached("teacher", hints, layer).to(regressed.device)
-            pairs[name] = regressed, target_of(hint, regressed)
+            projected = self[str(number)](_output("student", guided, name))
+            hint = _output("teacher", hints, layer).to(projected.device)
+            pairs[name] = projected, target_of(hint, projected)
         return pairs
 
     def describe(self) -> str:
-        """The pairs, their shapes, and the number of parameters."""
-        pairs = zip(self.hints.items(), self.joins, strict=True)
+        """Describe the pairs, their shapes, and the number of parameters."""
+        pairs = zip(self.hints.items(), self.shapes, strict=True)
         names = [f"{name} {guided} -> {layer} {hint}" for (name, layer), (guided, hint) in pairs]
         return f"hints: {'; '.join(names)}; {self.size():,} parameters in projectors"
 
@@ -149,31 +164,36 @@ class Projectors(nn.ModuleDict):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """First line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _reached(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
+def _output(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in outputs:
-        raise InputError(f"hints: the {who}'s layer {name} is never reached in its forward pass")
+        raise InputError(f"hints: the {who}'s layer {name} is never called in its forward pass")
     return outputs[name]
 
 
 def build_projector(guided: Shape, hint: Shape) -> nn.Module:
-    """A projector from a guided layer's output to a hint (Romero et al. 2014, section 2.2).
+    """Build a projector from a guided layer's output to a hint.
 
-    Maps (C, H, W): the paper's valid convolution, k = N_guided - N_hint + 1 along each side, where the guided map is as
-    large or larger (1x1 where equal); a 1x1 convolution and bilinear resizing where it is smaller along a side.
-    Vectors (C,), and sequences of equally many tokens (N, C): linear. Other tokens are set out as maps, see
-    :func:`to_map`. All are linear. The paper's end in the hint's own non-linearity; that takes a projector of your own
-    (benchmarks/RESULTS.md has both).
+    This is the regressor of FitNets (Romero et al. 2014, section 2.2, https://arxiv.org/abs/1412.6550):
+
+    - Maps (C, H, W), if the guided map is at least as large along each side: a valid convolution with kernel size
+      k = N_guided - N_hint + 1 along each side, as in the paper. If it is smaller along a side: a 1x1 convolution and
+      bilinear resizing.
+    - Vectors (C,), and tokens (N, C) of equal number: a linear layer.
+    - Other tokens: first arranged as maps, see :func:`to_map`.
+
+    All of them are linear. The paper's regressors end in the hint's non-linearity, which takes your own projector
+    (benchmarks/RESULTS.md compares both).
 
     Args:
         guided: Shape of the guided layer's output for one sample.
-        hint: Shape of the hint layer's.
+        hint: Shape of the hint layer's output for one sample.
 
     Raises:
-        InputError: If none of these joins the two.
+        InputError: If none of these fits the two shapes.
     """
     layers: list[nn.Module] = []
     if len(guided) == len(hint) == 1 or (len(guided) == len(hint) == 2 and guided[0] == hint[0]):
@@ -191,10 +211,10 @@ def build_projector(guided: Shape, hint: Shape) -> nn.Module:
 
 
 def map_shape(shape: Shape) -> Shape:
-    """(C, H, W) of a sample's map, or of its tokens (N, C) as :func:`to_map` sets them out.
+    """Return the shape (C, H, W) of a sample's map, or of its tokens (N, C) after :func:`to_map`.
 
     Raises:
-        InputError: If it is neither.
+        InputError: If it is neither a map nor tokens of a square grid.
     """
     if len(shape) == 3:
         return tuple(shape)
@@ -209,7 +229,9 @@ def map_shape(shape: Shape) -> Shape:
 
 
 def to_map(tokens: Tensor) -> Tensor:
-    """Tokens (B, N, C) as a map (B, C, g, g), N = g * g, or g * g + 1 with a class token first, which is left out.
+    """Arrange tokens (B, N, C) as a map (B, C, g, g), with N = g * g, or N = g * g + 1 with a class token first.
+
+    The class token is left out.
 
     Raises:
         InputError: If the grid is not square.
@@ -219,13 +241,13 @@ def to_map(tokens: Tensor) -> Tensor:
 
 
 class TokensToMap(nn.Module):
-    """:func:`to_map` as a layer."""
+    """Arranges tokens as a map, by :func:`to_map`."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The map."""
+        """Return the map (B, C, g, g) of tokens (B, N, C)."""
         return to_map(tokens)
 
 
-def target_of(hint: Tensor, regressed: Tensor) -> Tensor:
-    """What a projector's output is compared with: the hint, its tokens set out as a map where the output is one."""
-    return to_map(hint) if (hint.ndim, regressed.ndim) == (3, 4) else hint
+def target_of(hint: Tensor, projected: Tensor) -> Tensor:
+    """Return the hint for a projector's output. If that output is a map, a hint of tokens is arranged as a map."""
+    return to_map(hint) if (hint.ndim, projected.ndim) == (3, 4) else hint

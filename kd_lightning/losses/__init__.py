@@ -1,7 +1,10 @@
 """Losses, in torch.nn's convention.
 
-Those between a student's and a teacher's logits are called as ``loss(student_logits, teacher_logits, target=None)``.
-Hard losses, on labels, are called as ``loss(logits, target)``: torch's own, and those for labels that may be wrong.
+- Soft losses compare logits: ``loss(student_logits, teacher_logits, target=None)``.
+- Hard losses compare logits with labels: ``loss(logits, target)``. torch's own losses are hard losses, too.
+- The feature loss compares features: ``loss(projected, hint)``.
+
+:mod:`kd_lightning.losses.protocols` holds what a loss may declare about itself.
 """
 
 from kd_lightning.losses.coarse import CoarseLoss
@@ -16,15 +19,15 @@ from kd_lightning.losses.label_kind import LabelKindLoss
 from kd_lightning.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss
 
 __all__ = [
-    "KDLoss",
-    "DKDLoss",
-    "DISTLoss",
-    "HintLoss",
-    "GeneralizedCrossEntropyLoss",
-    "SymmetricCrossEntropyLoss",
-    "ForwardCorrectionLoss",
-    "estimate_transition",
-    "EarlyLearningLoss",
     "CoarseLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "EarlyLearningLoss",
+    "ForwardCorrectionLoss",
+    "GeneralizedCrossEntropyLoss",
+    "HintLoss",
+    "KDLoss",
     "LabelKindLoss",
+    "SymmetricCrossEntropyLoss",
+    "estimate_transition",
 ]

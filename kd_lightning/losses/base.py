@@ -1,4 +1,4 @@
-"""What every loss between logits and class labels shares: checks, log-probabilities, and losses row by row."""
+"""What the losses share: checks of arguments and shapes, probabilities, reductions, and what losses declare."""
 
 import inspect
 import math
@@ -9,14 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.losses.protocols import RowField, StatefulLoss
 
 Task = Literal["multiclass", "multilabel", "binary"]
 Reduction = Literal["mean", "none"]
 
 
+# Checks of arguments.
+
+
 def check_task(task: str) -> None:
-    """Raise InputError unless ``task`` is one of the three."""
+    """Raise InputError unless ``task`` is "multiclass", "multilabel" or "binary"."""
     if task not in get_args(Task):
         raise InputError(f"task must be one of {get_args(Task)}, got {task!r}")
 
@@ -34,99 +39,17 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_weight(name: str, weight: float) -> None:
-    """Raise InputError unless ``weight`` is finite and not negative."""
+    """Raise InputError unless ``weight`` is finite and at least 0."""
     if not 0 <= weight < math.inf:
         raise InputError(f"{name} must be finite and at least 0, got {weight}")
 
 
-def pair_logits(student_logits: Tensor, teacher_logits: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Check both sides' shapes and return them as (B, C), in at least float32.
-
-    Args:
-        student_logits: (B, C), C >= 2, for multiclass; (B, L) for multilabel; (B,) or (B, 1) for binary.
-        teacher_logits: As the student's; for binary either of the two shapes.
-        task: What the logits mean.
-
-    Returns:
-        Student's and teacher's logits: half precision becomes float32, float64 stays, binary becomes (B, 1).
-
-    Raises:
-        InputError: The shapes differ, or don't fit the task.
-    """
-    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
-    if task == "binary":
-        if any(not shape or shape[1:] not in ((), (1,)) for shape in shapes):
-            raise InputError("binary logits must be (B,) or (B, 1), got student {} and teacher {}".format(*shapes))
-        student_logits, teacher_logits = student_logits.reshape(-1, 1), teacher_logits.reshape(-1, 1)
-    if student_logits.shape != teacher_logits.shape:
-        raise InputError("student and teacher logits must have one shape, got {} and {}".format(*shapes))
-    if student_logits.ndim != 2:
-        raise InputError(f"{task} logits must have 2 dimensions (batch, classes), got shape {shapes[0]}")
-    if task == "multiclass" and student_logits.shape[1] < 2:
-        raise InputError(f"multiclass logits need at least 2 classes, got shape {shapes[0]}; is the task binary?")
-    return _upcast(student_logits), _upcast(teacher_logits)
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def standardize_logits(logits: Tensor) -> Tensor:
-    """Give every row of (B, C) logits mean 0 and (unbiased) standard deviation 1; constant rows become 0."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    std = logits.std(dim=1, keepdim=True)
-    # Rows constant to rounding aren't scaled: gradients of 1e7 would throw the student far off and overflow float16.
-    constant = std <= 4 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1, keepdim=True)
-    return centred / (1e-7 + std).masked_fill(constant, 1)
-
-
-def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities, summed over the last dimension."""
-    return F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(dim=-1)
-
-
-def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
-    """Return (B,) values as they are ("none") or their mean; the mean of no rows is 0, in the graph."""
-    return rows if reduction == "none" else rows.sum() / max(len(rows), 1)
-
-
-def check_target(logits: Tensor, target: Tensor, count: int | None = None) -> None:
-    """Refuse logits that are not (B, C), and a target that is not (B,) integers below ``count`` (None: C).
-
-    Raises:
-        InputError: The message says what came.
-    """
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
-        raise InputError(
-            f"a hard loss takes logits (B, C) and class indices (B,), got {[*logits.shape]} and {[*target.shape]} "
-            f"of {target.dtype}"
-        )
-    count = logits.shape[1] if count is None else count
-    # elsewhere than on the CPU to look would be to wait for the device
-    if target.device.type == "cpu" and (bad := target[(target < 0) | (target >= count)]).numel():
-        raise InputError(f"target must be 0 ... {count - 1}, got {bad[0].item()}")
-
-
-def log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-probabilities (B, C) of logits (B, C) in at least float32, once the target (B,) fits them.
-
-    Raises:
-        InputError: See :func:`check_target`.
-    """
-    check_target(logits, target)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
-
-
-def pick(values: Tensor, target: Tensor) -> Tensor:
-    """The entry (B,) of each row of (B, C) that its target names."""
-    return values.gather(1, target.long().unsqueeze(1)).squeeze(1)
-
-
 def check_transition(matrix: Sequence[Sequence[float]], name: str = "matrix") -> Tensor:
-    """A transition matrix as a float64 tensor (C, C).
+    """Convert a transition matrix to a float64 tensor (C, C).
 
     Raises:
-        InputError: Unless it is square, of probabilities, and each row sums to 1; the message names the row.
+        InputError: If the matrix is not square, an entry is not in [0, 1], or a row does not sum to 1. The message
+            has the number of the row.
     """
     try:
         rows = [list(map(float, row)) for row in matrix]
@@ -144,66 +67,238 @@ def check_transition(matrix: Sequence[Sequence[float]], name: str = "matrix") ->
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def check_reducible(name: str, loss: nn.Module) -> None:
-    """Raise InputError unless a loss has a ``reduction``, as torch's have."""
-    if not isinstance(getattr(loss, "reduction", None), str):
-        raise InputError(f"{name}: {type(loss).__name__} has no reduction, which must be 'none' to weight or sort rows")
+# Checks of shapes.
 
 
-def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **told: Any) -> Tensor:
-    """The loss of each row, (B,), whatever reduction the loss was made with.
+def pair_logits(student_logits: Tensor, teacher_logits: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Check the shapes of both logits and return them as (B, C), in at least float32.
 
     Args:
-        loss: One with a ``reduction``.
-        logits: (B, C).
-        target: (B,).
-        told: What more it may be told of the rows, by name; what its forward does not take is left out.
+        student_logits: (B, C), C >= 2, for multiclass; (B, L) for multilabel; (B,) or (B, 1) for binary.
+        teacher_logits: The same shape as the student's. For binary, either of the two shapes.
+        task: What the logits mean.
+
+    Returns:
+        The student's and the teacher's logits. Half precision becomes float32, float64 stays, binary becomes (B, 1).
+
+    Raises:
+        InputError: If the shapes differ or do not fit the task.
     """
-    check_reducible("hard_loss", loss)
-    before: Any = loss.reduction
-    loss.reduction = "none"  # type: ignore[assignment]
-    try:
-        rows: Tensor = loss(logits, target, **{name: told[name] for name in row_fields_of(loss) if name in told})
-    finally:
-        loss.reduction = before
-    return rows
+    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
+    if task == "binary":
+        if any(not shape or shape[1:] not in ((), (1,)) for shape in shapes):
+            raise InputError("binary logits must be (B,) or (B, 1), got student {} and teacher {}".format(*shapes))
+        student_logits, teacher_logits = student_logits.reshape(-1, 1), teacher_logits.reshape(-1, 1)
+    if student_logits.shape != teacher_logits.shape:
+        raise InputError("student and teacher logits must have one shape, got {} and {}".format(*shapes))
+    if student_logits.ndim != 2:
+        raise InputError(f"{task} logits must have 2 dimensions (batch, classes), got shape {shapes[0]}")
+    if task == "multiclass" and student_logits.shape[1] < 2:
+        raise InputError(f"multiclass logits need at least 2 classes, got shape {shapes[0]}; is the task binary?")
+    return at_least_float32(student_logits), at_least_float32(teacher_logits)
 
 
-def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | None = None, **told: Any) -> Tensor:
-    """The mean of a loss over rows, a scalar, whether the loss was made to give the mean or each row's.
+def check_target(logits: Tensor, target: Tensor, count: int | None = None) -> None:
+    """Check that logits are (B, C) and that the target is (B,) integers in 0 ... ``count - 1``.
+
+    On other devices than the CPU the values of the target are not checked, since that would synchronise.
 
     Args:
-        loss: Any, called as ``(logits, target)``; with ``weight``, one with a ``reduction``.
         logits: (B, C).
         target: (B,).
-        weight: What each row's loss is multiplied by, (B,). With class weights the sum is divided by theirs, as torch
-            does it, not by the number of rows.
-        told: See :func:`per_row`.
+        count: How many values the target may take. Default: None, which means C.
+
+    Raises:
+        InputError: If they do not fit.
     """
-    if weight is None and getattr(loss, "reduction", None) != "none":
-        mean: Tensor = loss(logits, target, **told)
-        return mean
-    rows = per_row(loss, logits, target, **told)
-    rows = rows if weight is None else rows * weight
-    by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
-    return rows.sum() / (loss.weight[target].sum() if by_class and len(target) else max(len(target), 1))  # type: ignore[index]
+    if logits.ndim != 2 or target.shape != logits.shape[:1] or target.is_floating_point():
+        raise InputError(
+            f"a hard loss takes logits (B, C) and class indices (B,), got {[*logits.shape]} and {[*target.shape]} "
+            f"of {target.dtype}"
+        )
+    count = logits.shape[1] if count is None else count
+    if target.device.type == "cpu" and (bad := target[(target < 0) | (target >= count)]).numel():
+        raise InputError(f"target must be 0 ... {count - 1}, got {bad[0].item()}")
 
 
-def row_fields_of(loss: nn.Module) -> list[str]:
-    """Which of ``kind`` and ``index`` a loss wants to be told of its rows."""
-    parameters = inspect.signature(loss.forward).parameters
-    return [name for name in ("kind", "index") if name in parameters]
+# Logits and probabilities.
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Convert half precision to float32; float64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def standardize_logits(logits: Tensor) -> Tensor:
+    """Give each row of (B, C) logits mean 0 and (unbiased) standard deviation 1; constant rows become 0."""
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    std = logits.std(dim=1, keepdim=True)
+    # Rows that are constant to rounding are not scaled: gradients of 1e7 would overflow float16.
+    constant = std <= 4 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1, keepdim=True)
+    return centred / (1e-7 + std).masked_fill(constant, 1)
+
+
+def log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """Check a target (B,) against logits (B, C), and return the log-probabilities (B, C) in at least float32.
+
+    Raises:
+        InputError: See :func:`check_target`.
+    """
+    check_target(logits, target)
+    return at_least_float32(logits).log_softmax(dim=1)
+
+
+def gather_target(values: Tensor, target: Tensor) -> Tensor:
+    """Return the entry (B,) of each row of (B, C) at the row's target."""
+    return values.gather(1, target.long().unsqueeze(1)).squeeze(1)
+
+
+def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities, summed over the last dimension."""
+    return F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(dim=-1)
 
 
 def to_probabilities(logits: Tensor, task: Task) -> Tensor:
-    """Probabilities: (B, C) that sum to one over classes, (B, L) one for each label, or (B,) of the binary task."""
+    """Convert logits to probabilities: (B, C) that sum to 1 for multiclass, (B, L) for multilabel, (B,) for binary."""
     logits = logits.detach().float()
     if task == "multiclass":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if task == "multilabel" else logits.sigmoid().flatten()
 
 
-def decide(logits: Tensor, task: Task) -> Tensor:
-    """The decision as torchmetrics takes targets: (B,) classes, or zeros and ones."""
+def predicted_labels(logits: Tensor, task: Task) -> Tensor:
+    """Return the predicted labels in the form of torchmetrics' targets: classes (B,), or zeros and ones."""
     probabilities = to_probabilities(logits, task)
     return probabilities.argmax(dim=-1) if task == "multiclass" else (probabilities > 0.5).long()
+
+
+# Reductions.
+
+
+def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
+    """Return (B,) values unchanged ("none") or their mean; the mean of no rows is 0, in the graph."""
+    return rows if reduction == "none" else rows.sum() / max(len(rows), 1)
+
+
+def check_reducible(name: str, loss: nn.Module) -> None:
+    """Raise InputError unless a loss has an attribute ``reduction``, as torch's losses have."""
+    if not isinstance(getattr(loss, "reduction", None), str):
+        raise InputError(f"{name}: {type(loss).__name__} has no reduction, which must be 'none' to weight or sort rows")
+
+
+def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **fields: Any) -> Tensor:
+    """Return the loss of each row, (B,), whatever the reduction of the loss is.
+
+    Args:
+        loss: A loss with a ``reduction``.
+        logits: (B, C).
+        target: (B,).
+        fields: Row fields by name. Those that the loss does not declare are left out.
+    """
+    check_reducible("hard_loss", loss)
+    before: Any = loss.reduction
+    loss.reduction = "none"  # type: ignore[assignment]
+    try:
+        rows: Tensor = loss(logits, target, **{name: fields[name] for name in row_fields_of(loss) if name in fields})
+    finally:
+        loss.reduction = before
+    return rows
+
+
+def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | None = None, **fields: Any) -> Tensor:
+    """Return the mean of a loss over rows, a scalar, whether its reduction is "mean" or "none".
+
+    Args:
+        loss: A loss, called as ``(logits, target)``. With ``weight`` it must have a ``reduction``.
+        logits: (B, C).
+        target: (B,).
+        weight: Factor of each row's loss, (B,). If the loss has class weights, the sum is divided by their sum, as
+            torch does, and not by the number of rows. Default: None, which means 1.
+        fields: The row fields that the loss declares, by name.
+    """
+    if weight is None and getattr(loss, "reduction", None) != "none":
+        mean: Tensor = loss(logits, target, **fields)
+        return mean
+    rows = per_row(loss, logits, target, **fields)
+    rows = rows if weight is None else rows * weight
+    by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
+    return rows.sum() / (loss.weight[target].sum() if by_class and len(target) else max(len(target), 1))  # type: ignore[index]
+
+
+# What losses declare: see losses/protocols.py.
+
+
+def row_fields_of(loss: nn.Module) -> tuple[RowField, ...]:
+    """Return the row fields that a hard loss declares; () if it declares none."""
+    fields: tuple[RowField, ...] = getattr(loss, "row_fields", ())
+    return fields
+
+
+def row_values(loss: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the row fields (B,) that a hard loss declares and a batch has, by name."""
+    values = {name: getattr(batch, name) for name in row_fields_of(loss)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def is_stateful(loss: nn.Module) -> bool:
+    """Whether a hard loss, or a loss inside it, stores values of each sample."""
+    return any(isinstance(part, StatefulLoss) and part.is_stateful for part in loss.modules())
+
+
+def reset_state(loss: nn.Module) -> None:
+    """Call ``reset()`` of a hard loss and of the losses inside it, where they are stateful."""
+    for part in loss.modules():
+        if isinstance(part, StatefulLoss) and part.is_stateful:
+            part.reset()
+
+
+def check_row_fields(name: str, loss: nn.Module) -> None:
+    """Check once that a hard loss declares the row fields that its ``forward`` takes, and whether it is stateful.
+
+    Args:
+        name: Name of the loss's key in error messages.
+        loss: The hard loss.
+
+    Raises:
+        InputError: If ``forward`` has a parameter named like a row field and the loss declares no ``row_fields``; if a
+            declared field is unknown or no parameter; if a loss that takes ``index`` does not declare ``is_stateful``;
+            if a stateful loss has no method ``reset``.
+    """
+    owner, known = type(loss).__name__, get_args(RowField)
+    declared = row_fields_of(loss)
+    if not isinstance(declared, tuple) or not set(declared) <= set(known):
+        raise InputError(f"{name}: {owner}.row_fields must be a tuple of names out of {known}, got {declared!r}")
+    parameters = inspect.signature(loss.forward).parameters
+    taken = tuple(field for field in known if field in parameters)
+    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not accepts_all and set(declared) - set(taken):
+        raise InputError(f"{name}: {owner}.row_fields is {declared}, but forward takes {taken or 'none of them'}")
+    if taken and not hasattr(loss, "row_fields"):
+        raise InputError(
+            f"{name}: {owner}.forward takes {' and '.join(taken)}, but {owner} does not declare row_fields; add "
+            f"row_fields = {taken} to the class to receive them, or rename the parameters"
+        )
+    parts = [part for part in loss.modules() if hasattr(part, "is_stateful")]
+    if "index" in declared and not parts:
+        raise InputError(
+            f"{name}: {owner} takes index, but does not declare is_stateful; add is_stateful = True and a method "
+            "reset() if the loss stores values of each sample, else is_stateful = False"
+        )
+    for part in parts:
+        if part.is_stateful and not isinstance(part, StatefulLoss):
+            raise InputError(f"{name}: {type(part).__name__} is stateful, so it must have a method reset()")
+
+
+def temperature_of(loss: nn.Module) -> float:
+    """Return the temperature that a soft loss declares; 1 if it declares none."""
+    return float(getattr(loss, "temperature", 1.0))
+
+
+def standardizes(loss: nn.Module) -> bool:
+    """Whether a soft loss declares that it standardizes the logits."""
+    return bool(getattr(loss, "standardize", False))
+
+
+def supports_top_k(loss: nn.Module) -> bool:
+    """Whether a soft loss declares that the teacher's top k logits are enough."""
+    return bool(getattr(loss, "supports_top_k", False))

@@ -19,28 +19,28 @@ from kd_lightning.losses.base import (
 
 
 class DISTLoss(nn.Module):
-    r"""Asks for probabilities that correlate with the teacher's instead of equalling them.
+    r"""One minus the correlation of the student's and the teacher's probabilities, by sample and by class.
 
     With p = softmax(z / T), a (B, C) matrix, and rho Pearson's correlation:
 
     .. math:: T^2 \left(\beta \, \frac{1}{B} \sum_i \left(1 - \rho(p^s_{i,:}, p^t_{i,:})\right)
               + \gamma \, \frac{1}{C} \sum_j \left(1 - \rho(p^s_{:,j}, p^t_{:,j})\right)\right)
 
-    The rows say how the classes of one sample relate, the columns how the samples of the batch relate in one class.
-    Without unit; between 0 and 2 T² (beta + gamma). A row or column in which the teacher is constant (to rounding, or
-    because its probabilities underflow; every column of a batch of one) has no correlation and contributes 0. One in
-    which only the student is constant contributes 1, without gradient.
+    The rows compare the classes of one sample, the columns compare the samples of the batch in one class. The loss has
+    no unit and lies between 0 and 2 T² (beta + gamma). A row or column in which the teacher is constant (to rounding,
+    by underflow, or since the batch has one sample) has no correlation and contributes 0. One in which only the
+    student is constant contributes 1, without gradient.
 
-    The columns depend on which samples share a batch: several processes, each correlating within its own share,
-    differ from one process at the same global batch.
+    The columns depend on which samples share a batch. Several processes correlate within their own shares, so their
+    loss differs from that of one process at the same global batch.
 
-    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (2022). The defaults beta = gamma = 2 are
-    those that others use for CIFAR-100, not taken from the paper.
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (2022), https://arxiv.org/abs/2205.10536.
+    The defaults beta = gamma = 2 are common for CIFAR-100; they are not from the paper.
 
     Args:
         beta: Weight of the rows, at least 0.
         gamma: Weight of the columns, at least 0.
-        temperature: T, finite and above 0. Read at every call, so it may be annealed.
+        temperature: T, finite and above 0. Every call reads it, so a callback may anneal it.
         reduction: "mean" (a scalar) or "none" (one value per row, the column term spread equally over the rows).
 
     Shape:
@@ -49,7 +49,7 @@ class DISTLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above; logits whose shapes differ.
+        InputError: If an argument is out of range, or the logits' shapes differ.
 
     Example:
         >>> import torch
@@ -62,6 +62,8 @@ class DISTLoss(nn.Module):
     """
 
     task: ClassVar[Task] = "multiclass"
+    standardize: ClassVar[bool] = False
+    supports_top_k: ClassVar[bool] = False
 
     def __init__(
         self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0, reduction: Reduction = "mean"
@@ -102,8 +104,8 @@ def _one_minus_pearson(student_log: Tensor, teacher_log: Tensor, dim: int) -> Te
 
 
 def _standard_vector(log_p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Probabilities centred and scaled to length 1 along ``dim`` (0 where constant), and where they are constant."""
-    # Correlation ignores scale: dividing by the largest, a constant, lets tiny probabilities count like any others.
+    """Return probabilities centred and scaled to length 1 along ``dim`` (0 where constant), and a mask of constants."""
+    # Correlation ignores scale: division by the largest probability keeps tiny ones from underflow.
     p = (log_p - log_p.detach().amax(dim, keepdim=True)).exp()
     centred = p - p.mean(dim, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)

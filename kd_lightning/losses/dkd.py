@@ -21,34 +21,35 @@ from kd_lightning.losses.base import (
 
 
 class DKDLoss(nn.Module):
-    r"""Soft-target loss taken apart into the target class and the rest, each with its own weight.
+    r"""The KL divergence of KD, split into a term for the target class and a term for the other classes.
 
-    With p = softmax(z / T), y the target class, and p̂ the probabilities of the other classes renormalised to 1:
+    With p = softmax(z / T), y the target class, and p̂ the probabilities of the other classes scaled to sum 1:
 
     .. math:: T^2 \left(\alpha \, \mathrm{KL}([p^t_y, 1 - p^t_y] \,\|\, [p^s_y, 1 - p^s_y])
               + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s)\right)
 
-    in nats, averaged over the batch. The soft-target loss is the special case alpha = 1, beta = 1 - p^t_y: there the
-    more certain the teacher, the less it says about the other classes. With two classes the second term is 0.
+    in nats, averaged over the batch. :class:`KDLoss` is the special case alpha = 1, beta = 1 - p^t_y: there a certain
+    teacher gives the other classes little weight. With two classes the second term is 0.
 
-    Source: Zhao et al., "Decoupled Knowledge Distillation" (2022), whose beta depends on the pair of networks (8 for
-    many, 2 for a weak teacher) and which raises the loss linearly over the first 20 epochs; that is left to the caller.
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (2022), https://arxiv.org/abs/2203.08679. Its beta depends
+    on the pair of networks (8 for many, 2 for a weak teacher). It also raises the loss linearly over the first 20
+    epochs; this class does not.
 
     Args:
         alpha: Weight of the target-class term, at least 0.
         beta: Weight of the term among the other classes, at least 0.
-        temperature: T, finite and above 0. Read at every call, so it may be annealed.
+        temperature: T, finite and above 0. Every call reads it, so a callback may anneal it.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
         - student_logits, teacher_logits: (B, C), C >= 2. Half precision is computed in float32.
-        - target: (B,), long, class indices or -100 for an unlabeled row. Such a row takes the teacher's most likely
-          class for its target: this package's choice, not the paper's, which has labels everywhere.
+        - target: (B,), long, class indices or -100 for an unlabeled row. An unlabeled row takes the teacher's most
+          likely class as its target. (The paper has labels everywhere.)
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above; logits whose shapes differ; no target, or one that is
-            not (B,) long. A class index beyond C raises torch's own error, as in ``torch.nn.CrossEntropyLoss``.
+        InputError: If an argument is out of range, the logits' shapes differ, or the target is missing or not (B,)
+            long. A class index beyond C raises torch's own error, as in ``torch.nn.CrossEntropyLoss``.
 
     Example:
         >>> import torch
@@ -59,7 +60,8 @@ class DKDLoss(nn.Module):
     """
 
     task: ClassVar[Task] = "multiclass"
-    takes_top_k: ClassVar[bool] = True  # the others count as alike in the term among the rest
+    standardize: ClassVar[bool] = False
+    supports_top_k: ClassVar[bool] = True  # the classes outside the top k count as equally likely
 
     def __init__(
         self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
@@ -93,9 +95,9 @@ class DKDLoss(nn.Module):
         return reduce_rows(self.temperature**2 * rows, self.reduction)
 
     def _split(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of target against rest, (B, 2), and among the rest, (B, C - 1)."""
+        """Return log-probabilities of target and rest, (B, 2), and of the classes within the rest, (B, C - 1)."""
         log_p = F.log_softmax(logits / self.temperature, dim=1)
-        # Gathering the others, rather than masking the target, keeps infinities out of the graph.
+        # The others are gathered, since masking the target would put infinities into the graph.
         others = torch.arange(log_p.shape[1] - 1, device=log_p.device)
         log_others = log_p.gather(1, others + (others >= target))
         log_rest = log_others.logsumexp(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Forward correction: learning through the way in which labels go wrong."""
+"""Forward correction: a loss for labels with known noise, and the transition matrix of the noise."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from kd_lightning.losses.base import Reduction, check_reduction, check_transitio
 
 
 class ForwardCorrectionLoss(nn.Module):
-    r"""Cross-entropy of the *observed* label, predicted from the true class by a transition matrix.
+    r"""Cross-entropy of the observed label, whose probability follows from the true class by a transition matrix.
 
     .. math:: -\log \sum_i p_i T_{i \tilde y}, \qquad T_{ij} = P(\tilde y = j \mid y = i)
 
-    Its minimum is the classifier of the true labels, if T is right. With the identity it is cross-entropy.
+    If T is right, the classifier of the true labels minimises the loss. If T is the identity, it is cross-entropy.
 
-    Source: Patrini et al., "Making Deep Neural Networks Robust to Label Noise: a Loss Correction Approach" (2017).
+    Source: Patrini et al., "Making Deep Neural Networks Robust to Label Noise: a Loss Correction Approach" (2017),
+    https://arxiv.org/abs/1609.03683.
 
     Args:
-        matrix: T, C rows that each sum to 1; or a CSV file of it, as ``python -m kd_lightning clean`` leaves one.
-            :func:`estimate_transition` guesses it.
+        matrix: T, C rows that each sum to 1, or a path to a CSV file of it. :func:`estimate_transition` estimates T,
+            and ``python -m kd_lightning clean`` writes such a file.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
@@ -32,8 +33,8 @@ class ForwardCorrectionLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: A matrix that is none, or of other classes than the logits; shapes or labels that do not fit, or a
-            label that no class becomes.
+        InputError: If the matrix is not a transition matrix, or has another number of classes than the logits; if
+            shapes or labels do not fit; if the probability of a label is 0 for every true class.
 
     >>> import torch
     >>> loss = ForwardCorrectionLoss([[0.5, 0.5], [0.0, 1.0]])
@@ -48,7 +49,7 @@ class ForwardCorrectionLoss(nn.Module):
             checked = check_transition(read_transition(Path(matrix)), f"matrix {matrix}")
         else:
             checked = check_transition(matrix)
-        # no buffer, which would be rounded with a network in bfloat16; float32, since some devices have no float64
+        # No buffer: it would be rounded with a network in bfloat16. float32, since some devices have no float64.
         self.matrix = checked.float()
         self.reduction = reduction
 
@@ -56,12 +57,12 @@ class ForwardCorrectionLoss(nn.Module):
         """Return the loss; see the class for shapes."""
         log_p = log_probabilities(logits, target)
         if len(self.matrix) != log_p.shape[1]:
-            raise InputError(f"matrix is of {len(self.matrix)} classes, but there are {log_p.shape[1]} logits")
+            raise InputError(f"matrix must have {log_p.shape[1]} classes, as the logits, got {len(self.matrix)}")
         self.matrix = self.matrix.to(log_p.device)
-        # elsewhere than on the CPU to look would be to wait for the device
+        # Only on the CPU: on other devices the check would synchronise.
         if target.device.type == "cpu" and (never := (self.matrix.sum(dim=0) == 0)[target.long()]).any():
-            raise InputError(f"matrix: no class becomes {int(target[never][0])} by it, but that is a label")
-        # where a class never becomes the label, a finite number: the gradient of -inf is not-a-number
+            raise InputError(f"matrix: column {int(target[never][0])} is all 0, but a label has this class")
+        # A finite number in place of log 0, since the gradient at -inf is NaN.
         log_t = self.matrix.to(log_p.dtype).log().clamp_min(-1e30)
         rows = -(log_p + log_t.index_select(1, target.long()).t()).logsumexp(dim=1)
         return reduce_rows(rows, self.reduction)
@@ -72,20 +73,22 @@ class ForwardCorrectionLoss(nn.Module):
 
 
 def estimate_transition(probabilities: Tensor, quantile: float = 0.97) -> Tensor:
-    """Guess a transition matrix from anchor points: samples that are almost surely of a class (Patrini et al. 2017).
+    """Estimate a transition matrix from anchor points: samples that almost surely belong to a class.
 
-    Of class i it is the sample with the largest probability of i, or, since that may be an outlier, the one at a
-    quantile; what else is predicted there is how its label goes wrong.
+    The anchor point of class i is the sample at a quantile of the probabilities of i. Its predicted probabilities are
+    row i of T. The sample with the largest probability may be an outlier, so the default quantile is below 1.
+
+    Source: Patrini et al. (2017), see :class:`ForwardCorrectionLoss`.
 
     Args:
-        probabilities: (N, C), of a network that was trained on the noisy labels, for samples that it has not seen.
-        quantile: In (0, 1]; 1 for the largest.
+        probabilities: (N, C), from a network that was trained on noisy labels, for samples outside its training set.
+        quantile: In (0, 1]. 1 takes the sample with the largest probability.
 
     Returns:
         T, (C, C); each row sums to 1.
 
     Raises:
-        InputError: For no samples, what are no probabilities, and a quantile out of range.
+        InputError: If there are no samples, a value is no probability, or the quantile is out of range.
     """
     if probabilities.ndim != 2 or not len(probabilities):
         raise InputError(f"probabilities must be (N, C) of at least one sample, got {[*probabilities.shape]}")
@@ -94,8 +97,8 @@ def estimate_transition(probabilities: Tensor, quantile: float = 0.97) -> Tensor
     if not 0.0 < quantile <= 1.0:
         raise InputError(f"quantile must lie in (0, 1], got {quantile}")
     count = len(probabilities)
-    place = min(count - 1, round(quantile * (count - 1)))
-    anchors = probabilities.argsort(dim=0, stable=True)[place]
+    position = min(count - 1, round(quantile * (count - 1)))
+    anchors = probabilities.argsort(dim=0, stable=True)[position]
     matrix = probabilities[anchors].double()
     return matrix / matrix.sum(dim=1, keepdim=True)
 
@@ -104,11 +107,11 @@ def read_transition(path: Path) -> list[list[float]]:
     """Read a matrix from a CSV file without a header.
 
     Raises:
-        InputError: If it is missing, or holds no numbers; the message names the row, from 0 on.
+        InputError: If the file cannot be read or an entry is no number; the message has the row, counted from 0.
     """
     rows: list[list[float]] = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may begin it with a mark
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             rows.extend([float(cell) for cell in row] for row in csv.reader(file) if row)
     except OSError as error:
         raise InputError(f"matrix: {path} cannot be read: {error.strerror}") from error
@@ -118,6 +121,6 @@ def read_transition(path: Path) -> list[list[float]]:
 
 
 def write_transition(path: Path, matrix: Sequence[Sequence[float]]) -> None:
-    """Write a matrix as a CSV file that :class:`ForwardCorrectionLoss` takes."""
+    """Write a matrix to a CSV file that :class:`ForwardCorrectionLoss` reads."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(matrix)

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Reduction, check_reduction, log_probabilities, pick, reduce_rows
+from kd_lightning.losses.base import Reduction, check_reduction, gather_target, log_probabilities, reduce_rows
 
 
 class GeneralizedCrossEntropyLoss(nn.Module):
-    r"""Between cross-entropy (q towards 0) and mean absolute error (q = 1), which wrong labels move less.
+    r"""A loss between cross-entropy (limit q = 0) and mean absolute error (q = 1), which wrong labels affect less.
 
     .. math:: \frac{1 - p_y^q}{q}
 
-    for the probability :math:`p_y` of the label. Truncated at k, a row with :math:`p_y \le k` has the constant
-    :math:`(1 - k^q) / q`, and teaches nothing.
+    for the probability :math:`p_y` of the label. If truncated at k, a row with :math:`p_y \le k` has the constant
+    value :math:`(1 - k^q) / q` and no gradient.
 
     Source: Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels"
-    (2018), which takes q = 0.7 and k = 0.5.
+    (2018), https://arxiv.org/abs/1805.07836, which takes q = 0.7 and k = 0.5.
 
     Args:
         q: In (0, 1].
-        truncation: k, in [0, 1); None or 0: not truncated. From the first step on it would leave an untrained network
-            of many classes nothing to learn, so begin with 0 and set it once the network knows something.
+        truncation: k, in [0, 1). An untrained network of many classes would get no gradient, so start with 0 and set k
+            later. Default: None, which means 0: no truncation.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
@@ -34,7 +34,7 @@ class GeneralizedCrossEntropyLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above, shapes or labels that do not fit.
+        InputError: If an argument is out of range, or shapes or labels do not fit.
 
     >>> loss = GeneralizedCrossEntropyLoss(q=0.5)
     >>> loss(torch.tensor([0.25, 0.75]).log().unsqueeze(0), torch.tensor([0]))
@@ -54,7 +54,7 @@ class GeneralizedCrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss; see the class for shapes."""
-        log_p = pick(log_probabilities(logits, target), target)
+        log_p = gather_target(log_probabilities(logits, target), target)
         if self.truncation:
             log_p = log_p.clamp_min(math.log(self.truncation))
         return reduce_rows(-torch.expm1(self.q * log_p) / self.q, self.reduction)

@@ -1,4 +1,4 @@
-"""The loss of hint training."""
+"""The loss of hint training (FitNets)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from kd_lightning.losses.base import Reduction, check_reduction, reduce_rows
 
 
 class HintLoss(nn.Module):
-    r"""Half the squared distance between a hint and the student's answer to it (Romero et al. 2014, equation 3).
+    r"""Half the squared distance between a projected student feature and the teacher's hint.
 
     .. math:: \tfrac{1}{2} \lVert u - r(v) \rVert^2
 
-    for a hint :math:`u` and a projector's output :math:`r(v)`: summed over all of a sample's entries, then averaged
-    over the batch. It grows with the size of the maps. Computed in at least float32.
+    for a hint :math:`u` and a projector's output :math:`r(v)`, summed over all entries of a sample, then averaged over
+    the batch. The loss grows with the size of the features. The hint gets no gradient.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (2014), https://arxiv.org/abs/1412.6550, equation 3.
 
     Args:
-        reduction: ``"mean"`` over the batch, or ``"none"``: (B,).
+        reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
-        - regressed, hint: (B, ...), the same.
+        - projected, hint: (B, ...), the same shape. Half precision is computed in float32.
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: For an unknown reduction, or shapes that differ.
+        InputError: If the reduction is unknown, or the shapes differ.
 
     >>> HintLoss()(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
     tensor(12.5000)
@@ -36,12 +38,12 @@ class HintLoss(nn.Module):
         check_reduction(reduction)
         self.reduction = reduction
 
-    def forward(self, regressed: Tensor, hint: Tensor) -> Tensor:
-        """The loss; hints are constants to it."""
-        if regressed.shape != hint.shape:
+    def forward(self, projected: Tensor, hint: Tensor) -> Tensor:
+        """Return the loss; see the class for shapes."""
+        if projected.shape != hint.shape:
             raise InputError(
-                f"hint and regressed map must have one shape, got {[*hint.shape]} and {[*regressed.shape]}"
+                f"hint and projected map must have one shape, got {[*hint.shape]} and {[*projected.shape]}"
             )
-        kind = torch.promote_types(regressed.dtype, torch.float32)
-        distance = (hint.detach().to(kind) - regressed.to(kind)).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
+        dtype = torch.promote_types(projected.dtype, torch.float32)
+        distance = (hint.detach().to(dtype) - projected.to(dtype)).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
         return reduce_rows(distance, self.reduction)

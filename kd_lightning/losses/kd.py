@@ -1,4 +1,4 @@
-"""The soft-target loss of knowledge distillation."""
+"""Knowledge distillation with soft targets (KD)."""
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +19,35 @@ from kd_lightning.losses.base import (
 
 
 class KDLoss(nn.Module):
-    r"""Divergence of the student's softened probabilities from the teacher's.
+    r"""KL divergence from the teacher's softened probabilities to the student's, times T².
 
     Multiclass, summed over classes and averaged over the batch, in nats:
 
     .. math:: T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T))
 
-    Binary and multilabel: the same between Bernoulli distributions with probability sigmoid(z / T), averaged over
-    a row's logits, then over the batch. The factor T² undoes the gradient's shrinking as 1/T², so changing T leaves
-    the balance with the hard loss alone.
+    Binary and multilabel: the same between Bernoulli distributions of probability sigmoid(z / T), averaged over the
+    logits of a row, then over the batch. The gradient of the KL divergence shrinks as 1/T². The factor T² makes up for
+    it, so T does not change the balance with the hard loss.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015); ``standardize``: Sun et al.,
-    "Logit Standardization in Knowledge Distillation" (2024).
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015),
+    https://arxiv.org/abs/1503.02531. ``standardize``: Sun et al., "Logit Standardization in Knowledge Distillation"
+    (2024), https://arxiv.org/abs/2403.01427.
 
     Args:
-        temperature: T, finite and above 0. Read at every call, so it may be annealed.
+        temperature: T, finite and above 0. Every call reads it, so a callback may anneal it.
         task: "multiclass", "multilabel" or "binary".
         standardize: Replace both sides' logits by (z - mean) / (1e-7 + std) per sample; multiclass only. The student
-            then learns how the teacher's logits relate, not their range. Constant logits are only centred.
+            then learns the relations between the teacher's logits, not their range. Constant logits are only centred.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
         - student_logits, teacher_logits: (B, C) for multiclass, C >= 2; (B, L) for multilabel; (B,) or (B, 1) for
-          binary, also mixed. Half precision is computed in float32.
+          binary, where the two may differ. Half precision is computed in float32.
         - target: ignored.
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above; logits whose shapes differ or don't fit the task.
+        InputError: If an argument is out of range, or the logits' shapes differ or do not fit the task.
 
     Example:
         >>> import torch
@@ -87,12 +88,12 @@ class KDLoss(nn.Module):
         return reduce_rows(self.temperature**2 * rows, self.reduction)
 
     @property
-    def takes_top_k(self) -> bool:
-        """Whether a few logits and the sum of the others' probabilities will do: not to be standardised."""
+    def supports_top_k(self) -> bool:
+        """Whether top k logits are enough: yes for multiclass, unless all logits must be standardized."""
         return self.task == "multiclass" and not self.standardize
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C) for multiclass, else (B, L, 2): the logarithms of yes and no."""
+        """Return (B, C) for multiclass, else (B, L, 2) for label present and absent."""
         softened = logits / self.temperature
         if self.task == "multiclass":
             return F.log_softmax(softened, dim=-1)

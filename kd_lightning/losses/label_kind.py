@@ -1,4 +1,4 @@
-"""One loss for labels that are right, another for those that may be wrong."""
+"""One loss for labels that are right, and another for labels that may be wrong."""
 
 from __future__ import annotations
 
@@ -8,36 +8,43 @@ from torch import Tensor, nn
 from kd_lightning.batch import LabelKind
 from kd_lightning.losses.base import (
     Reduction,
+    at_least_float32,
     check_reducible,
     check_reduction,
+    check_row_fields,
     check_target,
+    is_stateful,
     per_row,
     reduce_rows,
     row_fields_of,
 )
+from kd_lightning.losses.protocols import RowField
 
 
 class LabelKindLoss(nn.Module):
-    """Send each row to the loss of its label's kind; the mean is over all rows.
+    r"""Send each row to the loss for its kind of label.
 
-    As a module's ``hard_loss`` it is told each row's :class:`~kd_lightning.batch.LabelKind`. Coarse labels have their own
-    loss in every module, and do not come here.
+    .. math:: \frac{1}{B} \sum_i \ell_{k_i}(z_i, y_i)
+
+    where :math:`\ell_k` is ``noisy`` for rows of kind ``LabelKind.NOISY``, and ``clean`` for all other kinds. As the
+    ``hard_loss`` of a module it gets each row's :class:`~kd_lightning.batch.LabelKind` from the batch. It never gets
+    coarse labels: every module uses :func:`~kd_lightning.losses.coarse.coarse_rows` for them.
 
     Args:
         noisy: Loss of rows whose label may be wrong.
-        clean: Loss of the others; None: cross-entropy.
+        clean: Loss of the other rows. Default: None, which means cross-entropy.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
         - logits: (B, C). Half precision is computed in float32.
         - target: (B,) class indices.
-        - kind: (B,) numbers of ``LabelKind``; None: all are clean.
-        - index: (B,) which sample each row is, for a loss that remembers samples.
+        - kind: (B,) numbers of ``LabelKind``. If None, all rows are clean.
+        - index: (B,) the sample of each row, for an inner loss that takes it.
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: For a loss that cannot tell its rows apart (without ``reduction``), and shapes or labels that do
-            not fit.
+        InputError: If an inner loss has no ``reduction``, or does not declare the row fields that it takes; if shapes
+            or labels do not fit.
     """
 
     def __init__(self, noisy: nn.Module, clean: nn.Module | None = None, reduction: Reduction = "mean") -> None:
@@ -47,7 +54,14 @@ class LabelKindLoss(nn.Module):
         self.noisy = noisy
         for name in ("clean", "noisy"):
             check_reducible(name, getattr(self, name))
+            check_row_fields(name, getattr(self, name))
         self.reduction = reduction
+
+    @property
+    def row_fields(self) -> tuple[RowField, ...]:
+        """``kind``, and ``index`` if one of the two losses takes it."""
+        index = "index" in row_fields_of(self.clean) or "index" in row_fields_of(self.noisy)
+        return ("kind", "index") if index else ("kind",)
 
     def forward(
         self, logits: Tensor, target: Tensor, kind: Tensor | None = None, index: Tensor | None = None
@@ -55,17 +69,12 @@ class LabelKindLoss(nn.Module):
         """Return the loss; see the class for shapes."""
         check_target(logits, target)
         target = target.long()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = logits.new_zeros(len(logits)) + logits[:0].sum()  # in the graph, without any row
+        logits = at_least_float32(logits)
+        values = logits.new_zeros(len(logits)) + logits[:0].sum()  # in the graph, also without any row
         noisy = torch.zeros_like(target, dtype=torch.bool) if kind is None else kind == LabelKind.NOISY
-        for loss, chosen in ((self.clean, ~noisy), (self.noisy, noisy)):
-            if chosen.any() or "index" in row_fields_of(loss):  # all processes must come to a loss that remembers
+        for loss, rows in ((self.clean, ~noisy), (self.noisy, noisy)):
+            if rows.any() or is_stateful(loss):  # a stateful loss runs on every process, also without rows
                 given = {"kind": kind, "index": index}
-                told = {name: values[chosen] for name, values in given.items() if values is not None}
-                rows = rows.masked_scatter(chosen, per_row(loss, logits[chosen], target[chosen], **told).to(rows))
-        return reduce_rows(rows, self.reduction)
-
-
-def remembers(loss: nn.Module) -> bool:
-    """Whether a loss keeps something of each sample, so that it serves one network alone."""
-    return any("index" in row_fields_of(part) and not isinstance(part, LabelKindLoss) for part in loss.modules())
+                fields = {name: field[rows] for name, field in given.items() if field is not None}
+                values = values.masked_scatter(rows, per_row(loss, logits[rows], target[rows], **fields).to(values))
+        return reduce_rows(values, self.reduction)

@@ -8,22 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Reduction, check_reduction, check_weight, log_probabilities, pick, reduce_rows
+from kd_lightning.losses.base import (
+    Reduction,
+    check_reduction,
+    check_weight,
+    gather_target,
+    log_probabilities,
+    reduce_rows,
+)
 
 
 class SymmetricCrossEntropyLoss(nn.Module):
-    r"""Cross-entropy, and its reverse, which wrong labels move less.
+    r"""Cross-entropy plus reverse cross-entropy, which wrong labels affect less.
 
     .. math:: \alpha \, (-\log p_y) + \beta \, (-A) (1 - p_y)
 
-    The second term is the cross-entropy of the label's distribution under the prediction,
-    :math:`-\sum_k p_k \log q_k`, where the label's zeros have the finite logarithm A.
+    The second term is the reverse cross-entropy :math:`-\sum_k p_k \log q_k` of the label's one-hot distribution q,
+    where A takes the place of log 0.
 
-    Source: Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels" (2019).
+    Source: Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels" (2019),
+    https://arxiv.org/abs/1908.06112.
 
     Args:
         alpha: Weight of the cross-entropy, at least 0.
-        beta: Weight of the reverse one, at least 0.
+        beta: Weight of the reverse cross-entropy, at least 0.
         log_zero: A, finite and below 0.
         reduction: "mean" (a scalar) or "none" (one value per row).
 
@@ -33,7 +41,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
-        InputError: An argument outside what is allowed above, shapes or labels that do not fit.
+        InputError: If an argument is out of range, or shapes or labels do not fit.
 
     >>> loss = SymmetricCrossEntropyLoss(alpha=0.0, beta=1.0, log_zero=-4.0)
     >>> loss(torch.tensor([0.25, 0.75]).log().unsqueeze(0), torch.tensor([0]))
@@ -56,7 +64,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss; see the class for shapes."""
-        log_p = pick(log_probabilities(logits, target), target)
+        log_p = gather_target(log_probabilities(logits, target), target)
         rows = -self.alpha * log_p + self.beta * self.log_zero * torch.expm1(log_p)
         return reduce_rows(rows, self.reduction)
 

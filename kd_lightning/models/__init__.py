@@ -1,6 +1,6 @@
-"""The few small networks that torchvision and timm lack.
+"""Small networks that torchvision and timm lack.
 
-Those of the standard table of distillation on CIFAR-100 are functions, such as ``kd_lightning.models.resnet20``.
+Functions such as ``kd_lightning.models.resnet20`` build the networks of the usual distillation benchmark on CIFAR-100.
 """
 
 from kd_lightning.models.cifar_resnet import (

@@ -16,7 +16,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu1 = nn.ReLU()  # not in place, so that a hint may be any layer
+        self.relu1 = nn.ReLU()  # not in place, so that any layer's output can be captured
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
@@ -25,20 +25,23 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps (B, outputs, H / stride, W / stride)."""
+        """Return feature maps (B, outputs, H / stride, W / stride)."""
         residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         out: Tensor = self.relu2(residual + self.downsample(x))
         return out
 
 
 class CifarResNet(nn.Sequential):
-    """The residual network of He et al. (2015, section 4.2), with projections where the shape changes.
+    """Residual network for small images, with projections where the shape changes.
 
-    Three stages ``layer1`` ... ``layer3`` of basic blocks, the last two at half the resolution of the one before.
+    It has three stages ``layer1`` ... ``layer3`` of basic blocks. The second and third halve the resolution.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition" (2015), https://arxiv.org/abs/1512.03385, section
+    4.2.
 
     Args:
-        depth: Layers with weights, projections aside: 6n + 2 for n blocks a stage.
-        widths: Channels of the first convolution and of the stages.
+        depth: Number of layers with weights, without projections: 6n + 2 for n blocks per stage.
+        widths: Channels of the first convolution and of the three stages.
         num_classes: Number of logits.
         in_channels: Channels of the images.
 
@@ -46,7 +49,7 @@ class CifarResNet(nn.Sequential):
         Input (B, in_channels, H, W). Output (B, num_classes).
 
     Raises:
-        InputError: If the depth is not 6n + 2.
+        InputError: If the depth is not 6n + 2 with n at least 1.
 
     >>> sum(p.numel() for p in CifarResNet(depth=20).parameters())
     278324

@@ -1,13 +1,13 @@
-"""A small network for small grey images."""
+"""A small network for 8x8 grey images."""
 
 from torch import Tensor, nn
 
 
 class DigitsCNN(nn.Sequential):
-    """Three convolutions and a linear layer for 8x8 images, of any width.
+    """Three convolutions and a linear layer.
 
     Args:
-        width: Channels of the first convolution; the others have 2 and 4 times as many.
+        width: Channels of the first convolution. The second and third have 2 and 4 times as many.
         num_classes: Number of logits.
         dropout: Probability of dropping a feature before the linear layer.
 
@@ -34,6 +34,6 @@ class DigitsCNN(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
+        """Return logits (B, num_classes)."""
         logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return logits

@@ -1,4 +1,4 @@
-"""Thin and deep networks without shortcuts and without BatchNorm."""
+"""Thin and deep networks without shortcuts and without BatchNorm (FitNets)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from kd_lightning.errors import InputError
 
 
 class Maxout(nn.Module):
-    """The larger of two channels that lie half of all apart (Goodfellow et al. 2013, with two pieces)."""
+    """The larger of channels c and c + C of 2C channels: maxout with two pieces.
+
+    Source: Goodfellow et al., "Maxout Networks" (2013), https://arxiv.org/abs/1302.4389.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) from (B, 2 C, ...)."""
+        """Return (B, C, ...) from (B, 2 C, ...)."""
         return torch.maximum(*x.chunk(2, dim=1))
 
 
 class FitNet(nn.Sequential):
-    """The thin, deep network of Romero et al. (2014, appendix): hard to train without hints.
+    """A thin, deep network that is hard to train without hints.
 
-    Stages ``stage1`` ... of 3x3 convolutions, with max-pooling between them, global average pooling, a hidden layer,
-    and a linear one. Weights are drawn as torch does by default.
+    It has stages ``stage1`` ... of 3x3 convolutions with max-pooling between them, global average pooling, a hidden
+    layer, and a linear layer. Weights have torch's default initialisation.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (2014), https://arxiv.org/abs/1412.6550, appendix.
 
     Args:
         stages: Channels of each convolution, by stage. The default is the paper's FitNet 4.
-        hidden: Units of the hidden layer; None: there is none.
-        maxout: Maxout of two pieces after each of these layers, as in the paper's convolutions. False:
-            ReLU, with which such networks are harder still to train.
+        hidden: Units of the hidden layer. If None, there is no hidden layer.
+        maxout: If True, maxout of two pieces follows each convolution and the hidden layer, as in the paper's
+            convolutions. If False, ReLU follows, and the network is even harder to train.
         in_channels: Channels of the images.
         num_classes: Number of logits.
 
@@ -36,7 +41,7 @@ class FitNet(nn.Sequential):
         Input (B, in_channels, H, W), H and W at least 2 ** (stages - 1). Output (B, num_classes).
 
     Raises:
-        InputError: If a layer shall have less than one channel or unit.
+        InputError: If a layer has less than one channel or unit.
 
     >>> sum(p.numel() for p in FitNet(num_classes=10).parameters())
     2548602

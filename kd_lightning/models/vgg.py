@@ -10,20 +10,23 @@ from kd_lightning.errors import InputError
 
 
 class CifarVGG(nn.Sequential):
-    """VGG of Simonyan and Zisserman (2014) with BatchNorm, and one linear layer after global pooling.
+    """VGG for small images, with BatchNorm, global pooling and one linear layer.
 
-    Five stages ``layer1`` ... ``layer5`` of 3x3 convolutions, of 64, 128, 256, 512 and 512 channels; the resolution
-    is halved after each of the first three.
+    It has five stages ``layer1`` ... ``layer5`` of 3x3 convolutions with 64, 128, 256, 512 and 512 channels. Each of
+    the first three ends with max-pooling, which halves the resolution.
+
+    Source: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2014),
+    https://arxiv.org/abs/1409.1556.
 
     Args:
-        depth: 5n + 3 for n convolutions a stage: it counts the three linear layers of the original.
+        depth: 5n + 3 for n convolutions per stage. It counts the original's three linear layers.
         num_classes: Number of logits.
 
     Shapes:
         Input (B, 3, H, W), H and W at least 8. Output (B, num_classes).
 
     Raises:
-        InputError: If the depth is not 5n + 3.
+        InputError: If the depth is not 5n + 3 with n at least 1.
 
     >>> sum(p.numel() for p in CifarVGG(depth=8).parameters())
     3965028

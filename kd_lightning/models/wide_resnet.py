@@ -15,7 +15,7 @@ class PreActivationBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.relu1 = nn.ReLU()  # not in place, so that a hint may be any layer
+        self.relu1 = nn.ReLU()  # not in place, so that any layer's output can be captured
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
@@ -23,7 +23,7 @@ class PreActivationBlock(nn.Module):
         self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps (B, outputs, H / stride, W / stride), before an activation."""
+        """Return feature maps (B, outputs, H / stride, W / stride), before an activation."""
         activated = self.relu1(self.bn1(x))
         residual = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
         out: Tensor = residual + (x if self.shortcut is None else self.shortcut(activated))
@@ -31,21 +31,22 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Sequential):
-    """The wide residual network of Zagoruyko and Komodakis (2016), without dropout.
+    """Wide residual network for small images, without dropout.
 
-    Three stages ``layer1`` ... ``layer3`` of pre-activation blocks, the last two at half the resolution of the one
-    before.
+    It has three stages ``layer1`` ... ``layer3`` of pre-activation blocks. The second and third halve the resolution.
+
+    Source: Zagoruyko, Komodakis, "Wide Residual Networks" (2016), https://arxiv.org/abs/1605.07146.
 
     Args:
-        depth: 6n + 4 for n blocks a stage: their convolutions, the first one, and three projections.
-        widen_factor: Channels of the stages as multiples of 16, 32, 64.
+        depth: 6n + 4 for n blocks per stage. It counts the blocks' convolutions, the first one, and three projections.
+        widen_factor: Factor of the stages' 16, 32 and 64 channels, at least 1.
         num_classes: Number of logits.
 
     Shapes:
         Input (B, 3, H, W). Output (B, num_classes).
 
     Raises:
-        InputError: If the depth is not 6n + 4, or the widen_factor below 1.
+        InputError: If the depth is not 6n + 4 with n at least 1, or the widen_factor is below 1.
 
     >>> sum(p.numel() for p in WideResNet(depth=16, widen_factor=2).parameters())
     703284

@@ -1,4 +1,4 @@
-"""The methods: one file, one class each."""
+"""The training modules: one method, one file, one class."""
 
 from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.co_teaching import CoTeachingModule

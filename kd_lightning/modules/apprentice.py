@@ -1,28 +1,27 @@
-"""The Apprentice: a student of low precision, and a teacher that may learn beside it."""
+"""Apprentice: a student of low precision, and a teacher that may train beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task
-from kd_lightning.losses.label_kind import remembers
+from kd_lightning.losses.base import is_stateful
+from kd_lightning.modules._shared.checks import check_choice, check_soft_weight
+from kd_lightning.modules._shared.optimizers import build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
-from kd_lightning.modules._shared.teacher_arguments import check_soft_weight, is_fitting
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.modules.supervised import LossTerm, check_choice
+from kd_lightning.modules.supervised import LossTerm
 from kd_lightning.runs.weights import load_weights
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
@@ -30,43 +29,43 @@ Scheme = Literal["joint", "fixed_teacher", "finetune"]
 
 
 class ApprenticeModule(DistillModule):
-    """Teacher and apprentice in the three schemes of Mishra and Marr (2018).
+    """Train an apprentice by one of the three schemes of Mishra and Marr (2018).
 
-    - A, ``"joint"``: both learn from the start. The objective is ``teacher_weight * teacher_hard +
-      (1 - soft_weight) * hard + soft_weight * soft``, the paper's alpha, beta and gamma with beta + gamma = 1. The
-      teacher learns from labels alone: the soft term sends no gradient into it. The checkpoint holds it under
-      ``teacher.``, where ``load_weights(network, path, prefix="teacher.")`` finds it.
-    - B, ``"fixed_teacher"``: a trained teacher, frozen; the apprentice from its own start.
-    - C, ``"finetune"``: as B, but the apprentice starts from its trained full-precision weights, with a low learning
-      rate. One that holds its weights already needs no ``initial_weights`` and trains under B, which is the same.
+    - A, ``"joint"``: teacher and apprentice both train from the start. The objective is
+      ``teacher_weight * teacher_hard + (1 - soft_weight) * hard + soft_weight * soft``, the paper's alpha, beta and
+      gamma with beta + gamma = 1. The teacher learns from labels alone: the soft term has no gradient for it. The
+      checkpoint holds the teacher under ``teacher.``; ``load_weights(network, path, prefix="teacher.")`` loads it.
+    - B, ``"fixed_teacher"``: the teacher is trained and frozen. The apprentice starts from random weights.
+    - C, ``"finetune"``: like B, but the apprentice starts from its trained full-precision weights, with a low learning
+      rate. B with a student that already holds these weights is the same.
 
-    For students of low precision see :func:`kd_lightning.quantization.quantize`; a float one serves, too.
+    :func:`kd_lightning.quantization.quantize` makes students of low precision. A float student works, too.
 
     Args:
-        student: See :class:`SupervisedModule`.
-        teacher: Scheme A: a network that gives logits of the student's shape. B and C: as of
-            :class:`DistillModule`. None serves ``test`` and ``predict`` alone.
-        scheme: Which of the three.
-        teacher_weight: Scheme A: weight of the teacher's terms.
-        soft_weight: w in [0, 1]; a callback may anneal it.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 1,
-            the paper's, and for apprentices of low precision better than higher ones.
-        teacher_optimizer: Scheme A: takes the teacher's parameters, in place of ``optimizer``; ``lr_scheduler`` then
-            scales the learning rates of both (OneCycleLR sets them: give it ``max_lr`` of the student's and the
-            teacher's).
-        mutual: Scheme A: the teacher also learns from the student, by the same soft loss with the roles exchanged
-            (weight ``teacher_weight * soft_weight``): deep mutual learning (Zhang et al. 2018), not in the paper.
-        initial_weights: Scheme C: file of the student's full-precision weights, as of ``load_weights``.
-        task: See :class:`SupervisedModule`, as for all that follow.
-        hard_loss: Called as ``(logits, target)``, for the teacher of scheme A, too.
-        optimizer: Takes the parameters.
-        lr_scheduler: Takes the optimiser.
-        lr_interval: ``"epoch"`` or ``"step"``.
+        student: Network to train, see :class:`SupervisedModule`.
+        teacher: Scheme A: a network that gives logits of the student's shape. B and C: as in :class:`DistillModule`.
+            None is for ``test`` and ``predict`` alone.
+        scheme: ``"joint"``, ``"fixed_teacher"`` or ``"finetune"``.
+        teacher_weight: Scheme A: weight of the teacher's terms, above 0.
+        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``. Default: None, which means ``KDLoss``
+            at temperature 1, as in the paper; for apprentices of low precision it works better than higher ones.
+        teacher_optimizer: Scheme A: optimiser of the teacher, called with its parameters. ``lr_scheduler`` then scales
+            the learning rates of both (OneCycleLR sets them: give its ``max_lr`` the student's and the teacher's).
+            Default: None, which means that ``optimizer`` trains both.
+        mutual: Scheme A: whether the teacher also learns from the student, by the same soft loss with the roles
+            exchanged, with weight ``teacher_weight * soft_weight``. This is deep mutual learning (Zhang et al. 2018),
+            and not in the paper.
+        initial_weights: Scheme C: file of the student's full-precision weights, for ``load_weights``.
+        **kwargs: The arguments of :class:`SupervisedModule`. In scheme A the hard loss is the teacher's, too.
 
     Raises:
-        InputError: For an unknown scheme, arguments of another scheme, in scheme A a frozen teacher or a hard loss that
-            remembers samples, training by scheme C without initial weights; else as of :class:`DistillModule`.
+        InputError: If the scheme is unknown; if an argument is of another scheme; in scheme A, if the teacher is
+            frozen or the hard loss is stateful; in scheme C, if there are no initial weights in training; and as of
+            :class:`DistillModule`.
     """
+
+    default_temperature: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -80,11 +79,7 @@ class ApprenticeModule(DistillModule):
         teacher_optimizer: OptimizerCallable | None = None,
         mutual: bool = False,
         initial_weights: str | Path | None = None,
-        task: Task = "multiclass",
-        hard_loss: nn.Module | None = None,
-        optimizer: OptimizerCallable = Adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: str = "epoch",
+        **kwargs: Any,
     ) -> None:
         check_choice("scheme", scheme, ("joint", "fixed_teacher", "finetune"))
         joint = scheme == "joint"
@@ -94,21 +89,13 @@ class ApprenticeModule(DistillModule):
                     raise InputError(f"{name} is for scheme joint, where the teacher learns, got scheme {scheme}")
         if initial_weights is not None and scheme != "finetune":
             raise InputError(f"initial_weights are for scheme finetune, got scheme {scheme}")
-        super().__init__(
-            student,
-            None if joint else teacher,
-            soft_loss=KDLoss(temperature=1.0, task=task) if soft_loss is None else soft_loss,
-            soft_weight=soft_weight,
-            task=task,
-            hard_loss=hard_loss,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-        )
+        super().__init__(student, None if joint else teacher, soft_loss=soft_loss, soft_weight=soft_weight, **kwargs)
         if joint and teacher is not None:
-            self.teacher = _check_learner(teacher, student)  # type: ignore[assignment]  # no Teacher: it learns
-        if joint and remembers(self.hard_loss):
-            raise InputError(f"hard_loss: {type(self.hard_loss).__name__} remembers samples, of one network alone")
+            self.teacher = _check_trainable(teacher, student)  # type: ignore[assignment]  # not a Teacher: it trains
+        if joint and is_stateful(self.hard_loss):
+            raise InputError(
+                f"hard_loss: {type(self.hard_loss).__name__} stores values of samples, for one network only"
+            )
         if not teacher_weight > 0:
             raise InputError(f"teacher_weight must be above 0, got {teacher_weight}")
         self.save_hyperparameters("scheme", "teacher_weight", "mutual")
@@ -121,7 +108,7 @@ class ApprenticeModule(DistillModule):
             load_weights(student, initial_weights)
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """The student's terms; in scheme A the teacher's, too."""
+        """Return the student's terms and, in scheme A, the teacher's."""
         target = self.teacher_logits(batch) if self.scheme == "joint" else None
         if target is None:
             return super().losses(batch)
@@ -140,23 +127,23 @@ class ApprenticeModule(DistillModule):
         return terms
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
-        """The teacher's logits; in scheme A with its gradient."""
+        """Return the teacher's logits, in scheme A with a gradient."""
         if self.teacher is None or isinstance(self.teacher, Teacher):
             return super().teacher_logits(batch)
         return logits_of(self.teacher(batch.x), "the teacher")
 
-    def _kept_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
-        """In scheme A they change from pass to pass."""
-        return self.teacher_logits(batch) if self.scheme == "joint" else super()._kept_teacher_logits(key, batch)
+    def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
+        """Compute the logits each time in scheme A, where the teacher changes."""
+        return self.teacher_logits(batch) if self.scheme == "joint" else super()._cached_teacher_logits(key, batch)
 
     def setup(self, stage: str) -> None:
-        """Refuse scheme C from a random start."""
+        """Runs at the start of each run. In a fit, refuses scheme C without initial weights."""
         if stage == TrainerFn.FITTING and self.scheme == "finetune" and self.initial_weights is None:
             raise InputError("scheme finetune needs initial_weights: the file of the student's full-precision weights")
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        """Have TensorBoard draw both accuracies in one plot."""
+        """Runs at the start of fit. Makes TensorBoard draw both accuracies in one plot."""
         super().on_fit_start()
         accuracies = ["val/accuracy", "val/teacher_accuracy"]
         layout = {"accuracy": {"teacher and apprentice": ["Multiline", accuracies]}}
@@ -165,34 +152,35 @@ class ApprenticeModule(DistillModule):
                 logger.experiment.add_custom_scalars(layout)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Test without the teacher that learned in scheme A where it is not at hand."""
-        if self.scheme == "joint" and self.teacher is None and not is_fitting(self):
+        """Runs before a checkpoint's weights are loaded. Drops scheme A's teacher in a test without a teacher."""
+        if self.scheme == "joint" and self.teacher is None and not self.is_fitting:
             for key in [key for key in checkpoint["state_dict"] if key.startswith("teacher.")]:
                 del checkpoint["state_dict"][key]
         super().on_load_checkpoint(checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimiser over all that learns, or one for each network."""
-        teacher, build = self.teacher, self.teacher_optimizer
-        if build is None or teacher is None:
+        """Runs at the start of fit. Builds one optimiser of all trainable parameters, or one of each network."""
+        teacher, teacher_optimizer = self.teacher, self.teacher_optimizer
+        if teacher_optimizer is None or teacher is None:
             return super().configure_optimizers()
         try:
-            of_teacher = build([p for p in teacher.parameters() if p.requires_grad])
+            second = teacher_optimizer([p for p in teacher.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise InputError(f"teacher_optimizer: {error}") from error
-        theirs = {id(p) for p in teacher.parameters()}
+        of_teacher = {id(p) for p in teacher.parameters()}
 
         def pair(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            return PairedOptimizer(self.optimizer([p for p in parameters if id(p) not in theirs]), of_teacher)
+            return PairedOptimizer(self.optimizer([p for p in parameters if id(p) not in of_teacher]), second)
 
-        return self.optimization(self.parameters(), pair, self.lr_scheduler)
+        return build_optimizers(self.parameters(), pair, self.lr_scheduler, self.lr_interval)
 
 
-def _check_learner(teacher: nn.Module, student: nn.Module) -> nn.Module:
+def _check_trainable(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    """Return the teacher of scheme A; raise InputError if it cannot train beside the student."""
     if isinstance(teacher, Teacher):
         raise InputError("teacher: scheme joint trains it; give the network itself, not a frozen Teacher around it")
     if not any(p.requires_grad for p in teacher.parameters()):
         raise InputError("teacher: scheme joint trains it, but none of its parameters requires a gradient")
     if teacher is student:
-        raise InputError("teacher and student must be two networks, got one and the same")
+        raise InputError("teacher and student must be two networks, got the same network")
     return teacher

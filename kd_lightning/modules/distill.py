@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task
-from kd_lightning.modules._shared.teacher_arguments import (
-    check_same_teacher,
-    check_soft_weight,
-    is_fitting,
-    make_soft_loss,
-    say,
-)
+from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
+from kd_lightning.modules._shared.soft_loss import make_soft_loss
+from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import LossTerm, SupervisedModule
-from kd_lightning.teachers.cache_fill import keep_outputs
+from kd_lightning.teachers.cache_fill import fill_caches
+from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
@@ -28,27 +22,27 @@ _NO_TEACHER = "training needs the teacher; teacher=None is for test and predict 
 
 
 class DistillModule(SupervisedModule):
-    """Train a student on a frozen teacher's soft targets and on what labels there are (Hinton et al. 2015).
+    """Train a student on a frozen teacher's soft targets and on the labels that there are (Hinton et al. 2015).
 
-    The objective is ``(1 - soft_weight) * hard + soft_weight * soft``: hard over the labeled rows, soft over all.
+    The objective is ``(1 - soft_weight) * hard + soft_weight * soft``. The hard term is over the labeled rows, the
+    soft term over all rows.
 
     Args:
-        student: The network to train, see :class:`SupervisedModule`.
-        teacher: The trained network, or a :class:`Teacher` around it. None serves ``test`` and ``predict`` of a
-            trained student where the teacher is not at hand.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 4.
-        soft_weight: w in [0, 1]; a callback may anneal it.
-        task: See :class:`SupervisedModule`, as for all that follow.
-        hard_loss: Called as ``(logits, target)``.
-        optimizer: Takes the parameters.
-        lr_scheduler: Takes the optimiser.
-        lr_interval: ``"epoch"`` or ``"step"``.
+        student: Network to train, see :class:`SupervisedModule`.
+        teacher: The trained network, or a :class:`Teacher` around it. None is for ``test`` and ``predict`` alone.
+        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``. Default: None, which means ``KDLoss``
+            at temperature 4.
+        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        **kwargs: The arguments of :class:`SupervisedModule`.
 
     Raises:
-        InputError: For a soft weight outside [0, 1], a soft loss of another task or one that cannot use the few logits
-            that a teacher's cache keeps, a teacher whose logits have
-            another shape than the student's, training without a teacher, and resuming with another teacher.
+        InputError: If the soft weight lies outside [0, 1]; if the soft loss is of another task, or needs more logits
+            than the teacher's cache holds; if the teacher's logits have another shape than the student's; if there is
+            no teacher in training; if a run is resumed with another teacher.
     """
+
+    default_temperature: ClassVar[float] = 4.0
+    """Temperature of the default soft loss."""
 
     def __init__(
         self,
@@ -57,47 +51,36 @@ class DistillModule(SupervisedModule):
         *,
         soft_loss: nn.Module | None = None,
         soft_weight: float = 0.9,
-        task: Task = "multiclass",
-        hard_loss: nn.Module | None = None,
-        optimizer: OptimizerCallable = Adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: str = "epoch",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            student,
-            task=task,
-            hard_loss=hard_loss,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-        )
+        super().__init__(student, **kwargs)
         check_soft_weight(soft_weight)
         self.save_hyperparameters("soft_weight")
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         if self.teacher is not None and self.teacher.missing_classes:
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
-        self.soft_loss = make_soft_loss(soft_loss, task, [self.teacher])
+        self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)
         self.soft_weight = soft_weight
-        self._first_look: TeacherProbe | None = None
+        self._probe: TeacherProbe | None = None
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """The hard and the soft term."""
-        target = self.teacher_logits(batch)  # before the student's activations are held: they cost room and time
+        """Return the hard and the soft term."""
+        target = self.teacher_logits(batch)  # first: the student's activations would take memory meanwhile
         if target is None:
             raise InputError(_NO_TEACHER)
         logits = self(batch.x)
         check_outputs(logits, target)
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        hard = self.hard_term(logits, batch)  # says what is wrong with labels
+        hard = self.hard_term(logits, batch)  # first, since it checks the labels
         soft = self.soft_loss(logits, target, batch.y)
         return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
-        """The teacher's logits, for the metrics."""
+        """Return the teacher's logits."""
         return None if self.teacher is None else self.teacher(batch)
 
     def setup(self, stage: str) -> None:
-        """Take the teacher's fingerprint before the precision plugin may change its weights."""
+        """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them."""
         super().setup(stage)
         if stage != TrainerFn.FITTING:
             return
@@ -107,24 +90,28 @@ class DistillModule(SupervisedModule):
             self.teacher.fingerprint(anew=True)
 
     def on_fit_start(self) -> None:
-        """Fill the teacher's cache, if any, and have its first answers looked at: is it any good on this data?"""
-        if self._first_look is not None:  # of a fit that ended before
-            self._first_look.close()
+        """Runs at the start of fit. Fills the teacher's cache, if it has one, and checks its first outputs."""
+        if self._probe is not None:  # of an interrupted fit
+            self._probe.close()
         if not isinstance(self.teacher, Teacher):
             return
-        keep_outputs([self.teacher], self.trainer)
+        fill_caches([self.teacher], self.trainer)
         if self.trainer.is_global_zero:
-            self._first_look = TeacherProbe(self.teacher, self.soft_loss, self.task, say)
+            self._probe = TeacherProbe(self.teacher, self.soft_loss, self.task, self._report)
+
+    def _report(self, findings: list[Finding]) -> None:
+        if self.is_fitting:  # the probe of an interrupted fit may still be on the teacher
+            report(findings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store which teacher it was, not the teacher."""
+        """Runs before a checkpoint is written. Adds the teacher's fingerprint, not the teacher."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self.teacher, Teacher):
             checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume under another teacher."""
+        """Runs before a checkpoint's weights are loaded. In a fit, refuses another teacher."""
         super().on_load_checkpoint(checkpoint)
-        before = checkpoint.get("teacher_fingerprint")
-        if is_fitting(self) and before and isinstance(self.teacher, Teacher):
-            check_same_teacher("teacher", self.teacher, before)
+        fingerprint = checkpoint.get("teacher_fingerprint")
+        if self.is_fitting and fingerprint and isinstance(self.teacher, Teacher):
+            check_same_teacher("teacher", self.teacher, fingerprint)

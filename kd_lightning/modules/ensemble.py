@@ -9,73 +9,66 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task, standardize_logits
+from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of
+from kd_lightning.modules._shared.checks import check_choice, check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
 from kd_lightning.modules._shared.evaluation import Evaluation
-from kd_lightning.modules._shared.teacher_arguments import (
-    check_same_teacher,
-    check_soft_weight,
-    is_fitting,
-    make_soft_loss,
-    say,
-)
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule, check_choice
-from kd_lightning.teachers.cache_fill import keep_outputs
-from kd_lightning.teachers.ensemble import Ensemble, draw
+from kd_lightning.modules._shared.soft_loss import make_soft_loss
+from kd_lightning.modules._shared.teacher_report import report
+from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.teachers.cache_fill import fill_caches
+from kd_lightning.teachers.ensemble import Ensemble, weighted_choice
+from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe
 
 
 class EnsembleDistillModule(SupervisedModule):
-    """Train a student on the soft targets of K frozen teachers, joined in one of three ways (Fukuda et al. 2017).
+    """Train a student on the soft targets of K frozen teachers, combined by a strategy (Fukuda et al. 2017).
 
-    - ``average``: of their probabilities at the loss's temperature, q(c) = sum of w_k q_k(c).
-    - ``random``: one teacher is drawn for each optimiser step, or for each sample.
+    - ``average``: the mean of their probabilities at the loss's temperature, q(c) = sum of w_k q_k(c).
+    - ``random``: one teacher is sampled for each optimiser step, or for each sample.
     - ``relabel``: each sample is K training examples an epoch, one for each teacher, each with its own augmentation,
-      shuffled through the epoch: set the datamodule's ``views_per_epoch`` to K. The teacher of a view is its number modulo K.
-      An example of a loader whose batches tell no view gets a uniformly drawn teacher.
+      and all shuffled. Set the datamodule's ``views_per_epoch`` to K. The teacher of a view is its number modulo K. If
+      batches have no ``view``, a teacher is sampled uniformly for each row.
 
     The objective is :class:`DistillModule`'s. Teachers may differ in architecture, inputs (``Teacher``'s
-    ``preprocess``), order and choice of classes (``classes``), and place (``device``). A class that a teacher does not
-    know is averaged over those that do, also where a single teacher is drawn.
+    ``preprocess``), classes and their order (``classes``), and device (``device``). A class that a teacher does not
+    know is averaged over the teachers that do, also where one teacher is sampled.
 
-    Charts what :class:`DistillModule` does, with the unweighted or weighted (not by confidence) average for the
-    teacher: ``val/teacher_accuracy`` is the ensemble's, which the student may hope for. Further, for each teacher k,
-    ``train/teacher_<k>_share`` (how often drawn, or its weight), ``val/teacher_<k>_accuracy``,
-    ``val/teacher_<k>_agreement`` (with the student), ``val/teacher_<k>_ensemble_agreement``, and
-    ``val/disagreement``, the mean KL over pairs of teachers in nats; and a figure of their pairwise agreement.
+    Logs what :class:`DistillModule` does. The teacher of these metrics is the average of all teachers, weighted by
+    numbers, but not by confidence; its ``val/teacher_accuracy`` is about what the student can reach. For each teacher
+    k it also logs ``train/teacher_<k>_share`` (how often sampled, or its weight), ``val/teacher_<k>_accuracy``,
+    ``val/teacher_<k>_agreement`` (with the student) and ``val/teacher_<k>_ensemble_agreement``; further
+    ``val/disagreement``, the mean KL over pairs of teachers in nats, and a figure of their pairwise agreement.
 
     Args:
-        student: The network to train, see :class:`SupervisedModule`.
-        teachers: K trained networks, or ``Teacher``s around them. None for ``test`` and ``predict`` alone.
+        student: Network to train, see :class:`SupervisedModule`.
+        teachers: K trained networks, or ``Teacher``s around them. None is for ``test`` and ``predict`` alone.
         strategy: ``"average"``, ``"random"`` or ``"relabel"``.
-        teacher_weights: K numbers, scaled to sum 1: weights of the average, probabilities of the draw, weights of the
-            copies' soft terms. None: all the same. ``"confidence"``, for the average alone: for each labeled sample
-            by the teachers' cross-entropy, see :meth:`Ensemble.confidence`.
-        draw_per: For ``random``, whether a teacher is drawn for each ``"batch"`` (the paper's way; the same for all
-            processes and accumulated batches of an optimiser step) or each ``"sample"``. Both follow from
-            ``seed_everything``'s seed, and from the step, or epoch and index.
-        use_vmap: Compute teachers of one architecture as one network, see :class:`Ensemble`; for the average and in
-            validation. What they say is then not looked at as the run begins.
-        soft_loss: Called as ``(student_logits, teacher_logits, target)``. None: ``KDLoss`` at temperature 4.
-        soft_weight: w in [0, 1]; a callback may anneal it.
-        task: See :class:`SupervisedModule`, as for all that follow.
-        hard_loss: Called as ``(logits, target)``.
-        optimizer: Takes the parameters.
-        lr_scheduler: Takes the optimiser.
-        lr_interval: ``"epoch"`` or ``"step"``.
+        teacher_weights: K numbers, scaled to sum 1: weights of the average, probabilities of the sampling, or weights
+            of the soft terms for ``relabel``. ``"confidence"``, for ``average`` alone, weights the teachers of each
+            labeled sample by their cross-entropy, see :meth:`Ensemble.confidence`. Default: None, which means equal
+            weights.
+        draw_per: For ``random``: whether a teacher is sampled for each ``"batch"`` (as in the paper; the same for all
+            processes and accumulated batches of an optimiser step) or each ``"sample"``. The sampling depends on the
+            seed of ``seed_everything``, and on the step, or on epoch and index.
+        use_vmap: Compute teachers of one architecture as one network, for ``average`` and in validation, see
+            :class:`Ensemble`. The first outputs of the teachers are then not checked.
+        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``. Default: None, which means ``KDLoss``
+            at temperature 4.
+        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        **kwargs: The arguments of :class:`SupervisedModule`.
 
     Raises:
-        InputError: For no teachers, weights that do not fit them, classes that none knows or the student does not
-            have, a draw by sample of samples without index, ``relabel`` with other ``views_per_epoch`` than teachers, and for
-            what :class:`DistillModule` refuses.
+        InputError: If there are no teachers; if weights do not fit them; if no teacher knows a class, or one knows a
+            class that the student does not have; if ``draw_per`` is ``"sample"`` and batches have no index; if
+            ``views_per_epoch`` is not the number of teachers for ``relabel``; and as of :class:`DistillModule`.
     """
 
     def __init__(
@@ -89,83 +82,85 @@ class EnsembleDistillModule(SupervisedModule):
         use_vmap: bool = False,
         soft_loss: nn.Module | None = None,
         soft_weight: float = 0.9,
-        task: Task = "multiclass",
-        hard_loss: nn.Module | None = None,
-        optimizer: OptimizerCallable = Adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: str = "epoch",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            student,
-            task=task,
-            hard_loss=hard_loss,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-        )
+        super().__init__(student, **kwargs)
         check_choice("strategy", strategy, ("average", "random", "relabel"))
         check_choice("draw_per", draw_per, ("batch", "sample"))
         check_soft_weight(soft_weight)
         if isinstance(teacher_weights, str):
             check_choice("teacher_weights", teacher_weights, ("confidence",))
             if strategy != "average":
-                raise InputError(f"teacher_weights: confidence weighs the average, but strategy is {strategy!r}")
+                raise InputError(f"teacher_weights: confidence is for strategy average, got strategy {strategy!r}")
         self.save_hyperparameters("strategy", "teacher_weights", "draw_per", "soft_weight")
         weights = None if isinstance(teacher_weights, str) else teacher_weights
-        self.ensemble = None if teachers is None else Ensemble(teachers, task=task, weights=weights, use_vmap=use_vmap)
+        self.ensemble = (
+            None if teachers is None else Ensemble(teachers, task=self.task, weights=weights, use_vmap=use_vmap)
+        )
         self.strategy = strategy
-        self.confident = isinstance(teacher_weights, str)
+        self.weights_by_confidence = isinstance(teacher_weights, str)
         self.draw_per = draw_per
-        self.soft_loss = make_soft_loss(soft_loss, task, self.ensemble or ())
+        self.soft_loss = make_soft_loss(soft_loss, self.task, self.ensemble or ())
         self.soft_weight = soft_weight
-        self._first_looks: list[TeacherProbe] = []
-        self._told_of_views = self._pictured = False
+        self._probes: list[TeacherProbe] = []
+        self._warned_of_views = self._logged_agreement = False
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """The hard and the soft term."""
+        """Return the hard and the soft term."""
         if self.ensemble is None:
             raise InputError("training needs the teachers; teachers=None is for test and predict alone")
         check_soft_weight(self.soft_weight)  # a callback may have set it
         averaged = self.strategy == "average" and len(self.ensemble) > 1
-        answers = self.ensemble(batch) if averaged else None  # before the student's activations are held
+        # first: the student's activations would take memory meanwhile
+        outputs = self.ensemble(batch) if averaged else None
         logits = self(batch.x)
-        hard = self.hard_term(logits, batch)  # says what is wrong with labels
-        soft = self._soft_term(self.ensemble, answers, logits, batch)
+        hard = self.hard_term(logits, batch)  # first, since it checks the labels
+        soft = self._soft_term(self.ensemble, outputs, logits, batch)
         return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
-    def _soft_term(self, ensemble: Ensemble, answers: Tensor | None, logits: Tensor, batch: Batch) -> Tensor:
+    def _soft_term(self, ensemble: Ensemble, outputs: Tensor | None, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the soft loss.
+
+        Args:
+            ensemble: The teachers.
+            outputs: Logits of all teachers (K, B, C). If None, one teacher is selected for each row.
+            logits: The student's logits.
+            batch: The batch.
+        """
         classes = 1 if self.task == "binary" else logits.shape[-1]
-        soft_loss, weights, choice = self.soft_loss, None, None
-        if answers is None:
-            choice = self._choice(ensemble, batch)
-            weights = F.one_hot(choice, len(ensemble)).double()
-        if choice is not None and ensemble.knows(classes).all():
-            target = ensemble.choose(batch, choice, classes)
+        soft_loss, weights, selected = self.soft_loss, None, None
+        if outputs is None:
+            selected = self._select_teachers(ensemble, batch)
+            weights = F.one_hot(selected, len(ensemble)).double()
+        if selected is not None and ensemble.known_classes(classes).all():
+            target = ensemble.selected_logits(batch, selected, classes)
         else:
-            answers = ensemble(batch) if answers is None else answers
-            ensemble.check_classes(answers, classes)
-            weights = ensemble.confidence(answers, batch.y) if self.confident else weights
-            standardize = bool(getattr(soft_loss, "standardize", False))
-            if standardize:  # the teachers before they are joined, so no more after it
+            outputs = ensemble(batch) if outputs is None else outputs
+            ensemble.check_classes(outputs, classes)
+            weights = ensemble.confidence(outputs, batch.y) if self.weights_by_confidence else weights
+            standardize = standardizes(soft_loss)
+            if standardize:  # each teacher before the average, and not the average
                 soft_loss = copy(soft_loss)
                 soft_loss.standardize = False  # type: ignore[assignment]
-                logits = standardize_logits(logits.to(answers.dtype))
-            target = ensemble.pool(answers, weights, float(getattr(soft_loss, "temperature", 1.0)), standardize)
+                logits = standardize_logits(logits.to(outputs.dtype))
+            target = ensemble.pool(outputs, weights, temperature_of(soft_loss), standardize)
         self._log_shares(ensemble.weights if weights is None else weights.mean(dim=0), len(batch))
         target = target.reshape(logits.shape)
         if self.strategy != "relabel" or (ensemble.weights == ensemble.weights[0]).all():
             soft: Tensor = soft_loss(logits, target, batch.y)
             return soft
-        assert choice is not None
+        assert selected is not None
         if not hasattr(soft_loss, "reduction"):
-            raise InputError("teacher_weights of relabel need a soft_loss with a reduction that can be 'none'")
+            raise InputError(
+                "soft_loss must have a reduction, which can be 'none', for strategy relabel with teacher_weights"
+            )
         soft_loss = copy(soft_loss)
         soft_loss.reduction = "none"  # type: ignore[assignment]
         soft = soft_loss(logits, target, batch.y).reshape(len(batch), -1).mean(dim=1)
-        return (len(ensemble) * ensemble.weights[choice].to(soft) * soft).mean()
+        return (len(ensemble) * ensemble.weights[selected].to(soft) * soft).mean()
 
-    def _choice(self, ensemble: Ensemble, batch: Batch) -> Tensor:
-        """The number of each row's teacher, (B,)."""
+    def _select_teachers(self, ensemble: Ensemble, batch: Batch) -> Tensor:
+        """Return the number of each row's teacher, (B,)."""
         count, rows = len(ensemble), len(batch)
         if count == 1:
             return torch.zeros(rows, dtype=torch.long)
@@ -173,96 +168,101 @@ class EnsembleDistillModule(SupervisedModule):
         if self.strategy == "random":
             if self.draw_per == "sample" and batch.index is None:
                 raise InputError(
-                    "draw_per: sample needs batches with an index, as the datamodule's; or set it to batch"
+                    "draw_per: sample needs batches with an index, as SemiSupervisedDataModule's; or set it to batch"
                 )
-            if self._trainer is None:  # nothing tells step and epoch
+            if self._trainer is None:  # so there is no step and no epoch
                 return torch.multinomial(ensemble.weights, 1 if self.draw_per == "batch" else rows, True).expand(rows)
             if self.draw_per == "batch" or batch.index is None:
-                return torch.full((rows,), draw((seed, self.global_step), weights))
+                return torch.full((rows,), weighted_choice((seed, self.global_step), weights))
             epoch = self.current_epoch
-            return torch.tensor([draw((seed, epoch, index), weights) for index in batch.index.tolist()])
+            return torch.tensor([weighted_choice((seed, epoch, index), weights) for index in batch.index.tolist()])
         if batch.view is not None:
             return batch.view.cpu() % count
-        if not self._told_of_views:
+        if not self._warned_of_views:
             rank_zero_warn(
-                "relabel: these batches do not tell which view of its sample a row is, so each row gets a uniformly "
-                "drawn teacher; SemiSupervisedDataModule(views_per_epoch=...) gives each sample to every teacher"
+                "relabel: batches have no view, so a teacher is sampled uniformly for each row; "
+                "SemiSupervisedDataModule(views_per_epoch=...) gives each sample to every teacher"
             )
-            self._told_of_views = True
+            self._warned_of_views = True
         return torch.randint(count, (rows,))
 
     def _log_shares(self, shares: Tensor, rows: int) -> None:
         if self._trainer is not None and self.trainer.training:
             for number, share in enumerate(shares.tolist() if shares.device.type == "cpu" else shares):
-                self._log_epoch(f"train/teacher_{number}_share", share, rows)
+                self._record_mean(f"train/teacher_{number}_share", share, rows)
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
-        """All teachers' logits (K, B, C), for the metrics."""
+        """Return all teachers' logits (K, B, C)."""
         return None if self.ensemble is None else self.ensemble(batch)
 
     def make_evaluation(self, classes: int) -> Evaluation:
-        """With the figures of each teacher."""
+        """Make metrics that include those of each teacher."""
         if self.ensemble is None:
             return super().make_evaluation(classes)
         return EnsembleEvaluation(self.ensemble, self.task, classes)
 
     def setup(self, stage: str) -> None:
-        """Take the teachers' fingerprints before the precision plugin may change their weights."""
+        """Runs at the start of each run. In a fit, hashes the teachers' weights before a plugin casts them."""
         super().setup(stage)
-        self._told_of_views = self._pictured = False
+        self._warned_of_views = self._logged_agreement = False
         if stage == TrainerFn.FITTING:
             for teacher in self.ensemble or ():
                 teacher.fingerprint(anew=True)
 
     def on_fit_start(self) -> None:
-        """Fill the teachers' caches, where they have some, and have each one's first answers looked at."""
-        for look in self._first_looks:  # of a fit that ended before
-            look.close()
+        """Runs at the start of fit. Fills the teachers' caches, if they have some, and checks their first outputs."""
+        for probe in self._probes:  # of an interrupted fit
+            probe.close()
+        self._probes.clear()
         if self.ensemble is None:
             return
-        keep_outputs([*self.ensemble], self.trainer)
+        fill_caches([*self.ensemble], self.trainer)
         if self.trainer.is_global_zero:
             for number, teacher in enumerate(self.ensemble):
                 if not teacher.missing_classes:
-                    about = partial(say, about=f"teachers[{number}]")
-                    self._first_looks.append(TeacherProbe(teacher, self.soft_loss, self.task, about))
+                    probe = TeacherProbe(teacher, self.soft_loss, self.task, partial(self._report, number))
+                    self._probes.append(probe)
+
+    def _report(self, number: int, findings: list[Finding]) -> None:
+        if self.is_fitting:  # the probe of an interrupted fit may still be on the teacher
+            report(findings, f"teachers[{number}]")
 
     def on_train_start(self) -> None:
-        """Check that each sample comes once to each teacher in an epoch where it should."""
+        """Runs before the first epoch. Checks that ``relabel`` gives each sample once to each teacher in an epoch."""
         sampler: Any = getattr(self.trainer.train_dataloader, "sampler", None)
-        views_per_epoch = getattr(sampler, "views_per_epoch", None)
+        views = getattr(sampler, "views_per_epoch", None)
         num_views = getattr(sampler, "num_views", None)
         count = len(self.ensemble or ())
-        if (
-            self.strategy == "relabel"
-            and views_per_epoch is not None
-            and (views_per_epoch != count or (num_views or count) % count)
-        ):
+        if self.strategy != "relabel" or views is None:
+            return
+        if views != count or (num_views or count) % count:
             raise InputError(
-                f"strategy: relabel gives each sample to each of {count} teachers, and so needs the data's "
-                f"views_per_epoch: {count} (and num_views, if set, a multiple of it); got views_per_epoch {views_per_epoch}, num_views {num_views}"
+                f"strategy: relabel with {count} teachers needs the data's views_per_epoch: {count} (and num_views, if "
+                f"set, a multiple of it); got views_per_epoch {views}, num_views {num_views}"
             )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation figures; the picture of the teachers, who do not change, once."""
-        if not self.trainer.sanity_checking and not self._pictured:
-            self._pictured = True
+        """Runs at the end of each validation. Logs the metrics, and once the figure of the teachers' agreement."""
+        if not self.trainer.sanity_checking and not self._logged_agreement:
+            self._logged_agreement = True
             self._add_figures("val", lambda e: e.teacher_figures() if isinstance(e, EnsembleEvaluation) else {})
         super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store which teachers they were, not the teachers."""
+        """Runs before a checkpoint is written. Adds the teachers' fingerprints, not the teachers."""
         super().on_save_checkpoint(checkpoint)
         if self.ensemble is not None:
             checkpoint["teacher_fingerprints"] = [teacher.fingerprint() for teacher in self.ensemble]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume under other teachers."""
+        """Runs before a checkpoint's weights are loaded. In a fit, refuses other teachers."""
         super().on_load_checkpoint(checkpoint)
-        before = checkpoint.get("teacher_fingerprints")
-        if not is_fitting(self) or before is None or self.ensemble is None:
+        fingerprints = checkpoint.get("teacher_fingerprints")
+        if not self.is_fitting or fingerprints is None or self.ensemble is None:
             return
-        if len(before) != len(self.ensemble):
-            raise InputError(f"teachers: the checkpoint was trained under {len(before)}, got {len(self.ensemble)}")
-        for number, (teacher, fingerprint) in enumerate(zip(self.ensemble, before, strict=True)):
+        if len(fingerprints) != len(self.ensemble):
+            raise InputError(
+                f"teachers: the checkpoint was trained with {len(fingerprints)} teachers, got {len(self.ensemble)}"
+            )
+        for number, (teacher, fingerprint) in enumerate(zip(self.ensemble, fingerprints, strict=True)):
             check_same_teacher(f"teachers[{number}]", teacher, fingerprint)

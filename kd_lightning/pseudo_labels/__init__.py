@@ -1,10 +1,13 @@
-"""Pseudo-labels: the table of a round, labels from a graph, and how good they are."""
+"""Pseudo-labels: a round of them, labels that spread over a graph, selection rules, and the report of a round."""
 
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
-from kd_lightning.pseudo_labels.table import PseudoLabels, PseudoLabelStore
+from kd_lightning.pseudo_labels.selection import AdaptiveThresholds
+from kd_lightning.pseudo_labels.table import PseudoLabels, PseudoLabelStore, make_pseudo_labels
 
 __all__ = [
     "PseudoLabels",
     "PseudoLabelStore",
+    "make_pseudo_labels",
     "GraphPseudoLabels",
+    "AdaptiveThresholds",
 ]

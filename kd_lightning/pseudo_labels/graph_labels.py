@@ -1,4 +1,4 @@
-"""Labels that spread from the labeled samples over the graph of nearest neighbors among features."""
+"""Label spreading: labels spread from labeled samples over the nearest-neighbor graph of features."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import Tensor, nn
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
+from kd_lightning.features.heads import input_of_head
 
 
 class GraphPseudoLabels:
-    """Labels the pool by label spreading (Zhou et al. 2004) on a network's features, by scikit-learn's LabelSpreading.
+    """Label the pool by label spreading (Zhou et al. 2004) on a network's features, with scikit-learn's LabelSpreading.
 
-    Two samples are joined where one is among the nearest neighbors of the other by cosine; near ones count as much as
-    far ones. (Scikit-learn's own ``knn`` kernel joins them one way: on the pixels of the digits, with 4 labels a class,
-    that labels 91.4 % of the others right, and this 92.4 %.)
+    Two samples are joined if one is among the nearest neighbors of the other by cosine similarity. All joins have the
+    same weight. (Scikit-learn's own ``knn`` kernel is not symmetric. On the pixels of the digits, with 4 labels per
+    class, it labels 91.4 % of the other samples correctly, this one 92.4 %.)
 
     Args:
-        neighbors: How many nearest others each sample is joined to, at most all (scikit-learn's ``n_neighbors`` less
-            the sample itself).
-        alpha: Share, in (0, 1), of what a sample takes from its neighbors; the rest is its own label. Large ones
-            overrule labels that the neighbors disagree with.
-        layer: Dotted path of the layer whose output is the features. None: what goes into the last linear layer that
-            the network calls.
+        neighbors: Number of nearest neighbors of each sample, at least 1 (scikit-learn's ``n_neighbors`` minus 1, which
+            is the sample itself). If there are fewer other samples, all of them.
+        alpha: Share, in (0, 1), that a sample takes from its neighbors; the rest comes from its own label. With a large
+            value, neighbors can overrule a sample's label.
+        layer: Dotted path of the layer whose output is the features. Default: None, which means the input of the last
+            linear or convolutional layer that the network calls.
 
     Raises:
-        InputError: For values that are not allowed.
+        InputError: For values out of range.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
     >>> labeler = GraphPseudoLabels(neighbors=1)
@@ -51,41 +52,42 @@ class GraphPseudoLabels:
         self.layer = layer
 
     def features_of(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Features (B, D) of inputs (B, ...), from one forward pass in the mode that the network is in.
+        """Features (B, D) of inputs (B, ...), by one forward pass in the current mode of the network.
 
-        Of maps (B, C, ...) it is the mean over places, of tokens (B, T, D) the mean over tokens.
+        Maps (B, C, ...) are averaged over positions, tokens (B, T, D) over tokens.
 
         Raises:
-            InputError: Without ``layer``, if the network calls no linear or convolutional layer, or its last one not
-                with a row for each input; with it, if there is no such layer, or its output is not as above.
+            InputError: Without ``layer``: if the network calls no linear or convolutional layer, or the input of the
+                last one does not have one row per sample. With ``layer``: if the network has no such layer or does not
+                call it, or its output has another shape than those above.
         """
         if self.layer is None:
-            return _into_last(network, x)
+            return input_of_head(network, x)
         with capture(network, [self.layer]) as outputs:
             network(x)
         if self.layer not in outputs:
-            raise InputError(f"layer {self.layer}: the network has it, but does not call it; name another")
+            raise InputError(f"layer {self.layer}: the network does not call this layer; name another")
         output = outputs[self.layer]
         if output.ndim < 2 or len(output) != len(x):
             raise InputError(
-                f"layer {self.layer} must give features ({len(x)}, D), maps ({len(x)}, C, ...) or tokens "
+                f"layer {self.layer} must return features ({len(x)}, D), maps ({len(x)}, C, ...) or tokens "
                 f"({len(x)}, T, D), got {tuple(output.shape)}"
             )
         return output.mean(dim=1) if output.ndim == 3 else output.flatten(2).mean(dim=2) if output.ndim > 3 else output
 
     def __call__(self, features: Tensor, y: Tensor, classes: int) -> Tensor:
-        """Probabilities (N, C) of all samples, labeled ones included, in float32 on the CPU.
+        """Probabilities (N, C) of all samples, including labeled ones, in float32 on the CPU.
 
-        Rows that no label reaches, among them those whose features are all 0 (they have no direction), are uniform.
-        A class without a label has probability 0 in all other rows.
+        Rows that no label reaches are uniform. These include rows whose features are all 0, which have no direction. A
+        class without a label has probability 0 in all other rows.
 
         Args:
-            features: (N, D), finite.
-            y: Labels (N,), integers 0 ... C - 1; -100 where there is none. At least two classes must be there.
-            classes: C.
+            features: Features (N, D), finite.
+            y: Labels (N,), integers 0 ... C - 1, or -100 for none. At least two classes must have a label.
+            classes: Number of classes C.
 
         Raises:
-            InputError: For anything else.
+            InputError: For other features or labels.
         """
         features, y = features.detach().cpu().double(), y.detach().cpu()
         _check(features, y, classes)
@@ -93,74 +95,36 @@ class GraphPseudoLabels:
         known = y != IGNORE_INDEX
         probabilities = torch.full((len(y), classes), 1.0 / classes, dtype=torch.float64)
         probabilities[known] = torch.nn.functional.one_hot(y[known].long(), classes).double()
-        placed = length.flatten() > 0  # zeros are equally far from all: their neighbors would be any
-        if (placed & known).any():
-            points = features[placed] / length[placed]
-            probabilities[placed] = self._spread(points, torch.where(known, y, -1)[placed], classes)
+        nonzero = length.flatten() > 0  # zeros are equally far from all samples: they have no nearest ones
+        if (nonzero & known).any():
+            points = features[nonzero] / length[nonzero]
+            probabilities[nonzero] = self._spread(points, torch.where(known, y, -1)[nonzero], classes)
         return probabilities.float()
 
     def _spread(self, points: Tensor, y: Tensor, classes: int) -> Tensor:
-        """Probabilities (M, C) of points (M, D), where y is -1 for no label."""
-        # A number of steps in place of a tolerance: that is of the sum over all samples, and stops before the labels
-        # have come to far samples, or settled there. What is left out after them is alpha ** steps.
+        """Probabilities (M, C) of points (M, D) with labels y (M,), -1 for no label."""
+        # A fixed number of steps, with a remainder of alpha ** steps. A tolerance applies to the sum over all samples,
+        # and stops before labels have reached distant samples.
         steps = max(100, math.ceil(math.log(1e-6) / math.log(self.alpha)))
-        from sklearn.exceptions import ConvergenceWarning  # here, since it takes half a second
+        from sklearn.exceptions import ConvergenceWarning  # here: the import takes half a second
         from sklearn.semi_supervised import LabelSpreading
 
-        spreading = LabelSpreading(kernel=self._joined, alpha=self.alpha, max_iter=steps, tol=0.0)
+        spreading = LabelSpreading(kernel=self._adjacency, alpha=self.alpha, max_iter=steps, tol=0.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             spreading.fit(points.numpy(), y.numpy())
         spread = torch.zeros(len(points), classes, dtype=torch.float64)
         spread[:, torch.from_numpy(spreading.classes_)] = torch.from_numpy(spreading.label_distributions_)
-        spread[spread.sum(dim=1) == 0] = 1.0 / classes  # no label came: scikit-learn's zeros would be class 0
+        spread[spread.sum(dim=1) == 0] = 1.0 / classes  # no label reaches them; scikit-learn's zeros would mean class 0
         return spread
 
-    def _joined(self, points: Any, _: Any) -> Any:
-        """Which of the points (M, D) are joined, a sparse matrix (M, M) of zeros and ones."""
-        count = min(self.neighbors + 1, len(points))  # each is its own nearest
+    def _adjacency(self, points: Any, _: Any) -> Any:
+        """The symmetric graph of the points (M, D), as a sparse matrix (M, M) of zeros and ones."""
+        count = min(self.neighbors + 1, len(points))  # the nearest neighbor of a point is itself
         from sklearn.neighbors import NearestNeighbors
 
         graph = NearestNeighbors(n_neighbors=count).fit(points).kneighbors_graph(points)
         return graph.maximum(graph.T)
-
-
-def _into_last(network: nn.Module, x: Tensor) -> Tensor:
-    """What goes into the last layer that is called, (B, D), averaged over tokens or places if it has them.
-
-    Layers are linear ones and convolutions, as networks have them for a head.
-    """
-    found: list[Tensor] = []
-
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[:] = [args[0] if args else kwargs["input"]]
-        if found[0].ndim == 2:
-            found[0] = found[0].clone()  # a later layer may change it in place
-        elif found[0].ndim > 2:
-            linear = isinstance(layer, nn.Linear)  # whose channels come last
-            found[0] = found[0].flatten(1, -2).mean(dim=1) if linear else found[0].flatten(2).mean(dim=2)
-
-    handles = []
-    try:
-        for layer in network.modules():
-            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-                handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        with capture(network, []):  # runs a compiled network uncompiled, where hooks are seen
-            network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    kind = type(network).__name__
-    if not found:
-        raise InputError(
-            f"{kind} calls no linear or convolutional layer to take features from; give layer, a dotted path"
-        )
-    if found[0].ndim != 2 or len(found[0]) != len(x):
-        raise InputError(
-            f"the last layer of {kind} gets {tuple(found[0].shape)}, no row for each of {len(x)} inputs; "
-            "give layer, a dotted path"
-        )
-    return found[0]
 
 
 def _check(features: Tensor, y: Tensor, classes: int) -> None:
@@ -180,4 +144,4 @@ def _check(features: Tensor, y: Tensor, classes: int) -> None:
     if wrong := [label for label in labels if not 0 <= label < classes]:
         raise InputError(f"y must be 0 ... {classes - 1}, or {IGNORE_INDEX} for no label, got {wrong[0]}")
     if len(labels) < 2:
-        raise InputError(f"labels must be of at least two classes to spread, got {labels or 'none'}")
+        raise InputError(f"labels must have at least two classes, got {labels or 'none'}")

@@ -1,4 +1,4 @@
-"""How good a round of pseudo-labels is, as numbers and as pictures."""
+"""Metrics and figures of a round of pseudo-labels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 
-def measure(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> dict[str, float]:
-    """What a round looks like.
+def round_metrics(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> dict[str, float]:
+    """Metrics of a round, all in [0, 1].
 
     Args:
         table: The round.
-        given: The labels that were given, (M,).
-        truth: The true labels of the pool, (N,), -100 where nobody knows; None: nowhere.
+        given: Labels of the labeled samples, (M,).
+        truth: True labels of the pool, (N,), -100 where unknown. If None, all are unknown.
 
     Returns:
-        ``coverage``, ``confidence``, ``flips``, ``class_distance`` (total variation distance between the class shares
-        of accepted and given labels, in [0, 1]; not where nothing is accepted), and where there is truth ``precision``
-        and ``accepted_precision`` (not where nothing is accepted).
+        By name: ``coverage`` (accepted share), ``confidence`` (mean), ``flips`` (share of changed labels),
+        ``class_distance`` (total variation distance between the class shares of accepted and given labels; absent if
+        either is empty), ``precision`` (of labels whose truth is known; absent if none is) and ``accepted_precision``
+        (of the accepted ones among these; absent if there are none).
     """
     accepted = table.accepted
     values = {
@@ -34,23 +35,32 @@ def measure(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> dict[st
         values["class_distance"] = float((shares[0] - shares[1]).abs().sum() / 2)
     known = torch.zeros_like(accepted) if truth is None else truth != IGNORE_INDEX
     if known.any():
-        right = torch.eq(table.label, torch.as_tensor(truth)).double()
-        values["precision"] = float(right[known].mean())
+        correct = torch.eq(table.label, torch.as_tensor(truth)).double()
+        values["precision"] = float(correct[known].mean())
         if (known & accepted).any():
-            values["accepted_precision"] = float(right[known & accepted].mean())
+            values["accepted_precision"] = float(correct[known & accepted].mean())
     return values
 
 
 def class_shares(table: PseudoLabels, given: Tensor) -> Tensor:
-    """Shares of the classes among accepted and among given labels, (2, C)."""
+    """Class shares of accepted labels and of given labels, (2, C)."""
     labels = (table.label[table.accepted], given)
     classes = int(torch.cat([*labels, table.label]).max()) + 1
     counts = torch.stack([torch.bincount(part, minlength=classes).double() for part in labels])
     return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
 
-def figures(table: PseudoLabels, given: Tensor, threshold: float | None) -> dict[str, Figure]:
-    """A histogram of confidences with the threshold drawn in, and the classes of accepted and given labels."""
+def round_figures(table: PseudoLabels, given: Tensor, threshold: float | None) -> dict[str, Figure]:
+    """Figures of a round: a histogram of confidences with the threshold, and class shares of accepted and given labels.
+
+    Args:
+        table: The round.
+        given: Labels of the labeled samples, (M,).
+        threshold: Threshold of acceptance. If None, the histogram has no line for it.
+
+    Returns:
+        The figures ``confidence`` and ``classes``.
+    """
     histogram = Figure(figsize=(5, 3), layout="constrained")
     panel = histogram.subplots()
     panel.hist(table.confidence.numpy(), bins=40, range=(0.0, 1.0))
@@ -64,8 +74,8 @@ def figures(table: PseudoLabels, given: Tensor, threshold: float | None) -> dict
     classes = Figure(figsize=(max(5.0, min(0.3 * shares.shape[1], 20.0)), 3), layout="constrained")
     panel = classes.subplots()
     for number, (name, share) in enumerate(zip(("accepted pseudo-labels", "given labels"), shares, strict=True)):
-        places = [place + 0.4 * (number - 0.5) for place in range(len(share))]
-        panel.bar(places, share.numpy(), width=0.4, label=name)
+        positions = [position + 0.4 * (number - 0.5) for position in range(len(share))]
+        panel.bar(positions, share.numpy(), width=0.4, label=name)
     panel.set(xlabel="class", ylabel="share")
     panel.legend(fontsize=8)
     return {"confidence": histogram, "classes": classes}

@@ -1,4 +1,4 @@
-"""Labels for the unlabeled pool: which are accepted, what changed, and the ledger that a person can open."""
+"""One round of labels for the unlabeled pool, and the ledger: a CSV file per round."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 
 FOLDER = "pseudo_labels"
-"""Where in a run's folder the ledger lies: a CSV file a round."""
+"""Folder of the ledger within a run's folder."""
 COLUMNS = ("round", "epoch", "index", "path", "label", "confidence", "accepted", "changed")
 
 
 @dataclass
 class PseudoLabels:
-    """One round of labels for the pool, in the order of the samples' indices.
+    """One round of labels for the pool, ordered by index.
 
     Attributes:
-        index: Which samples, (N,) integers, ascending.
-        label: Their most probable class, (N,) integers.
-        confidence: Its probability, (N,) float32.
-        accepted: Whether training may use it, (N,) booleans.
-        changed: Whether the label differs from that of the round before, (N,) booleans.
-        round: Number of the round, from 0 on.
-        epoch: Before which epoch it was made; ``max_epochs`` for the last one.
-        soft: Probabilities to train on instead of the label, (N, C), if any.
+        index: Indices of the samples, (N,) integers, ascending.
+        label: Most probable class of each sample, (N,) integers.
+        confidence: Probability of that class, (N,) float32.
+        accepted: Whether training may use the label, (N,) booleans.
+        changed: Whether the label differs from that of the previous round, (N,) booleans.
+        round: Number of the round, from 0.
+        epoch: Epoch at whose start the round was made; ``max_epochs`` for the round after training.
+        soft: Probabilities to train on instead of the label, (N, C). None for hard labels.
     """
 
     index: Tensor
@@ -45,7 +45,7 @@ class PseudoLabels:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all of it: whether two processes have the same."""
+        """SHA-256 of all fields, to compare the rounds of two processes."""
         digest = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
@@ -54,25 +54,25 @@ class PseudoLabels:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers, for a checkpoint."""
+        """All fields by name, for a checkpoint."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class PseudoLabelStore(Protocol):
-    """What a datamodule must have for :class:`~kd_lightning.PseudoLabelRefresh`."""
+    """The methods of a datamodule that :class:`~kd_lightning.PseudoLabelRefresh` needs."""
 
     def pool_dataloader(self) -> Any:
-        """This process's share of the labeled and unlabeled training images, under evaluation transforms.
+        """Loader of this process's share of labeled and unlabeled training images, under evaluation transforms.
 
-        Gives ``Batch``es with ``index`` and ``y``; the y of unlabeled images, which get labeled, is -100. Several
-        processes together give every image; one that comes twice counts once.
+        Its ``Batch`` objects have ``index`` and ``y``. Unlabeled images have y = -100; these get pseudo-labels. The
+        shares of all processes cover every image; an image that comes twice counts once.
         """
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
-        """Fill the accepted labels into training batches from now on, in place of all earlier ones."""
+        """Replace all pseudo-labels; later training batches hold the accepted ones."""
 
 
-def choose(
+def make_pseudo_labels(
     probabilities: Tensor,
     index: Tensor,
     *,
@@ -80,57 +80,60 @@ def choose(
     top_k_per_class: int | None = None,
     soft: bool = False,
     sharpen: float = 1.0,
-    before: PseudoLabels | None = None,
+    previous: PseudoLabels | None = None,
     epoch: int = 0,
 ) -> PseudoLabels:
-    """Label a pool by its probabilities.
+    """Make one round of pseudo-labels from probabilities.
+
+    Uniform probabilities are never accepted: they belong to no class.
 
     Args:
-        probabilities: (N, C).
-        index: Which samples, (N,).
-        threshold: Accept labels of at least this probability; None: all.
-        top_k_per_class: Of these, accept the k most probable of each class; None: all.
-        soft: Give the probabilities, too.
-        sharpen: Temperature T of the soft labels, p^(1/T) scaled to sum 1 (MixMatch, Berthelot et al. 2019).
-        before: The round before.
-        epoch: In which this is made.
+        probabilities: Class probabilities of the pool, (N, C).
+        index: Indices of the samples, (N,).
+        threshold: Accept labels of at least this probability, in (0, 1]. Default: None, which means all.
+        top_k_per_class: Of these, accept the k most probable of each class, k at least 1. Default: None, which means
+            all.
+        soft: Whether the round has probabilities, too.
+        sharpen: Temperature T of these, above 0: p^(1/T), scaled to sum 1 (MixMatch, Berthelot et al. 2019).
+        previous: The previous round of the same samples. Default: None, which means that this is the first.
+        epoch: Epoch at whose start the round is made.
 
     Returns:
-        The table, sorted by index.
+        The round, ordered by index.
 
-    >>> table = choose(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([7, 3]), threshold=0.8)
+    >>> table = make_pseudo_labels(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([7, 3]), threshold=0.8)
     >>> table.index.tolist(), table.label.tolist(), table.accepted.tolist()
     ([3, 7], [1, 0], [False, True])
     """
     index, order = index.sort()
     probabilities = probabilities[order].float()
     confidence, label = probabilities.max(dim=1)
-    accepted = confidence > 1 / probabilities.shape[1] + 1e-6  # else it is as good as any: of no class
+    accepted = confidence > 1 / probabilities.shape[1] + 1e-6  # above uniform
     if threshold is not None:
         accepted &= confidence >= threshold
     if top_k_per_class is not None:
         for number in range(probabilities.shape[1]):
             members = (accepted & (label == number)).nonzero().flatten()
-            # stable, so that of equal ones the first by index are taken, everywhere
+            # stable: of equally probable ones the first by index are accepted, on every machine
             ranked = confidence[members].argsort(descending=True, stable=True)
             accepted[members[ranked[top_k_per_class:]]] = False
-    changed = torch.zeros_like(accepted) if before is None else label != before.label
+    changed = torch.zeros_like(accepted) if previous is None else label != previous.label
     sharpened = None
     if soft:
-        # in log-space: small probabilities to a high power would all be 0
+        # in log space: high powers of small probabilities underflow to 0
         sharpened = (probabilities.clamp_min(1e-30).log() / sharpen).softmax(dim=1)
-    number = 0 if before is None else before.round + 1
+    number = 0 if previous is None else previous.round + 1
     return PseudoLabels(index, label, confidence, accepted, changed, number, epoch, sharpened)
 
 
 def check_threshold(threshold: float | None, name: str = "threshold") -> None:
-    """Raise InputError unless it lies in (0, 1], or is None."""
+    """Raise InputError unless ``threshold`` lies in (0, 1] or is None; ``name`` is that of the argument."""
     if threshold is not None and not 0.0 < threshold <= 1.0:
         raise InputError(f"{name} must lie in (0, 1], or be null for none, got {threshold}")
 
 
 def check_classes(y: Tensor, classes: int, names: Sequence[str] | None, owner: str) -> None:
-    """Raise InputError, naming the classes, if some of 0 ... C - 1 have no label among ``y``, (N,)."""
+    """Raise InputError if a class of 0 ... ``classes`` - 1 is not among the labels ``y`` (N,); it names the classes."""
     counts = torch.bincount(y[(y >= 0) & (y < classes)].long().cpu(), minlength=classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
@@ -138,14 +141,14 @@ def check_classes(y: Tensor, classes: int, names: Sequence[str] | None, owner: s
         shown = ", ".join(map(repr, named[:5])) + (", ..." if len(named) > 5 else "")
         raise InputError(
             f"{owner}: no labeled sample of class {shown}, so no pseudo-label can be learned for it; label some, "
-            f"leave the class out, or let a teacher label the pool (source: teacher)"
+            f"remove the class, or let a teacher label the pool (source: teacher)"
         )
 
 
 def write_round(
     folder: Path, labels: PseudoLabels, class_names: Sequence[str] | None, path_of: Callable[[int], str | None]
 ) -> Path:
-    """Write a round to the ledger of a run's folder, in place of what is there of this round and of later ones."""
+    """Write a round to the ledger in a run's folder; replace this round and delete later ones, if there."""
     path = folder / FOLDER / f"round_{labels.round:04d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -158,7 +161,7 @@ def write_round(
             row = (labels.round, labels.epoch, index, path_of(index) or "", name, f"{confidence:.6f}")
             table.writerow((*row, int(accepted), int(changed)))
     part.replace(path)
-    for later in path.parent.glob("round_*.csv"):  # of a run that was resumed from before them
+    for later in path.parent.glob("round_*.csv"):  # later rounds of a run that was resumed from an earlier one
         if later.stem > path.stem:
             later.unlink()
     return path

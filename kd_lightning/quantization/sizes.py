@@ -1,4 +1,4 @@
-"""What a network's weights take: levels, bits, bytes."""
+"""Measure a network's weights: levels, bits, bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kd_lightning.quantization.layers import quantized_layers
 
 
 def weight_levels(layer: Any) -> tuple[Tensor, Tensor]:
-    """A quantised layer's weights and the levels they are rounded to, both in units of their channel's scale.
+    """Return a quantised layer's weights and their rounded levels, both in units of the scale of their channel.
 
     Returns:
-        The float weights (as the layer holds them), and integers of the same shape.
+        The float weights (before rounding), and integers of the same shape.
     """
     with torch.no_grad():
         rounded = layer.quant_weight()
@@ -22,7 +22,7 @@ def weight_levels(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def bits_of(layer: Any) -> tuple[int | str, int]:
-    """Bits of a quantised layer's weights (or ``"ternary"``), and of its input (32 where it is float)."""
+    """Return the bits of a quantised layer's weights (or ``"ternary"``) and of its input (32 if it is float)."""
     weight = int(layer.weight_quant.bit_width())
     ternary = weight == 2 and layer.weight_quant.is_narrow_range
     activation = int(layer.input_quant.bit_width()) if layer.input_quant.is_quant_enabled else 32
@@ -30,20 +30,20 @@ def bits_of(layer: Any) -> tuple[int | str, int]:
 
 
 def precision_of(model: nn.Module) -> str:
-    """As papers write it: ``fp32``, ``8A-4W``, ``8A-ternary``; mixed ones joined by a plus."""
+    """Return the precision as papers write it: ``fp32``, ``8A-4W``, ``8A-ternary``; mixed ones joined by a plus."""
     found = dict.fromkeys(bits_of(layer) for layer in quantized_layers(model).values())
     names = [f"{inputs}A-{weights if weights == 'ternary' else f'{weights}W'}" for weights, inputs in found]
     return " + ".join(names) or "fp32"
 
 
 class Size(NamedTuple):
-    """What a network's weights take, in bytes.
+    """The size of a network's weights.
 
     Attributes:
-        stored: Quantised weights at their bits (ternary ones at 2) and a float32 scale for each channel and each
-            activation; all else (skipped layers, biases, normalisation with its statistics) as it is.
-        coded: The same with quantised weights at the entropy of their levels, layer by layer: what an ideal entropy
-            coder would reach.
+        stored: Bytes with quantised weights at their bits (ternary ones at 2), a float32 scale for each channel and
+            each activation, and all other tensors (skipped layers, biases, normalisation) at their own type.
+        coded: Bytes with the quantised weights of each layer at the entropy of their levels, the limit of an entropy
+            coder.
     """
 
     stored: float
@@ -51,10 +51,10 @@ class Size(NamedTuple):
 
 
 def size_of(model: nn.Module) -> Size:
-    """What the weights of a network take."""
+    """Return the size of a network's weights in bytes; a shared weight counts once."""
     layers = quantized_layers(model)
     seen = {id(layer.weight) for layer in layers.values()}
-    held = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}  # a shared one once
+    held = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     rest = [t for key, t in held.items() if t.is_floating_point() and key not in seen]
     bits = 8.0 * sum(tensor.numel() * tensor.element_size() for tensor in rest)
     coded = bits

@@ -1,4 +1,4 @@
-"""Run folders: what a training leaves, and how it is built again."""
+"""Run folders: objects from configs, checkpoints, weights, logs and reports."""
 
 from kd_lightning.runs.build import build
 from kd_lightning.runs.weights import load_weights

@@ -1,4 +1,4 @@
-"""Checkpoint files that a fault cannot spoil."""
+"""Checkpoint files that stay whole when a write fails."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kd_lightning.errors import InputError
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then renames it, so that a full disk leaves the old one whole.
+    """Writes a checkpoint to a file beside its path and then renames it, so that a full disk leaves the old one whole.
 
-    Lightning's own goes through the system's temporary folder, and copies where that lies on another disk: what is
-    cut off there has already replaced the last good file. Remote paths (``s3://...``) are left to Lightning.
+    Lightning writes to the system's temporary folder first. If that lies on another disk, the file is copied, and an
+    incomplete copy replaces the last good file. Remote paths (``s3://...``) are written by Lightning.
 
     Raises:
         InputError: If a file cannot be written; the message names it and the reason.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write one."""
+        """Write a checkpoint."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -37,7 +37,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             with part.open("wb") as stream:
                 torch.save(checkpoint, stream)
                 stream.flush()
-                os.fsync(stream.fileno())  # else a crash of the machine could leave an empty file under the new name
+                os.fsync(stream.fileno())  # without it a system crash could leave an empty file
             part.replace(file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             part.unlink(missing_ok=True)
@@ -46,10 +46,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` at every turn; Lightning's ``save_last`` writes it only when a best one is written, too.
+    """Writes ``last.ckpt`` whenever it is due; Lightning's ``save_last`` writes it only together with a best one.
 
     Args:
-        kwargs: When to save, as of ModelCheckpoint.
+        kwargs: Arguments of ModelCheckpoint that say when to save.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -57,16 +57,16 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Open a checkpoint without unpickling code or reading its tensors into memory.
+    """Open a checkpoint. No code in it is unpickled, and its tensors stay on disk.
 
     Raises:
-        InputError: If it cannot be read; the message names the newest one beside it that can.
+        InputError: If it cannot be read; the message names the newest readable one beside it.
     """
     try:
         return _open(path)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"ckpt_path: {path} holds more than tensors and plain values; to load it could run code"
+            f"ckpt_path: {path} holds more than tensors and plain values; loading it could run code"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
         whole = next((p for p in sorted(path.parent.glob("*.ckpt"), key=_age) if p != path and _is_whole(p)), None)
@@ -87,7 +87,7 @@ def _open(path: Path) -> dict[str, Any]:
 def _is_whole(path: Path) -> bool:
     try:
         return bool(_open(path))
-    except Exception:  # whatever a damaged file makes the reader stumble on
+    except Exception:  # a damaged file can raise any exception
         return False
 
 

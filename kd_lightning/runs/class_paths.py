@@ -1,16 +1,19 @@
-"""Class paths and the arguments that stand below them in a config."""
+"""Class paths in configs, and the arguments of the classes and functions that they name."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-SPEC = ("class_path", "init_args", "dict_kwargs")
-"""What says how an object is built."""
-_HOMES = (
+from jsonargparse import ArgumentParser, Namespace
+
+SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
+"""The keys of a mapping that describes an object."""
+_MODULES_OF_SHORT_NAMES = (
     "kd_lightning",
     "kd_lightning.models",
     "kd_lightning.losses",
@@ -23,30 +26,30 @@ _HOMES = (
 )
 
 
-def walk(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Every (path, key, value, class path of the arguments it stands among)."""
+def walk_config(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Yield (path, key, value, owner) of every key; the owner is the class path whose argument the key is."""
     if isinstance(node, list):
         for number, child in enumerate(node):
-            yield from walk(child, f"{path}[{number}]", owner)
+            yield from walk_config(child, f"{path}[{number}]", owner)
     if isinstance(node, dict):
         for key, child in node.items():
-            here = f"{path}.{key}" if path else str(key)
-            yield here, key, child, owner
-            yield from walk(child, here, node.get("class_path") if key in SPEC[1:] else None)
+            key_path = f"{path}.{key}" if path else str(key)
+            yield key_path, key, child, owner
+            yield from walk_config(child, key_path, node.get("class_path") if key in SPEC_KEYS[1:] else None)
 
 
-def names_of_classes() -> list[str]:
-    """Short names that a class path might have meant."""
-    homes = [importlib.import_module(home) for home in _HOMES]
-    return [name for home in homes for name, value in vars(home).items() if callable(value) and name[0] != "_"]
+def class_names() -> list[str]:
+    """The short names that a class path may be compared with."""
+    modules = [importlib.import_module(name) for name in _MODULES_OF_SHORT_NAMES]
+    return [name for module in modules for name, value in vars(module).items() if callable(value) and name[0] != "_"]
 
 
 def find_class(class_path: Any) -> Any:
-    """The class or function of a path or short name; None where it cannot be found."""
+    """Return the class or function of a path or of a short name, None if there is none."""
     if not isinstance(class_path, str):
         return None
-    home, _, name = class_path.rpartition(".")
-    for module in [home] if home else _HOMES:
+    module_name, _, name = class_path.rpartition(".")
+    for module in [module_name] if module_name else _MODULES_OF_SHORT_NAMES:
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError, TypeError):
@@ -54,23 +57,84 @@ def find_class(class_path: Any) -> Any:
     return None
 
 
-def parameters_of(owner: Any) -> Mapping[str, inspect.Parameter]:
-    """What a class or function takes; nothing where it cannot be known."""
+def arguments_of(owner: Any) -> list[str]:
+    """Return the arguments of a class or function that the parser accepts, through ``**kwargs``, too.
+
+    Args:
+        owner: A class, a function, or anything else that a class path may lead to.
+
+    Returns:
+        Their names, in the order of the signature; empty if they are not known.
+    """
+    parser = _parser_of(owner)
+    return [] if parser is None else [*parser.arguments]
+
+
+def takes_any_argument(owner: Any) -> bool:
+    """Return whether arguments that the parser does not know may be valid, or whether none are known."""
+    names = arguments_of(owner)
     try:
-        return inspect.signature(owner).parameters
+        parameters = inspect.signature(owner).parameters
     except (TypeError, ValueError):
-        return {}
+        return not names
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return not names or (open_ended and parameters.keys() >= set(names))  # the parser found nothing behind **kwargs
 
 
-def hint(name: str, allowed: Iterable[str]) -> str:
-    """``; did you mean ...?`` where something is near."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+def takes_none(owner: Any, name: str) -> bool:
+    """Return whether an argument accepts None; parsing does not check this: it ignores each null."""
+    parser = _parser_of(owner)
+    if parser is None or name not in parser.arguments:
+        return True
+    try:
+        parser.validate(Namespace({f"{_PREFIX}.{name}": None}), skip_unset=False, skip_required=True)  # type: ignore[no-untyped-call]
+    except TypeError:
+        return False
+    return True
+
+
+_PREFIX = "arguments"
+
+
+class _SignatureParser(ArgumentParser):
+    """A parser of one class's or function's arguments."""
+
+    arguments: tuple[str, ...] = ()
+
+
+def _parser_of(owner: Any) -> _SignatureParser | None:
+    try:
+        return _make_parser(owner) if callable(owner) else None
+    except Exception:  # the resolver reads other people's code and annotations, and can fail in any way
+        return None
+
+
+@functools.cache
+def _make_parser(owner: Any) -> _SignatureParser:
+    parser = _SignatureParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(owner) else parser.add_function_arguments
+    added = add(owner, _PREFIX, as_group=False, fail_untyped=False)
+    parser.arguments = tuple(name.removeprefix(f"{_PREFIX}.") for name in added)
+    return parser
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Return ``; did you mean ...?`` with the allowed name that is most similar, or an empty text."""
+    similar = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def name_of(owner: Any) -> str:
+    """Return the name of a class or function, or of the class of another callable."""
+    return str(getattr(owner, "__name__", type(owner).__name__))
 
 
 def no_such_key(owner: Any, name: str, allowed: Iterable[str]) -> str:
-    """What to say of an argument that a class does not have."""
-    message = f"{owner.__name__} has no such key{hint(name, allowed)}; allowed: {', '.join(allowed)}"
-    if name.startswith("cache") and name in parameters_of(find_class("kd_lightning.Teacher")):
-        message += f"; {name} is an argument of kd_lightning.Teacher, which goes around a teacher's network"
+    """Return the message for an argument that a class does not have."""
+    allowed = list(allowed)
+    message = f"{name_of(owner)} has no such key{did_you_mean(name, allowed)}; allowed: {', '.join(allowed)}"
+    if takes_any_argument(owner):
+        message += ", and any in dict_kwargs"
+    if name.startswith("cache") and name in arguments_of(find_class("kd_lightning.Teacher")):
+        message += f"; {name} is an argument of kd_lightning.Teacher, which wraps a teacher's network"
     return message

@@ -1,99 +1,226 @@
-"""Turn a parser's complaint into one line: which key, what is allowed, and the nearest right one."""
+"""One-line messages for what the parser refuses: which key, what is allowed, and the most similar right name."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from kd_lightning.runs.class_paths import SPEC, find_class, hint, names_of_classes, no_such_key, parameters_of, walk
+from kd_lightning.errors import InputError
+from kd_lightning.runs.class_paths import (
+    SPEC_KEYS,
+    arguments_of,
+    class_names,
+    did_you_mean,
+    find_class,
+    name_of,
+    no_such_key,
+    walk_config,
+)
+
+Keys = tuple[str, ...]
+Config = Mapping[str, Any]
+Describe = Callable[[Keys, Config], str]
 
 
-def one_line(message: str, config: Mapping[str, Any] | None = None, keys: Iterable[str] = ()) -> str:
-    """What is wrong, where, and the nearest right name.
+class ParserError(InputError):
+    """A value that the parser refuses. Each parser on the way out puts the key of its argument in front.
 
     Args:
-        message: The message of jsonargparse.
-        config: The content of the config files, in which the place of a key is looked up.
-        keys: All keys that the parser knows.
+        keys: The keys that lead to the value, one for each nested parser, the outermost first.
+        describe: Makes the message from the keys and the config.
+        config: The content of the config files, in which the message's place is looked up.
     """
-    config = {} if config is None else config
-    outer = re.match(r'Parser key "([^"]+)":', message)
-    values = re.findall(r"(?:Given|Got) value: (.*?)(?:\s+Subclass types|\n|$)", message)
-    got = f", got {values[-1]}" if values and len(values[-1]) < 80 else ""
-    if "Errors:" in message:  # of a union only the first try is the one that was meant
-        message = re.split(r"Errors:\s*-?\s*", message)[-1].split("\n  - Expected a <class 'NoneType'>")[0]
-        message = re.split(r"\n\s*(?:- Expected a <class 'NoneType'>|- Not of type Path|Given value)", message)[0]
-    message = re.sub(r"\n\s*- Expected a ", " or a ", message)
-    if found := re.search(r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'", message):
-        return _unknown_key(found[1] or found[2], keys, config)
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        name = found[1]
-        if (known := find_class(name)) is not None:
-            place = _where(outer[1] if outer else name, config, of_key=True)
-            if inspect.isfunction(known):
-                return f"{place}: a function needs its full path, {known.__module__}.{known.__qualname__}"
-            return f"{place}: {name} is not what can stand here"
-        return f"{_where(name, config)}: no class {name!r}{hint(name.rsplit('.', 1)[-1], names_of_classes())}"
-    if found := re.search(r"following arguments are required: (.+)", message):
-        return _missing(found[1].split(", "), config)
-    if found := re.search(r"given class_path '([\w.]+)\.(\w+)': module .* has no attribute", message):
-        near = hint(found[2], vars(importlib.import_module(found[1])))
-        return f"{_where(f'{found[1]}.{found[2]}', config)}: {found[1]} has no {found[2]!r}{near}"
-    if found := re.search(r"negative dimension (-\d+)", message):  # torch says the number alone
-        for path, _, value, _ in walk(config):
+
+    def __init__(self, keys: Keys, describe: Describe, config: Config) -> None:
+        super().__init__(" ".join(describe(keys, config).split()))
+        self.keys = keys
+        self.describe = describe
+
+
+def explain_parser_error(
+    message: str,
+    error: BaseException | None = None,
+    config: Config | None = None,
+    known: Iterable[str] = (),
+    root: str | None = None,
+) -> ParserError:
+    """Turn what jsonargparse gives to ``ArgumentParser.error`` into an error of one line.
+
+    Args:
+        message: The message.
+        error: The exception behind it. If a nested parser raised it, that parser's message counts.
+        config: The content of the config files.
+        known: All keys of the parser.
+        root: A key that the user has not given, left out of the message.
+    """
+    found = re.match(r'Parser key "([^"]+)"', message)
+    keys: Keys = (found[1],) if found and found[1] != root else ()
+    causes = [*_causes(error)]
+    inner = next((cause for cause in causes if isinstance(cause, ParserError)), None)
+    if inner is not None:
+        return ParserError(keys + inner.keys, inner.describe, config or {})
+    return ParserError(keys, _describe(message, causes, list(known)), config or {})
+
+
+def explain_error(error: BaseException, config: Config | None = None) -> str:
+    """Return in one line what a constructor has refused, with the place of its argument in the config."""
+    config = config or {}
+    while raising_module(error).startswith("jsonargparse.") and error.__cause__ is not None:
+        error = error.__cause__
+    if raising_module(error).startswith("jsonargparse."):
+        return str(explain_parser_error(str(error), None, config))
+    message = str(error)
+    if found := re.search(r"negative dimension (-\d+)", message):  # torch's message has the number alone
+        for path, _, value, _ in walk_config(config):
             if not isinstance(value, bool) and value == int(found[1]):
                 return f"{path}: it makes a tensor of {found[0]}"
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "")
-    message = re.sub(r"Type Callable\[.*\] expects a function or a callable class: ", "", message)
-    message = re.sub(r"\.+\s+Got value: .*|\s+Subclass types expect one of:.*", "", message, flags=re.DOTALL)
-    if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
-        inner = re.match(r"\w+\.[\w.\[\]]+: ", found[2])  # already says where
-        message = found[2] if inner else f"{_where(found[1], config, of_key=True)}: {found[2]}{got}"
-    elif re.match(r"\w+\.[\w.\[\]]+: ", message):
-        message += "" if ", got " in message else got
-    elif found := re.match(r"(\w+)(: | must )", message):  # one of our own, which names its argument
-        message = _where(found[1], config, of_key=True) + message[found.end(1) :]
-    elif outer:
-        message = f"{_where(outer[1], config, of_key=True)}: {message}{got}"
+    if found := re.match(r"(\w+)(?=: | must )(?:.*, got (.*))?", message, re.DOTALL):  # an argument's name
+        message = _place_of_name(found[1], config, found[2]) + message[found.end(1) :]
     return " ".join(message.split())
 
 
-def _unknown_key(key: str, keys: Iterable[str], config: Mapping[str, Any]) -> str:
-    name = key.rsplit(".", 1)[-1]
-    for path, found, _, parent in walk(config):
-        owner = find_class(parent)
-        if found == name and owner is not None:
-            allowed = [p for p in parameters_of(owner) if p != "self"]
-            return f"{path}: {no_such_key(owner, name, allowed)}"
-    known = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    return f"{key}: no such key{hint(key, known)}"
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
-def _missing(names: list[str], config: Mapping[str, Any]) -> str:
-    """Which object lacks a required argument."""
-    for path, key, value, _ in walk(config):
-        if key != "class_path" or (owner := find_class(value)) is None:
+def raising_module(error: BaseException) -> str:
+    """Return the name of the module in which an exception was raised, empty if it has no traceback."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
+
+
+def _describe(message: str, causes: list[BaseException], known: list[str]) -> Describe:
+    """Find out what is wrong; jsonargparse's text is read where its exceptions have no attribute for it."""
+    for cause in causes:
+        if not isinstance(cause, AttributeError) or not inspect.ismodule(cause.obj):
             continue
-        place = path.removesuffix(".class_path")
-        parameters = parameters_of(owner)
-        given = {k for p, k, v, _ in walk(config) if v is not None and p == f"{place}.init_args.{k}"}
-        if all(name in parameters and name not in given for name in names):
-            missing = ", ".join(f"{place}.init_args.{name}" for name in names)
-            return f"{missing}: missing, but {owner.__name__} needs {'it' if len(names) == 1 else 'them'}"
-    for path, key, value, _ in walk(config):
-        # of an empty mapping the parser tries to make the base class, such as Optimizer
-        if value == {} and key not in SPEC and path.startswith("model."):
+        if f"{cause.obj.__name__}.{cause.name}" in message:
+            return partial(_no_such_attribute, cause.obj, str(cause.name))
+    option = r"Option '([^']+)' is not accepted|(?:Group '([^']+)'|Subcommand '[^']+') does not accept option '([^']+)'"
+    if found := re.search(option, message):
+        return partial(_unknown_key, ".".join(filter(None, found.groups())), known)
+    if found := re.search(r"following arguments are required: (.+)", message):
+        return partial(_missing, found[1].split(", "))
+    values = re.findall(r"(?:Given|Got) value: (.*?)(?:\s+Subclass types|\n|$)", message)
+    got = values[-1] if values and len(values[-1]) < 80 else None
+    text = re.sub(r'^Parser key "[^"]+"(?: element \d+)?:\s*', "", message)
+    if "Errors:" in text:  # of a union, whose first type is the one that was meant
+        text = re.split(r"Errors:\s*-?\s*", text)[-1]
+        text = re.split(r"\n\s*(?:- Expected a <class 'NoneType'>|- Not of type Path|Given value)", text)[0]
+    text = re.sub(r"\n\s*- Expected a ", " or a ", text)
+    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+        return partial(_wrong_class, found[1])
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r"Type Callable\[.*\] expects a function or a callable class: ", "", text)
+    text = re.sub(r"\.+\s+Got value: .*|\s+Subclass types expect one of:.*", "", text, flags=re.DOTALL)
+    return partial(_wrong_value, text, got)
+
+
+def _wrong_value(text: str, got: str | None, keys: Keys, config: Config) -> str:
+    if not keys:
+        return text
+    return f"{_place(keys, config, got)}: {text}" + (f", got {got}" if got is not None else "")
+
+
+def _wrong_class(name: str, keys: Keys, config: Config) -> str:
+    found = find_class(name)
+    if found is None:
+        return f"{_class_place(name, keys, config)}: no class {name!r}{did_you_mean(name, class_names())}"
+    place = _place(keys, config) or name
+    if inspect.isfunction(found):
+        return f"{place}: a function needs its full path, {found.__module__}.{found.__qualname__}"
+    return f"{place}: {name} is not what can stand here"
+
+
+def _no_such_attribute(module: Any, name: str, keys: Keys, config: Config) -> str:
+    place = _class_place(f"{module.__name__}.{name}", keys, config)
+    return f"{place}: {module.__name__} has no {name!r}{did_you_mean(name, vars(module))}"
+
+
+def _unknown_key(name: str, known: list[str], keys: Keys, config: Config) -> str:
+    argument, place = name.partition(".")[0], _place(keys, config)
+    specs = [*_specs(place, config)]
+    found = [(path, spec) for path, spec in specs if argument in (spec.get("init_args") or {})]
+    for path, spec in found or [(path, spec) for path, spec in specs if path == place]:
+        owner = find_class(spec["class_path"])
+        if (allowed := arguments_of(owner)) and argument not in allowed:
+            return f"{path}.init_args.{argument}: {no_such_key(owner, argument, allowed)}"
+    siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+    return f"{_join((*keys, name))}: no such key{did_you_mean(name, siblings)}"
+
+
+def _missing(names: list[str], keys: Keys, config: Config) -> str:
+    place = _place(keys, config)
+    for path, spec in _specs(place, config):
+        owner, given = find_class(spec["class_path"]), spec.get("init_args") or {}
+        if all(name in arguments_of(owner) and given.get(name) is None for name in names):
+            missing = ", ".join(f"{path}.init_args.{name}" for name in names)
+            return f"{missing}: missing, but {name_of(owner)} needs {'it' if len(names) == 1 else 'them'}"
+    for path, key, value, _ in walk_config(config):
+        # for an empty mapping the parser takes the base class, such as Optimizer
+        if value == {} and key not in SPEC_KEYS and _lies_in(path, place or "model"):
             return f"{path}.class_path is missing: it says what to build"
-    return f"{', '.join(name.rsplit('.', 1)[-1] for name in names)}: missing, but needed"
+    return ", ".join(_join((*keys, name.rpartition(".")[2])) for name in names) + ": missing, but needed"
 
 
-def _where(name: str, config: Mapping[str, Any], *, of_key: bool = False) -> str:
-    """The path of a key or value in the config files, as far as it can be found."""
-    last = name.rsplit(".", 1)[-1]
-    for path, key, value, _ in walk(config):
-        if (key == last and key not in SPEC) if of_key else (value == name):
-            return path
-    return name if of_key else "class_path"
+def _specs(place: str, config: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (path, mapping) of each object at a place or below it, the outer ones first."""
+    for path, _, value, _ in walk_config(config):
+        items = [(f"{path}[{n}]", item) for n, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
+        for item_path, item in items:
+            named = isinstance(item, Mapping) and find_class(item.get("class_path")) is not None
+            if named and _lies_in(item_path, place):
+                yield item_path, item
+
+
+def _lies_in(path: str, place: str) -> bool:
+    return path.startswith(place) and (not place or path[len(place) :][:1] in ("", ".", "["))
+
+
+def _class_place(class_path: str, keys: Keys, config: Config) -> str:
+    """Return the path at which a class path stands, below the place of the keys if possible."""
+    found = [path for path, _, value, _ in walk_config(config) if value == class_path]
+    place = _place(keys, config)
+    inside = [path for path in found if _lies_in(path, place)]
+    return next(iter(inside or found), ".".join([*filter(None, [place]), "class_path"]))
+
+
+def _place(keys: Keys, config: Config, got: str | None = None) -> str:
+    """Return the path in the config that the keys lead to; of several the one that holds the value ``got``.
+
+    The keys of lists, of ``init_args`` and of mappings lie between those of the parsers.
+    """
+    wanted = [part for key in keys for part in _parts(key)]
+    candidates: list[tuple[int, bool, int, str]] = []
+    for path, key, value, _ in walk_config(config):
+        parts = _parts(path)
+        if wanted and key not in SPEC_KEYS and parts[-1] == wanted[-1] and _is_subsequence(wanted, parts):
+            candidates.append((len(parts), got is not None and str(value) != got, len(candidates), path))
+    return min(candidates)[-1] if candidates else _join(keys)
+
+
+def _place_of_name(name: str, config: Config, got: str | None) -> str:
+    """Return the path of an argument of which only the name is known; of several the one that holds ``got``."""
+    found = [(path, value) for path, key, value, _ in walk_config(config) if key == name and key not in SPEC_KEYS]
+    holding = [path for path, value in found if got in (str(value), repr(value))]
+    return next(iter(holding or [path for path, _ in found]), name)
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in re.sub(r"\[\d+\]", "", path).split(".") if part not in SPEC_KEYS]
+
+
+def _is_subsequence(few: list[str], many: list[str]) -> bool:
+    rest = iter(many)
+    return all(part in rest for part in few)
+
+
+def _join(keys: Keys) -> str:
+    return ".init_args.".join(keys)

@@ -1,4 +1,4 @@
-"""Weights from and to files: any training's weights in, the deployed student out."""
+"""Weights: read from the files of any training, and written to a deployable file."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.quantization.calibration import is_range
+from kd_lightning.quantization.calibration import is_range_key
 
 
 def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) -> nn.Module:
-    """Load weights into a network, from any file that a training leaves; nothing in the file is executed.
+    """Load weights from a file into a network; no code in the file is executed.
 
     Args:
-        model: The network; changed in place. A quantised one takes float weights, too, and keeps its ranges.
-        path: A Lightning checkpoint (ours or of any LightningModule), a plain state dict (``.pt``), or
-            ``.safetensors``.
-        prefix: What precedes the network's own names in the file, such as ``"student."``. None: found by itself;
-            of several that fit, the student.
+        model: The network. It is changed in place. A quantised network accepts float weights; its ranges stay then.
+        path: A checkpoint of any LightningModule, a plain state dict (``.pt``), or ``.safetensors``.
+        prefix: The text before the network's own names in the file, such as ``"student."``. Default: None, which means
+            the prefix under which most names fit; if several do, ``"student."``.
 
     Returns:
         The same network.
 
     Raises:
-        InputError: If the file is missing, is no weights file, would have to be unpickled, or its keys or shapes do
-            not fit; the message names the first few.
+        InputError: If the file is missing, is no weights file, would run code, or if its keys or shapes do not fit;
+            the message has the first few of them.
     """
     file = Path(path)
     if not file.is_file():
@@ -41,15 +40,15 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     if prefix is None:
         prefix = _find_prefix(list(wanted), state)
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    if not any(map(is_range, found)):  # a float network's: a quantised one keeps its own ranges
-        found |= {key: tensor for key, tensor in wanted.items() if is_range(key)}
+    if not any(map(is_range_key, found)):  # float weights: the ranges of a quantised network stay
+        found |= {key: tensor for key, tensor in wanted.items() if is_range_key(key)}
     check_fit(found, wanted, f"weights in {file} do not fit {type(model).__name__}")
     model.load_state_dict(found)
     return model
 
 
-def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], complaint: str) -> None:
-    """Raise InputError, beginning with the complaint, unless one state dict has the keys and shapes of another."""
+def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
+    """Raise InputError, which begins with the message, unless one state dict has the keys and shapes of another."""
     problems = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
@@ -59,7 +58,7 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], complaint: st
             if isinstance(tensor, Tensor)
             and isinstance(found.get(key), Tensor)
             and found[key].shape != tensor.shape
-            and not key.endswith("_extra_state")  # which may be of any
+            and not key.endswith("_extra_state")  # which may have any shape
         ],
     }
     if any(problems.values()):
@@ -68,7 +67,7 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], complaint: st
             for what, keys in problems.items()
             if keys
         ]
-        raise InputError(f"{complaint}: " + "; ".join(lines))
+        raise InputError(f"{message}: " + "; ".join(lines))
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file} was refused: it is no plain weights file, and loading it could run code. "
             "Allowed: tensors saved with torch.save, Lightning checkpoints, safetensors"
         ) from error
-    except Exception as error:  # a damaged file raises whatever the reader stumbles on
+    except Exception as error:  # a damaged file can raise any exception
         raise InputError(f"{file} cannot be read as weights: {error}") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -95,7 +94,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _find_prefix(wanted: list[str], state: dict[str, Tensor]) -> str:
-    """The prefix under which most of the wanted names stand."""
+    """Return the prefix under which most of the wanted names are found."""
     if not wanted:
         return ""
     candidates = {key.removesuffix(name) for name in wanted[:1] for key in state if key.endswith(name)}
@@ -107,18 +106,19 @@ def _find_prefix(wanted: list[str], state: dict[str, Tensor]) -> str:
 
 
 def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a state dict's tensors as safetensors.
+    """Write the tensors of a state dict as safetensors.
 
     Args:
-        state: What is no tensor (a module's extra state) is left out.
+        state: The state dict. Values that are no tensors (the extra state of a module) are left out.
         path: The file.
-        metadata: Texts, or what JSON can say.
+        metadata: Texts, or values that JSON can represent.
     """
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    # cloned: safetensors refuses tensors that share memory, as tied weights do
+    # clone: safetensors refuses tensors that share memory, such as tied weights
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(copies, path, _texts(metadata))
+    save_file(copies, path, metadata_texts(metadata))
 
 
-def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+def metadata_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return metadata as texts: a text as it is, any other value as JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}

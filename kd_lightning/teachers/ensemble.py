@@ -1,4 +1,4 @@
-"""Several teachers that answer together."""
+"""Several teachers as one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from kd_lightning.teachers.teacher import Teacher
 
 
 class Ensemble(nn.Module):
-    """K frozen teachers, and what they say together.
+    """K frozen teachers, and the ways to combine their logits.
 
     Args:
-        teachers: Trained networks, or ``Teacher``s around them; a class that one does not know (its ``classes``)
-            must be known to another.
-        task: Of all of them.
-        weights: K numbers, at least 0 and not all 0; scaled to sum 1. None: all the same.
-        use_vmap: Compute teachers of one architecture as one network whose weights have one dimension more: faster
-            where a single one leaves the device idle. They must compute on one device.
+        teachers: Trained networks, or ``Teacher``s around them. Each class must be one of the ``classes`` of at least
+            one teacher.
+        task: Task of all teachers.
+        weights: K numbers, at least 0 and not all 0. They are scaled to sum 1. Default: None, which means
+            equal weights.
+        use_vmap: Compute all teachers in one forward pass, by ``torch.vmap`` over their stacked weights. Faster where a
+            single teacher does not fill the device. The teachers must have one architecture and one device.
 
     Raises:
-        InputError: For no teacher, weights that do not fit, and ``use_vmap`` teachers that differ.
+        InputError: If there is no teacher, if the weights do not fit, or if ``use_vmap`` is set for teachers that
+            differ.
     """
 
     def __init__(
@@ -74,12 +76,12 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Every teacher's logits (K, B, C), in at least float32; minus infinity for classes that one does not know.
+        """Compute every teacher's logits (K, B, C), in at least float32.
 
-        C is 1 for the binary task.
+        C is 1 for the binary task. Logits of classes that a teacher does not know are minus infinity.
         """
-        kept = all(teacher.keeps(batch) for teacher in self)
-        outputs = self._as_one(batch) if self.use_vmap and not kept else [teacher(batch) for teacher in self]
+        cached = all(teacher.has_cached(batch) for teacher in self)
+        outputs = self._as_one(batch) if self.use_vmap and not cached else [teacher(batch) for teacher in self]
         outputs = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
         if self.task == "binary":
             outputs = [output.reshape(len(output), -1) for output in outputs]
@@ -87,8 +89,8 @@ class Ensemble(nn.Module):
         if len(whole) > 1 or any(len(shape) != 1 for shape in whole):
             shapes = ", ".join(str([*output.shape][1:]) for output in outputs)
             raise InputError(
-                f"teachers give outputs of different shapes, {shapes}; Teacher(classes=...) tells which classes "
-                "one of them knows"
+                f"teachers must give outputs of one shape, got {shapes}; Teacher(classes=...) names the classes that a "
+                "teacher knows"
             )
         classes = max(output.shape[1] for output in outputs)
         if whole and whole != {(classes,)}:
@@ -100,69 +102,80 @@ class Ensemble(nn.Module):
         pads = [F.pad(output, (0, classes - output.shape[1]), value=-torch.inf) for output in outputs]
         return torch.stack(pads)
 
-    def check_classes(self, answers: Tensor, classes: int) -> None:
-        """Refuse answers (K, B, C) to a student of another number of classes, or of one that nobody knows."""
+    def check_classes(self, logits: Tensor, classes: int) -> None:
+        """Check that the teachers' logits (K, B, C) fit a student.
+
+        Args:
+            logits: The ensemble's logits.
+            classes: The student's number of classes.
+
+        Raises:
+            InputError: If C is another number, or if no teacher of weight above 0 knows some class.
+        """
         for number, teacher in enumerate(self):
             if teacher.classes is not None and max(teacher.classes) >= classes:
                 raise InputError(
                     f"teachers[{number}]: its classes {teacher.classes} exceed the student's, 0 ... {classes - 1}"
                 )
-        known = self.knows(classes)[self.weights > 0].any(dim=0)
+        known = self.known_classes(classes)[self.weights > 0].any(dim=0)
         if not known.all():
             unknown = (~known).nonzero().flatten().tolist()
             raise InputError(f"no teacher (of weight above 0) knows the student's classes {unknown}")
-        if answers.shape[-1] != classes:
+        if logits.shape[-1] != classes:
             raise InputError(
-                f"teachers and student must have the same number of outputs, got {answers.shape[-1]} and {classes}; "
+                f"teachers and student must have the same number of outputs, got {logits.shape[-1]} and {classes}; "
                 "Teacher(classes=...) maps other classes"
             )
 
     def pool(
-        self, answers: Tensor, weights: Tensor | None = None, temperature: float = 1.0, standardize: bool = False
+        self, logits: Tensor, weights: Tensor | None = None, temperature: float = 1.0, standardize: bool = False
     ) -> Tensor:
-        """Logits (B, C) whose softened probabilities at the temperature are the weighted mean of the teachers'.
+        """Combine the teachers' logits into logits (B, C).
 
-        That is q(c) = sum of w_k q_k(c) over the teachers that know c, over the sum of their w_k; then normalised
-        unless labels are independent. Where those that know a class have no weight, the ensemble's own weights count.
-        One teacher's logits pass as they are.
+        Their softened probabilities are the weighted mean of the teachers': q(c) is the sum of w_k q_k(c) over the
+        teachers that know class c, divided by the sum of their w_k. For the multiclass task q is then normalised. If
+        all teachers that know a class have weight 0, the ensemble's own weights count. The logits of a single teacher
+        are returned unchanged.
 
         Args:
-            answers: (K, B, C), as the ensemble gives them.
-            weights: (B, K), each row of sum 1; None: the ensemble's.
+            logits: (K, B, C), as the ensemble returns them.
+            weights: (B, K), each row of sum 1. Default: None, which means the ensemble's weights.
             temperature: T.
-            standardize: First give each teacher's logits mean 0 and standard deviation 1 over the classes it knows.
+            standardize: First scale each teacher's logits to mean 0 and standard deviation 1 over the classes that it
+                knows.
         """
-        known = self.knows(answers.shape[-1])
-        complete = bool(known.all())  # asked of the CPU
-        known = known.to(answers.device)
+        known = self.known_classes(logits.shape[-1])
+        complete = bool(known.all())  # computed on the CPU, so that no device is waited for
+        known = known.to(logits.device)
         if standardize:
-            answers = torch.stack([_standardized(z, k) for z, k in zip(answers, known, strict=True)])
+            logits = torch.stack([_standardized(z, k) for z, k in zip(logits, known, strict=True)])
         if len(self) == 1:
-            return answers[0]
-        own = self.weights.to(answers)[:, None, None]
-        shares = (own if weights is None else weights.to(answers).T.unsqueeze(-1)) * known.unsqueeze(1)
+            return logits[0]
+        own = self.weights.to(logits)[:, None, None]
+        shares = (own if weights is None else weights.to(logits).T.unsqueeze(-1)) * known.unsqueeze(1)
         shares = torch.where(shares.sum(dim=0) > 0, shares, own * known.unsqueeze(1))
         log_shares = (shares / shares.sum(dim=0)).log()
-        soft = answers / temperature
+        soft = logits / temperature
         if self.task != "multiclass":
-            yes, no = (torch.logsumexp(F.logsigmoid(sign * soft) + log_shares, dim=0) for sign in (1, -1))
-            return temperature * (yes - no)
+            log_yes, log_no = (torch.logsumexp(F.logsigmoid(sign * soft) + log_shares, dim=0) for sign in (1, -1))
+            return temperature * (log_yes - log_no)
         pooled = torch.logsumexp(soft.log_softmax(dim=-1) + log_shares, dim=0)
         return temperature * (pooled if complete else pooled.log_softmax(dim=-1))
 
-    def choose(self, batch: Batch, choice: Tensor, classes: int) -> Tensor:
-        """Logits (B, C) of one teacher for each row, who must know all classes; a row costs that teacher's time alone.
+    def selected_logits(self, batch: Batch, selected: Tensor, classes: int) -> Tensor:
+        """Compute logits (B, C) of one teacher for each row. Each teacher computes its own rows alone.
 
         Args:
             batch: The batch.
-            choice: (B,) numbers of teachers, on the CPU.
+            selected: (B,) numbers of teachers, on the CPU. Each of them must know all classes.
             classes: The student's number C; 1 for the binary task.
         """
-        present = sorted(set(choice.tolist()))
-        parts = [(choice == number).to(batch.x.device) for number in present]
+        present = sorted(set(selected.tolist()))
+        parts = [(selected == number).to(batch.x.device) for number in present]
         alone = len(present) == 1
-        asked = zip(present, parts, strict=True)
-        outputs: list[Tensor] = [self[number](batch if alone else batch.select(part)) for number, part in asked]
+        outputs: list[Tensor] = [
+            self[number](batch if alone else batch.select(part)) for number, part in zip(present, parts, strict=True)
+        ]
         for number, output in zip(present, outputs, strict=True):
             if output.numel() != len(output) * classes:
                 raise InputError(
@@ -171,31 +184,36 @@ class Ensemble(nn.Module):
                 )
         if alone:
             return outputs[0]
-        chosen = outputs[0].new_empty(len(choice), *outputs[0].shape[1:])
+        logits = outputs[0].new_empty(len(selected), *outputs[0].shape[1:])
         for part, output in zip(parts, outputs, strict=True):
-            chosen[part] = output.to(chosen.dtype).view_as(chosen[part])  # binary logits may be (B,) or (B, 1)
-        return chosen
+            logits[part] = output.to(logits.dtype).view_as(logits[part])  # binary logits may be (B,) or (B, 1)
+        return logits
 
-    def confidence(self, answers: Tensor, y: Tensor | None) -> Tensor:
-        """Weights (B, K) that fall with each teacher's cross-entropy L_k on the true label.
+    def confidence(self, logits: Tensor, y: Tensor | None) -> Tensor:
+        """Compute weights (B, K): the larger a teacher's cross-entropy L_k on the true label, the smaller its weight.
 
-        w_k = (1 - exp(L_k) / sum of exp(L_j)) / (K - 1), among those that know the label (Zhang et al.,
-        "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022); the ensemble's where no label is known.
+        w_k = (1 - exp(L_k) / sum of exp(L_j)) / (K - 1), among the teachers that know the label (Zhang et al.,
+        "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022, https://arxiv.org/abs/2201.00007). Samples
+        without a label have the ensemble's weights.
+
+        Args:
+            logits: (K, B, C), as the ensemble returns them.
+            y: Labels; None if there are none.
         """
-        count, rows, classes = answers.shape
-        own = self.weights.to(answers).expand(rows, count)
+        count, rows, classes = logits.shape
+        own = self.weights.to(logits).expand(rows, count)
         if y is None:
             return own
         y = y.reshape(rows, -1)
         labeled = is_labeled(y)
         if self.task == "multiclass":
             target = torch.where(labeled, y, 0).long()
-            losses = -answers.log_softmax(dim=-1).gather(-1, target.expand(count, rows, 1)).squeeze(-1)
+            losses = -logits.log_softmax(dim=-1).gather(-1, target.expand(count, rows, 1)).squeeze(-1)
             counted = labeled.squeeze(1) & losses.isfinite()
         else:
-            known = labeled & self.knows(classes).to(answers.device).unsqueeze(1)  # (K, B, C)
-            target = torch.where(labeled, y, 0).to(answers).expand_as(answers)
-            single = F.binary_cross_entropy_with_logits(answers.masked_fill(~known, 0), target, reduction="none")
+            known = labeled & self.known_classes(classes).to(logits.device).unsqueeze(1)  # (K, B, C)
+            target = torch.where(labeled, y, 0).to(logits).expand_as(logits)
+            single = F.binary_cross_entropy_with_logits(logits.masked_fill(~known, 0), target, reduction="none")
             counted = known.any(dim=-1)
             losses = (single * known).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)
         number = counted.sum(dim=0)
@@ -205,12 +223,12 @@ class Ensemble(nn.Module):
         return torch.where(number.unsqueeze(1) > 0, weights.T, own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ensemble:
-        twin = copy(self)  # frozen, so copies of a module (weight averaging) share it
-        memo[id(self)] = twin
-        return twin
+        copied = copy(self)  # copies of a module, as of weight averaging, share the frozen networks
+        memo[id(self)] = copied
+        return copied
 
-    def knows(self, classes: int) -> Tensor:
-        """Which teacher knows which of the student's classes, (K, C)."""
+    def known_classes(self, classes: int) -> Tensor:
+        """Which teacher knows which of the student's classes: booleans (K, C)."""
         if classes not in self._known:
             known = torch.zeros(len(self), classes, dtype=torch.bool)
             for number, teacher in enumerate(self):
@@ -234,7 +252,7 @@ class Ensemble(nn.Module):
                 )
 
     def _as_one(self, batch: Batch) -> list[Tensor]:
-        """Every teacher's outputs in one forward pass."""
+        """Compute every teacher's outputs in one forward pass."""
         inputs = [teacher.prepare(batch.x) for teacher in self]
         if len({x.shape for x in inputs}) > 1:
             sizes = [[*x.shape[1:]] for x in inputs]
@@ -243,25 +261,28 @@ class Ensemble(nn.Module):
         first_use = self._stack is None
         weights, network = self._stacked(), self[0].network
 
-        def answer(weights: tuple[dict[str, Tensor], dict[str, Tensor]], x: Tensor) -> Tensor:
+        def compute(weights: tuple[dict[str, Tensor], dict[str, Tensor]], x: Tensor) -> Tensor:
             return logits_of(functional_call(network, weights, (x,)), "the teacher")
 
         try:
-            answer_all = torch.vmap(answer, in_dims=(0, None if shared else 0))
-            outputs = answer_all(weights, inputs[0] if shared else torch.stack(inputs))
+            compute_all = torch.vmap(compute, in_dims=(0, None if shared else 0))
+            outputs = compute_all(weights, inputs[0] if shared else torch.stack(inputs))
         except RuntimeError as error:
             raise InputError(f"use_vmap: these teachers cannot be computed as one: {error}") from error
-        answers = [teacher.arrange(z.to(batch.x.device)) for teacher, z in zip(self, outputs, strict=True)]
-        if first_use:  # networks of one architecture may still differ in what no tensor holds
-            for number, (teacher, mine) in enumerate(zip(self, answers, strict=True)):
+        logits = [teacher.arrange(z.to(batch.x.device)) for teacher, z in zip(self, outputs, strict=True)]
+        if first_use:  # networks of one architecture may still differ in attributes that are no tensors
+            for number, (teacher, stacked) in enumerate(zip(self, logits, strict=True)):
                 alone = teacher(batch)
                 tolerance = 0.05 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-3
-                if not torch.allclose(mine.float(), alone.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
-                    raise InputError(f"use_vmap: teachers[{number}] answers differently alone; set use_vmap to false")
-        return answers
+                if not torch.allclose(stacked.float(), alone.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
+                    raise InputError(f"use_vmap: teachers[{number}] gives other outputs alone; set use_vmap to false")
+        return logits
 
     def _stacked(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and buffers of all, (K, ...); the networks' own become views of them, so nothing is held twice."""
+        """Stack the parameters and buffers of all networks, (K, ...).
+
+        The networks' own tensors become views of the stack, so that each weight is in memory once.
+        """
         networks = [teacher.network for teacher in self]
         if self._stack is not None:
             parameters, buffers = self._stack
@@ -269,7 +290,7 @@ class Ensemble(nn.Module):
             firsts = [dict([*n.named_parameters(), *n.named_buffers()])[name] for n in networks]
             if all(one.data_ptr() == row.data_ptr() for one, row in zip(firsts, stacked, strict=True)):
                 return self._stack
-        with torch.inference_mode(False):  # or the networks could never again be trained
+        with torch.inference_mode(False):  # else the networks could never train again
             self._stack = parameters, buffers = stack_module_state(networks)
             for number, network in enumerate(networks):
                 for name, parameter in network.named_parameters():
@@ -280,8 +301,13 @@ class Ensemble(nn.Module):
         return self._stack
 
 
-def draw(key: Sequence[int], weights: Sequence[float]) -> int:
-    """A number below K, drawn with probabilities of sum 1: the same for the same key, on any machine."""
+def weighted_choice(key: Sequence[int], weights: Sequence[float]) -> int:
+    """Sample a number below K. The same key gives the same number on every machine.
+
+    Args:
+        key: Integers, such as seed and step.
+        weights: K probabilities of sum 1.
+    """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     bounds = list(accumulate(weights))
     number = bisect_right(bounds, int.from_bytes(digest, "little") / 2**64 * bounds[-1])
@@ -303,6 +329,6 @@ def _normalised(weights: Sequence[float] | None, count: int) -> Tensor:
 
 def _standardized(logits: Tensor, known: Tensor) -> Tensor:
     result = logits.clone()
-    alone = known.sum() == 1  # one class has no deviation
-    result[:, known] = logits[:, known] * 0 if alone else standardize_logits(logits[:, known])
+    single = known.sum() == 1  # one class has no standard deviation
+    result[:, known] = logits[:, known] * 0 if single else standardize_logits(logits[:, known])
     return result

@@ -1,4 +1,4 @@
-"""A look at a teacher's first outputs in a run."""
+"""A check of a teacher's first outputs in a run."""
 
 from __future__ import annotations
 
@@ -9,39 +9,53 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.base import Task
-from kd_lightning.teachers.checks import Finding, accuracy, answers, judge, soft_targets
+from kd_lightning.teachers.checks import accuracy, soft_targets
+from kd_lightning.teachers.findings import Finding, collect_logits, match_labels
 from kd_lightning.teachers.teacher import Teacher
 
 
 class TeacherProbe:
-    """The short preflight: listens to a teacher's first two answers, and hands to ``say`` what it finds.
+    """Checks the first two outputs of a teacher, and passes the findings to ``report``.
 
-    Costs no forward pass and leaves no trace: they are answers that the run needs anyway, in Lightning's sanity check,
-    else in training.
+    The probe costs no forward pass: it records outputs that the run needs anyway, in Lightning's sanity check or in
+    training. After two outputs it removes its hook.
+
+    Args:
+        teacher: The teacher.
+        soft_loss: The loss that compares the student with it.
+        task: Of teacher and student.
+        report: Called with the findings.
     """
 
-    def __init__(self, teacher: Teacher, soft_loss: nn.Module, task: Task, say: Callable[[list[Finding]], Any]) -> None:
-        self._seen: list[tuple[Tensor, Tensor | None]] = []
-        self._what = (soft_loss, task, say)
-        self._handle = teacher.register_forward_hook(self._look)
+    def __init__(
+        self, teacher: Teacher, soft_loss: nn.Module, task: Task, report: Callable[[list[Finding]], Any]
+    ) -> None:
+        self.soft_loss = soft_loss
+        self.task = task
+        self.report = report
+        self._recorded: list[tuple[Tensor, Tensor | None]] = []  # logits and labels
+        self._handle = teacher.register_forward_hook(self._record)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop recording."""
         self._handle.remove()
 
     @torch.no_grad()
-    def _look(self, teacher: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
-        soft_loss, task, say = self._what
+    def _record(self, teacher: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
         try:
-            self._seen.append((answers(lambda _: logits, [inputs[0]], task), inputs[0].y))
-            if len(self._seen) < 2:
+            self._recorded.append((collect_logits(lambda _: logits, [inputs[0]], self.task), inputs[0].y))
+            if len(self._recorded) < 2:
                 return
             self.close()
-            seen, labels = zip(*self._seen, strict=True)
-            y = None if any(y is None for y in labels) else torch.cat(labels)
-            judged = judge(torch.cat(seen), y, task)
-            findings = [accuracy(judged, None, task, "labels"), soft_targets(torch.cat(seen), soft_loss, task)]
-        except Exception:  # whatever it is, training either does without or says it better
+            findings = self._check()
+        except Exception:  # training either works, or raises the better error
             self.close()
             return
-        say(findings)
+        self.report(findings)
+
+    def _check(self) -> list[Finding]:
+        recorded, labels = zip(*self._recorded, strict=True)
+        logits = torch.cat(recorded)
+        y = None if any(y is None for y in labels) else torch.cat(labels)
+        matched = match_labels(logits, y, self.task)
+        return [accuracy(matched, None, self.task, "labels"), soft_targets(logits, self.soft_loss, self.task)]

@@ -1,4 +1,4 @@
-"""Frozen teachers, and loading weights from files."""
+"""Frozen teachers."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ from kd_lightning.cache.content import fingerprint
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 
-Read = Callable[[np.ndarray[Any, Any]], Tensor]
+ReadRows = Callable[[np.ndarray[Any, Any]], Tensor]  # from numbers of rows to logits
 
 
 class Teacher(nn.Module):
     """A frozen network that teaches.
 
-    Always in eval mode and under ``no_grad``. Its network is hidden from the module tree: it is in no optimiser, no
-    checkpoint and no DDP reducer, and nobody's ``.train()`` reaches it, but it moves with ``.to(...)``.
+    The network is always in eval mode and under ``no_grad``. It is hidden from the module tree: no optimiser, no
+    checkpoint and no DDP reducer contains it, and ``.train()`` of another module does not reach it. It moves with
+    ``.to(...)``.
 
     Args:
-        network: Gives logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
-        preprocess: Applied to the student's inputs first, where the teacher was trained on other ones
-            (normalisation, size).
-        classes: For each output of the network, the student's class that it stands for, no class twice. None: the
-            same order. Of a teacher that does not know all classes they name those that it knows; several such
-            teachers, which know all together, serve ``EnsembleDistillModule``.
-        device: Where the teacher computes, if not beside the student: ``"cpu"``, ``"cuda:1"``. Its logits come back
-            to the inputs' device.
-        cache: A folder in which its outputs for every training view are kept: computed once, as a fit begins, and
-            looked up ever after, by later fits, too. Needs a datamodule with a number of views, ``num_views``. Any number of
-            teachers and runs may share it.
-        cache_dtype: Of what is kept, ``"float16"`` or ``"float32"``. Logits too large for the one take the other. With
-            float32 a run is the same, bit for bit, as without a cache, where the network answers for a sample the
-            same in any batch, in 32 bits or fewer.
-        cache_top_k: Keep only so many of the largest logits; the rest share what probability they have together.
-            For losses that compare probabilities alone, ``KDLoss`` and ``DKDLoss``.
+        network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
+        preprocess: Applied to the student's inputs before the network, if the teacher was trained on inputs of another
+            normalisation or size.
+        classes: For each output of the network, the student's class, each class at most once. A teacher may know only
+            some of the classes; ``EnsembleDistillModule`` combines such teachers. Default: None, which means the
+            student's class order.
+        device: Device that the teacher computes on, such as ``"cpu"`` or ``"cuda:1"``. Its logits are moved to the
+            device of the inputs. Default: None, which means the student's device.
+        cache: Folder that stores the teacher's outputs for every training view. They are computed once, at the start of
+            a fit; later fits read them. Needs a datamodule with ``num_views``. Teachers and runs may share the folder.
+            Default: None, which means that the outputs are computed in each step.
+        cache_dtype: Type of the stored logits, ``"float16"`` (default) or ``"float32"``. Logits too large for float16
+            are stored as float32. With float32, a run with a cache equals a run without it to the bit, provided that
+            the network computes in at most 32 bits and its logits of a sample do not depend on the batch.
+        cache_top_k: Number of largest logits to store, at least 1. The other classes share the rest of the probability
+            evenly. For losses that compare only probabilities: ``KDLoss`` and ``DKDLoss``. Default: None, which means
+            all logits.
 
     Shapes:
-        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order; with ``classes`` C is
-        the last of these plus 1, and the logits of those left out are minus infinity.
+        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order. With ``classes``, C is
+        the largest of them plus 1, and logits of classes that the teacher does not know are minus infinity.
 
     Raises:
-        InputError: If ``classes`` repeats one, has a negative one, or does not fit the network's outputs.
+        InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs, and for
+            values of ``cache``, ``cache_dtype`` and ``cache_top_k`` that are not allowed.
     """
 
     def __init__(
@@ -72,20 +75,20 @@ class Teacher(nn.Module):
             raise InputError("cache must name a folder, got an empty name")
         if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
             raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
-        # A tuple, since nn.Module registers modules and nothing must walk into these.
+        # in a tuple, so that nn.Module does not register them
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
         self.classes = classes
         self.device = device
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
         self.cache_top_k = cache_top_k
-        self._kept: dict[str, tuple[Hashable, Read, Path]] = {}  # by what the views are called
+        self._caches: dict[str, tuple[Hashable, ReadRows, Path]] = {}  # by name of the table of views
         self._fingerprint: str | None = None
         self._architecture: str | None = None
-        self._weights = ""  # what the weights' hash was when the fingerprint was taken
+        self._weights = ""  # hash of the weights that the fingerprint is of
         for module in self._hidden:
             module.eval()
-            for parameter in module.parameters():  # requires_grad_ is not for TorchScript
+            for parameter in module.parameters():  # nn.Module.requires_grad_ does not work for TorchScript
                 parameter.requires_grad_(False)
             if device is not None:
                 module.to(device)
@@ -96,10 +99,10 @@ class Teacher(nn.Module):
         return self._hidden[-1]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The student's inputs (B, ...) as the network takes them: preprocessed, where it computes."""
+        """Preprocess the student's inputs (B, ...) for the network, on the teacher's device."""
         for module in self._hidden:
-            if any(part.training for part in module.modules()):  # somebody else may hold it, and call .train() on it
-                module.eval()  # takes longer than to look
+            if any(part.training for part in module.modules()):  # another module may hold it and call .train()
+                module.eval()  # slower than the check above
         x = x if self.device is None else x.to(self.device)
         for preprocess in self._hidden[:-1]:
             x = preprocess(x)
@@ -107,7 +110,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C) of the batch's views, in the student's class order: looked up where they are kept."""
+        """Return logits (B, C) in the student's class order, from the cache if it has them, else computed."""
         read = self._reader(batch)
         if read is not None and batch.rows is not None:
             return self.arrange(read(batch.rows.numbers).to(batch.x.device, non_blocking=True))
@@ -115,29 +118,36 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def compute(self, batch: Batch) -> Tensor:
-        """The network's own logits (B, M), never looked up."""
+        """Compute the network's logits (B, M), without the cache."""
         return logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
 
-    def keep(self, name: str, table: Hashable, read: Read, folder: Path) -> None:
-        """Look up what the network says of the rows of a table, in place of an earlier table of that name."""
-        self._kept[name] = table, read, folder
+    def attach_cache(self, name: str, table: Hashable, read: ReadRows, folder: Path) -> None:
+        """Read the logits of a table's rows from a cache. Replaces an earlier table of that name.
+
+        Args:
+            name: Name of the table of views.
+            table: The table, to which ``batch.rows`` refers.
+            read: Returns the logits (B, M) of rows, by their numbers.
+            folder: The cache's folder.
+        """
+        self._caches[name] = table, read, folder
 
     @property
-    def kept_in(self) -> list[Path]:
-        """The folders of what is looked up."""
-        return [folder for _, _, folder in self._kept.values()]
+    def cache_folders(self) -> list[Path]:
+        """Folders of the attached caches."""
+        return [folder for _, _, folder in self._caches.values()]
 
-    def keeps(self, batch: Batch) -> bool:
-        """Whether the outputs for a batch are looked up."""
+    def has_cached(self, batch: Batch) -> bool:
+        """Whether an attached cache has the outputs for a batch."""
         return self._reader(batch) is not None
 
-    def _reader(self, batch: Batch) -> Read | None:
+    def _reader(self, batch: Batch) -> ReadRows | None:
         if batch.rows is None:
             return None
-        return next((read for table, read, _ in self._kept.values() if table is batch.rows.table), None)
+        return next((read for table, read, _ in self._caches.values() if table is batch.rows.table), None)
 
     def arrange(self, logits: Tensor) -> Tensor:
-        """The network's logits (B, M) in the student's class order (B, C)."""
+        """Bring the network's logits (B, M) into the student's class order (B, C)."""
         if self.classes is None:
             return logits
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
@@ -148,19 +158,19 @@ class Teacher(nn.Module):
 
     @property
     def missing_classes(self) -> list[int]:
-        """Those below the last of ``classes`` that the teacher does not know."""
+        """Classes below the largest of ``classes`` that the teacher does not know."""
         classes = self.classes or []
         return sorted(set(range(max(classes, default=0))) - set(classes))
 
     def fingerprint(self, *, anew: bool = False) -> str:
-        """SHA-256 of weights, buffers, preprocessing and class map: what makes this teacher this teacher.
+        """Return the SHA-256 of weights, buffers, preprocessing and class map, which identifies the teacher.
+
+        The result is stored. A cast or move of the teacher, as by a precision plugin, does not change it.
 
         Args:
-            anew: Look whether somebody changed the weights since it was first asked for (and the architecture, where
-                there is a cache). That the teacher itself was moved or cast does not count: a precision plugin does
-                that.
+            anew: Compute it again if the weights have changed since. With a cache, also hash the architecture again.
         """
-        if anew and self.cache is not None:  # before anybody uses the network, which may change what it holds
+        if anew and self.cache is not None:  # now, since a forward pass may change the network's attributes
             self._architecture = None
             self.architecture()
         if self._fingerprint is None or (anew and self._weights != self.weights()):
@@ -170,18 +180,18 @@ class Teacher(nn.Module):
         return self._fingerprint
 
     def weights(self) -> str:
-        """SHA-256 of weights and buffers as they are now."""
+        """Return the SHA-256 of the present weights and buffers."""
         digest = hashlib.sha256()
         for module in self._hidden:
             for name, tensor in module.state_dict().items():
-                if not isinstance(tensor, Tensor):  # a module's extra state
+                if not isinstance(tensor, Tensor):  # extra state of a module
                     continue
                 digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def architecture(self) -> str:
-        """SHA-256 of the networks' classes, their source, and all that they hold beside ``weights``."""
+        """Return the SHA-256 of the networks' classes, their source code, and all attributes except ``weights``."""
         if self._architecture is None:
             weights = [w for module in self._hidden for w in module.state_dict(keep_vars=True).values()]
             # as they are without torch.compile
@@ -196,26 +206,26 @@ class Teacher(nn.Module):
             return tensor.to(fn(tensor.new_empty(0)).dtype)
 
         casts = any(fn(tensor.new_empty(0)).dtype != tensor.dtype for tensor in self.network.parameters())
-        known = casts and self._fingerprint is not None and self._weights == self.weights()
-        for module in self._hidden:  # with a device of its own it stays there
+        renew = casts and self._fingerprint is not None and self._weights == self.weights()
+        for module in self._hidden:  # with a device of its own it does not move
             module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
-        if known:
+        if renew:
             self._weights = self.weights()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is looked up, which belongs to a fit."""
-        return self.__dict__ | {"_kept": {}}
+        """Leave out the attached caches, which belong to a fit."""
+        return self.__dict__ | {"_caches": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        twin = copy(self)  # frozen, so copies of a module (weight averaging) share it
-        twin._kept = self._kept
-        memo[id(self)] = twin
-        return twin
+        copied = copy(self)  # copies of a module, as of weight averaging, share the frozen network
+        copied._caches = self._caches
+        memo[id(self)] = copied
+        return copied
 
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
-    """Refuse a teacher whose logits cannot be set beside the student's."""
+    """Raise InputError unless the teacher's logits have as many rows and outputs as the student's."""
     if teacher is not None and (len(teacher), teacher.numel()) != (len(student), student.numel()):
         raise InputError(
             f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "

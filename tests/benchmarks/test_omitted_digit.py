@@ -72,4 +72,4 @@ def test_no_test_image_chooses(benchmark, monkeypatch):
     assert [real[name]["offset"] for name in students] == [blanked[name]["offset"] for name in students]
     assert [real[name]["all_after"] for name in students] != [blanked[name]["all_after"] for name in students]
     assert len(benchmark.table({0: real, 1: real})) == 2 + 3 * len(real) + 2
-    assert "0 % of 3s are right (there 86.8 %)" in benchmark.remark({0: real})
+    assert "0 % of 3s are right (paper: 86.8 %)" in benchmark.remark({0: real})

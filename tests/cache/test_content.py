@@ -316,7 +316,7 @@ def test_circles_end():
 
 
 def test_all_processes_agree():
-    """Sets come in an order that each process draws for itself."""
+    """The order of a set differs in each process."""
     code = (
         "from kd_lightning.cache.content import fingerprint as f; from torchvision.transforms import v2;"
         "g = lambda x: x in {'a', 'b', 'c', 'd'};"

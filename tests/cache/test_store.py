@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from kd_lightning.cache.store import OutputCache, readable
+from kd_lightning.cache.store import OutputCache, format_size
 from kd_lightning.errors import InputError
 
 ROWS, BYTES, CHUNK = 50, 12, 8
@@ -42,7 +42,7 @@ def test_a_later_run_fills_what_is_absent(tmp_path):
     cache = make(tmp_path)
     cache.write(6, TABLE[48:])
     cache.write(1, TABLE[8:16])
-    later = make(tmp_path, chunk=5)  # the table keeps its chunks
+    later = make(tmp_path, chunk=5)  # the table has its own chunk size
     assert later.chunk == CHUNK
     assert later.absent() == [0, 2, 3, 4, 5]
     np.testing.assert_array_equal(fill(later).read(np.arange(ROWS)), TABLE)
@@ -55,7 +55,7 @@ def test_any_difference_makes_another(tmp_path, other):
     assert len(another.absent()) == another.chunks
 
 
-def test_says_what_the_nearest_differs_in(tmp_path):
+def test_difference_from_the_most_similar_cache(tmp_path):
     cache = make(tmp_path)
     assert cache.difference() == ""
     make(tmp_path, teacher="c", seed="1", views="3")
@@ -119,7 +119,7 @@ def test_a_damaged_header(tmp_path, text):
     (folder / "cache.json").write_bytes(text.encode("latin-1"))
     other = make(tmp_path, seed="1")
     assert other.difference() == ""  # a damaged neighbour's does not matter
-    with pytest.warns(UserWarning, match=r"cache\.json is damaged, so all of its cache is computed again"):
+    with pytest.warns(UserWarning, match=r"cache\.json is damaged, so the whole cache is computed again"):
         again = make(tmp_path, chunk=5)
     assert len(again.absent()) == 10
     np.testing.assert_array_equal(fill(again).read(np.arange(ROWS)), TABLE)
@@ -207,5 +207,5 @@ def test_killed_while_filling(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (5 * 2**40, "5.0 TiB")])
-def test_readable(size, text):
-    assert readable(size) == text
+def test_format_size(size, text):
+    assert format_size(size) == text

@@ -37,7 +37,7 @@ def ranges(student):
 
 
 class Watch(Callback):
-    """Notes the first batch, and the ranges after each."""
+    """Records the first batch, and the ranges after each."""
 
     def __init__(self):
         self.batch, self.ranges = None, []

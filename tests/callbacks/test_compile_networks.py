@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
 from kd_lightning import ApprenticeModule, CompileNetworks, DistillModule, EnsembleDistillModule, HintModule, InputError
-from kd_lightning.callbacks.compile_networks import networks_of
+from kd_lightning.callbacks.compile_networks import find_networks
 from kd_lightning.models import DigitsCNN
 
 
@@ -30,14 +30,14 @@ def distill(nets):
 def test_all_networks_are_compiled_while_fitting(fitted):
     class Seen(CompileNetworks):
         def on_train_batch_end(self, trainer, module, *args):
-            self.compiled = [network._compiled_call_impl is not None for network in networks_of(module)]
+            self.compiled = [network._compiled_call_impl is not None for network in find_networks(module)]
 
     module = EnsembleDistillModule(nets()[0], nets()[1:])
     seen = Seen(backend="eager")
     names = set(module.state_dict())
     fitted(module, seen)
     assert seen.compiled == [True] * 3
-    assert [network._compiled_call_impl for network in networks_of(module)] == [None] * 3
+    assert [network._compiled_call_impl for network in find_networks(module)] == [None] * 3
     assert set(module.state_dict()) == names
 
 
@@ -53,7 +53,7 @@ def test_channels_last(fitted):
     expected = fitted(distill(nets()))
     module = distill(nets())
     found = fitted(module, CompileNetworks(backend=None, channels_last=True))
-    for network in networks_of(module):
+    for network in find_networks(module):
         assert network[3].weight.is_contiguous(memory_format=torch.channels_last)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
@@ -71,7 +71,7 @@ def test_hints_under_compilation(fitted):
 
 def test_a_teacher_that_learns():
     student, teacher = nets(2)
-    assert networks_of(ApprenticeModule(student, teacher)) == [student, teacher]
+    assert find_networks(ApprenticeModule(student, teacher)) == [student, teacher]
 
 
 def test_inductor_agrees(fitted):

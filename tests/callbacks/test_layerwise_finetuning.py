@@ -93,8 +93,8 @@ def assert_same(one, other, **tolerance):
         torch.testing.assert_close(value, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-class Noted(SGD):
-    """Notes the rate of each parameter at each step; calls its parent's step, which runs the hooks once more."""
+class RecordingSGD(SGD):
+    """Records the rate of each parameter at each step; calls its parent's step, which runs the hooks once more."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -108,7 +108,7 @@ class Noted(SGD):
         return loss
 
 
-class Look(Callback):
+class OnHook(Callback):
     """Calls a function at a hook."""
 
     def __init__(self, **hooks):
@@ -116,11 +116,11 @@ class Look(Callback):
             setattr(self, name, lambda trainer, pl_module, *_, call=function: call(trainer, pl_module))
 
 
-def noting(built, lr=0.1, **options):
+def recording(built, lr=0.1, **options):
     """Makes such optimisers, and puts them into a list."""
 
     def optimizer(parameters):
-        built.append(Noted(parameters, lr=lr, **options))
+        built.append(RecordingSGD(parameters, lr=lr, **options))
         return built[-1]
 
     return optimizer
@@ -151,8 +151,8 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rates_are_the_schedule_scaled_by_depth(quiet_trainer, loader, student, schedule):
     make, interval = SCHEDULES[schedule], "step" if "cycl" in schedule else "epoch"
-    noted = []
-    optimizer = noting(noted, momentum=0.9)
+    optimizers = []
+    optimizer = recording(optimizers, momentum=0.9)
     module = SupervisedModule(student, optimizer=optimizer, lr_scheduler=make, lr_interval=interval)
     callbacks = [LayerwiseFinetuning(frozen_epochs=1, lr_decay=DECAY)]
     quiet_trainer(max_epochs=6, callbacks=callbacks).fit(module, loader(8), loader(4))
@@ -166,13 +166,13 @@ def test_rates_are_the_schedule_scaled_by_depth(quiet_trainer, loader, student, 
             scheduler.step(*[1.0] * (schedule == "plateau"))
     assert len({*wanted}) > 1 or schedule == "none"
     depth = depths(student)
-    for rates, rate in zip(noted[0].rates, wanted, strict=True):
+    for rates, rate in zip(optimizers[0].rates, wanted, strict=True):
         assert rates.keys() == depth.keys()
         assert rates == {p: pytest.approx(rate * DECAY ** depth[p], rel=1e-9) for p in depth}
-    assert len(noted[0].param_groups) == 1  # as it was
-    assert not noted[0]._optimizer_step_pre_hooks
-    assert not noted[0]._optimizer_step_post_hooks
-    assert noted[0].param_groups[0]["lr"] == pytest.approx(alone.param_groups[0]["lr"])
+    assert len(optimizers[0].param_groups) == 1  # as it was
+    assert not optimizers[0]._optimizer_step_pre_hooks
+    assert not optimizers[0]._optimizer_step_post_hooks
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(alone.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, partial(AdamW, lr=0.02, weight_decay=0.1)], ids=["sgd", "adamw"])
@@ -191,7 +191,7 @@ def test_groups_of_the_user(quiet_trainer, loader, student):
     def optimizer(parameters):
         plain = [p for p in parameters if p.ndim == 1]
         rest = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1}
-        built.append(Noted([rest, {"params": plain, "weight_decay": 0.0, "lr": 0.4}, {"params": []}], lr=0.1))
+        built.append(RecordingSGD([rest, {"params": plain, "weight_decay": 0.0, "lr": 0.4}, {"params": []}], lr=0.1))
         return built[0]
 
     module = SupervisedModule(student, optimizer=optimizer)
@@ -205,7 +205,7 @@ def test_groups_of_the_user(quiet_trainer, loader, student):
     ]
 
 
-def test_what_an_optimizer_notes_in_its_groups_is_kept(quiet_trainer, loader, student):
+def test_values_that_an_optimizer_stores_in_its_groups_stay(quiet_trainer, loader, student):
     """Some count their steps there, as timm's Lamb."""
     built = []
 
@@ -264,7 +264,7 @@ def alone():
 def test_below_the_head_nothing_moves_until_the_thaw(quiet_trainer, loader, student, options, alone):
     before, at_thaw = snapshot(student), []
 
-    def look(trainer, module):
+    def hook(trainer, module):
         if trainer.current_epoch == 2:
             at_thaw.append(snapshot(student))
 
@@ -272,7 +272,7 @@ def test_below_the_head_nothing_moves_until_the_thaw(quiet_trainer, loader, stud
     hand = {"clip": options.get("gradient_clip_val"), "accumulate": options.get("accumulate_grad_batches", 1)}
     optimizer = decayed(partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1))
     module = SupervisedModule(student, optimizer=MOMENTUM)
-    callbacks = [LayerwiseFinetuning(2, DECAY), Look(on_train_epoch_start=look)]
+    callbacks = [LayerwiseFinetuning(2, DECAY), OnHook(on_train_epoch_start=hook)]
     quiet_trainer(max_epochs=3, callbacks=callbacks, use_distributed_sampler=False, **options).fit(module, loader())
     (at_thaw,) = at_thaw
     for name, value in at_thaw.items():
@@ -292,14 +292,14 @@ def test_gradients_left_from_before_are_forgotten(quiet_trainer, loader, student
 def test_frozen_layers_have_no_backward_pass(quiet_trainer, loader, student):
     seen = []
 
-    class Noting(SupervisedModule):
+    class Recording(SupervisedModule):
         def losses(self, batch):
             seen.append([p.requires_grad for p in self.parameters()])
             return super().losses(batch)
 
     student[3].weight.requires_grad_(False)  # the user's own
     before = snapshot(student)
-    quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning()]).fit(Noting(student), loader(4))
+    quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning()]).fit(Recording(student), loader(4))
     number = [name for name, _ in student.named_parameters()].index("3.weight")
     assert seen == [[False] * 9 + [True] * 2, [n != number for n in range(11)]]
     assert not student[3].weight.requires_grad
@@ -314,8 +314,8 @@ def test_charts_and_messages(quiet_trainer, loader, student, tmp_path, caplog):
     header, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     assert [float(row[header.index("frozen")]) for row in rows if row[header.index("frozen")]] == [1.0, 1.0, 0.0]
     assert {row[header.index("lr-SGD")] for row in rows} - {""} == {"0.1"}
-    said = [record.message for record in caplog.records if "learn" in record.message]
-    assert said == ["epoch 0: the head alone learns", "epoch 2: all layers learn"]
+    messages = [record.message for record in caplog.records if "learn" in record.message]
+    assert messages == ["epoch 0: the head alone learns", "epoch 2: all layers learn"]
 
 
 def test_two_networks_of_one_optimizer(quiet_trainer, loader):
@@ -346,8 +346,8 @@ def test_instance_norm_with_statistics(quiet_trainer, loader):
     norm = nn.InstanceNorm2d(4, track_running_stats=True)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 10))
     module, seen = SupervisedModule(network, optimizer=MOMENTUM), []
-    look = Look(on_train_epoch_end=lambda *_: seen.append(norm.running_mean.clone()))
-    quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning(1), look]).fit(module, loader())
+    hook = OnHook(on_train_epoch_end=lambda *_: seen.append(norm.running_mean.clone()))
+    quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning(1), hook]).fit(module, loader())
     assert not seen[0].any() and seen[1].all()
 
 
@@ -360,14 +360,14 @@ def test_batch_norm(quiet_trainer, loader, student, mode, updates):
     student[4].eval()
     counts, modes, weights = [], [], []
 
-    def look(trainer, module):
+    def hook(trainer, module):
         counts.append([int(student[n].num_batches_tracked) for n in (1, 4, 8)])
         weights.append(snapshot(student))
 
-    batch = Look(on_before_optimizer_step=lambda *_: modes.append([student[n].training for n in (1, 4, 8)]))
+    batch = OnHook(on_before_optimizer_step=lambda *_: modes.append([student[n].training for n in (1, 4, 8)]))
     module = SupervisedModule(student, optimizer=MOMENTUM)
-    look(None, None)
-    callbacks = [LayerwiseFinetuning(2, batch_norm=mode), Look(on_train_epoch_end=look), batch]
+    hook(None, None)
+    callbacks = [LayerwiseFinetuning(2, batch_norm=mode), OnHook(on_train_epoch_end=hook), batch]
     quiet_trainer(max_epochs=3, callbacks=callbacks, val_check_interval=1).fit(module, loader(), loader(4))
     tracked = [0]
     for update in updates:
@@ -385,8 +385,8 @@ def test_batch_norm(quiet_trainer, loader, student, mode, updates):
 def test_synchronised_batch_norm(quiet_trainer, loader, student):
     """Lightning puts other modules in the place of BatchNorm, once setup is over."""
     modes = []
-    look = Look(on_before_optimizer_step=lambda *_: modes.append([norm.training for norm in norms(student)]))
-    trainer = quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning(), look])
+    hook = OnHook(on_before_optimizer_step=lambda *_: modes.append([norm.training for norm in norms(student)]))
+    trainer = quiet_trainer(max_epochs=2, callbacks=[LayerwiseFinetuning(), hook])
     move = trainer.strategy.model_to_device
 
     def exchange():  # SyncBatchNorm itself is for GPUs alone
@@ -496,7 +496,7 @@ def test_fault_leaves_all_as_it_was(quiet_trainer, loader, student, tmp_path, ho
 
     callback = LayerwiseFinetuning(1, DECAY)
     saves = ModelCheckpoint(tmp_path, "fault", save_on_exception=True)
-    trainer = quiet_trainer(enable_checkpointing=True, callbacks=[callback, Look(**{hook: stop}), saves])
+    trainer = quiet_trainer(enable_checkpointing=True, callbacks=[callback, OnHook(**{hook: stop}), saves])
     with pytest.raises(StoppedError):
         trainer.fit(SupervisedModule(student, optimizer=MOMENTUM), loader())
     assert all(p.requires_grad for p in student.parameters())
@@ -522,7 +522,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning.pytorch import Callback, Trainer
 from kd_lightning import LayerwiseFinetuning, SupervisedModule
 
-class Keep(Callback):
+class SaveWeights(Callback):
     def on_train_epoch_end(self, trainer, module):
         weights = torch.cat([p.detach().flatten() for p in module.student.parameters()])
         name = f"{trainer.current_epoch}_{trainer.global_rank}_of_{trainer.world_size}.pt"
@@ -538,7 +538,7 @@ def run(devices):
     trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3,
                       accumulate_grad_batches=2, gradient_clip_val=0.2, logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False,
-                      callbacks=[LayerwiseFinetuning(1, 0.5), Keep()])
+                      callbacks=[LayerwiseFinetuning(1, 0.5), SaveWeights()])
     x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(x, torch.arange(64) % 10)
     sampler = DistributedSampler(data, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
@@ -630,9 +630,9 @@ def test_teaching_modules(quiet_trainer, loader, student, teacher, joint):
     """PairedOptimizer steps two others, which must have the rates as well."""
     built = []
     schedule = partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)
-    options = {"optimizer": noting(built), "lr_scheduler": schedule}
+    options = {"optimizer": recording(built), "lr_scheduler": schedule}
     if joint:
-        module = ApprenticeModule(student, teacher, teacher_optimizer=noting(built), **options)
+        module = ApprenticeModule(student, teacher, teacher_optimizer=recording(built), **options)
     else:
         module = DistillModule(student, teacher, **options)
     learner = snapshot(teacher)
@@ -649,9 +649,9 @@ def test_teaching_modules(quiet_trainer, loader, student, teacher, joint):
 def test_hints_first(quiet_trainer, loader, student, teacher, frozen):
     """Stage 2 has another optimiser, made in a frozen epoch or at the thaw: it must know all layers and rates."""
     built, weights = [], []
-    module = HintModule(student, teacher, {"5": "5"}, 2, input_shape=[1, 8, 8], optimizer=noting(built, 1e-3))
-    look = Look(on_train_epoch_start=lambda *_: weights.append(snapshot(student)))
-    quiet_trainer(max_epochs=4, callbacks=[LayerwiseFinetuning(frozen, DECAY), look]).fit(module, loader(8))
+    module = HintModule(student, teacher, {"5": "5"}, 2, input_shape=[1, 8, 8], optimizer=recording(built, 1e-3))
+    hook = OnHook(on_train_epoch_start=lambda *_: weights.append(snapshot(student)))
+    quiet_trainer(max_epochs=4, callbacks=[LayerwiseFinetuning(frozen, DECAY), hook]).fit(module, loader(8))
     weights.append(snapshot(student))
     assert len(built) == 2
     wanted = depths(student)
@@ -673,7 +673,7 @@ def test_student_that_starts_again(quiet_trainer):
     """Once while it is frozen, once at the thaw."""
     built = []
     torch.manual_seed(0)
-    module = PseudoLabelModule(DigitsCNN(4), pseudo_labels="refreshed", optimizer=noting(built))
+    module = PseudoLabelModule(DigitsCNN(4), pseudo_labels="refreshed", optimizer=recording(built))
     first = snapshot(module.student)
     callbacks = [LayerwiseFinetuning(3, DECAY), PseudoLabelRefresh(restart_student=True)]
     trainer = quiet_trainer(max_epochs=4, limit_train_batches=2, callbacks=callbacks)
@@ -688,8 +688,8 @@ def test_averaged_weights(quiet_trainer, loader, student):
     alone, averages = copy.deepcopy(student), []
     for network, averaging in ((alone, False), (student, True)):
         steps = [snapshot(network)]
-        look = Look(on_before_zero_grad=lambda *_, net=network, to=steps: to.append(snapshot(net)))
-        callbacks = [LayerwiseFinetuning(1, DECAY), look, *[EMAWeightAveraging(decay=0.5)] * averaging]
+        hook = OnHook(on_before_zero_grad=lambda *_, net=network, to=steps: to.append(snapshot(net)))
+        callbacks = [LayerwiseFinetuning(1, DECAY), hook, *[EMAWeightAveraging(decay=0.5)] * averaging]
         module = SupervisedModule(network, optimizer=MOMENTUM)
         quiet_trainer(max_epochs=2, callbacks=callbacks).fit(module, loader())
         averages.append(steps)
@@ -725,6 +725,20 @@ class HeadFirst(nn.Module):
         return self.fc(self.body(x))
 
 
+class HeadNotLast(HeadFirst):
+    """Calls another layer after its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(6, 6)
+
+    def forward(self, x):
+        features = self.body(x)
+        logits = self.fc(features)
+        self.features = self.project(features)
+        return logits
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -747,7 +761,7 @@ def test_bad_values(arguments, message):
         (DigitsCNN(4), {"network": "task"}, "SupervisedModule has no network 'task'"),
         (DigitsCNN(4), {"head": "fc"}, "head must name a linear or convolutional layer"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), {}, "Sequential has nothing below its head"),
-        (HeadFirst(), {}, "head must be named: the network gives 10 logits, and its last layer, 'body.1', 6"),
+        (HeadNotLast(), {}, "head must be named: .* 10 logits, .*'project'.* 6"),
     ],
 )
 def test_bad_networks(quiet_trainer, loader, network, arguments, message):
@@ -756,10 +770,11 @@ def test_bad_networks(quiet_trainer, loader, network, arguments, message):
     assert not network._forward_hooks
 
 
-def test_named_head(quiet_trainer, loader):
+@pytest.mark.parametrize("head", [None, "fc"])
+def test_head_registered_first(quiet_trainer, loader, head):
     network = HeadFirst()
     before = snapshot(network)
-    quiet_trainer(callbacks=[LayerwiseFinetuning(head="fc")]).fit(SupervisedModule(network), loader())
+    quiet_trainer(callbacks=[LayerwiseFinetuning(head=head)]).fit(SupervisedModule(network), loader())
     assert changed(before, network) == {"fc"}
     assert not network._forward_hooks
 

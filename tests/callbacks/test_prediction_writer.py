@@ -1,13 +1,15 @@
 """PredictionWriter: the file row by row."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kd_lightning import Batch, Digits, PredictionWriter, SemiSupervisedDataModule, SupervisedModule
 
@@ -45,7 +47,7 @@ def check(rows, logits, task, columns, no="0"):
 
 
 def test_plain_loader(quiet_trainer, tmp_path, module):
-    """Numbered as they come; twice leaves one file, of the second run."""
+    """Rows are numbered in the order of the loader; a second call replaces the file."""
     trainer = quiet_trainer(callbacks=[PredictionWriter()])
     for scale in (1, 2):
         trainer.predict(module, DataLoader(TensorDataset(scale * X), batch_size=5))
@@ -54,7 +56,7 @@ def test_plain_loader(quiet_trainer, tmp_path, module):
 
 
 class Shuffled(SemiSupervisedDataModule):
-    """Serves the samples in another order, under class names."""
+    """Loads the samples in another order, with class names."""
 
     def __init__(self, names):
         super().__init__(Digits())
@@ -83,7 +85,7 @@ def test_sorted_by_index_under_class_names(quiet_trainer, tmp_path, module):
     check(rows, module.student(X), module.task, names[1:] if module.task == "binary" else names, no="no")
 
 
-def test_names_that_do_not_fit_are_left_out(quiet_trainer, tmp_path, module):
+def test_names_of_another_number_are_ignored(quiet_trainer, tmp_path, module):
     quiet_trainer(callbacks=[PredictionWriter()]).predict(module, datamodule=Shuffled(["a", "b", "c", "d"]))
     check(read(tmp_path / "predictions.csv"), module.student(X), module.task, HEADERS[module.task])
 
@@ -103,3 +105,77 @@ def test_somebody_elses_module(quiet_trainer, tmp_path):
 
     quiet_trainer(callbacks=[PredictionWriter()]).predict(Theirs(), DataLoader(TensorDataset(X), batch_size=5))
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_without_returned_predictions(quiet_trainer, tmp_path, module):
+    """The file is complete, and Lightning stores no predictions."""
+    stored = []
+
+    class Stored(Callback):
+        def on_predict_epoch_end(self, trainer, pl_module):
+            stored.extend(trainer.predict_loop.predictions)
+
+    writer = PredictionWriter()
+    assert isinstance(writer, BasePredictionWriter)
+    trainer = quiet_trainer(callbacks=[writer, Stored()])
+    loader = DataLoader(TensorDataset(X), batch_size=5)
+    assert trainer.predict(module, loader, return_predictions=False) is None
+    assert stored == []
+    check(read(tmp_path / "predictions.csv"), module.student(X), module.task, HEADERS[module.task])
+
+
+def test_step_with_a_dataloader_iter(quiet_trainer, tmp_path):
+    """BasePredictionWriter refuses such a step; this writer needs no indices of Lightning's."""
+
+    class Theirs(LightningModule):
+        def predict_step(self, dataloader_iter):
+            (x,), _, _ = next(dataloader_iter)
+            return x.flatten(1)[:, :2]
+
+    quiet_trainer(callbacks=[PredictionWriter()]).predict(Theirs(), DataLoader(TensorDataset(X), batch_size=5))
+    rows = read(tmp_path / "predictions.csv")
+    assert [float(row["1"]) for row in rows] == pytest.approx(X.flatten(1)[:, 1].tolist(), rel=1e-5)
+
+
+def test_loader_without_a_sampler(quiet_trainer, tmp_path, module):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(zip(X, strict=True))
+
+    quiet_trainer(callbacks=[PredictionWriter()]).predict(module, DataLoader(Stream(), batch_size=5))
+    check(read(tmp_path / "predictions.csv"), module.student(X), module.task, HEADERS[module.task])
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_several_processes_write_one_file(tmp_path, monkeypatch, with_index):
+    """Rank 0 writes the rows of all; without an index, in the order in which Lightning distributes samples."""
+    module, p = SupervisedModule(nn.Identity()), torch.rand(12, 10)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)) if with_index else torch.arange(12)
+    trainers = [
+        SimpleNamespace(
+            world_size=2, global_rank=rank, is_global_zero=not rank, log_dir=tmp_path / str(rank), default_root_dir=None
+        )
+        for rank in range(2)
+    ]
+    writers = [PredictionWriter() for _ in trainers]
+    for trainer, writer in zip(trainers, writers, strict=True):
+        writer.on_predict_start(trainer, module)
+        for rows in order[trainer.global_rank :: 2].split(4):
+            batch = Batch(X[rows], index=rows if with_index else None)
+            writer.on_predict_batch_end(
+                SimpleNamespace(**vars(trainer), predict_loop=SimpleNamespace(current_batch_indices=None)),
+                module,
+                p[rows],
+                batch,
+                0,
+            )
+    gather = [writer.rows for writer in writers]
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, rows: parts.__setitem__(slice(None), gather)
+    )
+    for trainer, writer in zip(trainers, writers, strict=True):
+        writer.on_predict_end(trainer, module)
+    assert not (tmp_path / "1").exists()
+    rows = read(tmp_path / "0" / "predictions.csv")
+    assert [int(row["index"]) for row in rows] == list(range(12))
+    assert [int(row["prediction"]) for row in rows] == p.argmax(1).tolist()

@@ -1,4 +1,4 @@
-"""PseudoLabelRefresh: whose labels they are, what a refresh leaves alone, exact resume, processes, and bad input."""
+"""PseudoLabelRefresh: sources, side effects, exact resume, processes, and bad input."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def make(kind, **kwargs):
 
 
 def pool(made, network):
-    """Indices of the labeled and the unlabeled images, and what a network says of them, all at once."""
+    """Indices of the labeled and the unlabeled images, and a network's logits for them in one batch."""
     index = sorted(made.split.labeled + made.unlabeled_indices())
     x = torch.stack([made.image(i) for i in index])  # of the digits, evaluation transforms are none
     with torch.no_grad():
@@ -73,17 +73,17 @@ def pool(made, network):
 class Probe(Callback):
     """Calls a function at the start of each epoch, or of each batch."""
 
-    def __init__(self, look, batch=False):
-        self.look = look
+    def __init__(self, check, batch=False):
+        self.check = check
         self.batch = batch
 
     def on_train_epoch_start(self, trainer, pl_module):
         if not self.batch:
-            self.look(trainer, pl_module)
+            self.check(trainer, pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.batch:
-            self.look(trainer, pl_module, batch)
+            self.check(trainer, pl_module, batch)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def ledger(folder):
     return rounds
 
 
-# Whose labels.
+# Sources.
 
 
 @pytest.mark.parametrize(("unlabeled", "workers"), [("rest", 0), ("rest", 1), ("test", 0), ("source", 0)])
@@ -126,7 +126,7 @@ def test_student_against_a_pass_of_its_own(fit, unlabeled, workers):
     )
     seen = []
 
-    def look(trainer, module):
+    def check(trainer, module):
         table = refresh.table
         if trainer.current_epoch == 0:
             assert table is None
@@ -155,14 +155,14 @@ def test_student_against_a_pass_of_its_own(fit, unlabeled, workers):
 
     refresh = PseudoLabelRefresh(threshold=0.12)
     made = SemiSupervisedDataModule(source, labeled=4, unlabeled=unlabeled, batch_size=72, num_workers=workers)
-    fit(make(PseudoLabelModule), refresh, Probe(look), datamodule=made)
+    fit(make(PseudoLabelModule), refresh, Probe(check), datamodule=made)
     first = {"rest": 0, "test": 600, "source": 600}[unlabeled]
     assert len(seen) == 2
     assert refresh.table.index.min() >= first
 
 
 def test_averaged_student(fit):
-    def look(trainer, module):
+    def check(trainer, module):
         if trainer.current_epoch:
             index, logits = pool(trainer.datamodule, module.ema.module)
             hidden = torch.isin(index, refresh.table.index)
@@ -172,11 +172,11 @@ def test_averaged_student(fit):
             assert (plain - refresh.table.confidence).abs().max() > 1e-4
 
     refresh = PseudoLabelRefresh(source="ema")
-    fit(make(PseudoLabelModule, ema_decay=0.9), refresh, Probe(look))
+    fit(make(PseudoLabelModule, ema_decay=0.9), refresh, Probe(check))
 
 
 def test_lightnings_average(fit):
-    """Kept once more here: a copy of the first step's weights, then 0.6 of itself and 0.4 of each next."""
+    """Computed again here: a copy of the first step's weights, then 0.6 of itself and 0.4 of each next."""
     mine, compared = [], []
 
     class Mine(Callback):
@@ -188,7 +188,7 @@ def test_lightnings_average(fit):
                     now[name] = 0.6 * before[name] + 0.4 * value if value.is_floating_point() else value
             mine[:] = [now]
 
-    def look(trainer, module):
+    def check(trainer, module):
         if trainer.current_epoch:
             averaged = DigitsCNN(4)
             averaged.load_state_dict(mine[0])
@@ -198,7 +198,7 @@ def test_lightnings_average(fit):
             compared.append(trainer.current_epoch)
 
     refresh = PseudoLabelRefresh(source="ema")
-    fit(make(PseudoLabelModule), refresh, EMAWeightAveraging(decay=0.6), Mine(), Probe(look))
+    fit(make(PseudoLabelModule), refresh, EMAWeightAveraging(decay=0.6), Mine(), Probe(check))
     assert compared == [1, 2]
 
 
@@ -206,7 +206,7 @@ def test_lightnings_average(fit):
 def test_teachers_label(fit, kind):
     rounds = []
 
-    def look(trainer, module):
+    def check(trainer, module):
         if trainer.current_epoch == 0:
             return
         if kind is EnsembleDistillModule:
@@ -220,10 +220,10 @@ def test_teachers_label(fit, kind):
         rounds.append(refresh.table.round)
 
     module, refresh = make(kind), PseudoLabelRefresh(source="teacher", soft=True, top_k_per_class=20)
-    trainer = fit(module, refresh, Probe(look), enable_checkpointing=True)
+    trainer = fit(module, refresh, Probe(check), enable_checkpointing=True)
     assert rounds == [0, 1]
     assert refresh.table.label[refresh.table.accepted].bincount().max() == 20
-    assert len(ledger(trainer.default_root_dir)) == 3  # and what the student says in the end
+    assert len(ledger(trainer.default_root_dir)) == 3  # and the labels of the trained student
 
 
 def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
@@ -232,23 +232,23 @@ def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
     made.setup("fit")
     truth, split = made.source.load().train.targets, made.split
     nines = [i for i in split.labeled if truth[i] == 9]
-    kept = [i for i in split.labeled if i not in nines]
-    replace(split, labeled=kept, unlabeled=sorted(split.unlabeled + nines)).save(tmp_path / "split.json")
-    hard, said = [], []
+    others = [i for i in split.labeled if i not in nines]
+    replace(split, labeled=others, unlabeled=sorted(split.unlabeled + nines)).save(tmp_path / "split.json")
+    hard, counts = [], []
 
-    def look(trainer, module, batch):
+    def check(trainer, module, batch):
         clean = batch.y if batch.kind is None else batch.y[batch.kind == LabelKind.CLEAN]
         assert not (clean == 9).any()
         if trainer.current_epoch:
             hard.append(truth[batch.index[batch.y == 9]])
-            said.append(module.hard_loss_of(torch.zeros(len(batch), 10), batch)[1])
+            counts.append(module.compute_hard_loss(torch.zeros(len(batch), 10), batch)[1])
 
     few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
     module = DistillModule(DigitsCNN(4), deepcopy(healthy))
-    fit(module, PseudoLabelRefresh(source="teacher", threshold=0.9), Probe(look, batch=True), datamodule=few)
+    fit(module, PseudoLabelRefresh(source="teacher", threshold=0.9), Probe(check, batch=True), datamodule=few)
     assert sum(map(len, hard)) > 5
     assert (torch.cat(hard) == 9).float().mean() > 0.9
-    assert min(said) > 30  # a few labels before
+    assert min(counts) > 30  # a few labels before
 
     for source in ("student", GraphPseudoLabels()):
         few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
@@ -262,7 +262,7 @@ def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
 def test_graph(fit):
     compared = []
 
-    def look(trainer, module):
+    def check(trainer, module):
         if trainer.current_epoch:
             index, features = pool(trainer.datamodule, nn.Sequential(*[*module.student][:-1]))
             y = trainer.datamodule.visible_labels()[index]
@@ -272,12 +272,12 @@ def test_graph(fit):
             compared.append((refresh.table.label == expected.argmax(dim=1)).float().mean())
 
     refresh = PseudoLabelRefresh(source=GraphPseudoLabels(5), soft=True)
-    fit(make(PseudoLabelModule), refresh, Probe(look))
+    fit(make(PseudoLabelModule), refresh, Probe(check))
     assert len(compared) == 2
     assert min(compared) > 0.99
 
 
-# What it leaves alone.
+# Side effects.
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -394,7 +394,7 @@ def test_exact_resume(fit, tmp_path, name):
 def test_restart(fit):
     first, starts = {}, {}
 
-    def look(trainer, module, batch):
+    def check(trainer, module, batch):
         if trainer.global_step % 2 == 0:
             weights = {name: value.clone() for name, value in module.student.state_dict().items()}
             optimizer = trainer.optimizers[0]
@@ -406,7 +406,7 @@ def test_restart(fit):
     first.update({name: value.clone() for name, value in module.student.state_dict().items()})
     average = EMAWeightAveraging(decay=0.9)
     refresh = PseudoLabelRefresh(every_n_epochs=2, restart_student=True)
-    fit(module, refresh, average, Probe(look, batch=True), max_epochs=5)
+    fit(module, refresh, average, Probe(check, batch=True), max_epochs=5)
     for epoch, (weights, states, rate, averages, count) in starts.items():
         fresh = epoch in (0, 3)  # refreshed at 1 and 3
         assert all(torch.equal(value, first[name]) for name, value in weights.items()) == fresh
@@ -487,7 +487,7 @@ class Theirs(LightningDataModule):
 def test_somebody_elses_module_and_data(fit, tmp_path):
     made, module, compared = Theirs(), Foreign(), []
 
-    def look(trainer, pl_module):
+    def check(trainer, pl_module):
         if trainer.current_epoch:
             with torch.no_grad():
                 expected = deepcopy(module.network).eval()(made.x[50:]).softmax(dim=1).max(dim=1)
@@ -498,7 +498,7 @@ def test_somebody_elses_module_and_data(fit, tmp_path):
             compared.append(refresh.report["coverage"])
 
     refresh = PseudoLabelRefresh(top_k_per_class=3)
-    fit(module, refresh, Probe(look), datamodule=made, enable_checkpointing=True)
+    fit(module, refresh, Probe(check), datamodule=made, enable_checkpointing=True)
     assert len(compared) == 2
     assert 0 < min(compared) <= max(compared) <= 0.6
     row = ledger(tmp_path)["round_0001.csv"][0]
@@ -519,13 +519,13 @@ def test_data_without_a_pool(fit, loader, quiet_trainer):
         fit(Foreign(), PseudoLabelRefresh(), datamodule=Bare())
     made = Theirs()
     made.pool_dataloader = lambda: DataLoader(TensorDataset(made.x, made.y), 9)
-    with pytest.raises(InputError, match="pool_dataloader must give Batches with index and y"):
+    with pytest.raises(InputError, match="pool_dataloader must return Batches with index and y"):
         fit(Foreign(), PseudoLabelRefresh(warmup_epochs=0), datamodule=made)
     made = Theirs(count=50)
-    with pytest.raises(InputError, match="there are no unlabeled samples to label; set labeled to a part"):
+    with pytest.raises(InputError, match="there are no unlabeled samples; set labeled to a part"):
         fit(Foreign(), PseudoLabelRefresh(), datamodule=made)
     made.pool_dataloader = list
-    with pytest.raises(InputError, match="there are no unlabeled samples to label"):
+    with pytest.raises(InputError, match="there are no unlabeled samples"):
         fit(Foreign(), PseudoLabelRefresh(), datamodule=made)
 
 
@@ -537,12 +537,12 @@ def test_charts_figures_and_ledger(fit, tmp_path):
     made, module = data(), make(PseudoLabelModule)
     refresh, values, tables = PseudoLabelRefresh(threshold=0.12), [], []
 
-    def look(trainer, pl_module):
+    def check(trainer, pl_module):
         if trainer.current_epoch:
             values.append(refresh.report)
             tables.append(refresh.table)
 
-    fit(module, refresh, Probe(look), datamodule=made, logger=[board, table])
+    fit(module, refresh, Probe(check), datamodule=made, logger=[board, table])
     values.append(refresh.report)  # when training has ended
     events = EventAccumulator(board.log_dir).Reload()
     rows = metrics(table)
@@ -550,17 +550,17 @@ def test_charts_figures_and_ledger(fit, tmp_path):
     for name in names:
         expected = [value[name] for value in values]
         assert [e.value for e in events.Scalars(f"pseudo_labels/{name}")] == pytest.approx(expected)
-        kept = [float(row[f"pseudo_labels/{name}"]) for row in rows if row[f"pseudo_labels/{name}"]]
-        assert kept == pytest.approx(expected)
+        logged = [float(row[f"pseudo_labels/{name}"]) for row in rows if row[f"pseudo_labels/{name}"]]
+        assert logged == pytest.approx(expected)
     assert values[0].keys() == names
     assert {*events.Tags()["images"]} >= {"pseudo_labels/confidence", "pseudo_labels/classes"}
     found = ledger(tmp_path / "run" / "v")
     assert [*found] == [f"round_000{n}.csv" for n in range(3)]
-    for number, kept in enumerate(tables):
+    for number, expected in enumerate(tables):
         written = found[f"round_000{number}.csv"]
         for name in ("index", "label", "accepted", "changed"):
-            assert [int(row[name]) for row in written] == getattr(kept, name).int().tolist()
-        assert [float(row["confidence"]) for row in written] == pytest.approx(kept.confidence.tolist(), abs=1e-6)
+            assert [int(row[name]) for row in written] == getattr(expected, name).int().tolist()
+        assert [float(row["confidence"]) for row in written] == pytest.approx(expected.confidence.tolist(), abs=1e-6)
         assert {(row["round"], row["epoch"]) for row in written} == {(str(number), str(number + 1))}
     assert {(row["round"], row["epoch"]) for row in found["round_0002.csv"]} == {("2", "3")}
     index, logits = pool(made, module.student)
@@ -594,12 +594,12 @@ def test_fit_twice(fit):
     """Each fit starts anew, with no labels of the one before."""
     refresh, tables, kinds = PseudoLabelRefresh(), [], []
 
-    def look(trainer, module, batch):
+    def check(trainer, module, batch):
         kinds.append(None if batch.kind is None else bool((batch.kind == LabelKind.PSEUDO).any()))
 
     made = data()
     for _ in range(2):
-        fit(make(PseudoLabelModule), refresh, SeedEveryStep(), Probe(look, batch=True), datamodule=made, max_epochs=2)
+        fit(make(PseudoLabelModule), refresh, SeedEveryStep(), Probe(check, batch=True), datamodule=made, max_epochs=2)
         tables.append(refresh.table.hash)
     assert tables[0] == tables[1]
     assert kinds == [None, None, True, True] * 2
@@ -610,11 +610,11 @@ def test_nothing_accepted(fit):
         warnings.simplefilter("always")
         refresh = PseudoLabelRefresh(threshold=1.0)
         fit(make(PseudoLabelModule), refresh, max_epochs=2)
-    said = [str(w.message) for w in caught if "was accepted" in str(w.message)]
-    assert len(said) == 1
-    assert said[0].startswith("epoch 1: none of 1038 pseudo-labels was accepted (the highest probability is 0.")
-    assert "threshold 1.0" in said[0]
-    assert "lower the threshold" in said[0]
+    messages = [str(w.message) for w in caught if "was accepted" in str(w.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith("epoch 1: none of 1038 pseudo-labels was accepted (the highest probability is 0.")
+    assert "threshold 1.0" in messages[0]
+    assert "lower the threshold" in messages[0]
     assert refresh.report["coverage"] == 0
 
 
@@ -632,8 +632,8 @@ def test_nothing_accepted(fit):
         ({"every_n_epochs": 1.5}, "every_n_epochs must be an integer"),
         ({"top_k_per_class": 0}, "top_k_per_class must be an integer of at least 1, got 0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be an integer of at least 0, got -1"),
-        ({"sharpen": 0.0}, r"sharpen is a temperature in \(0, 1\]"),
-        ({"sharpen": 1.5}, r"sharpen is a temperature in \(0, 1\]"),
+        ({"sharpen": 0.0}, r"sharpen must be a temperature in \(0, 1\]"),
+        ({"sharpen": 1.5}, r"sharpen must be a temperature in \(0, 1\]"),
         ({"source": "pupil"}, "source must be student, ema, teacher or a GraphPseudoLabels, got 'pupil'"),
         ({"source": None}, "source must be student, ema, teacher or a GraphPseudoLabels, got None"),
     ],
@@ -650,23 +650,23 @@ def test_modules_that_cannot_be(fit):
         (Foreign(), {"source": GraphPseudoLabels()}, "GraphPseudoLabels needs a module with a student, Foreign has"),
         (Foreign(), {"restart_student": True}, "restart_student needs a module with a student, Foreign has none"),
         (DistillModule(DigitsCNN(4), None), {"source": "teacher"}, "but DistillModule has no teacher"),
-        (make(DistillModule, task="multilabel"), {}, "is for the multiclass task, .* got multilabel"),
+        (make(DistillModule, task="multilabel"), {}, "task must be multiclass, got multilabel"),
     ):
         with pytest.raises(InputError, match=message):
             fit(module, PseudoLabelRefresh(**refresh))
     for unlabeled, labeled in (("none", 4), ("rest", None)):
         made = data(labeled=labeled, unlabeled=unlabeled, labeled_batch_size=None)
-        with pytest.raises(InputError, match="there are no unlabeled samples to label; set labeled"):
+        with pytest.raises(InputError, match="there are no unlabeled samples; set labeled"):
             fit(make(DistillModule), PseudoLabelRefresh(), datamodule=made)
 
 
 def test_student_gone_astray(fit):
-    def look(trainer, module):
+    def check(trainer, module):
         if trainer.current_epoch:
             module.student[-1].bias.data[0] = torch.nan
 
-    with pytest.raises(InputError, match=r"what the student says of sample \d+ is no number"):
-        fit(make(DistillModule), Probe(look), PseudoLabelRefresh())
+    with pytest.raises(InputError, match=r"the output of the student for sample \d+ is not finite"):
+        fit(make(DistillModule), Probe(check), PseudoLabelRefresh())
 
 
 # The command line.
@@ -735,7 +735,8 @@ SCRIPT = """
 import json, os, sys, torch
 from lightning.pytorch import Trainer
 from torch.utils.data import TensorDataset
-from kd_lightning import DatasetSource, Digits, GraphPseudoLabels, PseudoLabelRefresh, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import DatasetSource, Digits, GraphPseudoLabels, PseudoLabelRefresh
+from kd_lightning import SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.models import DigitsCNN
 
 def run(devices, name, count, batch, source):
@@ -753,10 +754,10 @@ def run(devices, name, count, batch, source):
     trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
                       limit_train_batches=1, enable_progress_bar=False, enable_model_summary=False,
                       default_root_dir=f"{name}_{devices}", logger=False, callbacks=[refresh])
-    kept = []
-    refresh.on_train_end = lambda *args: kept.append(refresh.table)  # the weights that all began with
+    tables = []
+    refresh.on_train_end = lambda *args: tables.append(refresh.table)  # the weights that all began with
     trainer.fit(module, datamodule=data)
-    (table,) = kept
+    (table,) = tables
     state = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in table.state_dict().items()}
     found = {"hash": table.hash, "table": state, "report": refresh.report}
     open(f"{name}_{trainer.global_rank}_of_{devices}.json", "w").write(json.dumps(found))

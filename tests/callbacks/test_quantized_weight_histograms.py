@@ -1,4 +1,4 @@
-"""QuantizedWeightHistograms: what lies in the event file, and what is drawn."""
+"""QuantizedWeightHistograms: what lies in the event file, and the figure."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_lightning import ActivationCalibration, QuantizedWeightHistograms, SupervisedModule
-from kd_lightning.callbacks.quantized_weight_histograms import draw_levels
+from kd_lightning.callbacks.quantized_weight_histograms import plot_levels
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize, quantized_layers
@@ -49,9 +49,9 @@ def test_histograms_and_figure(quiet_trainer, loader, tmp_path, student, bits):
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 0), (4, 15), (2, 4), ("ternary", 3)])
-def test_levels_are_drawn(student, bits, levels):
+def test_levels_are_plotted(student, bits, levels):
     lowered = quantize(student, bits)
-    panels = draw_levels(lowered).axes
+    panels = plot_levels(lowered).axes
     layers = quantized_layers(lowered)
     assert len(panels) == len(layers)
     for panel, (name, layer) in zip(panels, layers.items(), strict=True):
@@ -70,7 +70,7 @@ def test_levels_are_drawn(student, bits, levels):
 
 def test_panels_left_over_are_empty():
     layers = [torch.nn.Linear(4, 4) for _ in range(7)]
-    panels = draw_levels(quantize(torch.nn.Sequential(*layers), 4)).axes
+    panels = plot_levels(quantize(torch.nn.Sequential(*layers), 4)).axes
     assert [panel.axison for panel in panels] == [True] * 5 + [False] * 3
 
 
@@ -80,7 +80,7 @@ def test_channels_without_weights(student):
     for layer in quantized_layers(lowered).values():
         layer.weight.data[0] = 0
         assert all(part.isfinite().all() for part in weight_levels(layer))
-    draw_levels(lowered)
+    plot_levels(lowered)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -1,4 +1,4 @@
-"""SeedEveryStep: the same draws whatever went before, other ones for each step, rank and seed."""
+"""SeedEveryStep: random numbers depend on step, rank and seed, and on nothing else."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from kd_lightning import SeedEveryStep, SupervisedModule
 from kd_lightning.models import DigitsCNN
 
 
-class Draws(SupervisedModule):
-    """Notes a random number of each step."""
+class RandomNumbers(SupervisedModule):
+    """Records a random number of each step."""
 
     def losses(self, batch):
         self.seen.append(torch.rand(1).item())
@@ -16,10 +16,10 @@ class Draws(SupervisedModule):
 
 
 @pytest.fixture
-def draw(quiet_trainer, loader):
+def sample(quiet_trainer, loader):
     def run(burn=1, rank=0, **kwargs):
         torch.manual_seed(burn)
-        module = Draws(DigitsCNN(4))
+        module = RandomNumbers(DigitsCNN(4))
         module.seen = []
         trainer = quiet_trainer(max_epochs=2, callbacks=[SeedEveryStep(**kwargs)])
         trainer.strategy.global_rank = rank
@@ -29,16 +29,16 @@ def draw(quiet_trainer, loader):
     return run
 
 
-def test_repeats_and_tells_steps_seeds_and_ranks_apart(draw):
-    seen = draw(burn=1, seed=3)
-    assert draw(burn=2, seed=3) == seen
-    others = draw(seed=4) + draw(seed=3, rank=1) + draw(seed=0)
+def test_same_seed_repeats_and_steps_seeds_and_ranks_differ(sample):
+    seen = sample(burn=1, seed=3)
+    assert sample(burn=2, seed=3) == seen
+    others = sample(seed=4) + sample(seed=3, rank=1) + sample(seed=0)
     assert len({*seen, *others}) == 4 * 6
 
 
-def test_seed_of_the_run(draw, monkeypatch):
+def test_seed_of_the_run(sample, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    assert draw(burn=1) != draw(burn=2)  # none was asked for
-    monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # what seed_everything leaves
-    assert draw(burn=1) == draw(burn=2) == draw(seed=3)
-    assert draw(seed=4) != draw(seed=3)  # one's own wins
+    assert sample(burn=1) != sample(burn=2)  # no seed is set
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # as seed_everything sets it
+    assert sample(burn=1) == sample(burn=2) == sample(seed=3)
+    assert sample(seed=4) != sample(seed=3)  # the argument takes precedence

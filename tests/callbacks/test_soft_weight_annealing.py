@@ -41,7 +41,7 @@ def test_rises_as_it_falls(shape):
         ({}, 0, 9, 0.0),
         ({}, 3, 9, 1.0),
         ({}, 9, 9, 3.0),
-        ({}, 20, 9, 3.0),  # more epochs than were asked for
+        ({}, 20, 9, 3.0),  # more epochs than last_epoch
         ({"begin_epoch": 9}, 8, 9, 0.0),
         ({"begin_epoch": 12}, 9, 9, 0.0),  # never begins
         ({"begin_epoch": 4, "end_epoch": 4}, 3, 9, 0.0),  # a jump
@@ -71,9 +71,9 @@ def test_bad_values(arguments, message):
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
-        ("soft_wait", "'soft_wait' to anneal: DistillModule has none of that name"),
-        ("soft_loss.heat", "'soft_loss.heat' to anneal: DistillModule has none"),
-        ("loss.temperature", "has none of that name"),
+        ("soft_wait", "'soft_wait' to anneal: DistillModule has no attribute of that name"),
+        ("soft_loss.heat", "'soft_loss.heat' to anneal: DistillModule has no attribute"),
+        ("loss.temperature", "has no attribute of that name"),
         ("student", "'student' of DistillModule must be a number, got DigitsCNN"),
         ("task", "must be a number, got str"),
         ("automatic_optimization", "must be a number, got bool"),
@@ -90,7 +90,7 @@ def test_needs_a_last_epoch(quiet_trainer, loader, student, teacher):
         trainer = quiet_trainer(max_epochs=-1, max_steps=4, callbacks=[SoftWeightAnnealing(1.0, 0.0, **kwargs)])
         trainer.fit(DistillModule(student, teacher), loader())
 
-    with pytest.raises(InputError, match="end_epoch must be given where max_epochs is not"):
+    with pytest.raises(InputError, match="end_epoch must be set if max_epochs is not, got max_epochs -1"):
         fit()
     fit(end_epoch=3)
 
@@ -105,7 +105,7 @@ def test_soft_weight_stays_within_its_range(quiet_trainer, loader, student, teac
 def test_is_charted_and_reaches_the_loss(quiet_trainer, loader, tmp_path, student, teacher):
     seen = []
 
-    class Noting(DistillModule):
+    class Recording(DistillModule):
         def losses(self, batch):
             terms = super().losses(batch)
             seen.append((terms["hard"].weight, terms["soft"].weight))
@@ -117,7 +117,7 @@ def test_is_charted_and_reaches_the_loss(quiet_trainer, loader, tmp_path, studen
         log_every_n_steps=1,
         callbacks=[SoftWeightAnnealing(0.9, 0.1), SoftWeightAnnealing(8.0, 2.0, attribute="soft_loss.temperature")],
     )
-    module = Noting(student, teacher)
+    module = Recording(student, teacher)
     trainer.fit(module, loader())
     assert [w for pair in seen for w in pair] == pytest.approx([0.1, 0.9] * 3 + [0.5, 0.5] * 3 + [0.9, 0.1] * 3)
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -130,7 +130,7 @@ def test_is_charted_and_reaches_the_loss(quiet_trainer, loader, tmp_path, studen
 def test_resumed_in_mid_epoch(quiet_trainer, loader, tmp_path, student, teacher):
     seen = []
 
-    class Noting(DistillModule):
+    class Recording(DistillModule):
         def losses(self, batch):
             seen.append(self.soft_weight)
             return super().losses(batch)
@@ -139,7 +139,7 @@ def test_resumed_in_mid_epoch(quiet_trainer, loader, tmp_path, student, teacher)
     callbacks = [SoftWeightAnnealing(0.9, 0.1), saves]
     for path in (None, tmp_path / "step=4.ckpt"):
         trainer = quiet_trainer(max_epochs=3, enable_checkpointing=True, callbacks=callbacks)
-        trainer.fit(Noting(student, teacher), loader(), ckpt_path=path)
+        trainer.fit(Recording(student, teacher), loader(), ckpt_path=path)
     assert len(seen) == 9 + 5
     assert seen[9:] == seen[4:9]  # from the second batch of the second epoch on
 

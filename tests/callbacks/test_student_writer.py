@@ -1,4 +1,4 @@
-"""StudentWriter: which weights, what is said about them, and that they load."""
+"""StudentWriter: which weights it writes, their metadata, and loading them."""
 
 import json
 from functools import partial
@@ -35,7 +35,7 @@ def metadata(path):
 @pytest.mark.parametrize("monitor", ["val/loss", None])
 def test_best_where_monitored_else_last(quiet_trainer, loader, tmp_path, student, teacher, monitor):
     module = DistillModule(student, teacher, optimizer=SGD, soft_weight=0.0)
-    # the loss falls, so where the highest is asked for the best is not the last
+    # the loss falls, so with mode max the best checkpoint is not the last
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor=monitor, mode="max")
     trainer = quiet_trainer(max_epochs=6, enable_checkpointing=True, callbacks=[checkpoint, StudentWriter()])
     trainer.fit(module, loader(), loader())

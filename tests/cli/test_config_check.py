@@ -1,9 +1,10 @@
-"""Config files: how several are read as one, and that each mistake is found at its place."""
+"""Config files: several are read as one, and each mistake is reported with its place."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -11,7 +12,7 @@ from kd_lightning.__main__ import main
 from kd_lightning.cli.config_check import _check_spec, config_files, read_configs
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
-from kd_lightning.runs.class_paths import find_class, hint, walk
+from kd_lightning.runs.class_paths import arguments_of, did_you_mean, find_class, takes_any_argument, walk_config
 
 
 @pytest.fixture
@@ -24,13 +25,38 @@ def folder(tmp_path, monkeypatch):
 
 def test_later_files_over_earlier_ones(folder):
     args = ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "broken.yaml", "--config", "gone.yaml", "--config"]
-    assert [str(path) for path in config_files(args)] == ["a.yaml", "b.yaml", "broken.yaml"]
+    assert [(key, str(path)) for key, path in config_files(args)] == [
+        ("", "a.yaml"),
+        ("", "b.yaml"),
+        ("", "broken.yaml"),
+    ]
     assert read_configs(args) == {"trainer": {"max_epochs": 3, "devices": 2}, "name": "a", "list": [{"x": 1}]}
 
 
-def test_walk_tells_places_and_owners():
+def test_files_named_by_files_and_options(tmp_path, monkeypatch):
+    """The content takes the place of the file, relative to the folder of the file that names it."""
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    Path("sub/x.yaml").write_text(
+        "{data: data.yaml, model: {class_path: A, init_args: {b: b.yml, c: c.yaml}}, name: n.yaml}"
+    )
+    Path("sub/data.yaml").write_text("{class_path: D, init_args: {e: data.yaml, source: [b.yml]}}")
+    Path("sub/b.yml").write_text("{class_path: B}")
+    Path("sub/c.yaml").write_text("{no: class}")  # an argument may be a file of this kind
+    Path("trainer.yaml").write_text("{max_epochs: 1}")
+    data = {"class_path": "D", "init_args": {"e": "data.yaml", "source": ["b.yml"]}}
+    model = {"class_path": "A", "init_args": {"b": {"class_path": "B"}, "c": "c.yaml"}}
+    args = ["fit", "--config=sub/x.yaml", "--trainer", "trainer.yaml"]
+    assert read_configs(args) == {"data": data, "model": model, "name": "n.yaml", "trainer": {"max_epochs": 1}}
+    nested = read_configs(
+        ["--model.init_args.b=sub/b.yml", "--model.b", "sub/b.yml", "--model.init_args.c", "sub/c.yaml"]
+    )
+    assert nested == {"model": {"init_args": {"b": {"class_path": "B"}}}}
+
+
+def test_walk_config_yields_places_and_owners():
     config = {"model": {"class_path": "A", "init_args": {"b": [{"class_path": "C", "dict_kwargs": {"d": 1}}]}}}
-    found = {path: owner for path, _, _, owner in walk(config)}
+    found = {path: owner for path, _, _, owner in walk_config(config)}
     assert found["model.init_args.b"] == "A"
     assert found["model.init_args.b[0].dict_kwargs.d"] == "C"
     assert found["model.class_path"] is None
@@ -42,9 +68,9 @@ def test_find_class():
     assert find_class("") is find_class("..") is None
 
 
-def test_hint():
-    assert hint("soft_wieght", ["soft_weight", "hard_loss"]) == "; did you mean soft_weight?"
-    assert hint("zzz", ["soft_weight"]) == ""
+def test_did_you_mean():
+    assert did_you_mean("soft_wieght", ["soft_weight", "hard_loss"]) == "; did you mean soft_weight?"
+    assert did_you_mean("zzz", ["soft_weight"]) == ""
 
 
 def remove(path):
@@ -106,13 +132,30 @@ CASES = {
         f"{STUDENT}.init_args.lr: DigitsCNN has no such key",
     ),
     "argument of a Teacher": (
-        put(f"{TEACHER}.init_args.cache", "kept"),
+        put(f"{TEACHER}.init_args.cache", "folder"),
         f"{TEACHER}.init_args.cache: load_weights has no such key; allowed: model, path, prefix; cache is an argument "
         "of kd_lightning.Teacher",
     ),
-    "argument of a Teacher, to what takes any": (
-        put(TEACHER, {"class_path": "torchvision.models.resnet18", "init_args": {"cache": "kept"}}),
-        "; cache is an argument of kd_lightning.Teacher",
+    "argument of a Teacher, behind **kwargs": (
+        put(TEACHER, {"class_path": "torchvision.models.resnet18", "init_args": {"cache": "folder"}}),
+        f"{TEACHER}.init_args.cache: resnet18 has no such key; allowed: weights, progress, num_classes",
+    ),
+    "argument of a Teacher, to a function that takes any": (
+        put(TEACHER, {"class_path": "timm.create_model", "init_args": {"cache": "folder"}}),
+        "and any in dict_kwargs; cache is an argument of kd_lightning.Teacher",
+    ),
+    "shared argument": (
+        put("model.init_args.lr_intervall", "step"),
+        "model.init_args.lr_intervall: DistillModule has no such key; did you mean lr_interval?; allowed: student, ",
+    ),
+    "shared argument of another module": (
+        at_once(put("model.class_path", "HintModule"), put("model.init_args.lr_intervall", "step")),
+        "model.init_args.lr_intervall: HintModule has no such key; did you mean lr_interval?; allowed: student, ",
+    ),
+    "shared argument null": (put("model.init_args.task", None), "model.init_args.task: DistillModule takes no null"),
+    "shared argument null in another module": (
+        at_once(put("model.class_path", "kd_lightning.HintModule"), put("model.init_args.task", None)),
+        "model.init_args.task: HintModule takes no null here",
     ),
     "no class": (remove(f"{STUDENT}.class_path"), f"{STUDENT}.class_path is missing"),
     "no model class": (remove("model.class_path"), "model.class_path is missing"),
@@ -139,7 +182,7 @@ CASES = {
     "model is a list": (put("model", [1]), "model must be a mapping with a class_path, got [1]"),
     "required": (remove(f"{TEACHER}.init_args.path"), f"{TEACHER}.init_args.path: missing, but load_weights needs it"),
     "required twice": (remove(f"{TEACHER}.init_args"), f"{TEACHER}.init_args.path: missing, but load_weights needs"),
-    "data": (remove("data"), "data is missing: DistillModule brings no loaders of its own"),
+    "data": (remove("data"), "data is missing: DistillModule has no loaders of its own"),
     "union": (put("trainer.max_epochs", "much"), "trainer.max_epochs: Expected a int, got much"),
     "union of two": (put("seed_everything", "x"), "seed_everything: Expected a bool or a int, got x"),
     "another kind": (put(STUDENT, {"class_path": "Digits"}), f"{STUDENT}: Digits is not what can stand here"),
@@ -187,13 +230,13 @@ def test_doubled_key(config, fails):
     Path("config.yaml").write_text(yaml.safe_dump(config) + "name: again\n")
     line = len(Path("config.yaml").read_text().splitlines())
     assert fails("fit", "--config", "config.yaml").endswith(
-        f"name stands twice, the second time in line {line} of config.yaml"
+        f"name appears twice, the second time in line {line} of config.yaml"
     )
 
 
 def test_doubled_key_inside(config, fails):
     Path("config.yaml").write_text("trainer:\n  callbacks:\n  - {a: 1, b: 2, a: 3}\n")
-    assert "trainer.callbacks[0].a stands twice, the second time in line 3" in fails("fit", "--config", "config.yaml")
+    assert "trainer.callbacks[0].a appears twice, the second time in line 3" in fails("fit", "--config", "config.yaml")
 
 
 def test_key_that_is_a_list(config, fails):
@@ -245,6 +288,83 @@ def test_null(name, takes, monkeypatch):
     else:
         with pytest.raises(InputError, match=f"model.init_args.{name}: build takes no null here; leave the key out"):
             _check_spec(spec, "model", [])
+
+
+class Shared(TypedDict, total=False):
+    """Arguments of several classes."""
+
+    rate: float
+    name: str | None
+
+
+class Parent:
+    """Takes them."""
+
+    def __init__(self, size: int, **kwargs: Unpack[Shared]):
+        pass
+
+
+class Child(Parent):
+    """Passes them on, and all else."""
+
+    def __init__(self, *, depth: int = 1, **kwargs: Any):
+        super().__init__(**kwargs)
+
+
+class Anything:
+    """Does not reveal its arguments."""
+
+    def __init__(self, known: int = 1, **kwargs: Any):
+        self.rest = kwargs
+
+
+@pytest.mark.parametrize(
+    ("owner", "names", "any_argument"),
+    [
+        (Parent, ["size", "rate", "name"], False),
+        (Child, ["depth", "size", "rate", "name"], False),
+        (Anything, ["known"], True),
+        (build, [*"abcdefg"], False),
+        (nn.Identity, [], True),
+        (None, [], True),
+        (3.14, [], True),
+        (torch.relu, [], True),
+        ({}, [], True),
+    ],
+)
+def test_arguments_are_those_of_the_parser(owner, names, any_argument):
+    assert arguments_of(owner) == names
+    assert takes_any_argument(owner) is any_argument
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 1, "rat": 0.1}, "model.init_args.rat: Child has no such key; did you mean rate?"),
+        ({"size": 1, "rate": None}, "model.init_args.rate: Child takes no null here"),
+        ({"size": None}, "model.init_args.size: Child takes no null here"),
+        ({"size": 1, "name": None}, None),
+    ],
+)
+def test_arguments_behind_kwargs_are_checked(arguments, message, monkeypatch):
+    monkeypatch.setattr("kd_lightning.models.Child", Child, raising=False)
+    spec = {"class_path": "kd_lightning.models.Child", "init_args": arguments}
+    if message is None:
+        _check_spec(spec, "model", [])
+    else:
+        with pytest.raises(InputError) as error:
+            _check_spec(spec, "model", [])
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("module", ["DistillModule", "HintModule"])
+def test_help_shows_the_shared_arguments(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.help", module])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    for name in ("student", "soft_weight", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval"):
+        assert f"--model.init_args.{name} " in text or f"--model.{name} " in text
 
 
 def test_what_is_right_is_left_alone(config, capsys):

@@ -1,6 +1,10 @@
 """Quick runs of the shipped configs: the same method on small data for a few steps."""
 
+import json
 import os
+import re
+import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.runs.build import build
@@ -232,12 +237,85 @@ def story(request, tmp_path_factory):
 @pytest.fixture(params=cases(one_of_each_module(), VARIANTS))
 def each_module(request):
     """One config of each module, and its arguments."""
-    return request.param
+    path, arguments = request.param
+    return HERE.parent.parent / "configs" / f"{Path(path).stem}.yaml", arguments
+
+
+@pytest.fixture(autouse=True)
+def _blank_hint_figures(monkeypatch):
+    """Leaves the figures of hints blank after the story's first run: drawing takes ten times as long as training."""
+    monkeypatch.setattr("kd_lightning.modules.hint.hint_figure", lambda *args, **kwargs: Figure(figsize=(1, 1)))
 
 
 def environment():
     """For processes of their own."""
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+class Processes:
+    """Starts commands of the package in processes of their own, which a server forks (see fork_server.py)."""
+
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, str(HERE / "fork_server.py")],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert json.loads(self.server.stdout.readline()) == {"ready": True}
+
+    def _request(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def run(self, *commands, timeout=150):
+        """Run commands at the same time, each a tuple of arguments and variables of the environment.
+
+        Returns:
+            The exit status of each, None where one ran longer than ``timeout`` seconds, and what each printed.
+        """
+        outputs = [Path.cwd() / f"output_{number}.txt" for number in range(len(commands))]
+        pids = [
+            self._request(argv=argv, env=environment() | extra, cwd=str(Path.cwd()), output=str(output))["pid"]
+            for (argv, extra), output in zip(commands, outputs, strict=True)
+        ]
+        codes = [self._request(pid=pid, timeout=timeout)["returncode"] for pid in pids]
+        for pid, code in zip(pids, codes, strict=True):
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+                self._request(pid=pid, timeout=timeout)
+        return codes, [output.read_text() for output in outputs]
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts commands in processes of their own that need no imports."""
+    processes = Processes()
+    yield processes
+    processes.close()
+
+
+BIG = re.compile("cifar|imagenet")  # their methods are those of the configs of the digits
+ONCE_A_METHOD = {
+    "test_another_order_is_noticed",
+    "test_doctor_examines_it",
+    "test_hidden_truth_changes_nothing",
+    "test_in_mid_epoch",
+    "test_teacher_is_unchanged_and_another_is_refused",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """What a method does is tested on the digits; the same on networks of other sizes is ``slow``."""
+    for item in items:
+        if getattr(item, "originalname", None) in ONCE_A_METHOD and BIG.search(item.callspec.id):
+            item.add_marker("slow")
 
 
 @pytest.fixture

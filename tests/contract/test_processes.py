@@ -1,4 +1,8 @@
-"""Several processes learn what one learns at the same global batch: two on one machine, two nodes, plain loaders."""
+"""Several processes learn what one learns at the same global batch: two on one machine, two nodes, plain loaders.
+
+Each config's processes are forked (see fork_server.py), which saves their imports. One config is started by Lightning's
+own launcher and by ``torchrun``, too.
+"""
 
 import json
 import random
@@ -11,6 +15,9 @@ import pytest
 import torch
 import yaml
 
+from kd_lightning.__main__ import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
 ROWS = 32  # of the global batch
 
 
@@ -58,19 +65,53 @@ def is_uneven():
     return any(len({rank["batches"][n]["labels"] for rank in recorded(2)}) > 1 for n in range(8))
 
 
-def test_two_processes_and_two_nodes_equal_one(arguments, contract):
-    half = ["--data.init_args.batch_size", str(ROWS // 2), "--trainer.strategy", "ddp"]
+@pytest.fixture
+def half(arguments):
+    """Arguments under which each of two processes takes half a batch."""
     labeled = yaml.safe_load(Path("config.yaml").read_text())["data"]["init_args"].get("labeled_batch_size")
-    if labeled:
-        half += ["--data.init_args.labeled_batch_size", str(labeled // 2)]
-    run([sys.executable, "-m", "kd_lightning", *arguments], contract)
-    run([sys.executable, "-m", "kd_lightning", *arguments, *half, "--trainer.devices", "2"], contract)
+    share = ["--data.init_args.labeled_batch_size", str(labeled // 2)] if labeled else []
+    return ["--data.init_args.batch_size", str(ROWS // 2), "--trainer.strategy", "ddp", *share]
+
+
+def test_two_processes_and_two_nodes_equal_one(arguments, half, processes):
+    main(arguments)
+    run_ranks(processes, [*arguments, *half, "--trainer.devices", "2"], nodes=1)
     assert_equal_to_one_process()
     # where every row has its label, or every batch the same number, there is nothing to be uneven
-    assert is_uneven() or labeled or all(batch["labels"] == ROWS for batch in recorded(1)[0]["batches"])
+    whole = all(batch["labels"] == ROWS for batch in recorded(1)[0]["batches"])
+    assert is_uneven() or whole or any("labeled_batch_size" in argument for argument in half)
+    forget_two()
+    run_ranks(processes, [*arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"], nodes=2)
+    assert_equal_to_one_process()
 
+
+def run_ranks(processes, argv, nodes):
+    """Two processes that find each other as ``torchrun``'s do; once more on another port where they do not."""
+    for last in (False, True):
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        shared |= {"LOCAL_WORLD_SIZE": str(2 // nodes), "TORCHELASTIC_RUN_ID": "none"}
+        ranks = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "GROUP_RANK": str(rank * nodes // 2)}
+            for rank in range(2)
+        ]
+        codes, outputs = processes.run(*((argv, shared | rank) for rank in ranks))
+        if None not in codes or last:
+            assert codes == [0, 0], "\n\n".join(output[-3000:] for output in outputs)
+            return
+
+
+def forget_two():
     for path in Path("seen").glob("*_of_2.json"):
         path.unlink()
+
+
+@pytest.mark.parametrize("each_module", [("cached_digits", {})], ids=str, indirect=True)
+def test_lightning_and_torchrun_start_them(arguments, half, contract):
+    """On the config whose processes share a cache."""
+    main(arguments)
+    run([sys.executable, "-m", "kd_lightning", *arguments, *half, "--trainer.devices", "2"], contract)
+    assert_equal_to_one_process()
+    forget_two()
     training = ["-m", "kd_lightning", *arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
     run_two_nodes(training, contract)
     assert_equal_to_one_process()

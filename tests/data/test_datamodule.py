@@ -88,7 +88,7 @@ def test_visible_labels_change_something(quiet_trainer):
         ({"num_workers": -1}, "num_workers must be at least 0"),
     ],
 )
-def test_datamodule_that_cannot_be(arguments, message):
+def test_invalid_arguments(arguments, message):
     source = DatasetSource(TensorDataset(torch.rand(80, 3), TARGETS))
     with pytest.raises(InputError, match=message):
         SemiSupervisedDataModule(source, **arguments).setup("")
@@ -157,7 +157,7 @@ class TestSplitFile:
 
     def test_another_split_on_another_rank_is_refused(self, fit, monkeypatch):
         monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.broadcast", lambda *args: "rank 0's")
-        with pytest.raises(InputError, match="rank 0 drew another split than rank 0: is its data the same"):
+        with pytest.raises(InputError, match="rank 0 has another split than rank 0; all ranks must read the same data"):
             fit()
 
 
@@ -191,7 +191,7 @@ class TestPool:
         assert all(batch.x_strong is None for batch in batches)
         assert torch.equal(batches[1].x[5], data.image(int(batches[1].index[5])))
 
-    def test_loader_hands_no_pseudo_label_back(self):
+    def test_loader_has_no_pseudo_labels(self):
         data = SemiSupervisedDataModule(Digits(), labeled=3, batch_size=2000)
         index = torch.tensor(data.unlabeled_indices())
         yes = torch.ones_like(index, dtype=torch.bool)
@@ -229,7 +229,7 @@ class TestPool:
         data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val_size=0)
         assert torch.equal(data.hidden_truth(torch.arange(20)), y)
         index = torch.tensor(data.unlabeled_indices())
-        with pytest.raises(InputError, match="pseudo-labels are for samples of one class each"):
+        with pytest.raises(InputError, match="pseudo-labels need samples of one class each"):
             data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), index > 0, index > 0, 0, 0))
 
     def test_another_fit_starts_without_labels(self, quiet_trainer, student):
@@ -269,7 +269,7 @@ class TestChangedPool:
         with pytest.raises(InputError, match="the unlabeled pool has changed"):
             self.fit(quiet_trainer, more, tmp_path / "c.ckpt", labeled=1, unlabeled="rest")
 
-    def test_checkpoints_from_before_pools_were_noted_go_on(self, quiet_trainer, tmp_path):
+    def test_checkpoints_without_the_pool_are_accepted(self, quiet_trainer, tmp_path):
         trainer = self.fit(quiet_trainer, torch.rand(5, 3))
         trainer.save_checkpoint(tmp_path / "c.ckpt")
         checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=True)
@@ -279,15 +279,17 @@ class TestChangedPool:
 
 
 @pytest.mark.parametrize("size", [0, 64, 65, -1])
-def test_labeled_batch_that_leaves_no_room(size):
+def test_labeled_batch_size_out_of_range(size):
     with pytest.raises(InputError, match=f"labeled_batch_size .* at least 1 and below batch_size, 64, got {size}"):
         SemiSupervisedDataModule(Digits(), labeled_batch_size=size)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"labeled": 3, "unlabeled": "none"}])
-def test_two_streams_of_which_one_is_empty(arguments):
+def test_two_streams_need_both_kinds(arguments):
     data = SemiSupervisedDataModule(Digits(), labeled_batch_size=8, **arguments)
-    with pytest.raises(InputError, match="batches of labeled and unlabeled images, but none is unlabeled"):
+    with pytest.raises(
+        InputError, match="labeled_batch_size needs labeled and unlabeled images, got no unlabeled ones"
+    ):
         data.train_dataloader()
 
 
@@ -325,8 +327,8 @@ class TestWeakLabels:
         labeled = torch.tensor(data.split.labeled)
         known = torch.isin(index, labeled)
         truth = data.hidden_truth(index)
-        drawn = SymmetricNoise(0.5).draw(data._parts.train.targets, 10, 3)[index]
-        assert torch.equal(found["y"], torch.where(known, drawn, -100))
+        noisy = SymmetricNoise(0.5).sample(data._parts.train.targets, 10, 3)[index]
+        assert torch.equal(found["y"], torch.where(known, noisy, -100))
         assert torch.equal(found["kind"], torch.where(known, LabelKind.NOISY, LabelKind.MISSING).to(torch.int8))
         assert 70 < (found["y"] != truth)[known].sum() < 130  # of 200
         assert torch.equal(data.visible_labels()[labeled], found["y"][known])
@@ -360,7 +362,7 @@ class TestWeakLabels:
         assert torch.equal(found["candidates"][both], seen["candidates"])
 
     def test_labels_of_a_source_that_may_be_wrong(self, tmp_path):
-        """Their kind is noisy, but where a file says otherwise, and beside pseudo-labels."""
+        """Their kind is noisy, except labels of a label file and pseudo-labels."""
         data = SemiSupervisedDataModule(Digits(), labeled=5, noisy=True)
         _, found = self.everything(data.train_dataloader())
         assert torch.equal(found["kind"] == LabelKind.NOISY, found["y"] != -100)
@@ -393,11 +395,11 @@ class TestWeakLabels:
             for rank in range(world):
                 weak = {"coarse": CoarseLabels(COARSE.groups, 0.5), "label_noise": SymmetricNoise(0.5)}
                 data = SemiSupervisedDataModule(Digits(), labeled=5, train_transform=torch.nn.Identity(), **weak)
-                monkeypatch.setattr(data, "_processes", lambda rank=rank: (world, rank))
+                monkeypatch.setattr(data, "_world_size_and_rank", lambda rank=rank: (world, rank))
                 shares += list(data.train_dataloader())
             index = torch.cat([batch.index for batch in shares])
             order = index.argsort()
-            order = order[torch.cat([torch.tensor([True]), index[order].diff() > 0])]  # one of a rank's filling
+            order = order[torch.cat([torch.tensor([True]), index[order].diff() > 0])]  # without the padding of a rank
             return [torch.cat([getattr(b, name) for b in shares])[order] for name in ("y", "kind", "candidates")]
 
         for one, two in zip(run(1), run(2), strict=True):
@@ -419,7 +421,7 @@ class TestWeakLabels:
                 fit(path, **weak)
         fit(path, label_noise=SymmetricNoise(0.4))
         checkpoint = torch.load(path, weights_only=True)
-        del checkpoint["SemiSupervisedDataModule"]["labels"]  # from before they were noted
+        del checkpoint["SemiSupervisedDataModule"]["labels"]  # as in older checkpoints
         torch.save(checkpoint, path)
         fit(path, label_noise=PairNoise(0.4))
 
@@ -453,7 +455,7 @@ class TestLabelFile:
 
     @pytest.mark.parametrize("unlabeled", ["rest", "none", "source"])
     @pytest.mark.parametrize("stream", [None, 4])
-    def test_answers_of_all_kinds_in_every_mode(self, make, unlabeled, stream):
+    def test_label_rows_of_all_kinds_in_every_mode(self, make, unlabeled, stream):
         first, second, third = self.free(make, 3)
         old = make().split.labeled
         rows = [
@@ -480,14 +482,18 @@ class TestLabelFile:
         )
         for index, row in rows.items():
             assert x[row].item() == index
-        told = {first: (2, LabelKind.CLEAN, 0.5), second: (-100, LabelKind.COARSE, 1), old[0]: (1, LabelKind.NOISY, 1)}
-        told |= {
+        expected_rows = {
+            first: (2, LabelKind.CLEAN, 0.5),
+            second: (-100, LabelKind.COARSE, 1),
+            old[0]: (1, LabelKind.NOISY, 1),
+        }
+        expected_rows |= {
             90: (1, LabelKind.CLEAN, 1),
             91: (-100, LabelKind.COARSE, 2),
             old[2]: (int(TARGETS[old[2]]), LabelKind.CLEAN, 1),
         }
-        told |= {n: (-100, LabelKind.MISSING, 1) for n in (old[1], third, 92) if n in pool}
-        for index, expected in told.items():
+        expected_rows |= {n: (-100, LabelKind.MISSING, 1) for n in (old[1], third, 92) if n in pool}
+        for index, expected in expected_rows.items():
             assert (y[rows[index]].item(), kind[rows[index]].item(), weight[rows[index]].item()) == expected
         assert candidates[rows[second]].tolist() == [True, True, False]
         assert candidates[rows[91]].tolist() == [False, False, True]
@@ -502,7 +508,7 @@ class TestLabelFile:
         assert (seen[90], seen[first], seen[old[0]]) == (1, 2, 1)
 
     @pytest.mark.parametrize("unlabeled", ["rest", "source"])
-    def test_pseudo_labels_beside_answers(self, make, unlabeled):
+    def test_pseudo_labels_beside_label_rows(self, make, unlabeled):
         (first,) = self.free(make, 1)
         data = make([(90, 1, "", ""), (first, "low", "coarse", "")], unlabeled=unlabeled, coarse=self.COARSE)
         index = torch.tensor(data.unlabeled_indices())
@@ -517,14 +523,14 @@ class TestLabelFile:
             data.set_pseudo_labels(PseudoLabels(torch.tensor([90]), yes[:1] * 1, yes[:1] * 1.0, yes[:1], yes[:1], 0, 0))
 
     def test_rounds(self, make, tmp_path):
-        """From one run's split file with a further label file to the next; nothing is lost."""
+        """Each run starts from the split file of the last and adds a label file; no label is lost."""
         first, second = self.free(make, 2)
         one = make([(first, 2, "", ""), (90, 1, "", "")])
         one.split.save(tmp_path / "split.json")
         two = make([(second, 0, "", 0.5), (90, "", "missing", "")], "more.csv", labeled=tmp_path / "split.json")
         assert two.split.labeled == sorted({*one.split.labeled, second} - {90})
         assert 90 not in two.unlabeled_indices()  # the pool is the rest of the training part
-        assert two.split.answers == [[first, 2, "clean", 1.0], [second, 0, "clean", 0.5], [90, -1, "missing", 1.0]]
+        assert two.split.label_rows == [[first, 2, "clean", 1.0], [second, 0, "clean", 0.5], [90, -1, "missing", 1.0]]
         assert two.split.val == make().split.val
         two.split.save(tmp_path / "split.json")
         three = make(labeled=tmp_path / "split.json", unlabeled="source")
@@ -541,7 +547,7 @@ class TestLabelFile:
             (batch,) = data.train_dataloader()
             assert batch.candidates[batch.index == first].tolist() == [[True, True, False]]
         with pytest.raises(
-            InputError, match="coarse must name the superclasses of the labels, and does not name 'low'"
+            InputError, match="coarse must name the superclasses of the label file, but does not name 'low'"
         ):
             make(labeled=tmp_path / "split.json")
         with pytest.raises(InputError, match="line 2: 'low' is no superclass; there are none: data.coarse names them"):
@@ -549,7 +555,7 @@ class TestLabelFile:
 
     @pytest.mark.parametrize("index", [3, 90])
     def test_held_out(self, make, tmp_path, index):
-        """As ``labels --cross-fit`` and ``clean`` hide labels, and give the file again."""
+        """``labels --cross-fit`` and ``clean`` hide labels, and read the label file again."""
         split = make([(index, 1, "", 0.5)]).split
         folded = replace(split, labeled=sorted({*split.labeled} - {index}), held_out=[index])
         folded.save(tmp_path / "split.json")
@@ -562,12 +568,12 @@ class TestLabelFile:
             ]
             assert (index, -100) in rows
 
-    def test_answers_for_validation_are_refused_by_line(self, make):
-        (kept, *_), (first,) = make().split.val, self.free(make, 1)
-        with pytest.raises(InputError, match=f"labels.csv, line 3: sample {kept} is kept for validation"):
-            make([(first, 1, "", ""), (kept, 1, "", "")])
+    def test_label_rows_of_the_validation_part_are_refused(self, make):
+        (val, *_), (first,) = make().split.val, self.free(make, 1)
+        with pytest.raises(InputError, match=f"labels.csv, line 3: sample {val} is in the validation part"):
+            make([(first, 1, "", ""), (val, 1, "", "")])
 
-    def test_test_images_get_no_answer(self, make, tmp_path):
+    def test_test_images_get_no_label(self, make, tmp_path):
         (first,) = self.free(make, 1)
         assert make([(first, 1, "", "")], unlabeled="test").visible_labels()[first] == 1
         with pytest.raises(InputError, match="line 2: there is no sample 85; the data have 0 ... 79"):
@@ -584,17 +590,17 @@ class TestLabelFile:
             (torch.rand(31, 1), r"which has changed since \(its hash differs\)"),
         ],
     )
-    def test_answers_for_an_unlabeled_part_that_is_another(self, make, tmp_path, more, message):
+    def test_label_rows_of_another_unlabeled_part_are_refused(self, make, tmp_path, more, message):
         make([(90, 1, "", "")]).split.save(tmp_path / "split.json")
-        with pytest.raises(
-            InputError, match=rf"answers for images of the source's unlabeled part \(sample 90\), {message}"
-        ):
+        with pytest.raises(InputError, match=rf"labels for the source's unlabeled part \(sample 90\), {message}"):
             make(labeled=tmp_path / "split.json", more=more)
         (first,) = self.free(make, 1)
-        make([(first, 1, "", "")]).split.save(tmp_path / "split.json")  # of these it does not matter
+        make([(first, 1, "", "")]).split.save(
+            tmp_path / "split.json"
+        )  # rows of the training part are independent of it
         assert make(labeled=tmp_path / "split.json", more=more).visible_labels()[first] == 1
 
-    def test_mended_file_in_the_same_datamodule(self, make, tmp_path):
+    def test_corrected_file_in_the_same_datamodule(self, make, tmp_path):
         data = make()
         data = SemiSupervisedDataModule(data.source, labeled=2, label_file=tmp_path / "a.csv")
         (tmp_path / "a.csv").write_text("index,label\n3,bird\n")
@@ -618,7 +624,7 @@ class TestLabelFile:
         data.split.save(tmp_path / "split.json")
         for rows in ([(first, 2, "", "")], [(first, 1, "noisy", "")], [(second, 1, "", "")], [(first, 1, "", 2)], None):
             with pytest.raises(
-                InputError, match="another split; resume with the same source, labeled, labels, val and"
+                InputError, match="another split; resume with the same source, labeled, label_file, val_size and"
             ):
                 fit(path, rows=rows)
         fit(path, rows=[(first, 1, "", "")])
@@ -627,12 +633,14 @@ class TestLabelFile:
     def test_of_many_labels(self, tmp_path):
         (tmp_path / "a.csv").write_text("index,label\n3,1\n")
         source = DatasetSource(TensorDataset(torch.rand(20, 4), torch.randint(2, (20, 3))))
-        with pytest.raises(InputError, match="label_noise, coarse and labels are for samples of one class each"):
+        with pytest.raises(InputError, match="label_noise, coarse and label_file need samples of one class each"):
             SemiSupervisedDataModule(source, label_file=tmp_path / "a.csv").setup("")
 
     def test_old_split_file(self, make, tmp_path):
         split = make().split
-        fields = {name: value for name, value in asdict(split).items() if name not in ("held_out", "answers", "pool")}
+        fields = {
+            name: value for name, value in asdict(split).items() if name not in ("held_out", "label_rows", "pool")
+        }
         (tmp_path / "split.json").write_text(json.dumps(fields | {"hash": split.hash}))
         assert make([(90, 1, "", "")], labeled=tmp_path / "split.json").split.labeled == [*split.labeled, 90]
         assert Split.load(tmp_path / "split.json", TARGETS) == split
@@ -640,7 +648,7 @@ class TestLabelFile:
 
 def test_weak_labels_from_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "answers.csv").write_text("index,label,kind\n3,odd,coarse\n")
+    (tmp_path / "labels.csv").write_text("index,label,kind\n3,odd,coarse\n")
     (tmp_path / "config.yaml").write_text(
         """
         name: weak
@@ -659,8 +667,8 @@ def test_weak_labels_from_yaml(tmp_path, monkeypatch):
               init_args: {groups: {even: ["0", 2, "4", 6, 8], odd: [1, "3", 5, "7", "9"]}, fraction: 0}
         """
     )
-    data = DistillCLI(["fit", "--config", "config.yaml", "--data.label_file", "answers.csv"]).datamodule
-    assert data.split.answers == [[3, "odd", "coarse", 1.0]]
+    data = DistillCLI(["fit", "--config", "config.yaml", "--data.label_file", "labels.csv"]).datamodule
+    assert data.split.label_rows == [[3, "odd", "coarse", 1.0]]
     assert data.coarse.groups == {"even": ["0", 2, "4", 6, 8], "odd": [1, "3", 5, "7", "9"]}
     assert data.label_noise.rate == 0.5
     (found,) = [batch.select(batch.index == 3) for batch in data.train_dataloader() if 3 in batch.index]

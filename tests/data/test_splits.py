@@ -31,15 +31,15 @@ def test_splits_of_one_seed_are_nested():
 @pytest.mark.parametrize(
     ("labeled", "val", "message"),
     [
-        (10, 0.1, "labeled: 10 per class asked, but class 'c' has 9 to give"),
-        (2, 11, "val_size: 11 per class asked, but class 'c' has 10 to give"),
+        (10, 0.1, "labeled: 10 per class, but class 'c' has 9 samples"),
+        (2, 11, "val_size: 11 per class, but class 'c' has 10 samples"),
         (2, 10, "val_size: 10 leaves class 'c' no training sample of its 10"),
         (0.0, 0.1, "labeled: a fraction"),
         (1.5, 0.1, "labeled: a fraction"),
         (2, -0.1, "val_size: a fraction"),
     ],
 )
-def test_split_that_cannot_be(labeled, val, message):
+def test_invalid_sizes(labeled, val, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         make_split(TARGETS, labeled, val, 0, ["a", "b", "c"])
 
@@ -55,17 +55,17 @@ def test_saved_split(tmp_path):
     with pytest.raises(InputError, match="changed after"):
         Split.load(path, TARGETS)
     path.write_text("{")
-    with pytest.raises(InputError, match="no split file"):
+    with pytest.raises(InputError, match="not a split file"):
         Split.load(path, TARGETS)
     assert replace(split, seed=2).hash != split.hash
 
 
 def test_missing_split_file(tmp_path):
-    with pytest.raises(InputError, match="labeled: no split file at .*gone.json; allowed: such a path, a count per"):
+    with pytest.raises(InputError, match="labeled: no split file at .*gone.json; allowed: a split file, a count per"):
         Split.load(tmp_path / "gone.json", TARGETS)
 
 
-def test_many_labels_are_drawn_by_fraction():
+def test_many_labels_are_split_by_fraction():
     targets = torch.randint(2, (40, 3), generator=torch.Generator().manual_seed(0))
     split = make_split(targets, 0.5, 0.25, seed=0)
     assert [len(part) for part in (split.val, split.labeled, split.unlabeled)] == [10, 15, 15]
@@ -77,7 +77,7 @@ def test_many_labels_are_drawn_by_fraction():
 
 def test_class_without_a_sample():
     targets = torch.tensor([0, 0, 0, 2, 2, 2])
-    with pytest.raises(InputError, match="labeled: 1 per class asked, but class 'b' has no training sample"):
+    with pytest.raises(InputError, match="labeled: 1 per class, but class 'b' has no training sample"):
         make_split(targets, 1, 0, 0, ["a", "b", "c"])
     assert make_split(targets, 0.3, 0, 0).val == []
 
@@ -90,9 +90,9 @@ def test_held_out_labels_are_part_of_a_split(tmp_path):
     assert Split.load(tmp_path / "split.json", TARGETS) == held
 
 
-@pytest.mark.parametrize("later", [("held_out", "answers", "pool"), ("answers", "pool")])
-def test_splits_of_before_there_was_more_in_them(tmp_path, later):
-    """Their hash still fits."""
+@pytest.mark.parametrize("later", [("held_out", "label_rows", "pool"), ("label_rows", "pool")])
+def test_split_files_without_the_later_fields(tmp_path, later):
+    """Their hash is still valid."""
     split = make_split(TARGETS, 3, 0.1, seed=1)
     split = split if "held_out" in later else replace(split, labeled=split.labeled[2:], held_out=split.labeled[:2])
     fields = {name: value for name, value in asdict(split).items() if name not in later}
@@ -101,37 +101,37 @@ def test_splits_of_before_there_was_more_in_them(tmp_path, later):
     assert Split.load(tmp_path / "split.json", TARGETS) == split
 
 
-class TestAnswers:
+class TestLabelRows:
     SPLIT = Split(labeled=[0, 1, 2], unlabeled=[3, 4, 5], val=[6], seed=0, data="", held_out=[7])
 
     @pytest.mark.parametrize(
-        ("answers", "labeled", "unlabeled"),
+        ("rows", "labeled", "unlabeled"),
         [
             ([], [0, 1, 2], [3, 4, 5]),
             ([(4, 1, "clean", 1.0)], [0, 1, 2, 4], [3, 5]),
             ([(4, 1, "noisy", 1.0), (9, 1, "clean", 1.0)], [0, 1, 2, 4, 9], [3, 5]),
-            ([(1, 2, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # a label that is mended
+            ([(1, 2, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # a corrected label
             ([(1, -1, "missing", 1.0)], [0, 2], [1, 3, 4, 5]),
             ([(1, "low", "coarse", 1.0), (4, "low", "coarse", 1.0)], [0, 2], [1, 3, 4, 5]),
-            ([(7, 1, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # held out all the same
+            ([(7, 1, "clean", 1.0)], [0, 1, 2], [3, 4, 5]),  # stays held out
             ([(9, -1, "missing", 1.0)], [0, 1, 2], [3, 4, 5]),
         ],
     )
-    def test_who_is_labeled(self, answers, labeled, unlabeled):
-        split = self.SPLIT.with_answers(answers)
+    def test_labeled_and_unlabeled(self, rows, labeled, unlabeled):
+        split = self.SPLIT.with_label_rows(rows)
         assert (split.labeled, split.unlabeled, split.val, split.held_out) == (labeled, unlabeled, [6], [7])
-        assert split.answers == [list(answer) for answer in answers]
-        assert split.with_answers(answers) == split  # a file may come again
-        assert (split.hash != self.SPLIT.hash) == bool(answers)
+        assert split.label_rows == [list(row) for row in rows]
+        assert split.with_label_rows(rows) == split  # the same file twice
+        assert (split.hash != self.SPLIT.hash) == bool(rows)
 
     def test_later_ones_add_to_earlier_ones(self):
-        first = self.SPLIT.with_answers([(4, 1, "clean", 1.0), (0, -1, "missing", 1.0)])
-        second = first.with_answers([(5, 2, "clean", 1.0), (0, 2, "noisy", 0.5)])
+        first = self.SPLIT.with_label_rows([(4, 1, "clean", 1.0), (0, -1, "missing", 1.0)])
+        second = first.with_label_rows([(5, 2, "clean", 1.0), (0, 2, "noisy", 0.5)])
         assert second.labeled == [0, 1, 2, 4, 5]
-        assert second.answers == [[0, 2, "noisy", 0.5], [4, 1, "clean", 1.0], [5, 2, "clean", 1.0]]
+        assert second.label_rows == [[0, 2, "noisy", 0.5], [4, 1, "clean", 1.0], [5, 2, "clean", 1.0]]
 
     def test_are_saved(self, tmp_path):
-        split = replace(make_split(TARGETS, 2, 0.1, seed=1)).with_answers([(90, "low", "coarse", 0.25)])
+        split = replace(make_split(TARGETS, 2, 0.1, seed=1)).with_label_rows([(90, "low", "coarse", 0.25)])
         split = replace(split, pool="abc")
         split.save(tmp_path / "split.json")
         assert Split.load(tmp_path / "split.json", TARGETS) == split
@@ -142,5 +142,5 @@ class TestAnswers:
                 Split.load(tmp_path / "split.json", TARGETS)
 
     def test_for_validation_are_refused(self):
-        with pytest.raises(InputError, match="label_file: sample 6 is kept for validation, and cannot be trained on"):
-            self.SPLIT.with_answers([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])
+        with pytest.raises(InputError, match="label_file: sample 6 is in the validation part"):
+            self.SPLIT.with_label_rows([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])

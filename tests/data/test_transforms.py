@@ -1,4 +1,4 @@
-"""Strong views: shapes and ranges, replayable, stronger than the weak ones, and still of their class."""
+"""Strong views: shapes and ranges, replay, stronger than weak views, and still of their class."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def views(transform, images, view=0, seed=3):
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (1, 8, 8)), ("small", (3, 32, 32)), ("photos", (3, 56, 56))])
-def test_what_comes_out(name, shape):
+def test_output(name, shape):
     strong, _, _, images = CASES[name]()
     x = views(strong, images)
     assert x.shape[1:] == shape
@@ -87,7 +87,7 @@ def test_stronger_than_the_weak_view(name):
 
 
 def test_digits_stay_of_their_class():
-    """Nearest neighbours among strong views of training images name strong views of test images."""
+    """Nearest neighbours among strong views of training images classify strong views of test images."""
     parts = Digits().load()
     known = torch.cat([views(strong_digits(), digits(), view) for view in range(3)])
     model = KNeighborsClassifier(5).fit(known.flatten(1), parts.train.targets.repeat(3))
@@ -127,7 +127,7 @@ def test_cutout_of_half_the_side(transform, side):
 
 
 def test_cutout_of_digits():
-    """Of a white image nothing but the square is taken away, when nothing else is done."""
+    """Cutout alone removes nothing but the square from a white image."""
     cutout = strong_digits().transforms[-1]
     torch.manual_seed(0)
     for _ in range(20):
@@ -147,7 +147,7 @@ def test_flip(flip, found):
 
 
 def test_outside_is_the_mean_colour():
-    """RandAugment's turns and moves bring in what becomes about 0, as Cutout does."""
+    """New pixels of RandAugment's rotations and shifts become about 0, as those of Cutout."""
     transform = strong_small(MEAN, STD, padding=0, flip=False)
     steps = nn.Sequential(*[s for s in transform.transforms if not isinstance(s, v2.RandomErasing)])
     white = torch.full((3, 32, 32), 255, dtype=torch.uint8)

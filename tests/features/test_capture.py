@@ -83,7 +83,7 @@ class TestCapture:
         assert outputs.keys() == {"once"}
         assert torch.equal(out, X.tanh().tanh().tanh())  # never complete, so the pass ran to its end
         with (
-            pytest.raises(InputError, match="layer shared is called more than once in a pass; choose a layer around"),
+            pytest.raises(InputError, match="layer shared is called more than once in a pass; use a layer around"),
             capture(twice, ["shared"]),
         ):
             twice(X)
@@ -95,7 +95,7 @@ class TestCapture:
 
     def test_output_that_is_no_tensor(self):
         attention = nn.Sequential(nn.Identity(), nn.LSTM(4, 3))
-        with pytest.raises(InputError, match="layer 1 gives no tensor, but tuple"), capture(attention, ["1"]):
+        with pytest.raises(InputError, match="layer 1 must return a tensor, got tuple"), capture(attention, ["1"]):
             attention(X)
         assert not attention[1]._forward_hooks
 
@@ -111,7 +111,7 @@ class TestChangedInPlace:
     def test_names_the_layer(self, block, names, grad):
         with (
             torch.set_grad_enabled(grad),
-            pytest.raises(InputError, match="^layer 1: its output is changed in place by a later layer; choose that"),
+            pytest.raises(InputError, match="^layer 1: its output is changed in place by a later layer; use that"),
             capture(block, names),
         ):
             block(MAPS)

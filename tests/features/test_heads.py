@@ -5,12 +5,13 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from kd_lightning import InputError, load_weights, models, reset_classifier
-from kd_lightning.features.heads import find_head, layers_of
+from kd_lightning.features.heads import find_head, input_of_head, layers_of
 from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.build import build
 
@@ -42,17 +43,63 @@ class Wrapped(nn.Module):
 
 
 class HeadFirst(nn.Module):
-    """Holds its head before what is below it."""
+    """Registers its head before the layers below it."""
 
-    def __init__(self, num_classes, says=True):
+    def __init__(self, num_classes, declared=True):
         super().__init__()
         self.fc = nn.Linear(6, num_classes)
         self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
-        if says:
+        if declared:
             self.num_classes = num_classes
 
     def forward(self, x):
         return self.fc(self.body(x))
+
+
+class Branching(nn.Module):
+    """Cannot be traced: the forward pass branches on its inputs."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x if x.sum() > 0 else -x)
+
+
+class CosineHeadFirst(nn.Module):
+    """Uses the weight of its head without a call."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(6, num_classes, bias=False)
+        self.body = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return F.linear(F.normalize(self.body(x)), F.normalize(self.fc.weight))
+
+
+class Stateful(nn.Module):
+    """Its forward pass changes attributes, buffers and the random generator; its last layer is registered first."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(6, num_classes)
+        self.body = nn.Linear(4, 6)
+        self.register_buffer("steps", torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones(6))
+        self.outputs = []
+
+    def forward(self, x, noise=0.0, mask=None):
+        self.steps += 1
+        features = self.body(x) * self.scale
+        if noise:
+            features = features + noise * torch.rand(6)
+        if mask is not None:
+            features = features * mask
+        self.features = features
+        self.outputs.append(features)
+        return {"logits": self.head(features), "features": features}
 
 
 def without(network, name):
@@ -74,8 +121,94 @@ NETWORKS = {  # a maker of each, its head, the shape of its input
     "vgg8": (lambda n: models.vgg8(n), "fc", (3, 32, 32)),
     "wrn": (lambda n: models.wrn_16_1(n), "fc", (3, 16, 16)),
     "sequential": (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(4, n)), "1", (2, 2)),
+    "head_first": (HeadFirst, "fc", (4,)),
+    "head_first_undeclared": (lambda n: HeadFirst(n, declared=False), "fc", (4,)),
+    "cosine_head_first": (CosineHeadFirst, "fc", (4,)),
+    "branching_body": (lambda n: nn.Sequential(Branching(nn.Linear(4, 6)), nn.Linear(6, n)), "1", (4,)),
     "bare": (lambda n: nn.Linear(4, n), "", (4,)),
 }
+
+
+def last_called(network, *inputs):
+    """Name of the last linear or convolutional layer that a forward pass calls."""
+    called = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+            layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    network.eval()(*inputs)
+    return called[-1]
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "cosine_head_first"])
+def test_head_is_the_last_layer_called(name):
+    make, head, shape = NETWORKS[name]
+    assert last_called(make(10), torch.rand(2, *shape)) == head
+    network = make(10)
+    if name != "timm_vit":  # it branches on the size of its inputs
+        network.pretrained_cfg = {}  # where timm does not name the head, the trace finds it
+    assert find_head(network) == head
+
+
+def test_head_registered_first_is_replaced():
+    """The body gives as many outputs as the head, so nothing but the order of calls distinguishes the two."""
+    network = HeadFirst(6, declared=False)
+    body = network.body[0]
+    assert reset_classifier(network, 3)(torch.rand(2, 4)).shape == (2, 3)
+    assert network.body[0] is body
+    assert network.fc.out_features == 3
+
+
+def test_head_inside_a_part_that_cannot_be_traced():
+    class Two(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part, self.body = part, nn.Linear(4, 6)
+
+        def forward(self, x):
+            return self.part(self.body(x))
+
+    assert find_head(Two(Branching(nn.Linear(6, 3)))) == "part.layers.0"
+    compiled = torch.compile(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), backend="eager")
+    assert find_head(Two(compiled)) == "part._orig_mod.1"
+    assert find_head(torch.compile(HeadFirst(10), backend="eager")) == "_orig_mod.fc"
+    with pytest.raises(InputError, match="head must be named: the order in which Branching calls its layers"):
+        find_head(Two(Branching(nn.Linear(6, 6), nn.Linear(6, 3))))
+
+
+def test_find_head_leaves_the_network_alone():
+    network = Stateful(3)
+    network(torch.rand(2, 4))  # leaves a tensor with a graph in an attribute
+    hooked = []
+    network.body.register_forward_hook(lambda *_: hooked.append(1))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    features, random = network.features, torch.get_rng_state()
+    network.outputs.clear()
+    assert find_head(network) == "head"
+    assert network.features is features
+    assert not hooked
+    assert not network.outputs
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_layers_out_of_use_are_no_head():
+    """A projection head for another loss is registered last, and forward does not call it."""
+    network = Wrapped(nn.Linear(4, 6), 6, 10)
+    network.project = nn.Linear(6, 16)
+    assert find_head(network) == "head"
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_input_of_head(linear):
+    if linear:
+        network, x = HeadFirst(3), torch.rand(2, 4)
+        wanted = network.body(x)
+    else:
+        network, x = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 3, 1), nn.Flatten(2)), torch.rand(2, 1, 5, 5)
+        wanted = network[0](x).mean(dim=(2, 3))
+    torch.testing.assert_close(input_of_head(network, x), wanted)
+    assert not any(m._forward_pre_hooks for m in network.modules())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -97,7 +230,7 @@ def test_head_is_replaced_and_nothing_else(name):
         assert getattr(changed, attribute, None) == getattr(fresh, attribute, None)
 
 
-def test_classes_are_told_on_the_way_to_the_head_alone():
+def test_num_classes_is_set_on_the_way_to_the_head_alone():
     inner = nn.Sequential(without(timm.create_model("test_resnet", num_classes=10), "fc"), HeadFirst(10))
     network = nn.Sequential(inner)
     network.num_classes, network.out_features, inner.num_classes = 10, 10, 7
@@ -162,6 +295,12 @@ def test_auxiliary_heads_are_left_alone():
     assert (network.fc.out_features, network.aux2.fc2.out_features) == (3, 10)
 
 
+def declaring(num_classes):
+    network = HeadFirst(10)
+    network.num_classes = num_classes
+    return network
+
+
 @pytest.mark.parametrize(
     ("network", "arguments", "message"),
     [
@@ -169,10 +308,13 @@ def test_auxiliary_heads_are_left_alone():
         (DigitsCNN(4), {"head": "fc"}, r"linear or convolutional layer, such as \['3', '7', '13'\], got 'fc'"),
         (DigitsCNN(4), {"head": "1"}, "linear or convolutional layer, .* got '1'"),
         (nn.Sequential(nn.ReLU()), {}, "Sequential has no linear or convolutional layer to be its head"),
-        (nn.Conv2d(4, 4, 3, groups=2), {}, "a convolution in groups"),
-        (nn.Sequential(nn.LazyLinear(4)), {}, "0 does not know its inputs yet; run the network once"),
-        (HeadFirst(10), {}, "head must be named: HeadFirst is of 10 classes, and its last layer, 'body.0', gives 6"),
-        (timm.create_model("test_vit", num_classes=0), {}, "is of 0 classes"),
+        (nn.Conv2d(4, 4, 3, groups=2), {}, "groups 1, got groups 2"),
+        (nn.Sequential(nn.LazyLinear(4)), {}, "0 has no weights yet; run the network once"),
+        (declaring(6), {}, "head must be named: HeadFirst has num_classes 6, but its last layer, 'fc', has 10 outputs"),
+        (declaring(7), {}, "head must be named: HeadFirst has num_classes 7, but no layer with so many outputs"),
+        (timm.create_model("test_vit", num_classes=0), {}, "has num_classes 0, but no layer"),
+        (Branching(nn.Linear(4, 6), nn.Linear(6, 10)), {}, "head must be named: .*Branching.* cannot be traced"),
+        (nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 10)]), {}, "head must be named: .*ModuleList.* cannot be traced"),
         (timm.create_model("levit_128s"), {}, "head must be named: Levit.* has several, head.linear, head_dist.linear"),
     ],
 )

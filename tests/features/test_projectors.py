@@ -1,4 +1,4 @@
-"""Joining layers: every projector against a reference, what measuring learns and leaves alone, and real networks."""
+"""Projectors: each against a reference, what building them finds and leaves unchanged, and real networks."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ from kd_lightning.modules._shared.hint_figure import hint_figure
 from kd_lightning.teachers.teacher import Teacher
 
 
-def draw(*shape, seed=0):
+def random_tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -65,7 +65,7 @@ OTHER_TOKENS = [(9, 4, 3, 2), (10, 4, 3, 2), (9, 5, 3, 2), (17, 5, 4, 2)]
 class TestBuild:
     @pytest.mark.parametrize(("guided", "hint", "kernel"), LARGER)
     def test_larger_map_is_a_valid_convolution(self, guided, hint, kernel):
-        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        x, projector = random_tensor(3, *guided), build_projector(guided, hint).double()
         weight, bias = weights_of(projector, nn.Conv2d)
         assert tuple(weight.shape[2:]) == kernel
         assert parameters(projector) == (guided[0] * kernel[0] * kernel[1] + 1) * hint[0]
@@ -76,7 +76,7 @@ class TestBuild:
 
     @pytest.mark.parametrize(("guided", "hint"), SMALLER)
     def test_smaller_map_is_resized(self, guided, hint):
-        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        x, projector = random_tensor(3, *guided), build_projector(guided, hint).double()
         weight, bias = weights_of(projector, nn.Conv2d)
         assert tuple(weight.shape) == (hint[0], guided[0], 1, 1)
         assert parameters(projector) == (guided[0] + 1) * hint[0]
@@ -89,7 +89,7 @@ class TestBuild:
         ("guided", "hint"), [((4,), (7,)), ((1,), (1,)), ((6, 4), (6, 7)), ((17, 4), (17, 4)), ((1, 3), (1, 2))]
     )
     def test_vectors_and_equally_many_tokens_are_linear(self, guided, hint):
-        x, projector = draw(3, *guided), build_projector(guided, hint).double()
+        x, projector = random_tensor(3, *guided), build_projector(guided, hint).double()
         weight, bias = weights_of(projector, nn.Linear)
         assert parameters(projector) == (guided[-1] + 1) * hint[-1]
         expected = torch.einsum("b...c,oc->b...o", x, weight) + bias
@@ -102,7 +102,7 @@ class TestBuild:
             ((guided, 3, side), (hint, 5, hint_side)),
             ((hint, 3, hint_side), (guided, 5, side)),
         ):
-            x, target = draw(2, mine, n), draw(2, theirs, m, seed=1)
+            x, target = random_tensor(2, mine, n), random_tensor(2, theirs, m, seed=1)
             projector = build_projector((mine, n), (theirs, m)).double()
             kernel = max(k - j + 1, 1)
             assert parameters(projector) == (n * kernel**2 + 1) * m
@@ -113,7 +113,7 @@ class TestBuild:
             assert torch.equal(target_of(target, projector(x)), set_out(target, j))
 
     def test_as_many_places_with_and_without_class_token_are_maps(self):
-        x, target = draw(2, 10, 3), draw(2, 9, 5, seed=1)
+        x, target = random_tensor(2, 10, 3), random_tensor(2, 9, 5, seed=1)
         projector = build_projector((10, 3), (9, 5)).double()
         expected = F.conv2d(set_out(x, 3), *weights_of(projector, nn.Conv2d))
         assert parameters(projector) == (3 + 1) * 5
@@ -123,7 +123,7 @@ class TestBuild:
     @pytest.mark.parametrize("tokens", [9, 10])
     @pytest.mark.parametrize(("size", "kernel"), [((3, 3), (1, 1)), ((2, 3), (2, 1)), ((4, 2), None)])
     def test_tokens_to_a_map(self, tokens, size, kernel):
-        x, projector = draw(2, tokens, 4), build_projector((tokens, 4), (5, *size)).double()
+        x, projector = random_tensor(2, tokens, 4), build_projector((tokens, 4), (5, *size)).double()
         weight, bias = weights_of(projector, nn.Conv2d)
         assert tuple(weight.shape) == (5, 4, *(kernel or (1, 1)))
         expected = F.conv2d(set_out(x, 3), weight, bias)
@@ -134,7 +134,7 @@ class TestBuild:
     @pytest.mark.parametrize("tokens", [9, 10])
     @pytest.mark.parametrize(("size", "kernel"), [((3, 3), (1, 1)), ((5, 4), (3, 2)), ((4, 2), None)])
     def test_a_map_to_tokens(self, tokens, size, kernel):
-        x, target = draw(2, 4, *size), draw(2, tokens, 5, seed=1)
+        x, target = random_tensor(2, 4, *size), random_tensor(2, tokens, 5, seed=1)
         projector = build_projector((4, *size), (tokens, 5)).double()
         weight, bias = weights_of(projector, nn.Conv2d)
         assert tuple(weight.shape) == (5, 4, *(kernel or (1, 1)))
@@ -166,7 +166,7 @@ class TestTokens:
         ("tokens", "side"), [(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (196, 14), (197, 14), (1025, 32)]
     )
     def test_raster_order_without_the_class_token(self, tokens, side):
-        x = draw(2, tokens, 3)
+        x = random_tensor(2, tokens, 3)
         assert map_shape((tokens, 3)) == (3, side, side)
         assert torch.equal(to_map(x), set_out(x, side)) and torch.equal(TokensToMap()(x), to_map(x))
 
@@ -193,10 +193,10 @@ class TestTokens:
         with pytest.raises(InputError, match=re.escape(f"{[*shape]} is neither a map (C, H, W) nor tokens (N, C)")):
             map_shape(shape)
 
-    @pytest.mark.parametrize(("hint", "regressed"), [((2, 9, 4), (2, 9, 4)), ((2, 4), (2, 4)), ((2, 4, 3, 3),) * 2])
-    def test_target_is_the_hint_itself(self, hint, regressed):
+    @pytest.mark.parametrize(("hint", "projected"), [((2, 9, 4), (2, 9, 4)), ((2, 4), (2, 4)), ((2, 4, 3, 3),) * 2])
+    def test_target_is_the_hint_itself(self, hint, projected):
         hint = torch.zeros(hint)
-        assert target_of(hint, torch.zeros(regressed)) is hint
+        assert target_of(hint, torch.zeros(projected)) is hint
 
 
 class Student(nn.Module):
@@ -258,16 +258,16 @@ def run(projectors, student, teacher, x=X):
     return projectors.pairs(guided, hints)
 
 
-def measured(student, teacher, hints, given=None, x=X):
+def built(student, teacher, hints, given=None, x=X):
     projectors = Projectors(hints, given)
-    projectors.measure(student, teacher, x)
+    projectors.build_from_networks(student, x, teacher.network, teacher.prepare(x))
     return projectors
 
 
-class TestMeasure:
+class TestBuildFromNetworks:
     def test_shapes_and_pairs_by_hand(self, student, teacher):
-        projectors = measured(student, teacher, {"mid": "top.2", "stem.0": "body.0", "head": "fc"})
-        assert projectors.joins == [
+        projectors = built(student, teacher, {"mid": "top.2", "stem.0": "body.0", "head": "fc"})
+        assert projectors.shapes == [
             ([5, 4, 4], [8, 4, 4]),
             ([4, 8, 8], [7, 8, 8]),
             ([5], [5]),
@@ -299,8 +299,8 @@ class TestMeasure:
 
     @pytest.mark.parametrize("hint", ["body.2", "top.2", "body.0"])
     def test_linear_whatever_the_sign_of_the_hint(self, student, teacher, hint):
-        projectors = measured(student, teacher, {"mid": hint})
-        z = draw(3, 5, 4, 4).float()
+        projectors = built(student, teacher, {"mid": hint})
+        z = random_tensor(3, 5, 4, 4).float()
         one, two, both, none = (projectors["0"](x) for x in (z, 2 * z, 3 * z, 0 * z))
         torch.testing.assert_close(one + two, both + none)
         assert one.min() < 0
@@ -322,19 +322,23 @@ class TestMeasure:
     def test_parameters_below_the_guided_layers(self, student, teacher, guided, below, grad):
         layers = {name: "fc" if name == "head" else f"body.{n}" for n, name in enumerate(guided)}
         with torch.set_grad_enabled(grad):
-            projectors = measured(student, teacher, layers)
-        assert projectors.below == below
+            projectors = built(student, teacher, layers)
+        assert projectors.guided_parameters == below
         assert all(p.grad is None for p in student.parameters())
 
     def test_frozen_parameters_below_count_and_stay_frozen(self, student, teacher):
-        below = measured(student, teacher, {"mid": "top"}).below
+        names = built(student, teacher, {"mid": "top"}).guided_parameters
         student.stem.requires_grad_(False)
         student.mid.bias.requires_grad_(False)
         flags = [p.requires_grad for p in student.parameters()]
-        assert measured(student, teacher, {"mid": "top"}).below == below >= {"mid.weight", "mid.bias", "stem.0.weight"}
+        assert (
+            built(student, teacher, {"mid": "top"}).guided_parameters
+            == names
+            >= {"mid.weight", "mid.bias", "stem.0.weight"}
+        )
         assert [p.requires_grad for p in student.parameters()] == flags
         with pytest.raises(InputError):
-            measured(student, teacher, {"mid": "nowhere"})
+            built(student, teacher, {"mid": "nowhere"})
         assert [p.requires_grad for p in student.parameters()] == flags
 
     @pytest.mark.parametrize("fault", [None, "joined", "given"])
@@ -350,9 +354,9 @@ class TestMeasure:
         hints = {"mid": "top", "head" if fault == "joined" else "deep": "body.0"}
         if fault:
             with pytest.raises(InputError):
-                measured(student, teacher, hints, {"mid": given})
+                built(student, teacher, hints, {"mid": given})
         else:
-            measured(student, teacher, hints, {"mid": given})
+            built(student, teacher, hints, {"mid": given})
         assert torch.equal(torch.get_rng_state(), generator) and torch.equal(X, images)
         assert [layer.training for layer in layers] == modes
         assert all(torch.equal(state[n, k], v) for n in networks for k, v in networks[n].state_dict().items())
@@ -361,22 +365,22 @@ class TestMeasure:
 
     def test_compiled_student(self, student, teacher):
         torch._dynamo.reset()
-        plain = measured(student, teacher, {"mid": "top"})
+        plain = built(student, teacher, {"mid": "top"})
         wrapped = torch.compile(student, backend="eager")
         wrapped(X)
-        projectors = measured(wrapped, teacher, {"mid": "top"})
-        assert projectors.joins == plain.joins
-        assert projectors.below == {f"_orig_mod.{name}" for name in MID}  # as its named_parameters has them
+        projectors = built(wrapped, teacher, {"mid": "top"})
+        assert projectors.shapes == plain.shapes
+        assert projectors.guided_parameters == {f"_orig_mod.{name}" for name in MID}  # as its named_parameters has them
         student.compile(backend="eager")
-        assert measured(student, teacher, {"mid": "top"}).below == MID
+        assert built(student, teacher, {"mid": "top"}).guided_parameters == MID
 
     def test_built_regressors_train_and_depend_on_the_seed_alone(self, student, teacher):
         hints = {"mid": "top", "deep": "top"}
         torch.manual_seed(5)
-        one = measured(student, teacher, hints)
-        torch.rand(7)  # however much was drawn
+        one = built(student, teacher, hints)
+        torch.rand(7)  # the generator's state does not matter
         generator = torch.get_rng_state()
-        other = measured(student, teacher, hints, x=X + 1)
+        other = built(student, teacher, hints, x=X + 1)
         assert torch.equal(torch.get_rng_state(), generator) and torch.initial_seed() == 5
         assert torch.equal(one["0"][0].weight, other["0"][0].weight)
         assert torch.equal(one["1"][0].weight, other["1"][0].weight)
@@ -384,53 +388,53 @@ class TestMeasure:
         assert all(module.training for module in one.modules())
         assert all(p.requires_grad for p in one.parameters())
         torch.manual_seed(6)
-        assert not torch.equal(measured(student, teacher, {"mid": "top"})["0"][0].weight, one["0"][0].weight)
+        assert not torch.equal(built(student, teacher, {"mid": "top"})["0"][0].weight, one["0"][0].weight)
 
     def test_hints_of_preprocessed_images(self, student):
         network = Network()
         teacher = Teacher(network, preprocess=nn.Upsample(scale_factor=2))
-        projectors = measured(student, teacher, {"mid": "body"})
-        assert projectors.joins == [([5, 4, 4], [7, 16, 16])]
+        projectors = built(student, teacher, {"mid": "body"})
+        assert projectors.shapes == [([5, 4, 4], [7, 16, 16])]
         expected = network.body(F.interpolate(X, scale_factor=2))
         torch.testing.assert_close(run(projectors, student, teacher)["mid"][1], expected)
 
 
-class TestRegressors:
+class TestProjectors:
     HINTS = {"stem.0": "body.0", "mid": "top.1", "deep": "body.2"}
 
     def test_given_ones_are_used_and_others_built(self, student, teacher):
         mine = nn.Conv2d(5, 8, 3, padding=1)
-        projectors = measured(student, teacher, self.HINTS, {"mid": mine})
+        projectors = built(student, teacher, self.HINTS, {"mid": mine})
         assert projectors["1"] is mine and {*projectors} == {"0", "1", "2"}
         assert {key.split(".")[0] for key in projectors.state_dict()} == {"0", "1", "2"}
         pairs = run(projectors, student.eval(), teacher)
         assert [*pairs] == [*self.HINTS]
         torch.testing.assert_close(pairs["mid"][0], mine(student.mid(student.stem(X).relu())))
 
-    def test_measuring_again_keeps_them(self, student, teacher):
-        projectors = measured(student, teacher, self.HINTS, {"mid": nn.Conv2d(5, 8, 1)})
+    def test_a_second_build_leaves_them(self, student, teacher):
+        projectors = built(student, teacher, self.HINTS, {"mid": nn.Conv2d(5, 8, 1)})
         modules = dict(projectors.items())
-        projectors.measure(student, teacher, X)
+        projectors.build_from_networks(student, X, teacher.network, teacher.prepare(X))
         assert {key: id(module) for key, module in projectors.items()} == {k: id(m) for k, m in modules.items()}
 
     @pytest.mark.parametrize("own", [True, False])
-    def test_state_dict_round_trip_by_their_joins(self, student, teacher, own, tmp_path):
+    def test_state_dict_round_trip_by_their_shapes(self, student, teacher, own, tmp_path):
         def given():
             return {"mid": nn.Conv2d(5, 8, 1)} if own else None
 
-        projectors = measured(student, teacher, self.HINTS, given())
-        torch.save({"joins": projectors.joins, "state": projectors.state_dict()}, tmp_path / "r.pt")
+        projectors = built(student, teacher, self.HINTS, given())
+        torch.save({"shapes": projectors.shapes, "state": projectors.state_dict()}, tmp_path / "r.pt")
         saved = torch.load(tmp_path / "r.pt", weights_only=True)
         again = Projectors(self.HINTS, given())
-        again.build(saved["joins"], torch.device("cpu"), torch.float32)
+        again.build(saved["shapes"], torch.device("cpu"), torch.float32)
         again.load_state_dict(saved["state"])
-        assert again.joins == projectors.joins and again.describe() == projectors.describe()
+        assert again.shapes == projectors.shapes and again.describe() == projectors.describe()
         student.eval()
         one, other = run(projectors, student, teacher), run(again, student, teacher)
         assert all(torch.equal(one[name][0], other[name][0]) for name in self.HINTS)
 
     @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
-    def test_built_where_and_as_they_are_asked_for(self, device, dtype):
+    def test_device_and_dtype(self, device, dtype):
         projectors = Projectors({"a.b": "c"})
         generator = torch.get_rng_state()
         with torch.device("meta"):  # whatever the default is
@@ -439,7 +443,7 @@ class TestRegressors:
         assert {(p.device.type, p.dtype) for p in projectors.parameters()} == {(device, dtype)}
 
     def test_built_in_the_dtype_of_the_student(self, student, teacher):
-        projectors = measured(student.double(), teacher.double(), self.HINTS, x=X.double())
+        projectors = built(student.double(), teacher.double(), self.HINTS, x=X.double())
         assert {p.dtype for p in projectors.parameters()} == {torch.float64}
 
     def test_no_pairs(self):
@@ -460,28 +464,28 @@ class TestRegressors:
     )
     def test_unknown_layers(self, student, teacher, hints, message):
         with pytest.raises(InputError, match=message):
-            Projectors(hints).measure(student, teacher, X)
+            Projectors(hints).build_from_networks(student, X, teacher.network, teacher.prepare(X))
 
     def test_pair_that_does_not_join(self, student, teacher):
         message = (
-            "hints: no built-in projector joins head [5] to body.0 [7, 8, 8] (for one sample): [5] is neither a map "
-            "(C, H, W) nor tokens (N, C); choose other layers, or give one in projectors"
+            "hints: no built-in projector maps head [5] to body.0 [7, 8, 8] (for one sample): [5] is neither a map "
+            "(C, H, W) nor tokens (N, C); set other layers, or your own projectors"
         )
         with pytest.raises(InputError, match=re.escape(message)):
-            measured(student, teacher, {"mid": "top", "head": "body.0"})
+            built(student, teacher, {"mid": "top", "head": "body.0"})
         own = nn.Sequential(nn.Linear(5, 7 * 8 * 8), nn.Unflatten(1, (7, 8, 8)))
-        assert measured(student, teacher, {"head": "body.0"}, {"head": own}).joins == [([5], [7, 8, 8])]
+        assert built(student, teacher, {"head": "body.0"}, {"head": own}).shapes == [([5], [7, 8, 8])]
 
     @pytest.mark.parametrize(
         ("hints", "message"),
         [
-            ({"mid": "top", "unused": "body"}, "^hints: the student's layer unused is never reached in its forward"),
-            ({"mid": "unused"}, "^hints: the teacher's layer unused is never reached in its forward"),
+            ({"mid": "top", "unused": "body"}, "^hints: the student's layer unused is never called in its forward"),
+            ({"mid": "unused"}, "^hints: the teacher's layer unused is never called in its forward"),
         ],
     )
-    def test_layer_that_is_never_reached(self, student, teacher, hints, message):
+    def test_layer_that_is_never_called(self, student, teacher, hints, message):
         with pytest.raises(InputError, match=message):
-            measured(student, teacher, hints)
+            built(student, teacher, hints)
 
     @pytest.mark.parametrize(
         ("own", "shape"),
@@ -495,12 +499,12 @@ class TestRegressors:
     def test_given_one_of_another_output_shape(self, student, teacher, own, shape):
         message = f"projectors: that of mid gives {shape} for one sample, but the hint of top is [8, 4, 4]"
         with pytest.raises(InputError, match=re.escape(message)):
-            measured(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
+            built(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
 
     @pytest.mark.parametrize("own", [nn.Conv2d(6, 8, 1), nn.Linear(3, 8), nn.Module()])
     def test_given_one_that_crashes(self, student, teacher, own):
         with pytest.raises(InputError, match=r"^projectors: one does not fit its layer: \S[^\n]+$"):
-            measured(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
+            built(student, teacher, {"stem": "body", "mid": "top"}, {"mid": own})
 
 
 @pytest.fixture(scope="module")
@@ -528,15 +532,15 @@ class TestRealNetworks:
 
     def check(self, student, teacher, pairs, first, size):
         student.zero_grad()
-        projectors = measured(student, teacher, {guided: hint for (guided, _), (hint, _) in pairs}, x=self.IMAGES)
-        assert projectors.joins == [([*g], [*h]) for (_, g), (_, h) in pairs]
+        projectors = built(student, teacher, {guided: hint for (guided, _), (hint, _) in pairs}, x=self.IMAGES)
+        assert projectors.shapes == [([*g], [*h]) for (_, g), (_, h) in pairs]
         assert projectors.size() == size
         compared = run(projectors, student, teacher, self.IMAGES)
         loss = torch.stack([HintLoss()(*pair) for pair in compared.values()]).sum()
         loss.backward()
         assert loss.isfinite() and loss > 0
         reached = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-        assert reached.keys() == projectors.below
+        assert reached.keys() == projectors.guided_parameters
         assert all(g.isfinite().all() for g in reached.values()) and reached[first].abs().max() > 0
         assert all(p.grad.abs().max() > 0 for p in projectors.parameters())
         return projectors
@@ -554,7 +558,7 @@ class TestRealNetworks:
     )
     def test_resnets(self, resnets, pairs, size):
         projectors = self.check(*resnets, pairs, "conv1.weight", size)
-        assert ("fc.weight" in projectors.below) == ("fc" in projectors.hints)
+        assert ("fc.weight" in projectors.guided_parameters) == ("fc" in projectors.hints)
 
     @pytest.mark.parametrize(
         ("pairs", "size"),
@@ -572,7 +576,7 @@ class TestRealNetworks:
     def test_transformer_learns_from_a_resnet(self, resnets, vits, pairs, size):
         projectors = self.check(vits[0], resnets[1], pairs, "conv_proj.weight", size)
         block = {name for name, _ in vits[0].named_parameters() if "encoder_layer_1." in name}
-        assert block and (block <= projectors.below) == (pairs[0][0] is V1)
+        assert block and (block <= projectors.guided_parameters) == (pairs[0][0] is V1)
 
     def test_transformers_of_the_same_tokens(self, vits):
         self.check(*vits, [(V0, V1)], "conv_proj.weight", 769 * 768)
@@ -595,35 +599,35 @@ class TestFigure:
         [(5, 2, 2, 9, 6, 6), (1, 2, 1, 4, 6, 4), (5, 3, 3, 9, 1, 1), (5, 2, 2, 1, 6, 1)],
     )
     def test_maps(self, batch, samples, rows, channels, most, columns):
-        hint, regressed = draw(batch, channels, 4, 3), draw(batch, channels, 4, 3, seed=1)
+        hint, projected = random_tensor(batch, channels, 4, 3), random_tensor(batch, channels, 4, 3, seed=1)
         hint = hint * torch.randperm(channels, generator=torch.Generator().manual_seed(2)).add(1).reshape(-1, 1, 1)
-        figure = hint_figure(hint, regressed.requires_grad_(), "a -> b", samples, most)
+        figure = hint_figure(hint, projected.requires_grad_(), "a -> b", samples, most)
         shown = hint[:rows].numpy()
-        chosen = np.argsort(-shown.transpose(1, 0, 2, 3).reshape(channels, -1).var(1))[:columns]
+        largest = np.argsort(-shown.transpose(1, 0, 2, 3).reshape(channels, -1).var(1))[:columns]
         axes = figure.get_axes()
         assert len(axes) == 2 * rows * columns and all(len(axis.get_images()) == 1 for axis in axes)
         assert figure.get_suptitle() == "a -> b"
         for place, axis in enumerate(axes):
             row, column = divmod(place, columns)
-            image, channel = axis.get_images()[0], chosen[column]
-            source = (hint, regressed.detach())[row % 2][row // 2, channel]
+            image, channel = axis.get_images()[0], largest[column]
+            source = (hint, projected.detach())[row % 2][row // 2, channel]
             np.testing.assert_allclose(image.get_array(), source.numpy(), rtol=1e-6)
             of_hint = hint[row // 2, channel]
             assert image.get_clim() == pytest.approx((of_hint.min().item(), of_hint.max().item()))
-            assert axis.get_ylabel() == ("" if column else ("hint", "regressed")[row % 2])
+            assert axis.get_ylabel() == ("" if column else ("hint", "projected")[row % 2])
             assert axis.get_title() == (f"channel {channel}" if row == 0 and channels > 1 else "")
 
     @pytest.mark.parametrize("shape", [(3, 7, 4), (3, 9, 4), (1, 10, 4), (3, 6), (1, 1)])
     def test_tokens_and_vectors_are_one_matrix(self, shape):
-        hint, regressed = draw(*shape), draw(*shape, seed=1)
-        figure = hint_figure(hint, regressed, "tokens")
+        hint, projected = random_tensor(*shape), random_tensor(*shape, seed=1)
+        figure = hint_figure(hint, projected, "tokens")
         axes = figure.get_axes()
         assert len(axes) == 2 * min(shape[0], 2)
         for row, axis in enumerate(axes):
-            source = (hint, regressed)[row % 2][row // 2]
+            source = (hint, projected)[row % 2][row // 2]
             (image,) = axis.get_images()
             np.testing.assert_allclose(image.get_array(), source.reshape(-1, shape[-1]).numpy(), rtol=1e-6)
-            assert axis.get_ylabel() == ("hint", "regressed")[row % 2] and axis.get_title() == ""
+            assert axis.get_ylabel() == ("hint", "projected")[row % 2] and axis.get_title() == ""
 
     def test_defaults_half_precision_and_constant_maps(self):
         figure = hint_figure(*(fill((3, 7, 2, 2), dtype=torch.bfloat16) for fill in (torch.zeros, torch.ones)), "")

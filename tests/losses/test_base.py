@@ -1,4 +1,4 @@
-"""What every loss on labels shares: checks, precision, rows, huge logits; and the helpers that modules call."""
+"""What all losses on labels share: checks, precision, rows, huge logits; and the functions that modules call."""
 
 import copy
 
@@ -17,7 +17,7 @@ from kd_lightning.losses import (
     LabelKindLoss,
     SymmetricCrossEntropyLoss,
 )
-from kd_lightning.losses.base import check_transition, log_probabilities, mean_loss, per_row, pick, row_fields_of
+from kd_lightning.losses.base import check_transition, gather_target, log_probabilities, mean_loss, per_row
 
 T = [[0.5, 0.25, 0.125, 0.125], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]]
 LOSSES = {
@@ -33,13 +33,13 @@ TARGET = torch.tensor([0, 2, 1, 2, 0, 1])
 every_loss = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 
 
-def draw(seed=0, rows=6, classes=4, scale=2.0):
+def randn(seed=0, rows=6, classes=4, scale=2.0):
     return torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
 @every_loss
 def test_rows_and_their_mean(make):
-    logits = draw()
+    logits = randn()
     rows = make(reduction="none")(logits, TARGET)
     assert rows.shape == (6,) and rows.dtype == torch.float64
     alone = torch.stack([make()(logits[i : i + 1], TARGET[i : i + 1]) for i in range(6)])
@@ -51,14 +51,14 @@ def test_rows_and_their_mean(make):
 
 @every_loss
 def test_gradcheck(make):
-    logits = draw(1).requires_grad_()
+    logits = randn(1).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: make(reduction="none")(z, TARGET), [logits])
 
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float(make, dtype):
-    logits = draw(2).to(dtype).requires_grad_()
+    logits = randn(2).to(dtype).requires_grad_()
     value = make()(logits, TARGET)
     value.backward()
     assert value.dtype == torch.float32 and logits.grad.dtype == dtype
@@ -70,7 +70,7 @@ def test_half_precision_is_computed_in_float(make, dtype):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_huge_logits_stay_finite(make, dtype):
-    logits = (1e4 * draw(3).sign()).to(dtype)
+    logits = (1e4 * randn(3).sign()).to(dtype)
     logits[0] = torch.tensor([-1e4, 1e4, 1e4, 1e4])  # as wrong as can be
     logits[1] = torch.tensor([-1e4, -1e4, 1e4, -1e4])  # as right
     logits.requires_grad_()
@@ -96,26 +96,31 @@ def test_bad_input(make):
         make(reduction="sum")
     loss, target = make(), torch.zeros(6, dtype=torch.long)
     for logits, labels, message in (
-        (draw().flatten(), target, r"logits \(B, C\) and class indices \(B,\), got \[24\] and \[6\] of torch.int64"),
-        (draw(), target[:5], r"got \[6, 4\] and \[5\]"),
-        (draw(), target.unsqueeze(1), r"got \[6, 4\] and \[6, 1\]"),
-        (draw(), target.float(), r"\[6\] of torch.float32"),
-        (draw(), target - 100, "target must be 0 ... [23], got -100"),
-        (draw(), target + 4, "target must be 0 ... [23], got 4"),
+        (randn().flatten(), target, r"logits \(B, C\) and class indices \(B,\), got \[24\] and \[6\] of torch.int64"),
+        (randn(), target[:5], r"got \[6, 4\] and \[5\]"),
+        (randn(), target.unsqueeze(1), r"got \[6, 4\] and \[6, 1\]"),
+        (randn(), target.float(), r"\[6\] of torch.float32"),
+        (randn(), target - 100, "target must be 0 ... [23], got -100"),
+        (randn(), target + 4, "target must be 0 ... [23], got 4"),
     ):
         with pytest.raises(InputError, match=message):
             loss(logits, labels)
 
 
-def test_log_probabilities_and_pick():
-    expected = log_softmax(draw().numpy(), axis=1)
-    found = log_probabilities(draw(), TARGET)
+def test_log_probabilities_and_gather_target():
+    expected = log_softmax(randn().numpy(), axis=1)
+    found = log_probabilities(randn(), TARGET)
     assert found.numpy() == pytest.approx(expected, rel=1e-12)
-    assert pick(found, TARGET).tolist() == pytest.approx([row[c] for row, c in zip(expected, TARGET, strict=True)])
+    assert gather_target(found, TARGET).tolist() == pytest.approx(
+        [row[c] for row, c in zip(expected, TARGET, strict=True)]
+    )
 
 
 class Own(nn.Module):
-    """Keeps what it was told."""
+    """Records the row fields that it gets."""
+
+    row_fields = ("index",)
+    is_stateful = False
 
     def __init__(self, reduction="mean"):
         super().__init__()
@@ -128,35 +133,35 @@ class Own(nn.Module):
 
 
 class Broken(Own):
+    row_fields = ()
+
     def forward(self, logits, target):
         raise RuntimeError("broken")
 
 
 class TestPerRow:
     def test_whatever_the_reduction(self):
-        expected = -log_softmax(draw().numpy(), axis=1)[np.arange(6), TARGET]
+        expected = -log_softmax(randn().numpy(), axis=1)[np.arange(6), TARGET]
         for reduction in ("mean", "none", "sum"):
             loss = nn.CrossEntropyLoss(reduction=reduction)
-            assert per_row(loss, draw(), TARGET, kind=1, index=2).numpy() == pytest.approx(expected)
+            assert per_row(loss, randn(), TARGET, kind=1, index=2).numpy() == pytest.approx(expected)
             assert loss.reduction == reduction
 
-    def test_tells_what_is_asked_for(self):
+    def test_passes_the_declared_fields(self):
         loss = Own()
-        per_row(loss, draw(), TARGET, kind="k", index="i")
-        per_row(loss, draw(), TARGET)
+        per_row(loss, randn(), TARGET, kind="k", index="i")
+        per_row(loss, randn(), TARGET)
         assert loss.seen == [("none", "i"), ("none", None)]
-        losses = (Own(), LabelKindLoss(Own()), nn.CrossEntropyLoss())
-        assert [row_fields_of(loss) for loss in losses] == [["index"], ["kind", "index"], []]
 
     def test_reduction_survives_an_error(self):
         loss = Broken()
         with pytest.raises(RuntimeError, match="broken"):
-            per_row(loss, draw(), TARGET)
+            per_row(loss, randn(), TARGET)
         assert loss.reduction == "mean"
 
     def test_no_reduction(self):
         with pytest.raises(InputError, match="hard_loss: Softmax has no reduction, which must be 'none' to weight"):
-            per_row(nn.Softmax(dim=1), draw(), TARGET)
+            per_row(nn.Softmax(dim=1), randn(), TARGET)
 
 
 class TestMean:
@@ -165,30 +170,30 @@ class TestMean:
     WEIGHT = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
     LOSSES = (
         lambda **o: nn.CrossEntropyLoss(**o),
-        lambda **o: nn.CrossEntropyLoss(weight=torch.arange(1.0, draw().shape[1] + 1).double(), **o),
+        lambda **o: nn.CrossEntropyLoss(weight=torch.arange(1.0, randn().shape[1] + 1).double(), **o),
     )
 
     @pytest.mark.parametrize("make", LOSSES, ids=["plain", "class weights"])
     def test_against_the_formula(self, make):
-        by_class = make().weight if make().weight is not None else torch.ones(draw().shape[1], dtype=torch.float64)
-        rows = -log_softmax(draw().numpy(), axis=1)[np.arange(6), TARGET] * by_class[TARGET].numpy()
+        by_class = make().weight if make().weight is not None else torch.ones(randn().shape[1], dtype=torch.float64)
+        rows = -log_softmax(randn().numpy(), axis=1)[np.arange(6), TARGET] * by_class[TARGET].numpy()
         total = float(by_class[TARGET].sum())
         for reduction in ("mean", "none"):
             loss = make(reduction=reduction)
-            assert float(mean_loss(loss, draw(), TARGET)) == pytest.approx(rows.sum() / total)
-            assert float(mean_loss(loss, draw(), TARGET, torch.ones(6))) == pytest.approx(rows.sum() / total)
+            assert float(mean_loss(loss, randn(), TARGET)) == pytest.approx(rows.sum() / total)
+            assert float(mean_loss(loss, randn(), TARGET, torch.ones(6))) == pytest.approx(rows.sum() / total)
             weighted = (rows * self.WEIGHT.numpy()).sum() / total
-            assert float(mean_loss(loss, draw(), TARGET, self.WEIGHT)) == pytest.approx(weighted)
+            assert float(mean_loss(loss, randn(), TARGET, self.WEIGHT)) == pytest.approx(weighted)
             assert loss.reduction == reduction
 
     @pytest.mark.parametrize("make", LOSSES, ids=["plain", "class weights"])
     def test_no_rows(self, make):
-        logits = draw()[:0].requires_grad_()
+        logits = randn()[:0].requires_grad_()
         mean_loss(make(), logits, TARGET[:0], self.WEIGHT[:0]).backward()
         assert float(mean_loss(make(), logits, TARGET[:0], self.WEIGHT[:0])) == 0
 
     def test_without_a_reduction(self):
-        assert mean_loss(lambda logits, target: logits.sum(), draw(), TARGET) == draw().sum()
+        assert mean_loss(lambda logits, target: logits.sum(), randn(), TARGET) == randn().sum()
 
 
 class TestTransition:
@@ -226,8 +231,8 @@ class TestTransition:
 def test_copies_and_moves(make):
     """A loss is a module like others: double, deep copy, state dict."""
     loss = make()
-    expected = loss(draw(), TARGET)
-    torch.testing.assert_close(copy.deepcopy(loss).double()(draw(), TARGET), expected)
+    expected = loss(randn(), TARGET)
+    torch.testing.assert_close(copy.deepcopy(loss).double()(randn(), TARGET), expected)
     fresh = make()
     fresh.load_state_dict(loss.state_dict())
-    assert torch.equal(fresh(draw(), TARGET), expected)
+    assert torch.equal(fresh(randn(), TARGET), expected)

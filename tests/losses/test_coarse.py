@@ -1,4 +1,4 @@
-"""CoarseLoss: cross-entropy of the groups, its two limits, precision; groups that are none."""
+"""CoarseLoss: cross-entropy of the groups, its two limits, precision; invalid groups."""
 
 import numpy as np
 import pytest
@@ -8,19 +8,19 @@ from scipy.special import logsumexp, softmax
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import CoarseLoss
-from kd_lightning.losses.coarse import coarse_rows, mask_candidates, members_of
+from kd_lightning.losses.coarse import coarse_rows, group_members, mask_candidates
 
 GROUPS = [[0, 3], [1], [2, 4]]
 TARGET = torch.tensor([0, 2, 1, 2, 0, 1])
 
 
-def draw(dtype=torch.float64):
+def randn(dtype=torch.float64):
     return (torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_formula_and_gradient(dtype):
-    logits = draw(dtype).requires_grad_()
+    logits = randn(dtype).requires_grad_()
     p = softmax(logits.detach().double().numpy(), axis=1)
     sums = np.array([row[GROUPS[label]].sum() for row, label in zip(p, TARGET, strict=True)])
     inside = np.array([[c in GROUPS[label] for c in range(5)] for label in TARGET])
@@ -33,7 +33,7 @@ def test_formula_and_gradient(dtype):
 
 
 def test_groups_of_one_are_cross_entropy():
-    logits = draw().requires_grad_()
+    logits = randn().requires_grad_()
     values = CoarseLoss([[c] for c in range(5)])(logits, TARGET), F.cross_entropy(logits, TARGET)
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values))
@@ -41,7 +41,7 @@ def test_groups_of_one_are_cross_entropy():
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_group_of_all_is_exactly_zero(scale):
-    logits = (draw(torch.float32) * scale).requires_grad_()
+    logits = (randn(torch.float32) * scale).requires_grad_()
     found = CoarseLoss([[4, 0, 2, 1, 3]], "none")(logits, torch.zeros(6, dtype=torch.long))
     found.sum().backward()
     assert found.tolist() == [0.0] * 6
@@ -58,7 +58,7 @@ def test_large_logits_lose_no_precision():
 def test_order_of_groups_and_of_classes_in_them():
     other = CoarseLoss([[1], [4, 2], [3, 0]])
     moved = torch.tensor([2, 0, 1])[TARGET]
-    torch.testing.assert_close(other(draw(), moved), CoarseLoss(GROUPS)(draw(), TARGET))
+    torch.testing.assert_close(other(randn(), moved), CoarseLoss(GROUPS)(randn(), TARGET))
 
 
 def test_moves_with_the_module():
@@ -71,15 +71,15 @@ def test_moves_with_the_module():
 def test_rows_of_several_sets():
     candidates = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     candidates[:, 0] = True
-    p = softmax(draw().numpy(), axis=1)
-    expected = [-np.log(row[chosen].sum()) for row, chosen in zip(p, candidates.numpy(), strict=True)]
-    assert coarse_rows(draw(), candidates).tolist() == pytest.approx(expected)
-    assert coarse_rows(draw().half(), candidates).dtype == torch.float32
-    assert coarse_rows(draw()[:0], candidates[:0]).shape == (0,)
+    p = softmax(randn().numpy(), axis=1)
+    expected = [-np.log(row[mask].sum()) for row, mask in zip(p, candidates.numpy(), strict=True)]
+    assert coarse_rows(randn(), candidates).tolist() == pytest.approx(expected)
+    assert coarse_rows(randn().half(), candidates).dtype == torch.float32
+    assert coarse_rows(randn()[:0], candidates[:0]).shape == (0,)
 
 
-def test_within():
-    logits = draw()
+def test_mask_candidates():
+    logits = randn()
     assert mask_candidates(logits, None) is logits
     candidates = torch.zeros(6, 5, dtype=torch.bool)
     candidates[0, [1, 3]] = True
@@ -89,8 +89,8 @@ def test_within():
     assert torch.equal(found[1:], logits[1:])
 
 
-def test_members():
-    assert members_of(GROUPS, 5).int().tolist() == [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1]]
+def test_group_members():
+    assert group_members(GROUPS, 5).int().tolist() == [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,17 @@ def test_members():
         ([], "groups: class 0 is in no group"),
     ],
 )
-def test_groups_that_are_none(groups, message):
+def test_invalid_groups(groups, message):
     with pytest.raises(InputError, match=message):
         CoarseLoss(groups)
 
 
-def test_groups_of_so_many_classes():
+def test_groups_of_a_given_number_of_classes():
     with pytest.raises(InputError, match="groups: group 1 holds class 2, but the classes are 0 ... 1"):
-        members_of([[0, 1], [2]], 2)
+        group_members([[0, 1], [2]], 2)
     with pytest.raises(InputError, match="groups: class 2 is in no group"):
-        members_of([[0], [1]], 3)
-    with pytest.raises(InputError, match="groups are of 5 classes, but there are 4 logits"):
+        group_members([[0], [1]], 3)
+    with pytest.raises(InputError, match="groups must have 4 classes, as the logits, got 5"):
         CoarseLoss(GROUPS)(torch.zeros(1, 4), torch.tensor([0]))
     with pytest.raises(InputError, match="target must be 0 ... 2, got 3"):
-        CoarseLoss(GROUPS)(draw(), TARGET + 1)
+        CoarseLoss(GROUPS)(randn(), TARGET + 1)

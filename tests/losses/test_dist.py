@@ -10,7 +10,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.losses import DISTLoss
 
 
-def draw(seed, batch=7, classes=5, dtype=torch.float64, scale=3.0):
+def randn(seed, batch=7, classes=5, dtype=torch.float64, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     return tuple((torch.randn(2, batch, classes, generator=generator, dtype=torch.float64) * scale).to(dtype))
 
@@ -26,7 +26,7 @@ def reference_rows(student, teacher, beta, gamma, temperature):
 @pytest.mark.parametrize(("beta", "gamma", "temperature"), [(2.0, 2.0, 4.0), (1.0, 0.0, 1.0), (0.0, 3.0, 10.0)])
 @pytest.mark.parametrize(("seed", "batch", "classes"), [(0, 7, 5), (1, 1, 3), (2, 9, 10), (3, 32, 2)])
 def test_agrees_with_reference_and_reductions(seed, batch, classes, beta, gamma, temperature, dtype):
-    student, teacher = draw(seed, batch, classes, dtype)
+    student, teacher = randn(seed, batch, classes, dtype)
     expected = reference_rows(student, teacher, beta, gamma, temperature)
     rows = DISTLoss(beta, gamma, temperature, "none")(student, teacher)
     mean = DISTLoss(beta, gamma, temperature)(student, teacher)
@@ -39,14 +39,14 @@ def test_agrees_with_reference_and_reductions(seed, batch, classes, beta, gamma,
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_gradcheck(temperature):
-    pair = [z.requires_grad_() for z in draw(4)]
+    pair = [z.requires_grad_() for z in randn(4)]
     assert torch.autograd.gradcheck(DISTLoss(temperature=temperature), pair)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_perfect_match_is_zero_and_minimal(dtype, scale):
-    _, teacher = draw(5, 16, 10, dtype, scale)
+    _, teacher = randn(5, 16, 10, dtype, scale)
     student = teacher.clone().requires_grad_()
     value = DISTLoss()(student, teacher)
     value.backward()
@@ -54,7 +54,7 @@ def test_perfect_match_is_zero_and_minimal(dtype, scale):
 
 
 def test_tiny_probabilities_count_like_any_others():
-    student, teacher = draw(6, dtype=torch.float32, scale=1.0)
+    student, teacher = randn(6, dtype=torch.float32, scale=1.0)
     student[:, 0] -= 60
     teacher[:, 0] -= 70
     expected = reference_rows(student, teacher, 0.0, 1.0, 1.0).mean()
@@ -62,13 +62,13 @@ def test_tiny_probabilities_count_like_any_others():
 
 
 def test_linear_relation_is_a_perfect_match():
-    probability = draw(7)[1].softmax(1)
+    probability = randn(7)[1].softmax(1)
     student = (0.3 * probability + 0.7 / 5).log()
     assert DISTLoss(temperature=1.0)(student, probability.log()).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_constant_rows_and_columns_of_the_teacher_count_nothing():
-    student, teacher = draw(8, 3, 4)
+    student, teacher = randn(8, 3, 4)
     rows_only = DISTLoss(2.0, 0.0, reduction="none")
     teacher[1] = 0.1
     values = rows_only(student, teacher)
@@ -78,7 +78,7 @@ def test_constant_rows_and_columns_of_the_teacher_count_nothing():
     assert DISTLoss(0.0, 2.0)(student[:1], teacher[:1]) == 0
     # Constant but for rounding: one class always has a tenth of the probability, whatever the others do.
     for dtype in (torch.float32, torch.float64):
-        probability = torch.cat([torch.full((3, 1), 0.1), 0.9 * draw(9, 3, 3)[1].softmax(1)], 1)
+        probability = torch.cat([torch.full((3, 1), 0.1), 0.9 * randn(9, 3, 3)[1].softmax(1)], 1)
         teacher = probability.log().to(dtype)
         by_hand = [
             1 - pearsonr(s, t).statistic
@@ -89,20 +89,20 @@ def test_constant_rows_and_columns_of_the_teacher_count_nothing():
 
 
 def test_underflowing_column_of_the_teacher_counts_nothing():
-    student, teacher = draw(10, dtype=torch.float32)
+    student, teacher = randn(10, dtype=torch.float32)
     teacher[:, 0] -= 300
-    kept = DISTLoss(0.0, 1.0, 1.0)(student, teacher)
+    columns = DISTLoss(0.0, 1.0, 1.0)(student, teacher)
     by_hand = [
         1 - pearsonr(s, t).statistic
         for s, t in zip(
             student.double().softmax(1).T[1:].numpy(), teacher.double().softmax(1).T[1:].numpy(), strict=True
         )
     ]
-    assert kept.item() == pytest.approx(sum(by_hand) / 5, rel=1e-5)
+    assert columns.item() == pytest.approx(sum(by_hand) / 5, rel=1e-5)
 
 
 def test_constant_student_is_uncorrelated_without_gradient():
-    _, teacher = draw(11)
+    _, teacher = randn(11)
     student = torch.full_like(teacher, 0.1, requires_grad=True)
     value = DISTLoss(1.0, 1.0, 1.0)(student, teacher)
     value.backward()
@@ -110,7 +110,7 @@ def test_constant_student_is_uncorrelated_without_gradient():
 
 
 def test_temperature_squared_and_annealing():
-    student, teacher = draw(12)
+    student, teacher = randn(12)
     loss = DISTLoss()
     torch.testing.assert_close(loss(student, teacher), 16 * DISTLoss(temperature=1.0)(student / 4, teacher / 4))
     loss.temperature = 1.0
@@ -124,7 +124,7 @@ def test_temperature_squared_and_annealing():
 @pytest.mark.parametrize("batch", [1, 12])
 def test_extreme_and_constant_logits_stay_finite(batch, dtype, temperature):
     for noise in (0.0, 1.0):
-        student, teacher = (1e4 * z.sign() + noise * z for z in draw(13, batch))
+        student, teacher = (1e4 * z.sign() + noise * z for z in randn(13, batch))
         if batch > 1:
             student[0], teacher[1], student[2], teacher[2] = 0.1, 0.1, 1e4, -1e4
         student, teacher = (z.to(dtype).requires_grad_() for z in (student, teacher))
@@ -136,7 +136,7 @@ def test_extreme_and_constant_logits_stay_finite(batch, dtype, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_float32(dtype):
-    x, teacher = draw(14, dtype=torch.float32)
+    x, teacher = randn(14, dtype=torch.float32)
     layer = torch.nn.Linear(5, 5)
     with torch.autocast("cpu", dtype):
         student = layer(x)

@@ -9,7 +9,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.losses import DKDLoss, KDLoss
 
 
-def draw(seed, batch=7, classes=5, dtype=torch.float64, scale=3.0):
+def randn(seed, batch=7, classes=5, dtype=torch.float64, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     pair = torch.randn(2, batch, classes, generator=generator, dtype=torch.float64) * scale
     target = torch.randint(classes, (batch,), generator=generator)
@@ -32,7 +32,7 @@ def reference_terms(student, teacher, target, temperature):
 @pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (0.5, 2.0, 1.0), (2.0, 0.0, 10.0)])
 @pytest.mark.parametrize(("seed", "batch", "classes"), [(0, 7, 5), (1, 1, 3), (2, 9, 10)])
 def test_agrees_with_reference_and_reductions(seed, batch, classes, alpha, beta, temperature, dtype):
-    student, teacher, target = draw(seed, batch, classes, dtype)
+    student, teacher, target = randn(seed, batch, classes, dtype)
     target_kl, others_kl, _ = reference_terms(student, teacher, target, temperature)
     expected = temperature**2 * (alpha * target_kl + beta * others_kl)
     rows = DKDLoss(alpha, beta, temperature, "none")(student, teacher, target)
@@ -47,7 +47,7 @@ def test_agrees_with_reference_and_reductions(seed, batch, classes, alpha, beta,
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_parts_make_up_the_soft_target_loss(classes, temperature):
-    student, teacher, target = draw(3, classes=classes)
+    student, teacher, target = randn(3, classes=classes)
     whole = KDLoss(temperature, reduction="none")(student, teacher)
     target_part = DKDLoss(1.0, 0.0, temperature, "none")(student, teacher, target)
     others_part = DKDLoss(0.0, 1.0, temperature, "none")(student, teacher, target)
@@ -58,14 +58,14 @@ def test_parts_make_up_the_soft_target_loss(classes, temperature):
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_gradcheck(classes):
-    student, teacher, target = draw(4, classes=classes)
+    student, teacher, target = randn(4, classes=classes)
     loss = DKDLoss(temperature=2.0)
     pair = student.requires_grad_(), teacher.requires_grad_()
     assert torch.autograd.gradcheck(lambda s, t: loss(s, t, target), pair)
 
 
 def test_perfect_match_is_zero_and_minimal():
-    _, teacher, target = draw(5, dtype=torch.float32)
+    _, teacher, target = randn(5, dtype=torch.float32)
     student = teacher.clone().requires_grad_()
     value = DKDLoss()(student, teacher, target)
     value.backward()
@@ -73,7 +73,7 @@ def test_perfect_match_is_zero_and_minimal():
 
 
 def test_unlabeled_rows_take_the_teachers_class():
-    student, teacher, target = draw(6)
+    student, teacher, target = randn(6)
     filled = target.clone()
     target[::2], filled[::2] = -100, teacher[::2].argmax(1)
     given = target.clone()
@@ -82,7 +82,7 @@ def test_unlabeled_rows_take_the_teachers_class():
 
 
 def test_temperature_squared_and_annealing():
-    student, teacher, target = draw(7)
+    student, teacher, target = randn(7)
     loss = DKDLoss()
     expected = 16 * DKDLoss(temperature=1.0)(student / 4, teacher / 4, target)
     torch.testing.assert_close(loss(student, teacher, target), expected)
@@ -95,7 +95,7 @@ def test_temperature_squared_and_annealing():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_extreme_and_constant_logits_stay_finite(classes, dtype):
-    student, teacher, target = draw(8, 12, classes)
+    student, teacher, target = randn(8, 12, classes)
     student, teacher = 1e4 * student.sign(), 1e4 * teacher.sign()
     student[0], teacher[1], target[2] = 0.1, 0.1, -100
     student, teacher = (z.to(dtype).requires_grad_() for z in (student, teacher))
@@ -107,7 +107,7 @@ def test_extreme_and_constant_logits_stay_finite(classes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_float32(dtype):
-    x, teacher, target = draw(9, dtype=torch.float32)
+    x, teacher, target = randn(9, dtype=torch.float32)
     layer = torch.nn.Linear(5, 5)
     with torch.autocast("cpu", dtype):
         student = layer(x)

@@ -15,13 +15,13 @@ CLASSES = 4
 STEPS = [[3, 0, 7], [1, 3, 9], [7, 0, 3], [9, 2, 1]]
 
 
-def draw(seed, rows=3, dtype=torch.float64):
+def randn(seed, rows=3, dtype=torch.float64):
     z = torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
     return z.to(dtype), (torch.arange(rows) + seed) % CLASSES
 
 
 def by_hand(memory, logits, target, index, weight=3.0, momentum=0.7):
-    """Rows and their gradient, from a dict of averages that it goes on with."""
+    """Rows and their gradient, from a dict of averages that this function updates."""
     rows, gradient = [], []
     for z, label, sample in zip(logits.double().numpy(), target.tolist(), index, strict=True):
         whole = softmax(z)
@@ -40,18 +40,18 @@ def test_by_hand_over_steps(arguments, dtype):
     loss, memory = EarlyLearningLoss(**arguments, reduction="none"), {}
     close = {"rel": 1e-4, "abs": 1e-5} if dtype == torch.float32 else {"rel": 1e-10, "abs": 1e-12}
     for seed, index in enumerate(STEPS):
-        logits, target = draw(seed, dtype=dtype)
+        logits, target = randn(seed, dtype=dtype)
         logits.requires_grad_()
         found = loss(logits, target, torch.tensor(index))
         (gradient,) = torch.autograd.grad(found.sum(), logits)
         expected = by_hand(memory, logits.detach(), target, index, **arguments)
-        assert found.dtype == loss.memory.dtype == dtype
+        assert found.dtype == loss.averages.dtype == dtype
         assert found.detach().double().numpy() == pytest.approx(expected[0], **close)
         assert gradient.double().numpy() == pytest.approx(expected[1], **close)
-    assert loss.memory.shape == (10, CLASSES)
+    assert loss.averages.shape == (10, CLASSES)
     for sample in range(10):
         expected = memory.get(sample, np.zeros(CLASSES))
-        assert loss.memory[sample].double().numpy() == pytest.approx(expected, abs=1e-6)
+        assert loss.averages[sample].double().numpy() == pytest.approx(expected, abs=1e-6)
 
 
 def test_certain_predictions_stay_finite():
@@ -63,34 +63,34 @@ def test_certain_predictions_stay_finite():
         assert rows.isfinite().all() and logits.grad.isfinite().all()
 
 
-def test_eval_mode_is_cross_entropy_and_remembers_nothing():
+def test_eval_mode_is_cross_entropy_and_stores_nothing():
     loss = EarlyLearningLoss()
-    logits, target = draw(0)
+    logits, target = randn(0)
     loss(logits, target, torch.arange(3))
-    before = loss.memory.clone()
+    before = loss.averages.clone()
     loss.eval()
     for index in (None, torch.arange(3), torch.tensor([50, 51, 52])):
         torch.testing.assert_close(loss(logits, target, index), F.cross_entropy(logits, target))
-    assert torch.equal(loss.memory, before)
+    assert torch.equal(loss.averages, before)
 
 
-def test_half_precision_is_computed_and_kept_in_float():
+def test_half_precision_is_computed_and_stored_in_float():
     loss = EarlyLearningLoss(reduction="none").half()
     for seed, index in enumerate(STEPS):
-        logits, target = draw(seed, dtype=torch.float16)
-        assert loss(logits, target, torch.tensor(index)).dtype == loss.memory.dtype == torch.float32
+        logits, target = randn(seed, dtype=torch.float16)
+        assert loss(logits, target, torch.tensor(index)).dtype == loss.averages.dtype == torch.float32
 
 
-def test_memory_grows_with_the_samples():
+def test_averages_grow_with_the_samples():
     loss, alike = EarlyLearningLoss(), EarlyLearningLoss()
-    alike.memory = torch.zeros(10, CLASSES, dtype=torch.float64)
+    alike.averages = torch.zeros(10, CLASSES, dtype=torch.float64)
     sizes = []
     for seed, index in enumerate([[2, 0, 1], [1, 5, 0], [0, 3, 2], [9, 0, 4]]):
         for one in (loss, alike):
-            one(*draw(seed), torch.tensor(index, dtype=torch.int32 if seed else torch.long))
-        sizes.append(len(loss.memory))
+            one(*randn(seed), torch.tensor(index, dtype=torch.int32 if seed else torch.long))
+        sizes.append(len(loss.averages))
     assert sizes == [3, 6, 6, 10]
-    assert torch.equal(loss.memory, alike.memory)
+    assert torch.equal(loss.averages, alike.averages)
 
 
 def test_no_rows():
@@ -100,19 +100,19 @@ def test_no_rows():
     for size in (0, 3):
         value = loss(logits, empty, empty)
         value.backward()
-        assert value == 0 and len(loss.memory) == size
-        loss(*draw(0), torch.arange(3))
+        assert value == 0 and len(loss.averages) == size
+        loss(*randn(0), torch.arange(3))
 
 
 def test_a_sample_that_comes_twice():
-    """Its last row counts; on a GPU torch would leave open which."""
-    logits, target = draw(0, rows=4)
+    """Its last row counts; on a GPU torch alone does not define which."""
+    logits, target = randn(0, rows=4)
     loss, expected = EarlyLearningLoss(reduction="none"), {}
     found = loss(logits, target, torch.tensor([1, 1, 0, 1]))
     by_hand(expected, logits[[2, 3]], target[[2, 3]], [0, 1])
-    assert loss.memory.numpy() == pytest.approx(np.stack([expected[0], expected[1]]), abs=1e-12)
+    assert loss.averages.numpy() == pytest.approx(np.stack([expected[0], expected[1]]), abs=1e-12)
     p = logits.softmax(dim=1)
-    agreement = (p.clamp(1e-4, 1 - 1e-4) * loss.memory[[1, 1, 0, 1]]).sum(dim=1)
+    agreement = (p.clamp(1e-4, 1 - 1e-4) * loss.averages[[1, 1, 0, 1]]).sum(dim=1)
     torch.testing.assert_close(found, F.cross_entropy(logits, target, reduction="none") + 3 * (1 - agreement).log())
 
 
@@ -120,22 +120,22 @@ class TestCheckpoint:
     def test_round_trip(self, tmp_path):
         loss, fresh = EarlyLearningLoss(), EarlyLearningLoss()
         for seed, index in enumerate(STEPS[:2]):
-            loss(*draw(seed), torch.tensor(index))
+            loss(*randn(seed), torch.tensor(index))
         torch.save(loss.state_dict(), tmp_path / "loss.pt")
         fresh.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
         for seed, index in enumerate(STEPS):
-            values = [one(*draw(seed + 5), torch.tensor(index)) for one in (loss, fresh)]
+            values = [one(*randn(seed + 5), torch.tensor(index)) for one in (loss, fresh)]
             assert torch.equal(*values)
-        assert torch.equal(loss.memory, fresh.memory)
+        assert torch.equal(loss.averages, fresh.averages)
 
     def test_loading_copies(self):
-        """Two losses do not write into one memory."""
+        """Two losses do not write into one tensor."""
         loss, fresh = EarlyLearningLoss(), EarlyLearningLoss()
-        loss(*draw(0), torch.arange(3))
+        loss(*randn(0), torch.arange(3))
         fresh.load_state_dict(loss.state_dict())
-        before = loss.memory.clone()
-        fresh(*draw(1), torch.arange(3))
-        assert torch.equal(loss.memory, before)
+        before = loss.averages.clone()
+        fresh(*randn(1), torch.arange(3))
+        assert torch.equal(loss.averages, before)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_bad_arguments(arguments, message):
 
 
 def test_no_index_while_training():
-    with pytest.raises(InputError, match="remembers samples, so batches need an index, as SemiSupervisedDataModule's"):
-        EarlyLearningLoss()(*draw(0))
+    with pytest.raises(InputError, match="index is required by EarlyLearningLoss in training mode, got None"):
+        EarlyLearningLoss()(*randn(0))
 
 
-def test_processes_share_the_memory(monkeypatch):
-    """Two threads that hear of one another as processes do; uneven shares, and one, then both, without any rows."""
+def test_processes_share_the_averages(monkeypatch):
+    """Two threads exchange tensors as processes do; the shares are uneven, and one, then both, have no rows."""
     barrier, slots = threading.Barrier(2, timeout=60), [None, None]
 
     def gather(part):
@@ -172,7 +172,7 @@ def test_processes_share_the_memory(monkeypatch):
     monkeypatch.setattr(early_learning, "gather_all_tensors", gather)
     memory, steps, expected = {}, [], []
     for seed, (index, cut) in enumerate([([3, 0, 7], 2), ([1, 3, 9], 0), ([7, 0, 3], 3), ([], 0), ([9, 2, 1], 1)]):
-        logits, target = draw(seed, len(index))
+        logits, target = randn(seed, len(index))
         rows = by_hand(memory, logits, target, index)[0].tolist()
         shares = slice(None, cut), slice(cut, None)
         index = torch.tensor(index, dtype=torch.long)
@@ -192,4 +192,4 @@ def test_processes_share_the_memory(monkeypatch):
     for rank, loss in enumerate(losses):
         for rows, shares in zip(found[rank], expected, strict=True):
             assert rows == pytest.approx(shares[rank])
-        assert loss.memory[sorted(memory)].numpy() == pytest.approx(np.stack([memory[i] for i in sorted(memory)]))
+        assert loss.averages[sorted(memory)].numpy() == pytest.approx(np.stack([memory[i] for i in sorted(memory)]))

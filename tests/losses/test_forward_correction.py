@@ -1,4 +1,4 @@
-"""ForwardCorrectionLoss: formula, minimiser, zeros; guessing, writing and reading the matrix."""
+"""ForwardCorrectionLoss: formula, minimiser, zeros; estimating, writing and reading the matrix."""
 
 import numpy as np
 import pytest
@@ -15,33 +15,33 @@ T = np.array([[0.5, 0.25, 0.125, 0.125], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.5,
 TARGET = torch.tensor([0, 3, 1, 2, 2, 3])
 
 
-def draw(dtype=torch.float64):
+def randn(dtype=torch.float64):
     return (torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_formula(dtype):
-    p = softmax(draw(dtype).double().numpy(), axis=1)
+    p = softmax(randn(dtype).double().numpy(), axis=1)
     expected = -np.log((p @ T)[np.arange(6), TARGET])
-    found = ForwardCorrectionLoss(T.tolist(), "none")(draw(dtype), TARGET)
+    found = ForwardCorrectionLoss(T.tolist(), "none")(randn(dtype), TARGET)
     assert found.dtype == dtype
     assert found.double().numpy() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-12)
     assert repr(ForwardCorrectionLoss(T.tolist())) == "ForwardCorrectionLoss(classes=4, reduction='mean')"
 
 
 def test_identity_is_cross_entropy():
-    logits = draw().requires_grad_()
+    logits = randn().requires_grad_()
     values = ForwardCorrectionLoss(torch.eye(4).tolist())(logits, TARGET), F.cross_entropy(logits, TARGET)
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values))
 
 
 def test_minimum_is_the_classifier_of_the_true_labels():
-    """Three inputs, each of a known distribution of true classes, and as many noisy labels as there are in the mean."""
+    """Three inputs with known distributions of true classes, and noisy labels in their exact shares."""
     noise = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.0, 0.4, 0.6]])
     clean = np.array([[0.9, 0.05, 0.05], [0.1, 0.1, 0.8], [0.3, 0.5, 0.2]])
     noisy = torch.from_numpy(clean @ noise)
-    target = torch.arange(3).repeat(3)  # every label for every input, as often as it comes
+    target = torch.arange(3).repeat(3)  # each label for each input; the loss is weighted by its share
     for matrix, expected in ((noise, clean), (np.eye(3), noisy.numpy())):
         logits = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
         loss = ForwardCorrectionLoss(matrix.tolist(), "none")
@@ -58,8 +58,8 @@ def test_minimum_is_the_classifier_of_the_true_labels():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_label_that_cannot_come_about_stays_finite(dtype):
-    """Class 1 alone is taken for 1, and the logits say that there is none."""
+def test_an_almost_impossible_label_stays_finite(dtype):
+    """Only class 1 gets the label 1, and its probability is 0 by the logits."""
     logits = torch.tensor([[1e30, -1e30]], dtype=dtype).repeat(64, 1).requires_grad_()
     value = ForwardCorrectionLoss([[1.0, 0.0], [0.5, 0.5]])(logits, torch.ones(64, dtype=torch.long))
     value.backward()
@@ -67,17 +67,17 @@ def test_a_label_that_cannot_come_about_stays_finite(dtype):
     assert logits.grad.isfinite().all()
 
 
-def test_a_label_that_no_class_becomes_is_refused():
+def test_an_impossible_label_is_refused():
     loss = ForwardCorrectionLoss([[1.0, 0.0], [1.0, 0.0]])
     loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(InputError, match="matrix: no class becomes 1 by it, but that is a label"):
+    with pytest.raises(InputError, match="matrix: column 1 is all 0, but a label has this class"):
         loss(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
 
 
 def test_bfloat16_weights():
     """As a trainer of precision bf16-true makes them."""
     loss = ForwardCorrectionLoss(T.tolist()).bfloat16()
-    assert torch.equal(loss(draw(), TARGET), ForwardCorrectionLoss(T.tolist())(draw(), TARGET))
+    assert torch.equal(loss(randn(), TARGET), ForwardCorrectionLoss(T.tolist())(randn(), TARGET))
 
 
 def test_matrix_is_not_in_the_checkpoint():
@@ -100,7 +100,7 @@ def test_bad_matrix(matrix, message):
 
 
 def test_other_classes_than_the_logits():
-    with pytest.raises(InputError, match="matrix is of 4 classes, but there are 3 logits"):
+    with pytest.raises(InputError, match="matrix must have 3 classes, as the logits, got 4"):
         ForwardCorrectionLoss(T.tolist())(torch.zeros(2, 3), torch.tensor([0, 1]))
 
 
@@ -125,8 +125,8 @@ class TestEstimate:
         assert estimate_transition(p.half()).sum(dim=1).tolist() == [1.0, 1.0]
 
     def test_what_comes_can_be_used(self):
-        matrix = estimate_transition(draw(torch.float32).softmax(dim=1)).tolist()
-        assert ForwardCorrectionLoss(matrix)(draw(), TARGET).isfinite()
+        matrix = estimate_transition(randn(torch.float32).softmax(dim=1)).tolist()
+        assert ForwardCorrectionLoss(matrix)(randn(), TARGET).isfinite()
 
     @pytest.mark.parametrize(
         ("shape", "quantile", "message"),
@@ -149,12 +149,12 @@ class TestEstimate:
 
 class TestFile:
     def test_round_trip(self, tmp_path):
-        matrix = estimate_transition(draw().softmax(dim=1)).tolist()
+        matrix = estimate_transition(randn().softmax(dim=1)).tolist()
         write_transition(tmp_path / "t.csv", matrix)
         assert read_transition(tmp_path / "t.csv") == matrix
         for path in (tmp_path / "t.csv", str(tmp_path / "t.csv")):
             assert torch.equal(
-                ForwardCorrectionLoss(path)(draw(), TARGET), ForwardCorrectionLoss(matrix)(draw(), TARGET)
+                ForwardCorrectionLoss(path)(randn(), TARGET), ForwardCorrectionLoss(matrix)(randn(), TARGET)
             )
 
     def test_from_a_spreadsheet(self, tmp_path):

@@ -12,7 +12,7 @@ from kd_lightning.losses import GeneralizedCrossEntropyLoss
 TARGET = torch.tensor([0, 3, 1, 2, 2, 3])
 
 
-def draw(dtype=torch.float64):
+def randn(dtype=torch.float64):
     return (torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).to(dtype)
 
 
@@ -24,9 +24,9 @@ def probability(logits):
 @pytest.mark.parametrize("truncation", [None, 0.0, 0.2, 0.5])
 @pytest.mark.parametrize("q", [0.1, 0.7, 1.0])
 def test_formula(q, truncation, dtype):
-    p = np.maximum(probability(draw(dtype)), truncation or 0.0)
+    p = np.maximum(probability(randn(dtype)), truncation or 0.0)
     assert not truncation or 0 < (p == truncation).sum() < 6
-    found = GeneralizedCrossEntropyLoss(q, truncation, "none")(draw(dtype), TARGET)
+    found = GeneralizedCrossEntropyLoss(q, truncation, "none")(randn(dtype), TARGET)
     assert found.dtype == dtype
     assert found.double().numpy() == pytest.approx((1 - p**q) / q, rel=1e-5 if dtype == torch.float32 else 1e-12)
 
@@ -38,7 +38,7 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_q_is_cross_entropy(dtype):
-    logits = draw(dtype).requires_grad_()
+    logits = randn(dtype).requires_grad_()
     expected = F.cross_entropy(logits, TARGET)
     found = GeneralizedCrossEntropyLoss(1e-6)(logits, TARGET)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -47,24 +47,24 @@ def test_small_q_is_cross_entropy(dtype):
 
 
 def test_q_of_one_is_half_the_mean_absolute_error():
-    p = draw().softmax(dim=1)
+    p = randn().softmax(dim=1)
     error = (p - F.one_hot(TARGET, 4)).abs().sum(dim=1) / 2
-    torch.testing.assert_close(GeneralizedCrossEntropyLoss(1.0, reduction="none")(draw(), TARGET), error)
+    torch.testing.assert_close(GeneralizedCrossEntropyLoss(1.0, reduction="none")(randn(), TARGET), error)
 
 
 def test_gradient_is_that_of_cross_entropy_times_a_power():
     """p^q of it: unlikely labels move less."""
-    logits = draw().requires_grad_()
+    logits = randn().requires_grad_()
     (found,) = torch.autograd.grad(GeneralizedCrossEntropyLoss(0.7, reduction="none")(logits, TARGET).sum(), logits)
-    expected = probability(draw())[:, None] ** 0.7 * (softmax(draw().numpy(), axis=1) - np.eye(4)[TARGET])
+    expected = probability(randn())[:, None] ** 0.7 * (softmax(randn().numpy(), axis=1) - np.eye(4)[TARGET])
     assert found.numpy() == pytest.approx(expected, rel=1e-9)
 
 
 def test_truncated_rows_teach_nothing():
-    logits = draw().requires_grad_()
+    logits = randn().requires_grad_()
     (found,) = torch.autograd.grad(GeneralizedCrossEntropyLoss(0.7, 0.2, "none")(logits, TARGET).sum(), logits)
     (whole,) = torch.autograd.grad(GeneralizedCrossEntropyLoss(0.7, reduction="none")(logits, TARGET).sum(), logits)
-    below = torch.from_numpy(probability(draw()) < 0.2)
+    below = torch.from_numpy(probability(randn()) < 0.2)
     assert 0 < below.sum() < 6
     assert torch.equal(found[below], torch.zeros_like(found[below]))
     torch.testing.assert_close(found[~below], whole[~below])
@@ -73,7 +73,7 @@ def test_truncated_rows_teach_nothing():
 def test_truncation_may_be_set_later():
     loss = GeneralizedCrossEntropyLoss(0.7, 0.0)
     loss.truncation = 0.5
-    assert torch.equal(loss(draw(), TARGET), GeneralizedCrossEntropyLoss(0.7, 0.5)(draw(), TARGET))
+    assert torch.equal(loss(randn(), TARGET), GeneralizedCrossEntropyLoss(0.7, 0.5)(randn(), TARGET))
 
 
 @pytest.mark.parametrize(

@@ -10,32 +10,32 @@ from kd_lightning.losses import HintLoss
 SHAPES = [(4, 3, 5, 2), (3, 7, 4), (5, 6), (1, 1)]  # maps, tokens, vectors, one number
 
 
-def draw(shape, seed=0, dtype=torch.float64):
+def randn(shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return tuple((torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3).to(dtype))
 
 
-def reference(regressed, hint):
-    difference = regressed.detach().double().numpy() - hint.detach().double().numpy()
+def reference(projected, hint):
+    difference = projected.detach().double().numpy() - hint.detach().double().numpy()
     return torch.tensor(np.array([0.5 * np.sum(row**2) for row in difference])), torch.tensor(difference)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient_by_hand_and_reductions(shape):
-    regressed, hint = draw(shape)
-    regressed.requires_grad_()
-    rows, difference = reference(regressed, hint)
-    none, mean = HintLoss("none")(regressed, hint), HintLoss()(regressed, hint)
+    projected, hint = randn(shape)
+    projected.requires_grad_()
+    rows, difference = reference(projected, hint)
+    none, mean = HintLoss("none")(projected, hint), HintLoss()(projected, hint)
     assert none.shape == shape[:1] and mean.shape == () and none.dtype == mean.dtype == torch.float64
     torch.testing.assert_close(none, rows, rtol=1e-12, atol=0)
     torch.testing.assert_close(mean, rows.mean(), rtol=1e-12, atol=0)
     weights = torch.arange(1.0, len(rows) + 1, dtype=torch.float64)
-    of_rows = torch.autograd.grad(none @ weights, regressed)[0]
+    of_rows = torch.autograd.grad(none @ weights, projected)[0]
     torch.testing.assert_close(of_rows, difference * weights.reshape(-1, *[1] * (len(shape) - 1)), rtol=1e-12, atol=0)
     torch.testing.assert_close(
-        torch.autograd.grad(mean, regressed)[0], difference / len(difference), rtol=1e-12, atol=0
+        torch.autograd.grad(mean, projected)[0], difference / len(difference), rtol=1e-12, atol=0
     )
-    assert torch.autograd.gradcheck(lambda r: HintLoss()(r, hint), [regressed])
+    assert torch.autograd.gradcheck(lambda r: HintLoss()(r, hint), [projected])
 
 
 def test_sums_over_entries_and_averages_over_the_batch():
@@ -49,14 +49,14 @@ def test_sums_over_entries_and_averages_over_the_batch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_half_precision_is_computed_in_float32(shape, dtype, other):
-    regressed, hint = draw(shape, 1, dtype)[0].requires_grad_(), draw(shape, 1, other or dtype)[1]
-    rows, difference = reference(regressed, hint)
-    value = HintLoss("none")(regressed, hint)
+    projected, hint = randn(shape, 1, dtype)[0].requires_grad_(), randn(shape, 1, other or dtype)[1]
+    rows, difference = reference(projected, hint)
+    value = HintLoss("none")(projected, hint)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), rows, rtol=1e-5, atol=0)
-    HintLoss()(regressed, hint).backward()
-    assert regressed.grad.dtype == dtype
-    torch.testing.assert_close(regressed.grad, (difference / len(difference)).to(dtype), rtol=1e-2, atol=1e-3)
+    HintLoss()(projected, hint).backward()
+    assert projected.grad.dtype == dtype
+    torch.testing.assert_close(projected.grad, (difference / len(difference)).to(dtype), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,33 +79,33 @@ def test_float64_stays_and_keeps_its_digits():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_gradient_into_the_hint(reduction):
-    regressed, hint = (z.requires_grad_() for z in draw((3, 4)))
-    HintLoss(reduction)(regressed, hint).sum().backward()
-    assert hint.grad is None and regressed.grad.abs().min() > 0
-    assert not HintLoss(reduction)(regressed.detach(), hint).requires_grad
+    projected, hint = (z.requires_grad_() for z in randn((3, 4)))
+    HintLoss(reduction)(projected, hint).sum().backward()
+    assert hint.grad is None and projected.grad.abs().min() > 0
+    assert not HintLoss(reduction)(projected.detach(), hint).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_zero_with_zero_gradient_at_equality(dtype):
-    _, hint = draw((3, 2, 4, 4), 2, dtype)
-    regressed = hint.clone().requires_grad_()
-    value = HintLoss()(regressed, hint)
+    _, hint = randn((3, 2, 4, 4), 2, dtype)
+    projected = hint.clone().requires_grad_()
+    value = HintLoss()(projected, hint)
     value.backward()
-    assert value == 0 and regressed.grad.abs().max() == 0
+    assert value == 0 and projected.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 2), (0, 7, 4), (0, 6)])
 def test_empty_batch_gives_zero_in_the_graph(shape):
-    regressed, hint = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
-    value = HintLoss()(regressed, hint)
+    projected, hint = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    value = HintLoss()(projected, hint)
     assert value == 0 and value.requires_grad
     value.backward()
-    assert regressed.grad.shape == shape
-    assert HintLoss("none")(regressed, hint).shape == (0,)
+    assert projected.grad.shape == shape
+    assert HintLoss("none")(projected, hint).shape == (0,)
 
 
 @pytest.mark.parametrize(
-    ("regressed", "hint"),
+    ("projected", "hint"),
     [
         ((2, 3, 4, 4), (2, 3, 4, 5)),
         ((2, 3, 1, 1), (2, 3, 4, 4)),  # would broadcast
@@ -114,10 +114,10 @@ def test_empty_batch_gives_zero_in_the_graph(shape):
         ((2, 3), (2, 3, 1, 1)),
     ],
 )
-def test_other_shapes_are_refused(regressed, hint):
-    both = re.escape(f"hint and regressed map must have one shape, got {[*hint]} and {[*regressed]}")
+def test_other_shapes_are_refused(projected, hint):
+    both = re.escape(f"hint and projected map must have one shape, got {[*hint]} and {[*projected]}")
     with pytest.raises(InputError, match=both):
-        HintLoss()(torch.zeros(regressed), torch.zeros(hint))
+        HintLoss()(torch.zeros(projected), torch.zeros(hint))
 
 
 def test_unknown_reduction():

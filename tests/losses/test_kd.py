@@ -13,7 +13,7 @@ SHAPES = {"multiclass": (7, 5), "multilabel": (6, 4), "binary": (8, 1)}
 VARIANTS = [("multiclass", False), ("multiclass", True), ("multilabel", False), ("binary", False)]
 
 
-def draw(seed, *shape, dtype=torch.float64, scale=3.0):
+def randn(seed, *shape, dtype=torch.float64, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     pair = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * scale
     return tuple(pair.to(dtype))
@@ -38,7 +38,7 @@ def reference_rows(student, teacher, temperature, task, standardize=False):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("task", "standardize"), VARIANTS)
 def test_agrees_with_reference_and_reductions(task, standardize, seed, temperature, dtype):
-    student, teacher = draw(seed, *SHAPES[task], dtype=dtype)
+    student, teacher = randn(seed, *SHAPES[task], dtype=dtype)
     # Float32 probabilities are good to about 1e-7, which T² multiplies.
     atol = 1e-6 * max(1.0, temperature**2 / 4) if dtype == torch.float32 else 1e-12
     expected = reference_rows(student, teacher, temperature, task, standardize)
@@ -52,13 +52,13 @@ def test_agrees_with_reference_and_reductions(task, standardize, seed, temperatu
 
 @pytest.mark.parametrize(("task", "standardize"), VARIANTS)
 def test_gradcheck(task, standardize):
-    pair = [z.requires_grad_() for z in draw(0, *SHAPES[task])]
+    pair = [z.requires_grad_() for z in randn(0, *SHAPES[task])]
     assert torch.autograd.gradcheck(KDLoss(2.0, task, standardize), pair)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_gradient_is_that_of_cross_entropy_with_soft_targets(temperature):
-    student, teacher = draw(3, 6, 5)
+    student, teacher = randn(3, 6, 5)
     student.requires_grad_()
     cross_entropy = temperature**2 * F.cross_entropy(student / temperature, (teacher / temperature).softmax(1))
     (expected,) = torch.autograd.grad(cross_entropy, student)
@@ -67,7 +67,7 @@ def test_gradient_is_that_of_cross_entropy_with_soft_targets(temperature):
 
 
 def test_high_temperature_limit_matches_centred_logits():
-    student, teacher = draw(4, 6, 5)
+    student, teacher = randn(4, 6, 5)
     student.requires_grad_()
     (actual,) = torch.autograd.grad(KDLoss(1e5)(student, teacher), student)
     difference = (student - teacher).detach()
@@ -76,7 +76,7 @@ def test_high_temperature_limit_matches_centred_logits():
 
 
 def test_temperature_squared_and_annealing():
-    student, teacher = draw(5, 6, 5)
+    student, teacher = randn(5, 6, 5)
     loss = KDLoss(4.0)
     expected = 16 * KDLoss(1.0)(student / 4, teacher / 4)
     torch.testing.assert_close(loss(student, teacher), expected)
@@ -94,7 +94,7 @@ def test_target_is_ignored_and_teacher_is_the_first_distribution():
 
 
 def test_standardized_loss_ignores_shift_and_scale():
-    student, teacher = draw(6, 6, 5)
+    student, teacher = randn(6, 6, 5)
     loss = KDLoss(2.0, standardize=True)
     torch.testing.assert_close(loss(5 * student + 3, 0.2 * teacher - 1), loss(student, teacher), rtol=1e-6, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_standardized_loss_ignores_shift_and_scale():
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e4])
 def test_standardized_constant_student_gets_gradients_of_usual_size(constant):
     student = torch.full((6, 5), constant, requires_grad=True)
-    teacher = draw(11, 6, 5, dtype=torch.float32)[1]
+    teacher = randn(11, 6, 5, dtype=torch.float32)[1]
     value = KDLoss(2.0, standardize=True)(student, teacher)
     value.backward()
     expected = reference_rows(torch.zeros(6, 5), teacher, 2.0, "multiclass", standardize=True).mean()
@@ -113,13 +113,13 @@ def test_standardized_constant_student_gets_gradients_of_usual_size(constant):
 @pytest.mark.parametrize("student_shape", [(8,), (8, 1)])
 @pytest.mark.parametrize("teacher_shape", [(8,), (8, 1)])
 def test_binary_takes_both_shapes(student_shape, teacher_shape):
-    student, teacher = draw(7, 8, 1)
+    student, teacher = randn(7, 8, 1)
     rows = KDLoss(task="binary", reduction="none")(student.view(student_shape), teacher.view(teacher_shape))
     torch.testing.assert_close(rows, reference_rows(student, teacher, 4.0, "binary"))
 
 
 def test_binary_is_multiclass_with_a_zero_logit():
-    student, teacher = draw(8, 8, 1)
+    student, teacher = randn(8, 8, 1)
     padded = [torch.cat([z, torch.zeros_like(z)], 1) for z in (student, teacher)]
     torch.testing.assert_close(KDLoss(task="binary")(student, teacher), KDLoss()(*padded))
 
@@ -127,7 +127,7 @@ def test_binary_is_multiclass_with_a_zero_logit():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("task", "standardize"), VARIANTS)
 def test_extreme_and_constant_logits_stay_finite(task, dtype, standardize):
-    student, teacher = (1e4 * z.sign() for z in draw(9, *SHAPES[task]))
+    student, teacher = (1e4 * z.sign() for z in randn(9, *SHAPES[task]))
     student[0], teacher[1], student[2], teacher[2] = 0.1, 0.1, 1e4, -1e4
     student, teacher = (z.to(dtype).requires_grad_() for z in (student, teacher))
     value = KDLoss(1.0, task, standardize)(student, teacher)
@@ -140,7 +140,7 @@ def test_extreme_and_constant_logits_stay_finite(task, dtype, standardize):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("task", list(SHAPES))
 def test_autocast_computes_in_float32(task, dtype):
-    x, teacher = draw(10, *SHAPES[task], dtype=torch.float32)
+    x, teacher = randn(10, *SHAPES[task], dtype=torch.float32)
     layer = torch.nn.Linear(x.shape[1], x.shape[1])
     with torch.autocast("cpu", dtype):
         student = layer(x)

@@ -1,4 +1,4 @@
-"""LabelKindLoss: which row goes where, the mean over all, what the two are told."""
+"""LabelKindLoss: which loss each row gets, the mean over all rows, the row fields of the two losses."""
 
 import pytest
 import torch
@@ -17,26 +17,26 @@ KIND = torch.tensor(
 NOISY = KIND == LabelKind.NOISY
 
 
-def draw(seed=0):
+def randn(seed=0):
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
 
 
 def both():
-    noisy = GeneralizedCrossEntropyLoss(reduction="none")(draw(), TARGET)
-    return torch.where(NOISY, noisy, F.cross_entropy(draw(), TARGET, reduction="none"))
+    noisy = GeneralizedCrossEntropyLoss(reduction="none")(randn(), TARGET)
+    return torch.where(NOISY, noisy, F.cross_entropy(randn(), TARGET, reduction="none"))
 
 
 def test_each_row_has_its_loss():
     loss = LabelKindLoss(GeneralizedCrossEntropyLoss())
-    torch.testing.assert_close(loss(draw(), TARGET, KIND), both().mean())
-    torch.testing.assert_close(LabelKindLoss(loss.noisy, reduction="none")(draw(), TARGET, KIND), both())
+    torch.testing.assert_close(loss(randn(), TARGET, KIND), both().mean())
+    torch.testing.assert_close(LabelKindLoss(loss.noisy, reduction="none")(randn(), TARGET, KIND), both())
     smooth = LabelKindLoss(nn.CrossEntropyLoss(), clean=nn.CrossEntropyLoss(label_smoothing=0.2), reduction="none")
-    expected = F.cross_entropy(draw(), TARGET, reduction="none", label_smoothing=0.2)
-    torch.testing.assert_close(smooth(draw(), TARGET, KIND)[~NOISY], expected[~NOISY])
+    expected = F.cross_entropy(randn(), TARGET, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(smooth(randn(), TARGET, KIND)[~NOISY], expected[~NOISY])
 
 
 def test_gradient():
-    logits, reference = draw().requires_grad_(), draw().requires_grad_()
+    logits, reference = randn().requires_grad_(), randn().requires_grad_()
     LabelKindLoss(GeneralizedCrossEntropyLoss())(logits, TARGET, KIND).backward()
     (GeneralizedCrossEntropyLoss()(reference[NOISY], TARGET[NOISY]) / 2).backward()
     (F.cross_entropy(reference[~NOISY], TARGET[~NOISY]) / 2).backward()
@@ -45,13 +45,13 @@ def test_gradient():
 
 @pytest.mark.parametrize("kind", [None, torch.full((6,), LabelKind.CLEAN), torch.full((6,), LabelKind.PSEUDO)])
 def test_all_clean(kind):
-    found = LabelKindLoss(GeneralizedCrossEntropyLoss())(draw(), TARGET, kind)
-    torch.testing.assert_close(found, F.cross_entropy(draw(), TARGET))
+    found = LabelKindLoss(GeneralizedCrossEntropyLoss())(randn(), TARGET, kind)
+    torch.testing.assert_close(found, F.cross_entropy(randn(), TARGET))
 
 
 def test_all_noisy():
-    found = LabelKindLoss(GeneralizedCrossEntropyLoss())(draw(), TARGET, torch.full((6,), LabelKind.NOISY))
-    torch.testing.assert_close(found, GeneralizedCrossEntropyLoss()(draw(), TARGET))
+    found = LabelKindLoss(GeneralizedCrossEntropyLoss())(randn(), TARGET, torch.full((6,), LabelKind.NOISY))
+    torch.testing.assert_close(found, GeneralizedCrossEntropyLoss()(randn(), TARGET))
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(5e4, torch.float16), (3e38, torch.float32)])
@@ -62,33 +62,33 @@ def test_logits_whose_sum_overflows(value, dtype):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_memory_sees_its_own_rows():
+def test_a_stateful_loss_gets_its_own_rows():
     inner, alone = EarlyLearningLoss(), EarlyLearningLoss(reduction="none")
     loss, index = LabelKindLoss(inner, reduction="none"), torch.tensor([7, 1, 5, 4, 2, 0])
     for seed in (0, 1):
-        rows = loss(draw(seed), TARGET, KIND, index)
-        expected = alone(draw(seed)[NOISY], TARGET[NOISY], index[NOISY])
+        rows = loss(randn(seed), TARGET, KIND, index)
+        expected = alone(randn(seed)[NOISY], TARGET[NOISY], index[NOISY])
         torch.testing.assert_close(rows[NOISY], expected)
-        torch.testing.assert_close(rows[~NOISY], F.cross_entropy(draw(seed), TARGET, reduction="none")[~NOISY])
-    assert torch.equal(inner.memory, alone.memory)
+        torch.testing.assert_close(rows[~NOISY], F.cross_entropy(randn(seed), TARGET, reduction="none")[~NOISY])
+    assert torch.equal(inner.averages, alone.averages)
     assert inner.reduction == "mean"
-    with pytest.raises(InputError, match="EarlyLearningLoss remembers samples, so batches need an index"):
-        loss(draw(), TARGET, KIND)
+    with pytest.raises(InputError, match="index is required by EarlyLearningLoss"):
+        loss(randn(), TARGET, KIND)
 
 
-def test_a_memory_is_asked_without_rows(monkeypatch):
-    """Other processes may have some, and wait."""
+def test_a_stateful_loss_runs_without_rows(monkeypatch):
+    """Other processes may have rows, and wait."""
     seen, inner = [], EarlyLearningLoss()
-    monkeypatch.setattr(inner, "_remember", lambda index, p: seen.append((len(index), len(p))))
-    inner.memory = torch.zeros(9, 4)
-    LabelKindLoss(inner)(draw(), TARGET, torch.full((6,), LabelKind.CLEAN), torch.arange(6))
+    monkeypatch.setattr(inner, "_update", lambda index, p: seen.append((len(index), len(p))))
+    inner.averages = torch.zeros(9, 4)
+    LabelKindLoss(inner)(randn(), TARGET, torch.full((6,), LabelKind.CLEAN), torch.arange(6))
     assert seen == [(0, 0)]
 
 
 def test_is_moved_and_put_into_eval_mode():
     loss = LabelKindLoss(EarlyLearningLoss()).eval()
     assert not loss.noisy.training
-    torch.testing.assert_close(loss(draw(), TARGET, KIND), F.cross_entropy(draw(), TARGET))
+    torch.testing.assert_close(loss(randn(), TARGET, KIND), F.cross_entropy(randn(), TARGET))
 
 
 @pytest.mark.parametrize("name", ["noisy", "clean"])

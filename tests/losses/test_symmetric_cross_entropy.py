@@ -12,7 +12,7 @@ from kd_lightning.losses import SymmetricCrossEntropyLoss
 TARGET = torch.tensor([0, 3, 1, 2, 2, 3])
 
 
-def draw(dtype=torch.float64):
+def randn(dtype=torch.float64):
     return (torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).to(dtype)
 
 
@@ -20,18 +20,18 @@ def draw(dtype=torch.float64):
 @pytest.mark.parametrize(("alpha", "beta", "log_zero"), [(0.1, 1.0, -4.0), (6.0, 0.1, -7.0), (0.0, 2.0, -0.5)])
 def test_two_cross_entropies(alpha, beta, log_zero, dtype):
     expected = []
-    for p, label in zip(softmax(draw(dtype).double().numpy(), axis=1), TARGET, strict=True):
+    for p, label in zip(softmax(randn(dtype).double().numpy(), axis=1), TARGET, strict=True):
         q = np.eye(4)[label]
         log_q = np.array([0.0 if share else log_zero for share in q])
         expected.append(-alpha * (q * np.log(p)).sum() - beta * (p * log_q).sum())
-    found = SymmetricCrossEntropyLoss(alpha, beta, log_zero, "none")(draw(dtype), TARGET)
+    found = SymmetricCrossEntropyLoss(alpha, beta, log_zero, "none")(randn(dtype), TARGET)
     assert found.dtype == dtype
     assert found.double().numpy() == pytest.approx(np.array(expected), rel=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_without_the_reverse_it_is_cross_entropy():
-    found = SymmetricCrossEntropyLoss(alpha=0.3, beta=0.0)(draw(), TARGET)
-    torch.testing.assert_close(found, 0.3 * F.cross_entropy(draw(), TARGET))
+    found = SymmetricCrossEntropyLoss(alpha=0.3, beta=0.0)(randn(), TARGET)
+    torch.testing.assert_close(found, 0.3 * F.cross_entropy(randn(), TARGET))
 
 
 def test_the_reverse_alone_is_bounded():

@@ -175,7 +175,7 @@ def test_stages_by_name(name, size):
     for number, width in enumerate(channels):
         halvings = min(number, 3 if name == "vgg8" else 2)
         sides = list(size)
-        for _ in range(halvings):  # a pooling drops an odd row, a strided convolution keeps it
+        for _ in range(halvings):  # a pooling drops an odd row, a strided convolution does not
             sides = [side // 2 if name == "vgg8" else (side + 1) // 2 for side in sides]
         assert seen[f"layer{number + 1}"].shape == (2, width, *sides)
     last = seen["relu" if name == "wrn_16_2" else f"layer{len(channels)}"]
@@ -184,14 +184,14 @@ def test_stages_by_name(name, size):
 
 @pytest.mark.parametrize("name", ["resnet14", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg13"])
 def test_every_layer_may_be_a_hint(name):
-    """No layer's output is changed after it was given, so what a hook keeps is what the layer computed."""
+    """No layer's output changes after the layer returned it, so hooks capture what the layer computed."""
     network = make(name)
-    kept = []
+    outputs = []
     for module in network.modules():
-        module.register_forward_hook(lambda _m, _i, out: kept.append((out, out.clone())))
+        module.register_forward_hook(lambda _m, _i, out: outputs.append((out, out.clone())))
     network(torch.randn(2, 3, 32, 32))
-    assert len(kept) > 20
-    assert all(torch.equal(out, copied) for out, copied in kept)
+    assert len(outputs) > 20
+    assert all(torch.equal(out, copied) for out, copied in outputs)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet110", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8"])

@@ -205,7 +205,7 @@ class TestBadInput:
             ApprenticeModule(student, teacher, **arguments)
 
     def test_teachers_that_cannot_learn(self, student, teacher):
-        with pytest.raises(InputError, match="hard_loss: EarlyLearningLoss remembers samples, of one network alone"):
+        with pytest.raises(InputError, match="hard_loss: EarlyLearningLoss stores values of samples"):
             ApprenticeModule(nn.Linear(2, 2), nn.Linear(2, 2), "joint", hard_loss=EarlyLearningLoss())
         with pytest.raises(InputError, match="teacher and student must be two networks"):
             ApprenticeModule(student, student)
@@ -515,7 +515,7 @@ class TestFixedTeacher:
         assert saved["teacher_fingerprint"] == Teacher(before).fingerprint()
         trained, other = copy.deepcopy(student), copy.deepcopy(teacher)
         other[-1].bias.data += 1e-6
-        with pytest.raises(InputError, match="teacher: the checkpoint was trained under another one"):
+        with pytest.raises(InputError, match="teacher: the checkpoint was trained with another teacher"):
             quiet_trainer(max_epochs=2).fit(
                 ApprenticeModule(student, other, **how), loader(), ckpt_path=tmp_path / "c.ckpt"
             )

@@ -94,7 +94,7 @@ def term_by_hand(learner, chooser, batch, forget):
 def module_of(forget, student=None, peer=None, **kwargs):
     student, peer = (draw(0) if student is None else student), (draw(1) if peer is None else peer)
     module = CoTeachingModule(Fixed(student), Fixed(peer), forget, **kwargs)
-    module.forgotten = lambda epoch: forget  # as at the ramp's end
+    module.forget_rate_at = lambda epoch: forget  # as at the ramp's end
     return module
 
 
@@ -234,7 +234,7 @@ def test_two_processes_choose_as_one(monkeypatch):
 
         def run(rank, make=make, modules=modules, shares=shares, labels=labels):
             modules[rank]._trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
-            modules[rank]._log_epoch = lambda *args: None
+            modules[rank]._record_mean = lambda *args: None
             batch = make().select(shares[rank])
             batch.mean_labels = labels / 2
             terms = modules[rank].losses(batch)
@@ -259,8 +259,8 @@ def test_two_processes_choose_as_one(monkeypatch):
         ({"ramp_epochs": 0}, "ramp_epochs must be at least 1, got 0"),
         ({"task": "binary"}, "task must be multiclass, got 'binary'"),
         ({"hard_loss": nn.Identity()}, "hard_loss: Identity has no reduction"),
-        ({"hard_loss": EarlyLearningLoss()}, "hard_loss: EarlyLearningLoss remembers samples, of one student alone"),
-        ({"hard_loss": LabelKindLoss(EarlyLearningLoss())}, "hard_loss: LabelKindLoss remembers samples"),
+        ({"hard_loss": EarlyLearningLoss()}, "hard_loss: EarlyLearningLoss stores values of samples"),
+        ({"hard_loss": LabelKindLoss(EarlyLearningLoss())}, "hard_loss: LabelKindLoss stores values of samples"),
     ],
 )
 def test_constructor_checks(arguments, message):
@@ -323,7 +323,7 @@ class TestRun:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             quiet_trainer(max_epochs=2).fit(module, datamodule=data)
-        told = [str(w.message) for w in caught if "forgets nothing" in str(w.message)]
+        told = [str(w.message) for w in caught if "forget_rate: no row was left out" in str(w.message)]
         assert len(told) == warns
 
     def test_both_learn(self, quiet_trainer, loader):
@@ -335,7 +335,7 @@ class TestRun:
     def test_same_weights(self, quiet_trainer, loader):
         for student, peer in (networks(0, 0), [next(networks(0))] * 2):
             module = CoTeachingModule(student, peer, 0.4)
-            with pytest.raises(InputError, match="peer: it has the student's weights, and would choose as the student"):
+            with pytest.raises(InputError, match="peer must have other weights than the student, got the same"):
                 quiet_trainer().fit(module, loader())
             quiet_trainer().test(module, loader(), verbose=False)  # where nobody chooses
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_lightning import (
     Digits,
     DistillModule,
+    EnsembleDistillModule,
     InputError,
     SeedEveryStep,
     SemiSupervisedDataModule,
@@ -206,6 +207,26 @@ class TestCharts:
         assert found["val/agreement"] == pytest.approx((s.argmax(1) == t.argmax(1)).float().mean().item())
 
 
+class TestProbe:
+    @pytest.mark.parametrize("kind", [DistillModule, EnsembleDistillModule])
+    def test_an_interrupted_fit_reports_nothing_later(self, quiet_trainer, loader, student, teacher, monkeypatch, kind):
+        """Its probe stays on the teacher, which another module uses."""
+
+        class Fault(Callback):
+            def on_train_start(self, trainer, pl_module):
+                raise ZeroDivisionError
+
+        reports = []
+        for name in ("distill", "ensemble"):
+            monkeypatch.setattr(f"kd_lightning.modules.{name}.report", lambda *args: reports.append(args))
+        frozen = Teacher(teacher)
+        first = kind(student, frozen if kind is DistillModule else [frozen])
+        with pytest.raises(ZeroDivisionError):
+            quiet_trainer(callbacks=[Fault()], num_sanity_val_steps=0).fit(first, loader())
+        quiet_trainer().fit(DistillModule(student, frozen), loader())
+        assert len(reports) == 1
+
+
 class TestKeptOutputs:
     def data(self, **kwargs):
         return SemiSupervisedDataModule(Digits(), labeled=5, batch_size=256, val_size=0.5, **kwargs)
@@ -266,7 +287,7 @@ class TestCheckpoint:
         _, make, path = trained
         other = copy.deepcopy(teacher)
         other[-1].bias.data += 1e-6
-        with pytest.raises(InputError, match=r"teacher: the checkpoint was trained under another one \(fingerprint"):
+        with pytest.raises(InputError, match=r"teacher: the checkpoint was trained with another teacher \(fingerprint"):
             quiet_trainer(max_epochs=2).fit(DistillModule(make(), other), loader(), ckpt_path=path)
         moved = Teacher(teacher, classes=[*range(1, 10), 0])
         with pytest.raises(InputError, match="resume with the same weights, preprocess and classes"):

@@ -1,6 +1,6 @@
-"""No step on a device waits for it: where a value is needed, the loader has looked at it on the CPU.
+"""No training step synchronizes with its device: the loader reads the values that are needed, on the CPU.
 
-Tensors on torch's meta device have no values, so whoever looks at one fails.
+Tensors on torch's meta device have no values, so reading one fails.
 """
 
 import dataclasses
@@ -55,17 +55,17 @@ def moved(batch, device):
 
 @pytest.mark.parametrize("labeled", [None, 10])
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_no_step_looks_at_a_value(make, labeled, monkeypatch):
+def test_no_step_reads_a_value(make, labeled, monkeypatch):
     module = make().to("meta")
-    monkeypatch.setattr(type(module), "_may_wait", lambda self, x: False)  # a step without logging
+    monkeypatch.setattr(type(module), "_may_synchronize", lambda self, x: False)  # a step without logging
     batch = moved(next(batches(labeled)), "meta")
     loss = module.training_step(batch, 0)
     assert loss.device.type == "meta"
     loss.backward()
 
 
-def test_meta_tells_who_looks():
-    """Without what the loader has found out the labels must be looked for."""
+def test_reading_a_value_on_meta_fails():
+    """Without ``labeled`` of the loader, the step must read the labels."""
     module = SupervisedModule(net(0)).to("meta")
     batch = moved(next(batches(10)), "meta")
     batch.labeled = None
@@ -77,8 +77,10 @@ def test_meta_tells_who_looks():
 @pytest.mark.parametrize("labeled", [None, 10, 0.02])
 def test_the_loss_is_the_same(make, labeled, monkeypatch, quiet_trainer):
     ends = []
-    for waits in (False, True):
-        monkeypatch.setattr("kd_lightning.modules.supervised._makes_wait", lambda tensor, waits=waits: waits)
+    for synchronizes in (False, True):
+        monkeypatch.setattr(
+            "kd_lightning.modules.supervised._must_synchronize", lambda tensor, value=synchronizes: value
+        )
         seed_everything(0, verbose=False)
         module = make()
         data = SemiSupervisedDataModule(Digits(), labeled=labeled, batch_size=64)

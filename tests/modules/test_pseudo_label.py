@@ -304,13 +304,13 @@ class TestSteps:
         y = torch.tensor([2, -100, -100, 0, 1, 3])  # 2 unlabeled, then none
         module, kinds = PseudoLabelModule(linear().float()), set()
         of_these = ("train/coverage", "train/confidence")
-        log = module._log_epoch
+        log = module._record_mean
 
-        def note(name, value, rows, **_):
+        def record(name, value, rows, **_):
             kinds.update({type(rows)} if name in of_these else ())
             log(name, value, rows)
 
-        monkeypatch.setattr(module, "_log_epoch", note)
+        monkeypatch.setattr(module, "_record_mean", record)
         quiet_trainer().fit(module, DataLoader(TensorDataset(draw()[:6].float(), y), 3))
         assert kinds == {float}
 
@@ -433,13 +433,13 @@ def test_resumes_to_the_bit_in_mid_epoch(quiet_trainer, tmp_path, arguments, acc
             max_epochs=2, callbacks=[keep], enable_checkpointing=True, accumulate_grad_batches=accumulate
         )
         trainer.fit(module, datamodule=data, ckpt_path=path)
-        chosen = [] if module._thresholds is None else [module._thresholds.chosen]
+        chosen = [] if module._thresholds is None else [module._thresholds.last_class]
         return module, [*module.state_dict().values(), *chosen]
 
     module, whole = fit()
     if arguments:
-        assert (module._thresholds.chosen >= 0).any()
-        assert (module._thresholds.chosen < 0).any()
+        assert (module._thresholds.last_class >= 0).any()
+        assert (module._thresholds.last_class < 0).any()
     for step in (1, 2, 4):
         _, again = fit(tmp_path / f"step={step}.ckpt")
         assert len(whole) == len(again)
@@ -454,10 +454,10 @@ class TestAdaptiveThresholds:
         rows = []
 
         class Watch(PseudoLabelModule):
-            def _label(self, batch, clean, logits):
+            def _pseudo_label(self, batch, fine, logits):
                 before = self.student.weight.detach().double().clone()
-                label, accepted = super()._label(batch, clean, logits)
-                rows.append((before, batch.x[~clean].double(), batch.index[~clean].tolist(), label, accepted))
+                label, accepted = super()._pseudo_label(batch, fine, logits)
+                rows.append((before, batch.x[~fine].double(), batch.index[~fine].tolist(), label, accepted))
                 return label, accepted
 
         quiet_trainer(max_epochs=3).fit(
@@ -492,7 +492,7 @@ class TestAdaptiveThresholds:
         )
         trainer.save_checkpoint(tmp_path / "c.ckpt")
         module = PseudoLabelModule(linear().float(), threshold=0.9, adaptive_thresholds=True)
-        with pytest.raises(InputError, match="pool"):
+        with pytest.raises(InputError, match=r"adaptive_thresholds: the checkpoint has \d+ samples, the data \d+"):
             quiet_trainer(max_epochs=2).fit(module, datamodule=two_streams(rest=8), ckpt_path=tmp_path / "c.ckpt")
 
 
@@ -509,7 +509,7 @@ class TestAdaptiveThresholds:
         ({"unsupervised_weight": float("nan")}, "unsupervised_weight must be at least 0, got nan"),
         (
             {"pseudo_labels": "refreshed", "threshold": 0.9},
-            "refreshed labels are accepted by PseudoLabelRefresh; set it there",
+            "threshold is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh",
         ),
         ({"adaptive_thresholds": True}, "adaptive_thresholds needs a threshold"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
@@ -589,7 +589,7 @@ class TestRun:
         assert not [str(w.message) for w in caught if "pseudo-label" in str(w.message)]
 
     def test_nobody_refreshes(self, quiet_trainer, loader, student):
-        with pytest.raises(InputError, match="label_file: refreshed, but nobody does; add PseudoLabelRefresh"):
+        with pytest.raises(InputError, match="pseudo_labels: refreshed needs the callback PseudoLabelRefresh"):
             quiet_trainer().fit(PseudoLabelModule(student, pseudo_labels="refreshed"), loader())
 
     def test_plain_loader(self, quiet_trainer, student, loader):

@@ -122,7 +122,7 @@ def test_scaled_to_the_labels_of_the_whole_step():
 def test_half_precision_logits_are_computed_in_float():
     logits, y = torch.tensor([[12.0, -3.0], [0.3, 0.1]]), torch.tensor([1, 0])
     for dtype in (torch.float16, torch.bfloat16):
-        value, _ = SupervisedModule(nn.Identity()).hard_loss_of(logits.to(dtype), Batch(logits, y))
+        value, _ = SupervisedModule(nn.Identity()).compute_hard_loss(logits.to(dtype), Batch(logits, y))
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(hard_by_hand("multiclass", logits.to(dtype), y)[0], rel=1e-6)
 
@@ -264,7 +264,11 @@ class TestWeakLabels:
     @pytest.mark.parametrize(
         ("task", "fields", "message"),
         [
-            ("multilabel", {"weight": torch.ones(2)}, "have no meaning for the multilabel task, .* for multilabel"),
+            (
+                "multilabel",
+                {"weight": torch.ones(2)},
+                r"weights must be .* multiclass or binary task; got \[2\] for multilabel",
+            ),
             ("multiclass", {"weight": torch.ones(2, 1)}, r"weights must be one a row, \(B,\) = \[2\], .* \[2, 1\]"),
             ("binary", {"weight": torch.ones(3)}, r"weights must be one a row, \(B,\) = \[2\], .* \[3\] for binary"),
             (
@@ -307,7 +311,7 @@ class TestWeakLabels:
 
 
 class TestEarlyLearning:
-    """A hard loss that remembers samples, through a run."""
+    """A stateful hard loss, through a run."""
 
     def make(self, seed=0, wrap=lambda loss: loss, **kwargs):
         torch.manual_seed(seed)
@@ -320,22 +324,22 @@ class TestEarlyLearning:
         source = DatasetSource(part, test=part)
         return SemiSupervisedDataModule(source, labeled=2, label_noise=SymmetricNoise(0.4), val_size=0, batch_size=16)
 
-    def test_is_told_the_labeled_rows(self):
+    def test_gets_the_labeled_rows(self):
         logits, batch = torch.randn(10, 4).double(), weak_batch(weighted=False)
         module = SupervisedModule(Fixed(logits), hard_loss=EarlyLearningLoss())
         found = module.training_step(batch, 0)
         known, loss = batch.y != -100, EarlyLearningLoss(reduction="none")
         rows = loss(logits[known], batch.y[known], known.nonzero().flatten())
-        torch.testing.assert_close(module.hard_loss.memory, loss.memory)
+        torch.testing.assert_close(module.hard_loss.averages, loss.averages)
         coarse = batch.select(torch.tensor([2, 7]))
         expected = (rows.sum() + 2 * weak_by_hand(logits[[2, 7]], coarse)[0]) / 8
         torch.testing.assert_close(found.detach(), expected)
 
-    def test_is_asked_where_there_is_no_label(self, monkeypatch):
-        """Other processes may have some, and wait."""
+    def test_runs_without_any_label(self, monkeypatch):
+        """Other processes may have labels, and wait."""
         seen, module = [], SupervisedModule(Fixed(torch.zeros(2, 4)), hard_loss=EarlyLearningLoss())
-        module.hard_loss.memory = torch.zeros(9, 4)
-        monkeypatch.setattr(module.hard_loss, "_remember", lambda index, p: seen.append((len(index), len(p))))
+        module.hard_loss.averages = torch.zeros(9, 4)
+        monkeypatch.setattr(module.hard_loss, "_update", lambda index, p: seen.append((len(index), len(p))))
         batch = Batch(torch.zeros(2, 1), torch.tensor([-100, -100]), torch.arange(2))
         loss = module.training_step(batch, 0)
         assert seen == [(0, 0)]
@@ -354,7 +358,7 @@ class TestEarlyLearning:
         assert whole.state_dict().keys() == resumed.state_dict().keys()
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
-        (memory,) = [part.memory for part in resumed.hard_loss.modules() if isinstance(part, EarlyLearningLoss)]
+        (memory,) = [part.averages for part in resumed.hard_loss.modules() if isinstance(part, EarlyLearningLoss)]
         assert memory.sum(dim=1).max() > 0.5
 
     def test_checkpoint_serves_test_and_predict(self, quiet_trainer, tmp_path):
@@ -373,7 +377,7 @@ class TestEarlyLearning:
         torch.testing.assert_close(predicted[0], module.eval()(x).softmax(dim=1))
 
     def test_plain_loader_has_no_index(self, quiet_trainer, loader):
-        with pytest.raises(InputError, match="EarlyLearningLoss remembers samples, so batches need an index"):
+        with pytest.raises(InputError, match="index is required by EarlyLearningLoss"):
             quiet_trainer().fit(self.make(), loader())
 
 

@@ -1,4 +1,4 @@
-"""Label spreading against linear algebra, its limit cases, and whence the features come."""
+"""Label spreading against linear algebra, its limit cases, and the features of networks."""
 
 import copy
 import json
@@ -179,8 +179,8 @@ class TestBadInput:
             (torch.ones(3, 2), torch.tensor([0.0, 1.0, float("nan")]), "y must be 3 integers.*float32"),
             (torch.ones(3, 2), torch.tensor([0, 1, -1]), "y must be 0 ... 2, or -100 for no label, got -1"),
             (torch.ones(3, 2), torch.tensor([0, 3, -100]), "got 3"),
-            (torch.ones(3, 2), torch.tensor([-100, -100, -100]), "at least two classes to spread, got none"),
-            (torch.ones(3, 2), torch.tensor([2, 2, -100]), r"at least two classes to spread, got \[2\]"),
+            (torch.ones(3, 2), torch.tensor([-100, -100, -100]), "at least two classes, got none"),
+            (torch.ones(3, 2), torch.tensor([2, 2, -100]), r"at least two classes, got \[2\]"),
         ],
     )
     def test_features_and_labels(self, features, y, message):
@@ -189,7 +189,7 @@ class TestBadInput:
 
 
 class Layers(nn.Module):
-    """Linear layers in an order other than they are called in, and what makes trouble."""
+    """Linear layers in another order than that of the calls; it can raise or change its features in place."""
 
     def __init__(self, *, fail=False, change=False):
         super().__init__()
@@ -207,7 +207,7 @@ class Layers(nn.Module):
 
 
 class Reshaped(nn.Module):
-    """Its inputs, each of one shape, through a layer."""
+    """Reshapes its inputs and calls a layer."""
 
     def __init__(self, shape, layer):
         super().__init__()
@@ -310,7 +310,7 @@ class TestFeatures:
         assert copy.deepcopy(network)(x).shape == (3, 10)
 
     def test_convolution_for_a_head(self):
-        """Which comes after a gate of linear layers, and squeezes places into logits."""
+        """A convolutional head after a gate of linear layers; positions are averaged to logits."""
         torch.manual_seed(0)
         body = nn.Sequential(nn.Conv2d(1, 8, 3), torchvision.ops.SqueezeExcitation(8, 2, activation=nn.ReLU))
         body.append(nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 8 * 36), nn.Unflatten(1, (8, 6, 6))))
@@ -332,9 +332,9 @@ class TestFeatures:
             ),
             (Reshaped((20,), nn.Linear(20, 2)), None, r"gets \(20,\)"),
             (Layers(), "bodyy", "none of that name; nearest: body"),
-            (Layers(), "unused", "layer unused: the network has it, but does not call it"),
-            (Reshaped((20,), nn.Tanh()), "layer", r"layer layer must give features \(5, D\).*got \(20,\)"),
-            (nn.Sequential(nn.LSTM(4, 3)), "0", "layer 0 gives no tensor, but tuple"),
+            (Layers(), "unused", "layer unused: the network does not call this layer"),
+            (Reshaped((20,), nn.Tanh()), "layer", r"layer layer must return features \(5, D\).*got \(20,\)"),
+            (nn.Sequential(nn.LSTM(4, 3)), "0", "layer 0 must return a tensor, got tuple"),
         ],
     )
     def test_bad_input(self, network, layer, message):

@@ -1,10 +1,10 @@
-"""The report of a round: its numbers by hand, limit cases, and its pictures."""
+"""The report of a round: its metrics by hand, limit cases, and its figures."""
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from kd_lightning.pseudo_labels.report import class_shares, figures, measure
+from kd_lightning.pseudo_labels.report import class_shares, round_figures, round_metrics
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 LABEL = [0, 0, 1, 2, 2, 2]
@@ -20,7 +20,7 @@ def table(accepted, label=LABEL):
 
 def test_by_hand():
     truth = torch.tensor([0, 1, -100, 2, 2, 1])
-    values = measure(table([1, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 1, 3]), truth)
+    values = round_metrics(table([1, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 1, 3]), truth)
     assert values == pytest.approx(
         {
             "coverage": 4 / 6,
@@ -36,13 +36,13 @@ def test_by_hand():
 
 def test_same_shares_are_no_distance_apart_and_disjoint_ones_are_one():
     one = table([1] * 6)
-    assert measure(one, torch.tensor(LABEL * 3), None)["class_distance"] == pytest.approx(0)
-    assert measure(one, torch.tensor([7, 3]), None)["class_distance"] == pytest.approx(1)
+    assert round_metrics(one, torch.tensor(LABEL * 3), None)["class_distance"] == pytest.approx(0)
+    assert round_metrics(one, torch.tensor([7, 3]), None)["class_distance"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("truth", [None, torch.full((6,), -100)])
 def test_without_truth(truth):
-    assert set(measure(table([1] * 6), torch.tensor([0]), truth)) == {
+    assert set(round_metrics(table([1] * 6), torch.tensor([0]), truth)) == {
         "coverage",
         "confidence",
         "flips",
@@ -51,19 +51,19 @@ def test_without_truth(truth):
 
 
 def test_nothing_accepted():
-    values = measure(table([0] * 6), torch.tensor([0]), torch.tensor([1] * 6))
+    values = round_metrics(table([0] * 6), torch.tensor([0]), torch.tensor([1] * 6))
     assert values == pytest.approx({"coverage": 0, "confidence": 0.75, "flips": 2 / 6, "precision": 1 / 6})
 
 
 def test_nothing_accepted_of_what_is_known():
-    values = measure(table([1, 0, 0, 0, 0, 0]), torch.tensor([0]), torch.tensor([-100, 0, 0, 0, 0, 0]))
+    values = round_metrics(table([1, 0, 0, 0, 0, 0]), torch.tensor([0]), torch.tensor([-100, 0, 0, 0, 0, 0]))
     assert values["precision"] == pytest.approx(1 / 5)
     assert "accepted_precision" not in values
 
 
-def test_no_label_was_given():
-    """As where a teacher labels everything."""
-    assert "class_distance" not in measure(table([1] * 6), torch.empty(0, dtype=torch.long), None)
+def test_no_given_labels():
+    """A teacher may label everything."""
+    assert "class_distance" not in round_metrics(table([1] * 6), torch.empty(0, dtype=torch.long), None)
 
 
 def test_shares():
@@ -75,17 +75,17 @@ def test_shares():
 
 @pytest.mark.parametrize("threshold", [None, 0.9])
 @pytest.mark.parametrize("accepted", [[1, 0, 1, 1, 1, 0], [0] * 6])
-def test_pictures(threshold, accepted):
+def test_figures(threshold, accepted):
     open_ones = plt.get_fignums()
-    drawn = figures(table(accepted), torch.tensor([0, 0, 1, 4]), threshold)
-    assert set(drawn) == {"confidence", "classes"}
-    (panel,) = drawn["confidence"].axes
+    figures = round_figures(table(accepted), torch.tensor([0, 0, 1, 4]), threshold)
+    assert set(figures) == {"confidence", "classes"}
+    (panel,) = figures["confidence"].axes
     assert panel.get_title() == f"round 3: {sum(accepted)} of 6 accepted"
     assert sum(bar.get_height() for bar in panel.patches) == 6
     assert [line.get_xdata()[0] for line in panel.lines] == ([] if threshold is None else [0.9])
-    (panel,) = drawn["classes"].axes
+    (panel,) = figures["classes"].axes
     heights = [bar.get_height() for bar in panel.patches]
     assert heights == pytest.approx(class_shares(table(accepted), torch.tensor([0, 0, 1, 4])).flatten().tolist())
-    for figure in drawn.values():
+    for figure in figures.values():
         figure.canvas.draw()
     assert plt.get_fignums() == open_ones  # none is left open

@@ -1,4 +1,4 @@
-"""A round of labels: who is accepted, what changed, its hash, the ledger, and what is refused."""
+"""A round of labels: accepted and changed ones, its hash, the ledger, and what is refused."""
 
 import csv
 from dataclasses import replace
@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from kd_lightning import InputError
-from kd_lightning.pseudo_labels.table import COLUMNS, PseudoLabels, check_classes, check_threshold, choose, write_round
+from kd_lightning.pseudo_labels.table import (
+    COLUMNS,
+    PseudoLabels,
+    check_classes,
+    check_threshold,
+    make_pseudo_labels,
+    write_round,
+)
 
 
-def draw(rows=40, classes=4, seed=0):
+def random_pool(rows=40, classes=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.randn(rows, classes, generator=generator).mul(2).softmax(dim=1)
     return probabilities, torch.randperm(1000, generator=generator)[:rows]
@@ -31,9 +38,9 @@ def by_hand(probabilities, index, threshold, top):
 @pytest.mark.parametrize("threshold", [None, 0.6, 1.0, 1e-3])
 @pytest.mark.parametrize("top", [None, 1, 3, 99])
 def test_by_hand(threshold, top):
-    probabilities, index = draw()
+    probabilities, index = random_pool()
     probabilities[5] = probabilities[9] = probabilities[2]  # equal ones
-    table = choose(probabilities, index, threshold=threshold, top_k_per_class=top, epoch=7)
+    table = make_pseudo_labels(probabilities, index, threshold=threshold, top_k_per_class=top, epoch=7)
     expected = by_hand(probabilities, index, threshold, top)
     columns = (table.index, table.label, table.confidence, table.accepted)
     found = {i: row for i, *row in zip(*(column.tolist() for column in columns), strict=True)}
@@ -47,22 +54,22 @@ def test_by_hand(threshold, top):
 def test_uniform_ones_are_never_accepted(classes):
     probabilities = torch.full((2, classes), 1 / classes)
     probabilities[1, 1] += 1e-3
-    assert choose(probabilities, torch.arange(2)).accepted.tolist() == [False, True]
+    assert make_pseudo_labels(probabilities, torch.arange(2)).accepted.tolist() == [False, True]
 
 
-def test_a_threshold_is_reached_by_what_equals_it():
+def test_a_confidence_equal_to_the_threshold_is_accepted():
     probabilities = torch.tensor([[0.95, 0.05], [0.0, 1.0], [0.94999, 0.05001]])
     for dtype in (torch.float32, torch.float64):
         given = probabilities.to(dtype)
-        assert choose(given, torch.arange(3), threshold=0.95).accepted.tolist() == [True, True, False]
-        assert choose(given, torch.arange(3), threshold=1.0).accepted.tolist() == [False, True, False]
+        assert make_pseudo_labels(given, torch.arange(3), threshold=0.95).accepted.tolist() == [True, True, False]
+        assert make_pseudo_labels(given, torch.arange(3), threshold=1.0).accepted.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
 def test_soft_ones_are_sharpened(temperature):
-    probabilities, index = draw()
+    probabilities, index = random_pool()
     probabilities[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    table = choose(probabilities, index, soft=True, sharpen=temperature)
+    table = make_pseudo_labels(probabilities, index, soft=True, sharpen=temperature)
     p = probabilities.double().numpy()[index.argsort().numpy()]
     log = np.log(np.maximum(p, 1e-300)) / temperature
     power = np.exp(log - log.max(axis=1, keepdims=True))
@@ -74,20 +81,20 @@ def test_soft_ones_are_sharpened(temperature):
 
 def test_what_changed():
     index = torch.tensor([4, 2, 9])
-    first = choose(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]]), index)
+    first = make_pseudo_labels(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]]), index)
     assert (first.round, first.changed.tolist()) == (0, [False] * 3)
     order = torch.tensor([2, 0, 1])  # a loader may give them in another order
     probabilities = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.1, 0.9]])
-    second = choose(probabilities[order], index[order], before=first, threshold=0.85)
+    second = make_pseudo_labels(probabilities[order], index[order], previous=first, threshold=0.85)
     assert (second.round, second.index.tolist(), second.changed.tolist()) == (1, [2, 4, 9], [False, True, False])
     assert second.accepted.tolist() == [True, False, True]
 
 
 def test_hash_and_state():
-    probabilities, index = draw()
-    table = choose(probabilities, index, threshold=0.5, soft=True)
+    probabilities, index = random_pool()
+    table = make_pseudo_labels(probabilities, index, threshold=0.5, soft=True)
     again = PseudoLabels(**table.state_dict())
-    assert again.hash == table.hash == choose(probabilities, index, threshold=0.5, soft=True).hash
+    assert again.hash == table.hash == make_pseudo_labels(probabilities, index, threshold=0.5, soft=True).hash
     others = [replace(table, round=1), replace(table, epoch=1), replace(table, soft=None)]
     for name in ("index", "label", "confidence", "accepted", "changed", "soft"):
         value = getattr(table, name).clone()
@@ -136,9 +143,9 @@ class TestLedger:
             return path, [*csv.DictReader(file)]
 
     def test_a_row_a_sample(self, tmp_path):
-        first = choose(torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75)
-        table = choose(
-            torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, before=first, epoch=3
+        first = make_pseudo_labels(torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75)
+        table = make_pseudo_labels(
+            torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, previous=first, epoch=3
         )
         path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], {5: "x/5.png", 12: None}.get)
         assert path == tmp_path / "pseudo_labels" / "round_0001.csv"
@@ -150,21 +157,21 @@ class TestLedger:
 
     def test_a_round_is_replaced(self, tmp_path):
         for label in (0, 1):
-            table = choose(torch.eye(2)[[label]], torch.tensor([0]))
+            table = make_pseudo_labels(torch.eye(2)[[label]], torch.tensor([0]))
             _, rows = self.write(tmp_path, table, ['a, "b"', "b"])
         assert [row["label"] for row in rows] == ["b"]
         assert [path.name for path in (tmp_path / "pseudo_labels").iterdir()] == ["round_0000.csv"]
 
     def test_later_rounds_go(self, tmp_path):
-        """Those of a run that is resumed from before them."""
-        first = choose(torch.eye(2), torch.arange(2))
-        second = choose(torch.eye(2), torch.arange(2), before=first)
-        for table in (first, second, choose(torch.eye(2), torch.arange(2), before=second), second):
+        """They belong to a run that was resumed from an earlier round."""
+        first = make_pseudo_labels(torch.eye(2), torch.arange(2))
+        second = make_pseudo_labels(torch.eye(2), torch.arange(2), previous=first)
+        for table in (first, second, make_pseudo_labels(torch.eye(2), torch.arange(2), previous=second), second):
             self.write(tmp_path, table)
         names = sorted(path.name for path in (tmp_path / "pseudo_labels").iterdir())
         assert names == ["round_0000.csv", "round_0001.csv"]
 
     @pytest.mark.parametrize(("names", "label"), [(None, "2"), (["a", "b"], "2"), (["a", "b", "c"], "c")])
     def test_classes_without_a_name(self, tmp_path, names, label):
-        _, rows = self.write(tmp_path, choose(torch.eye(3)[[2]], torch.tensor([0])), names)
+        _, rows = self.write(tmp_path, make_pseudo_labels(torch.eye(3)[[2]], torch.tensor([0])), names)
         assert rows[0]["label"] == label

@@ -13,7 +13,7 @@ from torchvision.models import mobilenet_v2, resnet18
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
-from kd_lightning.quantization.calibration import activation_ranges, calibrate, is_calibrated, is_range
+from kd_lightning.quantization.calibration import activation_ranges, calibrate, is_calibrated, is_range_key
 from kd_lightning.quantization.layers import quantize, quantized_layers
 from kd_lightning.quantization.sizes import bits_of, precision_of, size_of, weight_levels
 from kd_lightning.runs.weights import load_weights
@@ -119,7 +119,7 @@ def test_halves_are_rounded_to_even():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_pass_straight_through(bits):
-    """As those of formulas in which rounding is the identity; beyond the range an input's goes to the range."""
+    """As in formulas in which rounding is the identity; the gradient of an input beyond the range goes to the range."""
 
     def straight(x):
         return x + (x.round() - x).detach()
@@ -282,12 +282,14 @@ def test_weight_bits(bits):
 
 @pytest.mark.parametrize("bits", [4, 16, 0, True, 8.0, "8", "float"])
 def test_activation_bits(bits):
-    with pytest.raises(InputError, match=r"activation_bits must be 8, or null for float ones, got "):
+    with pytest.raises(InputError, match=r"activation_bits must be 8, or null for float activations, got "):
         quantize(digits(), 8, bits)
 
 
 def test_other_wrong_inputs(monkeypatch):
-    with pytest.raises(InputError, match="skip: 'conv1' is no layer of DigitsCNN, nor first or last"):
+    with pytest.raises(
+        InputError, match="skip must name layers or parameters of DigitsCNN, or be first or last, got 'conv1'"
+    ):
         quantize(digits(), skip=["first", "conv1"])
     with pytest.raises(InputError, match="model is already quantised"):
         quantize(quantize(digits()), 4)
@@ -300,22 +302,24 @@ def test_other_wrong_inputs(monkeypatch):
         quantize(digits())
 
 
-def test_the_original_is_left_and_its_modes_and_frozen_parameters_are_kept():
+def test_the_original_does_not_change_and_the_copy_has_its_modes_and_frozen_parameters():
     net = digits().eval()
     net[3].train()
     net[4].weight.requires_grad_(False)
     net[7].weight.requires_grad_(False)
     state, types = copy.deepcopy(net.state_dict()), [type(m) for m in net.modules()]
-    twin = quantize(net, 4)
-    twin[3].weight.data.zero_()
+    copied = quantize(net, 4)
+    copied[3].weight.data.zero_()
     assert [type(m) for m in net.modules()] == types and not quantized_layers(net)
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
     assert [name for name, m in net.named_modules() if m.training] == ["3"]
-    modes = {name: m.training for name, m in twin.named_modules()}
+    modes = {name: m.training for name, m in copied.named_modules()}
     assert all(modes[name] == m.training for name, m in net.named_modules())
-    assert {n for n, p in twin.named_parameters() if not p.requires_grad} == {"4.weight", "7.weight"}
-    assert {n for n, p in twin.named_parameters() if is_range(n)} == {n for n in twin.state_dict() if n not in state}
-    assert list(activation_ranges(twin)) == ["3", "7"]
+    assert {n for n, p in copied.named_parameters() if not p.requires_grad} == {"4.weight", "7.weight"}
+    assert {n for n, p in copied.named_parameters() if is_range_key(n)} == {
+        n for n in copied.state_dict() if n not in state
+    }
+    assert list(activation_ranges(copied)) == ["3", "7"]
     assert not any(m.training for m in quantize(digits().eval()).modules())
     assert all(m.training for name, m in quantize(digits()).named_modules())
 
@@ -332,7 +336,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("alias", [False, True])
 def test_a_layer_that_serves_twice(alias):
-    """It stays one layer, whatever its names, and its range holds for both inputs."""
+    """It stays one layer, also under two names, and its range covers both inputs."""
     torch.manual_seed(0)
     net = quantize(Twice(alias), 4)
     assert list(quantized_layers(net)) == ["middle"]
@@ -373,14 +377,14 @@ def test_a_step_of_torchvisions_networks(build, bits):
 def test_copies_and_state_dicts_give_the_same_bits(bits):
     net = calibrate(quantize(digits(), bits), [random(*DIGITS)]).eval()
     x = random(*DIGITS, seed=1)
-    twin = copy.deepcopy(net)
-    assert torch.equal(twin(x), net(x))
+    copied = copy.deepcopy(net)
+    assert torch.equal(copied(x), net(x))
     fresh = quantize(digits(seed=5), bits).eval()
     assert not torch.equal(fresh(x), net(x))
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(fresh(x), net(x))
-    twin[3].weight.data.zero_()
-    assert net[3].weight.any() and not weight_levels(twin[3])[1].any()
+    copied[3].weight.data.zero_()
+    assert net[3].weight.any() and not weight_levels(copied[3])[1].any()
 
 
 @pytest.mark.parametrize("prefix", ["", "student."])
@@ -405,7 +409,7 @@ def test_quantised_weights_load_with_their_ranges(tmp_path):
     fresh = load_weights(quantize(digits(seed=5), 4), tmp_path / "whole.ckpt")
     assert is_calibrated(fresh)
     assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in net.state_dict().items())
-    del state[next(filter(is_range, state))]
+    del state[next(filter(is_range_key, state))]
     torch.save({"state_dict": state}, tmp_path / "half.ckpt")
     with pytest.raises(InputError, match=r"do not fit DigitsCNN: 1 missing: 3\.input_quant"):
         load_weights(fresh, tmp_path / "half.ckpt")
@@ -451,7 +455,7 @@ def test_ranges_are_the_largest_inputs(training):
     assert calibrate(net, given) is net
     assert {k: float(v) for k, v in activation_ranges(net).items()} == pytest.approx(largest, rel=1e-5)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items() if not is_range(key))
+    assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items() if not is_range_key(key))
     assert net.training == training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
@@ -491,7 +495,7 @@ def test_batches_that_cannot_calibrate(batches, message):
     assert torch.equal(net(x), expected)
 
 
-# What weights take
+# Sizes
 
 
 def entropy(levels):

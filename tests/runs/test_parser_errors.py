@@ -1,4 +1,4 @@
-"""Complaints: one line that names the key, what is allowed, and the nearest right one."""
+"""Errors of the parser: one line that names the key, what is allowed, and the most similar right name."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from kd_lightning.runs.parser_errors import one_line
+from kd_lightning.runs.parser_errors import explain_error, explain_parser_error
 
 
 def change(config, path, value):
@@ -42,7 +42,7 @@ SOFT_LOSS = "model.init_args.soft_loss"
             ["temperature"],
         ),
         ("model.init_args.optimizer.init_args.lr", -1.0, ["optimizer", "learning rate"]),
-        ("data.init_args.labeled", 5000, ["labeled", "5000 per class asked", "class '0'"]),
+        ("data.init_args.labeled", 5000, ["labeled", "labeled: 5000 per class", "class '0'"]),
         ("data.init_args.labeled", "gone/split.json", ["labeled", "gone/split.json"]),
         ("data.init_args.batch_size", 0, ["batch_size must be at least 1, got 0"]),
         ("data.init_args.unlabeled", "some", ["unlabeled", "rest", "some"]),
@@ -71,24 +71,166 @@ INT = "Expected a <class 'int'>. Got value: x"
     [
         ("two\n  lines\t here", "two lines here"),
         (f'Parser key "trainer.max_epochs":\n  {INT}', "trainer.max_epochs: Expected a int, got x"),
-        ("width must be at least 1, got 0", "width must be at least 1, got 0"),
         ("Expected a dot import path string: Digit", "class_path: no class 'Digit'; did you mean Digits?"),
         ("Expected a dot import path string: Xyzzy", "class_path: no class 'Xyzzy'"),
         ("Option 'modle' is not accepted", "modle: no such key"),
-        (
-            "Problem with given class_path 'torch.optim.Adm': module 'torch.optim' has no attribute 'Adm'",
-            "class_path: torch.optim has no 'Adm'; did you mean Adam?",
-        ),
+        ("Group 'trainer' does not accept option 'max_epoch'", "trainer.max_epoch: no such key; did you mean"),
+        ("Subcommand 'fit' does not accept option 'modle'", "modle: no such key"),
     ],
 )
 def test_without_a_config_file(message, expected):
-    assert one_line(message) == expected
+    assert str(explain_parser_error(message, known=["trainer.max_epochs"])).startswith(expected)
 
 
-@pytest.mark.parametrize("args", [["--config", "c.yaml"], ["--config=c.yaml"], ["-c", "c.yaml"]])
-def test_place_in_the_config_file(tmp_path, monkeypatch, args):
-    monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text("{callbacks: [{class_path: A}, {class_path: Xyzzy, init_args: {width: 0}}]}")
-    assert one_line("Expected a dot import path string: Xyzzy", None, args).startswith("callbacks[1].class_path: no")
-    assert one_line("width must be 1", None, args) == "callbacks[1].init_args.width must be 1"
-    assert one_line("width must be 1", None, ["--config"]) == "width must be 1"  # whose file is missing
+def test_module_without_the_class():
+    with pytest.raises(AttributeError) as error:
+        torch.optim.Adm  # noqa: B018
+    text = str(explain_parser_error("Problem with given class_path 'torch.optim.Adm': ...", error.value))
+    assert text == "class_path: torch.optim has no 'Adm'; did you mean Adam?"
+
+
+def test_place_in_the_config_file():
+    config = {"callbacks": [{"class_path": "A"}, {"class_path": "Xyzzy", "init_args": {"width": 0}}]}
+    error = explain_parser_error("Expected a dot import path string: Xyzzy", config=config)
+    assert str(error).startswith("callbacks[1].class_path: no class 'Xyzzy'")
+    assert explain_error(ValueError("width must be 1"), config) == "callbacks[1].init_args.width must be 1"
+    assert explain_error(ValueError("width must be 1, got 0")) == "width must be 1, got 0"
+
+
+def test_constructors_argument_is_the_one_with_the_value():
+    config = {"a": {"class_path": "A", "init_args": {"width": 3}}, "b": {"class_path": "B", "init_args": {"width": 0}}}
+    assert explain_error(ValueError("width must be 1, got 0"), config).startswith("b.init_args.width must be 1")
+    assert explain_error(ValueError("width must be 1, got 7"), config).startswith("a.init_args.width must be 1")
+
+
+def write(config, path):
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(config))
+    return path
+
+
+STUDENT = "model.init_args.student"
+WIDTH = f"{STUDENT}.init_args.width: Expected a int, got much"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fit", "--config", "sub/x.yaml"],
+        ["fit", "--config=sub/x.yaml"],
+        ["fit", "-c", "sub/x.yaml"],
+        ["fit", "--model=sub/model.yaml", "--config=sub/rest.yaml"],
+        ["fit", "--config=sub/rest.yaml", "--model", "sub/model.yaml"],
+        ["fit", "--config=sub/nested.yaml"],
+        ["--config", "sub/whole.yaml", "fit"],
+        ["doctor", "--config", "sub/x.yaml"],
+        ["layers", "--config", "sub/x.yaml"],
+        ["cache", "sub/x.yaml"],
+        ["experiment", "sub/x.yaml"],
+        ["clean", "sub/x.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_place_in_a_config_of_another_folder(config, fails, args):
+    """The parser changes the working directory to the folder of each file that it reads."""
+    change(config, f"{STUDENT}.init_args.width", "much")
+    write(config, "sub/x.yaml")
+    write({"fit": config}, "sub/whole.yaml")
+    write(config["model"], "sub/model.yaml")
+    write(config | {"model": "model.yaml"}, "sub/nested.yaml")
+    write({key: value for key, value in config.items() if key != "model"}, "sub/rest.yaml")
+    before = Path.cwd()
+    assert WIDTH in fails(*args)
+    assert Path.cwd() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (f"{STUDENT}.class_path", "DigitCNN", f"{STUDENT}.class_path: no class 'DigitCNN'; did you mean DigitsCNN?"),
+        (
+            "model.init_args.optimizer.class_path",
+            "torch.optim.Adm",
+            "model.init_args.optimizer.class_path: torch.optim has",
+        ),
+        ("model.init_args.optimizer.init_args.betas", 3, "model.init_args.optimizer.init_args.betas: "),
+        ("model.init_args.teacher.init_args.path", None, "model.init_args.teacher.init_args.path"),
+        ("data.init_args.batch_size", 0, "data.init_args.batch_size must be at least 1, got 0"),
+        ("trainer.max_epochs", "much", "trainer.max_epochs: Expected a int, got much"),
+    ],
+)
+def test_other_mistakes_in_a_config_of_another_folder(config, fails, path, value, message):
+    change(config, path, value)
+    assert message in fails("fit", "--config", write(config, "sub/x.yaml"))
+
+
+def test_mistakes_in_a_file_that_a_config_names(config, fails):
+    """The file lies beside the config, not in the working directory."""
+    write(config["data"], "sub/data.yaml")
+    change(config, f"{STUDENT}.init_args.width", "much")
+    change(config, STUDENT, write(config["model"]["init_args"]["student"], "sub/student.yaml").removeprefix("sub/"))
+    write(config | {"data": "data.yaml"}, "sub/x.yaml")
+    assert WIDTH in fails("fit", "--config", "sub/x.yaml")
+    config["model"]["init_args"]["student"] = {"class_path": "DigitsCNN"}
+    change(config, "data.init_args.batch_size", "much")
+    write(config["data"], "sub/data.yaml")
+    write(config | {"data": "data.yaml"}, "sub/x.yaml")
+    assert "data.init_args.batch_size: Expected a int, got much" in fails("fit", "--config", "sub/x.yaml")
+    write({"class_path": "SemiSupervisedDataModule", "init_args": {"labled": 5}}, "sub/data.yaml")
+    last = fails("fit", "--config", "sub/x.yaml")
+    assert "data.init_args.labled: SemiSupervisedDataModule has no such key; did you mean labeled?" in last
+    del config["data"]
+    last = fails("fit", "--config", write(config, "sub/x.yaml"), "--data=sub/data.yaml")
+    assert "data.init_args.labled: SemiSupervisedDataModule has no such key; did you mean labeled?" in last
+
+
+def test_checkpoint_beside_a_config_of_another_folder(config, fails):
+    """A checkpoint's path is relative to the working directory, as all paths of arguments are."""
+    write(config | {"ckpt_path": "a.ckpt"}, "sub/x.yaml")
+    Path("sub/a.ckpt").touch()
+    assert "ckpt_path: no checkpoint at a.ckpt" in fails("fit", "--config", "sub/x.yaml")
+    Path("a.ckpt").touch()
+    assert "ckpt_path: a.ckpt is damaged or no checkpoint" in fails("fit", "--config", "sub/x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (f"{STUDENT}.init_args.width", "much", WIDTH),
+        (f"{STUDENT}.width", "much", WIDTH),
+        (
+            f"{STUDENT}.init_args.widht",
+            "3",
+            f"{STUDENT}.init_args.widht: DigitsCNN has no such key; did you mean width?",
+        ),
+        (
+            "model.init_args.optimizer.init_args.lrr",
+            "3",
+            "optimizer.init_args.lrr: AdamW has no such key; did you mean lr?",
+        ),
+        ("data.init_args.batch_size", "much", "data.init_args.batch_size: Expected a int, got much"),
+    ],
+)
+def test_mistakes_on_the_command_line(config, fails, option, value, message):
+    last = fails("fit", "--config", write(config, "sub/x.yaml"), f"--{option}", value)
+    assert message in last
+    assert "NestedArg" not in last
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+def test_of_two_arguments_of_one_name_the_wrong_one(config, fails, wrong):
+    network = config["model"]["init_args"][wrong]
+    network = network["init_args"].get("model", network)
+    network["init_args"]["width"] = "much"
+    place = STUDENT if wrong == "student" else "model.init_args.teacher.init_args.model"
+    assert f"{place}.init_args.width: Expected a int, got much" in fails("fit", "--config", write(config, "sub/x.yaml"))
+
+
+def test_of_two_callbacks_the_wrong_one(config, fails):
+    good, bad = ({"class_path": "SoftWeightAnnealing", "init_args": {"start": 0.9, "end": end}} for end in (0.1, "low"))
+    config["trainer"]["callbacks"] = [good, bad]
+    last = fails("fit", "--config", write(config, "sub/x.yaml"))
+    assert last.endswith("trainer.callbacks[1].init_args.end: Expected a float, got low")
+    config["trainer"]["callbacks"] = [good, {"class_path": "SoftWeightAnnealing", "init_args": {"start": 0.9}}]
+    last = fails("fit", "--config", write(config, "sub/x.yaml"))
+    assert "trainer.callbacks[1].init_args.end: missing, but SoftWeightAnnealing needs it" in last

@@ -22,15 +22,14 @@ from kd_lightning.modules import DistillModule
 from kd_lightning.teachers.checks import (
     NORMALISATIONS,
     accuracy,
-    answers,
     class_order,
     eval_mode,
     gradients,
-    judge,
     labels,
     normalisation,
     soft_targets,
 )
+from kd_lightning.teachers.findings import Finding, collect_logits, match_labels, with_teacher_name
 from kd_lightning.teachers.teacher import Teacher
 
 PARTS = Digits().load()
@@ -46,13 +45,13 @@ def plain(train_digits):
     return train_digits(DigitsCNN(16), lambda x: 255 * x)
 
 
-def judged(network, batches=VAL, task="multiclass", y=TRUTH):
+def matched(network, batches=VAL, task="multiclass", y=TRUTH):
     teacher = network if isinstance(network, Teacher) else Teacher(network)
-    return judge(answers(teacher, batches, task), y, task)
+    return match_labels(collect_logits(teacher, batches, task), y, task)
 
 
 class Wrapped(nn.Module):
-    """A network with something done to what it answers."""
+    """A network whose outputs are changed."""
 
     def __init__(self, network, change):
         super().__init__()
@@ -64,95 +63,97 @@ class Wrapped(nn.Module):
 
 class TestAccuracy:
     def test_healthy(self, healthy, student):
-        teacher, beginner = judged(healthy), judged(student)
+        teacher, beginner = matched(healthy), matched(student)
         assert teacher.accuracy > 0.9
         finding = accuracy(teacher, beginner, "multiclass", "validation labels")
-        assert finding.hint is None and not finding.pointless
+        assert finding.hint is None and finding.severity != "error"
         share = max(np.bincount(TRUTH.numpy())) / 600
-        assert f"of 600 validation labels right (chance {100 * share:.1f}%, student" in finding.text
+        assert f"of 600 validation labels right (chance {100 * share:.1f}%, present student" in finding.text
         assert finding.text.startswith(f"{100 * teacher.accuracy:.1f}%")
 
     def test_untrained(self, teacher):
-        finding = accuracy(judged(teacher), None, "multiclass", "labels")
-        assert finding.pointless and "is it trained" in finding.hint
+        finding = accuracy(matched(teacher), None, "multiclass", "labels")
+        assert finding.severity == "error" and "is it trained" in finding.hint
 
     @pytest.mark.parametrize("errors", [1, -1])
     def test_three_standard_errors_above_chance(self, errors):
         y = torch.arange(10).repeat(60)
         n = round(600 * (0.1 + 3 * math.sqrt(0.09 / 600))) + errors
         wrong = (y + 1 + torch.arange(600) % 9) % 10  # spread evenly, so that only the number counts
-        said = torch.where(torch.randperm(600, generator=torch.Generator().manual_seed(0)) < n, y, wrong)
-        finding = accuracy(judge(F.one_hot(said).float(), y, "multiclass"), None, "multiclass", "labels")
-        assert finding.pointless == (errors < 0)
+        predicted = torch.where(torch.randperm(600, generator=torch.Generator().manual_seed(0)) < n, y, wrong)
+        finding = accuracy(match_labels(F.one_hot(predicted).float(), y, "multiclass"), None, "multiclass", "labels")
+        assert (finding.severity == "error") == (errors < 0)
 
-    def test_a_constant_answer_is_pointless_however_often_right(self):
+    def test_a_constant_answer_is_an_error_however_often_right(self):
         y = torch.tensor([0] * 90 + [1] * 10)
-        finding = accuracy(judge(torch.tensor([[1.0, 0.0]]).repeat(100, 1), y, "multiclass"), None, "multiclass", "")
-        assert finding.pointless and "90.0%" in finding.text and "chance 90.0%" in finding.text
+        finding = accuracy(
+            match_labels(torch.tensor([[1.0, 0.0]]).repeat(100, 1), y, "multiclass"), None, "multiclass", ""
+        )
+        assert finding.severity == "error" and "90.0%" in finding.text and "chance 90.0%" in finding.text
 
     def test_less_right_than_a_constant_but_knowing(self):
-        """Finds all of a rare class, at the cost of false alarms: not pointless."""
+        """Finds all of a rare class, at the cost of false alarms: no error."""
         y = torch.tensor([0] * 900 + [1] * 100)
-        said = torch.tensor([0] * 800 + [1] * 200)
-        finding = accuracy(judge(F.one_hot(said).float(), y, "multiclass"), None, "multiclass", "labels")
-        assert finding.hint is not None and not finding.pointless
+        predicted = torch.tensor([0] * 800 + [1] * 200)
+        finding = accuracy(match_labels(F.one_hot(predicted).float(), y, "multiclass"), None, "multiclass", "labels")
+        assert finding.hint is not None and finding.severity != "error"
 
-    def test_few_labels_tell_nothing(self):
-        found = judge(torch.eye(3), torch.tensor([1, 2, 0]), "multiclass")
+    def test_few_labels_give_no_warning(self):
+        found = match_labels(torch.eye(3), torch.tensor([1, 2, 0]), "multiclass")
         finding = accuracy(found, None, "multiclass", "labels")
-        assert "too few" in finding.text and not finding.pointless and finding.hint is None
+        assert "too few" in finding.text and finding.severity != "error" and finding.hint is None
 
     def test_no_labels(self, healthy):
         for y in (None, torch.full_like(TRUTH, -100)):
-            none = judge(answers(Teacher(healthy), VAL, "multiclass"), y, "multiclass")
+            none = match_labels(collect_logits(Teacher(healthy), VAL, "multiclass"), y, "multiclass")
             finding = accuracy(none, None, "multiclass", "labels")
-            assert finding.text == "no labels to judge it by" and not finding.pointless
+            assert finding.text == "not checked: there are no labels" and finding.severity != "error"
             assert class_order(none, "multiclass").hint is None
             assert normalisation(Teacher(healthy), VAL, none, "multiclass", None)[0].hint is None
 
     def test_hidden_labels_do_not_count(self, healthy):
         y = TRUTH.clone()
         y[::2] = -100
-        assert len(judged(healthy, y=y).right) == 300
+        assert len(matched(healthy, y=y).correct) == 300
 
     def test_a_better_student(self, healthy):
         flipped = Wrapped(healthy, lambda z: torch.where(torch.arange(len(z))[:, None] % 3 == 0, -z, z))
-        finding = accuracy(judged(flipped), judged(healthy), "multiclass", "labels")
-        assert "student is better" in finding.hint and not finding.pointless
-        assert accuracy(judged(healthy), judged(healthy), "multiclass", "labels").hint is None
+        finding = accuracy(matched(flipped), matched(healthy), "multiclass", "labels")
+        assert "student is better" in finding.hint and finding.severity != "error"
+        assert accuracy(matched(healthy), matched(healthy), "multiclass", "labels").hint is None
 
     def test_not_finite(self, healthy):
         broken = Wrapped(healthy, lambda z: torch.where(torch.arange(len(z))[:, None] == 0, torch.nan, z))
-        finding = accuracy(judged(broken), None, "multiclass", "labels")
-        assert finding.pointless and "not finite for 6 of 600" in finding.text
+        finding = accuracy(matched(broken), None, "multiclass", "labels")
+        assert finding.severity == "error" and "not finite for 6 of 600" in finding.text
 
     def test_labels_outside_the_classes(self, healthy):
         with pytest.raises(InputError, match=r"labels must be 0 ... 9, got 0 ... 10"):
-            judged(healthy, y=TRUTH + (TRUTH == 9))
+            matched(healthy, y=TRUTH + (TRUTH == 9))
 
     def test_inputs_that_do_not_fit(self, healthy):
         with pytest.raises(InputError, match=r"inputs of shape \[2, 3, 8, 8\]"):
-            answers(Teacher(healthy), [Batch(torch.zeros(2, 3, 8, 8))], "multiclass")
+            collect_logits(Teacher(healthy), [Batch(torch.zeros(2, 3, 8, 8))], "multiclass")
 
 
 class TestClassOrder:
     def test_healthy(self, healthy):
-        assert class_order(judged(healthy), "multiclass").hint is None
+        assert class_order(matched(healthy), "multiclass").hint is None
 
     @pytest.mark.parametrize("swapped", [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 5, 4, 3, 6, 7, 8, 9], None])
     def test_named_so_that_it_can_be_pasted(self, healthy, swapped):
         swapped = swapped or torch.randperm(10, generator=torch.Generator().manual_seed(2)).tolist()
         network = Wrapped(healthy, lambda z: z[:, swapped])  # its output j stands for class swapped[j]
-        finding = class_order(judged(network), "multiclass")
+        finding = class_order(matched(network), "multiclass")
         assert finding.hint == f"Teacher(network, classes={swapped})"
         cured = eval(finding.hint, {"Teacher": Teacher, "network": network})
-        assert judged(cured).accuracy == judged(healthy).accuracy
-        assert f"to {100 * judged(healthy).accuracy:.1f}%" in finding.text
+        assert matched(cured).accuracy == matched(healthy).accuracy
+        assert f"to {100 * matched(healthy).accuracy:.1f}%" in finding.text
 
     def test_of_a_teacher_that_has_a_wrong_one(self, healthy):
         right, wrong = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
         network = Wrapped(healthy, lambda z: z[:, right])
-        finding = class_order(judged(Teacher(network, classes=wrong)), "multiclass", wrong)
+        finding = class_order(matched(Teacher(network, classes=wrong)), "multiclass", wrong)
         assert finding.hint == f"Teacher(network, classes={right})"
 
     @pytest.mark.parametrize(("classes", "samples"), [(10, 40), (100, 200), (1000, 1000), (3, 600)])
@@ -162,15 +163,15 @@ class TestClassOrder:
             generator = torch.Generator().manual_seed(seed)
             logits = torch.randn(samples, classes, generator=generator)
             y = torch.randint(classes, (samples,), generator=generator)
-            assert class_order(judge(logits, y, "multiclass"), "multiclass").hint is None
+            assert class_order(match_labels(logits, y, "multiclass"), "multiclass").hint is None
 
     def test_many_classes(self):
         generator = torch.Generator().manual_seed(0)
         y = torch.randint(100, (2000,), generator=generator)
         logits = 4 * F.one_hot(y, 100) + torch.randn(2000, 100, generator=generator)
         order = torch.randperm(100, generator=generator).tolist()
-        assert class_order(judge(logits, y, "multiclass"), "multiclass").hint is None
-        finding = class_order(judge(logits[:, order], y, "multiclass"), "multiclass")
+        assert class_order(match_labels(logits, y, "multiclass"), "multiclass").hint is None
+        finding = class_order(match_labels(logits[:, order], y, "multiclass"), "multiclass")
         assert finding.hint == f"Teacher(network, classes={order})"
 
     def test_columns_of_labels(self):
@@ -179,9 +180,9 @@ class TestClassOrder:
         logits = 4 * y - 2 + torch.randn(500, 6, generator=generator)
         y[::7, 2] = torch.nan
         order = [2, 0, 1, 3, 5, 4]
-        assert class_order(judge(logits, y, "multilabel"), "multilabel").hint is None
-        assert accuracy(judge(logits, y, "multilabel"), None, "multilabel", "labels").hint is None
-        permuted = judge(logits[:, order], y, "multilabel")
+        assert class_order(match_labels(logits, y, "multilabel"), "multilabel").hint is None
+        assert accuracy(match_labels(logits, y, "multilabel"), None, "multilabel", "labels").hint is None
+        permuted = match_labels(logits[:, order], y, "multilabel")
         finding = class_order(permuted, "multilabel")
         assert finding.hint == f"Teacher(network, classes={order})"
 
@@ -194,26 +195,26 @@ class TestClassOrder:
         nn.init.ones_(teacher.weight)
         nn.init.zeros_(teacher.bias)
         batches = [Batch(logits.reshape(-1, 1), y)]
-        found = judge(answers(Teacher(teacher), batches, "binary"), y, "binary")
+        found = match_labels(collect_logits(Teacher(teacher), batches, "binary"), y, "binary")
         assert class_order(found, "binary").hint is None
         assert accuracy(found, None, "binary", "labels").hint is None
         teacher = nn.Linear(1, 1)
         nn.init.constant_(teacher.weight, -1)
         nn.init.zeros_(teacher.bias)
-        swapped = judge(answers(Teacher(teacher), batches, "binary"), y, "binary")
+        swapped = match_labels(collect_logits(Teacher(teacher), batches, "binary"), y, "binary")
         finding = class_order(swapped, "binary")
         assert "swap 0 and 1" in finding.hint and f"{100 * found.accuracy:.1f}%" in finding.text
-        assert accuracy(swapped, None, "binary", "labels").pointless
+        assert accuracy(swapped, None, "binary", "labels").severity == "error"
 
 
 class TestNormalisation:
     def run(self, teacher, batches, present=None):
-        found = judge(answers(teacher, batches, "multiclass"), TRUTH, "multiclass")
+        found = match_labels(collect_logits(teacher, batches, "multiclass"), TRUTH, "multiclass")
         return normalisation(teacher, batches, found, "multiclass", present)
 
     def test_not_in_question(self, healthy):
         finding, found = self.run(Teacher(healthy), VAL)
-        assert finding.hint is None and found.accuracy == judged(healthy).accuracy
+        assert finding.hint is None and found.accuracy == matched(healthy).accuracy
 
     def test_untrained(self, teacher):
         assert "none of the usual" in self.run(Teacher(teacher), VAL)[0].text
@@ -223,15 +224,15 @@ class TestNormalisation:
         mean, std = present or ([0.0], [1.0])
         batches = [Batch((batch.x - mean[0]) / std[0], batch.y) for batch in VAL]
         if present == ([0.0], [1 / 255]):
-            assert self.run(Teacher(plain), batches)[0].text == "not in question"
+            assert self.run(Teacher(plain), batches)[0].text == "not checked: the teacher is good enough"
             return
         finding, cured = self.run(Teacher(plain), batches, present)
         assert "[0, 255]" in finding.text
         code, text = finding.hint.split("; in YAML preprocess: ")
         pasted = eval(code, {"Teacher": Teacher, "network": plain, "v2": v2})
-        right = judged(Teacher(plain), [Batch(batch.x * 255) for batch in VAL]).accuracy
+        right = matched(Teacher(plain), [Batch(batch.x * 255) for batch in VAL]).accuracy
         assert right > 0.9
-        assert judged(pasted, batches).accuracy == pytest.approx(right, abs=0.003)
+        assert matched(pasted, batches).accuracy == pytest.approx(right, abs=0.003)
         assert cured.accuracy == pytest.approx(right, abs=0.003)
         arguments = yaml.safe_load(text)
         assert arguments["class_path"] == "torchvision.transforms.v2.Normalize"
@@ -245,18 +246,18 @@ class TestNormalisation:
         network[0] = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         train_digits(network, lambda x: (x.expand(-1, 3, -1, -1) - mean) / std)
         raw = [Batch(255 * batch.x.expand(-1, 3, -1, -1), batch.y) for batch in VAL]
-        right = judged(network, [Batch((b.x / 255 - mean) / std) for b in raw]).accuracy
+        right = matched(network, [Batch((b.x / 255 - mean) / std) for b in raw]).accuracy
         assert right > 0.9
         finding, cured = self.run(Teacher(network), raw)
         pasted = eval(finding.hint.split("; in YAML")[0], {"Teacher": Teacher, "network": network, "v2": v2})
         # of several near each other it may name another that serves as well
-        assert judged(pasted, raw).accuracy == pytest.approx(cured.accuracy, abs=0.003)
+        assert matched(pasted, raw).accuracy == pytest.approx(cured.accuracy, abs=0.003)
         assert cured.accuracy >= right - 0.01
 
     def test_a_preprocess_that_is_there_already_stays(self, plain):
         teacher = Teacher(plain, preprocess=nn.Identity())
         finding, _ = self.run(teacher, VAL)
-        assert "before what it has for preprocess" in finding.hint
+        assert "before its present preprocess" in finding.hint
 
     def test_normalised_out_of_sight(self, plain):
         batches = [Batch(batch.x - 0.5, batch.y) for batch in VAL]
@@ -281,7 +282,7 @@ class Drifting(nn.Module):
 class TestEvalMode:
     def test_healthy(self, healthy):
         finding = eval_mode(Teacher(healthy), VAL[0])
-        assert finding.hint is None and not finding.pointless
+        assert finding.hint is None and finding.severity != "error"
 
     def test_bf16(self, healthy):
         teacher = Teacher(copy.deepcopy(healthy)).bfloat16()
@@ -289,7 +290,7 @@ class TestEvalMode:
 
     def test_functional_dropout(self, healthy):
         finding = eval_mode(Teacher(nn.Sequential(healthy, DropoutAlways())), VAL[0])
-        assert "differently" in finding.text and "F.dropout" in finding.hint
+        assert "different logits" in finding.text and "F.dropout" in finding.hint
 
     def test_batch_statistics(self, healthy):
         network = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), copy.deepcopy(healthy))
@@ -299,7 +300,7 @@ class TestEvalMode:
     def test_batch_statistics_of_single_values(self, healthy):
         network = nn.Sequential(copy.deepcopy(healthy), nn.BatchNorm1d(10, track_running_stats=False))
         finding = eval_mode(Teacher(network), VAL[0])
-        assert "cannot answer an image alone" in finding.text and "1 with track_running_stats" in finding.hint
+        assert "cannot compute an image alone" in finding.text and "1 with track_running_stats" in finding.hint
 
     def test_statistics_without_a_layer(self, healthy):
         finding = eval_mode(Teacher(Wrapped(healthy, lambda z: z - z.mean(dim=0))), VAL[0])
@@ -342,11 +343,11 @@ class TestSoftTargets:
         ("temperature", "advice"), [(0.01, "raise the temperature"), (1000, "lower the temperature"), (4, None)]
     )
     def test_advice(self, healthy, temperature, advice):
-        logits = judged(healthy).logits
+        logits = matched(healthy).logits
         for loss in (KDLoss(temperature), DISTLoss(temperature=temperature)):
             finding = soft_targets(logits, loss, "multiclass")
             assert finding.hint is None if advice is None else advice in finding.hint
-            assert not finding.pointless
+            assert finding.severity != "error"
 
     @pytest.mark.parametrize(("share", "advice"), [(0.008, "raise"), (0.012, None), (0.994, None), (0.996, "lower")])
     def test_thresholds(self, share, advice):
@@ -371,7 +372,7 @@ class TestGradients:
 
     def test_healthy(self, healthy, student):
         finding = self.make(healthy, student, soft_weight=0.5)
-        assert finding.hint is None and not finding.pointless
+        assert finding.hint is None and finding.severity != "error"
         # independent: each term's gradient by backward
         norms = []
         for name in ("hard", "soft"):
@@ -398,7 +399,7 @@ class TestGradients:
         if scale := kwargs.pop("scale", None):
             loss.register_forward_hook(lambda module, inputs, value: scale * value)
         finding = self.make(healthy, student, soft_loss=loss, **kwargs)
-        assert finding.hint.startswith(f"{weak} is negligible") and not finding.pointless
+        assert finding.hint.startswith(f"{weak} is negligible") and finding.severity != "error"
 
     def test_a_weight_of_zero_is_meant_so(self, healthy, student):
         assert self.make(healthy, student, soft_weight=1.0).hint is None
@@ -409,7 +410,7 @@ class TestGradients:
             def forward(self, student, teacher, target):
                 return torch.ones(())
 
-        assert self.make(healthy, student, soft_loss=Constant()).hint.startswith("soft gives none")
+        assert self.make(healthy, student, soft_loss=Constant()).hint.startswith("soft has no gradient")
 
     def test_no_labels_in_the_batch(self, healthy, student):
         terms = DistillModule(student, healthy).losses(Batch(X[:8], torch.full((8,), -100)))
@@ -422,15 +423,15 @@ class TestGradients:
         dead[1].weight.requires_grad_(False)
         dead[1].bias.requires_grad_(False)
         finding = self.make(healthy, dead)
-        assert finding.pointless and "no gradient" in finding.hint
+        assert finding.severity == "error" and "no gradient" in finding.hint
         detached = Wrapped(DigitsCNN(4), lambda z: z.detach().requires_grad_())
-        assert self.make(healthy, detached).pointless
-        assert self.make(healthy, DigitsCNN(4).requires_grad_(False)).pointless
+        assert self.make(healthy, detached).severity == "error"
+        assert self.make(healthy, DigitsCNN(4).requires_grad_(False)).severity == "error"
 
     def test_not_finite(self, healthy, student):
         nn.init.constant_(student[-1].bias, torch.nan)
         finding = self.make(healthy, student)
-        assert finding.pointless and "not finite" in finding.hint
+        assert finding.severity == "error" and "not finite" in finding.hint
 
 
 def test_labels():
@@ -438,7 +439,17 @@ def test_labels():
     text = "3 of 4 samples labeled, 2 of 3 classes"
     assert labels(y, 4, 3, "multiclass", "samples", taught=True).text == text
     none = labels(None, 4, 3, "multiclass", "samples", taught=False)
-    assert none.pointless and none.text == "0 of 4 samples labeled"
-    assert not labels(torch.full((4,), -100), 4, 3, "multiclass", "samples", taught=True).pointless
+    assert none.severity == "error" and none.text == "0 of 4 samples labeled"
+    assert labels(torch.full((4,), -100), 4, 3, "multiclass", "samples", taught=True).severity == "info"
     many = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
     assert labels(many, 2, 2, "multilabel", "samples", taught=True).text == "1 of 2 samples labeled"
+
+
+def test_severity_follows_from_the_hint():
+    assert Finding("teacher", "good").severity == "info"
+    assert Finding("teacher", "poor", "train it").severity == "warning"
+    assert Finding("teacher", "bad", "train it", "error").severity == "error"
+    assert with_teacher_name(Finding("teacher", "bad", "train it", "error"), "teachers[1]") == Finding(
+        "teachers[1]", "bad", "train it", "error"
+    )
+    assert with_teacher_name(Finding("eval mode", "good"), "teachers[1]").name == "teachers[1], eval mode"

@@ -1,4 +1,4 @@
-"""Ensemble: each mean in float64 by hand, class maps, batched teachers against the loop; draw: its frequencies."""
+"""Ensemble: each mean in float64 by hand, class maps, batched teachers against the loop; weighted_choice."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from kd_lightning import Batch, InputError, Teacher
 from kd_lightning.models import CifarResNet, DigitsCNN
-from kd_lightning.teachers.ensemble import Ensemble, draw
+from kd_lightning.teachers.ensemble import Ensemble, weighted_choice
 
 NAN = float("nan")
 FULL = [[0, 1, 2, 3]] * 3
@@ -55,14 +55,14 @@ def by_hand(task, logits, maps, weights, temperature, standardize=False):
     """q(c), entry by entry in float64; logits are each teacher's own (B, C_k), weights (B, K)."""
     q = np.zeros((len(weights), 4))
     for b in range(len(q)):
-        said = [z[b].double().numpy() for z in logits]
+        softened = [z[b].double().numpy() for z in logits]
         if standardize:
-            said = [(z - z.mean()) / (1e-7 + z.std(ddof=1)) for z in said]
-        said = [probabilities(task, z, temperature) for z in said]
+            softened = [(z - z.mean()) / (1e-7 + z.std(ddof=1)) for z in softened]
+        softened = [probabilities(task, z, temperature) for z in softened]
         for c in range(4):
             knowing = [k for k, classes in enumerate(maps) if c in classes]
             mass = sum(weights[b][k] for k in knowing)
-            q[b, c] = sum(weights[b][k] * said[k][maps[k].index(c)] for k in knowing) / mass
+            q[b, c] = sum(weights[b][k] * softened[k][maps[k].index(c)] for k in knowing) / mass
         if task == "multiclass":
             q[b] /= q[b].sum()
     return q
@@ -119,8 +119,8 @@ class TestPool:
         logits = outputs(maps)
         teachers = ensemble(logits, maps)
         alone = torch.tensor([[1.0, 0.0, 0.0]] * 5)
-        said = [probabilities("multiclass", z.double().numpy(), 2.0) for z in logits]
-        q = np.concatenate([said[0], (said[1][:, :1] + said[2][:, 3:]) / 2], axis=1)
+        softened = [probabilities("multiclass", z.double().numpy(), 2.0) for z in logits]
+        q = np.concatenate([softened[0], (softened[1][:, :1] + softened[2][:, 3:]) / 2], axis=1)
         q /= q.sum(1, keepdims=True)
         pooled = teachers.pool(teachers(batch()), alone, 2.0)
         assert probabilities("multiclass", pooled.double().numpy(), 2.0) == pytest.approx(q, rel=1e-5)
@@ -138,9 +138,9 @@ class TestPool:
 
     def test_of_half_precision(self):
         logits = outputs(FULL)
-        answers = ensemble([z.bfloat16() for z in logits], FULL)(batch())
-        assert answers.dtype == torch.float32
-        assert torch.equal(answers, torch.stack([z.bfloat16().float() for z in logits]))
+        combined = ensemble([z.bfloat16() for z in logits], FULL)(batch())
+        assert combined.dtype == torch.float32
+        assert torch.equal(combined, torch.stack([z.bfloat16().float() for z in logits]))
         assert ensemble([z.double() for z in logits], FULL)(batch()).dtype == torch.float64
 
 
@@ -157,8 +157,8 @@ class TestConfidence:
             elif len(knowing) == 1:
                 expected[b, knowing] = 1
             else:
-                said = [probabilities("multiclass", logits[k][b].double().numpy(), 1) for k in knowing]
-                losses = np.array([-np.log(p[maps[k].index(label)]) for p, k in zip(said, knowing, strict=True)])
+                softened = [probabilities("multiclass", logits[k][b].double().numpy(), 1) for k in knowing]
+                losses = np.array([-np.log(p[maps[k].index(label)]) for p, k in zip(softened, knowing, strict=True)])
                 expected[b, knowing] = (1 - np.exp(losses) / np.exp(losses).sum()) / (len(knowing) - 1)
         assert teachers.confidence(teachers(batch()), y).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
@@ -172,8 +172,10 @@ class TestConfidence:
         found = teachers.confidence(teachers(batch()), y)
         for b, labels in enumerate(y.reshape(5, -1).tolist()):
             known = [c for c, label in enumerate(labels) if label in (0, 1)]
-            said = [probabilities(task, z.reshape(5, -1)[b].double().numpy(), 1) for z in logits]
-            losses = np.array([-np.mean([np.log(p[c] if labels[c] else 1 - p[c]) for c in known or [0]]) for p in said])
+            softened = [probabilities(task, z.reshape(5, -1)[b].double().numpy(), 1) for z in logits]
+            losses = np.array(
+                [-np.mean([np.log(p[c] if labels[c] else 1 - p[c]) for c in known or [0]]) for p in softened]
+            )
             expected = (1 - np.exp(losses) / np.exp(losses).sum()) / 2 if known else [1 / 3] * 3
             assert found[b].numpy() == pytest.approx(expected, rel=1e-5)
 
@@ -188,12 +190,12 @@ class TestClasses:
 
     def test_in_the_students_order(self):
         logits = outputs(PARTIAL)
-        answers = ensemble(logits, PARTIAL)(batch())
-        assert answers.shape == (3, 5, 4)
+        combined = ensemble(logits, PARTIAL)(batch())
+        assert combined.shape == (3, 5, 4)
         for k, classes in enumerate(PARTIAL):
             for c in range(4):
                 expected = logits[k][:, classes.index(c)] if c in classes else torch.full((5,), -torch.inf)
-                assert torch.equal(answers[k, :, c], expected)
+                assert torch.equal(combined[k, :, c], expected)
 
     @pytest.mark.parametrize(
         ("maps", "weights", "message"),
@@ -219,21 +221,19 @@ class TestClasses:
 
     def test_unequal_outputs_without_a_map(self):
         teachers = ensemble(outputs([range(3), range(4)]), [None, None])
-        message = re.escape(
-            "teachers give outputs of different shapes, [3], [4]; Teacher(classes=...) tells which classes"
-        )
+        message = re.escape("teachers must give outputs of one shape, got [3], [4]; Teacher(classes=...)")
         with pytest.raises(InputError, match=message):
             teachers(batch())
         with pytest.raises(InputError, match=re.escape("got [3] from teachers[0] and 4 from the student")):
-            teachers.choose(batch(), torch.tensor([0, 1, 0, 1, 0]), 4)
+            teachers.selected_logits(batch(), torch.tensor([0, 1, 0, 1, 0]), 4)
 
 
 class TestChoose:
-    def test_asks_each_for_its_rows_alone(self):
+    def test_each_computes_its_own_rows(self):
         logits, choice = outputs(FULL), torch.tensor([2, 0, 2, 2, 0])
         teachers = ensemble(logits, FULL)
-        chosen = teachers.choose(batch(), choice, 4)
-        assert torch.equal(chosen, torch.stack([logits[k][row] for row, k in enumerate(choice.tolist())]))
+        selected = teachers.selected_logits(batch(), choice, 4)
+        assert torch.equal(selected, torch.stack([logits[k][row] for row, k in enumerate(choice.tolist())]))
         assert [teacher.network.rows for teacher in teachers] == [[2], [], [3]]
 
     def test_binary_of_two_shapes(self):
@@ -241,7 +241,7 @@ class TestChoose:
         teachers = Ensemble([Fixed(logits[0]), Fixed(logits[1][:, 0])], task="binary")
         choice = torch.tensor([1, 0, 0, 1, 1])
         expected = [logits[k][row, 0].item() for row, k in enumerate(choice.tolist())]
-        assert teachers.choose(batch(), choice, 1).flatten().tolist() == pytest.approx(expected)
+        assert teachers.selected_logits(batch(), choice, 1).flatten().tolist() == pytest.approx(expected)
 
 
 class TestTeachers:
@@ -271,8 +271,8 @@ class TestTeachers:
                 ]
             )
         assert torch.allclose(teachers(Batch(x)), expected, atol=1e-6)
-        chosen = teachers.choose(Batch(x), torch.tensor([0, 1, 2, 1]), 10)
-        assert torch.allclose(chosen, expected[[0, 1, 2, 1], range(4)], atol=1e-6)
+        selected = teachers.selected_logits(Batch(x), torch.tensor([0, 1, 2, 1]), 10)
+        assert torch.allclose(selected, expected[[0, 1, 2, 1], range(4)], atol=1e-6)
 
     @pytest.mark.parametrize("use_vmap", [True, False])
     def test_stay_frozen_whoever_calls_train(self, use_vmap):
@@ -419,7 +419,7 @@ class TestDraw:
     @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.2, 0.3, 0.5], [0.7, 0.0, 0.3], [0.0, 1 / 3, 2 / 3, 0.0]])
     @pytest.mark.parametrize("key", [lambda i: (7, i), lambda i: (i, 0), lambda i: (7, 3, i), lambda i: (7, i, 3)])
     def test_frequencies(self, weights, key):
-        counts = np.bincount([draw(key(i), weights) for i in range(4000)], minlength=len(weights))
+        counts = np.bincount([weighted_choice(key(i), weights) for i in range(4000)], minlength=len(weights))
         expected = 4000 * np.array(weights)
         assert (counts[expected == 0] == 0).all()
         gap = ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
@@ -427,10 +427,13 @@ class TestDraw:
 
     def test_follows_from_the_key(self):
         weights = [0.25, 0.25, 0.5]
-        drawn = {key: draw(key, weights) for key in [(1, 2), (2, 1), (0, 0), (2**32 - 1, 2**40), (1, 2, 3), (-1, 5)]}
-        assert drawn == {key: draw(list(key), weights) for key in reversed(drawn)}
-        assert draw((5,), [1.0]) == 0
-        assert {draw((i,), [1e-12, 1.0]) for i in range(100)} == {1}
+        sampled = {
+            key: weighted_choice(key, weights)
+            for key in [(1, 2), (2, 1), (0, 0), (2**32 - 1, 2**40), (1, 2, 3), (-1, 5)]
+        }
+        assert sampled == {key: weighted_choice(list(key), weights) for key in reversed(sampled)}
+        assert weighted_choice((5,), [1.0]) == 0
+        assert {weighted_choice((i,), [1e-12, 1.0]) for i in range(100)} == {1}
 
     @pytest.mark.parametrize(
         "neighbour",
@@ -445,5 +448,5 @@ class TestDraw:
     def test_neighbours_are_independent(self, neighbour):
         table, weights = np.zeros((3, 3)), [0.2, 0.3, 0.5]
         for i in range(3000):
-            table[draw((1, 0, i), weights), draw(neighbour(1, 0, i), weights)] += 1
+            table[weighted_choice((1, 0, i), weights), weighted_choice(neighbour(1, 0, i), weights)] += 1
         assert chi2_contingency(table).pvalue > 1e-3

@@ -1,4 +1,4 @@
-"""The short preflight of DistillModule: it speaks once, costs nothing, and leaves no trace."""
+"""TeacherProbe in DistillModule: it reports once, costs no forward pass, and changes nothing."""
 
 import random
 import re
@@ -29,19 +29,19 @@ class Counting(nn.Module):
         return self.network(x)
 
 
-class TestFirstLook:
-    """The short form in DistillModule."""
+class TestTeacherProbe:
+    """The probe in DistillModule."""
 
     def loaders(self, workers=0):
-        generator = torch.Generator().manual_seed(3)  # whose draws a second pass over the loader would shift
+        generator = torch.Generator().manual_seed(3)  # a second pass over the loader would change its state
         train = DataLoader(TensorDataset(X[:256], Y[:256]), 32, shuffle=True, generator=generator)
         return train, DataLoader(TensorDataset(X[-200:], Y[-200:]), 50, num_workers=workers)
 
-    def fit(self, make_trainer, teacher, look=True, loaders=None, **kwargs):
+    def fit(self, make_trainer, teacher, probe=True, loaders=None, **kwargs):
         module_kwargs = {k: kwargs.pop(k) for k in ("soft_loss", "task") if k in kwargs}
         torch.manual_seed(0)
         module = DistillModule(DigitsCNN(4, dropout=0.3), teacher, **module_kwargs)
-        if not look:
+        if not probe:
             module.on_fit_start = lambda: None
         torch.manual_seed(1)
         random.seed(1)
@@ -50,13 +50,13 @@ class TestFirstLook:
         state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         return module, state
 
-    def said(self, caplog):
+    def messages(self, caplog):
         return [r.getMessage() for r in caplog.records if "soft targets:" in r.getMessage()]
 
     def test_one_line_and_no_hint(self, healthy, quiet_trainer, caplog, recwarn):
         with caplog.at_level("INFO"):
             self.fit(quiet_trainer, healthy, max_epochs=2)
-        (line,) = self.said(caplog)
+        (line,) = self.messages(caplog)
         assert re.match(r"teacher: [\d.]+% of 100 labels right \(chance \d\d.\d%\); soft targets: entropy", line)
         assert not [w for w in recwarn if "doctor" in str(w.message)]
 
@@ -70,20 +70,20 @@ class TestFirstLook:
 
     @pytest.mark.parametrize("kwargs", [{}, {"num_sanity_val_steps": 0}, {"limit_val_batches": 0}])
     def test_leaves_no_trace(self, healthy, quiet_trainer, kwargs):
-        with_look, state = self.fit(quiet_trainer, Counting(healthy), max_epochs=2, **kwargs)
-        without, expected = self.fit(quiet_trainer, Counting(healthy), look=False, max_epochs=2, **kwargs)
-        for name, tensor in with_look.state_dict().items():
+        with_probe, state = self.fit(quiet_trainer, Counting(healthy), max_epochs=2, **kwargs)
+        without, expected = self.fit(quiet_trainer, Counting(healthy), probe=False, max_epochs=2, **kwargs)
+        for name, tensor in with_probe.state_dict().items():
             assert torch.equal(tensor, without.state_dict()[name]), name
         assert torch.equal(state[0], expected[0]) and state[1:] == expected[1:]
-        assert with_look.teacher.network.calls == without.teacher.network.calls  # it costs nothing
+        assert with_probe.teacher.network.calls == without.teacher.network.calls  # no further forward pass
 
     @pytest.mark.parametrize("kwargs", [{"fast_dev_run": True}, {"limit_val_batches": 0}, {"num_sanity_val_steps": 1}])
-    def test_speaks_wherever_the_batches_come_from(self, healthy, quiet_trainer, caplog, kwargs):
+    def test_reports_wherever_the_batches_come_from(self, healthy, quiet_trainer, caplog, kwargs):
         with caplog.at_level("INFO"):
             self.fit(quiet_trainer, healthy, **kwargs)
-        assert len(self.said(caplog)) == 1
+        assert len(self.messages(caplog)) == 1
 
-    def test_every_fit_speaks_once(self, healthy, quiet_trainer, caplog):
+    def test_every_fit_reports_once(self, healthy, quiet_trainer, caplog):
         module = DistillModule(DigitsCNN(4), healthy)
         with caplog.at_level("INFO"):
             for expected in (0, 1, 2):  # the first has but one batch
@@ -92,14 +92,14 @@ class TestFirstLook:
                     quiet_trainer(max_steps=1).fit(module, train)
                 else:
                     quiet_trainer().fit(module, train, val)
-                assert len(self.said(caplog)) == expected
+                assert len(self.messages(caplog)) == expected
 
     def test_without_labels(self, healthy, quiet_trainer, caplog):
         loader = DataLoader(X[:64], 32)
         with caplog.at_level("INFO"):
             self.fit(quiet_trainer, healthy, loaders=(loader,))
-        (line,) = self.said(caplog)
-        assert line.startswith("teacher: no labels to judge it by; soft targets: entropy")
+        (line,) = self.messages(caplog)
+        assert line.startswith("teacher: not checked: there are no labels; soft targets: entropy")
 
     def test_never_an_error(self, healthy, quiet_trainer, caplog):
         class Strange(KDLoss):
@@ -110,4 +110,4 @@ class TestFirstLook:
 
         with caplog.at_level("INFO"):
             module, _ = self.fit(quiet_trainer, healthy, soft_loss=Strange())
-        assert module.trainer.state.finished and not self.said(caplog)
+        assert module.trainer.state.finished and not self.messages(caplog)

@@ -1,4 +1,4 @@
-"""Teachers stay frozen and hidden; load_weights takes every kind of file, and says what it refuses."""
+"""Teachers stay frozen and hidden; load_weights takes every kind of file, and names what it refuses."""
 
 import copy
 import json
@@ -172,8 +172,8 @@ class TestFingerprint:
 
     @pytest.mark.parametrize("change", ["in place", "loaded", "replaced"])
     def test_anew_notices_changed_weights(self, teacher, change):
-        kept = Teacher(teacher)
-        first = kept.fingerprint()
+        stored = Teacher(teacher)
+        first = stored.fingerprint()
         state = {
             name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in teacher.state_dict().items()
         }
@@ -183,10 +183,10 @@ class TestFingerprint:
             teacher.load_state_dict(state)
         else:
             teacher.load_state_dict(state, assign=True)
-        kept.to(torch.float64)  # does not hide it
-        kept.to(torch.float32)
-        assert kept.fingerprint() == first
-        assert kept.fingerprint(anew=True) == self.of(teacher) != first
+        stored.to(torch.float64)  # does not hide it
+        stored.to(torch.float32)
+        assert stored.fingerprint() == first
+        assert stored.fingerprint(anew=True) == self.of(teacher) != first
 
     def test_any_tensor_and_extra_state(self):
         class Odd(nn.Module):
@@ -280,14 +280,14 @@ class TestLoadWeights:
         del state["0.weight"]
         torch.save(state, tmp_path / "w.pt")
         before = DigitsCNN(4)
-        kept = copy.deepcopy(before.state_dict())
+        stored = copy.deepcopy(before.state_dict())
         message = (
             r"w.pt do not fit DigitsCNN: 1 missing: 0.weight; 1 unexpected: 3.extra; 15 of another shape: 1.weight "
             r"\[8\] in the file, \[4\] in the model, 1.bias \[8\].*, 1.running_mean [^,]*, [^,]*, \.\.\.$"
         )
         with pytest.raises(InputError, match=message):
             load_weights(before, tmp_path / "w.pt")
-        assert is_equal(before.state_dict(), kept)
+        assert is_equal(before.state_dict(), stored)
 
     @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
     def test_malicious_file_is_refused_and_not_run(self, tmp_path, fresh, kind):

@@ -1,1 +1,1 @@
-"""The commands beside LightningCLI's: one file each."""
+"""The commands of this package: one file each."""

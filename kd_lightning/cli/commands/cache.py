@@ -1,4 +1,4 @@
-"""``cache CONFIG ...``: fill the caches of a config's teachers ahead. Takes fit's arguments, and trains nothing."""
+"""``cache CONFIG ...``: fill the caches of a config's teachers before training. Takes the arguments of fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from kd_lightning.cache.store import readable
+from kd_lightning.cache.store import format_size
 from kd_lightning.callbacks import StudentWriter
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.errors import InputError
@@ -16,26 +16,26 @@ from kd_lightning.teachers.teacher import Teacher
 
 
 def main(args: list[str]) -> None:
-    """Fill the caches on all devices, and print each folder's size."""
+    """Fill the caches on all devices, and print the size of each folder."""
     configs = [f"--config={path}" for path in takewhile(lambda arg: not arg.startswith("-"), args)]
     trainer = CacheCLI(["fit", *configs, *args[len(configs) :]]).trainer
-    for teacher in _cached(trainer.lightning_module) if trainer.is_global_zero else ():
-        for folder in teacher.kept_in:
+    for teacher in _teachers_with_cache(trainer.lightning_module) if trainer.is_global_zero else ():
+        for folder in teacher.cache_folders:
             size = sum(file.stat().st_size for file in folder.iterdir())
-            print(f"{folder}: {readable(size)}")
+            print(f"{folder}: {format_size(size)}")
 
 
 class CacheCLI(DistillCLI):
-    """Builds what ``fit`` would, and ends it before its first step."""
+    """Builds what ``fit`` builds, and ends the fit before its first step."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is written beside the caches, nor any student read."""
+        """Before anything is built: drop the checkpoint and the saved config, so that only caches are written."""
         self.config["fit"].ckpt_path = None
         super().before_instantiate_classes()
         self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As for a fit that leaves nothing behind."""
+        """Build a trainer that writes no run folder and takes no step."""
         trainer = super().instantiate_trainer(
             logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **kwargs
         )
@@ -44,19 +44,20 @@ class CacheCLI(DistillCLI):
         return trainer
 
     def fit(self, model: nn.Module, **kwargs: Any) -> None:
-        """Take the place of ``Trainer.fit``."""
-        if not any(_cached(model)):
+        """Run in place of ``Trainer.fit``."""
+        if not any(_teachers_with_cache(model)):
             name = type(model).__name__
-            raise InputError(f"cache: no teacher of {name} has one; set cache: DIR in the init_args of a Teacher")
+            raise InputError(f"cache: no teacher of {name} has a cache; set cache: DIR in the init_args of a Teacher")
         self.trainer.fit(model, **kwargs)  # type: ignore[arg-type]
 
 
 class _NoSteps(Callback):
-    """Modules fill caches as a fit begins."""
+    """Ends a fit before its first step; modules fill their caches when a fit starts."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """When a fit starts: set the number of epochs to zero."""
         trainer.fit_loop.max_epochs = 0
 
 
-def _cached(model: nn.Module) -> list[Teacher]:
+def _teachers_with_cache(model: nn.Module) -> list[Teacher]:
     return [part for part in model.modules() if isinstance(part, Teacher) and part.cache is not None]

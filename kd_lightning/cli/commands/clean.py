@@ -1,4 +1,4 @@
-"""``clean CONFIG``: which labels are probably wrong? Confident learning finds them, and they are edited."""
+"""``clean CONFIG``: find labels that are probably wrong by confident learning, and write a file that corrects them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.cli.commands.compare import build_student
-from kd_lightning.cli.commands.experiment import parse
-from kd_lightning.cli.commands.folds import Config, fit_folds, known_labels, one_process, stratified_folds, weight_files
+from kd_lightning.cli.commands.experiment import parse_config
+from kd_lightning.cli.commands.folds import (
+    Config,
+    fit_folds,
+    labeled_classes,
+    require_one_process,
+    stratified_folds,
+    weight_files,
+)
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
@@ -31,19 +38,19 @@ from kd_lightning.runs.report.contact_sheet import contact_sheet
 from kd_lightning.runs.weights import load_weights
 
 ACTIONS = ("drop", "downweight", "relabel")
-_SHOWN = 60  # suspects on the sheet
+_SHEET_IMAGES = 60  # most suspects on the contact sheet
 
 
 @dataclass(frozen=True)
 class Review:
-    """N labeled samples by index, their labels, and what a student that had not seen a sample's label says of it.
+    """The result for N labeled samples: their labels, and the outputs of students trained without these labels.
 
     Attributes:
-        index: Which samples, (N,) integers.
-        label: Their labels as training sees them, (N,) integers.
-        probabilities: Out-of-fold, (N, C) float64.
-        quality: How far each label can be trusted, (N,) float64: its own probability.
-        suspect: Which labels are probably wrong, (N,) booleans.
+        index: Indices of the samples, (N,) integers.
+        label: Labels as training sees them, (N,) integers.
+        probabilities: Out-of-fold probabilities, (N, C) float64.
+        quality: Quality of each label, (N,) float64 in [0, 1]: the probability of the label.
+        suspect: Whether each label is probably wrong, (N,) booleans.
     """
 
     index: Tensor
@@ -53,81 +60,82 @@ class Review:
     suspect: Tensor
 
     def suspects(self) -> list[tuple[int, int, int, float]]:
-        """Index, label, suggested class and quality; the most doubtful first, of equal ones the lower index."""
+        """Return index, label, suggested class and quality of each suspect, sorted by quality, then by index."""
         columns = (self.index, self.label, self.probabilities.argmax(dim=1), self.quality)
         rows = zip(*(column[self.suspect].tolist() for column in columns), strict=True)
         return sorted(rows, key=lambda row: (row[3], row[0]))
 
 
 def main(args: list[str]) -> None:
-    """Read the command line, find the suspects, and say how to go on."""
+    """Parse the command line, find the suspects, and print the next command."""
     parser = argparse.ArgumentParser(prog="kd_lightning clean", description=__doc__)
-    parser.add_argument("config", help="YAML of any method, on a SemiSupervisedDataModule; fit's overrides may follow")
-    parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without a K-th of the labels")
-    parser.add_argument("--action", choices=ACTIONS, default="drop", help="what becomes of the suspects (default drop)")
-    parser.add_argument("--weight", type=float, metavar="W", help="of --action downweight (default 0.1)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="of the files (default: <root>/<name>_clean)")
+    parser.add_argument("config", help="YAML of any method on a SemiSupervisedDataModule; overrides of fit may follow")
+    parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without 1/K of the labels")
+    parser.add_argument("--action", choices=ACTIONS, default="drop", help="correction of the suspects (default drop)")
+    parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the files (default: <root>/<name>_clean)")
     options, overrides = parser.parse_known_args(args)
     if options.weight is not None and options.action != "downweight":
-        raise InputError(f"--weight is of --action downweight, got {options.action}")
+        raise InputError(f"--weight needs --action downweight, got {options.action}")
     weight = 0.1 if options.weight is None else options.weight
     if not 0 <= weight < 1:
         raise InputError(f"--weight must lie in [0, 1), got {weight}")
-    config = parse(["--config", options.config, *overrides], "clean")
+    config = parse_config(["--config", options.config, *overrides], "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
     out = options.out or root
     earlier = (config["data"].get("init_args") or {}).get("label_file")
     if earlier and Path(earlier).resolve() == (out / "labels.csv").resolve():
         raise InputError(
-            f"--out: {out / 'labels.csv'} is read as data.label_file, and would be overwritten; name another folder"
+            f"--out: {out / 'labels.csv'} is the data.label_file, and would be overwritten; name another folder"
         )
-    data = _data(config)
-    found = review(config, data, options.folds, root / f"{options.folds}_folds", out)
-    if earlier:  # the new file takes its place
+    data = _build_data(config)
+    result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
+    if earlier:  # the new label file replaces it, so the split stores its labels
         assert data.split is not None
         data.split.save(out / "split.json")
-    write(found, data, out, options.action, weight)
-    print(explain(found, data, config, options.folds))
-    if not found.suspect.any():
-        print(f"no label is doubtful, so there is nothing to edit; {out} has the estimated transition matrix")
+    write_review(result, data, out, options.action, weight)
+    print(summarize(result, data, config, options.folds))
+    if not result.suspect.any():
+        print(f"no label is suspect, so there is no label file; {out} has the estimated transition matrix")
         return
-    print(f"look at {out / 'suspects.png'} and suspects.csv, and take out of labels.csv what is right after all")
+    print(f"check {out / 'suspects.png'} and suspects.csv, and delete the rows of correct labels from labels.csv")
     command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
-    print(f"{options.action} them: {shlex.join([*command, '--data.label_file', str(out / 'labels.csv')])}")
+    print(f"{options.action} the suspects: {shlex.join([*command, '--data.label_file', str(out / 'labels.csv')])}")
 
 
 def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: Path, out: Path) -> Review:
-    """Judge each label by a student that was trained without it, through cleanlab's confident learning.
+    """Evaluate each label with a student that was trained without it, by cleanlab's confident learning.
 
-    The labeled samples are dealt into folds, class by class; for each a student is trained by the config's own method,
-    with the fold's labels hidden and its samples in the pool. (With ``unlabeled: none`` they are the pool, too: a
-    supervised loss skips them, batch normalisation sees them.) Finished fits are not repeated.
+    The labeled samples are split into folds, stratified by class. For each fold a student is trained by the config's
+    method, without the labels of the fold, whose samples join the pool. (With ``unlabeled: none``, they are the pool:
+    a supervised loss skips them, batch normalisation sees them.) Finished fits are not repeated.
 
-    Source: Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels" (2021).
+    Source: Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels" (2021),
+    https://arxiv.org/abs/1911.00068
 
     Args:
-        config: As ``fit`` takes it.
-        data: Its datamodule, set up.
-        folds: How many.
-        folder: Where the fits lie.
-        out: Where files will be written; it is made before anything is trained.
+        config: The config, as for ``fit``.
+        data: The config's datamodule, set up.
+        folds: Number of folds, at least 2.
+        folder: Folder of the fits.
+        out: Folder of the written files. It is created before the first fit.
 
     Raises:
-        InputError: For several processes, samples that have not one class each, too few labels, outputs that are not
-            finite or not a logit a class, and where cleanlab is missing.
+        InputError: If there are several processes, the samples do not have one class each, there are too few labels, a
+            student's outputs are not finite or not one logit for each class, or cleanlab is missing.
     """
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
     except ImportError as error:
         raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'") from error
-    device = one_process(config, "clean", "--trainer.devices 1")
+    device = require_one_process(config, "clean", "--trainer.devices 1")
     arguments = config["model"].get("init_args") or {}
     if not isinstance(arguments.get("student"), dict):
         raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
-    known, split, task = known_labels(data), data.split, arguments.get("task", "multiclass")
+    known, split, task = labeled_classes(data), data.split, arguments.get("task", "multiclass")
     if known is None or split is None or task != "multiclass":
         raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
     if len({*known.values()}) < 2:
@@ -139,8 +147,8 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         parts.append(predict(config, run, data, fold, device))
     index, order = torch.tensor([*chain(*held_out)]).sort()
     label, probabilities = data.visible_labels()[index], torch.cat(parts)[order]
-    given = label.numpy(), probabilities.numpy()
-    suspect, quality = find_label_issues(*given, n_jobs=1), get_label_quality_scores(*given)
+    arrays = label.numpy(), probabilities.numpy()
+    suspect, quality = find_label_issues(*arrays, n_jobs=1), get_label_quality_scores(*arrays)
     return Review(index, label, probabilities, torch.as_tensor(quality), torch.as_tensor(suspect))
 
 
@@ -148,7 +156,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
 def predict(
     config: Config, run: Path, data: SemiSupervisedDataModule, index: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The probabilities (N, C), in float64, that a run's student gives samples under evaluation transforms."""
+    """Return the probabilities of a run's student for samples under evaluation transforms, (N, C) float64."""
     student = load_weights(build_student(config["model"]["init_args"]["student"]), run / "student.safetensors")
     student.to(device).eval()
     pool = data.pool_dataloader().dataset
@@ -159,29 +167,28 @@ def predict(
     logits = torch.cat([logits_of(student(batch.x.to(device)), "the student").cpu().double() for batch in loader])
     classes = len(data.class_names or ()) or int(data.visible_labels().max()) + 1
     if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
-        raise InputError(f"clean needs a student with a logit for each of {classes} classes, got {[*logits.shape]}")
+        raise InputError(f"clean needs a student with {classes} logits, one for each class, got {[*logits.shape]}")
     if not logits.isfinite().all():
-        raise InputError(f"the student of {run} gives logits that are not finite; did its training diverge?")
+        raise InputError(f"the logits of the student of {run} are not finite; did its training diverge?")
     return logits.softmax(dim=1)
 
 
-def write(found: Review, data: SemiSupervisedDataModule, out: Path, action: str, weight: float) -> None:
-    """Write ``transition.csv``, and the suspects: a table, a contact sheet, and ``labels.csv`` for the next fit.
+def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, action: str, weight: float) -> None:
+    """Write ``transition.csv``, and the suspects to a table, a contact sheet and ``labels.csv`` for the next fit.
 
-    Without suspects the table has no rows, and there is neither sheet nor ``labels.csv``; those of an earlier time are
-    taken away.
+    Without suspects, the table has no rows, the sheet and ``labels.csv`` are not written, and older ones are deleted.
 
     Args:
-        found: The review.
-        data: Knows the images and the classes' names.
+        result: The review.
+        data: The datamodule with the images and class names.
         out: The folder.
-        action: One of ``ACTIONS``: a dropped sample loses its label and joins the pool.
-        weight: What ``downweight`` multiplies a suspect's hard loss by.
+        action: One of ``ACTIONS``. A dropped sample loses its label and joins the pool.
+        weight: Factor of a suspect's hard loss for ``downweight``, in [0, 1).
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_transition(out / "transition.csv", estimate_transition(found.probabilities).tolist())
-    suspects = found.suspects()
-    names = data.class_names or [str(number) for number in range(found.probabilities.shape[1])]
+    write_transition(out / "transition.csv", estimate_transition(result.probabilities).tolist())
+    suspects = result.suspects()
+    names = data.class_names or [str(number) for number in range(result.probabilities.shape[1])]
     with (out / "suspects.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["index", "path", "label", "suggested", "quality"])
@@ -198,35 +205,32 @@ def write(found: Review, data: SemiSupervisedDataModule, out: Path, action: str,
         for index, label, suggested, _ in suspects:
             name = names[suggested if action == "relabel" else label]
             table.writerow([index, data.path(index) or "", name, kind, share])
-    images = [data.image(index) for index, *_ in suspects[:_SHOWN]]
-    captions = [f"{index}\n{names[label]}: {names[suggested]}?" for index, label, suggested, _ in suspects[:_SHOWN]]
-    title = f"The {len(images)} most doubtful of {len(suspects)} suspects"
+    shown = suspects[:_SHEET_IMAGES]
+    images = [data.image(index) for index, *_ in shown]
+    captions = [f"{index}\n{names[label]}: {names[suggested]}?" for index, label, suggested, _ in shown]
+    title = f"The {len(images)} of {len(suspects)} suspects with the lowest quality"
     contact_sheet(images, captions, title=title).savefig(out / "suspects.png", dpi=120)
 
 
-def explain(found: Review, data: SemiSupervisedDataModule, config: Config, folds: int) -> str:
-    """What was found; where noise was simulated, how much of it is true."""
-    count, size = int(found.suspect.sum()), len(found.index)
-    note = (
-        f"{count} of {size} labels ({100 * count / size:.1f} %) are suspects. Each label was judged by a student that "
-    )
-    note += f"was trained by the same method with {folds - 1}/{folds} of the labels, and had not seen it."
+def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, folds: int) -> str:
+    """Return a summary of the suspects; if noise was simulated, also their precision and recall."""
+    count, size = int(result.suspect.sum()), len(result.index)
+    text = f"{count} of {size} labels ({100 * count / size:.1f} %) are suspects. Each label was evaluated by a student "
+    text += f"trained by the same method with {folds - 1}/{folds} of the labels, without that label."
     if files := ", ".join(weight_files(config)):
-        note += f" All folds read {files}: if these weights have seen the labels, they may believe wrong ones."
-    truth = data.hidden_truth(found.index)
-    sure = truth != IGNORE_INDEX
-    if data.label_noise is not None and sure.any():
-        wrong, suspect = (truth != found.label)[sure], found.suspect[sure]
+        text += f" All folds read {files}: if these weights were trained on the labels, they may agree with wrong ones."
+    truth = data.hidden_truth(result.index)
+    known = truth != IGNORE_INDEX
+    if data.label_noise is not None and known.any():
+        wrong, suspect = (truth != result.label)[known], result.suspect[known]
         hits = int((wrong & suspect).sum())
         precision, recall = (f"{100 * hits / max(n, 1):.1f} %" for n in (int(suspect.sum()), int(wrong.sum())))
-        note += (
-            f"\nThe noise is simulated, and only then can this be told: {precision} of the suspects are wrong labels "
-        )
-        note += f"(precision), {recall} of the {int(wrong.sum())} wrong labels are suspects (recall)."
-    return note
+        text += f"\nThe noise is simulated, so wrong labels are known: {precision} of the suspects are wrong labels "
+        text += f"(precision), {recall} of the {int(wrong.sum())} wrong labels are suspects (recall)."
+    return text
 
 
-def _data(config: Config) -> SemiSupervisedDataModule:
+def _build_data(config: Config) -> SemiSupervisedDataModule:
     data = build(LightningDataModule, config["data"])
     if not isinstance(data, SemiSupervisedDataModule):
         raise InputError(f"clean needs data: SemiSupervisedDataModule, got {type(data).__name__}")

@@ -1,4 +1,4 @@
-"""``compare RUN...``: set finished runs side by side."""
+"""``compare RUN...``: compare finished runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIGURES = ("accuracy", "agreement", "calibration_error")
 
 @dataclass
 class Run:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     folder: Path
     group: str
@@ -50,40 +50,42 @@ class Run:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The figures of the part that is compared."""
+        """Return the figures of the part that is compared."""
         return self.stages.get(self.stage, {})
 
 
 @dataclass
 class Group:
-    """Runs of one name: the same method over seeds."""
+    """Runs of one name: one method over seeds."""
 
     name: str
     runs: list[Run]
     costs: dict[str, Any] = field(default_factory=dict)
 
     def values(self, figure: str) -> list[float]:
-        """A figure of each run that has it."""
+        """Return a figure of all runs that have it."""
         return [run.figures[figure] for run in self.runs if figure in run.figures]
 
 
 def main(args: list[str]) -> None:
-    """Read the command line, and print the table."""
+    """Parse the command line, and print the table."""
     parser = argparse.ArgumentParser(prog="kd_lightning compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or the folder of all versions of one")
-    parser.add_argument("--out", metavar="DIR", help="also write comparison.json, .md and .png there")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for comparison.json, .md and .png (default: none are written)"
+    )
     options = parser.parse_args(args)
     report([Path(run) for run in options.runs], None if options.out is None else Path(options.out))
 
 
 def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
-    """Compare runs, print the table, and write it where asked.
+    """Compare runs, print the table, and write it to a folder if one is given.
 
-    Runs of one name are a group of seeds. Differences are to the first group, paired by seed.
+    Runs of one name form a group of seeds. Differences are to the first group, paired by seed.
 
     Args:
         folders: Folders of runs, or of all versions of a run.
-        out: Where to write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
+        out: Folder for ``comparison.json``, ``comparison.md`` and ``comparison.png``. If None, they are not written.
 
     Raises:
         InputError: For a folder that is no run.
@@ -95,25 +97,25 @@ def report(folders: Sequence[Path], out: Path | None) -> list[Group]:
             run = read_run(version)
             by_name[run.group].append(run)
     groups = [Group(name, runs) for name, runs in by_name.items()]
-    choose_stage([run for group in groups for run in group.runs])
+    select_stage([run for group in groups for run in group.runs])
     measure_costs(groups)
     header, rows = table(groups)
     console = Console()
-    if console.width < 150:  # a narrow terminal shows folded lines rather than cut figures
+    if console.width < 150:  # in a narrow terminal lines are folded and figures are whole
         console = Console(width=150)
     view = Table(title="Comparison", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in header:
-        view.add_column(name, no_wrap=name != "run", overflow="fold")  # of a long name nothing is lost
+        view.add_column(name, no_wrap=name != "run", overflow="fold")  # long names are whole, too
     for row in rows:
         view.add_row(*row)
     console.print(view)
-    note = explain(groups)
-    console.print(note)
+    explanation = explain(groups)
+    console.print(explanation)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        (out / "comparison.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+        (out / "comparison.md").write_text("\n".join([*lines, "", explanation, ""]), encoding="utf-8")
         (out / "comparison.json").write_text(json.dumps(_as_json(groups), indent=1) + "\n", encoding="utf-8")
         figure(groups).savefig(out / "comparison.png", dpi=120)
         console.print(f"written to {out}")
@@ -137,7 +139,7 @@ def read_run(folder: Path) -> Run:
         for key, value in row.items():
             if value and key is not None and "/" in key:
                 stage, _, name = key.rpartition("/")
-                figures[stage][name] = float(value)  # the last one counts
+                figures[stage][name] = float(value)  # the last row counts
         if row.get("val/accuracy"):
             curve.append((int(row["step"]), float(row["val/accuracy"])))
     run = Run(folder, folder.parent.name, None, dict(figures), curve)
@@ -152,11 +154,11 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def choose_stage(runs: Sequence[Run]) -> None:
-    """Compare the test part where all runs were tested, else the validation part; never one with the other.
+def select_stage(runs: Sequence[Run]) -> None:
+    """Select the part on which runs are compared: test if all runs were tested, else validation.
 
     Raises:
-        InputError: If there is no part that all runs have an accuracy of.
+        InputError: If no part has an accuracy in all runs.
     """
     for stage in ("test", "transductive/test", "val"):
         if all("accuracy" in run.stages.get(stage, {}) for run in runs):
@@ -168,10 +170,10 @@ def choose_stage(runs: Sequence[Run]) -> None:
 
 
 def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
-    """Parameters, MACs, precision, KB of weights, and CPU latency in ms (batch 1, one thread), of each group's student.
+    """Measure each group's student: parameters, MACs, precision, KB of weights, CPU latency (ms, batch 1, one thread).
 
-    Latencies are taken in turn, and each group's is the median over the rounds. A quantised student has none: its
-    rounding is simulated in float. It has ``coded_kb``, its weights entropy-coded, besides.
+    Groups take turns in each round, and a group's latency is the median over the rounds. A quantised student has no
+    latency, since its rounding is simulated in float; it has ``coded_kb``, the size of its entropy-coded weights.
     """
     timers: list[tuple[Group, Timer, list[float]]] = []
     for group in groups:
@@ -179,7 +181,7 @@ def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
         if run.student is None or run.input_shape is None:
             continue
         student = load_weights(build_student(run.student), run.folder / "student.safetensors").eval()
-        student.requires_grad_(False)  # no_grad alone, and the counter stumbles on quantised weights
+        student.requires_grad_(False)  # with no_grad alone the counter fails on quantised weights
         x = torch.zeros(1, *run.input_shape)
         with FlopCounterMode(display=False) as counter:
             student(x)
@@ -204,9 +206,9 @@ def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
 
 
 def build_student(config: dict[str, Any]) -> nn.Module:
-    """The network of a run's ``model.init_args.student``, for the weights that the run left.
+    """Build the network of a run's ``model.init_args.student``, without weights.
 
-    No other weights are read: where it names ``load_weights``, whose file may be gone, the network inside is built.
+    The file of a ``load_weights`` in the config may be gone. It is not read: the network inside is built.
 
     Raises:
         InputError: If it cannot be built.
@@ -225,9 +227,9 @@ def _without_weights(node: Any) -> Any:
 
 
 def paired_difference(group: Group, base: Group, figure: str = "accuracy") -> tuple[float, float, int] | None:
-    """Mean paired difference, half of its 95 % interval, and the number of pairs; None with fewer than two.
+    """Return mean paired difference, half of its 95 % interval and number of pairs; None for fewer than two pairs.
 
-    Runs of one seed are one observation: their mean.
+    The mean of all runs of one seed is one observation.
     """
     after, before = (_by_seed(some, figure) for some in (group, base))
     differences = [after[seed] - before[seed] for seed in sorted(after.keys() & before.keys())]
@@ -247,7 +249,7 @@ def _by_seed(group: Group, figure: str) -> dict[int, float]:
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """The comparison as text."""
+    """Return the header and the rows of the table."""
     header = ["run", "seeds", "accuracy %", "difference [95 %]", "agreement %", "calib. error %"]
     header += ["parameters", "MACs", "precision", "size KB", "latency ms"]
     forms = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
@@ -268,21 +270,21 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 
 def explain(groups: Sequence[Group]) -> str:
-    """What the table's numbers are."""
-    note = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
-    note += f"interval (Student's t). Figures of the {groups[0].runs[0].stage} part. Size: what the weights of the "
-    note += "first run take at their own bits, not the file."
+    """Return the explanation of the table's figures."""
+    text = "Mean ± sample standard deviation over seeds; difference to the first row, paired by seed, with its 95 % "
+    text += f"interval (Student's t). Figures of the {groups[0].runs[0].stage} part. Size: weights of the first run, "
+    text += "each at its own number of bits, not the file."
     coded = [f"{group.name} {group.costs['coded_kb']:,.1f} KB" for group in groups if "coded_kb" in group.costs]
     if coded:
-        note += " Precision: bits of activations (A) and weights (W) of the quantised layers; a ternary weight takes 2 "
-        note += "bits; scales, biases, normalisation and layers left float take 32. Entropy-coded, the quantised "
-        note += f"weights make it {', '.join(coded)}. No latency of a quantised student: its rounding is simulated in "
-        note += "float, which says nothing about the deployed one."
-    return note
+        text += " Precision: bits of activations (A) and weights (W) of the quantised layers; a ternary weight takes 2 "
+        text += "bits; scales, biases, normalisation and float layers take 32. Size with entropy-coded quantised "
+        text += f"weights: {', '.join(coded)}. A quantised student has no latency: its rounding is simulated in float, "
+        text += "which takes another time than on a device."
+    return text
 
 
 def figure(groups: Sequence[Group]) -> Figure:
-    """Accuracy against MACs (against size, if precisions differ), and the learning curves."""
+    """Plot accuracy against MACs (against size if precisions differ), and the learning curves."""
     by_size = len({group.costs["precision"] for group in groups if group.costs}) > 1
     key, label = ("size_kb", "KB of weights") if by_size else ("macs", "MACs for one image")
     picture = Figure(figsize=(11, 4.2), layout="constrained")

@@ -1,10 +1,11 @@
-"""``doctor --config ...``: is this teacher any good on this data? Takes fit's arguments, and trains nothing."""
+"""``doctor --config ...``: check a teacher on the data before training. Takes the arguments of ``fit``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,60 +23,57 @@ from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task
+from kd_lightning.losses.base import Task, temperature_of
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.teachers.checks import (
-    Finding,
     accuracy,
-    answers,
     class_order,
     eval_mode,
     gradients,
-    judge,
     labels,
     normalisation,
-    of_teacher,
     soft_targets,
 )
 from kd_lightning.teachers.ensemble import Ensemble
+from kd_lightning.teachers.findings import Finding, collect_logits, match_labels, with_teacher_name
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
-SAMPLES = 4096  # enough for a thousand classes
+MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
+SAMPLES = 4096  # at most about so many evaluation samples; enough for a thousand classes
 
 
 def main(args: list[str]) -> None:
-    """Print a line for each check; exit with status 1 where the run would be pointless."""
+    """Print a line for each check. Exit with status 1 if a finding is an error."""
     findings = DoctorCLI(["fit", *args]).findings
     for finding in findings:
-        mark = "STOP" if finding.pointless else "look" if finding.hint else "ok"
-        print(f"{mark:<6}{finding.name}: {finding.text}")
+        print(f"{MARKS[finding.severity]:<6}{finding.name}: {finding.text}")
         if finding.hint:
             print(f"      -> {finding.hint}")
-    if any(finding.pointless for finding in findings):
+    if any(finding.severity == "error" for finding in findings):
         sys.exit(1)
 
 
 class DoctorCLI(InspectCLI):
-    """Builds what fit would, and examines it."""
+    """Builds what ``fit`` builds, and checks it instead of training it."""
 
     findings: list[Finding]
 
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
-        """Take the place of ``Trainer.fit``."""
+        """Called in place of ``Trainer.fit``. Runs the checks."""
         if not isinstance(model, SupervisedModule):
-            raise InputError(f"model: doctor needs a SupervisedModule or one of its kind, got {type(model).__name__}")
+            raise InputError(f"model: doctor needs a SupervisedModule or a subclass of it, got {type(model).__name__}")
         if ckpt_path is not None:
-            raise InputError(f"ckpt_path: doctor looks at the start of a run and takes none, got {ckpt_path}")
+            raise InputError(f"ckpt_path: doctor checks the start of a run, so it must be left out, got {ckpt_path}")
         model.to(self.trainer.strategy.root_device)
         self.findings = list(examine(model, model if datamodule is None else datamodule))
 
 
 def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
-    """All checks of a module on the data that it shall be trained on; with a teacher those of the teacher, too.
+    """Run all checks of a module on its training data. If it has teachers, they are checked first.
 
     Args:
-        module: With a ``teacher`` and a ``soft_loss``, or without.
-        data: A datamodule, or a module with loaders of its own.
+        module: A module with ``teacher`` or ``ensemble`` and ``soft_loss``, or without.
+        data: A datamodule, or a module with its own loaders.
     """
     data.prepare_data()
     data.setup("fit")
@@ -86,13 +84,13 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
         batches, what = evaluation_batches(data, module.device) or ([training], "labels of a training batch")
         sample = _Sample(batches, what, _normalised(data))
-        student = answers(lambda batch: module(batch.x), batches, task)
+        student = collect_logits(lambda batch: module(batch.x), batches, task)
         soft_loss = getattr(module, "soft_loss", nn.Identity())
         if isinstance(teacher, Teacher):
-            yield from _of_teacher(teacher, student, sample, soft_loss, task)
+            yield from _check_teacher(teacher, student, sample, soft_loss, task)
         elif isinstance(ensemble, Ensemble):
-            yield from _of_ensemble(ensemble, student, sample, soft_loss, task)
-    classes = answers(lambda batch: module(batch.x), [training], task).shape[1]
+            yield from _check_ensemble(ensemble, student, sample, soft_loss, task)
+    classes = collect_logits(lambda batch: module(batch.x), [training], task).shape[1]
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
         y, what = loader.labels.y[loader.dataset.indices], "training samples"
@@ -103,7 +101,7 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
 
 
 class _Sample(NamedTuple):
-    """Labeled samples to judge by: what they are, and mean and std with which they were normalised."""
+    """Labeled samples, their name in texts, and the mean and standard deviation of their normalisation."""
 
     batches: list[Batch]
     what: str
@@ -116,43 +114,43 @@ class _Sample(NamedTuple):
         return torch.cat(labels) if labels else None
 
 
-def _of_teacher(
+def _check_teacher(
     teacher: Teacher, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
 ) -> Iterator[Finding]:
-    logits = answers(teacher, sample.batches, task)
+    logits = collect_logits(teacher, sample.batches, task)
     check_outputs(student, logits)
-    judged = judge(logits, sample.y, task)
-    yield accuracy(judged, judge(student, sample.y, task), task, sample.what)
-    normalised, cured = normalisation(teacher, sample.batches, judged, task, sample.normalised)
+    matched = match_labels(logits, sample.y, task)
+    yield accuracy(matched, match_labels(student, sample.y, task), task, sample.what)
+    normalised, corrected = normalisation(teacher, sample.batches, matched, task, sample.normalised)
     yield normalised
-    yield class_order(cured, task, teacher.classes)
+    yield class_order(corrected, task, teacher.classes)
     yield eval_mode(teacher, sample.batches[0])
     yield soft_targets(logits, soft_loss, task)
 
 
-def _of_ensemble(
+def _check_ensemble(
     ensemble: Ensemble, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
 ) -> Iterator[Finding]:
-    """Of each teacher that knows all classes, of the others whether they hold still, and of what all say together."""
-    flat = answers(lambda batch: ensemble(batch).transpose(0, 1), sample.batches, task)
+    """Check each teacher and the whole ensemble. Teachers that lack a class have the eval mode check only."""
+    flat = collect_logits(lambda batch: ensemble(batch).transpose(0, 1), sample.batches, task)
     together = flat.reshape(len(flat), len(ensemble), -1).transpose(0, 1)
     ensemble.check_classes(together, 1 if task == "binary" else student.shape[-1])
     for number, teacher in enumerate(ensemble):
-        if ensemble.knows(student.shape[-1])[number].all():
-            found = _of_teacher(teacher, student, sample, soft_loss, task)
+        if ensemble.known_classes(student.shape[-1])[number].all():
+            found = _check_teacher(teacher, student, sample, soft_loss, task)
         else:
-            own = copy(teacher)
-            own.classes = None  # its logits alone, without minus infinity for what it does not know
-            found = iter([eval_mode(own, sample.batches[0])])
-        yield from (of_teacher(finding, f"teachers[{number}]") for finding in found)
-    pooled = judge(ensemble.pool(together), sample.y, task)
-    yield accuracy(pooled, judge(student, sample.y, task), task, sample.what)._replace(name="ensemble")
-    temperature = float(getattr(soft_loss, "temperature", 1.0))
+            without_classes = copy(teacher)
+            without_classes.classes = None  # so that no logit is minus infinity
+            found = iter([eval_mode(without_classes, sample.batches[0])])
+        yield from (with_teacher_name(finding, f"teachers[{number}]") for finding in found)
+    pooled = match_labels(ensemble.pool(together), sample.y, task)
+    yield replace(accuracy(pooled, match_labels(student, sample.y, task), task, sample.what), name="ensemble")
+    temperature = temperature_of(soft_loss)
     yield soft_targets(ensemble.pool(together, None, temperature), soft_loss, task)
 
 
 def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
-    """One with labels, where that is no long search."""
+    """Return the first training batch with labels among the first 8, else the first batch."""
     batches = list(islice(_batches(loader, data, device), 8))
     if not batches:
         raise InputError("data: the training part is empty")
@@ -160,7 +158,7 @@ def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
 
 
 def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
-    """Validation samples with labels; where there are none, labeled training images. Never the test part."""
+    """Return labeled validation samples and their name. Without any, labeled training samples. Never the test part."""
     if is_overridden("val_dataloader", data):
         batches = _first_labeled(data.val_dataloader(), data, device)
         if batches:
@@ -175,7 +173,7 @@ def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], st
         batches = _first_labeled(loader, data, device)
     else:
         batches = _first_labeled(data.train_dataloader(), data, device)
-    return (batches, "labels of training images, for want of validation labels,") if batches else None
+    return (batches, "labels of training images (there are no validation labels)") if batches else None
 
 
 def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
@@ -190,7 +188,7 @@ def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
 
 
 def _batches(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
-    """The batches of a loader (of several the first) as a step would get them."""
+    """Yield the batches of a loader, or of the first of several loaders, as a training step gets them."""
     while isinstance(loader, list | tuple | dict):
         parts = list(loader.values() if isinstance(loader, dict) else loader)
         if not parts:
@@ -207,7 +205,7 @@ def _labels(batch: Batch) -> int:
 
 
 def _normalised(data: Any) -> tuple[Any, Any] | None:
-    """Mean and standard deviation of the last Normalize in the evaluation transforms."""
+    """Return mean and standard deviation of the last Normalize in the evaluation transforms, or None."""
     found = None
     steps = [getattr(data, "eval_transform", None)]
     while steps:

@@ -1,4 +1,4 @@
-"""``experiment CONFIG --seeds N``: does the method help? The same student with it and without, over seeds."""
+"""``experiment CONFIG --seeds N``: train a student with a method and without it, over seeds, and compare."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 
 Config = dict[str, Any]
-OF_THE_METHOD = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
-"""Callbacks that the twin, which learns from labels alone, has no use for."""
+_METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
+"""Callbacks that the baseline does without: it learns from labels alone."""
 
 
 def main(args: list[str]) -> None:
-    """Read the command line, run what is missing, and compare."""
+    """Parse the command line, run the fits that are missing, and compare all."""
     parser = argparse.ArgumentParser(prog="kd_lightning experiment", description=__doc__)
     parser.add_argument("config", help="YAML of the method, on a SemiSupervisedDataModule")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N - 1 (default 3)")
-    parser.add_argument("--out", metavar="DIR", help="of the comparison (default: <root>/<name>_comparison)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the comparison (default: <root>/<name>_comparison)")
     options, overrides = parser.parse_known_args(args)
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    config = parse(["--config", options.config, *overrides], "experiment")
+    config = parse_config(["--config", options.config, *overrides], "experiment")
     machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
     processes = Trainer(**machine, logger=False).world_size
     if processes > 1:
@@ -48,7 +48,7 @@ def main(args: list[str]) -> None:
     folders = []
     for number, run_config in enumerate(plan, 1):
         name, seed = run_config["name"], run_config["seed_everything"]
-        folder = _finished(run_config)
+        folder = _find_finished_run(run_config)
         done = "" if folder is None else f" is done: {folder}"
         console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]{done}")
         folders.append(folder or _run(run_config))
@@ -59,7 +59,7 @@ def main(args: list[str]) -> None:
 
 
 def with_seed(config: Config, seed: int) -> Config:
-    """The config with this seed for weights, split, order and augmentation."""
+    """Return the config with this seed for weights, split, order and augmentation."""
     config = deepcopy(config)
     config["seed_everything"] = seed
     config["data"].setdefault("init_args", {})["seed"] = seed
@@ -67,10 +67,10 @@ def with_seed(config: Config, seed: int) -> Config:
 
 
 def baseline_of(method: Config) -> Config:
-    """The same student trained on the same labels without a teacher and without unlabeled images.
+    """Return the config of the same student, trained on the same labels without a teacher and unlabeled images.
 
-    Same steps, augmentation and schedule: since its epoch would be shorter, it sees each labeled image in several
-    views an epoch, until there are as many steps.
+    Steps, augmentation and schedule are the same. Its epoch has as many steps as the method's: each labeled image
+    appears in several views.
     """
     baseline = deepcopy(method)
     data = build(LightningDataModule, method["data"])
@@ -84,43 +84,45 @@ def baseline_of(method: Config) -> Config:
 
     arguments = method["model"]["init_args"]
     if arguments.get("hint_epochs") and arguments.get("lr_scheduler"):
-        rank_zero_warn("lr_scheduler is made for stage 2; the student alone follows it over all epochs")
-    kept = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
+        rank_zero_warn("lr_scheduler is meant for stage 2; the baseline follows it over all epochs")
+    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
     baseline["name"] = f"{method['name']}_alone"
-    kept_arguments = {name: arguments[name] for name in kept if name in arguments}
-    if start := arguments.get("initial_weights"):  # what it starts from is not the teacher's doing
+    shared_arguments = {name: arguments[name] for name in shared if name in arguments}
+    if start := arguments.get("initial_weights"):  # the first weights are no part of the method
         loaded = {"model": arguments["student"], "path": start}
-        kept_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
-    baseline["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": kept_arguments}
+        shared_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
+    baseline["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": shared_arguments}
     baseline["data"]["init_args"] |= {"unlabeled": "none", "labeled_batch_size": None, "strong_transform": None}
-    alone = build(LightningDataModule, baseline["data"])  # coarse labels stay, beside the fine ones
+    alone = build(LightningDataModule, baseline["data"])  # its samples have fine or coarse labels
     alone.prepare_data()
     samples = len(alone.train_dataloader().dataset)
     baseline["data"]["init_args"]["views_per_epoch"] = math.ceil(batches * data.batch_size / samples)
     baseline["trainer"]["limit_train_batches"] = batches
     callbacks = baseline["trainer"].get("callbacks") or []
-    baseline["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in OF_THE_METHOD]
+    baseline["trainer"]["callbacks"] = [
+        c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in _METHOD_CALLBACKS
+    ]
     return baseline
 
 
 class _ParsedCLI(DistillCLI):
-    """Parses, and builds nothing."""
+    """Parses a config and builds nothing."""
 
     def instantiate_classes(self) -> None:
-        """Leave it at the config."""
+        """Do nothing."""
 
 
-def parse(args: list[str], command: str) -> Config:
-    """The config that ``fit`` would run with these arguments; InputError, naming the command, if it has no data."""
+def parse_config(args: list[str], command: str) -> Config:
+    """Return the config of ``fit`` with these arguments; InputError, with the command's name, if it has no data."""
     cli = _ParsedCLI(args, run=False)
-    config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_validation=True))
+    config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, skip_validation=True))
     if not config.get("data"):
         raise InputError(f"{command} needs data in the config: a SemiSupervisedDataModule")
     return config
 
 
 def _run(config: Config) -> Path:
-    """Fit, and test the weights that the run would deploy."""
+    """Fit, test the deployed weights, and return the run's folder."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -134,8 +136,8 @@ def _run(config: Config) -> Path:
     return run
 
 
-def _finished(config: Config) -> Path | None:
-    """The run of exactly this config, if there is one that came to its end."""
+def _find_finished_run(config: Config) -> Path | None:
+    """Return the folder of a finished run of exactly this config, None if there is none."""
     folder = Path(config["trainer"]["default_root_dir"]) / config["name"]
     text = yaml.safe_dump(config)
     found: list[Path] = sorted(folder.glob("version_*/experiment.yaml"))
@@ -143,7 +145,7 @@ def _finished(config: Config) -> Path | None:
 
 
 def _teacher_runs(config: Config) -> list[Path]:
-    """The runs that the teachers' weights come from, where they come from some that were tested."""
+    """Return the folders of the runs that left the teachers' weights, if these runs have metrics."""
     arguments = config["model"]["init_args"]
     given = arguments.get("teachers") or [arguments.get("teacher")]
     folders = [Path(path).parent for teacher in given if (path := _weights_of(teacher))]
@@ -151,7 +153,7 @@ def _teacher_runs(config: Config) -> list[Path]:
 
 
 def _weights_of(teacher: Config | None) -> str | None:
-    """The file that a network, or the one that a ``Teacher`` holds, is loaded from."""
+    """Return the file from which a network, or the network in a ``Teacher``, is loaded."""
     arguments = (teacher or {}).get("init_args", {})
     inner = arguments.get("network")
     found: str | None = arguments.get("path") or (_weights_of(inner) if isinstance(inner, dict) else None)

@@ -1,4 +1,4 @@
-"""Fits that each lack a fold of the labels, for what only a student that has not seen a label can tell of it."""
+"""Cross-fitting: one fit for each fold of the labels, without the labels of the fold."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning.pytorch import Trainer
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
-from kd_lightning.runs.class_paths import find_class, walk
+from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.weights import load_weights
 
 Config = dict[str, Any]
 
 
-def one_process(config: Config, command: str, cure: str) -> torch.device:
-    """The device that a config trains on; InputError if it asks for several processes."""
+def require_one_process(config: Config, command: str, cure: str) -> torch.device:
+    """Return the device of a config's trainer; InputError if it trains with several processes."""
     machine: Any = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
     trainer = Trainer(**machine, logger=False)
     if trainer.world_size > 1:
@@ -32,8 +32,8 @@ def one_process(config: Config, command: str, cure: str) -> torch.device:
     return trainer.strategy.root_device
 
 
-def known_labels(data: Any) -> dict[int, str] | None:
-    """The class of each labeled sample by name, or by number; None where samples have no single class."""
+def labeled_classes(data: Any) -> dict[int, str] | None:
+    """Return {index: class's name, or number} of the labeled samples; None if samples have no single class."""
     labels = data.visible_labels() if hasattr(data, "visible_labels") else torch.zeros(0, 0)
     if labels.ndim > 1 or labels.is_floating_point():
         return None
@@ -43,9 +43,9 @@ def known_labels(data: Any) -> dict[int, str] | None:
 
 
 def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str) -> list[list[int]]:
-    """Deal labeled samples into folds, class by class: each keeps a label outside each fold, else InputError.
+    """Split labeled samples into folds, stratified by class; InputError if a class has fewer than two labels.
 
-    >>> [len(fold) for fold in deal({3: "cat", 5: "cat", 6: "cat", 8: "dog", 9: "dog"}, 2, seed=0, option="--folds")]
+    >>> [len(fold) for fold in stratified_folds({3: "cat", 5: "cat", 6: "cat", 8: "dog", 9: "dog"}, 2, 0, "--folds")]
     [3, 2]
     """
     if not 2 <= folds <= len(labels):
@@ -54,17 +54,17 @@ def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str)
     for index, name in sorted(labels.items()):
         members[name].append(index)
     if single := sorted(name for name, found in members.items() if len(found) == 1):
-        raise InputError(f"{option} needs 2 labels of each class, so that one stays; only 1 of {', '.join(single)}")
+        raise InputError(f"{option} needs 2 labels of each class, got 1 of {', '.join(single)}")
     generator = torch.Generator().manual_seed(seed)
     shuffled = [torch.tensor(found)[torch.randperm(len(found), generator=generator)] for found in members.values()]
-    order = torch.cat(shuffled).tolist()  # one row for all classes, so that folds are of one size
+    order = torch.cat(shuffled).tolist()  # all classes in one row, so that folds have equal sizes
     return [sorted(order[number::folds]) for number in range(folds)]
 
 
 def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: Path) -> Iterator[Path]:
-    """The folder of a finished run for each fold, whose labels are hidden from it and whose samples are in its pool.
+    """Yield the folder of a finished run for each fold, trained without the labels of the fold.
 
-    Each is fitted when it is asked for, and not again if it is there already.
+    The samples of the fold are in the run's pool. A run is fitted when it is reached, unless it is finished already.
     """
     for number, fold in enumerate(folds):
         path = (folder / f"split_{number}.json").resolve()
@@ -75,37 +75,37 @@ def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: 
 
 
 def config_of_fold(config: Config, split: Path, number: int) -> Config:
-    """The config with the split of a fold, in a folder beside it, whatever folders the config names."""
+    """Return the config with the split of a fold; its run lies in the folder of the split."""
     config = deepcopy(config) | {"name": f"{config['name']}_fold_{number}", "ckpt_path": None}
     arguments = config["data"]["init_args"] = {**(config["data"].get("init_args") or {}), "labeled": str(split)}
     if "label_file" in arguments:
-        arguments["label_file"] = None  # the split has its answers
+        arguments["label_file"] = None  # the split has its labels
     config["trainer"] |= {"default_root_dir": str(split.parent), "logger": True, "enable_model_summary": False}
     config["checkpoint"]["dirpath"] = None
     return config
 
 
 def _fit(config: Config) -> Path:
-    """The folder of a finished run of exactly this config, split and first weights; it is run if there is none."""
+    """Return the folder of a finished run of exactly this config, split and first weights; fit it if there is none."""
     root, text = Path(config["trainer"]["default_root_dir"]), yaml.safe_dump(config)
     files = [path for path in map(Path, weight_files(config)) if path.is_file()]
     text += "".join(f"# {path} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
     split = Path(config["data"]["init_args"]["labeled"]).read_text(encoding="utf-8")
     found: list[Path] = sorted((root / config["name"]).glob("version_*/fold.yaml"))
     for path in found:
-        copy = path.with_name("split.json")  # the split's file may have been written anew since
+        copy = path.with_name("split.json")  # the split's file may have been rewritten since
         if path.read_text(encoding="utf-8") == text and copy.is_file() and copy.read_text(encoding="utf-8") == split:
             print(f"is done: {path.parent}")
             return path.parent
     path = root / f"{config['name']}.yaml"
     path.write_text(text, encoding="utf-8")
     folder = Path(DistillCLI(["fit", "--config", str(path)]).trainer.log_dir or root)
-    path.replace(folder / "fold.yaml")  # says that the run came to its end
+    path.replace(folder / "fold.yaml")  # marks the run as finished
     return folder
 
 
 def weight_files(config: Config) -> list[str]:
-    """Files of weights that all folds read, and that may come from networks which have seen the labels."""
-    found = [(key, value, find_class(owner) is load_weights) for _, key, value, owner in walk(config["model"])]
+    """Return the weight files that all folds read; their networks may have been trained on the hidden labels."""
+    found = [(key, value, find_class(owner) is load_weights) for _, key, value, owner in walk_config(config["model"])]
     loaded = [file for key, file, weights in found if key == "initial_weights" or (key == "path" and weights)]
     return [*dict.fromkeys(str(file) for file in loaded if file)]

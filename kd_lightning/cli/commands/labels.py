@@ -1,4 +1,4 @@
-"""``labels RUN``: a run's pseudo-labels round by round, and the images behind the most doubtful."""
+"""``labels RUN``: summarise a run's pseudo-labels, and draw the images with the least confident ones."""
 
 from __future__ import annotations
 
@@ -21,20 +21,27 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_lightning.cli.commands.folds import Config, fit_folds, known_labels, one_process, stratified_folds, weight_files
+from kd_lightning.cli.commands.folds import (
+    Config,
+    fit_folds,
+    labeled_classes,
+    require_one_process,
+    stratified_folds,
+    weight_files,
+)
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import COLUMNS, FOLDER
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
 
-_SHOWN = 30  # classes that a table lists in full
-_TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # of the ledger's columns
+_MAX_ROWS = 30  # of classes in a table
+_TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # dtypes of the ledger's columns
 
 
 @dataclass
 class Round:
-    """One round of the ledger: of N samples index, file, class, confidence (float64) and two marks (booleans)."""
+    """One round of the ledger: for N samples index, file, class, confidence (float64) and two marks (booleans)."""
 
     number: int
     epoch: int
@@ -46,7 +53,7 @@ class Round:
     changed: Tensor
 
     def by_class(self) -> dict[str, list[float]]:
-        """The confidences of each class's accepted labels."""
+        """Return the confidences of the accepted labels of each class."""
         found: dict[str, list[float]] = defaultdict(list)
         for row in self.accepted.nonzero().flatten().tolist():
             found[self.label[row]].append(float(self.confidence[row]))
@@ -55,7 +62,7 @@ class Round:
 
 @dataclass
 class Estimate:
-    """Held-out samples of a round over all folds, how many of them it labeled rightly, and the accepted ones alone."""
+    """Counts of a round over all folds: held-out samples, right labels among them, and the same of accepted labels."""
 
     round: int
     epoch: int
@@ -65,7 +72,7 @@ class Estimate:
     accepted_right: int = 0
 
     def precision(self, *, accepted: bool) -> tuple[float, float, float] | None:
-        """The share of right ones and its Clopper-Pearson 95 % interval; None of nothing."""
+        """Return the share of right labels and its Clopper-Pearson 95 % interval, None if there are no labels."""
         right, count = (self.accepted_right, self.accepted) if accepted else (self.right, self.held_out)
         if not count:
             return None
@@ -74,13 +81,15 @@ class Estimate:
 
 
 def main(args: list[str]) -> None:
-    """Read the command line, print the tables, and draw the sheet."""
+    """Parse the command line, print the tables, and write the contact sheet."""
     parser = argparse.ArgumentParser(prog="kd_lightning labels", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--round", metavar="K", type=int, help="the round to look into (default: the last)")
-    parser.add_argument("--images", metavar="N", type=int, default=36, help="doubtful images to draw (default 36)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help=f"of the sheet (default: RUN/{FOLDER}/doubtful.png)")
-    text = "also estimate from the labels alone how many pseudo-labels are right: K fits, each without a K-th of them"
+    parser.add_argument("--round", metavar="K", type=int, help="the round to show (default: the last)")
+    parser.add_argument(
+        "--images", metavar="N", type=int, default=36, help="number of images on the contact sheet (default 36)"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help=f"contact sheet (default: RUN/{FOLDER}/doubtful.png)")
+    text = "also estimate the share of right pseudo-labels by cross-fitting: K fits, each without 1/K of the labels"
     parser.add_argument("--cross-fit", metavar="K", type=int, help=text)
     options = parser.parse_args(args)
     if options.images < 1:
@@ -91,7 +100,7 @@ def main(args: list[str]) -> None:
 
 
 def report(run: Path, number: int | None = None, images: int = 36, out: Path | None = None) -> None:
-    """Print what a run's ledger says, and draw so many images of the least confident labels of a round, or the last."""
+    """Print a run's ledger, and draw the images of the least confident labels of a round (if None, of the last)."""
     paths = ledger(run)
     number = max(paths) if number is None else number
     if number not in paths:
@@ -99,27 +108,27 @@ def report(run: Path, number: int | None = None, images: int = 36, out: Path | N
     rounds = {key: read_round(path) for key, path in paths.items()}
     data: Any = None
     try:
-        data, trouble = rebuild(run), None
-    except InputError as error:  # the figures can be shown all the same
-        trouble = error
+        data, data_error = rebuild_datamodule(run), None
+    except InputError as error:  # the tables do not need the data
+        data_error = error
     names = list(dict.fromkeys(map(str, getattr(data, "class_names", None) or ())))
     found = {name for one in rounds.values() for name in one.label} - set(names)
     classes = [*names, *sorted(found, key=lambda name: (not name.isdigit(), name.isdigit() * len(name), name))]
     _print(round_table([*rounds.values()], classes))
-    _print(class_table(rounds[number], classes, Counter((known_labels(data) or {}).values())))
-    if trouble is not None:
-        raise trouble
-    draw(data, rounds[number], images, out or run / FOLDER / "doubtful.png", f"{run.parent.name}/{run.name}")
+    _print(class_table(rounds[number], classes, Counter((labeled_classes(data) or {}).values())))
+    if data_error is not None:
+        raise data_error
+    write_sheet(data, rounds[number], images, out or run / FOLDER / "doubtful.png", f"{run.parent.name}/{run.name}")
 
 
 def ledger(run: Path) -> dict[int, Path]:
-    """The file of each round, in their order; InputError if there are none."""
+    """Return {round: file} in the order of rounds; InputError if there are none."""
     paths = sorted((run / FOLDER).glob("round_*.csv"), key=lambda path: (len(path.name), path.name))
     found = {int(number): path for path in paths if (number := path.stem.removeprefix("round_")).isdigit()}
     if not found:
         inner = sorted({path.parent.parent.name for path in run.glob(f"*/{FOLDER}/round_*.csv")})
         add = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
-        hint = f"name one of the runs in there: {', '.join(inner[-3:])}" if inner else add
+        hint = f"name one of its runs: {', '.join(inner[-3:])}" if inner else add
         raise InputError(f"{run} has no ledger of pseudo-labels, {FOLDER}/round_0000.csv; {hint}")
     return found
 
@@ -161,24 +170,24 @@ def read_round(path: Path) -> Round:
 
 
 def read_config(run: Path) -> Config:
-    """The run's config; InputError if it is missing or damaged."""
+    """Return the run's config; InputError if it is missing or damaged."""
     path = run / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-        raise InputError(f"{path} names no data, so the images of {run} cannot be found again")
+        raise InputError(f"{path} has no data, so the images of {run} cannot be found")
     return config
 
 
-def rebuild(run: Path) -> Any:
-    """The run's datamodule, with the run's own split; InputError if its data is not there any more."""
+def rebuild_datamodule(run: Path) -> Any:
+    """Return the run's datamodule with the run's split; InputError if its data is gone."""
     data: Any = read_config(run)["data"]
     if (run / "split.json").is_file():
         arguments = data["init_args"] = {**(data.get("init_args") or {}), "labeled": str(run / "split.json")}
         if "label_file" in arguments:
-            arguments["label_file"] = None  # the split has its answers; the file may have changed since
+            arguments["label_file"] = None  # the split has its labels; the file may have changed since
     try:
         data = build(LightningDataModule, data)
         data.prepare_data()
@@ -189,7 +198,7 @@ def rebuild(run: Path) -> Any:
 
 
 def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
-    """A line for each round."""
+    """Return a table with a row for each round."""
     names = ("round", "epoch", "samples", "accepted", "changed %", "confidence", "of accepted")
     view = _table("Pseudo-labels", *names, "accepted by class: fewest ... most")
     for one in rounds:
@@ -197,7 +206,9 @@ def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
         shares = [(100 * len(found.get(name, ())) / max(taken, 1), name) for name in classes]
         ends = [sorted(shares, key=lambda pair: pair[0])[end] for end in (0, -1)]
         spread = " ... ".join(f"{name} {share:.1f} %" for share, name in ends) if taken else "-"
-        changed = f"{100 * one.changed.double().mean():.1f}" if one.number else "-"  # the first has none before it
+        changed = (
+            f"{100 * one.changed.double().mean():.1f}" if one.number else "-"
+        )  # the first round has no round before it
         means = (_mean(one.confidence), _mean(one.confidence[one.accepted]))
         cells = (one.number, one.epoch, size, f"{taken} ({100 * taken / size:.1f} %)", changed, *means)
         view.add_row(*map(str, cells), escape(spread))
@@ -205,30 +216,30 @@ def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
 
 
 def class_table(one: Round, classes: Sequence[str], labeled: Counter[str]) -> Table:
-    """A line for each class: its accepted labels, and its share of the ``labeled`` samples, if these are known."""
+    """Return a table with a row for each class: accepted labels, and share of the ``labeled`` samples if known."""
     found, taken = one.by_class(), int(one.accepted.sum())
     view = _table(f"Accepted labels of round {one.number}", "class", "accepted", "share %", "confidence", "labeled %")
     rare = sorted(classes, key=lambda name: len(found.get(name, ())))
-    shown = set(classes if len(rare) <= _SHOWN else rare[: _SHOWN // 2] + rare[-_SHOWN // 2 :])
+    shown = set(classes if len(rare) <= _MAX_ROWS else rare[: _MAX_ROWS // 2] + rare[-_MAX_ROWS // 2 :])
     for name in (name for name in classes if name in shown):
         values = torch.tensor(found.get(name, ()), dtype=torch.float64)
         share = f"{100 * len(values) / taken:.1f}" if taken else "-"
         known = f"{100 * labeled[name] / labeled.total():.1f}" if labeled else "-"
         view.add_row(escape(name), str(len(values)), share, _mean(values), known)
     if len(shown) < len(classes):
-        view.caption = f"the {_SHOWN // 2} rarest and the {_SHOWN // 2} most frequent of {len(classes)} classes"
+        view.caption = f"the {_MAX_ROWS // 2} rarest and the {_MAX_ROWS // 2} most frequent of {len(classes)} classes"
     return view
 
 
 def _table(title: str, *columns: str) -> Table:
     view = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in columns:  # of a long name nothing is lost
+    for name in columns:  # long names are whole
         view.add_column(escape(name), justify="left" if "class" in name else "right", overflow="fold")
     return view
 
 
 def _print(view: Table) -> None:
-    console = Console()  # a narrow terminal shows folded lines rather than cut figures
+    console = Console()  # in a narrow terminal lines are folded and figures are whole
     (console if console.width >= 130 else Console(width=130)).print(view)
 
 
@@ -236,8 +247,8 @@ def _mean(values: Tensor) -> str:
     return f"{values.mean():.3f}" if len(values) else "-"
 
 
-def draw(data: Any, one: Round, count: int, out: Path, run: str) -> None:
-    """Draw the least confident labels' images, of equal ones the lower index first; InputError if one has changed."""
+def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
+    """Write a sheet of the images with the least confident labels, then lowest index; InputError if one has changed."""
     if not hasattr(data, "image"):
         raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be drawn")
     confidence, index = one.confidence.tolist(), one.index.tolist()
@@ -248,35 +259,38 @@ def draw(data: Any, one: Round, count: int, out: Path, run: str) -> None:
             images.append(data.image(index[row]))
             here = data.path(index[row]) if hasattr(data, "path") else None
         except IndexError as error:
-            raise InputError(f"the data of {run} has changed: it has no image {index[row]} any more") from error
-        # whoever moves a data set keeps the files' names
+            raise InputError(f"the data of {run} has changed: it has no image {index[row]}") from error
+        # a data set may have been moved; the names of its files are the same
         if here is not None and one.path[row] and Path(here).name != Path(one.path[row]).name:
             raise InputError(f"the data of {run} has changed: image {index[row]} was {one.path[row]}, now it is {here}")
     captions = [f"{index[row]}\n{one.label[row]} {confidence[row]:.3f}" for row in rows]
-    sheet = contact_sheet(images, captions, title=f"{run}: the most doubtful labels of round {one.number}")
+    sheet = contact_sheet(images, captions, title=f"{run}: the least confident labels of round {one.number}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         sheet.savefig(out, dpi=120)
     except ValueError as error:  # a suffix that matplotlib does not know
         raise InputError(f"--out: {error}") from error
-    print(f"the most doubtful labels of round {one.number}: {out}")
+    print(f"the least confident labels of round {one.number}: {out}")
 
 
 def cross_fit(run: Path, folds: int) -> list[Estimate]:
-    """Estimate from the labeled samples alone how many pseudo-labels of each round are right.
+    """Estimate the share of right pseudo-labels of each round by cross-fitting.
 
-    The labeled samples are dealt into folds; for each, the run's whole fit is run again with the fold's labels hidden
-    and its samples in the pool. These runs lie in ``pseudo_labels/cross_fit`` of the run; finished ones are not
-    repeated. The figures are also in ``cross_fit.csv`` and on the run's TensorBoard. InputError for several processes,
-    data or a split that is gone, samples of many classes, and what :func:`deal` refuses.
+    The labeled samples are split into folds. For each fold the run's fit is repeated, with the labels of the fold
+    hidden and its samples in the pool. These runs lie in ``pseudo_labels/cross_fit`` of the run; finished ones are not
+    repeated. The figures are also in ``cross_fit.csv`` and in the run's TensorBoard.
+
+    Raises:
+        InputError: For several processes, data or a split that is gone, samples with several classes, and folds that
+            :func:`~kd_lightning.cli.commands.folds.stratified_folds` refuses.
     """
-    config, data = read_config(run), rebuild(run)
+    config, data = read_config(run), rebuild_datamodule(run)
     if not isinstance(data, SemiSupervisedDataModule) or not (run / "split.json").is_file():
-        raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, {run} is none")
-    one_process(config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
-    truth, split = known_labels(data), data.split
+        raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, got {run}")
+    require_one_process(config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
+    truth, split = labeled_classes(data), data.split
     if truth is None or split is None:
-        raise InputError(f"--cross-fit needs samples of one class each, those of {run} have several labels or floats")
+        raise InputError(f"--cross-fit needs one class for each sample, those of {run} have several labels or floats")
     held_out = stratified_folds(truth, folds, split.seed, "--cross-fit")
     fits = fit_folds(config, split, held_out, run / FOLDER / "cross_fit" / f"{folds}_folds")
     runs = [[read_round(file) for file in ledger(fold).values()] for fold in fits]
@@ -293,9 +307,9 @@ def cross_fit(run: Path, folds: int) -> list[Estimate]:
 
 
 def aggregate(runs: Sequence[Sequence[Round]], held_out: list[list[int]], truth: dict[int, str]) -> list[Estimate]:
-    """Count the right labels of held-out samples over all folds' runs, in each round that all of them have."""
+    """Count the right labels of held-out samples over the runs of all folds, in each round that all of them have."""
     common = set.intersection(*({(one.number, one.epoch) for one in rounds} for rounds in runs))
-    if not common:  # early stopping
+    if not common:  # because of early stopping
         raise InputError("--cross-fit: the folds' runs have no round of the same epoch in common")
     estimates = {key: Estimate(*key) for key in sorted(common)}
     for rounds, samples in zip(runs, held_out, strict=True):
@@ -314,7 +328,7 @@ def aggregate(runs: Sequence[Sequence[Round]], held_out: list[list[int]], truth:
 
 
 def _write(estimates: Sequence[Estimate], run: Path) -> None:
-    """Counts and shares for ``cross_fit.csv``, shares for TensorBoard."""
+    """Write counts and shares to ``cross_fit.csv``, and shares to TensorBoard."""
     figures = {"precision": False, "accepted_precision": True}
     names = [f"{name}{end}" for name in figures for end in ("", "_low", "_high")]
     with (run / FOLDER / "cross_fit.csv").open("w", newline="") as file, SummaryWriter(str(run)) as board:
@@ -328,11 +342,17 @@ def _write(estimates: Sequence[Estimate], run: Path) -> None:
 
 
 def explain(config: Config, folds: int) -> str:
-    """What the estimate is of."""
-    note = "Shares of right labels with 95 % intervals (Clopper-Pearson), among labeled samples whose label the run "
-    note += f"could not see. This is the same method with {folds - 1}/{folds} of the labels, so rather too low for all "
-    note += "of them; and it holds for the pool as far as labeled samples are drawn like it. Rounds that not all folds "
-    note += "reached are left out."
+    """Return the explanation of the estimate."""
+    text = (
+        "Shares of right labels with 95 % intervals (Clopper-Pearson), among labeled samples whose labels were hidden "
+    )
+    text += (
+        f"from the run. Each run has {folds - 1}/{folds} of the labels, so the shares are rather too low. They hold "
+    )
+    text += (
+        "for the pool if it has the same distribution as the labeled samples. Rounds that not all folds reached are "
+    )
+    text += "left out."
     if files := ", ".join(weight_files(config)):
-        note += f" All folds read {files}: if these weights have seen the labels, the shares may be too high."
-    return note
+        text += f" All folds read {files}: if these weights were trained on the labels, the shares may be too high."
+    return text

@@ -1,4 +1,4 @@
-"""``layers --config ...``: both networks' layers side by side. Takes fit's arguments, and trains nothing."""
+"""``layers --config ...``: print the layers of student and teacher side by side. Takes the arguments of fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kd_lightning.teachers.teacher import Teacher
 
 
 def main(args: list[str]) -> None:
-    """Print a table."""
+    """Print a table with one column of layers for each network."""
     networks = LayersCLI(["fit", *args]).networks
-    table = Table(title="Outputs of one sample; an inner layer counts in its outer ones, too")
+    table = Table(title="Outputs for one sample; the figures of an outer layer include its inner layers")
     for name in networks:
         table.add_column(f"{name}'s layer", overflow="fold")
         table.add_column("output")
@@ -28,18 +28,18 @@ def main(args: list[str]) -> None:
     for row in zip_longest(*networks.values()):
         table.add_row(*(cell for layer in row for cell in _cells(layer)))
     console = Console()
-    if console.width < 150:  # a narrow terminal shows folded lines rather than cut names
+    if console.width < 150:  # in a narrow terminal lines are folded and names are whole
         console = Console(width=150)
     console.print(table)
 
 
 class LayersCLI(InspectCLI):
-    """Builds what fit would, and looks at its networks."""
+    """Builds what ``fit`` builds, and lists the layers of its networks."""
 
     networks: dict[str, list[Layer]]
 
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
-        """Take the place of ``Trainer.fit``."""
+        """Run in place of ``Trainer.fit``."""
         data: Any = model if datamodule is None else datamodule
         data.prepare_data()
         data.setup("fit")

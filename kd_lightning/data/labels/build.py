@@ -1,8 +1,9 @@
-"""What training may see of the true labels."""
+"""Build the labels that training may see, from a split and the true labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,19 +13,10 @@ from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import KINDS
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.sources.images import identity
+from kd_lightning.data.sources.source import Parts
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
-
-
-def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:
-    """The labels of ``size`` indices, where only the labeled ones can be seen: the others are -100, or NaN."""
-    missing = float("nan") if truth.is_floating_point() else IGNORE_INDEX
-    if truth.ndim > 1:  # of many labels each may be missing
-        truth, missing = truth.float(), float("nan")
-    labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
-    known = [index for index in labeled if index < len(truth)]  # of the others a label file tells
-    labels[known] = truth[known]
-    return labels
 
 
 def build_labels(
@@ -37,53 +29,93 @@ def build_labels(
     coarse: CoarseLabels | None = None,
     class_names: Sequence[str] | None = None,
 ) -> LabelTable:
-    """What training may see of the truth.
+    """Build the labels that training may see.
 
     Args:
-        truth: The training part's labels: (N,) class indices, or (N, L) zeros and ones.
-        split: Which are labeled, and what a label file says.
+        truth: Labels of the training part: (N,) class indices, or (N, L) zeros and ones.
+        split: Which samples are labeled, and the rows of label files.
         size: Number of images, at least N.
-        noisy: Whether the truth may itself be wrong.
-        noise: How labels go wrong; those that a label file tells do not.
-        coarse: Which of the split's unlabeled samples have a superclass for a label.
-        class_names: For messages, and to know how many classes there are.
+        noisy: Whether ``truth`` itself may be wrong.
+        noise: Simulated noise. Labels of a label file stay as they are. Default: None, which means no noise.
+        coarse: Superclasses, which become labels of the split's unlabeled samples. Default: None, which means none.
+        class_names: Names of the classes. Default: None, which means 0 ... max(truth).
 
     Raises:
-        InputError: For noise, coarse labels or answers where a sample has many labels, and for answers with a
+        InputError: For noise, coarse labels or label rows if a sample has many labels, and for a label row with a
             superclass that ``coarse`` does not name.
     """
     y = mask_labels(truth, split.labeled, size)
-    if not noisy and noise is None and coarse is None and not split.answers:
+    if not noisy and noise is None and coarse is None and not split.label_rows:
         return LabelTable(y)
     if truth.ndim > 1 or truth.is_floating_point():
         raise InputError(
-            "noisy, label_noise, coarse and labels are for samples of one class each; these have many labels"
+            "noisy, label_noise, coarse and label_file need samples of one class each; these have many labels"
         )
     classes = len(class_names) if class_names else int(truth.max()) + 1
     kind = torch.where(is_labeled(y), LabelKind.NOISY if noisy else LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
     if noise is not None:
         labeled = [index for index in split.labeled if index < len(truth)]
-        y[labeled] = noise.draw(truth, classes, split.seed)[labeled]
+        y[labeled] = noise.sample(truth, classes, split.seed)[labeled]
         kind[labeled] = LabelKind.NOISY
     group = members = weight = None
     if coarse is not None:
         members = coarse.members(classes, class_names)
-        chosen = coarse.choose([index for index in split.unlabeled if index < len(truth)], len(truth), split.seed)
+        selected = coarse.select([index for index in split.unlabeled if index < len(truth)], len(truth), split.seed)
         group = torch.zeros(size, dtype=torch.long)
-        group[chosen] = members.int().argmax(dim=0)[truth[chosen]]
-        kind[chosen] = LabelKind.COARSE
+        group[selected] = members.int().argmax(dim=0)[truth[selected]]
+        kind[selected] = LabelKind.COARSE
     hidden = {*split.held_out}
-    if answers := [answer for answer in split.answers if answer[0] not in hidden]:
-        index, said, kinds, shares = (list(column) for column in zip(*answers, strict=True))
+    if rows := [row for row in split.label_rows if row[0] not in hidden]:
+        index, labels, kinds, weights = (list(column) for column in zip(*rows, strict=True))
         kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
         fine = [name in ("clean", "noisy") for name in kinds]
-        y[index] = torch.tensor([label if known else IGNORE_INDEX for label, known in zip(said, fine, strict=True)])
-        for number, label, name in zip(index, said, kinds, strict=True):
+        y[index] = torch.tensor([label if known else IGNORE_INDEX for label, known in zip(labels, fine, strict=True)])
+        for number, label, name in zip(index, labels, kinds, strict=True):
             if name == "coarse":
                 if group is None or coarse is None or label not in coarse.names:
-                    raise InputError(f"coarse must name the superclasses of the labels, and does not name {label!r}")
+                    raise InputError(
+                        f"coarse must name the superclasses of the label file, but does not name {label!r}"
+                    )
                 group[number] = coarse.names.index(label)
-        if any(share != 1.0 for share in shares):
+        if any(value != 1.0 for value in weights):
             weight = torch.ones(size)
-            weight[index] = torch.tensor(shares, dtype=torch.float32)
+            weight[index] = torch.tensor(weights, dtype=torch.float32)
     return LabelTable(y, kind, weight, group, members)
+
+
+def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:
+    """Labels of ``size`` indices; all but the labeled ones are missing, -100 or (where labels are floats) NaN."""
+    missing = float("nan") if truth.is_floating_point() else IGNORE_INDEX
+    if truth.ndim > 1:  # one of many labels may be missing, which is NaN
+        truth, missing = truth.float(), float("nan")
+    labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
+    known = [index for index in labeled if index < len(truth)]  # labels of other indices come from a label file
+    labels[known] = truth[known]
+    return labels
+
+
+def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Split:
+    """Check that the split's label rows belong to the images of the source.
+
+    Args:
+        split: The split.
+        parts: Parts of the source.
+        unlabeled_part: Whether indices behind the training part are those of the source's unlabeled part.
+
+    Returns:
+        The split, with the hash of the unlabeled part if rows belong to it.
+
+    Raises:
+        InputError: For rows of an unlabeled part that is absent or has changed.
+    """
+    size = len(parts.train.images)
+    beyond = [row[0] for row in split.label_rows if row[0] >= size]
+    if not beyond:
+        return split
+    what = f"labeled: the split has labels for the source's unlabeled part (sample {beyond[0]})"
+    if parts.unlabeled is None or not unlabeled_part:
+        raise InputError(f"{what}, which {'is gone' if parts.unlabeled is None else 'unlabeled: test leaves out'}")
+    digest = identity(parts.unlabeled)
+    if split.pool not in ("", digest) or max(beyond) >= size + len(parts.unlabeled):
+        raise InputError(f"{what}, which has changed since (its hash differs)")
+    return replace(split, pool=digest)

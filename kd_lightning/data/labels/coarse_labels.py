@@ -1,4 +1,4 @@
-"""Coarse labels: which group of classes a sample is of."""
+"""Coarse labels: the superclass of a sample in place of its class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kd_lightning.errors import InputError
 
 
 class CoarseLabels:
-    """Superclasses, and how many of the samples without a label get theirs for one.
+    """Superclasses, which are the labels of all or a fraction of the samples without a label.
 
     Args:
-        groups: The classes of each superclass, by name or, as plain numbers, by index; each class is in one.
-        fraction: Share of the training images outside ``labeled`` whose superclass is known, in [0, 1]; each is drawn
-            with this probability by the datamodule's seed. 0 where only a label file has coarse labels.
+        groups: Classes of each superclass, by name, or by index if an entry is an int. Each class is in one superclass.
+        fraction: Probability, in [0, 1], that the superclass of a training image outside ``labeled`` is known. The
+            images are sampled with the datamodule's seed. 0 if coarse labels come from a label file alone.
 
     Raises:
-        InputError: For a fraction out of range; and when the classes are known, if one is in no superclass or in two,
-            or a superclass names none.
+        InputError: For a fraction out of range. Once the classes are known: for a class in no superclass or in two, and
+            for a superclass without a class.
     """
 
     def __init__(self, groups: dict[str, list[str | int]], fraction: float = 1.0) -> None:
@@ -31,7 +31,7 @@ class CoarseLabels:
         self.names = [*groups]
 
     def members(self, classes: int, class_names: Sequence[str] | None) -> Tensor:
-        """Which classes each superclass holds, (G, C) booleans."""
+        """Which classes each superclass holds, (G, C) booleans, for ``classes`` = C."""
         names = list(class_names or map(str, range(classes)))
         members = torch.zeros(len(self.groups), classes, dtype=torch.bool)
         for row, (group, entries) in zip(members, self.groups.items(), strict=True):
@@ -40,7 +40,7 @@ class CoarseLabels:
             for entry in entries:
                 number = names.index(entry) if entry in names else entry
                 if not isinstance(number, int) or not 0 <= number < classes:
-                    raise InputError(f"coarse: {group!r} holds {entry!r}, which is no class; there are {names[:20]}")
+                    raise InputError(f"coarse: {group!r} holds {entry!r}, which is not a class; allowed: {names[:20]}")
                 if members[:, number].any():
                     raise InputError(f"coarse: class {names[number]!r} is in two superclasses, or twice in {group!r}")
                 row[number] = True
@@ -48,12 +48,12 @@ class CoarseLabels:
             raise InputError(f"coarse: class {names[left_out[0]]!r} is in no superclass")
         return members
 
-    def choose(self, candidates: Sequence[int], size: int, seed: int) -> Tensor:
-        """Which of some indices below ``size`` get a coarse label, in ascending order.
+    def select(self, candidates: Sequence[int], size: int, seed: int) -> Tensor:
+        """Select the indices that get a coarse label, among candidates below ``size``; ascending.
 
-        The draw of an index is its own, so that it keeps its label when others get better ones.
+        Whether an index is selected depends on ``seed``, ``size`` and the index alone, not on the other candidates.
         """
         index = torch.tensor(sorted(candidates), dtype=torch.long)
-        # the second row, since label noise is drawn from the first
-        draws = torch.rand(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[1]
-        return index[draws[index] < self.fraction]
+        # the second row: label noise uses the first
+        chance = torch.rand(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[1]
+        return index[chance[index] < self.fraction]

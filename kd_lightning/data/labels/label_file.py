@@ -1,4 +1,4 @@
-"""Labels from a CSV or Parquet file: what people, or ``clean``, say of some of the samples."""
+"""Labels from a CSV or Parquet file, written by people or by the command ``clean``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("index", "path", "label", "kind", "weight")
 
 
 class LabelRow(NamedTuple):
-    """What a file says of one sample: a class by number, or a superclass by name; and a weight of its loss."""
+    """The label of one sample: a class by number or a superclass by name, its kind, and the weight of its loss."""
 
     sample: int
     label: int | str
@@ -34,54 +34,60 @@ def read_label_file(
     *,
     class_names: Sequence[str],
     group_names: Sequence[str] = (),
-    kept: Collection[int] = (),
+    val_indices: Collection[int] = (),
 ) -> list[LabelRow]:
-    """Read a file with the columns ``index`` or ``path``, ``label``, and maybe ``kind`` and ``weight``.
+    """Read a label file with the columns ``index`` or ``path``, ``label``, and optionally ``kind`` and ``weight``.
 
-    ``index`` counts the training images, then those of the unlabeled part. A ``path`` may be absolute, or count from
-    the file's folder, the current one, or the folder that has all images or those of a part; beside an index it is
-    only compared. ``label`` is a class by name, or by number where no class has a number for a name; of kind
-    ``coarse``, a superclass; of kind ``missing``, anything. ``kind`` is one of clean (the default), noisy, coarse and
-    missing; ``weight``, at least 0, multiplies the sample's hard loss. Other columns are not read, and rows with
-    neither label nor kind are those that nobody has answered yet.
+    - ``index``: number of the image. The training images come first, then those of the unlabeled part.
+    - ``path``: absolute, or relative to the file's folder, to the current folder, or to the common folder of all images
+      or of one part. If the row has an index, too, only the file names are compared.
+    - ``label``: a class name, or a class number unless some class names are numbers. For kind coarse a superclass; for
+      kind missing it is ignored.
+    - ``kind``: clean (default), noisy, coarse or missing.
+    - ``weight``: factor of the sample's hard loss, at least 0 (default 1).
+
+    Other columns, and rows without label and kind (not labeled yet), are skipped.
 
     Args:
-        path: Of the file; ``.parquet`` needs the extra ``weak``.
-        images: The training part, and the unlabeled one.
-        class_names: By class index.
-        group_names: Of the superclasses.
-        kept: Samples that are kept for validation, and get no answer.
+        path: Path of the file; ``.parquet`` needs the extra ``weak``.
+        images: The training part, and optionally the unlabeled part.
+        class_names: Names of the classes, by index.
+        group_names: Names of the superclasses.
+        val_indices: Samples of the validation part. Rows of these are refused.
+
+    Returns:
+        The rows, by ascending sample.
 
     Raises:
-        InputError: For a file that is none, and for an unknown class, kind, image or index, an image that comes twice
-            or is for validation, and a weight out of range; the message names the line.
+        InputError: For a file that cannot be read, an unknown class, kind, image or index, an image that comes twice or
+            is in the validation part, and a weight out of range. The message names the line.
     """
     found: dict[int, LabelRow] = {}
-    classes, groups, kept = _numbers(class_names), _numbers(group_names), frozenset(kept)
+    classes, groups, val_indices = _numbers(class_names), _numbers(group_names), frozenset(val_indices)
     by_path: dict[str, int] = {}
     folders = [str(Path.cwd()), os.path.abspath(path.parent)]  # noqa: PTH100  (resolve() would follow links)
-    for place, row in _rows(path):
+    for place, row in _read_rows(path):
         if not row.get("label") and not row.get("kind"):
             continue
         try:
             if row.get("index"):
                 sample = _check_index(row["index"], row.get("path"), images)
             else:
-                by_path = by_path or _by_path(images)
-                sample = _look_up(row.get("path", ""), by_path, folders)
+                by_path = by_path or _samples_by_path(images)
+                sample = _find_sample(row.get("path", ""), by_path, folders)
             if sample in found:
                 raise InputError(f"sample {row.get('path') or sample} comes twice")
-            if sample in kept:
-                raise InputError(f"sample {sample} is kept for validation, and cannot be trained on")
+            if sample in val_indices:
+                raise InputError(f"sample {sample} is in the validation part and cannot be trained on")
             kind, label = row.get("kind") or "clean", row.get("label", "")
             if kind not in KINDS:
                 raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
             number: int | str = -1
             if kind == "coarse":
-                number = group_names[_number(label, groups, "superclass")]
+                number = group_names[_find_number(label, groups, "superclass")]
             elif kind != "missing":
-                number = _number(label, classes, "class")
-            found[sample] = LabelRow(sample, number, kind, _weight(row.get("weight") or "1"))
+                number = _find_number(label, classes, "class")
+            found[sample] = LabelRow(sample, number, kind, _parse_weight(row.get("weight") or "1"))
         except InputError as error:
             raise InputError(f"label_file: {path}, {place}: {error}") from error
     if not found:
@@ -92,12 +98,12 @@ def read_label_file(
 # Rows.
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row, and where in the file it is."""
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row and its place in the file, ``line N`` or ``row N``."""
     if not path.is_file():
         raise InputError(f"label_file: there is no file {path}")
     if path.suffix.lower() == ".parquet":
-        columns, rows = _parquet(path)
+        columns, rows = _read_parquet(path)
     else:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
@@ -117,7 +123,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield place, {name: _text(row[name]) for name in _COLUMNS if name in row}
 
 
-def _parquet(path: Path) -> tuple[Sequence[str], list[tuple[str, dict[str, Any]]]]:
+def _read_parquet(path: Path) -> tuple[Sequence[str], list[tuple[str, dict[str, Any]]]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -139,8 +145,8 @@ def _text(value: Any) -> str:
 # Cells.
 
 
-def _whole(text: str) -> int | None:
-    """A whole number, also written as 3.0, as tables do when a column has gaps; None for anything else."""
+def _parse_integer(text: str) -> int | None:
+    """The value of an integer, also of one written as 3.0, as in columns with empty cells; None for other text."""
     try:
         value = float(text)
     except ValueError:
@@ -149,40 +155,40 @@ def _whole(text: str) -> int | None:
 
 
 def _numbers(names: Sequence[str]) -> dict[str, int]:
-    """What a class may be called: its name, unless others have it, too; its number, unless some names are numbers."""
-    names = [name.strip() for name in names]  # as cells are read
+    """Class numbers by label: by name if it is unique, and by number unless some names are numbers."""
+    names = [name.strip() for name in names]  # cells are stripped, too
     counts = Counter(names)
     numbers = {} if any(map(str.isdecimal, names)) else {str(number): number for number in range(len(names))}
     return {name: number for number, name in enumerate(names) if counts[name] == 1} | numbers
 
 
-def _number(label: str, numbers: dict[str, int], what: str) -> int:
-    number = numbers.get(label, numbers.get(str(_whole(label))))
+def _find_number(label: str, numbers: dict[str, int], what: str) -> int:
+    number = numbers.get(label, numbers.get(str(_parse_integer(label))))
     if number is None:
         known = ", ".join([*numbers][:20]) or "none: data.coarse names them"
         raise InputError(f"{label!r} is no {what}; there are {known}")
     return number
 
 
-def _weight(text: str) -> float:
+def _parse_weight(text: str) -> float:
     try:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not 0 <= weight < 1e38:  # float32 holds no larger ones
+    if not 0 <= weight < 1e38:  # float32 holds no larger number
         raise InputError(f"weight must be a number of at least 0, below 1e38, got {text!r}")
     return weight
 
 
 def _check_index(text: str, name: str | None, images: Sequence[Images]) -> int:
-    """The sample of an index, which must be the image of that name, where one is given and images have names."""
-    index, size = _whole(text), sum(map(len, images))
+    """The sample of an index; its file must have this name, if the row and the image have one."""
+    index, size = _parse_integer(text), sum(map(len, images))
     if index is None:
-        raise InputError(f"index must be a whole number, got {text!r}")
+        raise InputError(f"index must be an integer, got {text!r}")
     if not 0 <= index < size:
         raise InputError(f"there is no sample {index}; the data have 0 ... {size - 1}")
     known = path_of(images, index)
-    if name and known and Path(name).name != Path(known).name:  # whoever moves a data set keeps the files' names
+    if name and known and Path(name).name != Path(known).name:  # moved folders are fine
         raise InputError(f"sample {index} is {known}, not {name}")
     return index
 
@@ -190,10 +196,10 @@ def _check_index(text: str, name: str | None, images: Sequence[Images]) -> int:
 # Paths.
 
 
-def _by_path(images: Sequence[Images]) -> dict[str, int]:
-    """The sample of all that an image may be called, -1 where that is several.
+def _samples_by_path(images: Sequence[Images]) -> dict[str, int]:
+    """The sample of each path that a row may hold; -1 if several images fit.
 
-    It may be called by its path, or by the path from the folder that has its part, or all.
+    These are the absolute path, and the paths relative to the common folder of the image's part and of all images.
     """
     size = sum(map(len, images))
     known = [(n, os.path.abspath(path)) for n in range(size) if (path := path_of(images, n))]  # noqa: PTH100
@@ -207,15 +213,15 @@ def _by_path(images: Sequence[Images]) -> dict[str, int]:
     return found
 
 
-def _look_up(name: str, by_path: dict[str, int], folders: Sequence[str]) -> int:
+def _find_sample(name: str, by_path: dict[str, int], folders: Sequence[str]) -> int:
     if not name:
         raise InputError("there is neither an index nor a path")
     if not by_path:
-        raise InputError(f"these images have no paths; name {name!r} by its index")
-    keys = (os.path.normpath(os.path.join(start, name)) for start in ("", *folders))  # noqa: PTH118  (this is quick)
+        raise InputError(f"these images have no paths; give the index of {name!r}")
+    keys = (os.path.normpath(os.path.join(start, name)) for start in ("", *folders))  # noqa: PTH118  (faster than Path)
     found = {by_path[key] for key in keys if key in by_path}
     if not found:
         raise InputError(f"the data have no image {name!r}")
     if len(found) > 1 or -1 in found:
-        raise InputError(f"{name!r} may be several images; write its whole path")
+        raise InputError(f"{name!r} fits several images; give the whole path")
     return found.pop()

@@ -1,4 +1,4 @@
-"""Simulated label noise: how labels go wrong, and a seeded draw of wrong ones."""
+"""Simulated label noise: transition matrices, and wrong labels sampled from them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from kd_lightning.losses.base import check_transition
 
 
 class LabelNoise(ABC):
-    """How labels go wrong, for experiments."""
+    """Base of simulated label noise, given by a transition matrix."""
 
     @abstractmethod
     def matrix(self, classes: int) -> Tensor:
-        """T, (C, C): T_ij is the probability that a sample of class i is labeled j."""
+        """Transition matrix T (C, C), float64: T_ij is the probability that a sample of class i is labeled j."""
 
-    def draw(self, truth: Tensor, classes: int, seed: int) -> Tensor:
-        """Labels (N,) for true classes (N,); a sample's draw follows from the seed and its place alone."""
+    def sample(self, truth: Tensor, classes: int, seed: int) -> Tensor:
+        """Sample noisy labels (N,) of true classes (N,).
+
+        The label of a sample depends on its true class, the seed and its position alone.
+        """
         chance = torch.rand(len(truth), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         labels, by_class = truth.clone(), truth.argsort(stable=True)
         ends = torch.searchsorted(truth[by_class], torch.arange(classes + 1)).tolist()
         for below, first, end in zip(self.matrix(classes).cumsum(dim=1), ends[:-1], ends[1:], strict=True):
             rows = by_class[first:end]
-            # times the sum, which may be a little off 1
+            # times the sum of the row, which rounding may move away from 1
             labels[rows] = torch.searchsorted(below, chance[rows] * below[-1], right=True).clamp_max(classes - 1)
         return labels
 
 
 class SymmetricNoise(LabelNoise):
-    """A share of the labels is replaced by one of the other classes, all equally likely.
+    """Replace a label by one of the other classes, all equally likely.
 
     Args:
-        rate: The share, in [0, 1].
+        rate: Probability of a replacement, in [0, 1].
 
     Raises:
         InputError: For a rate out of range.
@@ -47,17 +50,17 @@ class SymmetricNoise(LabelNoise):
         self.rate = _check_rate(rate)
 
     def matrix(self, classes: int) -> Tensor:
-        """See :class:`LabelNoise`."""
+        """See :meth:`LabelNoise.matrix`."""
         others = self.rate / max(classes - 1, 1)
         matrix = torch.full((classes, classes), others, dtype=torch.float64)
         return matrix.fill_diagonal_(1 - self.rate)
 
 
 class PairNoise(LabelNoise):
-    """A share of each class's labels is replaced by the class after it, the last one's by the first.
+    """Replace a label by the next class; the class after the last is the first.
 
     Args:
-        rate: The share, in [0, 1].
+        rate: Probability of a replacement, in [0, 1].
 
     Raises:
         InputError: For a rate out of range.
@@ -67,28 +70,28 @@ class PairNoise(LabelNoise):
         self.rate = _check_rate(rate)
 
     def matrix(self, classes: int) -> Tensor:
-        """See :class:`LabelNoise`."""
+        """See :meth:`LabelNoise.matrix`."""
         stays = torch.eye(classes, dtype=torch.float64)
         return (1 - self.rate) * stays + self.rate * stays.roll(1, dims=1)
 
 
 class TransitionNoise(LabelNoise):
-    """Labels go wrong by a matrix of your own.
+    """Replace labels by a transition matrix of your own.
 
     Args:
-        transition: T, C rows of C probabilities that each sum to 1.
+        transition: T: C rows of C probabilities; each row sums to 1.
 
     Raises:
-        InputError: For a matrix that is none; the message names the row.
+        InputError: For a matrix that is not square, or a row that is not a distribution. The message names the row.
     """
 
     def __init__(self, transition: list[list[float]]) -> None:
         self.transition = check_transition(transition, "transition")
 
     def matrix(self, classes: int) -> Tensor:
-        """See :class:`LabelNoise`."""
+        """See :meth:`LabelNoise.matrix`."""
         if len(self.transition) != classes:
-            raise InputError(f"transition is of {len(self.transition)} classes, but the data have {classes}")
+            raise InputError(f"transition must have one row per class, {classes}, got {len(self.transition)}")
         return self.transition
 
 

@@ -1,4 +1,4 @@
-"""Labels and class names of map-style datasets."""
+"""Labels and class names of map-style datasets, for the sources of this room."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from kd_lightning.errors import InputError
 
 
 def dataset_part(dataset: Any) -> Part:
+    """A map-style dataset of (image, label) items as a part of a source."""
     return Part(dataset, read_targets(dataset))
 
 
 def read_targets(dataset: Any) -> Tensor:
-    """The labels of a dataset, without loading its images where it keeps them beside."""
+    """The labels of a dataset; its images are loaded only if it has no attribute with the labels."""
     if isinstance(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
-            raise InputError("a labeled part must be a dataset of (image, label), got one without labels")
+            raise InputError("a labeled part must be a dataset of (image, label), got a TensorDataset of one tensor")
         found: Any = dataset.tensors[1]
     else:
         names = ("targets", "labels", "_labels")
@@ -35,5 +36,6 @@ def read_targets(dataset: Any) -> Tensor:
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
+    """The dataset's ``classes``, if it has them."""
     names = getattr(dataset, "classes", None)
     return [str(name) for name in names] if isinstance(names, list | tuple) else None

@@ -1,4 +1,4 @@
-"""A source that shows some of another's classes."""
+"""A subset of the classes of a source."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kd_lightning.errors import InputError
 
 
 class ClassSubset(Source):
-    """Some classes of a source, counted from 0 in the order given: what a network is moved to, or comes from.
+    """Some classes of a source, for transfer from or to these. They are numbered from 0 in the order given.
 
-    An unlabeled part stays whole, since nobody knows its classes.
+    An unlabeled part stays whole: the classes of its images are unknown.
 
     Args:
-        source: The source of all classes, one for each image.
-        classes: Which of them, by index; none twice.
+        source: A source with one class per image.
+        classes: Indices of the classes to select, each once.
 
     Raises:
-        InputError: For no classes, one that comes twice, or that the source does not have.
+        InputError: If ``classes`` is empty, has a class twice, or has one that the source lacks.
     """
 
     def __init__(self, source: Source, classes: list[int]) -> None:
@@ -33,30 +33,32 @@ class ClassSubset(Source):
         self.eval_transform = source.eval_transform
 
     def prepare(self) -> None:
-        """Download what is missing."""
+        """Download the missing files of the source."""
         self.source.prepare()
 
     def load(self) -> Parts:
-        """Open the source, and choose."""
+        """Load the source, and select the classes."""
         parts = self.source.load()
         if parts.train.targets.ndim > 1 or parts.train.targets.is_floating_point():
-            raise InputError(f"classes: the images of {type(self.source).__name__} have many labels each")
+            raise InputError(
+                f"classes: images must have one class each; those of {type(self.source).__name__} have many labels"
+            )
         if not len(parts.train.targets):
             raise InputError(f"classes: the training part of {type(self.source).__name__} is empty")
         names, count = parts.class_names, int(parts.train.targets.max()) + 1
         count = max(count, len(names or ()))
         if unknown := [number for number in self.classes if not 0 <= number < count]:
-            raise InputError(f"classes: there is no class {unknown[0]}, only 0 ... {count - 1}")
+            raise InputError(f"classes must be 0 ... {count - 1}, got {unknown[0]}")
         return Parts(
-            self._choose(parts.train),
-            None if parts.test is None else self._choose(parts.test),
+            self._select(parts.train),
+            None if parts.test is None else self._select(parts.test),
             parts.unlabeled,
             None if names is None else [names[number] for number in self.classes],
         )
 
-    def _choose(self, part: Part) -> Part:
-        chosen = torch.isin(part.targets, torch.tensor(self.classes)).nonzero().flatten()
-        place = torch.full((max(self.classes) + 1,), -1)
-        place[self.classes] = torch.arange(len(self.classes))
-        images: Any = Subset(part.images, chosen.tolist())  # type: ignore[arg-type]
-        return Part(images, place[part.targets[chosen]])
+    def _select(self, part: Part) -> Part:
+        selected = torch.isin(part.targets, torch.tensor(self.classes)).nonzero().flatten()
+        new_class = torch.full((max(self.classes) + 1,), -1)
+        new_class[self.classes] = torch.arange(len(self.classes))
+        images: Any = Subset(part.images, selected.tolist())  # type: ignore[arg-type]
+        return Part(images, new_class[part.targets[selected]])

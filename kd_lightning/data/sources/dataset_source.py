@@ -1,4 +1,4 @@
-"""Map-style datasets of your own."""
+"""A source of your own map-style datasets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class DatasetSource(Source):
     """Your own map-style datasets, whose items are ``(image, label)`` or, for unlabeled, ``image``.
 
     Args:
-        train: The training part; labels are read from its ``targets``, ``labels`` or ``tensors``, else one by one.
-        test: The test part.
-        unlabeled: More images without labels.
-        class_names: In the order of the class indices.
+        train: The training part. Labels are read from its ``targets``, ``labels`` or ``tensors``, else from its items.
+        test: The test part. Default: None, which means none.
+        unlabeled: Images without labels. Default: None, which means none.
+        class_names: Names of the classes, by index. Default: None, which means the ``classes`` of ``train``, if any.
     """
 
     def __init__(

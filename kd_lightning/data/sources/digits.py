@@ -11,20 +11,20 @@ from kd_lightning.data.sources.source import Part, Parts, Source
 
 
 class Digits(Source):
-    """scikit-learn's 1797 handwritten digits of 8x8 pixels; 600 of them, drawn once and for all, are the test part.
+    """scikit-learn's 1797 handwritten digits of 8x8 pixels; a fixed random sample of 600 is the test part.
 
     Images are tensors (1, 8, 8) in [0, 1].
     """
 
     def __init__(self) -> None:
-        # turns and scales alone: moves are rounded to pixels, and half a one is none
+        # rotation and scale alone: shifts are below half a pixel, and rounded to whole pixels
         self.train_transform = v2.RandomAffine(
             degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
         )
 
     def load(self) -> Parts:
-        """Split into 1197 training and 600 test images."""
-        from sklearn.datasets import load_digits  # here, since it takes half a second
+        """Load 1197 training and 600 test images."""
+        from sklearn.datasets import load_digits  # here: the import takes half a second
 
         digits = load_digits()
         images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)

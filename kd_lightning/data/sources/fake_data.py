@@ -1,4 +1,4 @@
-"""Random images."""
+"""Random images, for trying things out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kd_lightning.data.transforms import to_float
 
 
 class FakeData(Source):
-    """torchvision's FakeData: random images with random labels, for trying things out.
+    """torchvision's FakeData: random images with random labels.
 
     Args:
-        size: Number of training images; the test part has as many.
-        image_size: Channels, height, width.
+        size: Number of training images, and of test images.
+        image_size: Channels, height and width.
         num_classes: Number of classes.
     """
 
@@ -27,7 +27,7 @@ class FakeData(Source):
         self.eval_transform = to_float()
 
     def load(self) -> Parts:
-        """Make the images."""
+        """Create the images."""
         train, test = (
             torchvision.datasets.FakeData(self.size, self.image_size, self.num_classes, random_offset=offset)
             for offset in (0, self.size)

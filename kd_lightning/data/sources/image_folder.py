@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""A source of folders of images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kd_lightning.errors import InputError
 
 
 class ImageFolder(Source):
-    """Folders of images, one subfolder a class.
+    """Folders of images with one subfolder per class.
 
     Args:
         train: Folder of the training part.
-        test: Folder of the test part; its subfolders must be those of ``train``.
-        unlabeled: Folder of images without labels, at any depth.
-        image_size: Side of the square that images are cropped to by the default transforms.
+        test: Folder of the test part, with the same subfolders as ``train``. Default: None, which means none.
+        unlabeled: Folder of images without labels, at any depth. Default: None, which means none.
+        image_size: Side in pixels of the square that the default transforms crop.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ImageFolder(Source):
         train = self._open("train", self.train)
         test = None if self.test is None else self._open("test", self.test)
         if test is not None and test.classes != train.classes:
-            raise InputError(f"test: its classes must be those of train, {train.classes}, got {test.classes}")
+            raise InputError(f"test: classes must be those of train, {train.classes}, got {test.classes}")
         return Parts(
             dataset_part(train),
             None if test is None else dataset_part(test),
@@ -57,7 +57,7 @@ class ImageFolder(Source):
 
 
 class _FlatFolder:
-    """Every image below a folder, in the order of the paths."""
+    """All images below a folder, sorted by path."""
 
     def __init__(self, root: str) -> None:
         endings = torchvision.datasets.folder.IMG_EXTENSIONS

@@ -1,4 +1,4 @@
-"""Images of any kind of dataset: reading one, and telling them from others."""
+"""Read images, paths and hashes of any kind of dataset."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.errors import InputError
 
-# where torchvision's keep labels, paths and pixels, which are looked at otherwise, and where their folder is
-_APART = {"data", "tensors", "samples", "imgs", "paths", "_image_files", "targets", "labels", "_labels", "root"}
+# attributes of torchvision's datasets with pixels and paths (hashed separately), labels, and the folder
+_HASHED_APART = {"data", "tensors", "samples", "imgs", "paths", "_image_files", "targets", "labels", "_labels", "root"}
 
 
 class Images(Protocol):
-    """Any map-style dataset whose item is an image, or a tuple that starts with one."""
+    """Any map-style dataset whose items are images, or tuples that start with an image."""
 
     def __getitem__(self, index: int, /) -> Any: ...
     def __len__(self) -> int: ...
 
 
 def read_item(images: Images, index: int) -> Any:
-    """One item.
+    """Read one item.
 
     Raises:
-        InputError: If it cannot be read; the message says which it is, and where it lies if the dataset knows.
+        InputError: If it cannot be read. The message names the item, by path if the dataset has paths.
     """
     try:
         return images[index]
-    except Exception as error:  # decoders raise whatever they stumble on
+    except Exception as error:  # decoders raise errors of any class
         path = path_of([images], index)
         where = f"item {index} of {type(images).__name__}" if path is None else f"image {path}"
         raise InputError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
-    """The part that an index running through all of them lies in, and where in it."""
+    """The part of an index that counts through all parts, and the index within that part."""
     for part in parts:
         if index < len(part):
             return part, index
@@ -52,13 +52,13 @@ def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
 
 
 def read_image(parts: Sequence[Images], index: int) -> Any:
-    """The image of an item; indices run through all parts."""
+    """Read the image of an item; the index counts through all parts."""
     item = read_item(*_part_of(parts, index))
     return item[0] if isinstance(item, tuple | list) else item
 
 
 def path_of(parts: Sequence[Images], index: int) -> str | None:
-    """The path of an item's file, where the dataset knows it."""
+    """The path of an item's file; None if the dataset has no paths. The index counts through all parts."""
     images, index = _part_of(parts, index)
     if isinstance(images, Subset):
         return path_of([images.dataset], int(images.indices[index]))  # type: ignore[list-item]
@@ -69,9 +69,9 @@ def path_of(parts: Sequence[Images], index: int) -> str | None:
 
 
 def identity(images: Images) -> str:
-    """SHA-256 of what tells images from others: their values where they lie in memory, else their number and paths.
+    """SHA-256 of a dataset's images: of their values if they are in memory, else of their number and paths.
 
-    Paths count from the folder that has them all, which may have moved.
+    Paths are relative to their common folder, so that a moved dataset has the same hash.
     """
     digest = hashlib.sha256(f"{type(images).__name__} {len(images)}".encode())
     if isinstance(images, Subset):
@@ -90,10 +90,10 @@ def identity(images: Images) -> str:
 
 
 def contents(images: Images) -> str:
-    """SHA-256 of all that decides what the images are: other than ``identity`` it sees files that were replaced.
+    """SHA-256 of all that the images depend on. Unlike ``identity``, it changes if a file is replaced.
 
-    Of a dataset of a kind that is not known here count its code, all that it holds, size and time of every file that
-    it names, and 32 of its images.
+    For torchvision's datasets it covers values or paths, file sizes and times, and options. For other datasets it
+    covers their code and attributes, size and time of every file that they name, and 32 of their images.
     """
     if type(images) is Subset:
         inner = contents(images.dataset)  # type: ignore[arg-type]
@@ -101,27 +101,26 @@ def contents(images: Images) -> str:
     if type(images) is TensorDataset:
         return identity(images)
     if type(images).__module__.startswith("torchvision.datasets."):
-        state = {key: value for key, value in vars(images).items() if key not in _APART}
+        state = {key: value for key, value in vars(images).items() if key not in _HASHED_APART}
         if isinstance(getattr(images, "data", None), Tensor | np.ndarray):
             return fingerprint([identity(images), state])
         paths = [path_of([images], number) for number in range(len(images))]
         if paths and None not in paths:
-            return fingerprint([identity(images), state, [*map(_stamp, map(str, paths))]])
-    some = np.linspace(0, len(images) - 1, num=min(len(images), 32)).astype(int)
+            return fingerprint([identity(images), state, [*map(_size_and_time, map(str, paths))]])
+    selected = np.linspace(0, len(images) - 1, num=min(len(images), 32)).astype(int)
     with isolate_rng():
-        read = [read_image([images], int(number)) for number in some]
-    files = sorted({*_files(images, ("",), set())})
-    return fingerprint([images, [*map(_stamp, files)], read])
+        read = [read_image([images], int(number)) for number in selected]
+    files = sorted({*_find_files(images, ("",), set())})
+    return fingerprint([images, [*map(_size_and_time, files)], read])
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file."""
-    found = Path(path).stat()
-    return found.st_size, found.st_mtime_ns
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def _files(thing: Any, roots: tuple[str, ...], seen: set[int]) -> Iterator[str]:
-    """Files that a dataset names, from the working directory on or from a folder that it names."""
+def _find_files(thing: Any, roots: tuple[str, ...], seen: set[int]) -> Iterator[str]:
+    """Files that a dataset names, relative to the working directory or to a folder that it names."""
     if isinstance(thing, str | Path):
         places = (os.path.join(root, thing) for root in roots)  # noqa: PTH118  (there may be a million)
         yield from filter(os.path.isfile, places)
@@ -132,4 +131,4 @@ def _files(thing: Any, roots: tuple[str, ...], seen: set[int]) -> Iterator[str]:
         parts += [*thing.values()] if isinstance(thing, Mapping) else []
         parts += thing if isinstance(thing, list | tuple | set) else []
         for part in parts:
-            yield from _files(part, roots, seen)
+            yield from _find_files(part, roots, seen)

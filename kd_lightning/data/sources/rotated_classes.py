@@ -1,4 +1,4 @@
-"""A source whose images come in four rotations, each a class of its own."""
+"""The images of a source in four rotations, each of which is a class of its own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kd_lightning.errors import InputError
 
 
 class RotatedClasses(Source):
-    """Turn C classes into 4 C: each image upright, and turned by 90, 180 and 270 degrees against the clock.
+    """Turn C classes into 4 C: each image upright, and rotated counterclockwise by 90, 180 and 270 degrees.
 
-    For a network that shall be moved to other classes: to tell rotations apart, too, its features must know more of the
-    images than C classes ask for (Lee, Hwang, Shin, "Self-supervised Label Augmentation via Input Transformations",
-    2020). Class c, turned k times, is class k C + c.
+    For pretraining of a network that later learns other classes. To recognise rotations, its features must describe
+    more of the images than C classes need (Lee, Hwang, Shin, "Self-supervised Label Augmentation via Input
+    Transformations", 2020). Class c, rotated k times, is class k C + c.
 
     Args:
-        source: The source of the images, one class for each. Its unlabeled part is left out.
+        source: A source with one class per image. Its unlabeled part is left out.
     """
 
     def __init__(self, source: Source) -> None:
@@ -30,11 +30,11 @@ class RotatedClasses(Source):
         self.eval_transform = source.eval_transform
 
     def prepare(self) -> None:
-        """Download what is missing."""
+        """Download the missing files of the source."""
         self.source.prepare()
 
     def load(self) -> Parts:
-        """Open the source.
+        """Load the source.
 
         Raises:
             InputError: If its images have many labels each.
@@ -42,22 +42,23 @@ class RotatedClasses(Source):
         parts = self.source.load()
         targets = parts.train.targets
         if targets.ndim > 1 or targets.is_floating_point():
-            raise InputError(f"RotatedClasses: the images of {type(self.source).__name__} have many labels each")
+            name = type(self.source).__name__
+            raise InputError(f"RotatedClasses: images must have one class each; those of {name} have many labels")
         names = parts.class_names or [str(number) for number in range(int(targets.max()) + 1 if len(targets) else 0)]
         return Parts(
-            _turned(parts.train, len(names)),
-            None if parts.test is None else _turned(parts.test, len(names)),
+            _rotated(parts.train, len(names)),
+            None if parts.test is None else _rotated(parts.test, len(names)),
             class_names=[f"{name} at {90 * turns}" for turns in range(4) for name in names],
         )
 
 
-class _Turned:
-    """All images, then all of them turned once, twice and thrice."""
+class _RotatedImages:
+    """All images, then all of them rotated once, twice and three times."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
         paths = [path_of([images], number) for number in range(len(images))] if len(images) else []
-        self.paths = paths * 4 if all(paths) else None  # where path_of looks
+        self.paths = paths * 4 if all(paths) else None  # read by path_of
 
     def __getitem__(self, index: int, /) -> Any:
         turns, index = divmod(index, len(self.images))
@@ -74,5 +75,5 @@ class _Turned:
         return 4 * len(self.images)
 
 
-def _turned(part: Part, classes: int) -> Part:
-    return Part(_Turned(part.images), torch.cat([part.targets + turns * classes for turns in range(4)]))
+def _rotated(part: Part, classes: int) -> Part:
+    return Part(_RotatedImages(part.images), torch.cat([part.targets + turns * classes for turns in range(4)]))

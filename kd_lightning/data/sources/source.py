@@ -1,4 +1,4 @@
-"""The base of all sources."""
+"""The base of all sources, and the parts that they load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kd_lightning.data.sources.images import Images
+from kd_lightning.errors import InputError
 
 
 class Part(NamedTuple):
@@ -18,7 +19,7 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a source holds."""
+    """The parts of a source; None for those that it lacks."""
 
     train: Part
     test: Part | None = None
@@ -27,19 +28,29 @@ class Parts(NamedTuple):
 
 
 class Source(ABC):
-    """Images, labels, and the transforms that suit them.
+    """Images, labels, and default transforms for them.
 
     Attributes:
-        train_transform: Default augmentation, from an item's image to a tensor; None: as it is.
-        eval_transform: The same without randomness.
+        train_transform: Default augmentation, from an image to a tensor. None if images are tensors and stay as they
+            are.
+        eval_transform: Default transform for evaluation, without randomness. None likewise.
     """
 
     train_transform: nn.Module | None = None
     eval_transform: nn.Module | None = None
 
     def prepare(self) -> None:  # noqa: B027  (most sources have nothing to download)
-        """Download what is not there; called once, on one process."""
+        """Download missing files. Called once, on one process."""
 
     @abstractmethod
     def load(self) -> Parts:
-        """Open the images and read the labels; called on every process."""
+        """Open the images and read the labels. Called on every process."""
+
+
+def check_not_empty(parts: Parts, source: str) -> None:
+    """Raise InputError for a part without images; ``source`` is the name of the source for the message."""
+    images = {"train": parts.train.images, "unlabeled": parts.unlabeled}
+    images["test"] = None if parts.test is None else parts.test.images
+    for name, part in images.items():
+        if part is not None and len(part) == 0:
+            raise InputError(f"{name}: the {name} part of {source} is empty; it must have at least one image")

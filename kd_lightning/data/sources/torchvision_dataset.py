@@ -1,4 +1,4 @@
-"""Datasets of torchvision, by name."""
+"""A source of torchvision's datasets, by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class TorchvisionDataset(Source):
     """Any classification dataset of torchvision, by name.
 
     Args:
-        name: Such as ``MNIST``, ``FashionMNIST``, ``CIFAR10``, ``CIFAR100``, ``SVHN``, ``STL10`` (which brings an
-            unlabeled part of its own).
-        root: Folder of the files; what is missing is downloaded there.
-        options: More arguments of the dataset, such as ``split: letters`` of EMNIST.
-        test_split: Name of the test part, where the dataset has named parts.
-        image_size: Side that the default transforms crop to, for datasets without a usual recipe.
+        name: Class in ``torchvision.datasets``, such as ``MNIST``, ``FashionMNIST``, ``CIFAR10``, ``CIFAR100``,
+            ``SVHN`` or ``STL10`` (which has an unlabeled part).
+        root: Folder of the files. Missing files are downloaded there.
+        options: Other arguments of the dataset, such as ``split: letters`` of EMNIST.
+        test_split: Name of the test part, for datasets with the argument ``split``.
+        image_size: Side in pixels of the square that the default transforms crop. The six datasets above have
+            transforms of their own, without it.
 
     Raises:
         InputError: For a name that torchvision does not have.
@@ -46,7 +47,7 @@ class TorchvisionDataset(Source):
         self.train_transform, self.eval_transform = _RECIPES.get(name, lambda: photo_transforms(image_size))()
 
     def prepare(self) -> None:
-        """Download, once."""
+        """Download missing files."""
         for selector in self._selectors():
             self._open(selector, download=True)
 
@@ -62,7 +63,7 @@ class TorchvisionDataset(Source):
         )
 
     def _selectors(self) -> list[dict[str, Any]]:
-        """What asks the dataset for its training, test and unlabeled part."""
+        """Arguments that select the training, test and unlabeled part of the dataset."""
         parameters = inspect.signature(self.dataset).parameters  # type: ignore[arg-type]
         if "train" in parameters:
             return [{"train": True}, {"train": False}]
@@ -73,14 +74,14 @@ class TorchvisionDataset(Source):
 
     def _open(self, selector: dict[str, Any], *, download: bool) -> Any:
         assert self.dataset is not None
-        asks = "download" in inspect.signature(self.dataset).parameters
+        downloads = "download" in inspect.signature(self.dataset).parameters
         try:
-            return self.dataset(self.root, **self.options, **selector, **({"download": download} if asks else {}))
+            return self.dataset(self.root, **self.options, **selector, **({"download": download} if downloads else {}))
         except (RuntimeError, OSError, TypeError, ValueError) as error:
             raise InputError(f"{self.name} in {self.root} cannot be opened with {selector}: {error}") from error
 
 
-# Means and standard deviations of the training images, as everybody uses them; digits are not mirrored.
+# The usual means and standard deviations of the training images. Digits are not mirrored.
 _RECIPES = {
     "MNIST": lambda: small_image_transforms([0.1307], [0.3081], 28, flip=False, padding=2),
     "FashionMNIST": lambda: small_image_transforms([0.2860], [0.3530], 28, flip=True, padding=2),

@@ -1,4 +1,4 @@
-"""Replayable augmentation: what a view looks like, and in which order views come, follow from seeds alone."""
+"""The dataset of views: the pixels of a view depend on (seed, index, view) alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kd_lightning.data.sources.images import Images, read_image
 from kd_lightning.errors import InputError
 
 Key = int | tuple[int, int]
-_BARE = vars(nn.Module())  # what every module holds
-_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
+_MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
+_ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 
 
 @dataclass(slots=True)
 class Sample:
-    """One view of one sample; plain numbers, since a tensor for each would take longer to make than to augment."""
+    """One view of one sample. ``index`` and ``view`` are ints: a tensor for each takes longer than the augmentation."""
 
     x: Tensor
     index: int
@@ -34,16 +34,17 @@ class Sample:
 
 
 class ViewDataset(Dataset[Sample]):
-    """Samples by (position, view): the same pixels for the same (seed, index, view), whoever asks and when.
+    """Samples by key (position, view). The same (seed, index, view) always gives the same pixels.
 
-    Holds no labels, so none can leak. A key without a view is view 0.
+    It holds no labels, so none can leak into training. A key without a view means view 0.
 
     Args:
-        images: The source's parts, one behind the other; indices run through all of them.
-        indices: Which samples, (N,).
-        transform: From an image to a tensor; None where it is one.
-        seed: Of the augmentation.
-        strong_transform: Likewise, for the stronger view that a sample has beside its own.
+        images: Parts of the source. Indices count through all of them.
+        indices: Index of the sample at each position, (N,).
+        transform: Augmentation from an image to a tensor. None if images are tensors and stay as they are.
+        seed: Seed of the augmentation.
+        strong_transform: Augmentation for a second view of each sample, of the same shape. Default: None, which means
+            no second view.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ViewDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.strong_transform = strong_transform
-        self._torch_alone = draws_from_torch_alone(transform) and draws_from_torch_alone(strong_transform)
+        self._torch_rng_only = uses_torch_rng_only(transform) and uses_torch_rng_only(strong_transform)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -63,21 +64,21 @@ class ViewDataset(Dataset[Sample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
-        """The samples of a batch; the generators are put back as they were, where anybody else uses them."""
-        alone = get_worker_info() is not None  # a worker's generators serve nothing but this
-        before = None if alone else torch.get_rng_state()
-        others = None if alone or self._torch_alone else (random.getstate(), np.random.get_state())
+        """The samples of a batch; in the main process, random generators are restored afterwards."""
+        in_worker = get_worker_info() is not None  # nothing else uses a worker's generators
+        torch_state = None if in_worker else torch.get_rng_state()
+        other_states = None if in_worker or self._torch_rng_only else (random.getstate(), np.random.get_state())
         pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
         indices = self.indices[[position for position, _ in pairs]].tolist()
-        samples = [self._sample(index, view) for index, (_, view) in zip(indices, pairs, strict=True)]
-        if before is not None:
-            torch.set_rng_state(before)
-        if others is not None:
-            random.setstate(others[0])
-            np.random.set_state(others[1])
+        samples = [self._load(index, view) for index, (_, view) in zip(indices, pairs, strict=True)]
+        if torch_state is not None:
+            torch.set_rng_state(torch_state)
+        if other_states is not None:
+            random.setstate(other_states[0])
+            np.random.set_state(other_states[1])
         return samples
 
-    def _sample(self, index: int, view: int) -> Sample:
+    def _load(self, index: int, view: int) -> Sample:
         image = read_image(self.images, index)
         x = self._apply(self.transform, image, index, struct.pack("<3q", self.seed, index, view))
         if self.strong_transform is None:
@@ -85,28 +86,30 @@ class ViewDataset(Dataset[Sample]):
         strong = self._apply(self.strong_transform, image, index, struct.pack("<4q", self.seed, index, view, 1))
         if strong.shape != x.shape:
             shapes = f"{[*strong.shape]} and {[*x.shape]}"
-            raise InputError(f"strong_transform must give the shape that train_transform gives, got {shapes}")
+            raise InputError(f"strong_transform must return the shape that train_transform returns, got {shapes}")
         return Sample(x, index, view, strong)
 
     def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Tensor:
         if transform is not None:
             seed = zlib.crc32(key)
-            # not torch.manual_seed, which also queues a call for every accelerator
+            # torch.manual_seed also queues a call for every accelerator
             torch.default_generator.manual_seed(seed)
-            if not self._torch_alone:  # these two take longer than everything else that a replay costs
+            if not self._torch_rng_only:  # these two are the most expensive part of a replay
                 random.seed(seed)
                 np.random.seed(seed)
             image = transform(image)
         if not isinstance(image, Tensor):
-            raise InputError(f"a transform must give a tensor, got {type(image).__name__} for sample {index}")
+            raise InputError(f"a transform must return a tensor, got {type(image).__name__} for sample {index}")
         return image if type(image) is Tensor else image.as_subclass(Tensor)
 
 
-def draws_from_torch_alone(transform: Any) -> bool:
-    """Whether a transform consists of torch's and torchvision's (v2) own alone, none of which draws from elsewhere.
+def uses_torch_rng_only(transform: Any) -> bool:
+    """Whether a transform uses no random generator but torch's.
+
+    This holds if all its parts are modules of torch or torchvision (v2), without functions or hooks of other origin.
 
     >>> from torchvision.transforms import v2
-    >>> draws_from_torch_alone(v2.Compose([v2.RandomHorizontalFlip()])), draws_from_torch_alone(v2.Lambda(abs))
+    >>> uses_torch_rng_only(v2.Compose([v2.RandomHorizontalFlip()])), uses_torch_rng_only(v2.Lambda(abs))
     (True, False)
     """
     if transform is None:
@@ -114,15 +117,15 @@ def draws_from_torch_alone(transform: Any) -> bool:
     origin = type(transform).__module__
     if not isinstance(transform, nn.Module) or not origin.startswith(("torchvision.transforms.v2.", "torch.nn.")):
         return False
-    held = [value for value in vars(transform).values() if isinstance(value, list | tuple)]
-    inner = [*transform.children(), *(one for values in held for one in values if callable(one))]
-    functions = [one for name, one in vars(transform).items() if callable(one) and name not in _BARE]
+    lists = [value for value in vars(transform).values() if isinstance(value, list | tuple)]
+    inner = [*transform.children(), *(value for values in lists for value in values if callable(value))]
+    functions = [value for name, value in vars(transform).items() if callable(value) and name not in _MODULE_ATTRIBUTES]
     functions += [*transform._forward_pre_hooks.values(), *transform._forward_hooks.values()]
-    return not functions and all(map(draws_from_torch_alone, inner))
+    return not functions and all(map(uses_torch_rng_only, inner))
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples."""
+    """Stack samples to a batch without labels."""
     try:
         x = torch.stack([sample.x for sample in samples])
     except RuntimeError as error:
@@ -137,9 +140,12 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def _in_one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Torch hands on what a worker raised with all of its traceback as the message."""
+def shorten_worker_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches; reduce the message of an InputError to its last line.
+
+    Torch puts the whole traceback of a worker process into the message of its error.
+    """
     try:
         yield from batches
     except InputError as error:
-        raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_NAME}: ")) from error
+        raise InputError(str(error).strip().rsplit("\n", 1)[-1].removeprefix(f"{_ERROR_NAME}: ")) from error

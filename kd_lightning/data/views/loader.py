@@ -1,4 +1,4 @@
-"""The data loader that fills batches, and that a run resumes in mid-epoch."""
+"""The data loader of views, which fills in labels and resumes in mid-epoch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch.utils.data import DataLoader
 
 from kd_lightning.batch import Batch
 from kd_lightning.data.labels.table import LabelTable
-from kd_lightning.data.views.dataset import ViewDataset, _in_one_line, collate
+from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
 from kd_lightning.data.views.samplers import ViewSampler
 from kd_lightning.data.views.table import ViewTable
 
 
 class ViewLoader(DataLoader[Batch]):
-    """DataLoader of Batches that a run can resume in mid-epoch, and that fills labels in by index.
+    """DataLoader of ``Batch`` objects that fills in labels by index and resumes in mid-epoch.
 
-    Labels are looked up here, in the main process, since workers hold old copies of a dataset.
+    The main process fills in the labels: worker processes have copies of the dataset from the start of an epoch.
 
     Args:
-        dataset: A :class:`ViewDataset`.
+        dataset: The samples.
         labels: The label of each index.
-        trainer: Tells how batches make up optimiser steps; None: each is one.
-        view_table: The table in which teachers may keep their outputs.
-        kwargs: As of DataLoader.
+        trainer: Trainer whose ``accumulate_grad_batches`` groups batches into optimiser steps. Default: None, which
+            means that each batch is one step.
+        view_table: Table of the dataset's views, for cached teacher outputs. Default: None, which means no cache.
+        kwargs: Other arguments of DataLoader.
     """
 
     def __init__(
@@ -42,47 +43,52 @@ class ViewLoader(DataLoader[Batch]):
         self.labels = labels
         self.trainer = trainer
         self.view_table = view_table
-        self._done = (0, 0)
-        self._resume = (-1, 0)
+        self._position = (0, 0)  # epoch, batches
+        self._resume_position = (-1, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Where in which epoch the loader is."""
-        return {"epoch": self._done[0], "batches": self._done[1]}
+        """The epoch, and the number of its batches that were loaded."""
+        return {"epoch": self._position[0], "batches": self._position[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there; a later epoch starts at its beginning."""
-        self._resume = (state["epoch"], state["batches"])
+        """Resume at that batch if the next epoch is that one; any other epoch starts at its first batch."""
+        self._resume_position = (state["epoch"], state["batches"])
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator: nothing starts before the first batch is asked for, when Lightning has set the epoch.
+        # A generator: it starts with the first batch, after Lightning has set the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ViewSampler):
             yield from map(self._fill, self._batches())
             return
         epoch = sampler.epoch
-        start = self._resume[1] if self._resume[0] == epoch else 0
-        self._resume = (-1, 0)
+        start = self._resume_position[1] if self._resume_position[0] == epoch else 0
+        self._resume_position = (-1, 0)
         assert self.batch_size is not None
         sampler.skip = start * self.batch_size
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
             self._fill(batch)
-            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._means(order, number)
-            self._done = (epoch, number + 1)
+            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._step_means(order, number)
+            self._position = (epoch, number + 1)
             yield batch
 
     def _fill(self, batch: Batch) -> Batch:
-        if self.view_table is not None and self.view_table.kept:
+        if self.view_table is not None and self.view_table.rows_enabled:
             batch.rows = self.view_table.rows(batch)
         return self.labels.fill(batch)
 
     def _batches(self) -> Iterator[Batch]:
         if self.view_table is not None:
             self.view_table.check_transform()
-        return _in_one_line(super().__iter__())
+        return shorten_worker_errors(super().__iter__())
 
-    def _means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
-        """Labels, pseudo-labels, coarse ones and rows of a batch: means over those of its step on all ranks."""
+    def _step_means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
+        """Labels, pseudo-labels, coarse labels and rows per batch: means over the optimiser step on all ranks.
+
+        Args:
+            order: Indices of this epoch on all ranks, in order.
+            number: Number of the batch in the epoch.
+        """
         assert isinstance(self.sampler, ViewSampler)
         window, last = 1, len(self)
         if self.trainer is not None:

@@ -1,4 +1,4 @@
-"""In which order views come: a function of seed and epoch."""
+"""Samplers: the order of views follows from seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from torch.utils.data import DistributedSampler
 
 
 class ViewSampler(DistributedSampler[Any]):
-    """Shuffled (position, view) keys in an order that follows from (seed, epoch); each rank takes its share.
+    """Sample keys (position, view) in an order that follows from (seed, epoch); each rank gets an equal share.
 
-    An epoch has ``views_per_epoch`` views of every sample: view = epoch * views_per_epoch + copy, modulo ``num_views`` where set.
-    Lightning leaves a DistributedSampler alone, and tells it the epoch.
+    An epoch has ``views_per_epoch`` views of every sample. View k of epoch e, k = 0 ... ``views_per_epoch`` - 1, is
+    number ``e * views_per_epoch + k``, modulo ``num_views`` if set. The class is a DistributedSampler: Lightning does
+    not replace it, and sets its epoch.
 
     Args:
         size: Number of samples.
         views_per_epoch: Views of each sample in an epoch.
-        num_views: Number of different views; None: endless.
-        seed: Of the order.
+        num_views: Number of different views of a sample. If None, every epoch has new ones.
+        seed: Seed of the order.
         num_replicas: Number of processes.
-        rank: Of this process.
+        rank: Rank of this process.
+
+    Attributes:
+        skip: Number of this rank's keys to leave out at the start, to resume in mid-epoch.
     """
 
     def __init__(
@@ -37,12 +41,12 @@ class ViewSampler(DistributedSampler[Any]):
         self.skip = 0
 
     def keys(self) -> Tensor:
-        """This epoch's positions and views of all ranks, (K, 2), filled up to equal shares; rank r has every r-th."""
+        """Keys of this epoch on all ranks, (K, 2), padded to equal shares; key n belongs to rank n % num_replicas."""
         order = torch.randperm(self.size * self.views_per_epoch, generator=_generator(self.seed, self.epoch))
         order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
-        return self._keys(order % self.size, self.epoch * self.views_per_epoch + order // self.size)
+        return self._stack_keys(order % self.size, self.epoch * self.views_per_epoch + order // self.size)
 
-    def _keys(self, positions: Tensor, views: Tensor) -> Tensor:
+    def _stack_keys(self, positions: Tensor, views: Tensor) -> Tensor:
         return torch.stack([positions, views if self.num_views is None else views % self.num_views], dim=1)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -50,17 +54,18 @@ class ViewSampler(DistributedSampler[Any]):
 
 
 class TwoStreamSampler(ViewSampler):
-    """Keys of which every batch begins with labeled samples, and goes on with unlabeled ones.
+    """Sample keys such that every batch begins with labeled samples and ends with unlabeled ones.
 
-    An epoch is one pass over ``views_per_epoch`` views of the unlabeled samples. The labeled ones come round as often as it
-    takes, in a new order and view each time; both orders follow from (seed, pass), on every rank.
+    An epoch is one pass over ``views_per_epoch`` views of the unlabeled samples. The labeled samples repeat as often as
+    needed; each pass over them has a new order and view. Both orders follow from (seed, pass) and are the same on every
+    rank.
 
     Args:
-        labeled: Number of labeled samples; theirs are the first positions.
+        labeled: Number of labeled samples. They have the first positions.
         unlabeled: Number of unlabeled samples.
         labeled_batch: Labeled samples in each rank's batch.
-        unlabeled_batch: Unlabeled samples in each rank's batch; the last of an epoch may have fewer.
-        kwargs: As of ViewSampler.
+        unlabeled_batch: Unlabeled samples in each rank's batch; the last batch of an epoch may have fewer.
+        kwargs: Other arguments of :class:`ViewSampler`.
     """
 
     def __init__(
@@ -71,21 +76,20 @@ class TwoStreamSampler(ViewSampler):
         self.labeled_batch = labeled_batch
         self.unlabeled_batch = unlabeled_batch
         self.steps = -(-self.num_samples // unlabeled_batch)
-        self.num_samples += self.steps * labeled_batch  # what __len__ gives
-        # total_size stays that of the unlabeled stream
+        self.num_samples += self.steps * labeled_batch  # the length; total_size stays that of the unlabeled stream
 
     def keys(self) -> Tensor:
-        """This epoch's positions and views of all ranks, (K, 2); rank r has every r-th."""
+        """Keys of this epoch on all ranks, (K, 2); key n belongs to rank n % num_replicas."""
         unlabeled = super().keys()
         unlabeled[:, 0] += self.labeled
         rows = self.labeled_batch * self.num_replicas
         place = torch.arange(self.steps * rows) + self.epoch * self.steps * rows
         passes = place // self.labeled
-        # -1 - pass: no epoch of the other stream has that number
+        # seeded by -1 - pass, which is no epoch of the unlabeled stream
         numbers = range(int(passes[0]), int(passes[-1]) + 1)
         orders = [torch.randperm(self.labeled, generator=_generator(self.seed, -1 - number)) for number in numbers]
         positions = torch.stack(orders)[passes - passes[0], place % self.labeled]
-        labeled = self._keys(positions, passes)
+        labeled = self._stack_keys(positions, passes)
         rest = self.unlabeled_batch * self.num_replicas
         steps = range(self.steps)
         return torch.cat(
@@ -93,20 +97,28 @@ class TwoStreamSampler(ViewSampler):
         )
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(struct.pack("<2q", seed, number)))
-
-
 class ShareSampler(DistributedSampler[int]):
-    """Each rank's share of an evaluation set, in order and without repeats, so that no sample counts twice."""
+    """Each rank's share of an evaluation set, in order and without repeats.
+
+    If there are more ranks than samples, the ranks without a share get sample 0.
+
+    Args:
+        size: Number of samples.
+        num_replicas: Number of processes.
+        rank: Rank of this process.
+    """
 
     def __init__(self, size: int, *, num_replicas: int, rank: int) -> None:
         super().__init__(range(size), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        # every rank needs a sample, or it would miss the gathering of the metrics
-        self.share = list(range(size))[rank::num_replicas] or [0]
+        # every rank needs a sample: metrics are gathered from all
+        self.positions = list(range(size))[rank::num_replicas] or [0]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.share)
+        return iter(self.positions)
 
     def __len__(self) -> int:
-        return len(self.share)
+        return len(self.positions)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(struct.pack("<2q", seed, number)))

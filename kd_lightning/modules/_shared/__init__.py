@@ -1,1 +1,1 @@
-"""Parts that only the modules share."""
+"""Parts that only the modules use."""

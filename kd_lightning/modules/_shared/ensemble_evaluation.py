@@ -1,4 +1,4 @@
-"""What validation and test measure of several teachers."""
+"""The metrics of validation and test with several teachers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric
 
 from kd_lightning.batch import IGNORE_INDEX, is_labeled
-from kd_lightning.losses.base import Task, decide
+from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.teachers.ensemble import Ensemble
 
 
 class EnsembleEvaluation(Evaluation):
-    """The metrics of a student beside K teachers; where :class:`Evaluation` has a teacher, it is their average.
+    """The metrics of a student and K teachers. The teacher of :class:`Evaluation`'s metrics is their average.
 
     Args:
         ensemble: The teachers.
@@ -29,9 +29,9 @@ class EnsembleEvaluation(Evaluation):
 
     def __init__(self, ensemble: Ensemble, task: Task, classes: int) -> None:
         super().__init__(task, classes)
-        self._ensemble = (ensemble,)  # a tuple, or it would become a part of this
+        self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
         self.classes = classes
-        self.known_classes = known = ensemble.knows(classes)
+        self.known_classes = known = ensemble.known_classes(classes)
         self.common = {(i, j): known[i] & known[j] for i, j in combinations(range(len(ensemble)), 2)}
 
         def metrics(number: int) -> Any:  # a ModuleList of Metrics
@@ -41,41 +41,41 @@ class EnsembleEvaluation(Evaluation):
         self.accuracies = metrics(len(ensemble))
         self.agreements = metrics(len(ensemble))  # with the student
         self.ensemble_agreements = metrics(len(ensemble))
-        self.between = metrics(len(self.common))
+        self.pair_agreements = metrics(len(self.common))
         self.disagreement = MeanMetric()
 
     def check(self, logits: Tensor, teacher: Tensor | None) -> None:
-        """Refuse teachers that do not fit; ``teacher`` holds every teacher's logits (K, B, C)."""
+        """Raise InputError if the teachers' logits (K, B, C) do not fit the student's."""
         if teacher is not None:
             self._ensemble[0].check_classes(teacher, self.classes)
 
     @torch.no_grad()
     def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
-        """Take in a batch; ``teacher`` holds every teacher's logits (K, B, C)."""
+        """Add a batch; ``teacher`` holds all teachers' logits (K, B, C), and the rest is as of :class:`Evaluation`."""
         if teacher is None:
             super().update(logits, y, loss, labels, None)
             return
         (ensemble,) = self._ensemble
         pooled = ensemble.pool(teacher)
         super().update(logits, y, loss, labels, pooled)
-        decisions = [decide(answer, self.task) for answer in teacher]
-        student, together = decide(logits, self.task), decide(pooled, self.task)
+        predictions = [predicted_labels(outputs, self.task) for outputs in teacher]
+        student, average = predicted_labels(logits, self.task), predicted_labels(pooled, self.task)
         target = None if y is None or not labels else torch.where(is_labeled(y), y, IGNORE_INDEX).long()
-        for number, (decision, known) in enumerate(zip(decisions, self.known_classes, strict=True)):
-            said = self._judged(decision, known)
-            self.agreements[number].update(student, said)
-            self.ensemble_agreements[number].update(together, said)
+        for number, (predicted, known) in enumerate(zip(predictions, self.known_classes, strict=True)):
+            masked = self._mask_unknown(predicted, known)
+            self.agreements[number].update(student, masked)
+            self.ensemble_agreements[number].update(average, masked)
             if target is not None:
-                self.accuracies[number].update(decision, self._judged(target.reshape(decision.shape), known))
-        for metric, ((i, j), common) in zip(self.between, self.common.items(), strict=True):
-            metric.update(decisions[i], self._judged(decisions[j], common))
-            if common.sum() > (self.task == "multiclass"):  # one class alone is certain
+                self.accuracies[number].update(predicted, self._mask_unknown(target.reshape(predicted.shape), known))
+        for metric, ((i, j), common) in zip(self.pair_agreements, self.common.items(), strict=True):
+            metric.update(predictions[i], self._mask_unknown(predictions[j], common))
+            if common.sum() > (self.task == "multiclass"):  # a single class has probability 1
                 one, other = teacher[i][:, common], teacher[j][:, common]
                 self.disagreement.update(self.divergence(one, other))
                 self.disagreement.update(self.divergence(other, one))
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, by name."""
+        """Return the metrics by name, with those of each teacher."""
         values = super().compute()
         kinds = {"agreement": self.agreements, "ensemble_agreement": self.ensemble_agreements}
         if "teacher_accuracy" in values:
@@ -87,21 +87,21 @@ class EnsembleEvaluation(Evaluation):
                 values["disagreement"] = self.disagreement.compute()
         return values
 
-    def _judged(self, target: Tensor, known: Tensor) -> Tensor:
-        """Without the labels, of many, that a teacher does not know."""
+    def _mask_unknown(self, target: Tensor, known: Tensor) -> Tensor:
+        """For the multilabel task, set the labels that a teacher does not know to "missing"."""
         return target.masked_fill(~known.to(target.device), IGNORE_INDEX) if self.task == "multilabel" else target
 
     def figures(self, classes: Sequence[str] | None) -> dict[str, Figure]:
-        """The confusion matrix, and the teachers' agreement."""
+        """Return the confusion matrix and the teachers' agreement."""
         return super().figures(classes) | self.teacher_figures()
 
     def teacher_figures(self) -> dict[str, Figure]:
-        """How often each two teachers decide the same."""
+        """Return the share of equal predictions of each pair of teachers."""
         if not self.common or not self.teacher_known.compute():
             return {}
         count = len(self.accuracies)
         matrix = torch.eye(count)
-        for (i, j), metric in zip(self.common, self.between, strict=True):
+        for (i, j), metric in zip(self.common, self.pair_agreements, strict=True):
             matrix[i, j] = matrix[j, i] = metric.compute()
         figure, axes = plt.subplots(figsize=(1.5 + 0.6 * count, 1 + 0.6 * count), layout="constrained")
         axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")

@@ -1,4 +1,4 @@
-"""What validation and test measure."""
+"""The metrics of validation and test."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, M
 
 from kd_lightning.batch import IGNORE_INDEX, is_labeled
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task, decide, to_probabilities
+from kd_lightning.losses.base import Task, predicted_labels, to_probabilities
 from kd_lightning.teachers.teacher import check_outputs
 
 
 class Evaluation(nn.Module):
-    """The metrics of one pass over one data loader; several processes are gathered when computing.
+    """The metrics of one pass over one data loader. :meth:`compute` gathers all processes.
 
     Args:
         task: The module's task.
@@ -33,7 +33,7 @@ class Evaluation(nn.Module):
         self.loss = MeanMetric()
         self.accuracy = Accuracy(**labels, average="micro")
         self.f1 = F1Score(**labels, average="macro")
-        # torchmetrics has no calibration of many labels: it is that of their single decisions
+        # torchmetrics has no multilabel calibration error, so each label counts as one binary prediction
         single: Any = "multiclass" if task == "multiclass" else "binary"
         self.calibration_error = CalibrationError(single, num_classes=classes, ignore_index=IGNORE_INDEX)
         self.confusion = ConfusionMatrix(**labels)
@@ -44,25 +44,25 @@ class Evaluation(nn.Module):
         self.divergence = KDLoss(temperature=1.0, task=task, reduction="none")
 
     def check(self, logits: Tensor, teacher: Tensor | None) -> None:
-        """Refuse a teacher that does not fit."""
+        """Raise InputError if the teacher's logits do not fit the student's."""
         check_outputs(logits, teacher)
 
     @torch.no_grad()
     def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
-            logits: (B, C), or (B,) for the binary task.
-            y: The labels, missing ones included.
+            logits: The student's logits (B, C), or (B,) for the binary task.
+            y: The labels, -100 or NaN where missing.
             loss: The hard loss, a mean over the known labels.
-            labels: How many labels are known.
-            teacher: The teacher's logits.
+            labels: The number of known labels.
+            teacher: The teacher's logits, of the student's shape.
         """
         probabilities = to_probabilities(logits, self.task)
         self.known.update(labels)
         self.teacher_known.update(0 if teacher is None else len(teacher))
         if teacher is not None:
-            self.agreement.update(probabilities, decide(teacher, self.task))
+            self.agreement.update(probabilities, predicted_labels(teacher, self.task))
             self.teacher_kl.update(self.divergence(logits, teacher))
         if y is None or not labels:
             return
@@ -80,7 +80,7 @@ class Evaluation(nn.Module):
             self.teacher_accuracy.update(to_probabilities(teacher, self.task), target)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures, by name; those of labels and of a teacher only where there were any, on any process."""
+        """Return the metrics by name: those that need labels or a teacher only if some process had them."""
         labels, teacher = bool(self.known.compute()), bool(self.teacher_known.compute())
         names = ["loss", "accuracy", "f1", "calibration_error"] if labels else []
         names += ["agreement", "teacher_kl"] if teacher else []
@@ -89,7 +89,7 @@ class Evaluation(nn.Module):
         return {name: metric.compute() for name, metric in metrics.items() if isinstance(metric, Metric)}
 
     def figures(self, classes: Sequence[str] | None) -> dict[str, Figure]:
-        """The confusion matrix, where there were labels; names and numbers are written in where they can be read."""
+        """Return the confusion matrix if there were labels, with class names up to 50 and numbers up to 20 classes."""
         if not self.known.compute():
             return {}
         count = len(self.confusion.compute())

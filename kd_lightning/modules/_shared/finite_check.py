@@ -1,4 +1,4 @@
-"""Stop a training whose loss is no number before it spoils what was saved."""
+"""Stop a training whose loss is not finite before it overwrites a good checkpoint."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kd_lightning.errors import InputError
 
 
 class FiniteCheck:
-    """Notes the step at which each term first was no finite number; noting does not wait for the device."""
+    """Records the first step at which each term was not finite. Recording does not synchronize with the device."""
 
     def __init__(self) -> None:
         self._first: dict[str, Tensor] = {}
 
-    def note(self, terms: Mapping[str, Tensor], step: int) -> None:
-        """Look at the terms of a step."""
+    def record(self, terms: Mapping[str, Tensor], step: int) -> None:
+        """Record the terms of a step."""
         for name, value in terms.items():
-            if value.device.type == "cpu" and value.isfinite().all():  # here, looking costs less than noting
+            if value.device.type == "cpu" and value.isfinite().all():  # on the CPU this costs less than recording
                 continue
             first = self._first.get(name)
             first = torch.full((), -1, device=value.device) if first is None else first
@@ -28,9 +28,9 @@ class FiniteCheck:
             self._first[name] = torch.where((first < 0) & bad, step, first)
 
     def check(self, weights: Mapping[str, Any] | None = None) -> None:
-        """Raise InputError if a term was not finite, or if any of the weights is not."""
+        """Raise InputError if a recorded term or one of the given weights is not finite."""
         bad = {name: int(first) for name, first in self._first.items() if first >= 0}
-        advice = "; lower the learning rate, clip gradients (trainer.gradient_clip_val) or look at the data"
+        advice = "; lower the learning rate, clip gradients (trainer.gradient_clip_val) or check the data"
         if bad:
             name, step = min(bad.items(), key=lambda item: item[1])
             raise InputError(f"train/{name} is not a finite number at step {step}{advice}")

@@ -1,4 +1,4 @@
-"""A look at the training images before a fit begins."""
+"""The first training inputs, read before a fit begins."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader, IterableDataset
 from kd_lightning.batch import Batch
 
 
-def first_images(module: LightningModule, count: int) -> Tensor:
-    """Up to ``count`` of the training images (B, ...) as a step would get them, while the trainer sets itself up.
+def first_inputs(module: LightningModule, count: int) -> Tensor:
+    """Return up to ``count`` training inputs (B, ...), as a step gets them. Call it while the trainer sets up a fit.
 
-    No generator moves, and an ordinary loader starts no workers.
+    Random generators stay as they are. A loader with a batch sampler starts no workers.
     """
-    # not fit_loop.setup_data(), the public way: called this early it loses where a resumed loader was
+    # not fit_loop.setup_data(), the public way: called this early it loses the position of a resumed loader
     loader: Any = module.trainer.fit_loop._data_source.dataloader()
     loader = loader.iterables if isinstance(loader, CombinedLoader) else loader
     while isinstance(loader, list | tuple | dict):
         loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
     data: Any = getattr(loader, "dataset", None)
-    ordinary = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-    with isolate_rng(), torch.device("cpu"):  # Lightning may have made the accelerator torch's default
-        if ordinary and not isinstance(data, IterableDataset):
+    has_rows = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    with isolate_rng(), torch.device("cpu"):  # torch's default device may be the accelerator
+        if has_rows and not isinstance(data, IterableDataset):
             batch = loader.collate_fn([data[n] for n in range(min(count, len(data)))])
         else:
             batch = next(iter(loader))

@@ -1,4 +1,4 @@
-"""A picture of the teacher's features above those of the student."""
+"""A figure of the teacher's features above the student's."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def hint_figure(hint: Tensor, regressed: Tensor, title: str, samples: int = 2, channels: int = 6) -> Figure:
-    """Hint maps above the student's regressed ones, of a few samples and the channels that vary most.
+def hint_figure(hint: Tensor, projected: Tensor, title: str, samples: int = 2, channels: int = 6) -> Figure:
+    """Draw hint maps above the student's projected maps, for the first samples and the channels that vary most.
 
     Args:
-        hint: (B, C, H, W); tokens (B, N, C) and vectors (B, C) are drawn as one matrix a sample.
-        regressed: Of the same shape.
-        title: Of the figure.
-        samples: How many samples.
-        channels: How many channels.
+        hint: The teacher's features: maps (B, C, H, W). Tokens (B, N, C) and vectors (B, C) become one matrix a
+            sample.
+        projected: The projector's output, of the same shape.
+        title: Title of the figure.
+        samples: Number of samples.
+        channels: Largest number of channels.
     """
-    hint, regressed = (t[:samples].detach().float().cpu() for t in (hint, regressed))
+    hint, projected = (t[:samples].detach().float().cpu() for t in (hint, projected))
     if hint.ndim < 4:
-        hint, regressed = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (hint, regressed))
-    chosen = hint.var(dim=(0, 2, 3), correction=0).topk(min(channels, hint.shape[1])).indices
+        hint, projected = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (hint, projected))
+    shown = hint.var(dim=(0, 2, 3), correction=0).topk(min(channels, hint.shape[1])).indices
     figure, axes = plt.subplots(
-        2 * len(hint), len(chosen), squeeze=False, figsize=(1.3 * len(chosen) + 0.8, 2.6 * len(hint) + 0.4)
+        2 * len(hint), len(shown), squeeze=False, figsize=(1.3 * len(shown) + 0.8, 2.6 * len(hint) + 0.4)
     )
     for row, axis in enumerate(axes):
-        source = (hint, regressed)[row % 2][row // 2]
-        axis[0].set_ylabel(("hint", "regressed")[row % 2])
-        for column, channel in enumerate(chosen):
+        source = (hint, projected)[row % 2][row // 2]
+        axis[0].set_ylabel(("hint", "projected")[row % 2])
+        for column, channel in enumerate(shown):
             low, high = hint[row // 2][channel].aminmax()
             axis[column].imshow(source[channel].numpy(), vmin=float(low), vmax=float(high), aspect="auto")
             axis[column].set(xticks=[], yticks=[])

@@ -1,4 +1,4 @@
-"""Two optimisers that Lightning takes for one."""
+"""Two optimisers in one, for Lightning."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from kd_lightning.errors import InputError
 
 
 class PairedOptimizer(Optimizer):
-    """Two optimisers of different parameters, stepped together.
+    """Step two optimisers of different parameters together.
 
-    With one optimiser Lightning accumulates, clips and scales gradients by itself. Parameter groups and state are
-    shared with the two, so schedulers and checkpoints reach both. ``defaults`` holds the settings that both know: what
-    a scheduler finds there (OneCycleLR a momentum) it may set in every group.
+    With a single optimiser, Lightning accumulates, clips and scales gradients automatically. This one shares its
+    parameter groups and state with the two, so schedulers and checkpoints reach both. ``defaults`` holds the settings
+    that both have, since a scheduler may set these in every group (OneCycleLR sets momentum).
 
     Args:
-        first: Any but LBFGS.
-        second: Of other parameters.
+        first: Any optimiser but LBFGS.
+        second: Any optimiser but LBFGS, of other parameters.
 
     Raises:
-        InputError: For LBFGS.
+        InputError: If one is LBFGS.
     """
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
         if isinstance(first, LBFGS) or isinstance(second, LBFGS):
-            raise InputError("LBFGS evaluates the loss several times in a step, which two optimisers in one cannot")
+            raise InputError("LBFGS evaluates the loss several times in a step, which PairedOptimizer cannot do")
         self.pair = (first, second)
         super().__init__([*first.param_groups, *second.param_groups], {})
         self.defaults = {name: value for name, value in first.defaults.items() if name in second.defaults}
-        for optimizer in self.pair:  # Adagrad has some from the start
+        for optimizer in self.pair:  # Adagrad has state from the start
             self.state.update(optimizer.state)
         self._share()
 
     def _share(self) -> None:
-        """Point both at this one's groups and state; the state's keys are parameters, so they do not collide."""
+        """Share this optimiser's groups and state with both. The state's keys are parameters, so none collide."""
         begin = 0
         for optimizer in self.pair:
             end = begin + len(optimizer.param_groups)
@@ -46,7 +46,7 @@ class PairedOptimizer(Optimizer):
             begin = end
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | float | None:  # type: ignore[override]
-        """Step both; the closure is called once."""
+        """Step both optimisers. The closure is called once."""
         loss: Tensor | float | None = None if closure is None else closure()
         for optimizer in self.pair:
             optimizer.step()
@@ -57,4 +57,4 @@ class PairedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._share()  # load_state_dict comes here, too
+        self._share()  # load_state_dict calls this, too

@@ -1,7 +1,5 @@
-"""Selections: which pseudo-labels count. One rule a file."""
+"""Selection: which pseudo-labels count. One rule per file."""
 
 from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
 
-__all__ = [
-    "AdaptiveThresholds",
-]
+__all__ = ["AdaptiveThresholds"]

@@ -1,4 +1,4 @@
-"""FlexMatch's thresholds, which follow how well each class is learned."""
+"""FlexMatch: a threshold for each class, which follows how well the class is learned."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from torch import Tensor, nn
 
 
 class AdaptiveThresholds(nn.Module):
-    """A threshold for each class, from how many unlabeled samples it was confidently given to (Zhang et al. 2021).
+    """A threshold for each class, by the number of samples that are confidently predicted as this class.
 
-    With sigma_c the number of samples whose last confident prediction (at least ``threshold``) was class c, and
-    ``beta_c = sigma_c / max(max sigma, samples without one)``, that of class c is
-    ``threshold * beta_c / (2 - beta_c)``: a class that is learned slowly, and every class at first, has a low one.
+    Let sigma_c be the number of unlabeled samples whose last confident prediction (at least ``threshold``) is class c,
+    and ``beta_c = sigma_c / max(max sigma, samples without a confident prediction)``. The threshold of class c is
+    ``threshold * beta_c / (2 - beta_c)``. It is low for a class that is learned slowly, and for every class at first.
+
+    Zhang et al., "FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling", 2021,
+    https://arxiv.org/abs/2110.08263.
 
     Args:
-        threshold: The highest, in (0, 1].
+        threshold: Highest threshold, in (0, 1].
         pool: Number of unlabeled samples.
-        samples: Their indices lie below this.
+        samples: Number of all samples: every index is below it.
+
+    Attributes:
+        last_class: Class of the last confident prediction by index, (samples,); -1 if there was none.
     """
 
     def __init__(self, threshold: float, pool: int, samples: int) -> None:
         super().__init__()
         self.threshold = threshold
         self.pool = pool
-        self.chosen: Tensor
-        self.register_buffer("chosen", torch.full((samples,), -1), persistent=False)
+        self.last_class: Tensor
+        self.register_buffer("last_class", torch.full((samples,), -1), persistent=False)
 
     def forward(self, classes: int) -> Tensor:
-        """The threshold of each class, (C,)."""
-        counts = torch.bincount(self.chosen[self.chosen >= 0], minlength=classes).float()
+        """The threshold of each class, (C,), for ``classes`` = C."""
+        counts = torch.bincount(self.last_class[self.last_class >= 0], minlength=classes).float()
         beta = counts / torch.maximum(counts.max(), self.pool - counts.sum()).clamp_min(1.0)
         return self.threshold * beta / (2 - beta)
 
-    def note(self, index: Tensor, label: Tensor) -> None:
-        """Take in confident predictions: samples (N,), and their classes (N,), -1 where there is none."""
+    def update(self, index: Tensor, label: Tensor) -> None:
+        """Record confident predictions: indices (N,) and classes (N,), -1 for a sample without one."""
         confident = label >= 0
-        self.chosen[index[confident]] = label[confident]
+        self.last_class[index[confident]] = label[confident]

@@ -1,4 +1,4 @@
-"""Pictures and tables about runs."""
+"""Figures about runs."""
 
 from kd_lightning.runs.report.contact_sheet import contact_sheet
 

@@ -1,4 +1,4 @@
-"""Many small images on one figure, with a caption under each."""
+"""Contact sheets: many small images on one figure, with captions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from PIL import Image
 
 from kd_lightning.errors import InputError
 
-_LETTERS = 20  # of a caption, in a line
+_LINE_LENGTH = 20  # of a caption, in letters
 
 
 def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int = 6, title: str | None = None) -> Figure:
-    """Draw images in rows, in their order.
+    """Put images on a figure, row by row.
 
     Args:
-        images: PIL images, tensors, or arrays; (H, W) or (C, H, W), of any sizes and number types. Three channels are
-            RGB, four RGBA; of other numbers the first channel is drawn. Values beyond [0, 1] of other types than uint8
-            are stretched over each image's own range. Arrays may be (H, W, C), too, as NumPy's images are.
-        captions: What stands under each.
-        columns: Images in a row.
-        title: What stands above all.
+        images: PIL images, tensors or arrays, (H, W) or (C, H, W), of any size and number type. Three channels are
+            RGB, four RGBA; of any other number of channels the first is shown. Values of uint8 lie in [0, 255]. If
+            values of another type lie outside [0, 1], the image is scaled to its own range. Arrays may be (H, W, C).
+        captions: One text for each image, shown below it.
+        columns: Images in a row, at least 1.
+        title: Text above all images. If None, there is no title.
 
     Raises:
-        InputError: For no images, another number of captions, or what is no image.
+        InputError: If there are no images, if the number of captions differs, or for a value that is no image.
 
     >>> sheet = contact_sheet([torch.rand(3, 8, 8), torch.rand(1, 4, 6)], ["a tench", "a digit"])
     >>> len(sheet.axes)
@@ -48,10 +48,10 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
         figsize=(1.5 * columns, (1.4 + 0.13 * lines) * rows + 0.3 * (title is not None)), layout="constrained"
     )
     panels = sheet.subplots(rows, columns, squeeze=False).flat
-    for image, text, panel in zip(images, texts, panels, strict=False):  # in this order no panel is lost
+    for image, text, panel in zip(images, texts, panels, strict=False):  # zip takes no panel beyond the last image
         panel.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1)
         panel.set(xticks=[], yticks=[])
-        panel.set_xlabel(text, fontsize=7, parse_math=False)  # a class may be called $
+        panel.set_xlabel(text, fontsize=7, parse_math=False)  # the name of a class may be $
     for panel in list(panels):
         panel.remove()
     if title is not None:
@@ -60,12 +60,12 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
 
 
 def _wrap(caption: str) -> str:
-    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, _LETTERS) or [""]]
+    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, _LINE_LENGTH) or [""]]
     return "\n".join(lines)
 
 
 def _pixels(image: Any) -> npt.NDArray[np.float32]:
-    """What imshow draws: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
+    """Return an array for imshow: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
     if isinstance(image, Image.Image):
         return _stretch(_of_pil(image))
     if isinstance(image, torch.Tensor) and image.layout == torch.strided:
@@ -87,19 +87,19 @@ def _pixels(image: Any) -> npt.NDArray[np.float32]:
 
 def _of_pil(image: Image.Image) -> npt.NDArray[Any]:
     mode = image.mode
-    if mode.startswith("I") or mode in ("F", "L", "RGB", "RGBA"):  # those of 16 and 32 bits have ranges of their own
+    if mode.startswith("I") or mode in ("F", "L", "RGB", "RGBA"):  # 16 and 32 bits have other ranges
         return np.asarray(image)
     return np.asarray(image.convert("L" if mode == "1" else "RGBA" if mode in ("P", "PA", "LA") else "RGB"))
 
 
 def _stretch(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Values in [0, 1]; not-a-number is drawn as the least of them."""
+    """Scale values to [0, 1] if they exceed it; not-a-number becomes the lowest value."""
     if values.dtype == np.uint8:
         return (values / 255).astype(np.float32)
     values = values.astype(np.float64)
     low, high = _range(values)
     if low < 0 or high > 1:
-        values = values[..., :3] if values.ndim == 3 else values  # what is alpha, if channels are normalised?
+        values = values[..., :3] if values.ndim == 3 else values  # a normalised alpha channel has no meaning
         low, high = _range(values)
         values = (values - low) / (high - low or 1.0)
         low, high = 0.0, 1.0

@@ -77,7 +77,10 @@ def test_no_step_is_taken(config, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": digits(8)}, "no teacher of DistillModule has one; set cache: DIR in the init_args of a Teacher"),
+        (
+            {"teacher": digits(8)},
+            "no teacher of DistillModule has a cache; set cache: DIR in the init_args of a Teacher",
+        ),
         ({"num_views": None}, "set the datamodule's num_views"),
     ],
 )

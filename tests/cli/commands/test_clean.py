@@ -1,4 +1,4 @@
-"""clean: suspects by confident learning, and what becomes of them."""
+"""clean: suspects by confident learning, and their correction."""
 
 import csv
 import sys
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import kd_lightning.cli.commands.clean as command
 from kd_lightning.batch import LabelKind
-from kd_lightning.cli.commands.clean import Review, main, predict, write
-from kd_lightning.cli.commands.experiment import parse
+from kd_lightning.cli.commands.clean import Review, main, predict, write_review
+from kd_lightning.cli.commands.experiment import parse_config
 from kd_lightning.data import Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
@@ -30,7 +30,7 @@ LABELED = 60  # of each class
 @pytest.fixture(autouse=True)
 def small_sheets(monkeypatch):
     """They take longest."""
-    monkeypatch.setattr(command, "_SHOWN", 2)
+    monkeypatch.setattr(command, "_SHEET_IMAGES", 2)
 
 
 def make_config(**data):
@@ -71,7 +71,7 @@ def cleaned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(command, "_SHOWN", 2)
+        patch.setattr(command, "_SHEET_IMAGES", 2)
         Path("config.yaml").write_text(yaml.safe_dump(make_config()))
         main(["config.yaml", "--folds", "2"])
     return folder
@@ -95,7 +95,7 @@ def test_suspects_are_wrong_labels(there):
     assert [row["path"] for row in found] == [""] * len(found)
 
 
-def test_each_label_is_judged_by_a_student_that_has_not_seen_it(there):
+def test_each_label_is_evaluated_by_a_student_trained_without_it(there):
     """The probabilities anew, from the fits' files."""
     label, logits = shown_labels(), torch.full((len(TRUTH), 10), torch.nan, dtype=torch.float64)
     for number in range(2):
@@ -133,11 +133,11 @@ def test_again_trains_nothing(there, capsys):
     index = [int(row["index"]) for row in found]
     wrong, hits = int((label[label >= 0] != TRUTH[label >= 0]).sum()), int((label[index] != TRUTH[index]).sum())
     assert f"{len(index)} of 600 labels ({len(index) / 6:.1f} %) are suspects" in text
-    assert "the same method with 1/2 of the labels" in text and "only then can this be told" in text
+    assert "the same method with 1/2 of the labels" in text and "The noise is simulated" in text
     assert f"{100 * hits / len(index):.1f} % of the suspects" in text
     assert f"{100 * hits / wrong:.1f} % of the {wrong} wrong labels" in text
     command_line = "python -m kd_lightning fit --config config.yaml --data.num_workers 0 --data.label_file"
-    assert f"drop them: {command_line} elsewhere/labels.csv\n" in text
+    assert f"drop the suspects: {command_line} elsewhere/labels.csv\n" in text
 
 
 @pytest.mark.parametrize("action", ["drop", "downweight", "relabel"])
@@ -172,29 +172,29 @@ def test_the_next_fit_takes_the_labels(there, action, tmp_path):
 
 
 @pytest.fixture
-def judged(monkeypatch, tmp_path):
-    """In place of fits and their students: probabilities by index, to be filled in; the truth, until then."""
+def out_of_fold(monkeypatch, tmp_path):
+    """Replaces fits and their students by probabilities of each sample; by default those of the true labels."""
     monkeypatch.chdir(tmp_path)
-    probabilities, asked = torch.eye(10, dtype=torch.float64)[TRUTH] * 0.91 + 0.009, []
+    probabilities, calls = torch.eye(10, dtype=torch.float64)[TRUTH] * 0.91 + 0.009, []
 
     def fits(config, split, folds, folder):
-        asked.append((split, folds, folder))
+        calls.append((split, folds, folder))
         yield from (Path(f"run_{number}") for number in range(len(folds)))
 
-    def said(config, run, data, index, device):
-        assert index == asked[-1][1][int(run.name[-1])]
+    def predict_fold(config, run, data, index, device):
+        assert index == calls[-1][1][int(run.name[-1])]
         return probabilities[torch.tensor(index)]
 
     monkeypatch.setattr(command, "fit_folds", fits)
-    monkeypatch.setattr(command, "predict", said)
+    monkeypatch.setattr(command, "predict", predict_fold)
     Path("config.yaml").write_text(yaml.safe_dump(make_config(labeled=20)))
-    probabilities.asked = asked
+    probabilities.calls = calls
     return probabilities
 
 
-def test_folds_have_every_label_once_in_each_class(judged):
+def test_folds_have_every_label_once_in_each_class(out_of_fold):
     main(["config.yaml"])
-    split, folds, folder = judged.asked[0]
+    split, folds, folder = out_of_fold.calls[0]
     assert sorted(index for fold in folds for index in fold) == split.labeled and len(folds) == 5
     assert folder == Path("runs/tiny_clean/5_folds")
     label = shown_labels()  # 20 of a class are among 60 of it, with the same noise
@@ -203,7 +203,7 @@ def test_folds_have_every_label_once_in_each_class(judged):
         assert max(counts) - min(counts) <= 1
 
 
-def test_a_student_that_knows_finds_all(judged, capsys):
+def test_a_student_that_knows_finds_all(out_of_fold, capsys):
     main(["config.yaml"])
     data = SemiSupervisedDataModule(Digits(), labeled=20, label_noise=SymmetricNoise(0.3))
     label = data.visible_labels()
@@ -217,8 +217,8 @@ def test_a_student_that_knows_finds_all(judged, capsys):
     assert f"100.0 % of the suspects are wrong labels (precision), 100.0 % of the {len(wrong)} wrong labels" in text
 
 
-def test_no_suspects(judged, capsys):
-    """Files of an earlier time are taken away; and nobody claims to know how many labels are wrong."""
+def test_no_suspects(out_of_fold, capsys):
+    """Older files are deleted, and the text has no precision without simulated noise."""
     main(["config.yaml"])
     out = Path("runs/tiny_clean")
     assert {path.name for path in out.iterdir()} == {"labels.csv", "suspects.csv", "suspects.png", "transition.csv"}
@@ -227,22 +227,22 @@ def test_no_suspects(judged, capsys):
     text = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"suspects.csv", "transition.csv"}
     assert (out / "suspects.csv").read_text().strip() == "index,path,label,suggested,quality"
-    assert "0 of 200 labels (0.0 %) are suspects" in text and "no label is doubtful" in text
+    assert "0 of 200 labels (0.0 %) are suspects" in text and "no label is suspect" in text
     assert "precision" not in text and "fit" not in text
 
 
-def test_earlier_answers_are_kept(judged, capsys):
-    """They are reviewed like other labels, and the next fit goes on from a split that has them."""
+def test_labels_of_an_earlier_file_stay(out_of_fold, capsys):
+    """They are reviewed like other labels, and the next fit has a split with them."""
     data = SemiSupervisedDataModule(Digits(), labeled=20, unlabeled="none")
     data.setup("")
     first, second = data.split.labeled[:2]
     new = data.split.unlabeled[0]
     lines = [f"{first},,missing", f"{second},{TRUTH[second]},clean", f"{new},{(TRUTH[new] + 1) % 10},noisy"]
-    Path("answers.csv").write_text("\n".join(["index,label,kind", *lines, ""]))
-    main(["config.yaml", "--data.label_file", "answers.csv"])
-    split, folds, _ = judged.asked[0]
-    asked = {index for fold in folds for index in fold}
-    assert first not in asked and {second, new} <= asked and len(split.answers) == 3
+    Path("labels.csv").write_text("\n".join(["index,label,kind", *lines, ""]))
+    main(["config.yaml", "--data.label_file", "labels.csv"])
+    split, folds, _ = out_of_fold.calls[0]
+    evaluated = {index for fold in folds for index in fold}
+    assert first not in evaluated and {second, new} <= evaluated and len(split.label_rows) == 3
     out = Path("runs/tiny_clean")
     suspects = {int(row["index"]) for row in rows(out / "suspects.csv")}
     assert new in suspects and second not in suspects
@@ -252,13 +252,13 @@ def test_earlier_answers_are_kept(judged, capsys):
     again = SemiSupervisedDataModule(Digits(), unlabeled="none", label_noise=SymmetricNoise(0.3), **paths)
     visible = again.visible_labels()
     assert visible[second] == TRUTH[second]
-    # answers are in the split before anything else is written
-    assert [answer[0] for answer in Split.load(out / "split.json", TRUTH).answers] == sorted([first, second, new])
-    assert (visible[[first, new]] == -100).all() and set(again.split.labeled) == asked - suspects
+    # the split has the labels before any other file is written
+    assert [answer[0] for answer in Split.load(out / "split.json", TRUTH).label_rows] == sorted([first, second, new])
+    assert (visible[[first, new]] == -100).all() and set(again.split.labeled) == evaluated - suspects
 
 
 def test_files_and_names(tmp_path, monkeypatch):
-    """Classes are written by name, files by path; the sheet shows the most doubtful."""
+    """Classes are written by name, files by path; the sheet shows the lowest quality."""
     monkeypatch.chdir(tmp_path)
     for number in range(70):
         path = Path(f"images/{('1', 'a, b', 'Größe')[number % 3]}/{number:02}.png")
@@ -276,11 +276,11 @@ def test_files_and_names(tmp_path, monkeypatch):
     seen = []
     real = command.contact_sheet
     monkeypatch.setattr(command, "contact_sheet", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
-    monkeypatch.setattr(command, "_SHOWN", 60)
-    write(found, data, Path("out"), "relabel", 0.1)
-    answers = rows(Path("out/labels.csv"))
-    assert [int(row["index"]) for row in answers] == list(range(69, 4, -1))
-    for row in answers:
+    monkeypatch.setattr(command, "_SHEET_IMAGES", 60)
+    write_review(found, data, Path("out"), "relabel", 0.1)
+    corrected = rows(Path("out/labels.csv"))
+    assert [int(row["index"]) for row in corrected] == list(range(69, 4, -1))
+    for row in corrected:
         label = int(labels[int(row["index"])])
         assert row["label"] == names[(label + 1) % 3] and (row["kind"], row["weight"]) == ("noisy", "1.0")
         assert row["path"] == data.path(int(row["index"]))
@@ -296,12 +296,12 @@ def test_files_and_names(tmp_path, monkeypatch):
     assert visible.tolist() == [*labels[:5].tolist(), *((labels[5:] + 1) % 3).tolist()]
 
 
-def test_teacher_that_knew_the_labels_is_named(judged, config, capsys):
+def test_teacher_that_knew_the_labels_is_named(out_of_fold, config, capsys):
     config["data"]["init_args"]["labeled"] = 20
     config["data"]["init_args"]["label_noise"] = make_config()["data"]["init_args"]["label_noise"]
     Path("config.yaml").write_text(yaml.safe_dump(config))
     main(["config.yaml"])
-    assert "All folds read teacher.pt: if these weights have seen the labels" in capsys.readouterr().out
+    assert "All folds read teacher.pt: if these weights were trained on the labels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_teacher_that_knew_the_labels_is_named(judged, config, capsys):
     [
         (["--folds", "1"], "--folds must lie in 2 ... 200, the number of labels, got 1"),
         (["--folds", "201"], "--folds must lie in 2 ... 200, the number of labels, got 201"),
-        (["--weight", "0.5"], "--weight is of --action downweight, got drop"),
+        (["--weight", "0.5"], "--weight needs --action downweight, got drop"),
         (["--data.label_file", "runs/tiny_clean/labels.csv"], "--out: .* would be overwritten; name another folder"),
         (["--action", "downweight", "--weight", "1"], r"--weight must lie in \[0, 1\), got 1.0"),
         (["--action", "downweight", "--weight", "nan"], r"--weight must lie in \[0, 1\), got nan"),
         (
             ["--data.labeled", "1", "--data.label_noise", "null"],
-            "--folds needs 2 labels of each class, .*; only 1 of 0, 1",
+            "--folds needs 2 labels of each class, got 1 of 0, 1",
         ),
         (["--trainer.devices", "2"], "clean runs on one process, got 2; set --trainer.devices 1"),
         (["--model.task", "binary"], "clean needs samples of one class each and task: multiclass, got binary"),
@@ -330,13 +330,13 @@ def test_teacher_that_knew_the_labels_is_named(judged, config, capsys):
         (["--data.label_file", "gone.csv"], "there is no file gone.csv"),
     ],
 )
-def test_refused(judged, change, message):
+def test_refused(out_of_fold, change, message):
     with pytest.raises(InputError, match=message):
         main(["config.yaml", *change])
-    assert not judged.asked and not Path("runs").exists()
+    assert not out_of_fold.calls and not Path("runs").exists()
 
 
-def test_refused_without_data(judged):
+def test_refused_without_data(out_of_fold):
     config = make_config()
     del config["data"]
     Path("config.yaml").write_text(yaml.safe_dump(config))
@@ -345,12 +345,12 @@ def test_refused_without_data(judged):
 
 
 @pytest.mark.parametrize("shape", [(30, 3), (30,)])
-def test_several_labels_are_refused(judged, shape):
+def test_several_labels_are_refused(out_of_fold, shape):
     """Of many labels, and of floats."""
     data = SemiSupervisedDataModule(Digits())
     data.setup("")
     data.visible_labels = lambda: torch.zeros(shape)
-    config = parse(["--config", "config.yaml"], "clean")
+    config = parse_config(["--config", "config.yaml"], "clean")
     with pytest.raises(InputError, match="needs samples of one class each"):
         command.review(config, data, 2, Path("a"), Path("b"))
     data.visible_labels = lambda: torch.tensor([-100, 3, 3, 3])
@@ -358,26 +358,26 @@ def test_several_labels_are_refused(judged, shape):
         command.review(config, data, 2, Path("a"), Path("b"))
 
 
-def test_without_cleanlab(judged, monkeypatch):
+def test_without_cleanlab(out_of_fold, monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
     with pytest.raises(InputError, match=r"clean needs cleanlab: pip install 'kd-lightning\[weak\]'"):
         main(["config.yaml"])
-    assert not judged.asked
+    assert not out_of_fold.calls
 
 
-def test_classes_without_a_label(judged):
+def test_classes_without_a_label(out_of_fold):
     """Those of the middle and of the end: cleanlab goes by number."""
     data = SemiSupervisedDataModule(Digits(), labeled=20)
     data.setup("")
     gone = [index for index in data.split.labeled if TRUTH[index] in (4, 9)]
     wrong = next(index for index in data.split.labeled if TRUTH[index] == 2)
     lines = ["index,label,kind", *(f"{index},,missing" for index in gone), f"{wrong},3,noisy", ""]
-    Path("answers.csv").write_text("\n".join(lines))
-    main(["config.yaml", "--data.label_noise", "null", "--data.label_file", "answers.csv"])
+    Path("labels.csv").write_text("\n".join(lines))
+    main(["config.yaml", "--data.label_noise", "null", "--data.label_file", "labels.csv"])
     assert [int(row["index"]) for row in rows(Path("runs/tiny_clean/suspects.csv"))] == [wrong]
 
 
-# What a finished fit says.
+# Outputs of a finished fit.
 
 
 def network(**arguments):
@@ -403,7 +403,7 @@ def save(student, run):
 
 
 def test_probabilities_are_of_evaluation(data, tmp_path):
-    """Under evaluation transforms and in eval mode, in the order asked for, in float64."""
+    """Under evaluation transforms and in eval mode, in the order of the indices, in float64."""
     torch.manual_seed(0)
     student = DigitsCNN(2, dropout=0.5)
     save(student, tmp_path)
@@ -415,21 +415,21 @@ def test_probabilities_are_of_evaluation(data, tmp_path):
     assert found.dtype == torch.float64 and not found.requires_grad
 
 
-def test_students_that_cannot_judge(data, tmp_path):
+def test_bad_students(data, tmp_path):
     student = DigitsCNN(2)
     student[-1].bias.data[3] = torch.nan
     save(student, tmp_path)
-    with pytest.raises(InputError, match=f"the student of {tmp_path} gives logits that are not finite"):
+    with pytest.raises(InputError, match=f"the logits of the student of {tmp_path} are not finite"):
         predict(network(), tmp_path, data, [0, 1], torch.device("cpu"))
     for classes in (9, 11):
         save(DigitsCNN(2, num_classes=classes), tmp_path)
         data.class_names = [*"abcdefghij"]
-        with pytest.raises(InputError, match=f"a logit for each of 10 classes, got .2, {classes}."):
+        with pytest.raises(InputError, match=f"10 logits, one for each class, got .2, {classes}."):
             predict(network(num_classes=classes), tmp_path, data, [0, 1], torch.device("cpu"))
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(InputError, match="no weights file"):
         predict(network(), tmp_path, data, [0], torch.device("cpu"))
 
 
-def test_command_line(judged, fails):
+def test_command_line(out_of_fold, fails):
     assert "clean runs on one process, got 2" in fails("clean", "config.yaml", "--trainer.devices", "2")

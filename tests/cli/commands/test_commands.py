@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scipy.stats import ttest_1samp
 
 from kd_lightning.__main__ import main
-from kd_lightning.cli.commands.compare import Group, Run, build_student, choose_stage, figure, paired_difference, report
+from kd_lightning.cli.commands.compare import Group, Run, build_student, figure, paired_difference, report, select_stage
 from kd_lightning.cli.commands.experiment import _teacher_runs, baseline_of
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
@@ -161,7 +161,7 @@ def test_one_precision_is_drawn_over_macs(precisions, capsys):
 
 def test_student_is_built_without_the_weights_it_started_from():
     loaded = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
-    for name in ("kd_lightning.load_weights", "kd_lightning.teachers.load_weights"):
+    for name in ("kd_lightning.load_weights", "kd_lightning.runs.load_weights"):
         loaded = {"class_path": name, "init_args": {"model": loaded, "path": "gone.pt", "prefix": None}}
     assert build_student(loaded)[0].out_channels == 4
     with pytest.raises(InputError):
@@ -178,13 +178,13 @@ def test_compare_needs_runs(tmp_path, capsys):
 def test_test_and_validation_are_never_compared():
     tested = Run(Path("a"), "a", 0, {"test": {"accuracy": 0.5}, "val": {"accuracy": 0.6}}, [])
     fitted = Run(Path("b"), "b", 0, {"val": {"accuracy": 0.7}}, [])
-    choose_stage([tested])
+    select_stage([tested])
     assert tested.figures["accuracy"] == 0.5
-    choose_stage([tested, fitted])
+    select_stage([tested, fitted])
     assert (tested.figures["accuracy"], fitted.figures["accuracy"]) == (0.6, 0.7)
     del tested.stages["val"]
     with pytest.raises(InputError, match="b has no test accuracy; run test on it first"):
-        choose_stage([tested, fitted])
+        select_stage([tested, fitted])
 
 
 def test_runs_of_one_seed_are_one_observation():

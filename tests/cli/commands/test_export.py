@@ -1,4 +1,4 @@
-"""export, from its command line: what each format holds, that it answers as PyTorch does, and what is refused."""
+"""export, from its command line: the content of each format, its logits against PyTorch's, and bad input."""
 
 import json
 import re
@@ -20,11 +20,19 @@ from safetensors import safe_open
 from torch import nn
 
 from kd_lightning.__main__ import main
-from kd_lightning.cli.commands.export import _task
+from kd_lightning.cli.commands.export import _infer_task
 from kd_lightning.data import Digits
-from kd_lightning.deploy.export import QUANTIZED_TOLERANCE, TOLERANCE, Comparison, answers, compare, reader, write
+from kd_lightning.deploy.export import (
+    QUANTIZED_TOLERANCE,
+    TOLERANCE,
+    Comparison,
+    collect_logits,
+    compare_logits,
+    export_student,
+    load_exported,
+)
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import decide
+from kd_lightning.losses.base import predicted_labels
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
@@ -33,7 +41,7 @@ from kd_lightning.runs.weights import load_weights
 
 IMAGES = Digits().load().train.images.tensors[0]
 SUFFIXES = ["onnx", "pt2", "safetensors"]
-DECIDE = partial(decide, task="multiclass")
+PREDICT = partial(predicted_labels, task="multiclass")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def trained(root, tmp_path_factory):
         config["model"]["init_args"]["student"] = student
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         main(["fit", "--config", str(folder / "config.yaml")])
-    (folder / "start.pt").unlink()  # an exported student does without what it started from
+    (folder / "start.pt").unlink()  # export does not need the weights that the student started from
     return folder
 
 
@@ -70,8 +78,8 @@ def network(trained, name):
 
 @pytest.fixture(scope="module")
 def files(trained):
-    """The files of both runs, and what was said of them."""
-    folder, said = trained / "out", {}
+    """The files of both runs, and the lines printed for each."""
+    folder, printed = trained / "out", {}
     for name in ("plain", "quant"):
         for suffix in SUFFIXES:
             path = folder / f"{name}.{suffix}"
@@ -79,12 +87,12 @@ def files(trained):
                 lines = []
                 patch.setattr("builtins.print", lambda *a, lines=lines, **_: lines.append(" ".join(map(str, a))))
                 main(["export", str(trained / name / "version_0"), "--out", str(path)])
-            said[path.name] = "\n".join(lines)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(said)  # and nothing else
-    return folder, said
+            printed[path.name] = "\n".join(lines)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(printed)  # and no other files
+    return folder, printed
 
 
-def ask(path, x, name):
+def run_file(path, x, name):
     """An independent reader of each format."""
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -96,13 +104,13 @@ def ask(path, x, name):
 
 @pytest.mark.parametrize("name", ["plain", "quant"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_answers_and_metadata(trained, files, name, suffix):
-    folder, said = files
+def test_logits_and_metadata(trained, files, name, suffix):
+    folder, printed = files
     path, net = folder / f"{name}.{suffix}", network(trained, name)
     for count in (1, 3, 100):
         x = IMAGES[-count:]
         with torch.no_grad():
-            expected, found = net(x), ask(path, x, name)
+            expected, found = net(x), run_file(path, x, name)
         top = float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=0, atol=top * (1e-5 if name == "plain" else 2e-2))
     if suffix == "onnx":
@@ -128,9 +136,9 @@ def test_answers_and_metadata(trained, files, name, suffix):
     assert (found["file"], found["weights"]) == ("student.safetensors", "step 34")
     assert str(trained).encode() not in path.read_bytes()
     assert sys.prefix.encode() not in path.read_bytes()  # nor the folders of the exporting machine
-    text = said[path.name]
+    text = printed[path.name]
     assert "checked on 119 validation images" in text
-    assert "100.00 % of the decisions agree (0 of 119 differ)" in text
+    assert "100.00 % of the predictions agree (0 of 119 differ)" in text
     assert f"{path.stat().st_size / 1000:.1f} KB" in text
     assert ("opset 17" in text) == (suffix == "onnx")
     assert ("default settings" in text) == (name == "quant" and suffix == "onnx")
@@ -159,8 +167,12 @@ def test_levels_of_other_precisions(tmp_path, bits, lowest, highest):
     torch.manual_seed(0)
     net = calibrate(quantize(DigitsCNN(4), bits, skip=()), [IMAGES[:64]]).eval()
     batches = [IMAGES[:1], IMAGES[1:50]]
-    write(net, batches[0], tmp_path / "x.onnx", "onnx", {})
-    result = compare(answers(net, batches), answers(reader(tmp_path / "x.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    export_student(net, batches[0], tmp_path / "x.onnx", "onnx", {})
+    result = compare_logits(
+        collect_logits(net, batches),
+        collect_logits(load_exported(tmp_path / "x.onnx", "onnx", DigitsCNN), batches),
+        PREDICT,
+    )
     assert result.agrees(QUANTIZED_TOLERANCE)
     held = [numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "x.onnx").graph.initializer]
     weights = [array for array in held if array.dtype == np.int8 and array.ndim > 1]
@@ -169,18 +181,18 @@ def test_levels_of_other_precisions(tmp_path, bits, lowest, highest):
 
 
 def test_biases_stay_as_written(tmp_path):
-    """Onnxruntime rounds the biases of such networks to integers, unless it is told not to."""
+    """By default, onnxruntime rounds the biases of such networks to integers."""
     torch.manual_seed(0)
     first = [nn.ConvTranspose2d(1, 8, 2), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2), nn.ReLU()]
     net = quantize(nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 10)), 4, skip=())
     calibrate(net, [IMAGES[:64]]).eval()
     batches, path = IMAGES.split(100), tmp_path / "x.onnx"
-    write(net, batches[0], path, "onnx", {})
-    expected = answers(net, batches)
-    kept = compare(expected, answers(reader(path, "onnx", DigitsCNN), batches), DECIDE)
-    assert kept.agrees(QUANTIZED_TOLERANCE)
-    rewritten = answers(reader(path, "onnx", DigitsCNN, as_written=False), batches)
-    assert compare(expected, rewritten, DECIDE).typical > 100 * kept.typical
+    export_student(net, batches[0], path, "onnx", {})
+    expected = collect_logits(net, batches)
+    written = compare_logits(expected, collect_logits(load_exported(path, "onnx", DigitsCNN), batches), PREDICT)
+    assert written.agrees(QUANTIZED_TOLERANCE)
+    rewritten = collect_logits(load_exported(path, "onnx", DigitsCNN, as_written=False), batches)
+    assert compare_logits(expected, rewritten, PREDICT).typical > 100 * written.typical
 
 
 def test_torch_export_needs_neither_brevitas_nor_this_package(trained, files):
@@ -211,11 +223,15 @@ def swap_channels(model):
 def test_spoiled_file_does_not_agree(trained, files, tmp_path, spoil):
     batches, net = IMAGES.split(64), network(trained, "quant")
     model = onnx.load(files[0] / "quant.onnx")
-    expected = answers(net, batches)
-    good = compare(expected, answers(reader(files[0] / "quant.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    expected = collect_logits(net, batches)
+    good = compare_logits(
+        expected, collect_logits(load_exported(files[0] / "quant.onnx", "onnx", DigitsCNN), batches), PREDICT
+    )
     spoil(model)
     onnx.save(model, tmp_path / "spoiled.onnx")
-    bad = compare(expected, answers(reader(tmp_path / "spoiled.onnx", "onnx", DigitsCNN), batches), DECIDE)
+    bad = compare_logits(
+        expected, collect_logits(load_exported(tmp_path / "spoiled.onnx", "onnx", DigitsCNN), batches), PREDICT
+    )
     assert good.agrees(QUANTIZED_TOLERANCE)
     assert not bad.agrees(QUANTIZED_TOLERANCE)
 
@@ -223,15 +239,15 @@ def test_spoiled_file_does_not_agree(trained, files, tmp_path, spoil):
 def test_comparison_by_hand():
     expected = torch.tensor([[1.0, 0.0], [0.0, -4.0], [1.0, 2.0]])
     found = torch.tensor([[1.0, 0.1], [0.0, -4.0], [2.5, 2.0]])
-    result = compare(expected, found, DECIDE)
+    result = compare_logits(expected, found, PREDICT)
     assert result == pytest.approx((3, 1.5, 1.5 / 4, 0.1 / 4, 3, 1))
     assert result.agreement == pytest.approx(2 / 3)
-    result = compare(expected, found, partial(decide, task="multilabel"))
-    assert (result.decisions, result.changed) == (6, 1)  # 0.1 is a yes, 0 is none
-    assert compare(torch.zeros(2, 3), torch.zeros(2, 3), DECIDE).agrees(0)
-    assert not compare(expected, expected * torch.nan, DECIDE).agrees(1)
-    with pytest.raises(InputError, match=re.escape("logits [3, 1], PyTorch with [3, 2]")):
-        compare(expected, found[:, :1], DECIDE)
+    result = compare_logits(expected, found, partial(predicted_labels, task="multilabel"))
+    assert (result.predictions, result.changed) == (6, 1)  # 0.1 is a yes, 0 is none
+    assert compare_logits(torch.zeros(2, 3), torch.zeros(2, 3), PREDICT).agrees(0)
+    assert not compare_logits(expected, expected * torch.nan, PREDICT).agrees(1)
+    with pytest.raises(InputError, match=re.escape("logits of shape [3, 1], PyTorch [3, 2]")):
+        compare_logits(expected, found[:, :1], PREDICT)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +276,8 @@ def test_networks_that_wrap_their_logits(tmp_path):
 
     net, x = Wrapped().eval(), IMAGES[:5]
     for form, name in {"onnx": "x.onnx", "torch_export": "x.pt2"}.items():
-        write(net, x, tmp_path / name, form, {})
-        found = reader(tmp_path / name, form, Wrapped)(x)
+        export_student(net, x, tmp_path / name, form, {})
+        found = load_exported(tmp_path / name, form, Wrapped)(x)
         torch.testing.assert_close(found, net.inner(x).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -270,9 +286,9 @@ def test_fixed_batch_shows(tmp_path):
         def forward(self, x):
             return x.reshape(int(x.shape[0]), 64)
 
-    write(Fixed(), IMAGES, tmp_path / "x.onnx", "onnx", {})
-    with pytest.raises(InputError, match=re.escape("cannot answer a batch of shape [3, 1, 8, 8]")):
-        answers(reader(tmp_path / "x.onnx", "onnx", Fixed), [IMAGES[:2], IMAGES[:3]])
+    export_student(Fixed(), IMAGES, tmp_path / "x.onnx", "onnx", {})
+    with pytest.raises(InputError, match=re.escape("the student fails on a batch of shape [3, 1, 8, 8]")):
+        collect_logits(load_exported(tmp_path / "x.onnx", "onnx", Fixed), [IMAGES[:2], IMAGES[:3]])
 
 
 def test_network_that_cannot_be_exported(tmp_path):
@@ -281,14 +297,18 @@ def test_network_that_cannot_be_exported(tmp_path):
             return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
     with pytest.raises(InputError, match="Branching cannot be exported as torch_export: GuardOnDataDependentSymNode"):
-        write(Branching(), IMAGES, tmp_path / "x.pt2", "torch_export", {})
+        export_student(Branching(), IMAGES, tmp_path / "x.pt2", "torch_export", {})
 
 
 def test_task():
     config = {"model": {"init_args": {"task": "multilabel"}}}
-    assert _task(config, torch.zeros(2, 1)) == "multilabel"
+    assert _infer_task(config, torch.zeros(2, 1)) == "multilabel"
     config["model"]["init_args"] = {}
-    assert [_task(config, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == ["binary", "binary", "multiclass"]
+    assert [_infer_task(config, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
+        "binary",
+        "binary",
+        "multiclass",
+    ]
 
 
 def test_checkpoint_and_format(run, tmp_path, capsys):
@@ -341,7 +361,7 @@ GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
 @pytest.mark.parametrize(
     ("spoil", "args", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), [], "run is no run: it has no config.yaml"),
+        (lambda run: (run / "config.yaml").unlink(), [], "run is not a run: it has no config.yaml"),
         (
             lambda run: None,
             ["--format", "tflite"],
@@ -352,7 +372,7 @@ GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
         (lambda run: None, ["--tolerance", "nan"], "tolerance must be at least 0, got nan"),
         (lambda run: (run / "student.safetensors").unlink(), [], "run has no student.safetensors; --checkpoint may"),
         (lambda run: None, ["--checkpoint", "no.ckpt"], "no weights file at no.ckpt"),
-        (lambda run: (run / "config.yaml").write_text("a: [b"), [], "config.yaml is no YAML"),
+        (lambda run: (run / "config.yaml").write_text("a: [b"), [], "config.yaml is not valid YAML"),
         (lambda run: (run / "config.yaml").write_text("3"), [], "model must have a student to export, None has none"),
         (change("model.init_args", {"net": 3}), [], "model must have a student to export, kd_lightning.Superv"),
         (change("model.init_args.student.init_args.width", 8), [], "student.safetensors do not fit DigitsCNN"),
@@ -374,8 +394,8 @@ def test_wrong_input(run, fails, monkeypatch, spoil, args, message):
 def test_folder_of_runs_and_nothing_trained(run, fails):
     shutil.rmtree(run / "checkpoints")
     (run / "student.safetensors").unlink()
-    assert "nor has it a checkpoint; train it first" in fails("export", str(run), "--out", "x.onnx")
-    assert "name one of the runs in there: run" in fails("export", str(run.parent), "--out", "x.onnx")
+    assert "no student.safetensors and no checkpoint; train it first" in fails("export", str(run), "--out", "x.onnx")
+    assert "name one of its runs: run" in fails("export", str(run.parent), "--out", "x.onnx")
 
 
 @pytest.mark.parametrize(("name", "package"), [("plain", "onnx"), ("plain", "onnxruntime"), ("quant", "onnxoptimizer")])

@@ -12,8 +12,8 @@ import kd_lightning.cli.commands.folds as command
 from kd_lightning.cli.commands.folds import (
     config_of_fold,
     fit_folds,
-    known_labels,
-    one_process,
+    labeled_classes,
+    require_one_process,
     stratified_folds,
     weight_files,
 )
@@ -52,23 +52,23 @@ def test_folds_refused():
             stratified_folds(dict.fromkeys(range(4), "a"), folds, 0, "--folds")
 
 
-def test_known_labels():
+def test_labeled_classes():
     data = SimpleNamespace(visible_labels=lambda: torch.tensor([1, -100, 2, 0]), class_names=["cat", "dog"])
-    assert known_labels(data) == {0: "dog", 2: "2", 3: "cat"}
+    assert labeled_classes(data) == {0: "dog", 2: "2", 3: "cat"}
     data.class_names = None
-    assert known_labels(data) == {0: "1", 2: "2", 3: "0"}
+    assert labeled_classes(data) == {0: "1", 2: "2", 3: "0"}
     for several in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.long)):
         data.visible_labels = lambda several=several: several
-        assert known_labels(data) is None
-    assert known_labels(object()) is None
+        assert labeled_classes(data) is None
+    assert labeled_classes(object()) is None
 
 
-def test_one_process():
+def test_require_one_process():
     config = {"trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1}}
-    assert one_process(config, "clean", "devices") == torch.device("cpu")
+    assert require_one_process(config, "clean", "devices") == torch.device("cpu")
     config["trainer"]["num_nodes"] = 3
     with pytest.raises(InputError, match="clean runs on one process, got 3; set devices"):
-        one_process(config, "clean", "devices")
+        require_one_process(config, "clean", "devices")
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_fits(config, fits, tmp_path):
     for number, fold in enumerate(folds):
         one = Split.load(tmp_path / f"folds/a_fold_{number}/version_0/split.json", TARGETS)
         assert one.labeled == folds[1 - number] and one.held_out == sorted([hidden, *fold])
-        kept = ("unlabeled", "val", "seed", "answers")
+        kept = ("unlabeled", "val", "seed", "label_rows")
         assert all(getattr(one, name) == getattr(split, name) for name in kept)
 
 
@@ -149,7 +149,7 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
     capsys.readouterr()
     assert run() == (first, 0)
     assert capsys.readouterr().out.count("is done: ") == 2
-    assert run(split.with_answers([[split.unlabeled[0], 1, "noisy", 1.0]]))[1] == 2  # a label file has grown
+    assert run(split.with_label_rows([[split.unlabeled[0], 1, "noisy", 1.0]]))[1] == 2  # a label file has grown
     assert run() == (first, 0)
     assert run(folds=folds[::-1])[1] == 2
     (first[0] / "fold.yaml").unlink()  # it was killed

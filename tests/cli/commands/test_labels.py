@@ -18,7 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import kd_lightning.cli.commands.folds
 import kd_lightning.cli.commands.labels as command
 from kd_lightning.__main__ import main as command_line
-from kd_lightning.cli.commands.labels import Estimate, aggregate, cross_fit, explain, ledger, main, read_round, rebuild
+from kd_lightning.cli.commands.labels import (
+    Estimate,
+    aggregate,
+    cross_fit,
+    explain,
+    ledger,
+    main,
+    read_round,
+    rebuild_datamodule,
+)
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
@@ -160,17 +169,17 @@ def test_out(run, seen, tmp_path):
 
 
 def test_the_split_is_the_runs_own(run):
-    assert rebuild(run).split == make_split(TARGETS, 5, 0.1, 0)
+    assert rebuild_datamodule(run).split == make_split(TARGETS, 5, 0.1, 0)
 
 
 def test_the_split_has_the_answers_of_a_label_file(run, tmp_path):
     """The file is not read again: it may be gone, or another by now."""
-    answered = Split.load(run / "split.json", TARGETS).with_answers([[0, 3, "noisy", 1.0]])
+    answered = Split.load(run / "split.json", TARGETS).with_label_rows([[0, 3, "noisy", 1.0]])
     answered.save(run / "split.json")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["init_args"]["label_file"] = str(tmp_path / "gone.csv")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    data = rebuild(run)
+    data = rebuild_datamodule(run)
     assert data.split == answered and data.visible_labels()[0] == 3
 
 
@@ -259,7 +268,7 @@ def files(tmp_path, monkeypatch):
     run.mkdir(parents=True)
     config = {"data": {"class_path": "SemiSupervisedDataModule", "init_args": arguments}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    data = rebuild(run)
+    data = rebuild_datamodule(run)
     table = labels([0, 1, 1], [0.5, 0.75, 0.25], [1, 1, 1], index=[2, 3, 4])
     write_round(run, table, data.class_names, data.path)
     return run

@@ -1,4 +1,4 @@
-"""query: which samples to label next, and how the answers come back."""
+"""query: the samples to label next, and how their labels are read."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import kd_lightning.cli.commands.query as command
 from kd_lightning.__main__ import main
-from kd_lightning.active.strategies import Pool, pick
-from kd_lightning.cli.commands.labels import rebuild
+from kd_lightning.active.strategies import PoolOutputs, select_samples
+from kd_lightning.cli.commands.labels import rebuild_datamodule
 from kd_lightning.cli.commands.query import query
 from kd_lightning.data import Digits
 from kd_lightning.data.splits import make_split
@@ -31,13 +31,13 @@ SPLIT = make_split(TARGETS, 5, 0.1, 0)
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Leaves a run's folder on the digits as fit does; its student was not trained, but knows several opinions."""
+    """Makes a run's folder on the digits as fit does, with an untrained student whose outputs differ."""
 
     def make(number=0, *, dropout=0.0, split=SPLIT, **data):
         folder = tmp_path / "runs" / "tiny" / f"version_{number}"
         split.save(folder / "split.json")
         source = {"class_path": "SemiSupervisedDataModule", "init_args": {"source": {"class_path": "Digits"}}}
-        source["init_args"] |= {"labeled": 20, "seed": 7, "batch_size": 500} | data  # another split, were it drawn
+        source["init_args"] |= {"labeled": 20, "seed": 7, "batch_size": 500} | data  # a new split would differ
         student = {"class_path": "DigitsCNN", "init_args": {"width": 4, "dropout": dropout}}
         model = {"class_path": "SupervisedModule", "init_args": {"student": student}}
         config = {"name": "tiny", "data": source, "model": model, "trainer": {"accelerator": "cpu"}}
@@ -56,7 +56,7 @@ def network(number):
     return student
 
 
-def said(number, index):
+def probabilities(number, index):
     with torch.no_grad():
         return network(number)(IMAGES[index]).double().softmax(dim=1)
 
@@ -74,7 +74,7 @@ def table(path):
 
 @pytest.fixture
 def sheets(monkeypatch):
-    """What contact sheets were asked for."""
+    """The arguments of the contact sheets."""
     calls = []
     real = command.contact_sheet
 
@@ -89,7 +89,7 @@ def sheets(monkeypatch):
 def test_the_smallest_margins(make_run, sheets, capsys):
     run = make_run()
     main(["query", str(run), "--n", "9", "--images", "4"])
-    p = said(0, SPLIT.unlabeled).sort(dim=1, descending=True).values
+    p = probabilities(0, SPLIT.unlabeled).sort(dim=1, descending=True).values
     scores = 1 - (p[:, 0] - p[:, 1])
     best = scores.argsort(descending=True)[:9]
     rows = table(run / "query.csv")
@@ -119,20 +119,22 @@ def test_strategies_differ_and_the_seed_is_used(make_run, tmp_path):
 
 
 def test_several_runs(make_run):
-    """bald looks at how they differ, others at their mean; each student has the data of its own run."""
+    """bald scores their disagreement, others their mean; each student has the data of its own run."""
     runs = [make_run(number) for number in range(3)]
     index = torch.tensor(SPLIT.unlabeled)
-    answers = torch.stack([said(number, index) for number in range(3)])
-    pool = Pool(answers.mean(dim=0), answers=answers)
+    members = torch.stack([probabilities(number, index) for number in range(3)])
+    pool = PoolOutputs(members.mean(dim=0), member_probabilities=members)
     for strategy in ("bald", "entropy"):
-        assert query(runs, 6, strategy) == index[pick(strategy, pool, 6).rows].tolist()
+        assert query(runs, 6, strategy) == index[select_samples(strategy, pool, 6).rows].tolist()
     assert not (runs[1] / "query.csv").exists()
     with pytest.raises(InputError, match="badge takes one run, got 3"):
         query(runs, 6, "badge")
     with pytest.raises(InputError, match="bald needs several runs, or a student with dropout"):
         query(runs[:1], 6, "bald")
     other = make_run(3, split=make_split(TARGETS, 4, 0.1, 0))
-    with pytest.raises(InputError, match="version_3 has not the split of .*version_0: fit it with --data.labeled"):
+    with pytest.raises(
+        InputError, match="the split of .*version_3 is not that of .*version_0: fit it with --data.labeled"
+    ):
         query([runs[0], other], 6, "bald")
 
 
@@ -151,27 +153,27 @@ def test_disagreement(make_run, tmp_path):
 
     edit(run, distill)
     index = torch.tensor(SPLIT.unlabeled)
-    t, s = said(1, index), said(0, index)
+    t, s = probabilities(1, index), probabilities(0, index)
     order = (t * (t / s).log()).sum(dim=1).argsort(descending=True)
     assert query([run], 4, "disagreement") == index[order[:4]].tolist()
     (tmp_path / "teacher.safetensors").unlink()
     with pytest.raises(InputError, match="no weights file at .*teacher.safetensors"):
         query([run], 4, "disagreement")
-    assert len(query([run], 4, "margin")) == 4  # which has no need of it
+    assert len(query([run], 4, "margin")) == 4  # it needs no teacher
 
 
 def test_coarse_samples_are_in_the_pool(make_run):
     groups = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
     run = make_run(coarse={"class_path": "CoarseLabels", "init_args": {"groups": groups}}, unlabeled="none")
     index = torch.tensor(SPLIT.unlabeled)
-    p = torch.where((TARGETS[index] >= 5)[:, None] == (torch.arange(10) >= 5), said(0, index), 0)
+    p = torch.where((TARGETS[index] >= 5)[:, None] == (torch.arange(10) >= 5), probabilities(0, index), 0)
     p = p / p.sum(dim=1, keepdim=True)
     order = p.max(dim=1).values.argsort(stable=True)
     assert query([run], 5, "least-confidence") == index[order[:5]].tolist()
 
 
 def test_paths(tmp_path, monkeypatch):
-    """Files are named; filled in by path or index, the answers fit."""
+    """Files have paths; labels are read by path and index."""
     monkeypatch.chdir(tmp_path)
     for name in ("train/cat/0.png", "train/dog/1.png", "pool/a, b.png", "pool/c.png", "pool/d.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,27 +197,27 @@ def test_paths(tmp_path, monkeypatch):
         writer.writeheader()
         writer.writerows(row | {"label": "dog" if row["index"] == "3" else ""} for row in rows)
     edit(run, lambda config: config["data"]["init_args"].update(label_file=str(run / "query.csv")))
-    assert rebuild(run).split.answers == [[3, 1, "clean", 1.0]]
+    assert rebuild_datamodule(run).split.label_rows == [[3, 1, "clean", 1.0]]
     assert sorted(query([run], 2, out=run / "next.csv")) == [2, 4]
 
 
 def test_from_fit_to_fit(config, capsys):
-    """A real run is asked, answered in part, and the next fit starts from the grown labeled set, and so on."""
+    """A person labels a part of the selected samples, and the next fit has more labels; twice."""
     config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2}
     config["data"]["init_args"]["batch_size"] = 128
     Path("config.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "config.yaml"])
     runs = [Path(f"runs/tiny/version_{number}") for number in range(3)]
-    asked = []
+    labeled = []
     for run, after in pairwise(runs):
         capsys.readouterr()
         main(["query", str(run), "--n", "6", "--strategy", "entropy"])
         printed = capsys.readouterr().out
         rows = table(run / "query.csv")
-        assert not {int(row["index"]) for row in rows} & {index for index, *_ in asked}
-        for row in rows[:4]:  # two stay without an answer
+        assert not {int(row["index"]) for row in rows} & {index for index, *_ in labeled}
+        for row in rows[:4]:  # two stay without a label
             row["label"] = str(int(TARGETS[int(row["index"])]))
-            asked.append([int(row["index"]), int(row["label"]), "clean", 1.0])
+            labeled.append([int(row["index"]), int(row["label"]), "clean", 1.0])
         with (run / "query.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0]])
             writer.writeheader()
@@ -223,18 +225,16 @@ def test_from_fit_to_fit(config, capsys):
         line = shlex.split(printed[printed.index("python -m kd_lightning fit") :].replace("\\\n", " "))
         main(line[3:])
         before, split = (json.loads((one / "split.json").read_text()) for one in (run, after))
-        assert split["answers"] == sorted(asked)
+        assert split["label_rows"] == sorted(labeled)
         assert split["labeled"] == sorted(before["labeled"] + [int(row["index"]) for row in rows[:4]])
         assert split["val"] == before["val"]
     first, last = (json.loads((run / "split.json").read_text()) for run in (runs[0], runs[2]))
     assert len(last["labeled"]) == len(first["labeled"]) + 8
-    # what was filled in is not written over
-    answers = (runs[0] / "query.csv").read_text()
-    with pytest.raises(
-        InputError, match=r"query.csv is there, and may have answers, which would be lost; name another"
-    ):
+    # a file with labels is not overwritten
+    text = (runs[0] / "query.csv").read_text()
+    with pytest.raises(InputError, match=r"query.csv exists and may have labels, which would be lost; name another"):
         query([runs[0]], 3)
-    assert (runs[0] / "query.csv").read_text() == answers
+    assert (runs[0] / "query.csv").read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -249,15 +249,15 @@ def test_from_fit_to_fit(config, capsys):
         lambda text: "",
     ],
 )
-def test_a_file_that_somebody_has_changed_is_kept(make_run, change):
+def test_a_changed_file_is_not_overwritten(make_run, change):
     run = make_run()
     query([run], 3)
-    query([run], 2)  # nobody has
+    query([run], 2)  # it is unchanged
     path = run / "query.csv"
     text = path.read_text()
     assert text.count("\n") == 3
     path.write_text(changed := change(text.replace("\r\n", "\n")))
-    with pytest.raises(InputError, match="may have answers"):
+    with pytest.raises(InputError, match="may have labels"):
         query([run], 3)
     assert path.read_text() == changed
 
@@ -267,7 +267,7 @@ def test_bad_input(make_run, fails, tmp_path):
     pool = len(SPLIT.unlabeled)
     for arguments, message in (
         (["--n", "0"], "--n must be at least 1, got 0"),
-        (["--n", str(pool + 1)], f"n: {pool + 1} samples to label asked for, but only {pool} without a label are left"),
+        (["--n", str(pool + 1)], f"n must be at most {pool}, the number of samples without a label, got {pool + 1}"),
         (["--n", "1", "--strategy", "best"], "strategy must be one of least-confidence, .*random, got 'best'"),
         (["--n", "1", "--seed", "-1"], "seed must lie in"),
         (["--n", "1", "--images", "0"], "--images must be at least 1, got 0"),
@@ -276,7 +276,7 @@ def test_bad_input(make_run, fails, tmp_path):
         assert re.search(message, fails("query", str(run), *arguments))
     assert not (run / "query.csv").exists()
 
-    with pytest.raises(InputError, match="runs must be different ones"):
+    with pytest.raises(InputError, match="runs must be different folders"):
         query([run, run.parent / run.name], 1)
     with pytest.raises(InputError, match="config.yaml cannot be read"):
         query([tmp_path], 1)

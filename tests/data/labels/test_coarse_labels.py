@@ -1,4 +1,4 @@
-"""Coarse labels: which classes a superclass holds, and who gets one."""
+"""Coarse labels: which classes a superclass holds, and which samples get one."""
 
 import pytest
 import torch
@@ -32,13 +32,13 @@ def test_members(groups, names):
         (GROUPS | {"pet": ["cat"]}, "coarse: class 'cat' is in two superclasses, or twice in 'pet'"),
         ({"animal": ["cat", "dog", 0], "vehicle": [2, 3]}, "class 'cat' is in two superclasses, or twice in 'animal'"),
         (GROUPS | {"plant": []}, "coarse: 'plant' holds no class"),
-        (GROUPS | {"plant": ["oak"]}, r"coarse: 'plant' holds 'oak', which is no class; there are \['cat', 'dog',"),
-        (GROUPS | {"plant": [4]}, "coarse: 'plant' holds 4, which is no class"),
-        (GROUPS | {"plant": [-1]}, "coarse: 'plant' holds -1, which is no class"),
+        (GROUPS | {"plant": ["oak"]}, r"coarse: 'plant' holds 'oak', which is not a class; allowed: \['cat', 'dog',"),
+        (GROUPS | {"plant": [4]}, "coarse: 'plant' holds 4, which is not a class"),
+        (GROUPS | {"plant": [-1]}, "coarse: 'plant' holds -1, which is not a class"),
         ({}, "coarse: class 'cat' is in no superclass"),
     ],
 )
-def test_groups_that_are_none(groups, message):
+def test_invalid_groups(groups, message):
     with pytest.raises(InputError, match=message):
         CoarseLabels(groups).members(4, ANIMALS)
 
@@ -49,34 +49,36 @@ def test_fraction_out_of_range(fraction):
         CoarseLabels(GROUPS, fraction)
 
 
-def test_choice():
+def test_selection():
     candidates = [*range(3, 200, 2)]
-    chosen = {share: CoarseLabels(GROUPS, share).choose(candidates, 200, seed=0).tolist() for share in (0, 0.3, 0.7, 1)}
-    assert [len(found) for found in chosen.values()] == [0, 24, 71, 99]  # each is drawn by itself
-    assert chosen[1] == candidates
-    assert {*chosen[0.3]} < {*chosen[0.7]}
-    assert chosen[0.3] == sorted(chosen[0.3])
-    assert chosen[0.3] != CoarseLabels(GROUPS, 0.3).choose(candidates, 200, seed=1).tolist()
-    assert CoarseLabels(GROUPS, 0.5).choose([], 200, seed=0).tolist() == []
+    selected = {
+        share: CoarseLabels(GROUPS, share).select(candidates, 200, seed=0).tolist() for share in (0, 0.3, 0.7, 1)
+    }
+    assert [len(found) for found in selected.values()] == [0, 24, 71, 99]  # each index is sampled by itself
+    assert selected[1] == candidates
+    assert {*selected[0.3]} < {*selected[0.7]}
+    assert selected[0.3] == sorted(selected[0.3])
+    assert selected[0.3] != CoarseLabels(GROUPS, 0.3).select(candidates, 200, seed=1).tolist()
+    assert CoarseLabels(GROUPS, 0.5).select([], 200, seed=0).tolist() == []
 
 
-def test_choice_stays_when_others_get_fine_labels():
+def test_selection_stays_when_others_get_fine_labels():
     coarse, candidates = CoarseLabels(GROUPS, 0.5), [*range(200)]
-    before = {*coarse.choose(candidates, 200, seed=0).tolist()}
-    answered = {*range(0, 200, 10)}
-    after = {*coarse.choose([index for index in candidates if index not in answered], 200, seed=0).tolist()}
-    assert before - answered == after
+    before = {*coarse.select(candidates, 200, seed=0).tolist()}
+    labeled = {*range(0, 200, 10)}
+    after = {*coarse.select([index for index in candidates if index not in labeled], 200, seed=0).tolist()}
+    assert before - labeled == after
 
 
-def test_choice_is_even():
+def test_selection_is_even():
     counts = sum(
-        torch.bincount(CoarseLabels(GROUPS, 0.25).choose(range(40), 40, seed=seed), minlength=40) for seed in range(400)
+        torch.bincount(CoarseLabels(GROUPS, 0.25).select(range(40), 40, seed=seed), minlength=40) for seed in range(400)
     )
     assert 3800 < counts.sum() < 4200  # 4000 expected, 3.6 standard deviations
     assert 60 < counts.min() <= counts.max() < 140  # 100 expected, 4.6 standard deviations
 
 
-def test_choice_is_independent_of_noise_of_the_same_seed():
-    chosen = CoarseLabels(GROUPS, 0.5).choose(range(2000), 2000, seed=0)
-    wrong = PairNoise(0.5).draw(torch.zeros(2000, dtype=torch.long), 2, seed=0)
-    assert 400 < wrong[chosen].sum() < 600  # 500 expected, 6.3 standard deviations
+def test_selection_is_independent_of_noise_of_the_same_seed():
+    selected = CoarseLabels(GROUPS, 0.5).select(range(2000), 2000, seed=0)
+    wrong = PairNoise(0.5).sample(torch.zeros(2000, dtype=torch.long), 2, seed=0)
+    assert 400 < wrong[selected].sum() < 600  # 500 expected, 6.3 standard deviations

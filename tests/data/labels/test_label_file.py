@@ -19,7 +19,7 @@ IMAGES = [TensorDataset(torch.zeros(8, 1)), TensorDataset(torch.zeros(4, 1))]
 
 
 class Files:
-    """Images that know their paths."""
+    """Images with paths."""
 
     def __init__(self, paths):
         self.paths = [str(path) for path in paths]
@@ -58,7 +58,7 @@ def test_all_kinds(read):
         "\ufeffindex,label\n5,dog\n",  # as Excel writes it
         "index,label\r\n5,dog\r\n\r\n",
         "label , index\n dog , 5 \n",
-        "index,score,label,note\n5,0.3,dog,\n6,0.2,,nobody knows\n",
+        "index,score,label,note\n5,0.3,dog,\n6,0.2,,later\n",
         "index,path,label\n5.0,elsewhere/x.png,dog\n",  # a path of images that have none
         'index,label,note\n5,dog,"two\nlines"\n',
     ],
@@ -79,10 +79,10 @@ def test_ways_to_write_it(read, text):
         ("5,cat,doubtful,", "line 2: kind must be one of clean, noisy, coarse, missing, got 'doubtful'"),
         ("12,cat,,", "line 2: there is no sample 12; the data have 0 ... 11"),
         ("-1,cat,,", "line 2: there is no sample -1"),
-        ("1.5,cat,,", "line 2: index must be a whole number, got '1.5'"),
-        ("1_0,cat,,", "line 2: index must be a whole number, got '1_0'"),
-        ("inf,cat,,", "line 2: index must be a whole number, got 'inf'"),
-        ("five,cat,,", "line 2: index must be a whole number, got 'five'"),
+        ("1.5,cat,,", "line 2: index must be an integer, got '1.5'"),
+        ("1_0,cat,,", "line 2: index must be an integer, got '1_0'"),
+        ("inf,cat,,", "line 2: index must be an integer, got 'inf'"),
+        ("five,cat,,", "line 2: index must be an integer, got 'five'"),
         (",cat,,", "line 2: there is neither an index nor a path"),
         ("5,cat,,\n6,cat,,\n5,dog,,", "line 4: sample 5 comes twice"),
         ("5,cat,,\n5.0,,missing,", "line 3: sample 5 comes twice"),
@@ -91,15 +91,15 @@ def test_ways_to_write_it(read, text):
         ("5,cat,,inf", "line 2: weight must be a number of at least 0, below 1e38, got 'inf'"),
         ("5,cat,,much", "line 2: weight must be a number of at least 0, below 1e38, got 'much'"),
         ("5,cat,,1e39", "line 2: weight must be a number of at least 0, below 1e38, got '1e39'"),
-        ("4,dog,,\n7,cat,,", "line 3: sample 7 is kept for validation, and cannot be trained on"),
+        ("4,dog,,\n7,cat,,", "line 3: sample 7 is in the validation part"),
         ('\n\n5,"bi\nrd",,', "line 5: 'bi\\nrd' is no class"),  # where an editor shows it
         ("5,,,", "has no row with a label or a kind"),
         ("", "has no row with a label or a kind"),
     ],
 )
 def test_refused_by_line(read, rows, message):
-    with pytest.raises(InputError, match=r"labels: .*labels.csv") as error:
-        read(f"index,label,kind,weight\n{rows}\n", kept=[7])
+    with pytest.raises(InputError, match=r"label_file: .*labels.csv") as error:
+        read(f"index,label,kind,weight\n{rows}\n", val_indices=[7])
     assert message in str(error.value)
 
 
@@ -112,10 +112,10 @@ def test_refused_by_line(read, rows, message):
         ("index,label\n4,cat\n5,dog,more\n", "line 3: there are more cells than columns"),
         ('index,label\n4,cat\n"5,dog\n6,dog\n', "cannot be read as CSV: unexpected end of data"),
         ("index,label,label\n5,cat,dog\n", "has the column label twice"),
-        ("path,label\na.png,cat\n", "line 2: these images have no paths; name 'a.png' by its index"),
+        ("path,label\na.png,cat\n", "line 2: these images have no paths; give the index of 'a.png'"),
     ],
 )
-def test_files_that_are_none(read, text, message):
+def test_invalid_files(read, text, message):
     with pytest.raises(InputError) as error:
         read(text)
     assert message in str(error.value)
@@ -130,7 +130,7 @@ def test_file_that_cannot_be_read(tmp_path):
             read_label_file(tmp_path / name, IMAGES, class_names=NAMES)
 
 
-def test_superclasses_that_nobody_names(read):
+def test_superclasses_without_names(read):
     with pytest.raises(InputError, match="line 2: 'animal' is no superclass; there are none: data.coarse names them"):
         read("index,label,kind\n5,animal,coarse\n", group_names=[])
 
@@ -140,7 +140,7 @@ def test_superclasses_that_nobody_names(read):
     [
         (["5", "6", "7"], "6", 1),
         (["5", "6", "7"], "6.0", 1),
-        (["5", "6", "7"], "1", None),  # a class that is called by another number
+        (["5", "6", "7"], "1", None),  # class names are numbers
         (["10", "2", "x"], "2", 1),
         (["crane", "crane", "owl"], "crane", None),
         (["crane", "crane", "owl"], "1", 1),
@@ -215,20 +215,20 @@ class TestPaths:
         ],
     )
     def test_ways_to_name_an_image(self, read, images, tmp_path, name, expected):
-        (answer,) = read(f"path,label\n{name.format(folder=tmp_path)},dog\n", images, "answers/labels.csv")
-        assert answer == LabelRow(expected, 1, "clean", 1.0)
+        (row,) = read(f"path,label\n{name.format(folder=tmp_path)},dog\n", images, "labels/labels.csv")
+        assert row == LabelRow(expected, 1, "clean", 1.0)
 
     def test_from_the_current_folder(self, read, images, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         relative = [Files(os.path.relpath(path) for path in part.paths) for part in images]
         for part in (images, relative):
-            (answer,) = read("path,label\ndata/train/b/1.png,dog\n", part, "answers/labels.csv")
-            assert answer.sample == 2
+            (row,) = read("path,label\ndata/train/b/1.png,dog\n", part, "labels/labels.csv")
+            assert row.sample == 2
 
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ("a/1.png,dog", "line 2: 'a/1.png' may be several images; write its whole path"),  # of both parts
+            ("a/1.png,dog", "line 2: 'a/1.png' fits several images; give the whole path"),  # of both parts
             ("1.png,dog", "line 2: the data have no image '1.png'"),
             ("train/b/7.png,dog", "line 2: the data have no image 'train/b/7.png'"),
             (",dog", "line 2: there is neither an index nor a path"),
@@ -237,35 +237,35 @@ class TestPaths:
     )
     def test_refused(self, read, images, rows, message):
         with pytest.raises(InputError) as error:
-            read(f"path,label\n{rows}\n", images, "answers/labels.csv")
+            read(f"path,label\n{rows}\n", images, "labels/labels.csv")
         assert message in str(error.value)
 
     def test_image_that_is_listed_twice(self, read, images):
-        """By its index alone it can be named."""
+        """A row can name it by its index alone."""
         twice = [Subset(images[0], [0, 2, 0])]
-        with pytest.raises(InputError, match="'a/1.png' may be several images"):
+        with pytest.raises(InputError, match="'a/1.png' fits several images"):
             read("path,label\na/1.png,dog\n", twice)
-        assert [answer.sample for answer in read("path,label\nb/1.png,dog\n", twice)] == [1]
-        assert [answer.sample for answer in read("index,path,label\n2,a/1.png,dog\n", twice)] == [2]
+        assert [row.sample for row in read("path,label\nb/1.png,dog\n", twice)] == [1]
+        assert [row.sample for row in read("index,path,label\n2,a/1.png,dog\n", twice)] == [2]
 
     def test_beside_an_index(self, read, images):
-        """The file's name must fit, wherever the folder went; else the data are not those that were asked about."""
-        (answer,) = read("index,path,label\n4,/moved/a/9.png,dog\n", images)
-        assert answer.sample == 4
+        """The file name must be the same, whatever the folder; else the data have changed."""
+        (row,) = read("index,path,label\n4,/moved/a/9.png,dog\n", images)
+        assert row.sample == 4
         with pytest.raises(InputError, match=r"line 2: sample 3 is .*pool/a/1.png, not pool/a/9.png"):
             read("index,path,label\n3,pool/a/9.png,dog\n", images)
 
     def test_some_images_without_a_path(self, read, images):
         mixed = [IMAGES[0], images[0]]
-        assert [answer.sample for answer in read("path,label\nb/1.png,dog\n", mixed)] == [10]
+        assert [row.sample for row in read("path,label\nb/1.png,dog\n", mixed)] == [10]
 
 
 def test_many_rows(tmp_path):
     paths = [f"data/{number % 1000}/{number}.png" for number in range(20_000)]
     names = [f"class {number}" for number in range(1000)]
-    rows = (f"{path.removeprefix('data/')},class {number % 1000}" for number, path in enumerate(paths))
-    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    lines = (f"{path.removeprefix('data/')},class {number % 1000}" for number, path in enumerate(paths))
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines]))
     start = time.process_time()
-    answers = read_label_file(Path(tmp_path / "labels.csv"), [Files(paths)], class_names=names)
+    rows = read_label_file(Path(tmp_path / "labels.csv"), [Files(paths)], class_names=names)
     assert time.process_time() - start < 15  # about 1 s
-    assert [answer.label for answer in answers] == [number % 1000 for number in range(20_000)]
+    assert [row.label for row in rows] == [number % 1000 for number in range(20_000)]

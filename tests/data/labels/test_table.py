@@ -1,4 +1,4 @@
-"""Labels: what is filled in, in place of what, and what is refused."""
+"""Labels: what training may see, pseudo-labels in the table, and what is refused."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def test_before_any():
 
 def test_accepted_ones_are_filled_in():
     labels = LabelTable(VISIBLE)
-    labels.set(table([1, 2, 4], [3, 1, 0], [True, False, True]))
+    labels.set_pseudo_labels(table([1, 2, 4], [3, 1, 0], [True, False, True]))
     batch = fill(labels, [5, 4, 3, 2, 1, 0, 1])
     assert batch.y.tolist() == [-100, 0, 2, -100, 3, 4, 3]
     kinds = [
@@ -52,7 +52,7 @@ def test_accepted_ones_are_filled_in():
 
 def test_soft_ones_lie_at_their_samples():
     labels, soft = LabelTable(VISIBLE), torch.rand(3, 5)
-    labels.set(table([5, 1, 2], [3, 1, 0], [True, False, True], soft))
+    labels.set_pseudo_labels(table([5, 1, 2], [3, 1, 0], [True, False, True], soft))
     batch = fill(labels, [0, 1, 2, 3, 4, 5])
     none = torch.zeros(5)
     assert torch.equal(batch.soft, torch.stack([none, none, soft[2], none, none, soft[0]]))
@@ -60,38 +60,38 @@ def test_soft_ones_lie_at_their_samples():
 
 def test_new_ones_replace_all_earlier_ones():
     labels = LabelTable(VISIBLE)
-    labels.set(table([1, 2], [3, 1], [True, True], torch.rand(2, 5)))
-    labels.set(table([1, 2], [4, 4], [False, True]))
+    labels.set_pseudo_labels(table([1, 2], [3, 1], [True, True], torch.rand(2, 5)))
+    labels.set_pseudo_labels(table([1, 2], [4, 4], [False, True]))
     batch = fill(labels, [1, 2])
     assert (batch.y.tolist(), batch.kind.tolist(), batch.soft) == (
         [-100, 4],
         [LabelKind.MISSING, LabelKind.PSEUDO],
         None,
     )
-    labels.set(table([1, 2], [4, 4], [False, False], torch.rand(2, 5)))
+    labels.set_pseudo_labels(table([1, 2], [4, 4], [False, False], torch.rand(2, 5)))
     batch = fill(labels, [1, 2, 3])
     assert (batch.y.tolist(), batch.soft.sum().item()) == ([-100, -100, 2], 0)
 
 
 def test_batches_that_were_filled_stay_as_they_are():
     labels = LabelTable(VISIBLE)
-    labels.set(table([1], [3], [True]))
+    labels.set_pseudo_labels(table([1], [3], [True]))
     batch = fill(labels, [1])
-    labels.set(table([1], [2], [True]))
+    labels.set_pseudo_labels(table([1], [2], [True]))
     assert batch.y.tolist() == [3]
 
 
 def test_empty_table():
     labels = LabelTable(VISIBLE)
     none = torch.empty(0, dtype=torch.long)
-    labels.set(PseudoLabels(none, none, none.float(), none.bool(), none.bool(), 0, 0))
+    labels.set_pseudo_labels(PseudoLabels(none, none, none.float(), none.bool(), none.bool(), 0, 0))
     assert fill(labels, [1, 3]).y.tolist() == [-100, 2]
 
 
 def test_counts():
     labels, everyone = LabelTable(VISIBLE), torch.tensor([0, 1, 2, 3, 4, 1])
     assert labels.count(everyone) == (2, 0, 0)
-    labels.set(table([1, 2, 4], [3, 1, 0], [True, False, True]))
+    labels.set_pseudo_labels(table([1, 2, 4], [3, 1, 0], [True, False, True]))
     assert labels.count(everyone) == (5, 3, 0)
     assert labels.count(everyone[:0]) == (0, 0, 0)
 
@@ -99,16 +99,16 @@ def test_counts():
 @pytest.mark.parametrize(
     ("visible", "index", "message"),
     [
-        (torch.full((6, 2), NAN), [1, 2], "for samples of one class each; these have many labels"),
-        (torch.tensor([0.0, NAN, NAN]), [1, 2], "for samples of one class each"),
-        (VISIBLE, [1, 6], "sample 6, but there are only 6"),
+        (torch.full((6, 2), NAN), [1, 2], "need samples of one class each; these have many labels"),
+        (torch.tensor([0.0, NAN, NAN]), [1, 2], "need samples of one class each"),
+        (VISIBLE, [1, 6], "samples must be 0 ... 5, got 6"),
         (VISIBLE, [1, 3], "sample 3 has a label already"),
     ],
 )
 def test_refused(visible, index, message):
     labels = LabelTable(visible)
     with pytest.raises(InputError, match=f"pseudo-labels.*{message}"):
-        labels.set(table(index, [0, 0], [True, True]))
+        labels.set_pseudo_labels(table(index, [0, 0], [True, True]))
     assert (labels.y is visible, labels.kind) == (True, None)
 
 
@@ -120,19 +120,19 @@ def test_refused(visible, index, message):
         (torch.tensor([[0, 1], [1, 1], [0, 0]]), [[NAN, NAN], [1.0, 1.0], [NAN, NAN], [NAN, NAN]]),
     ],
 )
-def test_hide(truth, expected):
+def test_mask_labels(truth, expected):
     torch.testing.assert_close(mask_labels(truth, [1], 4), torch.tensor(expected), equal_nan=True)
 
 
-class TestSee:
+class TestBuildLabels:
     """Samples 0 ... 5 of the training part, of classes 0 ... 2, and 6 ... 8 of an unlabeled part."""
 
     TRUTH = torch.tensor([0, 1, 2, 0, 1, 2])
     SPLIT = Split(labeled=[0, 1], unlabeled=[2, 3, 4], val=[5], seed=0, data="")
     COARSE = CoarseLabels({"low": [0, 1], "high": [2]}, fraction=0)
 
-    def build_labels(self, *answers, coarse=COARSE, **kwargs):
-        split, held_out = self.SPLIT.with_answers(answers), kwargs.pop("held_out", [])
+    def build_labels(self, *rows, coarse=COARSE, **kwargs):
+        split, held_out = self.SPLIT.with_label_rows(rows), kwargs.pop("held_out", [])
         split = replace(split, labeled=sorted({*split.labeled} - {*held_out}), held_out=held_out)
         return build_labels(self.TRUTH, split, 9, coarse=coarse, **kwargs)
 
@@ -142,8 +142,8 @@ class TestSee:
         assert (labels.kind, labels.weight, labels.group, labels.members, labels.hash) == (None, None, None, None, "")
 
     def test_all_kinds_in_a_batch(self):
-        answers = [(1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0), (3, 1, "clean", 1.0), (7, "low", "coarse", 1.0)]
-        batch = fill(self.build_labels(*answers, (8, 2, "clean", 0.0)), range(9))
+        rows = [(1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0), (3, 1, "clean", 1.0), (7, "low", "coarse", 1.0)]
+        batch = fill(self.build_labels(*rows, (8, 2, "clean", 0.0)), range(9))
         k = LabelKind
         assert batch.y.tolist() == [0, 2, -100, 1, -100, -100, -100, -100, 2]
         expected = [k.CLEAN, k.NOISY, k.COARSE, k.CLEAN, k.MISSING, k.MISSING, k.MISSING, k.COARSE, k.CLEAN]
@@ -152,8 +152,8 @@ class TestSee:
         none = [False] * 3
         assert batch.candidates.tolist() == [none, none, [False, False, True], *[none] * 4, [True, True, False], none]
 
-    def test_answers_have_the_last_word(self):
-        """Over noise, over a coarse draw, and over an earlier label."""
+    def test_label_rows_come_first(self):
+        """Before noise, before a sampled superclass, and before the source's label."""
         labels = self.build_labels(
             (0, 0, "clean", 1.0),
             (1, -1, "missing", 1.0),
@@ -174,10 +174,10 @@ class TestSee:
         ]
         assert batch.candidates[3:5].tolist() == [[False, False, True], [True, True, False]]
 
-    @pytest.mark.parametrize("answer", [(4, 1, "clean", 3.0), (4, "low", "coarse", 3.0), (7, 1, "noisy", 3.0)])
-    def test_held_out_answers_are_hidden(self, answer):
-        labels = self.build_labels(answer, held_out=[4, 7])
-        batch = fill(labels, [answer[0]])
+    @pytest.mark.parametrize("row", [(4, 1, "clean", 3.0), (4, "low", "coarse", 3.0), (7, 1, "noisy", 3.0)])
+    def test_held_out_label_rows_are_hidden(self, row):
+        labels = self.build_labels(row, held_out=[4, 7])
+        batch = fill(labels, [row[0]])
         assert (batch.y.item(), batch.kind.item(), batch.weight) == (-100, LabelKind.MISSING, None)
         assert not batch.candidates.any()
 
@@ -192,7 +192,7 @@ class TestSee:
 
     def test_pseudo_labels_beside(self):
         labels = self.build_labels((1, 2, "noisy", 1.0), (2, "high", "coarse", 1.0), coarse=self.COARSE)
-        labels.set(table([2, 3, 7], [2, 0, 1], [True, False, True]))
+        labels.set_pseudo_labels(table([2, 3, 7], [2, 0, 1], [True, False, True]))
         batch = fill(labels, [0, 1, 2, 3, 7])
         assert batch.kind.tolist() == [
             LabelKind.CLEAN,
@@ -203,12 +203,12 @@ class TestSee:
         ]
         assert (batch.y.tolist(), batch.candidates.any().item()) == ([0, 2, 2, -100, 1], False)
         assert labels.count(torch.tensor([0, 1, 2, 3, 7])) == (4, 2, 0)
-        labels.set(table([2, 3, 7], [2, 0, 1], [False, False, False]))  # what it was before
+        labels.set_pseudo_labels(table([2, 3, 7], [2, 0, 1], [False, False, False]))  # the initial labels again
         batch = fill(labels, [2, 7])
         assert (batch.kind.tolist(), batch.candidates.sum().item()) == ([LabelKind.COARSE, LabelKind.MISSING], 1)
 
     @pytest.mark.parametrize(
-        ("answers", "kwargs"),
+        ("rows", "kwargs"),
         [
             ([(1, 2, "clean", 1.0)], {}),
             ([(1, 1, "noisy", 1.0)], {}),
@@ -221,27 +221,25 @@ class TestSee:
             ([], {"noise": PairNoise(1.0)}),
         ],
     )
-    def test_hash_tells_labels_from_others(self, answers, kwargs):
-        hashes = [
-            self.build_labels(*given, **more).hash for given, more in ((answers, kwargs), (answers, kwargs), ([], {}))
-        ]
+    def test_hash_changes_with_the_labels(self, rows, kwargs):
+        hashes = [self.build_labels(*given, **more).hash for given, more in ((rows, kwargs), (rows, kwargs), ([], {}))]
         assert hashes[0] == hashes[1] != hashes[2]
-        labels = self.build_labels(*answers, **kwargs)
-        labels.set(table([4], [1], [True]))
+        labels = self.build_labels(*rows, **kwargs)
+        labels.set_pseudo_labels(table([4], [1], [True]))
         assert labels.hash == hashes[0]
 
     @pytest.mark.parametrize("coarse", [None, CoarseLabels({"a": [0, 1], "high": [2]})])
     def test_superclass_without_a_name(self, coarse):
         with pytest.raises(
-            InputError, match="coarse must name the superclasses of the labels, and does not name 'low'"
+            InputError, match="coarse must name the superclasses of the label file, but does not name 'low'"
         ):
             self.build_labels((2, "low", "coarse", 1.0), coarse=coarse)
 
     @pytest.mark.parametrize("truth", [torch.rand(6), torch.ones(6, 3)])
     @pytest.mark.parametrize("kwargs", [{"noise": PairNoise(0.1)}, {"coarse": COARSE}, {}])
     def test_samples_of_many_labels(self, truth, kwargs):
-        split = self.SPLIT if kwargs else self.SPLIT.with_answers([(2, 1, "clean", 1.0)])
-        with pytest.raises(InputError, match="label_noise, coarse and labels are for samples of one class each"):
+        split = self.SPLIT if kwargs else self.SPLIT.with_label_rows([(2, 1, "clean", 1.0)])
+        with pytest.raises(InputError, match="label_noise, coarse and label_file need samples of one class each"):
             build_labels(truth, split, 9, **kwargs)
 
     def test_fewer_labels_are_wrong_as_they_are_among_more(self):
@@ -256,8 +254,8 @@ class TestSee:
 
 
 def test_every_field_survives():
-    """What a batch has of its labels, in ``at`` and ``pin_memory``."""
-    labels = TestSee().build_labels((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0))
+    """The fields for labels, in ``Batch.select``."""
+    labels = TestBuildLabels().build_labels((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0))
     batch = fill(labels, [0, 1, 2])
     part = batch.select(torch.tensor([False, True, True]))
     for name in ("y", "kind", "weight", "candidates"):
@@ -266,7 +264,7 @@ def test_every_field_survives():
 
 def test_pinned_batch_has_every_tensor(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # which needs an accelerator
-    batch = fill(TestSee().build_labels((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0)), [0, 1, 2])
+    batch = fill(TestBuildLabels().build_labels((1, 2, "noisy", 0.5), (2, "high", "coarse", 2.0)), [0, 1, 2])
     pinned = batch.pin_memory()
     for name in ("x", "y", "index", "kind", "weight", "candidates"):
         assert torch.equal(getattr(pinned, name), getattr(batch, name))

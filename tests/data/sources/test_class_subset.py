@@ -1,4 +1,4 @@
-"""ClassSubset: some classes of a source, counted anew."""
+"""ClassSubset: some classes of a source, renumbered."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def test_images_and_labels():
     for part, old in ((parts.train, whole.train), (parts.test, whole.test)):
         for number, name in enumerate((7, 0, 3)):
             rows = (old.targets == name).nonzero().flatten()
-            chosen = (part.targets == number).nonzero().flatten()
-            images = torch.stack([part.images[int(row)][0] for row in chosen])
+            selected = (part.targets == number).nonzero().flatten()
+            images = torch.stack([part.images[int(row)][0] for row in selected])
             assert torch.equal(images, torch.stack([old.images[int(row)][0] for row in rows]))
         assert len(part.images) == len(part.targets)
     assert {*parts.train.targets.tolist()} == {0, 1, 2}
@@ -57,20 +57,22 @@ def test_paths_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [[], [1, 1]])
-def test_classes_that_cannot_be(classes):
+def test_invalid_classes(classes):
     with pytest.raises(InputError, match="classes must name at least one class, and none twice, got"):
         ClassSubset(Digits(), classes)
 
 
 @pytest.mark.parametrize("unknown", [10, -1])
 def test_class_that_the_source_lacks(unknown):
-    with pytest.raises(InputError, match=rf"classes: there is no class {unknown}, only 0 ... 9"):
+    with pytest.raises(InputError, match=rf"classes must be 0 ... 9, got {unknown}"):
         ClassSubset(Digits(), [3, unknown]).load()
 
 
 @pytest.mark.parametrize("y", [torch.ones(4, 3), torch.rand(4)])
 def test_samples_of_many_labels(y):
-    with pytest.raises(InputError, match="classes: the images of DatasetSource have many labels each"):
+    with pytest.raises(
+        InputError, match="classes: images must have one class each; those of DatasetSource have many labels"
+    ):
         ClassSubset(DatasetSource(TensorDataset(torch.rand(4, 2), y)), [0]).load()
 
 

@@ -1,4 +1,4 @@
-"""RotatedClasses: the same images turned, and classes for it."""
+"""RotatedClasses: rotated images and their classes."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_sides_of_other_lengths():
 
 
 def test_files(tmp_path):
-    """PIL images turn as tensors do; nothing else of a source changes."""
+    """PIL images rotate as tensors do; nothing else of a source changes."""
     pixels = torch.rand(3, 8, 8).round()
     (tmp_path / "a").mkdir()
     save_image(pixels, tmp_path / "a" / "x.png")
@@ -51,7 +51,9 @@ def test_files(tmp_path):
 
 def test_bad_input():
     many = DatasetSource(TensorDataset(torch.rand(4, 1, 2, 2), torch.eye(4)))
-    with pytest.raises(InputError, match="RotatedClasses: the images of DatasetSource have many labels each"):
+    with pytest.raises(
+        InputError, match="RotatedClasses: images must have one class each; those of DatasetSource have many labels"
+    ):
         RotatedClasses(many).load()
     flat = RotatedClasses(DatasetSource(TensorDataset(torch.rand(4, 5), torch.arange(4)))).load()
     assert len(flat.train.images) == 16

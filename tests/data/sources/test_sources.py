@@ -1,4 +1,4 @@
-"""Sources: the real loading code on small files made here."""
+"""Sources: the real loading code on small files, and paths and hashes of images."""
 
 import pickle
 import struct
@@ -58,7 +58,7 @@ class WithTargets(Pictures):
         (Pictures(), [0, 1, 0, 1, 0, 1]),
     ],
 )
-def test_labels_of_ones_own_dataset(dataset, expected):
+def test_labels_of_a_users_dataset(dataset, expected):
     assert DatasetSource(dataset).load().train.targets.tolist() == expected
 
 
@@ -95,10 +95,10 @@ def test_image_folder(folder):
     assert torch.equal(red, batch.y == 0)  # each label with its own image
 
 
-def test_image_folder_that_cannot_be(folder):
+def test_invalid_image_folder(folder):
     with pytest.raises(InputError, match="train: .*gone must hold a subfolder of images"):
         ImageFolder(str(folder / "gone")).load()
-    with pytest.raises(InputError, match="test: its classes must be those of train"):
+    with pytest.raises(InputError, match="test: classes must be those of train"):
         ImageFolder(str(folder / "train"), str(folder / "more")).load()
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match="unlabeled: no images in"):
@@ -163,7 +163,7 @@ def test_stl10_brings_its_unlabeled_part(tmp_path, monkeypatch):
     assert batch.x.shape[1:] == (3, 96, 96)
 
 
-def test_torchvision_dataset_that_cannot_be(tmp_path):
+def test_invalid_torchvision_dataset(tmp_path):
     with pytest.raises(InputError, match="name must be a dataset of torchvision.datasets, got 'CIFAR11'"):
         TorchvisionDataset("CIFAR11", str(tmp_path))
     with pytest.raises(InputError, match="MNIST in .* cannot be opened"):
@@ -187,7 +187,7 @@ def test_transforms_can_be_replaced():
 
 
 class Listed(Dataset):
-    """Items that know their files, under one of the names that datasets use."""
+    """Items with paths, in one of the attributes that datasets use."""
 
     def __init__(self, name, paths):
         setattr(self, name, paths)

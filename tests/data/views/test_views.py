@@ -1,4 +1,4 @@
-"""Views are replayable, their order follows from the seed, and the loader resumes and knows its labels."""
+"""Views: replay, order by seed, resuming in mid-epoch, labels and step means, and the table of views."""
 
 import random
 
@@ -12,14 +12,14 @@ from torchvision.transforms import v2
 from kd_lightning import Batch, CoarseLabels, Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.batch import LabelKind
 from kd_lightning.data.transforms import photo_transforms
-from kd_lightning.data.views.dataset import ViewDataset, collate, draws_from_torch_alone
+from kd_lightning.data.views.dataset import ViewDataset, collate, uses_torch_rng_only
 from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, ViewSampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 
 class Noise(nn.Module):
-    """Draws from all three generators that transforms use."""
+    """Uses all three generators that transforms may use."""
 
     def forward(self, x):
         return x + torch.rand(1) + random.random() + np.random.rand()
@@ -120,7 +120,7 @@ def test_loader_goes_on_in_mid_epoch(workers):
 
 
 class Steps:
-    """What a loader asks of a Trainer."""
+    """The attributes of a Trainer that a loader reads."""
 
     accumulate_grad_batches = 2
     num_training_batches = 5
@@ -140,9 +140,9 @@ def test_labels_of_an_optimiser_step(trainer):
             assert batches[k].mean_labels == sum(counts[j] for j in window) / len(window)
 
 
-def test_transform_that_gives_no_tensor():
+def test_transform_that_returns_no_tensor():
     dataset = ViewDataset([Digits().load().train.images], torch.arange(50), lambda image: image.numpy(), seed=0)
-    with pytest.raises(InputError, match="a transform must give a tensor, got ndarray for sample 7"):
+    with pytest.raises(InputError, match="a transform must return a tensor, got ndarray for sample 7"):
         dataset[7]
 
 
@@ -172,7 +172,7 @@ class TestTwoStreams:
             labeled_batch=first // world,
             unlabeled_batch=rest // world,
             views_per_epoch=views_per_epoch,
-            num_views=views,
+            num_views=num_views,
             seed=seed,
             num_replicas=world,
             rank=rank,
@@ -300,10 +300,10 @@ def test_means_of_an_optimiser_step(trainer, stream, world, fraction, monkeypatc
     for rank in range(world):
         options = {"batch_size": 256 // world, "labeled_batch_size": stream, "train_transform": nn.Identity()}
         data = SemiSupervisedDataModule(Digits(), labeled=10, coarse=coarse, **options)
-        monkeypatch.setattr(data, "_processes", lambda rank=rank: (world, rank))
+        monkeypatch.setattr(data, "_world_size_and_rank", lambda rank=rank: (world, rank))
         index = torch.tensor(data.unlabeled_indices())
-        chosen = index % 3 == 0
-        data.set_pseudo_labels(PseudoLabels(index, index % 10, index.float(), chosen, chosen, 0, 0))
+        accepted = index % 3 == 0
+        data.set_pseudo_labels(PseudoLabels(index, index % 10, index.float(), accepted, accepted, 0, 0))
         loaders.append(data.train_dataloader())
         loaders[-1].trainer = trainer
     shares = [list(loader) for loader in loaders]
@@ -337,7 +337,7 @@ def test_labels_of_a_later_epoch_are_the_new_ones(workers):
             pseudo = batch.kind == LabelKind.PSEUDO
             assert torch.equal(pseudo, torch.isin(batch.index, index))
             assert (batch.y[pseudo] == label).all()
-    stream = iter(loader)  # and within an epoch, whatever workers have read ahead
+    stream = iter(loader)  # also within an epoch, with batches that workers have loaded ahead
     next(stream)
     data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), yes, ~yes, 0, 0))
     batch = next(stream)
@@ -372,7 +372,7 @@ class TestStrongView:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_of_another_shape(self, workers):
         data = SemiSupervisedDataModule(Digits(), strong_transform=nn.Flatten(0), num_workers=workers)
-        message = r"strong_transform must give the shape that train_transform gives, got \[64\] and \[1, 8, 8\]$"
+        message = r"strong_transform must return the shape that train_transform returns, got \[64\] and \[1, 8, 8\]$"
         with pytest.raises(InputError, match=message) as error:
             next(iter(data.train_dataloader()))
         assert "\n" not in str(error.value)
@@ -398,9 +398,9 @@ class Subclass(v2.RandomCrop):
         *photo_transforms(64),
     ],
 )
-def test_known_transforms_draw_from_torch_alone(transform):
-    """And so they do: neither of the other generators moves."""
-    assert draws_from_torch_alone(transform)
+def test_known_transforms_use_torch_rng_only(transform):
+    """The state of the other generators stays the same."""
+    assert uses_torch_rng_only(transform)
     if transform is not None:
         before = random.getstate(), np.random.get_state()[1].tolist()
         for _ in range(20):
@@ -421,12 +421,12 @@ def test_known_transforms_draw_from_torch_alone(transform):
         nn.Sequential(nn.ReLU(), Own()),
     ],
 )
-def test_others_may_draw_from_anywhere(transform):
-    assert not draws_from_torch_alone(transform)
+def test_others_may_use_any_generator(transform):
+    assert not uses_torch_rng_only(transform)
 
 
 @pytest.mark.parametrize("strong", [None, Own()])
-def test_every_generator_is_replayed_where_one_of_two_transforms_may_draw_from_it(strong):
+def test_every_generator_is_replayed_if_one_of_two_transforms_may_use_it(strong):
     data = ViewDataset(
         [Digits().load().train.images], torch.arange(50), v2.Compose([Own()]), 3, strong_transform=strong
     )
@@ -435,12 +435,12 @@ def test_every_generator_is_replayed_where_one_of_two_transforms_may_draw_from_i
     np.random.seed(9)
     second = data[4, 1]
     assert torch.equal(first.x, second.x)
-    assert random.random() == random.Random(9).random()  # put back
+    assert random.random() == random.Random(9).random()  # restored
     mixed = ViewDataset([Digits().load().train.images], torch.arange(50), v2.RandomCrop(8), 3, strong_transform=Own())
     assert torch.equal(mixed[4, 1].x_strong, mixed[4, 1].x_strong)
 
 
-class TestViews:
+class TestViewTable:
     @pytest.fixture
     def table(self):
         indices = torch.tensor([7, 3, 11, 5])
@@ -463,7 +463,7 @@ class TestViews:
         assert table.parts() == other.parts()
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_the_loader_draws_nothing(self, table, workers):
+    def test_the_loader_leaves_the_generator_alone(self, table, workers):
         table.num_workers = workers
         torch.manual_seed(1)
         expected = torch.rand(1)
@@ -471,11 +471,11 @@ class TestViews:
         assert sum(len(batch) for batch in table.read([[0, 1], [2]])) == 3
         assert torch.equal(torch.rand(1), expected)
 
-    def test_batches_tell_their_rows_once_a_teacher_keeps_them(self):
+    def test_batches_hold_their_rows_once_enabled(self):
         data = SemiSupervisedDataModule(Digits(), labeled=4, num_views=2, batch_size=100)
         data.setup("fit")
         assert next(iter(data.train_dataloader())).rows is None
-        data.train_views().keep(data.train_views().parts()["transform"])
+        data.train_views().enable_rows(data.train_views().parts()["transform"])
         batch = next(iter(data.train_dataloader()))
         (same,) = data.train_views().read([batch.rows.numbers])
         assert torch.equal(same.x, batch.x)

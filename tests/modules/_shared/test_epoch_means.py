@@ -16,7 +16,7 @@ def test_weighted_means_of_numbers_and_tensors():
         for value, weight in pairs:
             means.add(name, value, weight)
     assert means
-    found = means.take(torch.device("cpu"), lambda sums: sums)
+    found = means.compute_and_reset(torch.device("cpu"), lambda sums: sums)
     assert {name: float(mean) for name, mean in found.items()} == pytest.approx({"a": 2.0, "b": 0.5})
     assert not found["b"].requires_grad
     assert not means
@@ -27,7 +27,7 @@ def test_processes_are_summed_before_they_are_divided():
     means.add("b", 3.0, 1.0)
     means.add("a", 2.0, 1.0)
     theirs = torch.tensor([[other[name][k] for name in "ab"] for k in (0, 1)])
-    found = means.take(torch.device("cpu"), lambda sums: sums + theirs)
+    found = means.compute_and_reset(torch.device("cpu"), lambda sums: sums + theirs)
     assert {name: float(mean) for name, mean in found.items()} == {"a": 3.0, "b": 2.0}
 
 

@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
 
 from kd_lightning import InputError
-from kd_lightning.losses.base import decide, to_probabilities
+from kd_lightning.losses.base import predicted_labels, to_probabilities
 from kd_lightning.modules._shared.evaluation import Evaluation
 
 NAN = float("nan")
@@ -144,6 +144,6 @@ def test_probabilities_and_decisions():
     assert to_probabilities(z, "multiclass").tolist() == [pytest.approx([1 / (1 + e), e / (1 + e)]), [0.5, 0.5]]
     assert to_probabilities(z[:1], "multilabel").tolist() == [pytest.approx([0.5, e / (1 + e)])]
     assert to_probabilities(z[:, :1], "binary").shape == (2,)
-    assert decide(z, "multiclass").tolist() == [1, 0]
-    assert decide(z, "multilabel").tolist() == [[0, 1], [1, 1]]  # one half is no
-    assert decide(z[:, :1], "binary").tolist() == [0, 1]
+    assert predicted_labels(z, "multiclass").tolist() == [1, 0]
+    assert predicted_labels(z, "multilabel").tolist() == [[0, 1], [1, 1]]  # one half is no
+    assert predicted_labels(z[:, :1], "binary").tolist() == [0, 1]

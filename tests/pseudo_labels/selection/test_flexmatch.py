@@ -1,4 +1,4 @@
-"""AdaptiveThresholds: FlexMatch's formula by hand, with its warm-up, and what it counts."""
+"""AdaptiveThresholds: FlexMatch's formula by hand, with its warm-up, and which predictions count."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch
 from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
 
 
-def by_hand(chosen, classes, threshold, pool):
+def by_hand(last_classes, classes, threshold, pool):
     """tau * M(beta_c), M(beta) = beta / (2 - beta), beta_c = sigma_c / max(max sigma, N - sum sigma)."""
-    sigma = [chosen.count(c) for c in range(classes)]
+    sigma = [last_classes.count(c) for c in range(classes)]
     most = max(*sigma, pool - sum(sigma))
     return [threshold * (s / most) / (2 - s / most) for s in sigma]
 
@@ -16,13 +16,13 @@ def by_hand(chosen, classes, threshold, pool):
 @pytest.mark.parametrize("seed", range(5))
 def test_by_hand(seed):
     generator = torch.Generator().manual_seed(seed)
-    thresholds, chosen = AdaptiveThresholds(0.95, pool=30, samples=40), {}
+    thresholds, last_class = AdaptiveThresholds(0.95, pool=30, samples=40), {}
     for _ in range(8):
         index = 10 + torch.randperm(30, generator=generator)[:7]
         label = torch.randint(-1, 5, (7,), generator=generator)
-        thresholds.note(index, label)
-        chosen |= {int(i): int(c) for i, c in zip(index, label, strict=True) if c >= 0}
-        expected = by_hand(list(chosen.values()), 5, 0.95, 30)
+        thresholds.update(index, label)
+        last_class |= {int(i): int(c) for i, c in zip(index, label, strict=True) if c >= 0}
+        expected = by_hand(list(last_class.values()), 5, 0.95, 30)
         assert thresholds(5).tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -32,17 +32,17 @@ def test_none_at_first():
 
 def test_best_learned_class_has_the_whole_threshold():
     thresholds = AdaptiveThresholds(0.9, pool=4, samples=4)
-    thresholds.note(torch.arange(4), torch.tensor([2, 2, 0, 1]))
+    thresholds.update(torch.arange(4), torch.tensor([2, 2, 0, 1]))
     assert thresholds(4).tolist() == pytest.approx([0.9 * 0.5 / 1.5, 0.9 * 0.5 / 1.5, 0.9, 0.0])
 
 
 def test_last_confident_class_counts():
     thresholds = AdaptiveThresholds(0.9, pool=2, samples=5)
     for label in ([0, 1], [1, -1]):
-        thresholds.note(torch.tensor([3, 4]), torch.tensor(label))
-    assert thresholds.chosen.tolist() == [-1, -1, -1, 1, 1]
+        thresholds.update(torch.tensor([3, 4]), torch.tensor(label))
+    assert thresholds.last_class.tolist() == [-1, -1, -1, 1, 1]
 
 
 def test_is_in_no_state_dict():
-    """The checkpoint has it apart, so that a student trained with it loads without."""
+    """The module saves it apart, so that a checkpoint loads without it."""
     assert not AdaptiveThresholds(0.9, pool=2, samples=5).state_dict()
