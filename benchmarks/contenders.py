@@ -7,7 +7,6 @@ import threading
 import time
 from functools import partial
 
-import modelopt.torch.distill as mtd
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
@@ -15,8 +14,6 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import SGD
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torchdistill.core.distillation import get_distillation_box
-from torchdistill.losses import mid_level  # noqa: F401  (its config only finds losses that are imported)
 
 from kd_lightning import (
     CompileNetworks,
@@ -175,6 +172,9 @@ def plain(student, teacher, data, boundary, epochs, feed=iter, **loading):
 
 def torchdistill(student, teacher, data, boundary, epochs, feed=iter, **loading):
     """The distillation box of torchdistill, as in its examples."""
+    from torchdistill.core.distillation import get_distillation_box
+    from torchdistill.losses import mid_level  # noqa: F401  (its config only finds losses that are imported)
+
     config = {
         "num_epochs": epochs,
         "train_data_loader": {
@@ -235,6 +235,7 @@ class Wrapped(nn.Module):
 
 def modelopt(student, teacher, data, boundary, epochs, feed=iter, **loading):
     """The distillation mode of modelopt in a loop, as in its guide, with ``soft_targets``, since its loss differs."""
+    import modelopt.torch.distill as mtd
 
     class Loss(_Loss):
         def forward(self, student_logits, teacher_logits):

@@ -2,7 +2,8 @@
 
 Run: python benchmarks/throughput.py                 (at most 20 minutes; exit status 1 if a ratio misses its goal)
      python benchmarks/throughput.py --growth        (how cost grows with teachers, classes and samples)
-     python benchmarks/throughput.py --device cuda   (ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last)
+     python benchmarks/throughput.py --device cuda   (ResNet-50 to ResNet-18 at 224 pixels, bf16, channels last;
+                                                      with --quick for make gpu)
 
 The extra ``bench`` is needed. On the CPU, one thread runs on one core. All contenders take turns within one process, a
 batch each, for 9 epochs after one for warm-up. Images of 32 x 32 pixels lie in memory; batches have 64 images, with
@@ -197,12 +198,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", action="store_true", help="measure how cost grows, instead of the ratios")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="on a GPU: fewer images and epochs, nothing compiled")
     parser.add_argument("--only", choices=PARTS, nargs="*", default=[*PARTS], help="measure some of the ratios")
     options = parser.parse_args()
     if options.device == "cuda":
         from throughput_cuda import run
 
-        return run()
+        return run(quick=options.quick)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if options.growth:
         from growth import run

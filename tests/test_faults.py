@@ -332,7 +332,7 @@ class TestCheckpoints:
         assert saved == {"epoch=0-step=4.ckpt", "last.ckpt"}
         assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 12
         assert cli.trainer.checkpoint_callback.best_model_path.endswith("epoch=0-step=4.ckpt")
-        # a resumed run keeps it up
+        # a resumed run does the same
         DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
         assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 16
 
@@ -433,6 +433,8 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_the_others(config, rank):
     command = [sys.executable, "-m", "kd_lightning", "fit", "--config", "config.yaml"]

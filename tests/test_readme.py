@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torchvision.io import write_png
 from torchvision.models import resnet18
@@ -25,6 +26,7 @@ def take_photos():
             write_png(torch.randint(256, (3, 70, 80), dtype=torch.uint8), str(image))
 
 
+@pytest.mark.slow
 def test_yaml(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     take_photos()
@@ -37,6 +39,7 @@ def test_yaml(root, tmp_path, monkeypatch):
     assert Path("runs/photos/version_0/student.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, hints, several, quantised, few, weak = blocks(root, "python")

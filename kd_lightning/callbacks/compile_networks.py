@@ -57,6 +57,13 @@ class CompileNetworks(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the end of each stage. Removes the compiled forward passes."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Runs when a stage fails, after which Lightning does not call ``teardown``. Removes them, too."""
+        self._restore()
+
+    def _restore(self) -> None:
         for network in self._compiled:
             network._compiled_call_impl = None
         self._compiled.clear()

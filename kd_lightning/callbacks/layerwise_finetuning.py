@@ -37,8 +37,8 @@ class LayerwiseFinetuning(Callback):
         batch_norm: When BatchNorm and InstanceNorm layers below the head update their running statistics.
             ``"thaw"``: not while the layers are frozen. ``"freeze"``: never. ``"adapt"``: always. In all three modes
             their weights train with their layer.
-        head: Dotted name of the head in the network. Default: None, which means its last linear or convolutional
-            layer.
+        head: Dotted name of the head in the network. Default: None, which means the last linear or convolutional
+            layer that the network calls.
         network: Dotted name of the network in the module.
 
     Raises:

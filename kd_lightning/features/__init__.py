@@ -1,14 +1,19 @@
-"""Features: outputs of layers by dotted path, projectors that join them, and what each layer costs."""
+"""Features: outputs of layers by dotted path, projectors, shapes and costs of layers, and heads."""
 
-from kd_lightning.features.capture import capture
-from kd_lightning.features.heads import find_head, reset_classifier
+from kd_lightning.features.capture import capture, evaluating, find_layer
+from kd_lightning.features.heads import find_head, input_of_head, reset_classifier
 from kd_lightning.features.layers import list_layers
+from kd_lightning.features.outputs import logits_of
 from kd_lightning.features.projectors import build_projector
 
 __all__ = [
     "capture",
+    "evaluating",
+    "find_layer",
     "find_head",
+    "input_of_head",
     "reset_classifier",
     "list_layers",
+    "logits_of",
     "build_projector",
 ]

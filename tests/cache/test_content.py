@@ -315,6 +315,7 @@ def test_circles_end():
     assert fingerprint(alone) != fingerprint(one)
 
 
+@pytest.mark.slow
 def test_all_processes_agree():
     """The order of a set differs in each process."""
     code = (

@@ -152,6 +152,7 @@ def test_no_room(tmp_path, monkeypatch):
         cache.check_room(ROWS)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_chunk_absent(tmp_path):
     script = f"""
         import resource

@@ -222,6 +222,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_processes_find_what_one_finds(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     for devices in ("1", "2"):

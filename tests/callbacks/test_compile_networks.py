@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import nn
 
 from kd_lightning import ApprenticeModule, CompileNetworks, DistillModule, EnsembleDistillModule, HintModule, InputError
@@ -41,6 +41,17 @@ def test_all_networks_are_compiled_while_fitting(fitted):
     assert set(module.state_dict()) == names
 
 
+def test_a_fault_leaves_no_network_compiled(fitted):
+    class Fault(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            raise RuntimeError("fault")
+
+    module = distill(nets())
+    with pytest.raises(RuntimeError, match="fault"):
+        fitted(module, CompileNetworks(backend="eager"), Fault())
+    assert [network._compiled_call_impl for network in find_networks(module)] == [None] * 2
+
+
 def test_the_same_training(fitted):
     expected = fitted(distill(nets()))
     for backend in ("eager", None):
@@ -74,6 +85,7 @@ def test_a_teacher_that_learns():
     assert find_networks(ApprenticeModule(student, teacher)) == [student, teacher]
 
 
+@pytest.mark.slow
 def test_inductor_agrees(fitted):
     def tiny():
         torch.manual_seed(0)

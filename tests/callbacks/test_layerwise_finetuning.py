@@ -550,6 +550,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     """After the thaw, too, where Lightning's BackboneFinetuning lets the processes drift apart, issue 20340."""
     monkeypatch.chdir(tmp_path)

@@ -774,6 +774,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_processes_label_as_one(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     for devices in ("1", "2"):

@@ -300,6 +300,7 @@ def test_labels_outside_the_classes(config, fails):
     assert "labels must be 0 ... 6" in fails("fit", "--config", write(config))
 
 
+@pytest.mark.slow
 def test_from_the_shell(config):
     config["model"]["init_args"]["soft_wieght"] = 1
     command = [sys.executable, "-m", "kd_lightning", "fit", "--config", write(config)]

@@ -1,4 +1,4 @@
-"""ApprenticeModule: the paper's objective by hand, who learns from whom, optimisers, checkpoints, the command line."""
+"""ApprenticeModule: the paper's objective by hand, what each network learns, optimisers, checkpoints, command line."""
 
 import copy
 import csv
@@ -552,7 +552,7 @@ class TestFinetune:
 
 class TestCharts:
     def test_teacher_accuracy_is_never_stale(self, quiet_trainer, student, teacher):
-        """The datamodule tells which samples a batch holds; a frozen teacher's logits would be kept."""
+        """Batches have an index, so a frozen teacher's logits would be cached."""
         data = SemiSupervisedDataModule(Digits(), labeled=20, batch_size=64, val_size=0.3, seed=1)
         found, expected = [], []
 

@@ -36,7 +36,7 @@ class Fixed(nn.Module):
         return self.logits[x[:, 0].long()]
 
 
-def draw(seed, rows=10):
+def random_logits(seed, rows=10):
     return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
 
 
@@ -72,9 +72,9 @@ def rows_by_hand(logits, batch):
     return rows, gradient
 
 
-def learned_by_hand(chooser, batch, forget):
+def learned_by_hand(selector, batch, forget):
     """Which rows the other student learns."""
-    rows, _ = rows_by_hand(chooser, batch)
+    rows, _ = rows_by_hand(selector, batch)
     labeled = [i for i in range(len(rows)) if batch.y[i] != -100]
     noisy = [i for i in labeled if batch.kind is None or batch.kind[i] != C]
     easy = sorted(noisy, key=lambda i: rows[i])[: round((1 - forget) * len(noisy))]
@@ -82,9 +82,9 @@ def learned_by_hand(chooser, batch, forget):
     return sorted(easy + [i for i in labeled if i not in noisy] + coarse)
 
 
-def term_by_hand(learner, chooser, batch, forget):
+def term_by_hand(learner, selector, batch, forget):
     rows, gradient = rows_by_hand(learner, batch)
-    learned = learned_by_hand(chooser, batch, forget)
+    learned = learned_by_hand(selector, batch, forget)
     share = np.zeros(len(rows))
     share[learned] = 1 / len(learned)
     share *= 1 if batch.weight is None else batch.weight.double().numpy()
@@ -92,7 +92,7 @@ def term_by_hand(learner, chooser, batch, forget):
 
 
 def module_of(forget, student=None, peer=None, **kwargs):
-    student, peer = (draw(0) if student is None else student), (draw(1) if peer is None else peer)
+    student, peer = (random_logits(0) if student is None else student), (random_logits(1) if peer is None else peer)
     module = CoTeachingModule(Fixed(student), Fixed(peer), forget, **kwargs)
     module.forget_rate_at = lambda epoch: forget  # as at the ramp's end
     return module
@@ -105,9 +105,10 @@ class TestObjective:
         module = module_of(forget)
         terms = module.losses(make())
         sum(term.weight * term.value for term in terms.values()).backward()
-        sides = (draw(0), draw(1), module.student, "hard"), (draw(1), draw(0), module.peer, "peer_hard")
-        for learner, chooser, net, name in sides:
-            value, gradient = term_by_hand(learner, chooser, make(), forget)
+        first, second = random_logits(0), random_logits(1)
+        sides = (first, second, module.student, "hard"), (second, first, module.peer, "peer_hard")
+        for learner, selector, net, name in sides:
+            value, gradient = term_by_hand(learner, selector, make(), forget)
             assert terms[name].weight == 1
             assert terms[name].value.item() == pytest.approx(value, rel=1e-12)
             assert net.logits.grad.numpy() == pytest.approx(gradient, abs=1e-14)
@@ -115,17 +116,17 @@ class TestObjective:
     def test_the_cases_tell_the_students_apart(self):
         """Else the test above could not fail."""
         for make in (plain, mixed):
-            one, other = (learned_by_hand(draw(seed), make(), 0.5) for seed in (0, 1))
+            one, other = (learned_by_hand(random_logits(seed), make(), 0.5) for seed in (0, 1))
             assert one != other
 
     def test_the_peer_chooses(self):
         learned = []
         for seed in (1, 2):
-            module = module_of(0.5, peer=draw(seed))
+            module = module_of(0.5, peer=random_logits(seed))
             module.losses(plain())["hard"].value.backward()
             learned.append(module.student.logits.grad.abs().sum(dim=1).nonzero().flatten().tolist())
             assert module.peer.logits.grad is None  # choosing is not learning
-        assert learned == [learned_by_hand(draw(seed), plain(), 0.5) for seed in (1, 2)]
+        assert learned == [learned_by_hand(random_logits(seed), plain(), 0.5) for seed in (1, 2)]
         assert learned[0] != learned[1]
 
     def test_weights_have_no_say_in_the_choice(self):
@@ -135,7 +136,7 @@ class TestObjective:
         light.weight[3] = 0.0
         module = module_of(0.5)
         found = module.losses(light)["hard"].value
-        assert found.item() == pytest.approx(term_by_hand(draw(0), draw(1), light, 0.5)[0])
+        assert found.item() == pytest.approx(term_by_hand(random_logits(0), random_logits(1), light, 0.5)[0])
         heavy.weight = torch.full((10,), 2.0)
         double = module.losses(heavy)["hard"].value
         torch.testing.assert_close(double, 2 * module.losses(plain())["hard"].value)
@@ -151,16 +152,16 @@ class TestObjective:
 
     def test_rows_without_a_label_leak_nothing(self):
         """Not even logits that overflow."""
-        wild = draw(0)
+        wild = random_logits(0)
         wild[2] = float("inf")
         found = module_of(0.5, student=wild).losses(plain())["hard"].value
-        assert found.item() == pytest.approx(term_by_hand(draw(0), draw(1), plain(), 0.5)[0])
+        assert found.item() == pytest.approx(term_by_hand(random_logits(0), random_logits(1), plain(), 0.5)[0])
 
     def test_all_clean_is_plain_training(self):
         batch = plain()
         batch.kind = torch.where(batch.y == -100, LabelKind.MISSING, LabelKind.CLEAN)
         found = module_of(0.9).losses(batch)["hard"].value
-        expected = nn.functional.cross_entropy(draw(0), batch.y)
+        expected = nn.functional.cross_entropy(random_logits(0), batch.y)
         torch.testing.assert_close(found, expected)
 
     def test_coarse_labels_alone(self):
@@ -168,7 +169,7 @@ class TestObjective:
         batch.y = None
         batch.kind = None
         batch.weight = None
-        rows, _ = rows_by_hand(draw(0), mixed())
+        rows, _ = rows_by_hand(random_logits(0), mixed())
         assert module_of(0.9).losses(batch)["hard"].value.item() == pytest.approx(rows[[2, 8]].mean())
 
     def test_forgetting_all_there_is(self):
@@ -181,9 +182,9 @@ class TestObjective:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype):
-        module = module_of(0.25, draw(0).to(dtype), draw(1).to(dtype))
+        module = module_of(0.25, random_logits(0).to(dtype), random_logits(1).to(dtype))
         found = module.losses(mixed())["hard"].value
-        expected, _ = term_by_hand(draw(0).to(dtype), draw(1).to(dtype), mixed(), 0.25)
+        expected, _ = term_by_hand(random_logits(0).to(dtype), random_logits(1).to(dtype), mixed(), 0.25)
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -199,13 +200,13 @@ class TestObjective:
         loss = GeneralizedCrossEntropyLoss()
         module = module_of(0.5, hard_loss=LabelKindLoss(loss))
         found = module.losses(mixed())["hard"].value
-        rows = nn.functional.cross_entropy(draw(0), mixed().y, reduction="none")
+        rows = nn.functional.cross_entropy(random_logits(0), mixed().y, reduction="none")
         noisy = mixed().kind == LabelKind.NOISY
-        rows[noisy] = GeneralizedCrossEntropyLoss(reduction="none")(draw(0)[noisy], mixed().y[noisy])
-        rows[[2, 8]] = torch.from_numpy(rows_by_hand(draw(0), mixed())[0])[[2, 8]]
+        rows[noisy] = GeneralizedCrossEntropyLoss(reduction="none")(random_logits(0)[noisy], mixed().y[noisy])
+        rows[[2, 8]] = torch.from_numpy(rows_by_hand(random_logits(0), mixed())[0])[[2, 8]]
         # chosen by the peer's loss of the same kind, which puts the noisy rows in cross-entropy's order
-        others = nn.functional.cross_entropy(draw(1), mixed().y, reduction="none")
-        others[noisy] = GeneralizedCrossEntropyLoss(reduction="none")(draw(1)[noisy], mixed().y[noisy])
+        others = nn.functional.cross_entropy(random_logits(1), mixed().y, reduction="none")
+        others[noisy] = GeneralizedCrossEntropyLoss(reduction="none")(random_logits(1)[noisy], mixed().y[noisy])
         sorted_rows = [0, 3, 4, 5, 6]
         easy = sorted(sorted_rows, key=lambda i: others[i].item())[: round(0.5 * 5)]
         learned = [*easy, 1, 7, 2, 8]
@@ -323,8 +324,8 @@ class TestRun:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             quiet_trainer(max_epochs=2).fit(module, datamodule=data)
-        told = [str(w.message) for w in caught if "forget_rate: no row was left out" in str(w.message)]
-        assert len(told) == warns
+        warnings_found = [str(w.message) for w in caught if "forget_rate: no row was left out" in str(w.message)]
+        assert len(warnings_found) == warns
 
     def test_both_learn(self, quiet_trainer, loader):
         module = CoTeachingModule(*networks(0, 1), 0.5)

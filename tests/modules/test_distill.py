@@ -1,4 +1,4 @@
-"""DistillModule: the objective by hand, what is charted and kept, and resuming."""
+"""DistillModule: the objective by hand, what is logged and cached, and resuming."""
 
 import copy
 from functools import partial
@@ -303,7 +303,7 @@ class StoppedError(Exception):
 
 
 class Watch(Callback):
-    """Notes what each step was made of, and raises where told."""
+    """Records the parts of each step, and raises at a given step."""
 
     def __init__(self, stop=None):
         self.stop, self.steps = stop, {}

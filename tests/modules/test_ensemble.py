@@ -1,4 +1,4 @@
-"""EnsembleDistillModule: its objective by hand, the identities between its modes, who is drawn, what it refuses."""
+"""EnsembleDistillModule: its objective by hand, identities between its modes, sampling of teachers, what it refuses."""
 
 import copy
 from functools import partial
@@ -54,8 +54,8 @@ class Fixed(nn.Module):
         return self.logits[: len(x)] + 0 * x.sum()
 
 
-class Asked(nn.Module):
-    """A linear network that notes who was asked about which samples; their numbers stand in x's first column."""
+class Recorder(nn.Module):
+    """A linear network that logs its number and the samples' numbers, which are x's first column."""
 
     def __init__(self, number=0, log=None):
         super().__init__()
@@ -206,7 +206,7 @@ class TestIdentities:
     def test_random_is_the_average_on_average(self, monkeypatch, weights, loss):
         log = []
         student, x, y = nn.Linear(4, CLASSES).double(), numbered(ROWS).double(), LABELS["multiclass"]
-        teachers = [Asked(k, log).double() for k in range(COUNT)]
+        teachers = [Recorder(k, log).double() for k in range(COUNT)]
         module = EnsembleDistillModule(student, teachers, "random", teacher_weights=weights, soft_loss=loss)
         of = {}
         for seed in range(40):
@@ -224,7 +224,7 @@ class TestIdentities:
     @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [1.0, 0.0, 3.0]])
     def test_relabel_is_the_average_over_an_epoch(self, weights):
         student = nn.Linear(4, CLASSES).double()
-        teachers = [Asked(k).double() for k in range(COUNT)]
+        teachers = [Recorder(k).double() for k in range(COUNT)]
 
         def epoch(strategy, views_per_epoch):
             module = EnsembleDistillModule(student, teachers, strategy, teacher_weights=weights, soft_weight=0.6)
@@ -279,11 +279,11 @@ class TestIdentities:
         assert all(torch.equal(value, charted[key]) for key, value in shown.items())
 
 
-class TestDraws:
+class TestSampling:
     def by_batch(self, quiet_trainer, **kwargs):
         """The drawn teacher of each batch of an epoch of ten, two of the steps."""
         log = []
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "random")
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(k, log) for k in range(3)], "random")
         trainer = quiet_trainer(**kwargs)
         trainer.fit(module, samples(40))
         sizes = [len(rows) for _, rows in log]
@@ -309,7 +309,7 @@ class TestDraws:
             """{(epoch, index): teacher}"""
             log = []
             module = EnsembleDistillModule(
-                nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "random", draw_per="sample"
+                nn.Linear(4, 4), [Recorder(k, log) for k in range(3)], "random", draw_per="sample"
             )
             quiet_trainer(max_epochs=2).fit(module, samples(40, **kwargs))
             found, seen = {}, 0
@@ -330,20 +330,20 @@ class TestDraws:
     @pytest.mark.parametrize("views", [None, 6])
     def test_relabel(self, quiet_trainer, views):
         log = []
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "relabel")
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(k, log) for k in range(3)], "relabel")
         quiet_trainer(max_epochs=3).fit(module, samples(12, views_per_epoch=3, num_views=views, batch_size=5))
         for k in range(3):  # each sample once an epoch
-            asked = [index for number, rows in log if number == k for index in rows]
-            assert len(asked) == 36
-            assert all(sorted(asked[start : start + 12]) == [*range(12)] for start in (0, 12, 24))
+            indices = [index for number, rows in log if number == k for index in rows]
+            assert len(indices) == 36
+            assert all(sorted(indices[start : start + 12]) == [*range(12)] for start in (0, 12, 24))
         log.clear()
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "relabel")
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(k, log) for k in range(3)], "relabel")
         module.training_step(Batch(numbered(6), view=torch.tensor([7, 0, 5, 3, 4, 11])), 0)
         assert sorted(log) == [(0, [1, 3]), (1, [0, 4]), (2, [2, 5])]
 
     def test_relabel_of_a_plain_loader(self, quiet_trainer):
         log = []
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(k, log) for k in range(3)], "relabel")
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(k, log) for k in range(3)], "relabel")
         data = DataLoader(TensorDataset(numbered(300), torch.arange(300) % 4), 30)
         with pytest.warns(UserWarning, match="relabel: batches have no view") as warned:
             quiet_trainer().fit(module, data)
@@ -352,24 +352,24 @@ class TestDraws:
         assert sum(counts) == 300
         assert min(counts) > 60  # per row
         with pytest.raises(InputError, match="draw_per: sample needs batches with an index"):
-            EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], "random", draw_per="sample").training_step(
-                (numbered(4), torch.arange(4)), 0
-            )
+            EnsembleDistillModule(
+                nn.Linear(4, 4), [Recorder(0), Recorder(1)], "random", draw_per="sample"
+            ).training_step((numbered(4), torch.arange(4)), 0)
 
     @pytest.mark.parametrize("strategy", ["random", "relabel"])
     def test_partial_teachers_by_hand(self, monkeypatch, strategy):
-        """The drawn one's classes from it, class 3 from the others, at the loss's temperature; then normalised."""
+        """Classes that the sampled teacher does not know come from the other teachers; then q is normalised."""
         monkeypatch.setenv("PL_GLOBAL_SEED", "1")
         maps = [[2, 0, 1], [0, 3], [0, 1, 2, 3]]
         s, t = logits("multiclass", 0), [logits("multiclass", k + 1)[:, : len(m)] for k, m in enumerate(maps)]
         teachers = [Teacher(Fixed(z), classes=m) for z, m in zip(t, maps, strict=True)]
         module = EnsembleDistillModule(Fixed(s), teachers, strategy, soft_loss=KDLoss(2.0))
         found = module.losses(Batch(torch.zeros(ROWS, 2), view=torch.arange(ROWS)))["soft"].value.item()
-        said = [soften("multiclass", z.double().numpy(), 2.0) for z in t]
+        outputs = [soften("multiclass", z.double().numpy(), 2.0) for z in t]
         q = np.zeros((3, ROWS, 4))
         for k, c in np.ndindex(3, 4):
             knowing = [k] if c in maps[k] else [j for j in range(3) if c in maps[j]]
-            q[k, :, c] = np.mean([said[j][:, maps[j].index(c)] for j in knowing], axis=0)
+            q[k, :, c] = np.mean([outputs[j][:, maps[j].index(c)] for j in knowing], axis=0)
         q /= q.sum(2, keepdims=True)
         choices = [[0, 1, 2, 0, 1, 2]] if strategy == "relabel" else [[k] * ROWS for k in range(3)]
         expected = [soft_by_hand(KDLoss(2.0), s.double().numpy(), q[choice, range(ROWS)], None) for choice in choices]
@@ -387,8 +387,8 @@ class TestTraining:
             network.train()
         trainer = quiet_trainer(limit_train_batches=2)
         trainer.fit(module, SemiSupervisedDataModule(Digits(), batch_size=16))
-        for network, kept in zip(networks, before, strict=True):
-            assert all(torch.equal(tensor, kept[key]) for key, tensor in network.state_dict().items())
+        for network, state in zip(networks, before, strict=True):
+            assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
             assert not any(part.training for part in network.modules())
         own = {id(p) for p in student.parameters()}
         assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == own
@@ -491,7 +491,7 @@ class TestBadInput:
         ],
     )
     def test_relabel_of_other_copies(self, quiet_trainer, data, got):
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], "relabel")
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(0), Recorder(1)], "relabel")
         with pytest.raises(InputError, match=rf"strategy: relabel .*views_per_epoch: 2 .* got .*{got}"):
             quiet_trainer().fit(module, samples(**data))
         quiet_trainer(limit_train_batches=1).fit(module, samples(views_per_epoch=2, num_views=4))
@@ -528,7 +528,7 @@ class TestBadInput:
                 return (student - teacher).square().mean()
 
         batch = Batch(numbered(4), view=torch.arange(4))
-        make = partial(EnsembleDistillModule, nn.Linear(4, 4), [Asked(0), Asked(1)], "relabel", soft_loss=Own())
+        make = partial(EnsembleDistillModule, nn.Linear(4, 4), [Recorder(0), Recorder(1)], "relabel", soft_loss=Own())
         make(teacher_weights=[2, 2]).training_step(batch, 0)
         with pytest.raises(InputError, match="soft_loss must have a reduction, .* relabel with teacher_weights"):
             make(teacher_weights=[1, 2]).training_step(batch, 0)
@@ -556,13 +556,13 @@ class TestBadInput:
     @pytest.mark.parametrize("weights", [None, "confidence"])
     def test_labels_outside_the_classes(self, weights, label):
         y = torch.tensor([0, 1, label, -100])
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], teacher_weights=weights)
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(0), Recorder(1)], teacher_weights=weights)
         with pytest.raises(InputError, match=rf"labels must be 0 ... 3 .*; got {label}"):
             module.training_step((numbered(4), y), 0)
 
     @pytest.mark.parametrize("weights", [None, "confidence"])
     def test_labels_of_another_shape(self, weights):
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], teacher_weights=weights)
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(0), Recorder(1)], teacher_weights=weights)
         with pytest.raises(
             InputError, match=r"multiclass labels of shape \[4, 2\] do not fit logits of shape \[4, 4\]"
         ):
@@ -570,13 +570,13 @@ class TestBadInput:
 
     @pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int64, torch.float32])
     def test_labels_of_any_kind(self, kind):
-        y, teachers = torch.tensor([0, 1, 3, 2]), [Asked(0), Asked(1)]
+        y, teachers = torch.tensor([0, 1, 3, 2]), [Recorder(0), Recorder(1)]
         module = EnsembleDistillModule(nn.Linear(4, 4), teachers, teacher_weights="confidence")
         expected = module.training_step((numbered(4), y), 0)
         assert torch.equal(module.training_step((numbered(4), y.to(kind)), 0), expected)
 
     def test_only_a_teacher_of_weight_0_knows_a_class(self):
-        teachers = [Asked(0), Teacher(nn.Linear(4, 2), classes=[1, 0])]
+        teachers = [Recorder(0), Teacher(nn.Linear(4, 2), classes=[1, 0])]
         module = EnsembleDistillModule(nn.Linear(4, 4), teachers, teacher_weights=[0, 1])
         with pytest.raises(InputError, match=r"no teacher \(of weight above 0\) knows the student's classes \[2, 3\]"):
             module.training_step((numbered(4), torch.arange(4)), 0)
@@ -592,7 +592,7 @@ class TestBadInput:
                 self.calls += 1
                 return nn.functional.mse_loss(student, teacher)
 
-        module = EnsembleDistillModule(nn.Linear(4, 4), [Asked(0), Asked(1)], strategy, soft_loss=Counted())
+        module = EnsembleDistillModule(nn.Linear(4, 4), [Recorder(0), Recorder(1)], strategy, soft_loss=Counted())
         for _ in range(3):
             module.training_step((numbered(4), torch.arange(4)), 0)
         assert module.soft_loss.calls == 3

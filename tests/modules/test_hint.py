@@ -462,9 +462,9 @@ class TestResume:
                 lr_scheduler=partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch),
                 **options,
             )
-            keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+            checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
             trainer = quiet_trainer(
-                max_epochs=4, enable_checkpointing=True, callbacks=[keep, SoftWeightAnnealing(0.9, 0.1)]
+                max_epochs=4, enable_checkpointing=True, callbacks=[checkpoints, SoftWeightAnnealing(0.9, 0.1)]
             )
             trainer.fit(module, Rows(), loader(), **kwargs)
             return module
@@ -482,8 +482,10 @@ class TestResume:
         def run(losses, **kwargs):
             torch.manual_seed(0)
             module = HintModule(DigitsCNN(4), teacher, HINTS, 5, hint_patience=2, optimizer=partial(Adam, lr=0.01))
-            keep = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
-            callbacks = [TestEndOfStageOne.Loss(losses), keep]
+            checkpoints = ModelCheckpoint(
+                tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True
+            )
+            callbacks = [TestEndOfStageOne.Loss(losses), checkpoints]
             trainer = quiet_trainer(
                 max_epochs=6, enable_checkpointing=True, callbacks=callbacks, num_sanity_val_steps=0
             )

@@ -31,7 +31,7 @@ Y = torch.tensor([2, -100, -100, 0, -100, 3, -100, -100, 1])
 NONE, ALL = torch.full_like(Y, -100), Y.clamp_min(0)
 
 
-def draw(seed=0, rows=ROWS):
+def random_inputs(seed=0, rows=ROWS):
     return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -75,11 +75,11 @@ def given(y):
 
 
 class TestObjective:
-    @pytest.mark.parametrize("strong", [None, draw(1)], ids=["one view", "two views"])
+    @pytest.mark.parametrize("strong", [None, random_inputs(1)], ids=["one view", "two views"])
     @pytest.mark.parametrize("threshold", [None, 0.45, 1.0, 1e-6], ids=["Lee", "some", "none accepted", "all"])
     @pytest.mark.parametrize("y", [Y, NONE, ALL], ids=["mixed", "no label", "all labeled"])
     def test_own_labels(self, strong, threshold, y):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         targets = own_labels(net.weight, x, y, threshold or 0.0)
         if threshold == 0.45 and (y == -100).any():
             assert {target is None for target in targets.values()} == {True, False}
@@ -90,10 +90,10 @@ class TestObjective:
         assert found.item() == pytest.approx(loss, rel=1e-12)
         assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-14)
 
-    @pytest.mark.parametrize("strong", [None, draw(1)], ids=["one view", "two views"])
+    @pytest.mark.parametrize("strong", [None, random_inputs(1)], ids=["one view", "two views"])
     @pytest.mark.parametrize("soft", [False, True])
     def test_refreshed_labels(self, strong, soft):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
         y, probabilities = Y.clone(), None
         y[[1, 4, 7]], kind[[1, 4, 7]] = torch.tensor([3, 0, 0]), LabelKind.PSEUDO
@@ -113,7 +113,7 @@ class TestObjective:
             assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-6, abs=1e-9)
 
     def test_before_the_first_refresh_only_labels_are_learned(self):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         loss, gradient = by_hand(net.weight, x, given(Y), {})
         found = PseudoLabelModule(net, pseudo_labels="refreshed").training_step(Batch(x, Y), 0)
         found.backward()
@@ -121,7 +121,7 @@ class TestObjective:
         assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10)
 
     def test_own_labels_take_no_notice_of_handed_out_ones(self):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         y, kind = Y.clone(), torch.where(Y == -100, LabelKind.PSEUDO, LabelKind.CLEAN)
         expected = PseudoLabelModule(net).training_step((x, Y), 0)
         y[Y == -100] = 2
@@ -132,14 +132,14 @@ class TestObjective:
         """To the bit."""
         grads = []
         for module in (PseudoLabelModule(linear().float(), 0.0), SupervisedModule(linear().float())):
-            loss = module.training_step((draw().float(), y), 0)
+            loss = module.training_step((random_inputs().float(), y), 0)
             loss.backward()
             grads.append((loss.item(), module.student.weight.grad))
         assert grads[0][0] == grads[1][0]
         assert torch.equal(grads[0][1], grads[1][1])
 
     def test_a_batch_without_labels_at_all(self):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         assert PseudoLabelModule(net).training_step(x, 0).item() == pytest.approx(
             PseudoLabelModule(net).training_step((x, NONE), 0).item()
         )
@@ -154,7 +154,7 @@ class TestObjective:
             def forward(self, x):
                 return self.net(x).to(dtype)
 
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         exact = net(x).to(dtype).detach().double()
         expected, _ = by_hand(torch.eye(CLASSES).double(), exact, given(Y), own_labels(torch.eye(CLASSES), exact, Y))
         loss = PseudoLabelModule(Half(net)).training_step((x, Y), 0)
@@ -175,7 +175,7 @@ def coarse_batch(**kwargs):
     candidates[1, [0, 3]] = candidates[6, [1, 2, 3]] = True
     kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
     kind[[1, 6]] = LabelKind.COARSE
-    return Batch(draw(), Y, kind=kind, candidates=candidates, **kwargs)
+    return Batch(random_inputs(), Y, kind=kind, candidates=candidates, **kwargs)
 
 
 def coarse_by_hand(weights, batch, threshold=0.0, weight=1.0):
@@ -202,7 +202,7 @@ def coarse_by_hand(weights, batch, threshold=0.0, weight=1.0):
 
 
 class TestCoarse:
-    @pytest.mark.parametrize("strong", [None, draw(1)], ids=["one view", "two views"])
+    @pytest.mark.parametrize("strong", [None, random_inputs(1)], ids=["one view", "two views"])
     @pytest.mark.parametrize("threshold", [None, 0.45])
     @pytest.mark.parametrize("ema", [None, 0.9])
     def test_by_hand(self, strong, threshold, ema):
@@ -246,8 +246,8 @@ class TestCoarse:
 def two_streams(labeled=(2, 1, 1, 1), rest=7, **kwargs):
     """A source of 4 classes, of which these numbers are labeled, and an unlabeled part."""
     y = torch.arange(CLASSES).repeat_interleave(torch.tensor(labeled))
-    part = TensorDataset(draw(3, len(y)).float(), y)
-    source = DatasetSource(part, unlabeled=TensorDataset(draw(4, rest).float()))
+    part = TensorDataset(random_inputs(3, len(y)).float(), y)
+    source = DatasetSource(part, unlabeled=TensorDataset(random_inputs(4, rest).float()))
     return SemiSupervisedDataModule(source, labeled=None, val_size=0, unlabeled="source", **kwargs)
 
 
@@ -270,7 +270,7 @@ class TestSteps:
     def test_accumulated_batches_with_coarse_labels(self, quiet_trainer):
         net, seen = linear().float(), []
         coarse = CoarseLabels({"low": [0, 1], "high": [2, 3]}, fraction=0.5)
-        source = DatasetSource(TensorDataset(draw(3, 26).float(), torch.arange(26) % CLASSES))
+        source = DatasetSource(TensorDataset(random_inputs(3, 26).float(), torch.arange(26) % CLASSES))
         data = SemiSupervisedDataModule(source, labeled=1, coarse=coarse, val_size=0, batch_size=7)
 
         class Watch(Callback):
@@ -311,11 +311,11 @@ class TestSteps:
             log(name, value, rows)
 
         monkeypatch.setattr(module, "_record_mean", record)
-        quiet_trainer().fit(module, DataLoader(TensorDataset(draw()[:6].float(), y), 3))
+        quiet_trainer().fit(module, DataLoader(TensorDataset(random_inputs()[:6].float(), y), 3))
         assert kinds == {float}
 
     def test_charts(self, quiet_trainer):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         y = torch.tensor([2, -100, -100, 0, 1, 3, -100, -100, 1])  # three batches: 2, none and 2 unlabeled
         still = partial(torch.optim.SGD, lr=0.0)
         trainer = quiet_trainer()
@@ -348,7 +348,7 @@ class TestOneForward:
     @pytest.mark.parametrize("two", [False, True])
     @pytest.mark.parametrize("y", [Y, NONE, ALL], ids=["mixed", "no label", "all labeled"])
     def test_batch_statistics_are_those_of_all_rows(self, pseudo_labels, ema, two, y):
-        x, strong = draw().float(), draw(1).float() if two else None
+        x, strong = random_inputs().float(), random_inputs(1).float() if two else None
         net = Bn()
         module = PseudoLabelModule(net, pseudo_labels=pseudo_labels, ema_decay=ema)
         module.training_step(Batch(x, y, x_strong=strong), 0).backward()
@@ -365,7 +365,7 @@ class TestOneForward:
             assert all(p.grad is None and not p.requires_grad for p in module.ema.parameters())
 
     def test_labels_come_from_the_average(self):
-        net, x = linear(), draw()
+        net, x = linear(), random_inputs()
         module = PseudoLabelModule(net, ema_decay=0.9)
         with torch.no_grad():
             module.ema.module.weight.copy_(linear(1).weight)
@@ -403,8 +403,8 @@ class TestAverage:
         for n, state in enumerate(steps.states[1:], 1):
             share = min(decay, (1 + n) / (10 + n))
             for name, value in state.items():
-                kept = share if value.is_floating_point() else 0.0
-                expected[name] = kept * expected[name] + (1 - kept) * value.double()
+                old_share = share if value.is_floating_point() else 0.0
+                expected[name] = old_share * expected[name] + (1 - old_share) * value.double()
         found = module.ema.module.state_dict()
         assert int(module.ema.n_averaged) == 8 // accumulate
         assert found["norm.num_batches_tracked"].item() == 8
@@ -428,9 +428,9 @@ def test_resumes_to_the_bit_in_mid_epoch(quiet_trainer, tmp_path, arguments, acc
             Bn(), 1.0, threshold=0.4, ema_decay=0.9, optimizer=partial(torch.optim.Adam, lr=0.05), **arguments
         )
         data = two_streams(rest=24, batch_size=6, labeled_batch_size=2, strong_transform=nn.Dropout(0.3), seed=1)
-        keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
         trainer = quiet_trainer(
-            max_epochs=2, callbacks=[keep], enable_checkpointing=True, accumulate_grad_batches=accumulate
+            max_epochs=2, callbacks=[checkpoints], enable_checkpointing=True, accumulate_grad_batches=accumulate
         )
         trainer.fit(module, datamodule=data, ckpt_path=path)
         chosen = [] if module._thresholds is None else [module._thresholds.last_class]
@@ -533,21 +533,21 @@ def test_constructor_checks(student, arguments, message):
 )
 def test_labels_that_do_not_fit(y, message):
     with pytest.raises(InputError, match=message):
-        PseudoLabelModule(linear()).training_step((draw(), y), 0)
+        PseudoLabelModule(linear()).training_step((random_inputs(), y), 0)
 
 
 @pytest.mark.parametrize("two", [False, True])
 def test_student_that_does_not_give_classes(two):
     net = nn.Sequential(nn.Linear(FEATURES, 1), nn.Flatten(0)).double()
     with pytest.raises(InputError, match=r"the student must give logits \(B, C\), got \[\d+\]"):
-        PseudoLabelModule(net).training_step(Batch(draw(), Y, x_strong=draw() if two else None), 0)
+        PseudoLabelModule(net).training_step(Batch(random_inputs(), Y, x_strong=random_inputs() if two else None), 0)
 
 
 def test_weight_that_a_callback_sets():
     module = PseudoLabelModule(linear())
     module.unsupervised_weight = -1.0
     with pytest.raises(InputError, match="unsupervised_weight must be at least 0, got -1"):
-        module.training_step((draw(), Y), 0)
+        module.training_step((random_inputs(), Y), 0)
 
 
 class TestRun:

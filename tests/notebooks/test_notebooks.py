@@ -48,6 +48,7 @@ def check_lesson(notebook):
     assert min(map(float, gains)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, root, tmp_path, monkeypatch):
     for name, value in {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "IPYTHONDIR": tmp_path / "ipython"}.items():

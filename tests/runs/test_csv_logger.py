@@ -43,7 +43,7 @@ def test_is_on_disk_after_every_log(tmp_path, file):
     assert read(file) == [{"step": 0, "loss": 3}]
 
 
-def test_a_run_that_goes_on_keeps_its_rows(log, file):
+def test_a_resumed_run_has_its_earlier_rows(log, file):
     log(OLD)
     before = read(file)
     assert len(before) == 4
@@ -54,12 +54,12 @@ def test_a_run_that_goes_on_keeps_its_rows(log, file):
     assert [path.name for path in file.parent.iterdir()] == ["metrics.csv"]
 
 
-@pytest.mark.parametrize(("purge_step", "kept"), [(None, 4), (3, 4), (2, 3), (1, 1), (0, 0)])
-def test_rows_that_are_written_again_are_dropped(log, file, purge_step, kept):
+@pytest.mark.parametrize(("purge_step", "remaining"), [(None, 4), (3, 4), (2, 3), (1, 1), (0, 0)])
+def test_rows_that_are_written_again_are_dropped(log, file, purge_step, remaining):
     log(OLD)
     before = read(file)
     log([(9, {"loss": 9.0})], purge_step)
-    assert read(file) == [*before[:kept], {"step": 9, "loss": 9}]
+    assert read(file) == [*before[:remaining], {"step": 9, "loss": 9}]
 
 
 def test_two_runs_do_not_share_their_step(tmp_path, log, file):
@@ -85,7 +85,7 @@ def test_row_that_was_cut_off(log, file):
 
 
 def test_only_rank_0_touches_the_file(tmp_path, log, file, monkeypatch):
-    """Trainer asks every rank for ``experiment``; two that rewrite one file would race."""
+    """Trainer reads ``experiment`` on every rank; two ranks that rewrite one file would race."""
     log(OLD)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     other = ResumableCSVLogger(str(tmp_path), "run", "version_0", purge_step=0)

@@ -288,7 +288,7 @@ def test_every_change_makes_a_new_one_and_is_named(what, quiet_trainer, tmp_path
     run(*CHANGES[what]())
     assert len(folders(tmp_path / "cache")) == 2
     message = next(record.message for record in caplog.records if "most similar cache differs" in record.message)
-    named = {"seed": "samples, seed"}.get(what, what)  # the split differs, too
+    named = {"seed": "samples, seed", "num_views": "views"}.get(what, what)  # with the seed, the split differs, too
     assert message.endswith(f"in: {named})")
 
 
@@ -736,7 +736,7 @@ SCRIPT = """
     import torch
     sys.path[:0] = [{tests!r}, {package!r}]
     from lightning.pytorch import Trainer
-    import test_teacher_cache as t
+    import test_cache_fill as t
     from kd_lightning import *
 
     def fit(**kwargs):
@@ -763,7 +763,7 @@ class Slow(Counting):
 
 
 def script(tmp_path, body, count=1):
-    names = {"tests": str(Path(__file__).parent), "package": str(Path(__file__).parent.parent)}
+    names = {"tests": str(Path(__file__).parent), "package": str(Path(__file__).parents[2])}
     text = textwrap.dedent(SCRIPT).format(**names) + textwrap.dedent(body)
     (tmp_path / "script.py").write_text(text)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -789,6 +789,7 @@ def assert_undisturbed(root, undisturbed):
     assert (folder / "outputs").read_bytes() == outputs
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments(tmp_path, undisturbed):
     """Each run is killed while it fills; the last one ends with the cache of an undisturbed one."""
     ends = script(
@@ -812,6 +813,8 @@ def test_killed_at_ten_moments(tmp_path, undisturbed):
     assert_same(torch.load(tmp_path / "student.pt"), undisturbed[2])
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_runs_fill_at_once(tmp_path, undisturbed):
     ends = script(tmp_path, "torch.save(fit(), f'{os.getpid()}.pt')", count=2)
     assert_undisturbed(tmp_path, undisturbed)
@@ -821,6 +824,8 @@ def test_two_runs_fill_at_once(tmp_path, undisturbed):
         assert_same(student, undisturbed[2])
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_processes_fill_together(tmp_path, undisturbed):
     """Each has computed its share, and none has computed all."""
     script(
@@ -840,6 +845,8 @@ def test_two_processes_fill_together(tmp_path, undisturbed):
     assert sum(counts) >= batches
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_one_process_without_room_ends_both(tmp_path):
     (tmp_path / "cache").touch()
     ends = script(

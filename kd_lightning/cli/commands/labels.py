@@ -1,4 +1,4 @@
-"""``labels RUN``: summarise a run's pseudo-labels, and draw the images with the least confident ones."""
+"""``labels RUN``: summarise a run's pseudo-labels, and show the images with the least confident ones."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def main(args: list[str]) -> None:
 
 
 def report(run: Path, number: int | None = None, images: int = 36, out: Path | None = None) -> None:
-    """Print a run's ledger, and draw the images of the least confident labels of a round (if None, of the last)."""
+    """Print a run's ledger, and show the images of the least confident labels of a round (if None, of the last)."""
     paths = ledger(run)
     number = max(paths) if number is None else number
     if number not in paths:
@@ -250,7 +250,7 @@ def _mean(values: Tensor) -> str:
 def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
     """Write a sheet of the images with the least confident labels, then lowest index; InputError if one has changed."""
     if not hasattr(data, "image"):
-        raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be drawn")
+        raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be shown")
     confidence, index = one.confidence.tolist(), one.index.tolist()
     rows = sorted(range(len(index)), key=lambda row: (confidence[row], index[row]))[:count]
     images = []

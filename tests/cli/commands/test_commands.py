@@ -41,7 +41,7 @@ def experiment(root, tmp_path_factory):
     return path, folder / "runs"
 
 
-def test_twin_has_the_same_steps_and_labels(experiment):
+def test_baseline_has_the_same_steps_and_labels(experiment):
     _, runs = experiment
     for version in ("version_0", "version_1"):
         method, baseline = runs / "distill_digits" / version, runs / "distill_digits_alone" / version
@@ -153,7 +153,7 @@ def test_precisions(precisions, tmp_path, capsys):
     assert figure(groups).axes[0].get_xlabel() == "KB of weights"
 
 
-def test_one_precision_is_drawn_over_macs(precisions, capsys):
+def test_one_precision_is_plotted_over_macs(precisions, capsys):
     groups = report(precisions[1:2], None)
     assert figure(groups).axes[0].get_xlabel() == "MACs for one image"
     assert "four" in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_one_pair_has_no_interval():
     assert paired_difference(group("a", {0: 0.5}), group("b", {0: 0.4})) is None
 
 
-def test_twin_of_fine_tuning_starts_from_the_same_weights(root):
+def test_baseline_of_fine_tuning_starts_from_the_same_weights(root):
     config = yaml.safe_load((root / "configs/apprentice_digits_finetune.yaml").read_text())
     arguments = config["model"]["init_args"]
     baseline = baseline_of(config)["model"]
@@ -224,7 +224,7 @@ def test_twin_of_fine_tuning_starts_from_the_same_weights(root):
 
 
 @pytest.mark.parametrize("name", ["fixmatch_digits", "pseudo_label_digits", "refresh_digits", "transductive_digits"])
-def test_twin_of_self_training_has_the_labels_alone(root, name):
+def test_baseline_of_self_training_has_the_labels_alone(root, name):
     config = yaml.safe_load((root / "configs" / f"{name}.yaml").read_text())
     before = deepcopy(config)
     baseline = baseline_of(config)

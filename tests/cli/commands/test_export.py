@@ -195,6 +195,7 @@ def test_biases_stay_as_written(tmp_path):
     assert compare_logits(expected, rewritten, PREDICT).typical > 100 * written.typical
 
 
+@pytest.mark.slow
 def test_torch_export_needs_neither_brevitas_nor_this_package(trained, files):
     code = "import sys, torch\nsys.modules |= {'brevitas': None, 'kd_lightning': None}\n"
     code += f"print(torch.export.load({str(files[0] / 'quant.pt2')!r}).module()(torch.ones(5, 1, 8, 8)).tolist())"

@@ -43,9 +43,7 @@ def test_folds(folds):
 
 
 def test_folds_refused():
-    with pytest.raises(
-        InputError, match=r"--cross-fit needs 2 labels of each class, so that one stays; only 1 of b, c$"
-    ):
+    with pytest.raises(InputError, match=r"--cross-fit needs 2 labels of each class, got 1 of b, c$"):
         stratified_folds({0: "a", 1: "c", 2: "a", 3: "b"}, 2, 0, "--cross-fit")
     for folds in (-1, 0, 1, 5):
         with pytest.raises(InputError, match=f"--folds must lie in 2 ... 4, the number of labels, got {folds}"):
@@ -95,8 +93,8 @@ def test_config_of_a_fold(config, tmp_path):
     assert after["data"]["init_args"] == {"labeled": str(tmp_path / "split_1.json"), "seed": 2}
 
 
-def test_a_folds_split_has_the_answers_of_a_label_file(config, tmp_path):
-    config["data"]["init_args"]["label_file"] = "answers.csv"
+def test_the_split_of_a_fold_has_the_labels_of_a_label_file(config, tmp_path):
+    config["data"]["init_args"]["label_file"] = "labels.csv"
     assert config_of_fold(config, tmp_path / "split_1.json", 1)["data"]["init_args"]["label_file"] is None
 
 
@@ -131,8 +129,8 @@ def test_fits(config, fits, tmp_path):
     for number, fold in enumerate(folds):
         one = Split.load(tmp_path / f"folds/a_fold_{number}/version_0/split.json", TARGETS)
         assert one.labeled == folds[1 - number] and one.held_out == sorted([hidden, *fold])
-        kept = ("unlabeled", "val", "seed", "label_rows")
-        assert all(getattr(one, name) == getattr(split, name) for name in kept)
+        same = ("unlabeled", "val", "seed", "label_rows")
+        assert all(getattr(one, name) == getattr(split, name) for name in same)
 
 
 def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path, capsys):

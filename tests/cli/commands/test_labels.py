@@ -1,4 +1,4 @@
-"""labels: what a run's ledger says, its doubtful images, and the cross-fitted precision."""
+"""labels: the tables of a run's ledger, its least confident images, and the cross-fitted precision."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def run(tmp_path):
     split = make_split(TARGETS, 5, 0.1, 0)
     split.save(folder / "split.json")
     data = {"class_path": "SemiSupervisedDataModule", "init_args": {"source": {"class_path": "Digits"}}}
-    data["init_args"] |= {"labeled": 20, "seed": 7}  # another split, were it drawn again
+    data["init_args"] |= {"labeled": 20, "seed": 7}  # another split, if it were made again
     config = {"name": "tiny", "data": data, "model": {}, "trainer": {}, "checkpoint": {}, "ckpt_path": None}
     config["trainer"] |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -133,7 +133,7 @@ def test_many_classes_and_names_with_brackets(run, capsys):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the contact sheet was asked for."""
+    """The arguments of the contact sheet."""
     calls = []
     real = command.contact_sheet
 
@@ -172,7 +172,7 @@ def test_the_split_is_the_runs_own(run):
     assert rebuild_datamodule(run).split == make_split(TARGETS, 5, 0.1, 0)
 
 
-def test_the_split_has_the_answers_of_a_label_file(run, tmp_path):
+def test_the_split_has_the_labels_of_a_label_file(run, tmp_path):
     """The file is not read again: it may be gone, or another by now."""
     answered = Split.load(run / "split.json", TARGETS).with_label_rows([[0, 3, "noisy", 1.0]])
     answered.save(run / "split.json")
@@ -184,7 +184,7 @@ def test_the_split_has_the_answers_of_a_label_file(run, tmp_path):
 
 
 def test_no_ledger(run):
-    with pytest.raises(InputError, match="name one of the runs in there: version_0"):
+    with pytest.raises(InputError, match="name one of its runs: version_0"):
         main([str(run.parent)])
     shutil.rmtree(run / "pseudo_labels")
     for folder in (run, run / "nowhere"):
@@ -239,7 +239,7 @@ def test_figures_are_shown_without_the_data(run, capsys):
     for text, message in (
         (None, "config.yaml cannot be read: .*No such file"),
         ("a: [", "config.yaml cannot be read: "),
-        ("name: tiny", "names no data"),
+        ("name: tiny", "has no data"),
         (config.replace("class_path: Digits", "class_path: Numbers"), "the data of .* cannot be rebuilt: .*Numbers"),
     ):
         (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
@@ -302,7 +302,7 @@ def test_files_that_changed(files):
     with pytest.raises(InputError, match=r"image pool.c.png cannot be read"):
         main([str(files)])
     Path("pool/c.png").unlink()
-    with pytest.raises(InputError, match="has changed: it has no image 4 any more"):
+    with pytest.raises(InputError, match="has changed: it has no image 4"):
         main([str(files)])
     shutil.rmtree("pool")
     with pytest.raises(InputError, match=r"the data of .* cannot be rebuilt: unlabeled: no images in pool"):
@@ -354,11 +354,11 @@ def test_interval(right, count):
     assert Estimate(0, 0, held_out=count, right=right).precision(accepted=True) is None
 
 
-def test_explanation_names_weights_that_may_know_the_labels():
+def test_explanation_names_weights_that_may_be_trained_on_the_labels():
     loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": {}, "path": "teacher.pt"}}
     model = {"init_args": {"teacher": loaded, "initial_weights": None, "student": {"init_args": {"path": "other"}}}}
     text = explain({"model": model}, 5)
-    assert "with 4/5 of the labels" in text and "All folds read teacher.pt: " in text
+    assert "Each run has 4/5 of the labels" in text and "All folds read teacher.pt: " in text
     model["init_args"] |= {"initial_weights": "start.pt", "teacher": None}
     assert "All folds read start.pt: " in explain({"model": model}, 5)
     model["init_args"]["initial_weights"] = None
@@ -401,7 +401,7 @@ def test_cross_fit_of_ledgers(run, fake_fit, capsys):
         ["0", "1", "50", "0", "-", shown],
         ["1", "3", "50", "50"] + 2 * [shown],
     ]
-    assert "with 3/4 of the labels, so rather too low" in " ".join(text.split())
+    assert "Each run has 3/4 of the labels" in " ".join(text.split())
     with (run / "pseudo_labels" / "cross_fit.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
     assert [first[name] for name in ("accepted", "accepted_right", "accepted_precision_low")] == ["0", "0", ""]
@@ -427,7 +427,7 @@ def test_cross_fit_refused(run, fake_fit):
     config["trainer"]["devices"] = 1
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     make_split(TARGETS, 1, 0.1, 0).save(run / "split.json")
-    with pytest.raises(InputError, match="so that one stays; only 1 of 0, 1, 2, 3"):
+    with pytest.raises(InputError, match="got 1 of 0, 1, 2, 3"):
         cross_fit(run, 2)
     (run / "split.json").unlink()
     with pytest.raises(InputError, match="needs a run on a SemiSupervisedDataModule with a split.json"):

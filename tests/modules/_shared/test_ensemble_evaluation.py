@@ -62,28 +62,28 @@ def divergence(task, q, p):
 
 def by_hand(task, student, teachers, y, weights):
     """All figures that a teacher has a part in, and the matrix of agreement."""
-    p, *said = (soften(task, z.double().numpy()) for z in (student, *teachers))
+    p, *probabilities = (soften(task, z.double().numpy()) for z in (student, *teachers))
     y = y.double().numpy()
     known = ~np.isnan(y) & (y != -100)
     weights = np.array(weights, dtype=float) / np.sum(weights)
-    pooled = sum(w * q for w, q in zip(weights, said, strict=True))
+    pooled = sum(w * q for w, q in zip(weights, probabilities, strict=True))
 
     def decide(q):
         return q.argmax(1) if task == "multiclass" else (q > 0.5).astype(int)
 
-    count = len(said)
+    count = len(probabilities)
     pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
     found = {
         "agreement": (decide(p) == decide(pooled)).mean(),
         "teacher_accuracy": (decide(pooled) == y)[known].mean(),
         "teacher_kl": divergence(task, pooled, p),
-        "disagreement": np.mean([divergence(task, said[i], said[j]) for i, j in pairs]),
+        "disagreement": np.mean([divergence(task, probabilities[i], probabilities[j]) for i, j in pairs]),
     }
-    for k, q in enumerate(said):
+    for k, q in enumerate(probabilities):
         found[f"teacher_{k}_accuracy"] = (decide(q) == y)[known].mean()
         found[f"teacher_{k}_agreement"] = (decide(q) == decide(p)).mean()
         found[f"teacher_{k}_ensemble_agreement"] = (decide(q) == decide(pooled)).mean()
-    matrix = [[(decide(q) == decide(r)).mean() for r in said] for q in said]
+    matrix = [[(decide(q) == decide(r)).mean() for r in probabilities] for q in probabilities]
     return {name: pytest.approx(value, rel=1e-5) for name, value in found.items()}, matrix
 
 
@@ -93,9 +93,9 @@ def measure(task, student, teachers, y, size=4, **kwargs):
     for start in range(0, ROWS, size):
         part = slice(start, start + size)
         batch = Batch(torch.arange(float(ROWS))[part, None])
-        answers = ensemble(batch)
+        logits = ensemble(batch)
         labels = 0 if y is None else int((~torch.isnan(y[part]) & (y[part] != -100)).sum())
-        evaluation.update(student[part], None if y is None else y[part], torch.tensor(1.0), labels, answers)
+        evaluation.update(student[part], None if y is None else y[part], torch.tensor(1.0), labels, logits)
     return evaluation
 
 
@@ -150,8 +150,8 @@ class TestFigures:
         z = np.full((3, ROWS, 4), -np.inf)
         for k, m in enumerate(maps):
             z[k][:, m] = teachers[k][:, : len(m)].double().numpy()
-        said = [np.exp(one) / np.exp(one).sum(1, keepdims=True) for one in z]
-        q = np.stack(said)
+        probabilities = [np.exp(one) / np.exp(one).sum(1, keepdims=True) for one in z]
+        q = np.stack(probabilities)
         knows = np.array([[c in m for c in range(4)] for m in maps])[:, None]
         pooled = (q * knows).sum(0) / knows.sum(0)
         known = (y != -100).numpy()
@@ -254,7 +254,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("strategy", ["average", "random"])
     def test_each_teacher_is_asked_once(self, quiet_trainer, monkeypatch, strategy):
-        """598 validation images are three batches; later epochs look the answers up."""
+        """598 validation images are three batches; later epochs use the cached logits."""
         monkeypatch.setenv("PL_GLOBAL_SEED", "3")
         torch.manual_seed(0)
         networks = [Counting(4), Counting(4)]

@@ -47,16 +47,16 @@ def test_the_mean_over_the_rows_of_an_epoch(stop, quiet_trainer):
 
     class Told(SupervisedModule):
         def training_step(self, batch, batch_idx):
-            told.append((self.current_epoch, len(batch[0])))
+            recorded.append((self.current_epoch, len(batch[0])))
             losses.append(super().training_step(batch, batch_idx))
             return losses[-1]
 
-    told, losses, seen = [], [], Seen()
+    recorded, losses, seen = [], [], Seen()
     loader = DataLoader(TensorDataset(torch.rand(10, 1, 8, 8), torch.arange(10)), 4)
     quiet_trainer(callbacks=[seen], **{"max_epochs": 2} | stop).fit(Told(DigitsCNN(4)), loader)
     assert len(seen.losses) == 2
     for epoch, found in enumerate(seen.losses):
-        mine = [(rows, float(loss)) for (when, rows), loss in zip(told, losses, strict=True) if when == epoch]
+        mine = [(rows, float(loss)) for (when, rows), loss in zip(recorded, losses, strict=True) if when == epoch]
         mean = sum(rows * loss for rows, loss in mine) / sum(rows for rows, _ in mine)
         assert found["train/loss"] == found["train/hard"] == pytest.approx(mean, rel=1e-6)
         assert found["train/loss_step"] == pytest.approx(mine[-1][1], rel=1e-6)

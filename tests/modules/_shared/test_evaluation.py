@@ -14,7 +14,7 @@ NAN = float("nan")
 SHAPES = {"multiclass": (200, 5), "multilabel": (200, 3), "binary": (200,), "binary, column": (200, 1)}
 
 
-def draw(case):
+def random_outputs(case):
     """Task, student's and teacher's logits, labels with holes."""
     task, shape = case.split(",")[0], SHAPES[case]
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ def binned_gap(confidence, right):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_against_references(case):
-    task, logits, teacher, y = draw(case)
+    task, logits, teacher, y = random_outputs(case)
     found = measure(task, logits, teacher, y)
     s, t, truth = logits.double().numpy(), teacher.double().numpy(), y.double().numpy()
     known = ~np.isnan(truth) & (truth != -100)
@@ -87,14 +87,14 @@ def test_against_references(case):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_batches_make_no_difference(case):
-    task, logits, teacher, y = draw(case)
+    task, logits, teacher, y = random_outputs(case)
     parts, whole = measure(task, logits, teacher, y, 50), measure(task, logits, teacher, y, 200)
     assert parts == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
 
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_only_what_there_is(case):
-    task, logits, teacher, y = draw(case)
+    task, logits, teacher, y = random_outputs(case)
     assert set(measure(task, logits, None, y)) == {"loss", "accuracy", "f1", "calibration_error"}
     none = torch.full_like(y, -100 if task == "multiclass" else NAN)
     assert set(measure(task, logits, teacher, none)) == {"agreement", "teacher_kl"}
@@ -103,7 +103,7 @@ def test_only_what_there_is(case):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_the_same_network_agrees(case):
-    task, logits, _, y = draw(case)
+    task, logits, _, y = random_outputs(case)
     found = measure(task, logits, logits, y)
     assert found["agreement"] == 1
     assert found["teacher_kl"] == pytest.approx(0, abs=1e-6)
@@ -111,7 +111,7 @@ def test_the_same_network_agrees(case):
 
 
 def test_confusion_matrix():
-    task, logits, _, y = draw("multiclass")
+    task, logits, _, y = random_outputs("multiclass")
     evaluation = Evaluation(task, 5)
     evaluation.update(logits, y, torch.tensor(0.0), 1, None)
     known = y != -100
@@ -128,7 +128,7 @@ def test_confusion_matrix():
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_teacher_of_other_outputs(case):
-    task, logits, teacher, _ = draw(case)
+    task, logits, teacher, _ = random_outputs(case)
     evaluation = Evaluation(task, 3)
     with pytest.raises(InputError, match=r"same number of outputs, got .* from the teacher and .* from the student"):
         evaluation.check(logits, torch.cat([teacher.reshape(200, -1)] * 2, dim=1))
