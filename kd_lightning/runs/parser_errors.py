@@ -69,10 +69,12 @@ def explain_error(error: BaseException, config: Config | None = None) -> str:
     """Return in one line what a constructor has refused, with the place of its argument in the config."""
     config = config or {}
     while raising_module(error).startswith("jsonargparse.") and error.__cause__ is not None:
+        if str(error.__cause__).startswith("Expected a "):  # of a union the first type alone; the text has all
+            break
         error = error.__cause__
-    if raising_module(error).startswith("jsonargparse."):
-        return str(explain_parser_error(str(error), None, config))
     message = str(error)
+    if raising_module(error).startswith("jsonargparse."):
+        message = str(explain_parser_error(message, None, config))
     if found := re.search(r"negative dimension (-\d+)", message):  # torch's message has the number alone
         for path, _, value, _ in walk_config(config):
             if not isinstance(value, bool) and value == int(found[1]):
@@ -113,7 +115,11 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
     text = re.sub(r'^Parser key "[^"]+"(?: element \d+)?:\s*', "", message)
     if "Errors:" in text:  # of a union, whose first type is the one that was meant
         text = re.split(r"Errors:\s*-?\s*", text)[-1]
+        is_object = re.search(r"Given value: Namespace\(class_path=", text)
         text = re.split(r"\n\s*(?:- Expected a <class 'NoneType'>|- Not of type Path|Given value)", text)[0]
+        if is_object:  # its constructor's message counts
+            refused = [entry for entry in re.split(r"\n\s*- ", text) if not entry.startswith("Expected a ")]
+            text = refused[0] if refused else text
     text = re.sub(r"\n\s*- Expected a ", " or a ", text)
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return partial(_wrong_class, found[1])
