@@ -199,7 +199,7 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
             raise InputError(f"{path}.{key}: no such key{did_you_mean(str(key), SPEC_KEYS)}; allowed: {allowed}")
     class_path = spec.get("class_path")
     if "class_path" not in spec and not any(key in (path, f"{path}.class_path") for key in given):
-        raise InputError(f"{path}.class_path is missing: it says what to build, such as kd_lightning.DistillModule")
+        raise InputError(f"{path}.class_path is missing: it names what to build, such as kd_lightning.DistillModule")
     if "class_path" in spec and (not isinstance(class_path, str) or not class_path):
         raise InputError(f"{path}.class_path must be the import path of a class, got {class_path!r}")
     for part in SPEC_KEYS[1:]:

@@ -105,7 +105,7 @@ class DistillCLI(LightningCLI):
         for path, key, value, _ in walk_config(self.config.as_dict()):
             place = path.removeprefix(f"{self.config.get('subcommand')}.")
             if key == "class_path" and value in _BASE_CLASSES:
-                raise InputError(f"{place} is missing: it says what to build")
+                raise InputError(f"{place} is missing: it names what to build")
             if value == "None" and place.replace(".init_args", "") in nulls:
                 self.config[path] = None  # for an argument of an argument the parser turns null into a text
 

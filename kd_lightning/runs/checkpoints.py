@@ -49,7 +49,7 @@ class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` whenever it is due; Lightning's ``save_last`` writes it only together with a best one.
 
     Args:
-        kwargs: Arguments of ModelCheckpoint that say when to save.
+        kwargs: Arguments of ModelCheckpoint that define when to save.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -172,7 +172,7 @@ def _missing(names: list[str], keys: Keys, config: Config) -> str:
     for path, key, value, _ in walk_config(config):
         # for an empty mapping the parser takes the base class, such as Optimizer
         if value == {} and key not in SPEC_KEYS and _lies_in(path, place or "model"):
-            return f"{path}.class_path is missing: it says what to build"
+            return f"{path}.class_path is missing: it names what to build"
     return ", ".join(_join((*keys, name.rpartition(".")[2])) for name in names) + ": missing, but needed"
 
 

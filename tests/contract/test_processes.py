@@ -195,8 +195,9 @@ if __name__ == "__main__":
 def test_plain_loader_with_labels_on_one_process_alone(tmp_path, monkeypatch, contract):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(SCRIPT)
-    for devices in (1, 2):
-        run([sys.executable, "train.py", str(devices), str(ROWS // devices)], contract)
+    exec(SCRIPT, here := {"__name__": "train"})
+    here["run"](1, ROWS)
+    run([sys.executable, "train.py", "2", str(ROWS // 2)], contract)
     one, two = (json.loads(Path(f"plain_{devices}.json").read_text()) for devices in (1, 2))
     for mine, theirs in zip(one["losses"], two["losses"], strict=True):
         for name in ("train/loss", "train/hard", "train/soft"):
@@ -215,9 +216,12 @@ def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypa
         config["data"]["init_args"]["batch_size"] = batch
         config["trainer"]["limit_train_batches"] = 32 * (2 if options else 1)  # whole batches alone: equal shards
         config["name"] = str(batch)
-        command = [sys.executable, "-m", "kd_lightning", "fit", *contract.Story.write(config, f"{batch}.yaml")]
-        command += ["--trainer.strategy", "ddp", "--trainer.devices", *options] if options else []
-        run(command, contract)
+        command = ["fit", *contract.Story.write(config, f"{batch}.yaml")]
+        if options:
+            command += ["--trainer.strategy", "ddp", "--trainer.devices", *options]
+            run([sys.executable, "-m", "kd_lightning", *command], contract)
+        else:
+            main(command)
         last = torch.load(f"runs/{batch}/version_0/checkpoints/last.ckpt", weights_only=True)
         ends.append((last["global_step"], torch.cat([t.flatten() for t in last["state_dict"].values()])))
     assert ends[0][0] == ends[1][0] == 32
