@@ -40,7 +40,10 @@ def arguments(each_module, tmp_path, monkeypatch, contract):
     config = contract.without_batch_statistics(contract.quick(path, **changes))
     record = {"class_path": "parts.Record", "init_args": {"folder": "seen"}}
     config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), record]
-    config["data"]["init_args"]["batch_size"] = ROWS
+    data = config["data"]["init_args"]
+    data["batch_size"] = ROWS
+    if "labeled_batch_size" in data:
+        data["labeled_batch_size"] = ROWS // 4
     return ["fit", *contract.Story.write(config, "config.yaml")]
 
 
