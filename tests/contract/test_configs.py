@@ -184,8 +184,8 @@ class TestOneRun:
         gentle += ["--trainer.enable_checkpointing", "false", "--trainer.logger", "false"]
         config = deepcopy(story.config)
         for callback in config["trainer"].get("callbacks", []):
-            if callback["class_path"].endswith("PseudoLabelRefresh"):  # a sample on the threshold would count or not
-                callback["init_args"]["threshold"] = None
+            if callback["class_path"].endswith("PseudoLabelRefresh"):  # rounding decides on a sample at the limit
+                callback["init_args"] |= {"threshold": None, "top_k_per_class": None}
         args, losses = contract.Story.write(config, "precision.yaml"), []
         for precision in ("32-true", "bf16-mixed"):
             cli = DistillCLI(["fit", *args, *gentle, "--trainer.precision", precision])
