@@ -134,7 +134,8 @@ class HintModule(DistillModule):
             return
         try:
             x = x.to(self.device)
-            with torch.no_grad():
+            no_autocast = torch.autocast(x.device.type, enabled=False)
+            with torch.no_grad(), no_autocast, torch.random.fork_rng(devices=[]):
                 teacher_x = self.teacher.prepare(x)
             self.projectors.build_from_networks(self.student, x, self.teacher.network, teacher_x)
         except RuntimeError as error:

@@ -592,7 +592,7 @@ class TestBadInput:
             HintModule(student, teacher, HINTS, 1).configure_optimizers()
 
 
-def test_building_regressors_draws_no_random_numbers_of_others(quiet_trainer, student, teacher):
+def test_building_projectors_draws_no_random_numbers_of_others(quiet_trainer, student, teacher):
     """A shuffled loader gives the same batches as under plain distillation."""
 
     class Seen(Callback):
@@ -611,6 +611,18 @@ def test_building_regressors_draws_no_random_numbers_of_others(quiet_trainer, st
         quiet_trainer(max_epochs=2, callbacks=[seen]).fit(module, DataLoader(data, 4, shuffle=True))
         orders.append(seen.first)
     assert orders[0] == orders[1]
+
+
+def test_building_projectors_leaves_the_generator_with_a_random_preprocess(student, teacher):
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    module = HintModule(student, Teacher(teacher, preprocess=Noise()), HINTS, 1)
+    before = torch.get_rng_state()
+    module._build_projectors(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)))
+    assert module.projectors.shapes
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Bytes(LightningDataModule):
