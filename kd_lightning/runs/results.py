@@ -1,0 +1,117 @@
+"""The figures of one part of the data, and the predictions that they come from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.errors import InputError
+
+PARTS = ("test", "transductive/test", "val")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One evaluated sample.
+
+    Attributes:
+        index: Index of the sample in its part.
+        label: The label; of the multilabel task its labels, joined by ``;``; empty if it is not known.
+        prediction: The predicted one.
+        correct: Share of right labels: 1 or 0, in the multilabel task a fraction; NaN if no label is known.
+    """
+
+    index: int
+    label: str
+    prediction: str
+    correct: float
+
+
+COLUMNS = [field.name for field in fields(Prediction)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on one part of the data.
+
+    Attributes:
+        part: ``"test"``, ``"transductive/test"`` or ``"val"``.
+        samples: Number of samples with a label.
+        figures: Metrics by name, such as ``accuracy``.
+        weights: SHA-256 of the file of the deployed weights that were measured; None for a module without a student.
+        folder: The run's folder.
+    """
+
+    part: str
+    samples: int
+    figures: dict[str, float]
+    weights: str | None
+    folder: Path
+
+    def predictions(self) -> list[Prediction]:
+        """Read the predictions of all samples, by index."""
+        path = _path(self.folder, self.part, "_predictions.csv.gz")
+        try:
+            with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+                if header != COLUMNS:
+                    raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
+                return [Prediction(int(row[0]), row[1], row[2], float(row[3])) for row in rows]
+        except FileNotFoundError:
+            return []
+        except (OSError, EOFError, ValueError, IndexError) as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+
+def write_result(result: Result, predictions: Iterable[Prediction]) -> None:
+    """Write ``<part>.json`` and, compressed, ``<part>_predictions.csv.gz`` to the run's folder."""
+    table = _path(result.folder, result.part, "_predictions.csv.gz")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    path = _path(result.folder, result.part, ".json")
+    path.unlink(missing_ok=True)  # so that no older figures stand beside new predictions
+    with gzip.open(table, "wt", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows((p.index, p.label, p.prediction, f"{p.correct:g}") for p in predictions)
+    content = {"part": result.part, "samples": result.samples, "weights": result.weights, "figures": result.figures}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_result(folder: Path, part: str) -> Result | None:
+    """Read what :func:`write_result` wrote; None if nothing was."""
+    path = _path(folder, part, ".json")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        figures = {str(name): float(value) for name, value in content["figures"].items()}
+        return Result(part, int(content["samples"]), figures, content["weights"], folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def clear_results(folder: Path) -> None:
+    """Remove the results of a module without a student: its weights change in training, and no hash shows it."""
+    for part in PARTS:
+        path = _path(folder, part, ".json")
+        try:
+            stale = json.loads(path.read_text(encoding="utf-8"))["weights"] is None
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        if stale:
+            path.unlink()
+            _path(folder, part, "_predictions.csv.gz").unlink(missing_ok=True)
+
+
+def _path(folder: Path, part: str, end: str) -> Path:
+    return folder / f"{part.replace('/', '_')}{end}"
+
+
+def labeled(predictions: Sequence[Prediction]) -> dict[int, Prediction]:
+    """Return {index: prediction} of the samples with a label."""
+    return {p.index: p for p in predictions if p.correct == p.correct}
