@@ -30,9 +30,10 @@ _PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
 _KNOWN = {"torch", "torchvision", "numpy", "PIL", *sys.stdlib_module_names}
 # objects of which only the class counts, since their attributes change at any time
 _SERVICES = (logging.Logger, logging.Handler, io.IOBase, threading.Thread)
-# attributes of modules that do not count: mode, hooks, trainer
+# attributes of modules that do not count: mode, hooks, trainer, and what torch.compile and Lightning add
+_COMPILED = {"_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
 _CONTENT = {"_parameters", "_buffers", "_modules"}
-_BOOKKEEPING = {kind: {*vars(kind()), "_compiled_call_impl"} - _CONTENT for kind in (LightningModule, nn.Module)}
+_BOOKKEEPING = {kind: ({*vars(kind())} | _COMPILED) - _CONTENT for kind in (LightningModule, nn.Module)}
 # attributes of classes that do not count
 _OF_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__slots__", "__firstlineno__", "_abc_impl"}
 _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
@@ -66,6 +67,8 @@ def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
 
 
 def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]]) -> None:
+    if isinstance(thing, nn.Module):
+        thing = getattr(thing, "_orig_mod", thing)  # as it is without torch.compile
     if isinstance(thing, _PLAIN) and not isinstance(thing, Enum):
         update(f"{type(thing).__name__}:{thing!r};".encode())
         return

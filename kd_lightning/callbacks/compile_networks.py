@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.teacher import Teacher
 
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,13 +46,15 @@ class CompileNetworks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Compiles the networks that are not compiled yet."""
+        require_whole_weights(trainer, "CompileNetworks")
         networks = find_networks(pl_module)
         if not networks:
             raise InputError(f"CompileNetworks: {type(pl_module).__name__} has neither student nor teacher")
         for network in networks:
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)
-            if self.backend is not None and network._compiled_call_impl is None:
+            is_compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
+            if self.backend is not None and not is_compiled:
                 network.compile(mode=self.mode, backend=self.backend)
                 self._compiled.append(network)
 

@@ -8,16 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.quantization.calibration import is_range_key
+from kd_lightning.runs.unpickling import find_stub, read_tensors
+
+_REFUSED = "and loading it could run code. Allowed: tensors saved with torch.save, Lightning checkpoints, safetensors"
 
 
 def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) -> nn.Module:
     """Load weights from a file into a network; no code in the file is executed.
+
+    Networks with and without ``torch.compile`` can read each other's files. Extra state of a module that is no tensor
+    stays as it is if the file lacks it.
 
     Args:
         model: The network. It is changed in place. A quantised network accepts float weights; its ranges stay then.
@@ -35,16 +40,35 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no weights file at {file}; train it first or correct the path")
-    state = _read(file)
-    wanted = model.state_dict()
-    if prefix is None:
-        prefix = _find_prefix(list(wanted), state)
+    state = {plain_key(key): value for key, value in read_state(file).items()}
+    own = model.state_dict()
+    wanted = {plain_key(key): value for key, value in own.items()}
+    prefix = _find_prefix(list(wanted), state) if prefix is None else plain_key(prefix)
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    stays = {key: value for key, value in wanted.items() if not isinstance(value, Tensor)}  # safetensors lack them
     if not any(map(is_range_key, found)):  # float weights: the ranges of a quantised network stay
-        found |= {key: tensor for key, tensor in wanted.items() if is_range_key(key)}
+        stays |= {key: tensor for key, tensor in wanted.items() if is_range_key(key)}
+    found = stays | found
     check_fit(found, wanted, f"weights in {file} do not fit {type(model).__name__}")
-    model.load_state_dict(found)
+    model.load_state_dict({key: found[plain_key(key)] for key in own})
     return model
+
+
+def plain_key(key: str) -> str:
+    """Return a key of a state dict as it is without ``torch.compile``, which adds ``_orig_mod`` to it.
+
+    >>> plain_key("student._orig_mod.0.weight")
+    'student.0.weight'
+    """
+    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+
+
+def match_keys(found: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict under the keys of another one, which may come from the network with ``torch.compile``."""
+    if found.keys() == wanted.keys():
+        return found
+    names = {plain_key(key): key for key in wanted}
+    return {names.get(plain_key(key), key): value for key, value in found.items()}
 
 
 def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
@@ -70,34 +94,46 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str)
         raise InputError(f"{message}: " + "; ".join(lines))
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_state(file: Path) -> dict[str, Any]:
+    """Read the state dict in a file; nothing in the file is executed.
+
+    Args:
+        file: As the path of :func:`load_weights`. What a checkpoint holds beside its state dict is not read.
+
+    Returns:
+        The state dict of tensors, with the extra state that modules save under ``_extra_state``.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_file(file) if file.suffix == ".safetensors" else read_tensors(file, mmap=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{file} was refused: it is no plain weights file, and loading it could run code. "
-            "Allowed: tensors saved with torch.save, Lightning checkpoints, safetensors"
-        ) from error
+        raise InputError(f"{file} was refused: it is no plain weights file, {_REFUSED}") from error
     except Exception as error:  # a damaged file can raise any exception
-        raise InputError(f"{file} cannot be read as weights: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{file} cannot be read as weights: {reason}") from error
+    place = ""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+            content, place = content[key], key
             break
+    if stub := find_stub(content, place):
+        raise InputError(f"{file} was refused: {stub[0] or 'it'} holds an object of {stub[1]}, {_REFUSED}")
     if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+        for key, value in content.items()
     ):
         raise InputError(f"{file} holds no state dict, but {type(content).__name__}")
     return dict(content)
 
 
-def _find_prefix(wanted: list[str], state: dict[str, Tensor]) -> str:
+def _find_prefix(wanted: list[str], state: dict[str, Any]) -> str:
     """Return the prefix under which most of the wanted names are found."""
     if not wanted:
         return ""
-    candidates = {key.removesuffix(name) for name in wanted[:1] for key in state if key.endswith(name)}
+    first = next((name for name in wanted if not name.endswith("_extra_state")), wanted[0])
+    candidates = {key.removesuffix(first) for key in state if key.endswith(first)}
     candidates = {p for p in candidates if p == "" or p.endswith(".")} | {""}
     return max(
         sorted(candidates),
@@ -109,16 +145,25 @@ def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, An
     """Write the tensors of a state dict as safetensors.
 
     Args:
-        state: The state dict. Values that are no tensors (the extra state of a module) are left out.
+        state: The state dict. Values that are no tensors (the extra state of a module) are left out. Keys are written
+            as they are without ``torch.compile``.
         path: The file.
         metadata: Texts, or values that JSON can represent.
     """
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {plain_key(key): value for key, value in state.items() if isinstance(value, Tensor)}
     # clone: safetensors refuses tensors that share memory, such as tied weights
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(copies, path, metadata_texts(metadata))
+    content = save(copies, metadata_texts(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    # safetensors writes metadata in random order; equal weights and metadata make equal files
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def metadata_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return metadata as texts: a text as it is, any other value as JSON."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    return {key: text.encode(errors="replace").decode() for key, text in texts.items()}  # as a file name can need

@@ -16,6 +16,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.runs.weights import plain_key
 
 ReadRows = Callable[[np.ndarray[Any, Any]], Tensor]  # from numbers of rows to logits
 
@@ -186,7 +187,7 @@ class Teacher(nn.Module):
             for name, tensor in module.state_dict().items():
                 if not isinstance(tensor, Tensor):  # extra state of a module
                     continue
-                digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+                digest.update(f"{plain_key(name)} {tensor.dtype} {[*tensor.shape]}".encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -194,9 +195,7 @@ class Teacher(nn.Module):
         """Return the SHA-256 of the networks' classes, their source code, and all attributes except ``weights``."""
         if self._architecture is None:
             weights = [w for module in self._hidden for w in module.state_dict(keep_vars=True).values()]
-            # as they are without torch.compile
-            bare = [getattr(module, "_orig_mod", module) for module in self._hidden]
-            self._architecture = fingerprint(bare, weights)
+            self._architecture = fingerprint([*self._hidden], weights)
         return self._architecture
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:

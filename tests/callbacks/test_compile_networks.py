@@ -3,7 +3,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import nn
 
-from kd_lightning import ApprenticeModule, CompileNetworks, DistillModule, EnsembleDistillModule, HintModule, InputError
+from kd_lightning import (
+    ApprenticeModule,
+    CompileNetworks,
+    DistillModule,
+    EnsembleDistillModule,
+    HintModule,
+    InputError,
+    Teacher,
+)
 from kd_lightning.callbacks.compile_networks import find_networks
 from kd_lightning.models import DigitsCNN
 
@@ -78,6 +86,35 @@ def test_hints_under_compilation(fitted):
     found = fitted(hint(nets()), CompileNetworks(backend="eager"))
     for name, value in expected.items():
         assert torch.equal(value, found[name])
+
+
+def test_a_compiled_network_is_not_compiled_again(fitted):
+    student, teacher = nets(2)
+    compiled = torch.compile(student, backend="eager")
+
+    class Seen(CompileNetworks):
+        def on_train_batch_end(self, *args):
+            self.compiled = list(self._compiled)
+
+    seen = Seen(backend="eager")
+    fitted(DistillModule(compiled, teacher), seen)
+    assert seen.compiled == [teacher]
+
+
+def test_compilation_does_not_change_a_teachers_identity():
+    def make():
+        torch.manual_seed(0)
+        return DigitsCNN(4)
+
+    part = make()
+    part[0] = torch.compile(part[0], backend="eager")
+    in_place = make()
+    in_place.compile(backend="eager")
+    plain = Teacher(make())
+    for network in (torch.compile(make(), backend="eager"), part, in_place):
+        teacher = Teacher(network)
+        assert teacher.fingerprint() == plain.fingerprint()
+        assert teacher.architecture() == plain.architecture()
 
 
 def test_a_teacher_that_learns():

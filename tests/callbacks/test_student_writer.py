@@ -1,30 +1,43 @@
 """StudentWriter: which weights it writes, their metadata, and loading them."""
 
 import json
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from kd_lightning import (
+    CompileNetworks,
     Digits,
-    DistillModule,
     InputError,
     SemiSupervisedDataModule,
     StudentWriter,
     SupervisedModule,
     load_weights,
 )
+from kd_lightning.callbacks import student_writer
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.layers import quantize
 
 SGD = partial(torch.optim.SGD, lr=0.5)
+
+
+class Color(Enum):
+    RED = 1
+
+
+def equal(net, other):
+    states = net.state_dict(), other.state_dict()
+    return all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def metadata(path):
@@ -32,17 +45,24 @@ def metadata(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("monitor", ["val/loss", None])
-def test_best_where_monitored_else_last(quiet_trainer, loader, tmp_path, student, teacher, monitor):
-    module = DistillModule(student, teacher, optimizer=SGD, soft_weight=0.0)
-    # the loss falls, so with mode max the best checkpoint is not the last
+class LogsProgress(SupervisedModule):
+    """Logs a metric under a name that does not show its direction: it falls, so that the first value is the best."""
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("falls", -float(self.global_step))
+
+
+@pytest.mark.parametrize("monitor", ["falls", None])
+def test_best_where_monitored_else_last(quiet_trainer, loader, tmp_path, student, monitor):
+    module = LogsProgress(student, optimizer=SGD)
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor=monitor, mode="max")
     trainer = quiet_trainer(max_epochs=6, enable_checkpointing=True, callbacks=[checkpoint, StudentWriter()])
     trainer.fit(module, loader(), loader())
     path = tmp_path / "student.safetensors"
     best = Path(checkpoint.best_model_path)
     assert metadata(path)["weights"] == (best.name if monitor else "step 18")
-    expected = DistillModule(DigitsCNN(4), teacher)
+    expected = SupervisedModule(DigitsCNN(4))
     expected.load_state_dict(torch.load(best, weights_only=True)["state_dict"] if monitor else module.state_dict())
     x = torch.randn(5, 1, 8, 8)
     logits = load_weights(DigitsCNN(4), path).eval()(x)
@@ -79,19 +99,192 @@ def test_a_quantised_student(quiet_trainer, loader, tmp_path, student, caplog):
     assert torch.equal(fresh.eval()(x), net.eval()(x))
 
 
-def test_best_checkpoint_that_is_gone(quiet_trainer, loader, tmp_path, student):
-    """A run that was moved, and gets no better once resumed, still ends with its student."""
+class TestBestCheckpoint:
+    """The best checkpoint is found, or a warning names it and the last weights are written."""
 
-    def fit(folder, path=None):
-        callbacks = [ModelCheckpoint(tmp_path / folder, monitor="val/loss", save_last=True), StudentWriter()]
-        trainer = quiet_trainer(max_epochs=2, enable_checkpointing=True, callbacks=callbacks)
-        trainer.fit(SupervisedModule(student, optimizer=SGD), loader(), loader(), ckpt_path=path)
+    @pytest.fixture
+    def fit(self, quiet_trainer, loader, tmp_path):
+        def run(folder="old", path=None, change=lambda file: None, epochs=2, filename="{epoch}", **kwargs):
+            class Change(Callback):
+                def on_train_end(self, trainer, pl_module):
+                    change(Path(trainer.checkpoint_callback.best_model_path))
 
-    fit("old")
-    (tmp_path / "old").rename(tmp_path / "new")
-    (tmp_path / "student.safetensors").unlink()
-    fit("new", tmp_path / "new/last.ckpt")  # nothing left to do
-    assert metadata(tmp_path / "student.safetensors")["weights"] == "step 6"
+            checkpoint = ModelCheckpoint(
+                tmp_path / folder, filename, monitor="falls", mode="max", save_last=True, auto_insert_metric_name=False
+            )
+            callbacks = [checkpoint, StudentWriter(), Change(), *kwargs.pop("callbacks", ())]
+            trainer = quiet_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
+            torch.manual_seed(0)
+            module = LogsProgress(DigitsCNN(4), optimizer=SGD)
+            trainer.fit(module, loader(), loader(), ckpt_path=path, weights_only=kwargs.get("weights_only"))
+            return metadata(tmp_path / "student.safetensors")["weights"], module.student
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("filename", "origin"),
+        [("best", "best.ckpt"), ("e/{epoch}-{val/loss:.0f}", r"e/0-2.ckpt"), ("a/b/c", "a/b/c.ckpt")],
+    )
+    def test_origin_is_the_path_in_the_folder_of_checkpoints(self, fit, tmp_path, filename, origin):
+        assert fit(filename=filename)[0] == origin
+        assert (tmp_path / "old" / origin).is_file()
+
+    @pytest.mark.parametrize("filename", ["{epoch}", "e/{epoch}-{val/loss:.0f}"])
+    def test_in_a_run_that_was_moved(self, fit, tmp_path, filename):
+        before, _ = fit(filename=filename)
+        (tmp_path / "old").rename(tmp_path / "new")
+        (tmp_path / "student.safetensors").unlink()
+        after, student = fit("new", tmp_path / "new/last.ckpt", filename=filename)  # nothing left to do
+        assert after == before
+        assert not equal(load_weights(DigitsCNN(4), tmp_path / "student.safetensors"), student)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (Path.unlink, "old/0.ckpt is gone"),
+            (lambda file: file.write_bytes(b""), "old/0.ckpt cannot be read"),
+            (lambda file: file.write_bytes(file.read_bytes()[:-200]), "old/0.ckpt cannot be read"),
+            (lambda file: torch.save({"state_dict": {}}, file), "old/0.ckpt does not fit the student: 20 missing"),
+            (lambda file: torch.save({"state_dict": Path("a")}, file), "old/0.ckpt was refused"),
+        ],
+        ids=["gone", "empty", "cut", "other", "odd"],
+    )
+    def test_that_cannot_be_used(self, fit, tmp_path, change, message):
+        with pytest.warns(
+            UserWarning, match=f"student.safetensors holds the last weights, not the best ones: .*{message}"
+        ):
+            origin, student = fit(change=change)
+        assert origin == "step 6"
+        assert equal(load_weights(DigitsCNN(4), tmp_path / "student.safetensors"), student)
+
+    def test_with_objects_that_torch_does_not_load(self, quiet_trainer, loader, tmp_path, student):
+        class Odd(SemiSupervisedDataModule):
+            def __init__(self, path=Path("a"), color=Color.RED):
+                super().__init__(Digits(), labeled=2, unlabeled="none")
+                self.save_hyperparameters({"path": path, "color": color})
+
+        class State(Callback):
+            def state_dict(self):
+                return {"path": Path("a")}
+
+        checkpoint = ModelCheckpoint(tmp_path / "c", "best", monitor="val/accuracy", mode="max")
+        callbacks = [checkpoint, StudentWriter(), State()]
+        trainer = quiet_trainer(enable_checkpointing=True, callbacks=callbacks)
+        trainer.fit(SupervisedModule(student), Odd())
+        with pytest.raises(Exception, match="PosixPath"):
+            torch.load(tmp_path / "c/best.ckpt", weights_only=True)
+        assert metadata(tmp_path / "student.safetensors")["weights"] == "best.ckpt"
+        assert equal(load_weights(DigitsCNN(4), tmp_path / "student.safetensors"), student)
+
+
+class Faulty(SemiSupervisedDataModule):
+    """Has class names and transforms that metadata cannot represent."""
+
+    class Transform(nn.Module):
+        def forward(self, x):
+            return x
+
+        def __repr__(self):
+            raise RuntimeError("no text")
+
+    def __init__(self):
+        super().__init__(Digits(), labeled=2, unlabeled="none", eval_transform=nn.Identity())
+
+    @property
+    def class_names(self):
+        return [object()] * 10
+
+    @class_names.setter
+    def class_names(self, names):
+        pass
+
+
+def test_metadata_that_cannot_be_determined_are_left_out(quiet_trainer, tmp_path, student, monkeypatch):
+    def fault(network):
+        raise ValueError("odd network")
+
+    monkeypatch.setattr(student_writer, "size_of", fault)
+    monkeypatch.setattr(student_writer, "precision_of", fault)
+    data = Faulty()
+
+    class Break(Callback):
+        def on_train_end(self, trainer, pl_module):
+            data.eval_transform = Faulty.Transform()
+
+    with pytest.warns(UserWarning, match="metadata of student.safetensors lack") as warned:
+        quiet_trainer(callbacks=[StudentWriter(), Break()]).fit(SupervisedModule(student), data)
+    texts = [str(warning.message) for warning in warned]
+    for name in ("precision", "size_bytes", "classes", "preprocessing"):
+        assert any(f"student.safetensors lack {name}: " in text for text in texts), name
+    assert metadata(tmp_path / "student.safetensors").keys() == {"kd_lightning", "task", "input_shape", "weights"}
+    assert equal(load_weights(DigitsCNN(4), tmp_path / "student.safetensors"), student)
+
+
+@pytest.mark.parametrize("kind", ["whole", "part", "in place"])
+def test_a_compiled_student_has_plain_keys(quiet_trainer, loader, tmp_path, student, kind):
+    checkpoint = ModelCheckpoint(tmp_path, "best", monitor="falls", mode="max")
+    callbacks = [checkpoint, StudentWriter()]
+    net = student
+    if kind == "whole":
+        net = torch.compile(student, backend="eager")
+    elif kind == "part":
+        student[0] = torch.compile(student[0], backend="eager")
+    else:
+        callbacks.append(CompileNetworks(backend="eager"))
+    module = LogsProgress(net, optimizer=SGD)
+    quiet_trainer(max_epochs=2, enable_checkpointing=True, callbacks=callbacks).fit(module, loader(), loader())
+    file = tmp_path / "student.safetensors"
+    assert metadata(file)["weights"] == "best.ckpt"
+    assert load_file(file).keys() == DigitsCNN(4).state_dict().keys()
+    best = load_weights(DigitsCNN(4), tmp_path / "best.ckpt")
+    assert equal(load_weights(DigitsCNN(4), file), best)
+
+
+class Theirs(LightningModule):
+    """A module of another package, with batches of its own kind."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def training_step(self, batch, batch_idx):
+        return self.student(batch["x"]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+NAMED = DataLoader([{"x": torch.ones(3, 2), "name": "a"}], batch_size=None)
+
+
+def test_batches_of_another_kind(quiet_trainer, tmp_path):
+    """Any LightningModule gets its file; only the shape of its inputs is not known."""
+
+    quiet_trainer(callbacks=[StudentWriter()]).fit(Theirs(nn.Linear(2, 2)), NAMED)
+    assert metadata(tmp_path / "student.safetensors")["input_shape"] == "null"
+
+
+def test_extra_state_that_is_left_out_is_named(quiet_trainer, loader, tmp_path):
+    class Text(nn.Flatten):
+        def get_extra_state(self):
+            return "a"
+
+        def set_extra_state(self, state):
+            pass
+
+    net = nn.Sequential(Text(), nn.Linear(64, 10))
+    with pytest.warns(UserWarning, match=r"student.safetensors lacks 0._extra_state"):
+        quiet_trainer(callbacks=[StudentWriter()]).fit(SupervisedModule(net), loader())
+    load_weights(nn.Sequential(Text(), nn.Linear(64, 10)), tmp_path / "student.safetensors")
+
+
+def test_weights_that_cannot_be_written(quiet_trainer, tmp_path):
+    net = nn.Linear(2, 2)
+    net.register_buffer("odd", torch.ones(2).to_sparse())
+    with pytest.raises(InputError, match=r"student.safetensors cannot be written") as error:
+        quiet_trainer(callbacks=[StudentWriter()]).fit(Theirs(net), NAMED)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tied_weights(quiet_trainer, loader, tmp_path):
