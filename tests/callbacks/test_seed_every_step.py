@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_lightning import SeedEveryStep, SupervisedModule
+from kd_lightning import InputError, SeedEveryStep, SupervisedModule
 from kd_lightning.models import DigitsCNN
 
 
@@ -42,3 +42,16 @@ def test_seed_of_the_run(sample, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # as seed_everything sets it
     assert sample(burn=1) == sample(burn=2) == sample(seed=3)
     assert sample(seed=4) != sample(seed=3)  # the argument takes precedence
+
+
+def test_a_fit_with_another_seed_does_not_resume(quiet_trainer, loader, student, tmp_path):
+    trainer = quiet_trainer(callbacks=[SeedEveryStep(1)])
+    trainer.fit(SupervisedModule(student), loader())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    other = quiet_trainer(callbacks=[SeedEveryStep(2)], max_epochs=2)
+    with pytest.raises(InputError, match="^seed_everything: the checkpoint was trained with 1, got 2; resume with"):
+        other.fit(SupervisedModule(student), loader(), ckpt_path=tmp_path / "c.ckpt")
+    for seed in (1, None):
+        again = quiet_trainer(callbacks=[SeedEveryStep(seed)], max_epochs=2)
+        again.fit(SupervisedModule(student), loader(), ckpt_path=tmp_path / "c.ckpt")
+    quiet_trainer(callbacks=[SeedEveryStep(2)]).test(SupervisedModule(student), loader(), ckpt_path=tmp_path / "c.ckpt")

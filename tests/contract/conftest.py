@@ -44,6 +44,7 @@ TRAINER = {
 }
 CHECKPOINT = {"monitor": None, "every_n_train_steps": 2, "save_top_k": -1}
 FAKE = {"class_path": "FakeData", "init_args": {"size": 64, "num_classes": 4}}
+OUTPUTS = {"cifar100": 100, "imagenet": 1000}  # of the students, which stay as shipped
 # a quarter of the real area or less: a convolution in bfloat16 is slow on a CPU
 IMAGE_SIZE = {"TorchvisionDataset": [3, 16, 16], "ImageFolder": [3, 32, 32]}
 
@@ -93,11 +94,14 @@ def quick(path, **changes):
         data["source"] = deepcopy(FAKE)
         data["source"]["init_args"]["image_size"] = IMAGE_SIZE[kind]
         data["batch_size"] = 4
+        if (outputs := OUTPUTS.get(path.stem.split("_")[0])) is not None:
+            config["model"]["init_args"]["num_classes"] = outputs
         if "labeled_batch_size" in data:
             data["labeled_batch_size"] = 1
         if "strong_transform" in data:
             data["strong_transform"]["init_args"]["size"] = IMAGE_SIZE[kind][-1]
     sooner(config)
+    config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), {"class_path": "parts.Stop"}]
     if config["model"]["init_args"].get("strategy") == "relabel":
         data["views_per_epoch"] = len(config["model"]["init_args"]["teachers"])
     if "hint_epochs" in config["model"]["init_args"]:

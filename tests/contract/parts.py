@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -17,16 +18,21 @@ class StoppedError(Exception):
 
 
 class Stop(Callback):
-    """Ends the process before an optimiser step: with a real SIGKILL, or by an exception."""
+    """Ends the process before an optimiser step: STOP_AT=7 by an exception, KILL_AT=7 with a real SIGKILL.
 
-    def __init__(self, step: int, kill: bool = False):
-        self.step = step
-        self.kill = kill
+    KILL_AT=7+0.02 waits for 0.02 seconds, whatever the process does then. These are variables of the environment, so
+    that a run keeps its config.
+    """
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            if self.kill:
+        step, _, seconds = os.environ.get("KILL_AT", "").partition("+")
+        if step == str(trainer.global_step):
+            if not seconds:
                 os.kill(os.getpid(), signal.SIGKILL)
+            timer = threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True  # the process may end before
+            timer.start()
+        if os.environ.get("STOP_AT") == str(trainer.global_step):
             raise StoppedError
 
 

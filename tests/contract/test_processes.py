@@ -6,6 +6,7 @@ own launcher and by ``torchrun``, too.
 
 import json
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from kd_lightning.__main__ import main
 
@@ -88,10 +90,10 @@ def test_two_processes_and_two_nodes_equal_one(arguments, half, processes):
     assert_equal_to_one_process()
 
 
-def run_ranks(processes, argv, nodes):
+def run_ranks(processes, argv, nodes, end=0, **environment):
     """Two processes that find each other as ``torchrun``'s do; once more on another port where they do not."""
     for last in (False, True):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"} | environment
         shared |= {"LOCAL_WORLD_SIZE": str(2 // nodes), "TORCHELASTIC_RUN_ID": "none"}
         ranks = [
             {"RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "GROUP_RANK": str(rank * nodes // 2)}
@@ -99,8 +101,30 @@ def run_ranks(processes, argv, nodes):
         ]
         codes, outputs = processes.run(*((argv, shared | rank) for rank in ranks))
         if None not in codes or last:
-            assert codes == [0, 0], "\n\n".join(output[-3000:] for output in outputs)
+            assert codes == [end, end], "\n\n".join(output[-3000:] for output in outputs)
             return
+
+
+@pytest.mark.parametrize("each_module", [("cached_digits", {}), ("fixmatch_digits", {})], ids=str, indirect=True)
+def test_two_processes_are_killed_twice(arguments, half, processes):
+    """Both at once: after an epoch's last batch, and within the next epoch. Their losses are those of all batches."""
+    often = ["--checkpoint.every_n_train_steps", "1", "--trainer.max_epochs", "3"]
+    argv = [*arguments, *half, *often, "--trainer.devices", "2"]
+    run_ranks(processes, argv, nodes=1)
+    whole = recorded(2)[0]["losses"]
+    argv += ["--name", "killed"]
+    run_ranks(processes, argv, nodes=1, end=-signal.SIGKILL, KILL_AT="4")
+    resume = ["--ckpt_path", "runs/killed/version_0/checkpoints/last.ckpt"]
+    run_ranks(processes, [*argv, *resume], nodes=1, end=-signal.SIGKILL, KILL_AT="7")
+    run_ranks(processes, [*argv, *resume], nodes=1)
+    assert [path.name for path in Path("runs/killed").iterdir()] == ["version_0"]
+    ends = [load_file(f"runs/{name}/version_0/student.safetensors") for name in ("quick", "killed")]
+    assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+    for rank in recorded(2):
+        assert len(rank["losses"]) == 2  # the resumed epoch is the second
+        for losses, before in zip(rank["losses"], whole[1:], strict=True):
+            for name in ("train/loss", "train/hard", "val/loss"):
+                assert losses.get(name, 0) == pytest.approx(before.get(name, 0), abs=1e-6), name
 
 
 def forget_two():

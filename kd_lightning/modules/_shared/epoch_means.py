@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
+
+_KEY = "epoch_means"
 
 
 class EpochMeans:
@@ -26,6 +31,15 @@ class EpochMeans:
         total, weights = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = total + value * weight, weights + weight
 
+    def log(self, module: LightningModule) -> None:
+        """Log the means over all processes, if there are any, and remove all values."""
+        if not self:
+            return
+        means = self.compute_and_reset(module.device, partial(module.trainer.strategy.reduce, reduce_op="sum"))
+        for name, mean in means.items():
+            bar = name == "train/loss"
+            module.log(name, mean, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
+
     def compute_and_reset(
         self, device: torch.device, sum_over_processes: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
@@ -36,8 +50,30 @@ class EpochMeans:
             sum_over_processes: Sums a tensor over all processes. They must all have the same names.
         """
         names = sorted(self._sums)
-        totals = [torch.as_tensor(self._sums[name][0], dtype=torch.float32, device=device) for name in names]
-        weights = torch.tensor([self._sums[name][1] for name in names], dtype=torch.float32, device=device)
-        sums = sum_over_processes(torch.stack([torch.stack(totals), weights]))
+        sums = sum_over_processes(self._stack(names, device))
         self._sums.clear()
         return dict(zip(names, sums[0] / sums[1], strict=True))
+
+    def store(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the sums over all processes to a checkpoint, which may be written within the epoch."""
+        if module.trainer.world_size == 1:
+            sums = {
+                name: (total.cpu() if isinstance(total, Tensor) else total, weights)
+                for name, (total, weights) in self._sums.items()
+            }
+        else:
+            names = sorted(self._sums)
+            columns = module.trainer.strategy.reduce(self._stack(names, module.device), reduce_op="sum").cpu()
+            sums = {name: (columns[0, number], float(columns[1, number])) for number, name in enumerate(names)}
+        checkpoint[_KEY] = sums
+
+    def restore(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the sums from a checkpoint: rank 0 gets those of all processes, other ranks get zeros."""
+        is_first = module.trainer.is_global_zero
+        self._sums = {name: sums if is_first else (0.0, 0.0) for name, sums in checkpoint.get(_KEY, {}).items()}
+
+    def _stack(self, names: list[str], device: torch.device) -> Tensor:
+        """Return totals and weights by name, (2, N)."""
+        totals = [torch.as_tensor(self._sums[name][0], dtype=torch.float32, device=device) for name in names]
+        weights = torch.tensor([self._sums[name][1] for name in names], dtype=torch.float32, device=device)
+        return torch.stack([torch.stack(totals) if totals else weights, weights])

@@ -1,0 +1,78 @@
+"""What must be the same when a fit resumes: split, pool, labels, and the settings of the training batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kd_lightning.cache.content import fingerprint
+from kd_lightning.errors import InputError
+
+_TEXT = 120  # longest text of a transform in a message
+_REASONS = {
+    "split": (
+        "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
+        "seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no label_file"
+    ),
+    "pool": (
+        "the unlabeled pool has changed since the checkpoint (its hash differs), and pseudo-labels would go to other "
+        "images; resume with the images of that run, or start a new run"
+    ),
+    "labels": (
+        "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise and coarse, "
+        "or start a new run"
+    ),
+}
+
+
+def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
+    """Return the settings that decide which samples a training batch holds and how they look.
+
+    Args:
+        datamodule: A ``SemiSupervisedDataModule``.
+        processes: Number of processes. Sizes of batches are those of all processes together: the same samples are in a
+            batch of 64 of one process and in two batches of 32.
+
+    Returns:
+        Values by name. A transform is given as its text and its fingerprint.
+    """
+    sizes = {name: getattr(datamodule, name) for name in ("batch_size", "labeled_batch_size")}
+    numbers = {name: getattr(datamodule, name) for name in ("seed", "num_views", "views_per_epoch")}
+    transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform")}
+    return {
+        **{name: None if size is None else size * processes for name, size in sizes.items()},
+        **numbers,
+        **{name: None if t is None else [_text(t), fingerprint(t)] for name, t in transforms.items()},
+    }
+
+
+def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare the state of a datamodule in a checkpoint with the state now.
+
+    Args:
+        saved: ``{"settings": {name: value}}`` and hashes by name. What an older checkpoint lacks is not compared.
+        now: The same of this fit.
+
+    Raises:
+        InputError: If something differs.
+    """
+    for name, value in now["settings"].items():
+        before = saved.get("settings", {}).get(name, value)
+        if before == value:
+            continue
+        texts = [pair[0] if isinstance(pair, list) else pair for pair in (before, value)]
+        hint = " (its code or attributes differ)" if texts[0] == texts[1] else ""
+        hint = " (rows of all processes)" if name.endswith("batch_size") else hint
+        raise InputError(
+            f"{name}: the checkpoint was trained with {texts[0]}, got {texts[1]}{hint}; resume with the same, or start "
+            "a new run"
+        )
+    for name, reason in _REASONS.items():
+        if saved.get(name, now[name]) != now[name]:
+            raise InputError(reason)
+
+
+def _text(transform: nn.Module) -> str:
+    text = " ".join(repr(transform).split())
+    return text if len(text) <= _TEXT else f"{text[:_TEXT]}..."

@@ -1,0 +1,110 @@
+"""Fits that are killed two and three times, from the command line and in Python."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from safetensors.torch import load_file
+from torch import nn
+
+from kd_lightning import Digits, ExactResume, SeedEveryStep, SemiSupervisedDataModule, StudentWriter, SupervisedModule
+from kd_lightning.cli.main import DistillCLI
+
+
+class Foreign(LightningModule):
+    """A module that knows nothing of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10))
+        self.validations = 0
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch.x), batch.y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch.x), batch.y))
+
+    def on_validation_epoch_end(self):
+        self.validations += not self.trainer.sanity_checking
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+@pytest.fixture
+def fit(quiet_trainer, tmp_path):
+    """Four epochs of five steps, with a checkpoint after each step."""
+
+    def run(name, path=None, make=Foreign, callbacks=(), **kwargs):
+        torch.manual_seed(0)
+        saver = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"max_epochs": 4, "limit_train_batches": 5, "limit_val_batches": 1, "enable_checkpointing": True}
+        trainer = quiet_trainer(callbacks=[SeedEveryStep(1), *callbacks, saver], **(options | kwargs))
+        trainer.fit(make(), datamodule=SemiSupervisedDataModule(Digits(), batch_size=16), ckpt_path=path)
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize("steps", [(5, 19), (5, 12), (10, 15), (5, 10, 15), (20,)], ids=str)
+@pytest.mark.parametrize(("make", "callbacks"), [(Foreign, [ExactResume()]), (None, []), (None, [ExactResume()])])
+def test_killed_several_times(fit, tmp_path, steps, make, callbacks):
+    """The first resume is from an epoch's last batch. The package's own modules need no callback."""
+    make = make or partial(SupervisedModule, nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10)))
+    fit = partial(fit, make=make, callbacks=callbacks)
+    whole = before = fit("0")
+    for number, step in enumerate(steps):
+        before = fit(str(number + 1), tmp_path / str(number) / f"step={step}.ckpt")
+    assert before.global_step == 20
+    assert before.fit_loop.epoch_progress == whole.fit_loop.epoch_progress
+    assert before.callback_metrics == whole.callback_metrics
+    state = before.lightning_module.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in whole.lightning_module.state_dict().items())
+
+
+def test_the_validation_that_was_due_runs(fit, tmp_path):
+    assert fit("0", callbacks=[ExactResume()]).lightning_module.validations == 4
+    for step, left in ((4, 4), (5, 4), (6, 3), (20, 1)):
+        again = fit("1", tmp_path / "0" / f"step={step}.ckpt", callbacks=[ExactResume()])
+        assert again.lightning_module.validations == left, step
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_with_a_progress_bar(fit, tmp_path, bar, capsys):
+    import lightning.pytorch.callbacks as callbacks
+
+    fit("0", callbacks=[ExactResume()])
+    bars = {"callbacks": [ExactResume(), getattr(callbacks, bar)()], "enable_progress_bar": True}
+    for step in (3, 5):
+        assert fit("1", tmp_path / "0" / f"step={step}.ckpt", **bars).global_step == 20
+
+
+def test_warns_at_the_start_of_what_cannot_resume(fit):
+    averaging = StochasticWeightAveraging(0.1)
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging does not resume .* EMAWeightAveraging"):
+        fit("0", callbacks=[ExactResume(), averaging], max_epochs=1)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_killed_after_the_last_checkpoint(fit, tmp_path, averaged):
+    """The resumed run does what is left: it deploys the averaged weights."""
+    module = partial(SupervisedModule, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    saver = partial(ModelCheckpoint, tmp_path, filename="end", enable_version_counter=False)
+    ends = []
+    for path in (None, tmp_path / "end.ckpt"):
+        callbacks = [StudentWriter(), saver(), *[EMAWeightAveraging(decay=0.5)] * averaged]
+        fit("0", path, module, callbacks, max_epochs=1)
+        ends.append(load_file(tmp_path / "student.safetensors"))
+        (tmp_path / "student.safetensors").unlink()
+    assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+    last = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(last[f"student.{key}"], value) for key, value in ends[0].items())
+
+
+def test_the_command_line_adds_it(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(str(config))
+    cli = DistillCLI(["fit", "--config", "config.yaml", "--trainer.fast_dev_run", "1"])
+    assert sum(isinstance(callback, ExactResume) for callback in cli.trainer.callbacks) == 1
