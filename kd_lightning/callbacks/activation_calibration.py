@@ -10,6 +10,7 @@ from torch import nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.quantization.calibration import activation_ranges, calibrate, is_calibrated
+from kd_lightning.runs.strategies import require_whole_weights
 
 
 class ActivationCalibration(Callback):
@@ -25,6 +26,10 @@ class ActivationCalibration(Callback):
 
     def __init__(self) -> None:
         self._due = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs at the start of each stage. Checks that the strategy leaves the weights whole."""
+        require_whole_weights(trainer, "ActivationCalibration")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of training, after a checkpoint is loaded. Checks whether the student needs calibration."""

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.heads import find_head, layers_of, logits_from
+from kd_lightning.runs.strategies import require_whole_weights
 
 
 class LayerwiseFinetuning(Callback):
@@ -73,6 +74,10 @@ class LayerwiseFinetuning(Callback):
         self._hooks: dict[Any, list[RemovableHandle]] = {}
         self._groups: dict[Optimizer, list[Any]] = {}  # during a step: its own groups, each with one of its parts
         self._nested: Counter[Optimizer] = Counter()  # hooks run twice if a step calls the step of a parent class
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs at the start of each stage. Checks that the strategy leaves the weights whole."""
+        require_whole_weights(trainer, "LayerwiseFinetuning")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of a fit, after ``configure_model`` and the conversion to SyncBatchNorm. Finds layers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.batch import Batch
+from kd_lightning.runs.folder import run_folder
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -67,14 +67,14 @@ class PredictionWriter(BasePredictionWriter):
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, rows)
             rows = [row for part in parts for row in part]
-        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective call: all ranks make it
+        folder = run_folder(trainer)
         if not trainer.is_global_zero or not rows:
             return
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         width = len(rows[0][1])
         if names is None or len(names) != max(width, 2):
             names = [str(number) for number in range(max(width, 2))]
-        path = Path(folder) / "predictions.csv"
+        path = folder / "predictions.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)

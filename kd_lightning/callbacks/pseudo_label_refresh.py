@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -22,8 +20,12 @@ from kd_lightning.features.capture import evaluating
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels, make_pseudo_labels
-from kd_lightning.pseudo_labels.report import round_figures, round_metrics
-from kd_lightning.pseudo_labels.table import check_classes, check_threshold, write_round
+from kd_lightning.pseudo_labels.ledger import write_round
+from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
+from kd_lightning.pseudo_labels.table import check_classes, check_threshold
+from kd_lightning.runs.folder import run_folder, writes_files
+from kd_lightning.runs.report.log_figure import log_figure, only_warn
+from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher
@@ -116,6 +118,7 @@ class PseudoLabelRefresh(Callback):
         """Runs at the start of each stage. Before a fit, clears the table and checks module and datamodule."""
         if stage != "fit":
             return
+        require_whole_weights(trainer, "PseudoLabelRefresh")
         self.table = self._first_weights = None
         data: Any = getattr(trainer, "datamodule", None)
         missing = [name for name in ("pool_dataloader", "set_pseudo_labels") if not hasattr(data, name)]
@@ -357,15 +360,13 @@ class PseudoLabelRefresh(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         hidden_truth = _optional_method(data, "hidden_truth")
         truth = hidden_truth(table.index) if hidden_truth else None
-        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective call: all ranks make it
-        saves_files = trainer.loggers or trainer.checkpoint_callbacks
-        if trainer.is_global_zero and saves_files and not getattr(trainer, "fast_dev_run", False):
+        folder = run_folder(trainer)
+        if writes_files(trainer):
             path_of = _optional_method(data, "path") or (lambda index: None)
-            write_round(Path(folder), table, self._class_names(trainer), path_of)
-            loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-            for name, figure in round_figures(table, labels, self.threshold).items() if loggers else ():
-                for logger in loggers:
-                    logger.experiment.add_figure(f"pseudo_labels/{name}", figure, trainer.global_step)
+            with only_warn(f"pseudo-labels of round {table.round}"):
+                write_round(folder, table, self._class_names(trainer), path_of)
+            log_figure(trainer, "pseudo_labels/confidence", lambda: confidence_figure(table, self.threshold))
+            log_figure(trainer, "pseudo_labels/classes", lambda: class_figure(table, labels))
         self.report = round_metrics(table, labels, truth)
         return {f"pseudo_labels/{name}": value for name, value in self.report.items()}
 

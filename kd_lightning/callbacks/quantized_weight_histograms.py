@@ -1,4 +1,4 @@
-"""Log histograms of quantised weights to TensorBoard."""
+"""Log histograms of quantised weights."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from torch import nn
 
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import weight_levels
+from kd_lightning.runs.report.log_figure import log_figure, only_warn
+from kd_lightning.runs.strategies import require_whole_weights
 
 
 class QuantizedWeightHistograms(Callback):
-    """Log the weights of a quantised student's layers to TensorBoard, in units of their quantisation levels.
+    """Log the weights of a quantised student's layers, in units of their quantisation levels.
 
-    Logs a histogram of each layer after every epoch (``weight_levels/<layer>``; each level is an integer), and one
-    figure with the levels marked at the end of a fit (``weight_levels``). Does nothing for a float student. Works on
-    any LightningModule with a ``student``. The command line adds this callback to every fit.
+    Logs to TensorBoard a histogram of each layer after every epoch (``weight_levels/<layer>``; each level is an
+    integer), and to each logger that takes figures one figure with the levels marked at the end of a fit
+    (``weight_levels``). Does nothing for a float student. Works on any LightningModule with a ``student``. The command
+    line adds this callback to every fit.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs at the start of each stage. Checks that the strategy leaves the weights whole."""
+        require_whole_weights(trainer, "QuantizedWeightHistograms")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of each training epoch. Logs the histograms."""
-        for logger in _tensorboard_loggers(trainer):
+        for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
             for name, layer in quantized_layers(_student(pl_module)).items():
-                weights, _ = weight_levels(layer)
-                logger.experiment.add_histogram(f"weight_levels/{name}", weights.flatten(), trainer.global_step)
+                with only_warn(f"histogram weight_levels/{name}"):
+                    weights, _ = weight_levels(layer)
+                    logger.experiment.add_histogram(f"weight_levels/{name}", weights.flatten(), trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of training. Logs the figure."""
         if quantized_layers(_student(pl_module)):
-            for logger in _tensorboard_loggers(trainer):
-                logger.experiment.add_figure("weight_levels", plot_levels(_student(pl_module)), trainer.global_step)
+            log_figure(trainer, "weight_levels", lambda: plot_levels(_student(pl_module)))
 
 
 def plot_levels(network: nn.Module) -> Figure:
@@ -59,7 +66,3 @@ def plot_levels(network: nn.Module) -> Figure:
 def _student(module: LightningModule) -> nn.Module:
     student = getattr(module, "student", None)
     return student if isinstance(student, nn.Module) else nn.Identity()
-
-
-def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

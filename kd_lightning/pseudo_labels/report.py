@@ -50,17 +50,8 @@ def class_shares(table: PseudoLabels, given: Tensor) -> Tensor:
     return counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
 
-def round_figures(table: PseudoLabels, given: Tensor, threshold: float | None) -> dict[str, Figure]:
-    """Figures of a round: a histogram of confidences with the threshold, and class shares of accepted and given labels.
-
-    Args:
-        table: The round.
-        given: Labels of the labeled samples, (M,).
-        threshold: Threshold of acceptance. If None, the histogram has no line for it.
-
-    Returns:
-        The figures ``confidence`` and ``classes``.
-    """
+def confidence_figure(table: PseudoLabels, threshold: float | None) -> Figure:
+    """Draw a histogram of a round's confidences, with a line at the threshold if there is one."""
     histogram = Figure(figsize=(5, 3), layout="constrained")
     panel = histogram.subplots()
     panel.hist(table.confidence.numpy(), bins=40, range=(0.0, 1.0))
@@ -69,13 +60,20 @@ def round_figures(table: PseudoLabels, given: Tensor, threshold: float | None) -
         panel.legend()
     panel.set(xlabel="confidence", ylabel="samples")
     panel.set_title(f"round {table.round}: {int(table.accepted.sum())} of {len(table.label)} accepted", fontsize=9)
+    return histogram
 
+
+def class_figure(table: PseudoLabels, given: Tensor) -> Figure:
+    """Draw the class shares of a round's accepted labels and of given labels (M,)."""
     shares = class_shares(table, given)
     classes = Figure(figsize=(max(5.0, min(0.3 * shares.shape[1], 20.0)), 3), layout="constrained")
     panel = classes.subplots()
     for number, (name, share) in enumerate(zip(("accepted pseudo-labels", "given labels"), shares, strict=True)):
+        if len(share) > 200:  # a bar for each class would take seconds
+            panel.stairs(share.numpy(), baseline=None, label=name)
+            continue
         positions = [position + 0.4 * (number - 0.5) for position in range(len(share))]
         panel.bar(positions, share.numpy(), width=0.4, label=name)
     panel.set(xlabel="class", ylabel="share")
     panel.legend(fontsize=8)
-    return {"confidence": histogram, "classes": classes}
+    return classes

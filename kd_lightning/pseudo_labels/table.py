@@ -1,22 +1,16 @@
-"""One round of labels for the unlabeled pool, and the ledger: a CSV file per round."""
+"""One round of labels for the unlabeled pool."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kd_lightning.errors import InputError
-
-FOLDER = "pseudo_labels"
-"""Folder of the ledger within a run's folder."""
-COLUMNS = ("round", "epoch", "index", "path", "label", "confidence", "accepted", "changed")
 
 
 @dataclass
@@ -143,25 +137,3 @@ def check_classes(y: Tensor, classes: int, names: Sequence[str] | None, owner: s
             f"{owner}: no labeled sample of class {shown}, so no pseudo-label can be learned for it; label some, "
             f"remove the class, or let a teacher label the pool (source: teacher)"
         )
-
-
-def write_round(
-    folder: Path, labels: PseudoLabels, class_names: Sequence[str] | None, path_of: Callable[[int], str | None]
-) -> Path:
-    """Write a round to the ledger in a run's folder; replace this round and delete later ones, if there."""
-    path = folder / FOLDER / f"round_{labels.round:04d}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    columns = (labels.index, labels.label, labels.confidence, labels.accepted, labels.changed)
-    with part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
-        for index, label, confidence, accepted, changed in zip(*(c.tolist() for c in columns), strict=True):
-            name = class_names[label] if class_names is not None and label < len(class_names) else label
-            row = (labels.round, labels.epoch, index, path_of(index) or "", name, f"{confidence:.6f}")
-            table.writerow((*row, int(accepted), int(changed)))
-    part.replace(path)
-    for later in path.parent.glob("round_*.csv"):  # later rounds of a run that was resumed from an earlier one
-        if later.stem > path.stem:
-            later.unlink()
-    return path

@@ -153,7 +153,12 @@ def test_several_processes_write_one_file(tmp_path, monkeypatch, with_index):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)) if with_index else torch.arange(12)
     trainers = [
         SimpleNamespace(
-            world_size=2, global_rank=rank, is_global_zero=not rank, log_dir=tmp_path / str(rank), default_root_dir=None
+            world_size=2,
+            global_rank=rank,
+            is_global_zero=not rank,
+            loggers=[],
+            default_root_dir=tmp_path / str(rank),
+            strategy=SimpleNamespace(broadcast=lambda folder: folder or str(tmp_path / "0")),
         )
         for rank in range(2)
     ]

@@ -109,6 +109,19 @@ def test_other_loggers(quiet_trainer, loader, tmp_path, student):
         assert len(EventAccumulator(str(tmp_path / name)).Reload().Tags()["histograms"]) == 2
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_left_out(student, tmp_path, value):
+    """A drawing never ends a training."""
+    lowered, board = quantize(student, 4), TensorBoardLogger(tmp_path, "", "")
+    next(iter(quantized_layers(lowered).values())).weight.data.fill_(value)
+    trainer = SimpleNamespace(loggers=[board], global_step=0, is_global_zero=True)
+    module = SimpleNamespace(student=lowered, _trainer=trainer)
+    with pytest.warns(UserWarning, match=r"histogram weight_levels/3 is left out, and the run goes on"):
+        QuantizedWeightHistograms().on_train_epoch_end(trainer, module)
+    board.save()
+    assert set(EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"]) == {"weight_levels/7"}
+
+
 def test_modules_without_a_student():
     trainer = SimpleNamespace(loggers=[], global_step=0)
     for module in (SimpleNamespace(), SimpleNamespace(student="none"), SimpleNamespace(student=DigitsCNN(4))):

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from kd_lightning.pseudo_labels.report import class_shares, round_figures, round_metrics
+from kd_lightning.pseudo_labels.report import class_figure, class_shares, confidence_figure, round_metrics
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 LABEL = [0, 0, 1, 2, 2, 2]
@@ -77,15 +77,29 @@ def test_shares():
 @pytest.mark.parametrize("accepted", [[1, 0, 1, 1, 1, 0], [0] * 6])
 def test_figures(threshold, accepted):
     open_ones = plt.get_fignums()
-    figures = round_figures(table(accepted), torch.tensor([0, 0, 1, 4]), threshold)
-    assert set(figures) == {"confidence", "classes"}
-    (panel,) = figures["confidence"].axes
+    confidence = confidence_figure(table(accepted), threshold)
+    classes = class_figure(table(accepted), torch.tensor([0, 0, 1, 4]))
+    (panel,) = confidence.axes
     assert panel.get_title() == f"round 3: {sum(accepted)} of 6 accepted"
     assert sum(bar.get_height() for bar in panel.patches) == 6
     assert [line.get_xdata()[0] for line in panel.lines] == ([] if threshold is None else [0.9])
-    (panel,) = figures["classes"].axes
+    (panel,) = classes.axes
     heights = [bar.get_height() for bar in panel.patches]
     assert heights == pytest.approx(class_shares(table(accepted), torch.tensor([0, 0, 1, 4])).flatten().tolist())
-    for figure in figures.values():
+    for figure in (confidence, classes):
         figure.canvas.draw()
     assert plt.get_fignums() == open_ones  # none is left open
+
+
+@pytest.mark.parametrize("given", [[], [0]])
+def test_figures_of_one_sample(given):
+    one = table([1], [0])
+    confidence_figure(one, 0.5).canvas.draw()
+    class_figure(one, torch.tensor(given, dtype=torch.long)).canvas.draw()
+
+
+def test_many_classes_are_two_lines():
+    """Twenty thousand bars take a minute."""
+    (panel,) = class_figure(table([1] * 6), torch.arange(10_000)).axes
+    assert len(panel.patches) == 2
+    assert panel.patches[0].get_data().values.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 2] + [0] * 9_997, abs=1e-4)

@@ -1,6 +1,5 @@
-"""A round of labels: accepted and changed ones, its hash, the ledger, and what is refused."""
+"""A round of labels: accepted and changed ones, its hash, and what is refused."""
 
-import csv
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +8,10 @@ import torch
 
 from kd_lightning import InputError
 from kd_lightning.pseudo_labels.table import (
-    COLUMNS,
     PseudoLabels,
     check_classes,
     check_threshold,
     make_pseudo_labels,
-    write_round,
 )
 
 
@@ -133,45 +130,3 @@ def test_class_without_a_label(y, classes, names, named):
 @pytest.mark.parametrize("y", [torch.tensor([1, -100, 0]), torch.tensor([1.0, float("nan"), 0.0])])
 def test_every_class_has_a_label(y):
     check_classes(y, 2, None, "Owner")
-
-
-class TestLedger:
-    @staticmethod
-    def write(folder, table, names=None, path_of=lambda index: None):
-        path = write_round(folder, table, names, path_of)
-        with path.open(newline="", encoding="utf-8") as file:
-            return path, [*csv.DictReader(file)]
-
-    def test_a_row_a_sample(self, tmp_path):
-        first = make_pseudo_labels(torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75)
-        table = make_pseudo_labels(
-            torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, previous=first, epoch=3
-        )
-        path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], {5: "x/5.png", 12: None}.get)
-        assert path == tmp_path / "pseudo_labels" / "round_0001.csv"
-        assert [tuple(row) for row in rows] == [COLUMNS] * 2
-        assert [[*row.values()] for row in rows] == [
-            ["1", "3", "5", "x/5.png", "Käse", "0.800000", "1", "0"],
-            ["1", "3", "12", "", "Käse", "0.600000", "0", "1"],
-        ]
-
-    def test_a_round_is_replaced(self, tmp_path):
-        for label in (0, 1):
-            table = make_pseudo_labels(torch.eye(2)[[label]], torch.tensor([0]))
-            _, rows = self.write(tmp_path, table, ['a, "b"', "b"])
-        assert [row["label"] for row in rows] == ["b"]
-        assert [path.name for path in (tmp_path / "pseudo_labels").iterdir()] == ["round_0000.csv"]
-
-    def test_later_rounds_go(self, tmp_path):
-        """They belong to a run that was resumed from an earlier round."""
-        first = make_pseudo_labels(torch.eye(2), torch.arange(2))
-        second = make_pseudo_labels(torch.eye(2), torch.arange(2), previous=first)
-        for table in (first, second, make_pseudo_labels(torch.eye(2), torch.arange(2), previous=second), second):
-            self.write(tmp_path, table)
-        names = sorted(path.name for path in (tmp_path / "pseudo_labels").iterdir())
-        assert names == ["round_0000.csv", "round_0001.csv"]
-
-    @pytest.mark.parametrize(("names", "label"), [(None, "2"), (["a", "b"], "2"), (["a", "b", "c"], "c")])
-    def test_classes_without_a_name(self, tmp_path, names, label):
-        _, rows = self.write(tmp_path, make_pseudo_labels(torch.eye(3)[[2]], torch.tensor([0])), names)
-        assert rows[0]["label"] == label

@@ -1,11 +1,14 @@
 """ResumableCSVLogger: what a resumed run finds in its metrics.csv, and what it leaves there."""
 
 import csv
+import resource
+from contextlib import contextmanager
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd_lightning.runs.csv_logger import ResumableCSVLogger
+from kd_lightning.errors import InputError
+from kd_lightning.runs.csv_logger import ResumableCSVLogger, read_metrics, validations
 
 
 @pytest.fixture
@@ -62,6 +65,13 @@ def test_rows_that_are_written_again_are_dropped(log, file, purge_step, remainin
     assert read(file) == [*before[:remaining], {"step": 9, "loss": 9}]
 
 
+def test_rows_of_a_repeated_validation_are_there_once(log, file):
+    log(OLD)
+    log([(2, {"loss": 1.0}), (2, {"accuracy": 0.25}), (3, {"loss": 1.0})], purge_step=3)
+    assert [row["step"] for row in read(file)] == [0, 1, 1, 2, 2, 3]
+    assert read(file)[-2] == {"step": 2.0, "accuracy": 0.25}
+
+
 def test_two_runs_do_not_share_their_step(tmp_path, log, file):
     log(OLD)
     ResumableCSVLogger(str(tmp_path), "run", "version_1", purge_step=0).log_metrics({"loss": 1.0}, 0)
@@ -92,3 +102,55 @@ def test_only_rank_0_touches_the_file(tmp_path, log, file, monkeypatch):
     other.experiment.log_hparams({})
     other.log_metrics({"loss": 1.0}, 0)
     assert len(read(file)) == 4
+
+
+@pytest.fixture
+def full_disk():
+    """While inside, no file can grow beyond some bytes."""
+
+    @contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.mark.parametrize("new", [{"loss": 1.25}, {"loss": 1.25, "accuracy": 0.5}])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, file, full_disk, new, spare):
+    """Also a row that does not fit in whole, and one with a new column, which rewrites the file."""
+    logger = ResumableCSVLogger(str(tmp_path), "run", "version_0")
+    logger.log_metrics({"loss": 3.0}, 0)
+    before = file.read_text()
+    with full_disk(len(before) + spare):
+        for step in (1, 2):
+            with pytest.raises(OSError, match="too large|No space"):
+                logger.log_metrics(new, step)
+            assert file.read_text() == before
+    assert [path.name for path in file.parent.iterdir()] == ["metrics.csv"]
+    logger.log_metrics({"loss": 0.5}, 3)
+    assert read(file) == [
+        {"step": 0, "loss": 3},
+        {"step": 1, **new},
+        {"step": 2, **new},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_rows_of_a_fit_and_of_the_command_validate(tmp_path, file):
+    """``validate`` logs with step 0; a fit may validate twice at one step, while it accumulates gradients."""
+    logger = ResumableCSVLogger(str(tmp_path), "run", "version_0")
+    rows = [({"loss": 3.0}, 0), ({"val/a": 0.1}, 3), ({"val/a": 0.2}, 3), ({"val/a": 0.9}, 0), ({"val/b": 0.4}, 7)]
+    for figures, step in rows:
+        logger.log_metrics(figures, step)
+    assert read_metrics(file) == [figures | {"step": step} for figures, step in rows]
+    assert [row["step"] for row in validations(read_metrics(file))] == [3, 3, 7]
+    assert read_metrics(tmp_path / "none.csv") == []
+    file.write_text("step,val/a\n1,high\n")
+    with pytest.raises(InputError, match=r"metrics\.csv is damaged"):
+        read_metrics(file)

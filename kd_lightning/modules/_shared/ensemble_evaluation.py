@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric
@@ -29,6 +29,7 @@ class EnsembleEvaluation(Evaluation):
 
     def __init__(self, ensemble: Ensemble, task: Task, classes: int) -> None:
         super().__init__(task, classes)
+        task = self.task
         self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
         self.classes = classes
         self.known_classes = known = ensemble.known_classes(classes)
@@ -91,21 +92,27 @@ class EnsembleEvaluation(Evaluation):
         """For the multilabel task, set the labels that a teacher does not know to "missing"."""
         return target.masked_fill(~known.to(target.device), IGNORE_INDEX) if self.task == "multilabel" else target
 
-    def figures(self, classes: Sequence[str] | None) -> dict[str, Figure]:
-        """Return the confusion matrix and the teachers' agreement."""
+    def figures(self, classes: Sequence[str] | None) -> dict[str, Callable[[], Figure]]:
+        """Return functions that draw the confusion matrix and the teachers' agreement."""
         return super().figures(classes) | self.teacher_figures()
 
-    def teacher_figures(self) -> dict[str, Figure]:
-        """Return the share of equal predictions of each pair of teachers."""
+    def teacher_figures(self) -> dict[str, Callable[[], Figure]]:
+        """Return a function that draws the share of equal predictions of each pair of teachers."""
         if not self.common or not self.teacher_known.compute():
             return {}
         count = len(self.accuracies)
         matrix = torch.eye(count)
         for (i, j), metric in zip(self.common, self.pair_agreements, strict=True):
             matrix[i, j] = matrix[j, i] = metric.compute()
-        figure, axes = plt.subplots(figsize=(1.5 + 0.6 * count, 1 + 0.6 * count), layout="constrained")
-        axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
-        for (i, j), share in zip(torch.cartesian_prod(*2 * [torch.arange(count)]), matrix.flatten(), strict=True):
-            axes.text(int(j), int(i), f"{share:.2f}", ha="center", va="center", color="w" if share > 0.5 else "k")
-        axes.set(xticks=range(count), yticks=range(count), xlabel="teacher", ylabel="teacher", title="agreement")
-        return {"teachers_agreement": figure}
+        return {"teachers_agreement": partial(_draw_agreement, matrix)}
+
+
+def _draw_agreement(matrix: Tensor) -> Figure:
+    count = len(matrix)
+    figure = Figure(figsize=(1.5 + 0.6 * count, 1 + 0.6 * count), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
+    for (i, j), share in zip(torch.cartesian_prod(*2 * [torch.arange(count)]), matrix.flatten(), strict=True):
+        axes.text(int(j), int(i), f"{share:.2f}", ha="center", va="center", color="w" if share > 0.5 else "k")
+    axes.set(xticks=range(count), yticks=range(count), xlabel="teacher", ylabel="teacher", title="agreement")
+    return figure

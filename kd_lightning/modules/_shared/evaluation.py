@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, M
 from kd_lightning.batch import IGNORE_INDEX, is_labeled
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import Task, predicted_labels, to_probabilities
+from kd_lightning.modules._shared.checks import check_at_least_two
 from kd_lightning.teachers.teacher import check_outputs
+
+_MOST_CLASSES = 1000  # of a confusion matrix
 
 
 class Evaluation(nn.Module):
@@ -21,11 +25,16 @@ class Evaluation(nn.Module):
 
     Args:
         task: The module's task.
-        classes: Number of classes or labels C.
+        classes: Number of classes or labels C. A single label of the multilabel task is a binary task.
+
+    Raises:
+        InputError: If there is one class alone.
     """
 
     def __init__(self, task: Task, classes: int) -> None:
         super().__init__()
+        check_at_least_two(task, classes)
+        task = "binary" if classes == 1 else task
         plain: dict[str, Any] = {"task": task, "num_classes": classes, "num_labels": classes}
         labels = plain | {"ignore_index": IGNORE_INDEX}
         self.task = task
@@ -36,7 +45,7 @@ class Evaluation(nn.Module):
         # torchmetrics has no multilabel calibration error, so each label counts as one binary prediction
         single: Any = "multiclass" if task == "multiclass" else "binary"
         self.calibration_error = CalibrationError(single, num_classes=classes, ignore_index=IGNORE_INDEX)
-        self.confusion = ConfusionMatrix(**labels)
+        self.confusion = ConfusionMatrix(**labels) if task != "multiclass" or classes <= _MOST_CLASSES else None
         self.teacher_known = SumMetric()
         self.teacher_accuracy = Accuracy(**labels, average="micro")
         self.agreement = Accuracy(**plain, average="micro")
@@ -71,7 +80,8 @@ class Evaluation(nn.Module):
         self.loss.update(loss, labels)
         self.accuracy.update(probabilities, target)
         self.f1.update(probabilities, target)
-        self.confusion.update(probabilities, target)
+        if self.confusion is not None:
+            self.confusion.update(probabilities, target)
         if self.task == "multilabel":
             self.calibration_error.update(probabilities.flatten(), target.flatten())
         else:
@@ -88,12 +98,39 @@ class Evaluation(nn.Module):
         metrics = {name: getattr(self, name) for name in names}
         return {name: metric.compute() for name, metric in metrics.items() if isinstance(metric, Metric)}
 
-    def figures(self, classes: Sequence[str] | None) -> dict[str, Figure]:
-        """Return the confusion matrix if there were labels, with class names up to 50 and numbers up to 20 classes."""
-        if not self.known.compute():
+    def figures(self, classes: Sequence[str] | None) -> dict[str, Callable[[], Figure]]:
+        """Return functions that draw the figures. Their numbers are gathered from all processes here.
+
+        Args:
+            classes: Class names.
+
+        Returns:
+            ``confusion_matrix`` if there were labels: with class names up to 50 classes, and with numbers up to 20.
+            Without a figure of more than 1000 classes, whose matrix would take gigabytes.
+        """
+        if self.confusion is None or not self.known.compute():
             return {}
-        count = len(self.confusion.compute())
-        names = list(classes) if classes is not None and len(classes) == count <= 50 else None
+        return {"confusion_matrix": partial(self._draw_confusion, self.confusion.compute(), classes)}
+
+    def _draw_confusion(self, matrix: Tensor, classes: Sequence[str] | None) -> Figure:
+        count = len(matrix)
+        if count > 50:  # a tick for each class would take seconds
+            return _draw_large_confusion(matrix)
+        assert self.confusion is not None
+        names = list(classes) if classes is not None and len(classes) == count else None
         figure: Figure
-        figure, _ = self.confusion.plot(add_text=count <= 20, labels=names)
-        return {"confusion_matrix": figure}
+        figure, _ = self.confusion.plot(matrix, add_text=count <= 20, labels=names)
+        return figure
+
+
+def _draw_large_confusion(matrix: Tensor) -> Figure:
+    """Draw a matrix (C, C) as an image; of the multilabel task (L, 2, 2) one row for each label."""
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(matrix.flatten(1).cpu().numpy(), aspect="auto", interpolation="nearest")
+    if matrix.ndim == 2:
+        axes.set(xlabel="predicted class", ylabel="true class")
+    else:
+        axes.set(xticks=range(4), xticklabels=["true negative", "false positive", "false negative", "true positive"])
+        axes.set(ylabel="label")
+    return figure

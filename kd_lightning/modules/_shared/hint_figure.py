@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -11,25 +10,23 @@ def hint_figure(hint: Tensor, projected: Tensor, title: str, samples: int = 2, c
     """Draw hint maps above the student's projected maps, for the first samples and the channels that vary most.
 
     Args:
-        hint: The teacher's features: maps (B, C, H, W). Tokens (B, N, C) and vectors (B, C) become one matrix a
-            sample.
+        hint: The teacher's features: maps (B, C, H, W). Tokens (B, N, C), sequences (B, C, L) and vectors (B, C) become
+            one matrix a sample. Of volumes (B, C, ..., H, W) the middle slice is drawn.
         projected: The projector's output, of the same shape.
         title: Title of the figure.
         samples: Number of samples.
         channels: Largest number of channels.
     """
-    hint, projected = (t[:samples].detach().float().cpu() for t in (hint, projected))
-    if hint.ndim < 4:
-        hint, projected = (t.reshape(len(t), 1, -1, t.shape[-1]) for t in (hint, projected))
-    shown = hint.var(dim=(0, 2, 3), correction=0).topk(min(channels, hint.shape[1])).indices
-    figure, axes = plt.subplots(
-        2 * len(hint), len(shown), squeeze=False, figsize=(1.3 * len(shown) + 0.8, 2.6 * len(hint) + 0.4)
-    )
+    hint, projected = (_to_maps(features[:samples].detach().float().cpu()) for features in (hint, projected))
+    finite = hint.nan_to_num(0.0, 0.0, 0.0)
+    shown = finite.var(dim=(0, 2, 3), correction=0).topk(min(channels, hint.shape[1])).indices
+    figure = Figure(figsize=(1.3 * len(shown) + 0.8, 2.6 * len(hint) + 0.4))
+    axes = figure.subplots(2 * len(hint), len(shown), squeeze=False)
     for row, axis in enumerate(axes):
         source = (hint, projected)[row % 2][row // 2]
         axis[0].set_ylabel(("hint", "projected")[row % 2])
         for column, channel in enumerate(shown):
-            low, high = hint[row // 2][channel].aminmax()
+            low, high = finite[row // 2][channel].aminmax()
             axis[column].imshow(source[channel].numpy(), vmin=float(low), vmax=float(high), aspect="auto")
             axis[column].set(xticks=[], yticks=[])
             if row == 0:
@@ -37,3 +34,12 @@ def hint_figure(hint: Tensor, projected: Tensor, title: str, samples: int = 2, c
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def _to_maps(features: Tensor) -> Tensor:
+    """Return features of any shape as maps (B, C, H, W)."""
+    if features.ndim < 4:
+        return features.reshape(len(features), 1, -1, features.shape[-1] if features.ndim > 1 else 1)
+    while features.ndim > 4:
+        features = features[:, :, features.shape[2] // 2]
+    return features

@@ -117,11 +117,10 @@ class TestFigures:
         assert {key: value for key, value in found.items() if key not in OTHERS} == expected
         figures = evaluation.figures(None)
         assert set(figures) == {"confusion_matrix", "teachers_agreement"}
-        axes = figures["teachers_agreement"].axes[0]
+        axes = figures["teachers_agreement"]().axes[0]
         written = {text.get_position(): text.get_text() for text in axes.texts}
         assert written == {(j, i): f"{matrix[i][j]:.2f}" for i in range(3) for j in range(3)}
-        for figure in figures.values():
-            plt.close(figure)
+        plt.close(figures["confusion_matrix"]())
 
     def test_only_what_there_is(self):
         task, student, teachers, y = case("multiclass")
@@ -138,7 +137,7 @@ class TestFigures:
         assert found["teacher_0_ensemble_agreement"] == 1
         figures = single.figures(None)
         assert set(figures) == {"confusion_matrix"}
-        plt.close(figures["confusion_matrix"])
+        plt.close(figures["confusion_matrix"]())
         assert not [part for part in single.modules() if isinstance(part, Ensemble | Teacher)]
 
     def test_partial_teachers(self):

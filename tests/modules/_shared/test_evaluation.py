@@ -119,11 +119,39 @@ def test_confusion_matrix():
     assert evaluation.confusion.compute().tolist() == expected.tolist()
     figures = evaluation.figures(["ant", "bee", "cat", "dog", "eel"])
     assert set(figures) == {"confusion_matrix"}
-    figure = figures["confusion_matrix"]
+    figure = figures["confusion_matrix"]()
     written = {text.get_text() for text in figure.axes[0].get_xticklabels()}
     assert written == {"ant", "bee", "cat", "dog", "eel"}
-    figure = evaluation.figures(["ant"])["confusion_matrix"]
+    figure = evaluation.figures(["ant"])["confusion_matrix"]()
     assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {*"01234"}
+
+
+@pytest.mark.parametrize(("task", "classes", "shape"), [("multiclass", 300, (300, 300)), ("multilabel", 120, (120, 4))])
+def test_confusion_matrix_of_many_classes_is_one_image(task, classes, shape):
+    """A tick or a panel for each class takes minutes."""
+    evaluation = Evaluation(task, classes)
+    y = torch.arange(classes) if task == "multiclass" else torch.eye(classes)
+    evaluation.update(10 * torch.eye(classes).roll(1, 0), y, torch.tensor(0.0), 1, None)
+    (panel,) = evaluation.figures(None)["confusion_matrix"]().axes
+    (image,) = panel.get_images()
+    expected = evaluation.confusion.compute().reshape(shape)
+    assert image.get_array().tolist() == expected.tolist()
+    assert len(panel.get_xticks()) < 20
+
+
+def test_no_confusion_matrix_of_thousands_of_classes():
+    """Its state would be as large as the square."""
+    evaluation = Evaluation("multiclass", 2000)
+    evaluation.update(torch.eye(2000)[:4], torch.arange(4), torch.tensor(0.0), 4, None)
+    assert evaluation.figures(None) == {}
+    assert evaluation.compute()["accuracy"] == 1
+
+
+def test_confusion_matrix_of_the_binary_task():
+    evaluation = Evaluation("binary", 1)
+    evaluation.update(torch.tensor([-1.0, 1.0]), torch.tensor([0, 1]), torch.tensor(0.0), 2, None)
+    figure = evaluation.figures(["no", "yes"])["confusion_matrix"]()
+    assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {"no", "yes"}
 
 
 @pytest.mark.parametrize("case", SHAPES)

@@ -1,0 +1,106 @@
+"""The ledger of pseudo-labels in a run's folder: a CSV file for each round."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.table import PseudoLabels
+
+FOLDER = "pseudo_labels"
+"""Folder of the ledger within a run's folder."""
+COLUMNS = ("round", "epoch", "index", "path", "label", "confidence", "accepted", "changed")
+_TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # dtypes of the columns of numbers
+
+
+@dataclass
+class Round:
+    """One round of the ledger: for N samples index, file, class, confidence (float64) and two marks (booleans)."""
+
+    number: int
+    epoch: int
+    index: Tensor
+    path: list[str]
+    label: list[str]
+    confidence: Tensor
+    accepted: Tensor
+    changed: Tensor
+
+    def by_class(self) -> dict[str, list[float]]:
+        """Return the confidences of the accepted labels of each class."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for row in self.accepted.nonzero().flatten().tolist():
+            found[self.label[row]].append(float(self.confidence[row]))
+        return found
+
+
+def write_round(
+    folder: Path, labels: PseudoLabels, class_names: Sequence[str] | None, path_of: Callable[[int], str | None]
+) -> Path:
+    """Write a round to the ledger in a run's folder; replace this round and delete later ones, if there."""
+    path = folder / FOLDER / f"round_{labels.round:04d}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    columns = (labels.index, labels.label, labels.confidence, labels.accepted, labels.changed)
+    with part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for index, label, confidence, accepted, changed in zip(*(c.tolist() for c in columns), strict=True):
+            name = class_names[label] if class_names is not None and label < len(class_names) else label
+            row = (labels.round, labels.epoch, index, path_of(index) or "", name, f"{confidence:.6f}")
+            table.writerow((*row, int(accepted), int(changed)))
+    part.replace(path)
+    for number, later in find_rounds(folder).items():  # of a run that was resumed from an earlier round
+        if number > labels.round:
+            later.unlink()
+    return path
+
+
+def find_rounds(folder: Path) -> dict[int, Path]:
+    """Return {round: file} of a run's folder, in the order of rounds; empty without a ledger."""
+    paths = sorted((folder / FOLDER).glob("round_*.csv"), key=lambda path: (len(path.name), path.name))
+    return {int(number): path for path in paths if (number := path.stem.removeprefix("round_")).isdigit()}
+
+
+def read_round(path: Path) -> Round:
+    """Read a round of the ledger; an InputError names the file and the line where it is damaged."""
+    rows: list[tuple[int, int, int, str, str, float, bool, bool]] = []
+    line = 1
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.reader(file)
+            if tuple(next(table, ())) != COLUMNS:
+                raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
+            for line, cells in enumerate(table, 2):  # noqa: B007  (for the message)
+                if len(cells) != len(COLUMNS):
+                    raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
+                number, epoch, sample, name, label, share, *marks = cells
+                row = (
+                    int(number),
+                    int(epoch),
+                    int(sample),
+                    name,
+                    label,
+                    float(share),
+                    marks[0] == "1",
+                    marks[1] == "1",
+                )
+                if row[2] < 0 or not 0 <= row[5] <= 1 or {*marks} - {"0", "1"} or row[:2] != (rows or [row])[0][:2]:
+                    text = "index must be at least 0, confidence lie in [0, 1], accepted and changed be 0 or 1"
+                    raise ValueError(f"round and epoch must be those of the other rows, {text}")
+                rows.append(row)
+            if not rows:
+                raise ValueError("it has no rows")
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}, line {line}: the ledger is damaged: {error}") from error
+    columns: list[Any] = [[*column] for column in zip(*rows, strict=True)]
+    index, confidence, accepted, changed = (torch.tensor(columns[n], dtype=t) for n, t in _TYPES.items())
+    return Round(*rows[0][:2], index, columns[3], columns[4], confidence, accepted, changed)
