@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
-import yaml
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from kd_lightning.cli.commands.compare import report
+from kd_lightning.cli.fit_once import config_file, find_fits, fit_once
 from kd_lightning.cli.main import DistillCLI
+from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
+from kd_lightning.runs.report.comparison import compare_runs
+from kd_lightning.runs.run import Run, run_of
 
-Config = dict[str, Any]
 _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
 """Callbacks that the baseline does without: it learns from labels alone."""
 
@@ -41,21 +39,21 @@ def main(args: list[str]) -> None:
     if processes > 1:
         raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
     config["trainer"]["enable_model_summary"] = False
+    config["checkpoint"]["dirpath"] = None  # each run has checkpoints of its own
     seeded = [with_seed(config, seed) for seed in range(options.seeds)]
-    plan = [baseline_of(method) for method in seeded] + seeded
+    # parsed, too, so that a baseline's config is the one that its run saves
+    plan = [parse_config(baseline_of(method), "experiment") for method in seeded] + seeded
 
     console = Console()
     folders = []
     for number, run_config in enumerate(plan, 1):
         name, seed = run_config["name"], run_config["seed_everything"]
-        folder = _find_finished_run(run_config)
-        done = "" if folder is None else f" is done: {folder}"
-        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]{done}")
-        folders.append(folder or _run(run_config))
+        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
+        folders.append(_fit_and_test(run_config))
     teachers = _teacher_runs(config)
     root = Path(config["trainer"]["default_root_dir"])
     out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
-    report([*folders, *teachers], out)
+    compare_runs([*folders, *teachers], out)
 
 
 def with_seed(config: Config, seed: int) -> Config:
@@ -85,7 +83,7 @@ def baseline_of(method: Config) -> Config:
     arguments = method["model"]["init_args"]
     if arguments.get("hint_epochs") and arguments.get("lr_scheduler"):
         rank_zero_warn("lr_scheduler is meant for stage 2; the baseline follows it over all epochs")
-    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval")
+    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval", "num_classes")
     baseline["name"] = f"{method['name']}_alone"
     shared_arguments = {name: arguments[name] for name in shared if name in arguments}
     if start := arguments.get("initial_weights"):  # the first weights are no part of the method
@@ -105,51 +103,29 @@ def baseline_of(method: Config) -> Config:
     return baseline
 
 
-class _ParsedCLI(DistillCLI):
-    """Parses a config and builds nothing."""
-
-    def instantiate_classes(self) -> None:
-        """Do nothing."""
-
-
-def parse_config(args: list[str], command: str) -> Config:
-    """Return the config of ``fit`` with these arguments; InputError, with the command's name, if it has no data."""
-    cli = _ParsedCLI(args, run=False)
-    config: Config = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, skip_validation=True))
-    if not config.get("data"):
-        raise InputError(f"{command} needs data in the config: a SemiSupervisedDataModule")
-    return config
+def _fit_and_test(config: Config) -> Path:
+    """Return the folder of a finished run of a config whose deployed weights were tested; do what is missing."""
+    tested = [run for run in find_fits(config) if run.finished and _is_tested(run)]
+    run = tested[0] if tested else fit_once(config)
+    if tested:
+        print(f"is done: {run.folder}")
+    elif not _is_tested(run):
+        weights = ["--ckpt_path", str(run.weights)] if run.weights.is_file() else []
+        with config_file(config) as path:
+            DistillCLI(["test", "--config", path, "--verbose", "false", *weights])
+    return run.folder
 
 
-def _run(config: Config) -> Path:
-    """Fit, test the deployed weights, and return the run's folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        cli = DistillCLI(["fit", "--config", str(path)])
-    checkpoint = next((c for c in cli.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    best = checkpoint is not None and checkpoint.monitor is not None and checkpoint.best_model_path
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best" if best else None, verbose=False)
-    assert cli.trainer.log_dir is not None
-    run = Path(cli.trainer.log_dir)
-    (run / "experiment.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return run
-
-
-def _find_finished_run(config: Config) -> Path | None:
-    """Return the folder of a finished run of exactly this config, None if there is none."""
-    folder = Path(config["trainer"]["default_root_dir"]) / config["name"]
-    text = yaml.safe_dump(config)
-    found: list[Path] = sorted(folder.glob("version_*/experiment.yaml"))
-    return next((path.parent for path in found if path.read_text(encoding="utf-8") == text), None)
+def _is_tested(run: Run) -> bool:
+    return (run.result("test") or run.result("transductive/test")) is not None
 
 
 def _teacher_runs(config: Config) -> list[Path]:
-    """Return the folders of the runs that left the teachers' weights, if these runs have metrics."""
+    """Return the folders of the finished runs that left the teachers' weights."""
     arguments = config["model"]["init_args"]
     given = arguments.get("teachers") or [arguments.get("teacher")]
-    folders = [Path(path).parent for teacher in given if (path := _weights_of(teacher))]
-    return [folder for folder in dict.fromkeys(folders) if (folder / "metrics.csv").is_file()]
+    runs = [run_of(Path(path)) for teacher in given if (path := _weights_of(teacher))]
+    return [*dict.fromkeys(run.folder for run in runs if run is not None and run.finished)]
 
 
 def _weights_of(teacher: Config | None) -> str | None:

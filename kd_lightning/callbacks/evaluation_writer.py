@@ -1,0 +1,221 @@
+"""Write what a test or a validation has measured on the deployed weights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.data import extract_batch_size
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.errors import InputError
+from kd_lightning.runs.folder import run_folder, writes_files
+from kd_lightning.runs.results import Prediction, Result, read_result, write_result
+from kd_lightning.runs.run import CONFIG, WEIGHTS, Run, same_weights
+
+# the end of the name of a metric of another data loader than the first
+_OTHER_LOADER = re.compile(r"/(dataloader_idx_)?[1-9]\d*$")
+
+
+class EvaluationWriter(Callback):
+    """Write the figures of ``test`` and ``validate``, and the predictions behind them, to the run's folder.
+
+    The files are those of :func:`~kd_lightning.runs.results.write_result`; ``compare`` reads them. A result counts for
+    the deployed weights alone: if the student in the run's folder has other weights than the evaluated one, no file is
+    written. The validations of a fit write none.
+
+    Figures are the logged metrics ``test/<name>`` (``transductive/test/<name>``, ``val/<name>``) of the first data
+    loader. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
+    (B, L) as the batch's labels. Several processes write one file, with each sample once. If batches have no index,
+    samples are numbered in the order of the loader. Works on any LightningModule. The command line adds this callback
+    to every run.
+    """
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: dict[int, Prediction] = {}
+        self._seen = self._labeled = 0  # samples of this process
+        self._has_index = True
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the start of ``test``. Clears the rows of an earlier call."""
+        self._clear()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the start of each validation. Clears the rows of an earlier call."""
+        self._clear()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Runs after each test batch. Collects its predictions."""
+        if dataloader_idx == 0:
+            self._collect(trainer, pl_module, outputs, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Runs after each validation batch. Collects its predictions, but not in a fit."""
+        if dataloader_idx == 0 and trainer.state.fn == TrainerFn.VALIDATING:
+            self._collect(trainer, pl_module, outputs, batch)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the end of ``test``. Writes the result."""
+        transductive = getattr(getattr(trainer, "datamodule", None), "transductive", False)
+        self._write(trainer, pl_module, "transductive/test" if transductive else "test", trainer.test_dataloaders)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the end of each validation. Writes the result, but not in a fit."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, pl_module, "val", trainer.val_dataloaders)
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        try:
+            batch = Batch.from_any(batch)
+        except InputError:  # another library's batch
+            self._labeled += _count(batch)
+            return
+        y, size = batch.y, len(batch)
+        index = batch.index
+        if index is None:  # in the order in which Lightning's sampler distributes samples to processes
+            index = (self._seen + torch.arange(size)) * trainer.world_size + trainer.global_rank
+            self._has_index = False
+        self._seen += size
+        if y is not None:
+            self._labeled += int(is_labeled(y).reshape(size, -1).any(dim=1).sum())
+        task = getattr(pl_module, "task", "multiclass")
+        if not isinstance(outputs, Tensor) or outputs.is_floating_point() or outputs.shape[:1] != (size,):
+            return
+        predicted = outputs.reshape(size, -1).tolist()
+        labels = [None] * size if y is None else torch.where(is_labeled(y), y, -1).reshape(size, -1).tolist()
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        for number, label, row in zip(index.tolist(), labels, predicted, strict=True):
+            if len(row) != len(label or row) or (len(row) > 1 and task != "multilabel"):
+                return  # no prediction of one class for each sample
+            self._rows[number] = _prediction(number, label or [-1] * len(row), row, task, names)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, part: str, loaders: Any) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        rows, labeled = self._gather(trainer)
+        size = _size_of_first(loaders) if trainer.world_size > 1 else None
+        if size is not None:  # Lightning's sampler repeats samples so that all ranks have as many
+            rows = rows if self._has_index else {number: row for number, row in rows.items() if number < size}
+            labeled = min(labeled, size)
+        folder = run_folder(trainer)
+        prefix = f"{part}/"
+        figures = {
+            name.removeprefix(prefix).removesuffix("/dataloader_idx_0"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(prefix) and not _OTHER_LOADER.search(name)
+        }
+        if not writes_files(trainer) or not figures:
+            return
+        weights = None
+        student = getattr(pl_module, "student", None)
+        if isinstance(student, nn.Module):
+            weights = _hash_if_deployed(folder / WEIGHTS, student)
+            if weights is None:
+                rank_zero_info(
+                    f"the {part} figures are not those of the deployed weights, {folder / WEIGHTS}; compare leaves "
+                    "them out, and no result is written"
+                )
+                return
+        elif (other := _selected_instead(folder, trainer)) is not None:
+            rank_zero_info(f"the {part} figures are not those of {other}, which compare means; no result is written")
+            return
+        if rows:
+            labeled = sum(row.correct == row.correct for row in rows.values())  # not NaN
+        limit = trainer.limit_val_batches if part == "val" else trainer.limit_test_batches
+        whole = limit == 1.0 and isinstance(limit, float)  # the integer 1 means one batch
+        before = None if whole else read_result(folder, part)
+        if before is not None and before.weights == weights and before.samples > labeled:
+            rank_zero_info(
+                f"the {part} figures of {labeled} samples do not replace those of {before.samples} in {folder}; no "
+                "result is written"
+            )
+            return
+        write_result(Result(part, labeled, figures, weights, folder), (rows[number] for number in sorted(rows)))
+
+    def _gather(self, trainer: Trainer) -> tuple[dict[int, Prediction], int]:
+        """Return the rows and the number of labeled samples of all processes, which must all call this."""
+        if trainer.world_size == 1:
+            return self._rows, self._labeled
+        parts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, (self._rows, self._labeled))
+        return {number: row for rows, _ in parts for number, row in rows.items()}, sum(part[1] for part in parts)
+
+
+def _prediction(index: int, label: Sequence[float], row: Sequence[int], task: str, names: Sequence[str]) -> Prediction:
+    """Return a row of the table; unknown labels are negative."""
+    if task != "multilabel":
+        right = float(label[0] == row[0]) if label[0] >= 0 else float("nan")
+        return Prediction(index, _name(int(label[0]), names), _name(row[0], names), right)
+    known = [wanted == found for wanted, found in zip(label, row, strict=True) if wanted >= 0]
+    right = sum(known) / len(known) if known else float("nan")
+    texts = [";".join(_name(k, names) for k, one in enumerate(values) if one == 1) for values in (label, row)]
+    return Prediction(index, texts[0], texts[1], right)
+
+
+def _name(number: int, names: Sequence[str]) -> str:
+    return "" if number < 0 else str(names[number]) if number < len(names) else str(number)
+
+
+def _hash_if_deployed(path: Path, student: nn.Module) -> str | None:
+    """Return the SHA-256 of a file of weights; None unless the student has these weights."""
+    try:
+        content = path.read_bytes()
+        deployed = load(content)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return hashlib.sha256(content).hexdigest() if same_weights(deployed, student.state_dict()) else None
+
+
+def _selected_instead(folder: Path, trainer: Trainer) -> Path | None:
+    """Return the checkpoint that stands for a run without a student, if another one was evaluated."""
+    if trainer.ckpt_path is None or not (folder / CONFIG).is_file():
+        return None
+    selected = Run(folder).selected_checkpoint()
+    return None if Path(trainer.ckpt_path).resolve() == selected.resolve() else selected
+
+
+def _count(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except RuntimeError:
+        return 0
+
+
+def _size_of_first(loaders: Any) -> int | None:
+    """Return the number of samples of the first data loader, None if it has no size."""
+    first = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    if getattr(first, "batch_sampler", None) is None:  # its dataset has batches, or samples of unknown number
+        return None
+    try:
+        return len(first.dataset)
+    except (TypeError, NotImplementedError):
+        return None

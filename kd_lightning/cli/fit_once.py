@@ -1,0 +1,48 @@
+"""Fit a config unless a finished run of it exists."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from kd_lightning.cli.main import DistillCLI
+from kd_lightning.cli.parse import Config
+from kd_lightning.runs.config_identity import hash_files, identity_of, seeds_of
+from kd_lightning.runs.run import Run, find_runs
+
+
+def find_fits(config: Config) -> list[Run]:
+    """Return the runs of a config, its seeds and the content of the files that it names: finished ones first."""
+    identity, seeds = identity_of(config, hash_files(config)), seeds_of(config)
+    found = find_runs(Path(config["trainer"]["default_root_dir"]), config["name"])
+    same = [run for run in found if run.identity == identity and run.seeds == seeds]
+    return sorted(same, key=lambda run: not run.finished)
+
+
+def fit_once(config: Config) -> Run:
+    """Return a finished run of a config; fit it if there is none. A fit that was stopped is resumed."""
+    found = find_fits(config)
+    if found and found[0].finished:
+        print(f"is done: {found[0].folder}")
+        return found[0]
+    resume: list[str] = []
+    if stopped := next((run for run in found if run.checkpoints()), None):
+        print(f"was stopped, and is resumed: {stopped.folder}")
+        resume = ["--ckpt_path", str(stopped.last_checkpoint())]
+    with config_file(config) as path:
+        fitted = DistillCLI(["fit", "--config", path, *resume]).run_folder
+    assert fitted is not None  # there is one process
+    return Run(fitted)
+
+
+@contextmanager
+def config_file(config: Config) -> Iterator[str]:
+    """Write a config to a temporary file, and return its path."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        yield str(path)

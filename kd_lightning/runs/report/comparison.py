@@ -1,0 +1,282 @@
+"""Compare finished runs: figures of one part, differences, and what the students cost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_lightning.quantization.layers import quantized_layers
+from kd_lightning.quantization.sizes import precision_of, size_of
+from kd_lightning.runs.report.run_groups import Group, LeftOut, find_groups
+from kd_lightning.runs.report.statistics import LEAST_SAMPLES, Difference, Interval, difference
+from kd_lightning.runs.run import CONFIG, Run
+
+_COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
+
+
+@dataclass
+class Comparison:
+    """Groups of runs on one part of the data.
+
+    Attributes:
+        part: ``"test"`` or ``"val"``.
+        groups: The groups. Differences are to the first.
+        left_out: Folders that are not compared.
+        differences: For each group its difference to the first, which itself has none.
+    """
+
+    part: str
+    groups: list[Group]
+    left_out: list[LeftOut]
+
+    def __post_init__(self) -> None:
+        base = self.groups[0].results
+        self.differences: list[Difference | None] = [
+            None if number == 0 or not (group.results and base) else difference(group.results, base)
+            for number, group in enumerate(self.groups)
+        ]
+
+    def tables(self) -> list[list[list[str]]]:
+        """Return the table of figures and that of costs, each as rows of texts, the header first."""
+        sizes = sorted({n for group in self.groups for n in group.samples})
+        n = f", n = {sizes[0]}" if len(sizes) == 1 else ""
+        header = ["run", "seeds", f"accuracy % ({self.part}{n})", "difference", "95 % over seeds", "95 % over samples"]
+        figures = [[*header, "verdict", "agreement %", "calib. error %"]]
+        costs = [["run", "parameters", "MACs", "precision", "size KB", "latency ms"]]
+        for group, found in zip(self.groups, self.differences, strict=True):
+            count = len(group.runs)
+            row = [group.name + self._part_of(group) + " *" * bool(self._reasons(group, found))]
+            row += [str(count) if len(group.results) == count else f"{len(group.results)} of {count}"]
+            row += [_mean_sd(group.values("accuracy"))]
+            found = found or Difference()
+            row += ["-" if found.mean is None else f"{100 * found.mean:+.2f}"]
+            row += [_interval(found.over_seeds), _interval(found.over_samples), found.verdict or "-"]
+            figures.append([*row, *(_mean_sd(group.values(name)) for name in ("agreement", "calibration_error"))])
+            values = group.costs
+            costs.append([group.name, *(format(values[key], f) if key in values else "-" for key, f in _COSTS.items())])
+        if len(sizes) > 1:
+            cells = ["n", *(" to ".join(map(str, _ends(group.samples))) or "-" for group in self.groups)]
+            for row, cell in zip(figures, cells, strict=True):
+                row.insert(3, cell)
+        return [figures, costs]
+
+    def _part_of(self, group: Group) -> str:
+        return "" if group.part in (self.part, None) else f" [{group.part}]"
+
+    def _reasons(self, group: Group, found: Difference | None) -> list[str]:
+        """Return why there is no verdict about a group; of the first one only that it has few samples."""
+        if found is not None:
+            return found.reasons
+        few = group.samples and group.samples[0] < LEAST_SAMPLES
+        return [f"{group.samples[0]} samples; a verdict needs {LEAST_SAMPLES}"] if few else []
+
+    def notes(self) -> list[str]:
+        """Return the lines under the tables: missing verdicts, missing figures, runs that are left out."""
+        lines = []
+        for group, found in zip(self.groups, self.differences, strict=True):
+            if reasons := self._reasons(group, found):
+                lines.append(f"* {group.name}: no verdict: {'; '.join(reasons)}.")
+            for seeds, run in group.runs.items():
+                if seeds not in group.results:
+                    command = _command(run, self.part)
+                    lines.append(f"{run.folder} has no {self.part} figures of its deployed weights: {command}")
+        return lines + [f"left out: {one.folder}: {one.reason}." for one in self.left_out]
+
+    def explanation(self) -> str:
+        """Return the explanation of the tables' figures."""
+        text = "Mean ± sample standard deviation over seeds. Difference: to the first row, paired by seed. Its 95 % "
+        text += "intervals: over seeds (Student's t), which holds for other seeds on these samples; over samples "
+        text += (
+            "(bootstrap), which holds for other samples with these seeds. Verdict: better or worse if both intervals "
+        )
+        text += (
+            "lie on one side of zero. Size: weights of the newest run, each at its own number of bits, not the file."
+        )
+        if any(self._part_of(group) for group in self.groups):
+            text += " [transductive/test]: the method trained on these samples, without their labels."
+        coded = [
+            f"{group.name} {group.costs['coded_kb']:,.1f} KB" for group in self.groups if "coded_kb" in group.costs
+        ]
+        if coded:
+            text += " Precision: bits of activations (A) and weights (W) of the quantised layers; a ternary weight "
+            text += "takes 2 bits; scales, biases, normalisation and float layers take 32. Size with entropy-coded "
+            text += f"quantised weights: {', '.join(coded)}. A quantised student has no latency: its rounding is "
+            text += "simulated in float, which takes another time than on a device."
+        return text
+
+    def print(self, console: Console) -> None:
+        """Print the tables and the notes."""
+        for title, (header, *rows) in zip(("Comparison", "Cost"), self.tables(), strict=True):
+            view = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+            for name in header:  # long names are folded, figures are whole
+                view.add_column(name.replace("% (", "%\n("), no_wrap=name != "run", overflow="fold")
+            for row in rows:
+                view.add_row(*(cell.replace("[", "\\[") for cell in row))
+            console.print(view)
+        for line in self.notes():  # not folded, so that commands can be copied
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(self.explanation(), markup=False)
+
+    def write(self, out: Path) -> None:
+        """Write ``comparison.json``, ``comparison.md`` and ``comparison.png`` to a folder."""
+        out.mkdir(parents=True, exist_ok=True)
+        lines: list[str] = []
+        for header, *rows in self.tables():
+            lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+            lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
+        text = "\n\n".join([*self.notes(), self.explanation()])
+        (out / "comparison.md").write_text("\n".join([*lines, text, ""]), encoding="utf-8")
+        (out / "comparison.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        self.figure().savefig(out / "comparison.png", dpi=120)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all that the tables hold."""
+        groups = []
+        for group, found in zip(self.groups, self.differences, strict=True):
+            runs = []
+            for seeds, run in group.runs.items():
+                entry: dict[str, Any] = {"folder": str(run.folder), "seed": run.seed}
+                if result := group.results.get(seeds):
+                    entry |= {"part": result.part, "samples": result.samples, **result.figures}
+                runs.append(entry)
+            content: dict[str, Any] = {"name": group.name, "part": group.part, **group.costs, "runs": runs}
+            if found is not None:
+                content["difference"] = {
+                    "to": self.groups[0].name,
+                    "mean": found.mean,
+                    "pairs": found.seeds,
+                    "interval_95_over_seeds": found.over_seeds,
+                    "interval_95_over_samples": found.over_samples,
+                    "verdict": found.verdict,
+                    "reasons": found.reasons,
+                }
+            groups.append(content)
+        left_out = [{"folder": str(one.folder), "reason": one.reason} for one in self.left_out]
+        return {"part": self.part, "groups": groups, "left_out": left_out}
+
+    def figure(self) -> Figure:
+        """Plot accuracy against MACs (against size if precisions differ), and the learning curves."""
+        by_size = len({group.costs["precision"] for group in self.groups if group.costs}) > 1
+        key, label = ("size_kb", "KB of weights") if by_size else ("macs", "MACs for one image")
+        picture = Figure(figsize=(11, 4.2), layout="constrained")
+        cost, curves = picture.subplots(1, 2)
+        for number, group in enumerate(self.groups):
+            color = f"C{number}"
+            values = [100 * value for value in group.values("accuracy")]
+            if group.costs and values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0
+                at = group.costs[key]
+                cost.errorbar(at, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
+            by_step: dict[int, list[float]] = defaultdict(list)
+            for run in group.runs.values():
+                for row in run.validations():
+                    if "val/accuracy" in row:
+                        by_step[int(row["step"])].append(100 * row["val/accuracy"])
+            steps = sorted(by_step)
+            means = [statistics.mean(by_step[step]) for step in steps]
+            curves.plot(steps, means, color=color, label=group.name)
+        cost.set(xscale="log", xlabel=label, ylabel=f"accuracy % ({self.part})", title="Accuracy against cost")
+        curves.set(xlabel="step", ylabel="validation accuracy %", title="Learning curves (mean over seeds)")
+        for axes in (cost, curves):
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="lower right")
+        return picture
+
+
+def compare_runs(folders: Sequence[Path], out: Path | None = None, part: str = "test") -> Comparison:
+    """Compare runs, print the tables, and write them to a folder if one is given.
+
+    Args:
+        folders: Folders of runs, or of all runs of a name.
+        out: Folder for ``comparison.json``, ``comparison.md`` and ``comparison.png``. Default: None are written.
+        part: The part of the data: ``"test"`` or ``"val"``. It is the same for all runs.
+
+    Raises:
+        InputError: For a folder that is no run, or if no run is finished.
+    """
+    comparison = Comparison(part, *find_groups(folders, part))
+    measure_costs(comparison.groups)
+    console = Console()
+    if console.width < 150:  # in a narrow terminal lines are folded and figures are whole
+        console = Console(width=150)
+    comparison.print(console)
+    if out is not None:
+        comparison.write(out)
+        console.print(f"written to {out}")
+    return comparison
+
+
+def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
+    """Measure each group's student: parameters, MACs, precision, KB of weights, CPU latency (ms, batch 1, one thread).
+
+    Groups take turns in each round, and a group's latency is the median over the rounds. A quantised student has no
+    latency, since its rounding is simulated in float; it has ``coded_kb``, the size of its entropy-coded weights.
+    """
+    timers: list[tuple[Group, Timer, list[float]]] = []
+    for group in groups:
+        runs = [
+            run for run in group.runs.values() if run.has_student and run.metadata.get("input_shape", "null") != "null"
+        ]
+        if not runs:
+            continue
+        run = max(runs, key=lambda run: run.started)
+        student = run.student().eval()
+        student.requires_grad_(False)  # with no_grad alone the counter fails on quantised weights
+        x = torch.zeros(1, *json.loads(run.metadata["input_shape"]))
+        with FlopCounterMode(display=False) as counter:
+            student(x)
+        size = size_of(student)
+        group.costs = {
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "macs": counter.get_total_flops() / 2,
+            "precision": precision_of(student),
+            "size_kb": size.stored / 1000,
+        }
+        if quantized_layers(student):
+            group.costs["coded_kb"] = size.coded / 1000
+            continue
+        timers.append(
+            (group, Timer("with no_grad(): net(x)", globals={"net": student, "x": x, "no_grad": torch.no_grad}), [])
+        )
+    for _ in range(rounds):
+        for _, timer, times in timers:
+            times.append(timer.blocked_autorange(min_run_time=0.05).median * 1000)
+    for group, _, times in timers:
+        group.costs["latency_ms"] = statistics.median(times)
+
+
+def _command(run: Run, part: str) -> str:
+    """Return the command that measures the deployed weights of a run."""
+    command = "validate" if part == "val" else "test"
+    weights = ["--ckpt_path", str(run.weights)] if run.weights.is_file() else []
+    return shlex.join(["python", "-m", "kd_lightning", command, "--config", str(run.folder / CONFIG), *weights])
+
+
+def _mean_sd(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _interval(interval: Interval | None) -> str:
+    return "-" if interval is None else "[{:+.2f}, {:+.2f}]".format(*(100 * end for end in interval))
+
+
+def _ends(values: list[int]) -> list[int]:
+    return sorted({values[0], values[-1]}) if values else []

@@ -1,0 +1,219 @@
+"""experiment: the plan, the comparison, and which runs are not repeated."""
+
+import json
+import shutil
+import statistics
+from copy import deepcopy
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+
+import kd_lightning.cli.commands.experiment as command
+from kd_lightning.__main__ import main
+from kd_lightning.cli import fit_once
+from kd_lightning.cli.commands.experiment import _fit_and_test, _teacher_runs, baseline_of
+from kd_lightning.cli.fit_once import find_fits
+from kd_lightning.cli.parse import parse_config
+from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.build import build
+from kd_lightning.runs.run import Run
+
+
+@pytest.fixture(scope="module")
+def experiment(root, tmp_path_factory):
+    """A quick experiment of two seeds after a fit of the first one; where its config and its runs lie."""
+    folder = tmp_path_factory.mktemp("experiment")
+    config = yaml.safe_load((root / "configs/distill_digits.yaml").read_text())
+    config["trainer"] |= {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"}
+    config["trainer"]["default_root_dir"] = str(folder / "runs")
+    config["trainer"]["callbacks"] = [
+        {"class_path": "kd_lightning.SoftWeightAnnealing", "init_args": {"start": 0.9, "end": 0.5}}
+    ]
+    config["model"]["init_args"]["teacher"]["init_args"]["path"] = str(folder / "teacher.pt")
+    torch.manual_seed(0)
+    torch.save(DigitsCNN(32).state_dict(), folder / "teacher.pt")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path)])
+    main(["experiment", str(path), "--seeds", "2"])
+    return path, folder / "runs"
+
+
+def test_a_plain_fit_counts(experiment):
+    """README's own order: fit, then experiment. Seed 0 is trained once."""
+    _, runs = experiment
+    assert sorted(path.name for path in (runs / "distill_digits").iterdir()) == ["version_0", "version_1"]
+    assert [Run(runs / f"distill_digits/version_{k}").seed for k in (0, 1)] == [0, 1]
+
+
+def test_baseline_has_the_same_steps_and_labels(experiment):
+    _, runs = experiment
+    for version in ("version_0", "version_1"):
+        method, baseline = runs / "distill_digits" / version, runs / "distill_digits_alone" / version
+        splits = [json.loads((run / "split.json").read_text()) for run in (method, baseline)]
+        assert splits[0] == splits[1]
+        assert len(splits[0]["labeled"]) == 100
+        checkpoints = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (method, baseline)]
+        assert checkpoints[0]["global_step"] == checkpoints[1]["global_step"] == 2 * 17
+        configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (method, baseline)]
+        for key in ("student", "optimizer", "lr_scheduler", "hard_loss"):
+            assert configs[0]["model"]["init_args"][key] == configs[1]["model"]["init_args"][key]
+        assert configs[0]["seed_everything"] == configs[1]["seed_everything"] == int(version[-1])
+
+
+def test_report(experiment):
+    _, runs = experiment
+    out = runs / "distill_digits_comparison"
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((out / "comparison.json").read_text())
+    alone, taught = content["groups"]
+    assert content["part"] == "test" and content["left_out"] == []
+    assert [alone["name"], taught["name"]] == ["distill_digits_alone", "distill_digits"]
+    assert alone["parameters"] == sum(p.numel() for p in DigitsCNN(8).parameters())
+    # written out: a 3x3 convolution costs 9 * inputs * outputs for each of its pixels
+    macs = 9 * 8 * 64 + 9 * 8 * 16 * 64 + 9 * 16 * 32 * 16 + 32 * 10
+    assert alone["macs"] == taught["macs"] == macs
+    assert 0 < taught["latency_ms"] < 100
+    # 4 bytes for each parameter and for BatchNorm's statistics; not the file, which has a header, too
+    assert alone["size_kb"] == 4 * (alone["parameters"] + 2 * (8 + 16 + 32)) / 1000
+    assert alone["precision"] == "fp32" and "coded_kb" not in alone
+    differences = [b["accuracy"] - a["accuracy"] for a, b in zip(alone["runs"], taught["runs"], strict=True)]
+    assert taught["difference"]["mean"] == pytest.approx(statistics.mean(differences))
+    assert taught["difference"]["verdict"] is None  # of two seeds
+    low, high = taught["difference"]["interval_95_over_samples"]
+    assert low < taught["difference"]["mean"] < high
+    table = (out / "comparison.md").read_text()
+    mean = 100 * statistics.mean(run["accuracy"] for run in taught["runs"])
+    assert f"{mean:.2f} ± " in table and "accuracy % (test, n = 600)" in table
+    assert all((run["part"], run["samples"]) == ("test", 600) for run in taught["runs"] + alone["runs"])
+    assert "agreement" in taught["runs"][0]
+
+
+def test_again_is_quick_and_trains_nothing(experiment, capsys):
+    path, runs = experiment
+    before = sorted(runs.rglob("*.ckpt"))
+    main(["experiment", str(path), "--seeds", "2"])
+    assert capsys.readouterr().out.count("is done") == 4
+    assert sorted(runs.rglob("*.ckpt")) == before
+
+
+@pytest.fixture
+def plan(config, tmp_path):
+    """The tiny config of one method, as experiment plans it."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return parse_config(["--config", "tiny.yaml"], "experiment")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that an experiment runs, each as its first word and its checkpoint."""
+    given = []
+    for module in (command, fit_once):
+        cli = module.DistillCLI
+        monkeypatch.setattr(module, "DistillCLI", lambda args, cli=cli: given.append((args[0], *args[4:])) or cli(args))
+    return given
+
+
+class TestRunsThatAreThere:
+    def test_an_untested_run_is_tested_and_not_trained(self, plan, commands):
+        main(["fit", "--config", "tiny.yaml"])
+        [run] = find_fits(plan)
+        before = run.weights.stat().st_mtime_ns
+        for _ in range(2):
+            assert _fit_and_test(plan) == run.folder
+            assert run.result("test") is not None
+        assert run.weights.stat().st_mtime_ns == before
+        assert [args[0] for args in commands] == ["test"]
+
+    def test_figures_of_other_weights_are_measured_again(self, plan, commands):
+        main(["fit", "--config", "tiny.yaml"])
+        path = _fit_and_test(plan) / "test.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 64}))
+        _fit_and_test(plan)
+        assert [args[0] for args in commands] == ["test", "test"]
+
+    def test_a_stopped_run_is_resumed_from_its_last_checkpoint(self, plan, commands, capsys):
+        main(["fit", "--config", "tiny.yaml"])
+        [run] = find_fits(plan)
+        run.weights.unlink()
+        Run.write_state(run.folder, finished=False)
+        assert _fit_and_test(plan) == run.folder
+        assert "resumed" in capsys.readouterr().out
+        assert commands[0] == ("fit", str(run.last_checkpoint())) or str(run.last_checkpoint()) in commands[0]
+        assert run.finished
+        assert run.result("test") is not None
+
+    def test_a_run_that_left_no_checkpoint_begins_anew(self, plan, commands):
+        main(["fit", "--config", "tiny.yaml"])
+        [run] = find_fits(plan)
+        shutil.rmtree(run.folder / "checkpoints")
+        Run.write_state(run.folder, finished=False)
+        assert _fit_and_test(plan).name == "version_1"
+
+    @pytest.mark.parametrize("key", ["seed_everything", "max_epochs"])
+    def test_a_run_of_another_config_or_seed_does_not_count(self, plan, key):
+        main(["fit", "--config", "tiny.yaml"])
+        other = deepcopy(plan)
+        (other if key in other else other["trainer"])[key] = 5
+        assert find_fits(other) == []
+        plan["trainer"]["enable_model_summary"] = True  # changes no weight
+        assert len(find_fits(plan)) == 1
+
+    def test_nor_one_with_another_teacher(self, plan):
+        main(["fit", "--config", "tiny.yaml"])
+        torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
+        assert find_fits(plan) == []
+
+
+def test_runs_of_several_teachers_are_found(tmp_path):
+    """Each once, bare or in a Teacher; not where weights belong to no finished run."""
+    for name, finished in (("one", True), ("two", True), ("four", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("model: {class_path: SupervisedModule}")
+        (tmp_path / name / "student.safetensors").touch()
+        Run.write_state(tmp_path / name, finished=finished)
+
+    def load(name):
+        path = str(tmp_path / name / "student.safetensors")
+        return {"class_path": "kd_lightning.load_weights", "init_args": {"path": path}}
+
+    wrapped = {"class_path": "kd_lightning.Teacher", "init_args": {"network": load("two")}}
+    plain = {"class_path": "torchvision.models.resnet18"}
+    teachers = [load("one"), wrapped, load("one"), load("three"), load("four"), plain]
+    assert _teacher_runs({"model": {"init_args": {"teachers": teachers}}}) == [tmp_path / "one", tmp_path / "two"]
+    assert _teacher_runs({"model": {"init_args": {"teacher": wrapped}}}) == [tmp_path / "two"]
+    assert _teacher_runs({"model": {"init_args": {}}}) == []
+
+
+def test_baseline_of_fine_tuning_starts_from_the_same_weights(root):
+    config = yaml.safe_load((root / "configs/apprentice_digits_finetune.yaml").read_text())
+    arguments = config["model"]["init_args"]
+    baseline = baseline_of(config)["model"]
+    assert baseline["class_path"] == "kd_lightning.SupervisedModule"
+    start = {"model": arguments["student"], "path": arguments["initial_weights"]}
+    assert baseline["init_args"]["student"] == {"class_path": "kd_lightning.load_weights", "init_args": start}
+    assert baseline["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
+
+
+@pytest.mark.parametrize("name", ["fixmatch_digits", "pseudo_label_digits", "refresh_digits", "transductive_digits"])
+def test_baseline_of_self_training_has_the_labels_alone(root, name):
+    config = yaml.safe_load((root / "configs" / f"{name}.yaml").read_text())
+    before = deepcopy(config)
+    baseline = baseline_of(config)
+    assert config == before
+    assert baseline["model"]["class_path"] == "kd_lightning.SupervisedModule"
+    assert baseline["model"]["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
+    assert baseline["trainer"]["callbacks"] == []
+    arguments = baseline["data"]["init_args"]
+    pool = 600 if name == "transductive_digits" else 1038
+    steps = -(-pool // 64)
+    assert baseline["trainer"]["limit_train_batches"] == steps
+    assert 40 * arguments["views_per_epoch"] >= steps * arguments["batch_size"] == steps * 96
+    alone = build(LightningDataModule, baseline["data"])
+    assert alone.unlabeled_indices() == []
+    assert len(alone.train_dataloader()) >= steps
+    method = build(LightningDataModule, config["data"])
+    assert len(method.train_dataloader()) == steps
+    assert method.split.labeled == alone.split.labeled

@@ -1,0 +1,130 @@
+"""Intervals over seeds and over samples, and when a verdict is drawn."""
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap, ttest_1samp
+
+from kd_lightning.runs.report.statistics import difference, sample_interval, seed_interval
+from kd_lightning.runs.results import Prediction, Result, write_result
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Makes {seeds: result} of a group from the correctness of each sample, by seed."""
+
+    def make(name, correct, labels=None, first=0):
+        found = {}
+        for seed, row in correct.items():
+            folder = tmp_path / name / str(seed)
+            folder.mkdir(parents=True)
+            figures = {"accuracy": float(np.mean(row))}
+            result = Result("test", len(row), figures, None, folder)
+            texts = labels or ["a"] * len(row)
+            rows = [Prediction(first + k, texts[k], "b", float(one)) for k, one in enumerate(row)]
+            write_result(result, rows)
+            found[seed, 0] = result
+        return found
+
+    return make
+
+
+def correctness(share, count=400, seed=0):
+    return np.random.default_rng(seed).random(count) < share
+
+
+def group(share, seeds=(0, 1, 2), count=400):
+    return {seed: correctness(share + 0.01 * seed, count, seed + int(1000 * share)) for seed in seeds}
+
+
+def test_seed_interval_agrees_with_scipy():
+    values = [0.04, 0.03, 0.10]
+    assert seed_interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.95)))
+
+
+@pytest.mark.parametrize("values", [[-1, 0, 0, 0, 1 / 3, 1], np.linspace(-1, 1, 5001)])
+def test_sample_interval_agrees_with_scipy(values):
+    differences = np.random.default_rng(1).choice(values, 400)
+    expected = bootstrap((differences,), np.mean, method="percentile", rng=0, batch=500).confidence_interval
+    assert sample_interval(differences) == pytest.approx(tuple(expected), abs=0.004)
+    assert sample_interval(differences) == sample_interval(differences)
+
+
+def test_difference_is_paired_by_seed_and_by_sample(results):
+    before = {seed: correctness(0.5, seed=seed) for seed in (0, 1, 2, 7)}
+    after = {seed: before[seed % 7] | correctness(0.1 + 0.02 * seed, seed=50 + seed) for seed in (2, 1, 0, 8)}
+    found = difference(results("after", after), results("before", before))
+    by_seed = [after[seed].mean() - before[seed].mean() for seed in (0, 1, 2)]
+    assert found.seeds == 3 and found.reasons == []
+    assert found.mean == pytest.approx(np.mean(by_seed))
+    assert found.over_seeds == pytest.approx(tuple(ttest_1samp(by_seed, 0).confidence_interval(0.95)))
+    by_sample = np.mean([after[seed].astype(float) - before[seed] for seed in (0, 1, 2)], axis=0)
+    low, high = found.over_samples
+    assert by_sample.mean() == pytest.approx(found.mean)
+    assert low < found.mean < high
+    assert high - low == pytest.approx(2 * 1.96 * by_sample.std() / 20, rel=0.1)  # the normal approximation
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("one", "other", "verdict"),
+        [(0.9, 0.5, "better"), (0.5, 0.9, "worse"), (0.7, 0.71, "no clear difference")],
+    )
+    def test_it_needs_both_intervals(self, results, one, other, verdict):
+        assert difference(results("one", group(one)), results("other", group(other))).verdict == verdict
+
+    def test_seeds_that_scatter_forbid_it(self, results):
+        before = {seed: correctness(0.5, 4000, seed) for seed in range(3)}
+        after = {seed: correctness(share, 4000, 9 + seed) for seed, share in enumerate((0.52, 0.9, 0.55))}
+        found = difference(results("after", after), results("before", before))
+        assert found.over_samples[0] > 0 > found.over_seeds[0]
+        assert found.verdict == "no clear difference"
+
+    def test_few_samples(self, results):
+        found = difference(results("a", group(0.9, count=6)), results("b", group(0.2, count=6)))
+        assert found.verdict is None and found.mean is not None
+        assert any("6 samples" in reason and "100" in reason for reason in found.reasons)
+
+    def test_few_seeds(self, results):
+        found = difference(results("a", group(0.9, (0, 1))), results("b", group(0.2)))
+        assert found.verdict is None and found.seeds == 2 and found.over_seeds is not None
+        assert any("2 common seeds" in reason and "3" in reason for reason in found.reasons)
+
+    def test_one_seed_has_no_interval_over_seeds(self, results):
+        found = difference(results("a", group(0.9, (0,))), results("b", group(0.2)))
+        assert found.over_seeds is None and found.over_samples is not None and found.verdict is None
+
+    def test_no_common_seed(self, results):
+        found = difference(results("a", group(0.9, (0, 1))), results("b", group(0.2, (2, 3))))
+        assert found.mean is None and found.verdict is None and "no common seed" in found.reasons
+
+    def test_equal_differences_over_seeds(self, results):
+        """Zero variance over seeds is no certainty."""
+        row = correctness(0.5)
+        better = row.copy()
+        better[np.flatnonzero(~row)[:40]] = True
+        found = difference(results("a", dict.fromkeys(range(3), better)), results("b", dict.fromkeys(range(3), row)))
+        assert found.mean == pytest.approx(0.1) and found.over_seeds is None and found.verdict is None
+        assert len(found.reasons) == 1 and "seeds" in found.reasons[0]
+
+    def test_all_samples_agree(self, results):
+        found = difference(results("a", group(0.9)), results("b", group(0.9)))
+        assert found.mean == 0 and found.over_samples is None and found.verdict is None
+        assert any("all samples agree" in reason for reason in found.reasons)
+
+    def test_another_number_of_samples_gives_no_difference(self, results):
+        found = difference(results("a", group(0.9)), results("b", group(0.5, count=300)))
+        assert found.mean is None and found.verdict is None
+        assert any("400" in reason and "300" in reason for reason in found.reasons)
+
+    @pytest.mark.parametrize("other", [{"first": 1}, {"labels": ["b", *["a"] * 399]}])
+    def test_other_samples_or_labels_give_no_interval_over_samples(self, results, other):
+        found = difference(results("a", group(0.9)), results("b", group(0.5), **other))
+        assert found.mean is not None and found.over_seeds is not None
+        assert found.over_samples is None and found.verdict is None and "other samples" in found.reasons[0]
+
+    def test_results_without_predictions(self, results):
+        one, other = results("a", group(0.9)), results("b", group(0.5))
+        (other[1, 0].folder / "test_predictions.csv.gz").unlink()
+        found = difference(one, other)
+        assert found.over_samples is None and found.verdict is None
+        assert str(other[1, 0].folder) in found.reasons[0]
