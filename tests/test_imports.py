@@ -1,6 +1,8 @@
 """Imports go down only: by folder, in the order of the way of the data."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import kd_lightning
@@ -70,3 +72,35 @@ def test_private_names_stay_in_their_file():
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kd_lightning":
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 assert not private, f"{path} imports {private} from {node.module}"
+
+
+def test_commands_do_not_import_one_another():
+    for path, module, name in imports():
+        start = "kd_lightning.cli.commands."
+        if module.startswith(start):
+            assert not f"{name}.".startswith(start), f"{path} imports {name}, another command"
+
+
+def test_one_place_decides_where_a_run_lies():
+    """``runs/folder.py``; ``trainer.log_dir`` is a folder that loggers of some packages share between runs."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "log_dir":
+                owner = ast.unparse(node.value)
+                assert not owner.endswith("trainer"), f"{path}, line {node.lineno}: use run_folder(trainer)"
+
+
+def test_public_names_load_when_used():
+    """An interrupt while the libraries load is caught, so ``__main__`` loads none of them."""
+    code = "import sys, kd_lightning.__main__; print([m for m in ('torch', 'lightning', 'yaml') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    assert kd_lightning._HOMES.keys() == {*kd_lightning.__all__}
+    assert {*kd_lightning.__all__} <= {*dir(kd_lightning)}
+    for name in kd_lightning.__all__:
+        assert getattr(kd_lightning, name).__name__ == name
+    assert kd_lightning.models.DigitsCNN.__name__ == "DigitsCNN"  # modules, too
+    assert not hasattr(kd_lightning, "Nothing")

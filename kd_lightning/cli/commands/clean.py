@@ -16,16 +16,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX
-from kd_lightning.cli.commands.compare import build_student
-from kd_lightning.cli.commands.experiment import parse_config
-from kd_lightning.cli.commands.folds import (
-    Config,
+from kd_lightning.cli.cross_fitting import (
     fit_folds,
     labeled_classes,
     require_one_process,
     stratified_folds,
     weight_files,
 )
+from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
@@ -35,7 +33,7 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
-from kd_lightning.runs.weights import load_weights
+from kd_lightning.runs.run import Run
 
 ACTIONS = ("drop", "downweight", "relabel")
 _SHEET_IMAGES = 60  # most suspects on the contact sheet
@@ -144,7 +142,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
     out.mkdir(parents=True, exist_ok=True)
     parts = []
     for run, fold in zip(fit_folds(config, split, held_out, folder), held_out, strict=True):
-        parts.append(predict(config, run, data, fold, device))
+        parts.append(predict(run, data, fold, device))
     index, order = torch.tensor([*chain(*held_out)]).sort()
     label, probabilities = data.visible_labels()[index], torch.cat(parts)[order]
     arrays = label.numpy(), probabilities.numpy()
@@ -153,11 +151,9 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
 
 
 @torch.no_grad()
-def predict(
-    config: Config, run: Path, data: SemiSupervisedDataModule, index: Sequence[int], device: torch.device
-) -> Tensor:
+def predict(run: Run, data: SemiSupervisedDataModule, index: Sequence[int], device: torch.device) -> Tensor:
     """Return the probabilities of a run's student for samples under evaluation transforms, (N, C) float64."""
-    student = load_weights(build_student(config["model"]["init_args"]["student"]), run / "student.safetensors")
+    student = run.student()
     student.to(device).eval()
     pool = data.pool_dataloader().dataset
     assert isinstance(pool, ViewDataset)
@@ -169,7 +165,7 @@ def predict(
     if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
         raise InputError(f"clean needs a student with {classes} logits, one for each class, got {[*logits.shape]}")
     if not logits.isfinite().all():
-        raise InputError(f"the logits of the student of {run} are not finite; did its training diverge?")
+        raise InputError(f"the logits of the student of {run.folder} are not finite; did its training diverge?")
     return logits.softmax(dim=1)
 
 

@@ -10,16 +10,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import Batch
 from kd_lightning.cli.main import InspectCLI
-from kd_lightning.data import SemiSupervisedDataModule
-from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.evaluation_batches import batches_of, count_labels, evaluation_batches
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
@@ -39,7 +36,6 @@ from kd_lightning.teachers.findings import Finding, collect_logits, match_labels
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
-SAMPLES = 4096  # at most about so many evaluation samples; enough for a thousand classes
 
 
 def main(args: list[str]) -> None:
@@ -94,10 +90,13 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
         y, what = loader.labels.y[loader.dataset.indices], "training samples"
-    yield labels(y, len(training), classes, task, what, taught=isinstance(teacher, Teacher) or ensemble is not None)
+    names = None if task == "binary" else getattr(data, "class_names", None)
+    expected = module.num_classes or (len(names) if names else None)
+    taught = isinstance(teacher, Teacher) or ensemble is not None
+    yield labels(y, len(training), classes, task, what, taught=taught, expected=expected)
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
-    yield gradients(terms, module.student, labeled=_labels(training) > 0)
+    yield gradients(terms, module.student, labeled=count_labels(training) > 0)
 
 
 class _Sample(NamedTuple):
@@ -151,57 +150,10 @@ def _check_ensemble(
 
 def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
     """Return the first training batch with labels among the first 8, else the first batch."""
-    batches = list(islice(_batches(loader, data, device), 8))
+    batches = list(islice(batches_of(loader, data, device), 8))
     if not batches:
         raise InputError("data: the training part is empty")
-    return next((batch for batch in batches if _labels(batch)), batches[0])
-
-
-def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
-    """Return labeled validation samples and their name. Without any, labeled training samples. Never the test part."""
-    if is_overridden("val_dataloader", data):
-        batches = _first_labeled(data.val_dataloader(), data, device)
-        if batches:
-            return batches, "validation labels"
-    if isinstance(data, SemiSupervisedDataModule):
-        visible = data.visible_labels()
-        assert data.split is not None
-        dataset = data.train_dataloader().dataset
-        assert isinstance(dataset, ViewDataset)
-        labeled = ViewDataset(dataset.images, torch.tensor(data.split.labeled), data.eval_transform, data.seed)
-        loader = ViewLoader(labeled, LabelTable(visible), batch_size=data.batch_size, num_workers=data.num_workers)
-        batches = _first_labeled(loader, data, device)
-    else:
-        batches = _first_labeled(data.train_dataloader(), data, device)
-    return (batches, "labels of training images (there are no validation labels)") if batches else None
-
-
-def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
-    taken, count = [], 0
-    for batch in _batches(loader, data, device):
-        if _labels(batch):
-            taken.append(batch)
-        count += len(batch)
-        if count >= SAMPLES:
-            break
-    return taken
-
-
-def _batches(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of a loader, or of the first of several loaders, as a training step gets them."""
-    while isinstance(loader, list | tuple | dict):
-        parts = list(loader.values() if isinstance(loader, dict) else loader)
-        if not parts:
-            return
-        loader = parts[0]
-    for batch in loader:
-        batch = data.on_before_batch_transfer(batch, 0)
-        batch = move_data_to_device(batch, device)
-        yield Batch.from_any(data.on_after_batch_transfer(batch, 0))
-
-
-def _labels(batch: Batch) -> int:
-    return 0 if batch.y is None else int(is_labeled(batch.y).sum())
+    return next((batch for batch in batches if count_labels(batch)), batches[0])
 
 
 def _normalised(data: Any) -> tuple[Any, Any] | None:

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from kd_lightning.cli.commands.compare import build_student
-from kd_lightning.cli.commands.doctor import evaluation_batches
+from kd_lightning.data.evaluation_batches import evaluation_batches
 from kd_lightning.deploy.export import (
     BATCH,
     FORMATS,
@@ -35,7 +31,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
-from kd_lightning.runs.build import build
+from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
 
 
@@ -65,7 +61,7 @@ def main(args: list[str]) -> None:
 
 
 def export(
-    run: Path,
+    folder: Path,
     out: Path,
     file_format: str | None = None,
     checkpoint: Path | None = None,
@@ -77,7 +73,7 @@ def export(
     file of that name stays.
 
     Args:
-        run: The run's folder.
+        folder: The run's folder.
         out: The file.
         file_format: The format, one of :data:`~kd_lightning.deploy.export.FORMATS`. Default: None, which means the one
             of the file's suffix.
@@ -96,32 +92,32 @@ def export(
     file_format = _resolve_format(out, file_format)
     if tolerance is not None and not tolerance >= 0:
         raise InputError(f"tolerance must be at least 0, got {tolerance}")
-    config = _read_config(run)
-    student = _build_student(config, run)
-    weights = _find_weights(run, checkpoint)
-    load_weights(student, weights).eval()
+    run = Run(folder)
+    student = _load_student(run, checkpoint).eval()
     quantized = bool(quantized_layers(student))
     check_packages(file_format, quantized=quantized)
-    data, batches, what = _evaluation_images(config, run)
+    data = run.datamodule()
+    batches, what = _evaluation_images(data, run)
 
     # a batch of one, the rest of the first batch, and whole batches: several sizes reveal a fixed batch size
     batches = [x for x in (batches[0][:1], batches[0][1:], *batches[1:]) if len(x)]
     expected = collect_logits(student, batches)
-    task = _infer_task(config, expected)
+    task = _infer_task(run, expected)
+    origin = run.metadata.get("weights", run.weights.name) if checkpoint is None else checkpoint.name
     metadata = package_versions(file_format, quantized=quantized) | {
         "task": task,
         "input_shape": [*batches[0].shape[1:]],
         "classes": getattr(data, "class_names", None),
         "preprocessing": repr(getattr(data, "eval_transform", None)),
         "precision": precision_of(student),
-        "file": weights.name,
-        "weights": _weights_origin(weights),
+        "file": (checkpoint or run.weights).name,
+        "weights": origin,
         **({"opset": OPSET} if file_format == "onnx" else {}),
     }
     size = size_of(student)
     with temporary_file(out, file_format) as part:
         export_student(student, batches[0], part, file_format, metadata)
-        build_network, predict = partial(_build_student, config, run), partial(predicted_labels, task=task)
+        build_network, predict = run.build_student, partial(predicted_labels, task=task)
         logits = collect_logits(load_exported(part, file_format, build_network), batches)
         result = compare_logits(expected, logits, predict)
         limit = tolerance if tolerance is not None else QUANTIZED_TOLERANCE if quantized else TOLERANCE
@@ -139,6 +135,8 @@ def export(
     shapes = f"[{BATCH}, {', '.join(map(str, batches[0].shape[1:]))}]"
     opset = f", opset {OPSET}" if file_format == "onnx" else ""
     print(f"written to {out}: {file_format}{opset}, {precision_of(student)}, input {shapes}, {kilobytes:.1f} KB")
+    which = f"the deployed ones, {run.weights} ({origin})" if checkpoint is None else f"those of {checkpoint}"
+    print(f"its weights are {which}")
     if quantized:
         storage = "this format stores quantised weights as floats, before their rounding"
         if file_format == "onnx":
@@ -158,72 +156,34 @@ def _resolve_format(out: Path, file_format: str | None) -> str:
     return file_format
 
 
-def _read_config(run: Path) -> dict[str, Any]:
-    """Return the run's config, which must have a student and a datamodule."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        inner = sorted(child.parent.name for child in run.glob("*/config.yaml"))
-        hint = f"; name one of its runs: {', '.join(inner[-3:])}" if inner else ""
-        raise InputError(f"{run} is not a run: it has no config.yaml{hint}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict) or not isinstance((model.get("init_args") or {}).get("student"), dict):
-        name = model.get("class_path") if isinstance(model, dict) else model
-        raise InputError(f"{path}: model must have a student to export, {name} has none")
-    if not config.get("data"):
-        raise InputError(f"{path}: data is missing; export checks the file on the images of the run's datamodule")
-    return dict(config)
-
-
-def _build_student(config: dict[str, Any], run: Path) -> nn.Module:
-    """Build the student with initial weights."""
-    try:
-        return build_student(config["model"]["init_args"]["student"])
-    except InputError as error:
-        raise InputError(f"the student of {run} cannot be built: {error}") from error
-
-
-def _find_weights(run: Path, checkpoint: Path | None) -> Path:
+def _load_student(run: Run, checkpoint: Path | None) -> nn.Module:
+    """Return the student with the weights of a file. Default: None, which means the deployed ones."""
     if checkpoint is not None:
-        return checkpoint  # load_weights reports a missing file
-    path = run / "student.safetensors"
-    if not path.is_file():
-        names = sorted(str(found) for found in run.glob("checkpoints/*.ckpt"))
-        hint = f"; --checkpoint may name one of {', '.join(names)}" if names else " and no checkpoint; train it first"
-        raise InputError(f"{run} has no student.safetensors{hint}")
-    return path
-
-
-def _evaluation_images(config: dict[str, Any], run: Path) -> tuple[LightningDataModule, list[Tensor], str]:
-    """Return the datamodule, batches of its evaluation images, and the name of their part."""
+        return load_weights(run.build_student(), checkpoint)
     try:
-        data = build(LightningDataModule, config["data"])
-        data.prepare_data()
-        data.setup("fit")
+        return run.student()
+    except InputError as error:
+        if run.weights.is_file() or not (found := run.checkpoints()):
+            raise
+        raise InputError(f"{error}, or name one of {', '.join(map(str, found))} with --checkpoint") from error
+
+
+def _evaluation_images(data: Any, run: Run) -> tuple[list[Tensor], str]:
+    """Return batches of the datamodule's evaluation images, and the name of their part."""
+    try:
         sample = evaluation_batches(data, torch.device("cpu"))
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"the data of {run} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"the data of {run.folder} cannot be read: {' '.join(str(error).split())}") from error
     if sample is None:
-        raise InputError(f"the data of {run} has no labeled images to check the file on")
+        raise InputError(f"the data of {run.folder} has no labeled images to check the file on")
     what = "validation" if sample[1].startswith("validation") else "training"
-    return data, [batch.x for batch in sample[0]], f"{what} images"
+    return [batch.x for batch in sample[0]], f"{what} images"
 
 
-def _infer_task(config: dict[str, Any], logits: Tensor) -> Task:
+def _infer_task(run: Run, logits: Tensor) -> Task:
     """Return the task of the config, or if it has none, the one that fits the shape of the logits."""
-    task: Task | None = config["model"]["init_args"].get("task")
+    task: Task | None = run.model_arguments.get("task")
     return task or ("binary" if logits[0].numel() == 1 else "multiclass")
-
-
-def _weights_origin(weights: Path) -> str:
-    """Return the origin that StudentWriter stores in the metadata, or the file's name."""
-    if weights.suffix != ".safetensors":
-        return weights.name
-    with safe_open(weights, "pt") as content:
-        return str((content.metadata() or {}).get("weights", weights.name))
 
 
 def _describe(result: Comparison) -> str:

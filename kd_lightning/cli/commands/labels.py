@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -21,43 +19,21 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_lightning.cli.commands.folds import (
-    Config,
+from kd_lightning.cli.cross_fitting import (
     fit_folds,
     labeled_classes,
     require_one_process,
     stratified_folds,
     weight_files,
 )
+from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels.table import COLUMNS, FOLDER
-from kd_lightning.runs.build import build
+from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
 from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.run import Run
 
 _MAX_ROWS = 30  # of classes in a table
-_TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # dtypes of the ledger's columns
-
-
-@dataclass
-class Round:
-    """One round of the ledger: for N samples index, file, class, confidence (float64) and two marks (booleans)."""
-
-    number: int
-    epoch: int
-    index: Tensor
-    path: list[str]
-    label: list[str]
-    confidence: Tensor
-    accepted: Tensor
-    changed: Tensor
-
-    def by_class(self) -> dict[str, list[float]]:
-        """Return the confidences of the accepted labels of each class."""
-        found: dict[str, list[float]] = defaultdict(list)
-        for row in self.accepted.nonzero().flatten().tolist():
-            found[self.label[row]].append(float(self.confidence[row]))
-        return found
 
 
 @dataclass
@@ -99,16 +75,15 @@ def main(args: list[str]) -> None:
         cross_fit(options.run, options.cross_fit)
 
 
-def report(run: Path, number: int | None = None, images: int = 36, out: Path | None = None) -> None:
+def report(folder: Path, number: int | None = None, images: int = 36, out: Path | None = None) -> None:
     """Print a run's ledger, and show the images of the least confident labels of a round (if None, of the last)."""
-    paths = ledger(run)
-    number = max(paths) if number is None else number
-    if number not in paths:
-        raise InputError(f"--round: {run / FOLDER} has rounds {min(paths)} ... {max(paths)}, got {number}")
-    rounds = {key: read_round(path) for key, path in paths.items()}
+    rounds = read_ledger(folder)
+    number = max(rounds) if number is None else number
+    if number not in rounds:
+        raise InputError(f"--round: {folder / FOLDER} has rounds {min(rounds)} ... {max(rounds)}, got {number}")
     data: Any = None
     try:
-        data, data_error = rebuild_datamodule(run), None
+        data, data_error = Run(folder).datamodule(), None
     except InputError as error:  # the tables do not need the data
         data_error = error
     names = list(dict.fromkeys(map(str, getattr(data, "class_names", None) or ())))
@@ -118,83 +93,18 @@ def report(run: Path, number: int | None = None, images: int = 36, out: Path | N
     _print(class_table(rounds[number], classes, Counter((labeled_classes(data) or {}).values())))
     if data_error is not None:
         raise data_error
-    write_sheet(data, rounds[number], images, out or run / FOLDER / "doubtful.png", f"{run.parent.name}/{run.name}")
+    name = f"{folder.parent.name}/{folder.name}"
+    write_sheet(data, rounds[number], images, out or folder / FOLDER / "doubtful.png", name)
 
 
-def ledger(run: Path) -> dict[int, Path]:
-    """Return {round: file} in the order of rounds; InputError if there are none."""
-    paths = sorted((run / FOLDER).glob("round_*.csv"), key=lambda path: (len(path.name), path.name))
-    found = {int(number): path for path in paths if (number := path.stem.removeprefix("round_")).isdigit()}
-    if not found:
-        inner = sorted({path.parent.parent.name for path in run.glob(f"*/{FOLDER}/round_*.csv")})
-        add = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
-        hint = f"name one of its runs: {', '.join(inner[-3:])}" if inner else add
-        raise InputError(f"{run} has no ledger of pseudo-labels, {FOLDER}/round_0000.csv; {hint}")
-    return found
-
-
-def read_round(path: Path) -> Round:
-    """Read a round of the ledger; an InputError names the file and the line where it is damaged."""
-    rows: list[tuple[int, int, int, str, str, float, bool, bool]] = []
-    line = 1
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            table = csv.reader(file)
-            if tuple(next(table, ())) != COLUMNS:
-                raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
-            for line, cells in enumerate(table, 2):  # noqa: B007  (for the message)
-                if len(cells) != len(COLUMNS):
-                    raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
-                number, epoch, sample, name, label, share, *marks = cells
-                row = (
-                    int(number),
-                    int(epoch),
-                    int(sample),
-                    name,
-                    label,
-                    float(share),
-                    marks[0] == "1",
-                    marks[1] == "1",
-                )
-                if row[2] < 0 or not 0 <= row[5] <= 1 or {*marks} - {"0", "1"} or row[:2] != (rows or [row])[0][:2]:
-                    text = "index must be at least 0, confidence lie in [0, 1], accepted and changed be 0 or 1"
-                    raise ValueError(f"round and epoch must be those of the other rows, {text}")
-                rows.append(row)
-            if not rows:
-                raise ValueError("it has no rows")
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path}, line {line}: the ledger is damaged: {error}") from error
-    columns: list[Any] = [[*column] for column in zip(*rows, strict=True)]
-    index, confidence, accepted, changed = (torch.tensor(columns[n], dtype=t) for n, t in _TYPES.items())
-    return Round(*rows[0][:2], index, columns[3], columns[4], confidence, accepted, changed)
-
-
-def read_config(run: Path) -> Config:
-    """Return the run's config; InputError if it is missing or damaged."""
-    path = run / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-        raise InputError(f"{path} has no data, so the images of {run} cannot be found")
-    return config
-
-
-def rebuild_datamodule(run: Path) -> Any:
-    """Return the run's datamodule with the run's split; InputError if its data is gone."""
-    data: Any = read_config(run)["data"]
-    if (run / "split.json").is_file():
-        arguments = data["init_args"] = {**(data.get("init_args") or {}), "labeled": str(run / "split.json")}
-        if "label_file" in arguments:
-            arguments["label_file"] = None  # the split has its labels; the file may have changed since
-    try:
-        data = build(LightningDataModule, data)
-        data.prepare_data()
-        data.setup("fit")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"the data of {run} cannot be rebuilt: {' '.join(str(error).split())}") from error
-    return data
+def read_ledger(folder: Path) -> dict[int, Round]:
+    """Return {number: round} of a run; InputError if it has none."""
+    rounds = {number: read_round(path) for number, path in find_rounds(folder).items()}
+    if not rounds:
+        Run(folder)  # if it is no run, the error says so
+        text = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
+        raise InputError(f"{folder} has no ledger of pseudo-labels, {FOLDER}/round_0000.csv; {text}")
+    return rounds
 
 
 def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
@@ -273,7 +183,7 @@ def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
     print(f"the least confident labels of round {one.number}: {out}")
 
 
-def cross_fit(run: Path, folds: int) -> list[Estimate]:
+def cross_fit(folder: Path, folds: int) -> list[Estimate]:
     """Estimate the share of right pseudo-labels of each round by cross-fitting.
 
     The labeled samples are split into folds. For each fold the run's fit is repeated, with the labels of the fold
@@ -282,27 +192,28 @@ def cross_fit(run: Path, folds: int) -> list[Estimate]:
 
     Raises:
         InputError: For several processes, data or a split that is gone, samples with several classes, and folds that
-            :func:`~kd_lightning.cli.commands.folds.stratified_folds` refuses.
+            :func:`~kd_lightning.cli.cross_fitting.stratified_folds` refuses.
     """
-    config, data = read_config(run), rebuild_datamodule(run)
-    if not isinstance(data, SemiSupervisedDataModule) or not (run / "split.json").is_file():
-        raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, got {run}")
-    require_one_process(config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
+    run = Run(folder)
+    data = run.datamodule()
+    if not isinstance(data, SemiSupervisedDataModule) or run.split_file is None:
+        raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, got {folder}")
+    require_one_process(run.config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
     truth, split = labeled_classes(data), data.split
     if truth is None or split is None:
-        raise InputError(f"--cross-fit needs one class for each sample, those of {run} have several labels or floats")
+        text = "--cross-fit needs one class for each sample"
+        raise InputError(f"{text}, those of {folder} have several labels or floats")
     held_out = stratified_folds(truth, folds, split.seed, "--cross-fit")
-    fits = fit_folds(config, split, held_out, run / FOLDER / "cross_fit" / f"{folds}_folds")
-    runs = [[read_round(file) for file in ledger(fold).values()] for fold in fits]
-    estimates = aggregate(runs, held_out, truth)
-    _write(estimates, run)
+    fits = fit_folds(run.config, split, held_out, folder / FOLDER / "cross_fit" / f"{folds}_folds")
+    estimates = aggregate([[*read_ledger(fold.folder).values()] for fold in fits], held_out, truth)
+    _write(estimates, folder)
     view = _table("Cross-fitted precision", "round", "epoch", "held-out", "accepted", "right of accepted %", "of all %")
     for one in estimates:
         found = (one.precision(accepted=True), one.precision(accepted=False))
         texts = ["-" if f is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in f)) for f in found]
         view.add_row(*map(str, (one.round, one.epoch, one.held_out, one.accepted)), *map(escape, texts))
     _print(view)
-    print(explain(config, folds))
+    print(explain(run.config, folds))
     return estimates
 
 
@@ -327,11 +238,11 @@ def aggregate(runs: Sequence[Sequence[Round]], held_out: list[list[int]], truth:
     return [*estimates.values()]
 
 
-def _write(estimates: Sequence[Estimate], run: Path) -> None:
+def _write(estimates: Sequence[Estimate], folder: Path) -> None:
     """Write counts and shares to ``cross_fit.csv``, and shares to TensorBoard."""
     figures = {"precision": False, "accepted_precision": True}
     names = [f"{name}{end}" for name in figures for end in ("", "_low", "_high")]
-    with (run / FOLDER / "cross_fit.csv").open("w", newline="") as file, SummaryWriter(str(run)) as board:
+    with (folder / FOLDER / "cross_fit.csv").open("w", newline="") as file, SummaryWriter(str(folder)) as board:
         table = csv.writer(file)
         table.writerow([*asdict(estimates[0]), *names])
         for one in estimates:

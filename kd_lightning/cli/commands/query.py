@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,13 +21,11 @@ from kd_lightning.active.strategies import (
     check_strategy,
     select_samples,
 )
-from kd_lightning.cli.commands.compare import build_student
-from kd_lightning.cli.commands.labels import read_config, rebuild_datamodule
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
-from kd_lightning.runs.weights import load_weights
+from kd_lightning.runs.run import CONFIG, Run
 
 COLUMNS = ["index", "path", "score", "label"]
 _SINGLE_RUN = ("k-centre", "badge", "disagreement")  # strategies that need more than probabilities
@@ -90,7 +87,8 @@ def query(
     if len(runs) > 1 and strategy in _SINGLE_RUN:
         raise InputError(f"{strategy} takes one run, got {len(runs)}")
     out = _check_out(out or runs[0] / "query.csv")
-    results = [_evaluate_run(run, strategy, seed, single=len(runs) == 1) for run in runs]
+    first, *_ = opened = [Run(folder) for folder in runs]
+    results = [_evaluate_run(run, strategy, seed, single=len(runs) == 1) for run in opened]
     data, index, pool = results[0]
     for run, (other, indices, _) in zip(runs[1:], results[1:], strict=True):
         same = data.split is not None and other.split is not None and data.split.data == other.split.data
@@ -103,9 +101,9 @@ def query(
     samples = select_samples(strategy, pool, n)
     selected: list[int] = index[samples.rows].tolist()
     _write_query(out, data, selected, samples, images, f"{strategy}: samples to label next")
-    command = ["python", "-m", "kd_lightning", "fit", "--config", str(runs[0] / "config.yaml")]
-    if (runs[0] / "split.json").is_file():
-        command += ["--data.labeled", str(runs[0] / "split.json")]
+    command = ["python", "-m", "kd_lightning", "fit", "--config", str(first.folder / CONFIG)]
+    if first.split_file is not None:
+        command += ["--data.labeled", str(first.split_file)]
     print(f"{n} of {len(index)} samples without a label, by {strategy}: {out}, with {out.with_suffix('.png')}")
     print(f"fill in its column label (the name or number of a class), then run\n{shlex.join(command)} \\")
     print(f"  {shlex.join(['--data.label_file', str(out)])}")
@@ -128,24 +126,18 @@ def _check_out(out: Path) -> Path:
 
 
 def _evaluate_run(
-    run: Path, strategy: str, seed: int, *, single: bool
+    run: Run, strategy: str, seed: int, *, single: bool
 ) -> tuple[SemiSupervisedDataModule, Tensor, PoolOutputs]:
     """Return a run's data, and the indices and outputs of the samples without a label."""
-    config = read_config(run)
-    model: Any = config.get("model") or {}
-    arguments = model.get("init_args") or {}
-    if not isinstance(arguments.get("student"), dict):
-        raise InputError(f"{run}: query needs a model with a student, {model.get('class_path')} has none")
-    student = load_weights(build_student(arguments["student"]), run / "student.safetensors")
-    data = rebuild_datamodule(run)
+    student, data = run.student(), run.datamodule()
     if not isinstance(data, SemiSupervisedDataModule):
-        raise InputError(f"{run}: query needs data: SemiSupervisedDataModule, got {type(data).__name__}")
-    cpu = (config.get("trainer") or {}).get("accelerator") == "cpu"
+        raise InputError(f"{run.folder}: query needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    cpu = (run.config.get("trainer") or {}).get("accelerator") == "cpu"
     accelerator = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
     teacher = None
     if strategy == "disagreement":
-        teacher = find_teacher(build(LightningModule, model).to(device))
+        teacher = find_teacher(build(LightningModule, run.config["model"]).to(device))
     passes = DROPOUT_PASSES if strategy == "bald" and single else 0
     outputs = collect_pool_outputs(student, data, strategy, teacher=teacher, passes=passes, seed=seed, device=device)
     return data, *outputs

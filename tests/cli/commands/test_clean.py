@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 import kd_lightning.cli.commands.clean as command
 from kd_lightning.batch import LabelKind
 from kd_lightning.cli.commands.clean import Review, main, predict, write_review
-from kd_lightning.cli.commands.experiment import parse_config
+from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.losses import ForwardCorrectionLoss
 from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.run import Run
 
 PART = Digits().load().train
 TRUTH = PART.targets
@@ -181,7 +182,7 @@ def out_of_fold(monkeypatch, tmp_path):
         calls.append((split, folds, folder))
         yield from (Path(f"run_{number}") for number in range(len(folds)))
 
-    def predict_fold(config, run, data, index, device):
+    def predict_fold(run, data, index, device):
         assert index == calls[-1][1][int(run.name[-1])]
         return probabilities[torch.tensor(index)]
 
@@ -380,10 +381,6 @@ def test_classes_without_a_label(out_of_fold):
 # Outputs of a finished fit.
 
 
-def network(**arguments):
-    return {"model": {"init_args": {"student": {"class_path": "DigitsCNN", "init_args": {"width": 2} | arguments}}}}
-
-
 @pytest.fixture
 def data():
     """Whose images are mirrored for evaluation."""
@@ -397,18 +394,22 @@ class Flipped(torch.nn.Module):
         return x.flip(-1)
 
 
-def save(student, run):
-    run.mkdir(exist_ok=True)
-    save_file(student.state_dict(), run / "student.safetensors")
+def save(student, folder, **arguments):
+    """A run with this student."""
+    spec = {"class_path": "DigitsCNN", "init_args": {"width": 2} | arguments}
+    config = {"model": {"class_path": "SupervisedModule", "init_args": {"student": spec}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    save_file(student.state_dict(), folder / "student.safetensors")
+    return Run(folder)
 
 
 def test_probabilities_are_of_evaluation(data, tmp_path):
     """Under evaluation transforms and in eval mode, in the order of the indices, in float64."""
     torch.manual_seed(0)
     student = DigitsCNN(2, dropout=0.5)
-    save(student, tmp_path)
+    run = save(student, tmp_path, dropout=0.5)
     index = [900, 3, 77, 5, 6]
-    found = predict(network(dropout=0.5), tmp_path, data, index, torch.device("cpu"))
+    found = predict(run, data, index, torch.device("cpu"))
     with torch.no_grad():
         logits = student.eval()(PART.images.tensors[0][index].flip(-1)).double()
     torch.testing.assert_close(found, logits.softmax(1), rtol=1e-5, atol=1e-9)
@@ -418,17 +419,17 @@ def test_probabilities_are_of_evaluation(data, tmp_path):
 def test_bad_students(data, tmp_path):
     student = DigitsCNN(2)
     student[-1].bias.data[3] = torch.nan
-    save(student, tmp_path)
+    run = save(student, tmp_path)
     with pytest.raises(InputError, match=f"the logits of the student of {tmp_path} are not finite"):
-        predict(network(), tmp_path, data, [0, 1], torch.device("cpu"))
+        predict(run, data, [0, 1], torch.device("cpu"))
     for classes in (9, 11):
-        save(DigitsCNN(2, num_classes=classes), tmp_path)
+        run = save(DigitsCNN(2, num_classes=classes), tmp_path, num_classes=classes)
         data.class_names = [*"abcdefghij"]
         with pytest.raises(InputError, match=f"10 logits, one for each class, got .2, {classes}."):
-            predict(network(num_classes=classes), tmp_path, data, [0, 1], torch.device("cpu"))
+            predict(run, data, [0, 1], torch.device("cpu"))
     (tmp_path / "student.safetensors").unlink()
-    with pytest.raises(InputError, match="no weights file"):
-        predict(network(), tmp_path, data, [0], torch.device("cpu"))
+    with pytest.raises(InputError, match="has no student.safetensors"):
+        predict(run, data, [0], torch.device("cpu"))
 
 
 def test_command_line(out_of_fold, fails):

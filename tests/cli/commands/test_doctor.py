@@ -92,7 +92,8 @@ def test_healthy(config, capsys):
     assert status == 0
     assert list(found) == NAMES
     assert all(mark == "ok" and hint is None for mark, _, hint in found.values())
-    assert re.match(r"9\d\.\d% of 119 validation labels right \(chance 10.9%, present student", found["teacher"][1])
+    right = r"9\d\.\d% of 119 validation labels right \(95% interval 9.* to .*, chance 10.9%, present student"
+    assert re.match(right, found["teacher"][1])
     assert found["labels"][1] == "50 of 1078 training samples labeled, 10 of 10 classes"
     assert found["gradients"][1].count("weight 0.5") == 2
 
@@ -118,6 +119,26 @@ def test_untrained_teacher(config, capsys):
     status, found = doctor(config, capsys)
     assert status == 1
     assert found["teacher"][0] == "STOP" and "is it trained" in found["teacher"][2]
+
+
+@pytest.mark.parametrize("val_size", ["1", "0"])
+def test_few_labels_stop_nothing(config, capsys, val_size):
+    """Ten validation labels, or none and the 50 of the training part; and a teacher of random weights."""
+    torch.manual_seed(0)
+    torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
+    status, found = doctor(config, capsys, "--data.val_size", val_size)
+    assert status == 0
+    assert found["teacher"][0] == "warn" and "too few to judge" in found["teacher"][1]
+    assert all("too few" in found[name][1] for name in ("normalisation", "class order"))
+
+
+def test_a_student_with_other_outputs(config, capsys):
+    config["model"]["class_path"] = "SupervisedModule"
+    del config["model"]["init_args"]["teacher"], config["model"]["init_args"]["soft_weight"]
+    status, found = doctor(config, capsys, "--model.student.num_classes", "1000")
+    assert status == 1 and found["labels"][0] == "STOP" and "must have 10" in found["labels"][2]
+    student = ["--model.student.num_classes", "1000", "--model.num_classes", "1000"]
+    assert doctor(config, capsys, *student)[0] == 0
 
 
 def test_permuted_classes(config, capsys, trained):
@@ -240,7 +261,7 @@ def test_teachers_of_part_of_the_classes():
     ]
     assert "the same in two passes" in found["teachers[1], eval mode"].text
     assert "two passes give different logits" in found["teachers[2], eval mode"].text
-    assert "right (chance" in found["ensemble"].text
+    assert "right (95% interval" in found["ensemble"].text
 
 
 def test_without_validation_part(config, capsys):

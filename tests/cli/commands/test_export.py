@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from torch import nn
 from kd_lightning.__main__ import main
 from kd_lightning.cli.commands.export import _infer_task
 from kd_lightning.data import Digits
+from kd_lightning.data.splits import make_split
 from kd_lightning.deploy.export import (
     QUANTIZED_TOLERANCE,
     TOLERANCE,
@@ -302,10 +304,10 @@ def test_network_that_cannot_be_exported(tmp_path):
 
 
 def test_task():
-    config = {"model": {"init_args": {"task": "multilabel"}}}
-    assert _infer_task(config, torch.zeros(2, 1)) == "multilabel"
-    config["model"]["init_args"] = {}
-    assert [_infer_task(config, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
+    run = SimpleNamespace(model_arguments={"task": "multilabel"})
+    assert _infer_task(run, torch.zeros(2, 1)) == "multilabel"
+    run.model_arguments = {}
+    assert [_infer_task(run, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
         "binary",
         "binary",
         "multiclass",
@@ -322,15 +324,30 @@ def test_checkpoint_and_format(run, tmp_path, capsys):
     assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
     with safe_open(renamed, "pt") as content:
         assert content.metadata()["file"] == content.metadata()["weights"] == checkpoint.name
-    assert "deployed: safetensors, fp32" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "deployed: safetensors, fp32" in text
+    assert f"its weights are those of {checkpoint}\n" in text
+
+
+def test_output_names_the_deployed_weights(trained, files):
+    """Their metadata has the checkpoint or the step."""
+    path = trained / "plain/version_0/student.safetensors"
+    for suffix in SUFFIXES:
+        assert f"its weights are the deployed ones, {path} (step 34)\n" in f"{files[1][f'plain.{suffix}']}\n"
 
 
 def test_training_images_without_a_validation_part(run, tmp_path, capsys):
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["init_args"] |= {"val_size": 0, "labeled": 3}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    make_split(Digits().load().train.targets, 3, 0, 0).save(run / "split.json")
     main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
     assert "checked on 30 training images" in capsys.readouterr().out
+
+
+def test_images_are_those_of_the_runs_own_split(run, tmp_path, capsys):
+    """The config may name a label file that is gone, and a split of another day."""
+    make_split(Digits().load().train.targets, 3, 2, 0).save(run / "split.json")
+    change("data.init_args.label_file", str(tmp_path / "gone.csv"))(run)
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert "checked on 20 validation images" in capsys.readouterr().out
 
 
 def test_file_that_does_not_agree_is_not_written(trained, tmp_path, capsys):
@@ -362,7 +379,7 @@ GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
 @pytest.mark.parametrize(
     ("spoil", "args", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), [], "run is not a run: it has no config.yaml"),
+        (lambda run: (run / "config.yaml").unlink(), [], "run is no run: it has no config.yaml"),
         (
             lambda run: None,
             ["--format", "tflite"],
@@ -371,14 +388,18 @@ GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
         (lambda run: None, ["--out", "student.pt"], "out must end in .onnx, .pt2, .safetensors, or --format"),
         (lambda run: None, ["--tolerance", "-1"], "tolerance must be at least 0, got -1"),
         (lambda run: None, ["--tolerance", "nan"], "tolerance must be at least 0, got nan"),
-        (lambda run: (run / "student.safetensors").unlink(), [], "run has no student.safetensors; --checkpoint may"),
+        (
+            lambda run: (run / "student.safetensors").unlink(),
+            [],
+            "--ckpt_path last, or name one of run/checkpoints/",
+        ),
         (lambda run: None, ["--checkpoint", "no.ckpt"], "no weights file at no.ckpt"),
-        (lambda run: (run / "config.yaml").write_text("a: [b"), [], "config.yaml is not valid YAML"),
-        (lambda run: (run / "config.yaml").write_text("3"), [], "model must have a student to export, None has none"),
-        (change("model.init_args", {"net": 3}), [], "model must have a student to export, kd_lightning.Superv"),
+        (lambda run: (run / "config.yaml").write_text("a: [b"), [], "config.yaml cannot be read: "),
+        (lambda run: (run / "config.yaml").write_text("3"), [], "config.yaml is not the config of a run"),
+        (change("model.init_args", {"net": 3}), [], "run: kd_lightning.SupervisedModule has no student"),
         (change("model.init_args.student.init_args.width", 8), [], "student.safetensors do not fit DigitsCNN"),
         (change("model.init_args.student.class_path", "my.Net"), [], "the student of run cannot be built"),
-        (change("data", None), [], "data is missing"),
+        (change("data", None), [], "config.yaml has no data"),
         (change("data.init_args.source", GONE), [], "the data of run cannot be read"),
         (lambda run: Path("x.onnx").mkdir(), ["--out", "x.onnx"], "x.onnx cannot be written: it is a folder"),
         (lambda run: Path("file").touch(), ["--out", "file/x.onnx"], "cannot be written: "),
@@ -395,7 +416,7 @@ def test_wrong_input(run, fails, monkeypatch, spoil, args, message):
 def test_folder_of_runs_and_nothing_trained(run, fails):
     shutil.rmtree(run / "checkpoints")
     (run / "student.safetensors").unlink()
-    assert "no student.safetensors and no checkpoint; train it first" in fails("export", str(run), "--out", "x.onnx")
+    assert "no student.safetensors; train it first" in fails("export", str(run), "--out", "x.onnx")
     assert "name one of its runs: run" in fails("export", str(run.parent), "--out", "x.onnx")
 
 

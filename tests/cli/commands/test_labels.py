@@ -15,23 +15,22 @@ from PIL import Image
 from scipy.stats import beta
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import kd_lightning.cli.commands.folds
 import kd_lightning.cli.commands.labels as command
+import kd_lightning.cli.cross_fitting
 from kd_lightning.__main__ import main as command_line
 from kd_lightning.cli.commands.labels import (
     Estimate,
     aggregate,
     cross_fit,
     explain,
-    ledger,
     main,
-    read_round,
-    rebuild_datamodule,
 )
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels.table import COLUMNS, PseudoLabels, write_round
+from kd_lightning.pseudo_labels.ledger import read_round, write_round
+from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.runs.run import Run
 
 TARGETS = Digits().load().train.targets
 NAMES = [str(number) for number in range(10)]
@@ -169,7 +168,7 @@ def test_out(run, seen, tmp_path):
 
 
 def test_the_split_is_the_runs_own(run):
-    assert rebuild_datamodule(run).split == make_split(TARGETS, 5, 0.1, 0)
+    assert Run(run).datamodule().split == make_split(TARGETS, 5, 0.1, 0)
 
 
 def test_the_split_has_the_labels_of_a_label_file(run, tmp_path):
@@ -179,7 +178,7 @@ def test_the_split_has_the_labels_of_a_label_file(run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["init_args"]["label_file"] = str(tmp_path / "gone.csv")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    data = rebuild_datamodule(run)
+    data = Run(run).datamodule()
     assert data.split == answered and data.visible_labels()[0] == 3
 
 
@@ -187,60 +186,26 @@ def test_no_ledger(run):
     with pytest.raises(InputError, match="name one of its runs: version_0"):
         main([str(run.parent)])
     shutil.rmtree(run / "pseudo_labels")
-    for folder in (run, run / "nowhere"):
-        with pytest.raises(InputError, match="has no ledger of pseudo-labels.*; add PseudoLabelRefresh"):
-            main([str(folder)])
-
-
-HEADER = ",".join(COLUMNS)
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("", 1),
-        ("round,epoch\n", 1),
-        (f"{HEADER}\n", 1),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,1,8,,cat\n", 3),  # cut off
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0,\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n\n", 3),
-        (f"{HEADER}\n0,1,7,,cat,much,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,1.5,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,nan,1,0\n", 2),
-        (f"{HEADER}\n0,1,-7,,cat,0.5,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,yes,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,2,8,,cat,0.5,1,0\n", 3),
-    ],
-)
-def test_damaged_ledger(run, text, line):
-    path = run / "pseudo_labels" / "round_0001.csv"
-    path.write_text(text)
-    with pytest.raises(InputError, match=f"round_0001.csv, line {line}: the ledger is damaged: "):
+    with pytest.raises(InputError, match="has no ledger of pseudo-labels.*; add PseudoLabelRefresh"):
         main([str(run)])
+    with pytest.raises(InputError, match="nowhere is no run: it does not exist"):
+        main([str(run / "nowhere")])
 
 
-def test_what_is_written_is_read(tmp_path):
-    names = ["a, b", 'said "c"']
-    table = labels([0, 1], [0.25, 1.0], [1, 0], index=[3, 900], changed=[0, 1], number=7, epoch=12)
-    path = write_round(tmp_path, table, names, lambda index: f"images/{index},ä.png")
-    one = read_round(path)
-    assert (one.number, one.epoch, one.label) == (7, 12, names)
-    assert one.path == ["images/3,ä.png", "images/900,ä.png"]
-    for name in ("index", "confidence", "accepted", "changed"):
-        assert getattr(one, name).tolist() == getattr(table, name).tolist()
-    write_round(tmp_path, replace(table, round=12345), names, lambda index: None)
-    (tmp_path / "pseudo_labels" / "round_x.csv").touch()
-    assert list(ledger(tmp_path)) == [7, 12345]
+def test_damaged_ledger(run):
+    (run / "pseudo_labels" / "round_0001.csv").write_text("round,epoch\n")
+    with pytest.raises(InputError, match="round_0001.csv, line 1: the ledger is damaged: "):
+        main([str(run)])
 
 
 def test_figures_are_shown_without_the_data(run, capsys):
     """The tables come first; then what is missing."""
     config = (run / "config.yaml").read_text()
     for text, message in (
-        (None, "config.yaml cannot be read: .*No such file"),
+        (None, "is no run: it has no config.yaml"),
         ("a: [", "config.yaml cannot be read: "),
-        ("name: tiny", "has no data"),
-        (config.replace("class_path: Digits", "class_path: Numbers"), "the data of .* cannot be rebuilt: .*Numbers"),
+        ("name: tiny\nmodel: {}", "has no data"),
+        (config.replace("class_path: Digits", "class_path: Numbers"), "the data of .* cannot be read: .*Numbers"),
     ):
         (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
@@ -266,9 +231,9 @@ def files(tmp_path, monkeypatch):
     arguments = {"source": source, "unlabeled": "source", "val_size": 0}
     run = Path("runs/files/version_0")
     run.mkdir(parents=True)
-    config = {"data": {"class_path": "SemiSupervisedDataModule", "init_args": arguments}}
+    config = {"model": {}, "data": {"class_path": "SemiSupervisedDataModule", "init_args": arguments}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    data = rebuild_datamodule(run)
+    data = Run(run).datamodule()
     table = labels([0, 1, 1], [0.5, 0.75, 0.25], [1, 1, 1], index=[2, 3, 4])
     write_round(run, table, data.class_names, data.path)
     return run
@@ -305,7 +270,7 @@ def test_files_that_changed(files):
     with pytest.raises(InputError, match="has changed: it has no image 4"):
         main([str(files)])
     shutil.rmtree("pool")
-    with pytest.raises(InputError, match=r"the data of .* cannot be rebuilt: unlabeled: no images in pool"):
+    with pytest.raises(InputError, match=r"the data of .* cannot be read: unlabeled: no images in pool"):
         main([str(files)])
 
 
@@ -378,9 +343,10 @@ def fake_fit(monkeypatch):
         for number, accepted in enumerate((False, True)):
             table = labels(label, [0.5] * len(label), [accepted] * len(label), index=split.held_out, number=number)
             write_round(folder, replace(table, epoch=2 * number + 1), NAMES, lambda index: None)
-        return folder
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return Run(folder)
 
-    monkeypatch.setattr(kd_lightning.cli.commands.folds, "_fit", fit)
+    monkeypatch.setattr(kd_lightning.cli.cross_fitting, "fit_once", fit)
     return splits
 
 
@@ -460,11 +426,14 @@ def test_cross_fit_of_a_real_run(config, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())  # the run is as it was
 
     capsys.readouterr()
-    (run / "pseudo_labels/cross_fit/2_folds/tiny_fold_1/version_0/fold.yaml").unlink()
     assert cross_fit(run, 2) == found
+    assert capsys.readouterr().out.count("is done") == 2
+    Run.write_state(run / "pseudo_labels/cross_fit/2_folds/tiny_fold_1/version_0", finished=False)  # it was killed
+    assert cross_fit(run, 2) == found
+    text = capsys.readouterr().out
+    assert text.count("is done") == 1 and text.count("is resumed") == 1
     folders = sorted(path.name for path in run.glob("pseudo_labels/cross_fit/2_folds/*/version_*"))
-    assert folders == ["version_0", "version_0", "version_1"]
-    assert capsys.readouterr().out.count("is done") == 1
+    assert folders == ["version_0", "version_0"]
 
 
 def splits(run):

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 import kd_lightning.cli.commands.query as command
 from kd_lightning.__main__ import main
 from kd_lightning.active.strategies import PoolOutputs, select_samples
-from kd_lightning.cli.commands.labels import rebuild_datamodule
 from kd_lightning.cli.commands.query import query
 from kd_lightning.data import Digits
 from kd_lightning.data.splits import make_split
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
+from kd_lightning.runs.run import Run
 
 DIGITS = Digits().load().train
 IMAGES, TARGETS = DIGITS.images.tensors[0], DIGITS.targets
@@ -187,7 +187,7 @@ def test_paths(tmp_path, monkeypatch):
     model = {"class_path": "SupervisedModule", "init_args": {"student": student}}
     config = {"data": data, "model": model, "trainer": {"accelerator": "cpu"}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    save_file(command.build_student(student).state_dict(), run / "student.safetensors")
+    save_file(Run(run).build_student().state_dict(), run / "student.safetensors")
     assert sorted(query([run], 3)) == [2, 3, 4]
     rows = table(run / "query.csv")
     paths = {"2": "pool/a, b.png", "3": "pool/c.png", "4": "pool/d.png"}
@@ -197,7 +197,7 @@ def test_paths(tmp_path, monkeypatch):
         writer.writeheader()
         writer.writerows(row | {"label": "dog" if row["index"] == "3" else ""} for row in rows)
     edit(run, lambda config: config["data"]["init_args"].update(label_file=str(run / "query.csv")))
-    assert rebuild_datamodule(run).split.label_rows == [[3, 1, "clean", 1.0]]
+    assert Run(run).datamodule().split.label_rows == [[3, 1, "clean", 1.0]]
     assert sorted(query([run], 2, out=run / "next.csv")) == [2, 4]
 
 
@@ -278,10 +278,16 @@ def test_bad_input(make_run, fails, tmp_path):
 
     with pytest.raises(InputError, match="runs must be different folders"):
         query([run, run.parent / run.name], 1)
-    with pytest.raises(InputError, match="config.yaml cannot be read"):
+    with pytest.raises(InputError, match="is no run: it has no config.yaml"):
         query([tmp_path], 1)
+    with pytest.raises(InputError, match="name one of its runs: version_0"):
+        query([run.parent], 1)
     (run / "student.safetensors").rename(run / "gone")
-    with pytest.raises(InputError, match="no weights file at .*student.safetensors"):
+    with pytest.raises(InputError, match="version_0 has no student.safetensors; train it first"):
+        query([run], 1)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/last.ckpt").touch()  # it was killed
+    with pytest.raises(InputError, match="no student.safetensors; resume it with --ckpt_path last"):
         query([run], 1)
     (run / "gone").rename(run / "student.safetensors")
     everything = make_run(1, split=make_split(TARGETS, None, 0.1, 0))
@@ -290,7 +296,7 @@ def test_bad_input(make_run, fails, tmp_path):
     with pytest.raises(InputError, match="unlabeled: test; test images get no labels"):
         query([make_run(2, unlabeled="test")], 1)
     edit(run, lambda config: config["model"].update(init_args={"network": {}}))
-    with pytest.raises(InputError, match="query needs a model with a student, SupervisedModule has none"):
+    with pytest.raises(InputError, match="version_0: SupervisedModule has no student"):
         query([run], 1)
     other, boring = make_run(3), "lightning.pytorch.demos.boring_classes.BoringDataModule"
     (other / "split.json").unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -11,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Trainer
 
-from kd_lightning.cli.main import DistillCLI
+from kd_lightning.cli.fit_once import fit_once
+from kd_lightning.cli.parse import Config
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.runs.class_paths import find_class, walk_config
+from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
-
-Config = dict[str, Any]
 
 
 def require_one_process(config: Config, command: str, cure: str) -> torch.device:
@@ -61,17 +59,18 @@ def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str)
     return [sorted(order[number::folds]) for number in range(folds)]
 
 
-def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: Path) -> Iterator[Path]:
-    """Yield the folder of a finished run for each fold, trained without the labels of the fold.
+def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: Path) -> Iterator[Run]:
+    """Yield a finished run for each fold, trained without the labels of the fold.
 
-    The samples of the fold are in the run's pool. A run is fitted when it is reached, unless it is finished already.
+    The samples of the fold are in the run's pool. A run is fitted when it is reached, unless it is finished already. A
+    run that was stopped is resumed.
     """
     for number, fold in enumerate(folds):
         path = (folder / f"split_{number}.json").resolve()
         labeled = sorted({*split.labeled} - {*fold})
         replace(split, labeled=labeled, held_out=sorted({*split.held_out, *fold})).save(path)
         print(f"[{number + 1}/{len(folds)}] {config['name']}_fold_{number}")
-        yield _fit(config_of_fold(config, path, number))
+        yield fit_once(config_of_fold(config, path, number))
 
 
 def config_of_fold(config: Config, split: Path, number: int) -> Config:
@@ -83,25 +82,6 @@ def config_of_fold(config: Config, split: Path, number: int) -> Config:
     config["trainer"] |= {"default_root_dir": str(split.parent), "logger": True, "enable_model_summary": False}
     config["checkpoint"]["dirpath"] = None
     return config
-
-
-def _fit(config: Config) -> Path:
-    """Return the folder of a finished run of exactly this config, split and first weights; fit it if there is none."""
-    root, text = Path(config["trainer"]["default_root_dir"]), yaml.safe_dump(config)
-    files = [path for path in map(Path, weight_files(config)) if path.is_file()]
-    text += "".join(f"# {path} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
-    split = Path(config["data"]["init_args"]["labeled"]).read_text(encoding="utf-8")
-    found: list[Path] = sorted((root / config["name"]).glob("version_*/fold.yaml"))
-    for path in found:
-        copy = path.with_name("split.json")  # the split's file may have been rewritten since
-        if path.read_text(encoding="utf-8") == text and copy.is_file() and copy.read_text(encoding="utf-8") == split:
-            print(f"is done: {path.parent}")
-            return path.parent
-    path = root / f"{config['name']}.yaml"
-    path.write_text(text, encoding="utf-8")
-    folder = Path(DistillCLI(["fit", "--config", str(path)]).trainer.log_dir or root)
-    path.replace(folder / "fold.yaml")  # marks the run as finished
-    return folder
 
 
 def weight_files(config: Config) -> list[str]:

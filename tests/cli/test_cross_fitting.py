@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-import kd_lightning.cli.commands.folds as command
-from kd_lightning.cli.commands.folds import (
+from kd_lightning.cli import fit_once
+from kd_lightning.cli.cross_fitting import (
     config_of_fold,
     fit_folds,
     labeled_classes,
@@ -20,6 +20,8 @@ from kd_lightning.cli.commands.folds import (
 from kd_lightning.data import Digits
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
+from kd_lightning.runs.config_identity import hash_files
+from kd_lightning.runs.run import Run
 
 TARGETS = Digits().load().train.targets
 
@@ -100,18 +102,22 @@ def test_the_split_of_a_fold_has_the_labels_of_a_label_file(config, tmp_path):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """Takes the place of the CLI: leaves what a fit leaves, and counts."""
+    """Takes the place of the CLI: leaves what a fit leaves; has the name and the checkpoint of each fit."""
     seen = []
 
     def fit(args):
         config = yaml.safe_load(Path(args[2]).read_text())
         root = Path(config["trainer"]["default_root_dir"], config["name"])
         folder = root / f"version_{len(list(root.glob('version_*')))}"
+        if args[3:]:
+            folder = Path(args[4]).parents[1]
         Split.load(Path(config["data"]["init_args"]["labeled"]), TARGETS).save(folder / "split.json")
-        seen.append(config["name"])
-        return SimpleNamespace(trainer=SimpleNamespace(log_dir=str(folder)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        Run.write_state(folder, finished=True, files=hash_files(config))
+        seen.append(" ".join([config["name"], *args[3:]]))
+        return SimpleNamespace(run_folder=folder)
 
-    monkeypatch.setattr(command, "DistillCLI", fit)
+    monkeypatch.setattr(fit_once, "DistillCLI", fit)
     return seen
 
 
@@ -124,8 +130,8 @@ def test_fits(config, fits, tmp_path):
     runs = fit_folds(config, split, folds, tmp_path / "folds")
     first = next(runs)
     assert fits == ["a_fold_0"]
-    assert first == tmp_path / "folds/a_fold_0/version_0"
-    assert [path.name for path in runs] == ["version_0"] and fits == ["a_fold_0", "a_fold_1"]
+    assert first.folder == tmp_path / "folds/a_fold_0/version_0"
+    assert [run.folder.name for run in runs] == ["version_0"] and fits == ["a_fold_0", "a_fold_1"]
     for number, fold in enumerate(folds):
         one = Split.load(tmp_path / f"folds/a_fold_{number}/version_0/split.json", TARGETS)
         assert one.labeled == folds[1 - number] and one.held_out == sorted([hidden, *fold])
@@ -139,7 +145,7 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
 
     def run(split=split, folds=folds):
         fits.clear()
-        found = [*fit_folds(config, split, folds, tmp_path)]
+        found = [run.folder for run in fit_folds(config, split, folds, tmp_path)]
         return found, len(fits)
 
     first, count = run()
@@ -150,7 +156,7 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
     assert run(split.with_label_rows([[split.unlabeled[0], 1, "noisy", 1.0]]))[1] == 2  # a label file has grown
     assert run() == (first, 0)
     assert run(folds=folds[::-1])[1] == 2
-    (first[0] / "fold.yaml").unlink()  # it was killed
+    Run.write_state(first[0], finished=False)  # it was killed before its first checkpoint
     assert run()[1] == 1
     config["trainer"]["max_epochs"] = 4
     assert run()[1] == 2
@@ -158,6 +164,36 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
         (tmp_path / "start.pt").write_bytes(content)
         assert run()[1] == 2
         assert run()[1] == 0
+
+
+def test_another_seed_is_another_fit(config, fits, tmp_path):
+    split = make_split(TARGETS, 2, 0.1, 0)
+    for seeds, count in (((0, 2), 1), ((0, 2), 0), ((1, 2), 1), ((0, 3), 1), ((1, 2), 0)):
+        config["seed_everything"], config["data"]["init_args"]["seed"] = seeds
+        fits.clear()
+        [*fit_folds(config, split, [split.labeled[:2]], tmp_path)]
+        assert len(fits) == count
+
+
+def test_a_stopped_fit_is_resumed(config, fits, tmp_path, capsys):
+    split = make_split(TARGETS, 2, 0.1, 0)
+    folds = [split.labeled[:2]]
+    (first,) = fit_folds(config, split, folds, tmp_path)
+    Run.write_state(first.folder, finished=False)
+    (first.folder / "checkpoints").mkdir()
+    (first.folder / "checkpoints/last.ckpt").touch()
+    (again,) = fit_folds(config, split, folds, tmp_path)
+    assert again.folder == first.folder and again.finished
+    assert fits[1] == f"a_fold_0 --ckpt_path {first.folder / 'checkpoints/last.ckpt'}"
+    assert "is resumed" in capsys.readouterr().out
+
+
+def test_names_with_characters_of_patterns(config, fits, tmp_path):
+    config["name"] = "a[1]*"
+    split = make_split(TARGETS, 2, 0.1, 0)
+    for _ in range(2):
+        [*fit_folds(config, split, [split.labeled[:2]], tmp_path)]
+    assert fits == ["a[1]*_fold_0"]
 
 
 def test_weight_files():

@@ -1,0 +1,78 @@
+"""Labeled samples on which a network is evaluated without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.data.datamodule import SemiSupervisedDataModule
+from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.data.views.loader import ViewLoader
+
+SAMPLES = 4096
+"""About the largest number of samples; enough for a thousand classes."""
+
+
+def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
+    """Return labeled validation samples and their name. Without any, labeled training samples. Never the test part.
+
+    Args:
+        data: A datamodule, set up for a fit, or a module with its own loaders.
+        device: Device of the batches.
+    """
+    if is_overridden("val_dataloader", data):
+        batches = _first_labeled(data.val_dataloader(), data, device)
+        if batches:
+            return batches, "validation labels"
+    if isinstance(data, SemiSupervisedDataModule):
+        visible = data.visible_labels()
+        assert data.split is not None
+        dataset = data.train_dataloader().dataset
+        assert isinstance(dataset, ViewDataset)
+        labeled = ViewDataset(dataset.images, torch.tensor(data.split.labeled), data.eval_transform, data.seed)
+        loader = ViewLoader(labeled, LabelTable(visible), batch_size=data.batch_size, num_workers=data.num_workers)
+        batches = _first_labeled(loader, data, device)
+    else:
+        batches = _first_labeled(data.train_dataloader(), data, device)
+    return (batches, "labels of training images (there are no validation labels)") if batches else None
+
+
+def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
+    taken, count = [], 0
+    for batch in batches_of(loader, data, device):
+        if count_labels(batch):
+            taken.append(batch)
+        count += len(batch)
+        if count >= SAMPLES:
+            break
+    return taken
+
+
+def batches_of(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of a loader, or of the first of several loaders, as a training step gets them.
+
+    Args:
+        loader: A data loader, or a list or dict of them.
+        data: The datamodule, or the module, whose transfer hooks change the batches.
+        device: Device of the batches.
+    """
+    while isinstance(loader, list | tuple | dict):
+        parts = list(loader.values() if isinstance(loader, dict) else loader)
+        if not parts:
+            return
+        loader = parts[0]
+    for batch in loader:
+        batch = data.on_before_batch_transfer(batch, 0)
+        batch = move_data_to_device(batch, device)
+        yield Batch.from_any(data.on_after_batch_transfer(batch, 0))
+
+
+def count_labels(batch: Batch) -> int:
+    """Return the number of known labels of a batch."""
+    return 0 if batch.y is None else int(is_labeled(batch.y).sum())
