@@ -17,11 +17,12 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
-from kd_lightning.modules._shared.checks import check_choice, check_soft_weight
+from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.optimizers import build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.supervised import LossTerm
+from kd_lightning.runs.report.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
@@ -149,7 +150,8 @@ class ApprenticeModule(DistillModule):
         layout = {"accuracy": {"teacher and apprentice": ["Multiline", accuracies]}}
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(layout)
+                with only_warn("plot of both accuracies"):
+                    logger.experiment.add_custom_scalars(layout)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Drops scheme A's teacher in a test without a teacher."""
@@ -181,6 +183,5 @@ def _check_trainable(teacher: nn.Module, student: nn.Module) -> nn.Module:
         raise InputError("teacher: scheme joint trains it; give the network itself, not a frozen Teacher around it")
     if not any(p.requires_grad for p in teacher.parameters()):
         raise InputError("teacher: scheme joint trains it, but none of its parameters requires a gradient")
-    if teacher is student:
-        raise InputError("teacher and student must be two networks, got the same network")
+    check_two_networks("teacher", teacher, student)
     return teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -14,6 +15,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import at_least_float32, check_reducible, is_stateful, per_row, row_values
 from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.modules._shared.checks import check_trainable, check_two_networks
 from kd_lightning.modules.supervised import LossTerm, SupervisedModule
 
 
@@ -155,9 +157,13 @@ class CoTeachingModule(SupervisedModule):
         """Runs at the start of each run. In a fit, checks that the two networks have different weights."""
         super().setup(stage)
         self._sorted_rows = 0
+        if stage != TrainerFn.FITTING:
+            return
+        check_trainable("peer", self.peer)
+        check_two_networks("peer", self.peer, self.student)
         mine, other = dict(self.student.named_parameters()), dict(self.peer.named_parameters())
         same = mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
-        if stage == "fit" and (self.peer is self.student or same):
+        if same:
             raise InputError(
                 "peer must have other weights than the student, got the same; initialise it with another seed"
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
+from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.soft_loss import make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import LossTerm, SupervisedModule
@@ -37,8 +37,9 @@ class DistillModule(SupervisedModule):
 
     Raises:
         InputError: If the soft weight lies outside [0, 1]; if the soft loss is of another task, or needs more logits
-            than the teacher's cache holds; if the teacher's logits have another shape than the student's; if there is
-            no teacher in training; if a run is resumed with another teacher.
+            than the teacher's cache holds; if the teacher's logits have another shape than the student's, or its
+            network has parameters of the student; if there is no teacher in training; if a run is resumed with another
+            teacher.
     """
 
     default_temperature: ClassVar[float] = 4.0
@@ -55,6 +56,7 @@ class DistillModule(SupervisedModule):
     ) -> None:
         super().__init__(student, **kwargs)
         check_soft_weight(soft_weight)
+        check_two_networks("teacher", teacher, student)
         self.save_hyperparameters("soft_weight")
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         if self.teacher is not None and self.teacher.missing_classes:

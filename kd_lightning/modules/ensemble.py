@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of
-from kd_lightning.modules._shared.checks import check_choice, check_same_teacher, check_soft_weight
+from kd_lightning.modules._shared.checks import (
+    check_choice,
+    check_different_teachers,
+    check_same_teacher,
+    check_soft_weight,
+    check_two_networks,
+)
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.soft_loss import make_soft_loss
@@ -68,7 +74,8 @@ class EnsembleDistillModule(SupervisedModule):
     Raises:
         InputError: If there are no teachers; if weights do not fit them; if no teacher knows a class, or one knows a
             class that the student does not have; if ``draw_per`` is ``"sample"`` and batches have no index; if
-            ``views_per_epoch`` is not the number of teachers for ``relabel``; and as of :class:`DistillModule`.
+            ``views_per_epoch`` is not the number of teachers for ``relabel``; if two teachers are the same; and as of
+            :class:`DistillModule`.
     """
 
     def __init__(
@@ -97,6 +104,8 @@ class EnsembleDistillModule(SupervisedModule):
         self.ensemble = (
             None if teachers is None else Ensemble(teachers, task=self.task, weights=weights, use_vmap=use_vmap)
         )
+        for number, teacher in enumerate(self.ensemble or ()):
+            check_two_networks(f"teachers[{number}]", teacher, student)
         self.strategy = strategy
         self.weights_by_confidence = isinstance(teacher_weights, str)
         self.draw_per = draw_per
@@ -208,6 +217,8 @@ class EnsembleDistillModule(SupervisedModule):
         if stage == TrainerFn.FITTING:
             for teacher in self.ensemble or ():
                 teacher.fingerprint(anew=True)
+            if self.ensemble is not None:
+                check_different_teachers(self.ensemble)
 
     def on_fit_start(self) -> None:
         """Runs at the start of fit. Fills the teachers' caches, if they have some, and checks their first outputs."""
@@ -229,6 +240,7 @@ class EnsembleDistillModule(SupervisedModule):
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that ``relabel`` gives each sample once to each teacher in an epoch."""
+        super().on_train_start()
         sampler: Any = getattr(self.trainer.train_dataloader, "sampler", None)
         views = getattr(sampler, "views_per_epoch", None)
         num_views = getattr(sampler, "num_views", None)
@@ -245,7 +257,7 @@ class EnsembleDistillModule(SupervisedModule):
         """Runs at the end of each validation. Logs the metrics, and once the figure of the teachers' agreement."""
         if not self.trainer.sanity_checking and not self._logged_agreement:
             self._logged_agreement = True
-            self._add_figures("val", lambda e: e.teacher_figures() if isinstance(e, EnsembleEvaluation) else {})
+            self._log_figures("val", lambda e: e.teacher_figures() if isinstance(e, EnsembleEvaluation) else {})
         super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

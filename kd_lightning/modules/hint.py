@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -23,13 +22,15 @@ from kd_lightning.features.capture import capture, evaluating
 from kd_lightning.features.projectors import Projectors, first_line
 from kd_lightning.losses import HintLoss
 from kd_lightning.losses.base import check_weight
-from kd_lightning.modules._shared.first_inputs import first_inputs
+from kd_lightning.modules._shared.first_inputs import first_inputs, run_once
 from kd_lightning.modules._shared.frozen_statistics import batch_norms_without, frozen_statistics
 from kd_lightning.modules._shared.hint_figure import hint_figure
 from kd_lightning.modules._shared.optimizers import build_optimizers
+from kd_lightning.modules._shared.schedules import check_schedule, check_schedules
 from kd_lightning.modules._shared.stage_callbacks import pause_early_stopping, reset_best
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.supervised import LossTerm
+from kd_lightning.runs.report.log_figure import log_figure
 
 _SAMPLES = 4  # that the projectors are built from and the figures are drawn of
 
@@ -49,9 +50,6 @@ class HintModule(DistillModule):
     hint maps above the student's. ``val/hint`` is one mean over all data loaders, and runs the teacher up to its hint
     layers each time. ``EarlyStopping`` is paused in stage 1. ``ModelCheckpoint`` searches for the best checkpoint anew
     in stage 2.
-
-    A resume is exact in both stages and at the boundary, with one exception: ``hint_patience`` misses the validation
-    that Lightning leaves out after a checkpoint of an epoch's last step.
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
@@ -195,9 +193,9 @@ class HintModule(DistillModule):
         """Return the hint loss of each pair, by guided layer."""
         return {name: self.hint_loss(*pair) for name, pair in self.projectors.pairs(guided, hints).items()}
 
-    def _stage_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the current stage trains."""
-        if self.distilling:
+    def _stage_parameters(self, distilling: bool) -> list[nn.Parameter]:
+        """Return the parameters that a stage trains."""
+        if distilling:
             return [p for name, p in self.named_parameters() if self._joint or not name.startswith("projectors.")]
         below = [p for name, p in self.student.named_parameters() if name in self.projectors.guided_parameters]
         return [*below, *self.projectors.parameters()]
@@ -206,7 +204,7 @@ class HintModule(DistillModule):
         """Add 0 times each parameter that the stage does not train: DDP waits for a gradient of every parameter."""
         if self._trainer is None or not isinstance(self.trainer.strategy, DDPStrategy):
             return value
-        reached = {id(p) for p in self._stage_parameters()}
+        reached = {id(p) for p in self._stage_parameters(self.distilling)}
         rest = [(p * 0).sum().to(value.dtype) for p in self.parameters() if p.requires_grad and id(p) not in reached]
         return torch.stack([value, *rest]).sum()
 
@@ -223,15 +221,13 @@ class HintModule(DistillModule):
             monitor = str(getattr(callback, "monitor", ""))
             if "/hint" in monitor and not self._joint:
                 raise InputError(f"EarlyStopping on {monitor} would end the run; use hint_patience to end stage 1")
-        pause_early_stopping(self.trainer.early_stopping_callbacks, self._is_in_stage_1)
+        stoppers = self.trainer.early_stopping_callbacks
+        pause_early_stopping(stoppers, lambda trainer: trainer.lightning_module is self and not self.distilling)
         last = self.trainer.max_epochs
         if last is not None and 0 <= last <= self.hint_epochs and not getattr(self.trainer, "fast_dev_run", False):
             raise InputError(
                 f"hint_epochs must be below max_epochs, {last}, so that stage 2 runs, got {self.hint_epochs}"
             )
-
-    def _is_in_stage_1(self, trainer: Trainer) -> bool:
-        return trainer.lightning_module is self and not self.distilling
 
     def configure_model(self) -> None:
         """Runs after setup. In a fit, builds the projectors from the first training inputs."""
@@ -246,9 +242,9 @@ class HintModule(DistillModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit and of stage 2. Builds the optimiser and scheduler of the current stage."""
-        parameters = self._stage_parameters()
         if self.distilling:
-            return build_optimizers(parameters, self.optimizer, self.lr_scheduler, self.lr_interval)
+            return self._build_stage_2()
+        parameters = self._stage_parameters(distilling=False)
         if not self.projectors.guided_parameters:
             raise InputError("hints: the projectors are not built yet; set input_shape, or use Trainer.fit")
         if not any(p.requires_grad for p in parameters[: len(self.projectors.guided_parameters)]):
@@ -256,18 +252,35 @@ class HintModule(DistillModule):
         optimizer = self.hint_optimizer or self.optimizer
         return build_optimizers(parameters, optimizer, self.hint_lr_scheduler, self.lr_interval, monitor="val/hint")
 
+    def _build_stage_2(self) -> OptimizerLRScheduler:
+        return build_optimizers(self._stage_parameters(True), self.optimizer, self.lr_scheduler, self.lr_interval)
+
     def on_train_start(self) -> None:
         """Runs before the first epoch, or the rest of a resumed one. Reports the projectors, and enters the stage."""
+        super().on_train_start()
         if self.projectors.shapes:
             rank_zero_info(self.projectors.describe())
         if self.hint_patience is not None and not self.trainer.enable_validation:
             raise InputError("hint_patience needs validation data, whose hint loss it watches")
         self._enter_stage()
 
+    def _check_schedules(self) -> None:
+        if self.distilling:
+            check_schedules(self.trainer, first=self.distill_from_epoch)
+            return
+        check_schedules(self.trainer, "hint_lr_scheduler", end=self.distill_from_epoch)
+        if self.lr_scheduler is not None:
+            # hint_patience may end stage 1 after its first epoch
+            first = 1 if self.hint_patience is not None and not self._boundary_is_known else self.distill_from_epoch
+            stage_2: Any = self._build_stage_2()
+            check_schedule("lr_scheduler", stage_2["lr_scheduler"]["scheduler"], self.lr_interval, self.trainer, first)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Runs before each training batch. Stores the first inputs for the figures."""
+        """Runs before each training batch. Stores the first inputs for figures, and checks the student's outputs."""
         if self._figure_inputs is None and self._uses_hints:
             self._figure_inputs = Batch.from_any(batch).x[:_SAMPLES].detach()
+        if not self._outputs_are_checked and not self.distilling:  # stage 1 does not compute them
+            run_once(self, self.student, Batch.from_any(batch).x[:_SAMPLES])
 
     def on_train_epoch_start(self) -> None:
         """Runs at the start of each training epoch. Begins stage 2 when stage 1 is over."""
@@ -280,7 +293,7 @@ class HintModule(DistillModule):
         """Begin stage 2 if stage 1 is over."""
         if self.distilling or self.trainer.current_epoch < self.distill_from_epoch:
             return
-        self._log_figures("stage_1")
+        self._log_hint_figures("stage_1")
         self.distilling = True
         reset_best(self.trainer.checkpoint_callbacks)
         for parameter in self.parameters():
@@ -291,42 +304,47 @@ class HintModule(DistillModule):
     def on_train_end(self) -> None:
         """Runs at the end of training. Logs the last figures; warns if stage 2 was never reached."""
         super().on_train_end()
-        self._log_figures("stage_2" if self.distilling else "stage_1")
+        self._log_hint_figures("stage_2" if self.distilling else "stage_1")
         if not self.distilling:
             rank_zero_warn("the run ended in stage 1: the student above its guided layers is untrained")
 
-    def _log_figures(self, stage: str) -> None:
-        """Log a figure of each pair to TensorBoard."""
-        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards or self._figure_inputs is None or not self.trainer.is_global_zero:
+    def _log_hint_figures(self, stage: str) -> None:
+        """Log a figure of each pair."""
+        if self._figure_inputs is None:
             return
+        pairs = cache(partial(self._figure_pairs, self._figure_inputs))
+
+        def draw(guided: str, hint: str) -> Figure:
+            projected, target = pairs()[guided]
+            return hint_figure(target, projected, f"{guided} -> {hint}")
+
+        for guided, hint in self.projectors.hints.items():
+            log_figure(self, f"hints/{guided}/{stage}", partial(draw, guided, hint))
+
+    def _figure_pairs(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the projected and the hint features of some inputs, by guided layer."""
         precision = self.trainer.precision_plugin
-        batch = Batch(precision.convert_input(self._figure_inputs.to(self.device)))
+        batch = Batch(precision.convert_input(x.to(self.device)))
         with torch.no_grad(), evaluating(self.student), evaluating(self.projectors), precision.forward_context():
             with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
-            pairs = self.projectors.pairs(guided, self._compute_hints(batch))
-        for name, (projected, hint) in pairs.items():
-            figure = hint_figure(hint, projected, f"{name} -> {self.projectors.hints[name]}")
-            for board in boards:
-                board.experiment.add_figure(f"hints/{name}/{stage}", figure, self.global_step)
-            plt.close(figure)
+            return self.projectors.pairs(guided, self._compute_hints(batch))
 
     # Validation: the hint loss, and the end of stage 1 by it.
 
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         if not self.is_fitting or (self.distilling and not self._joint):
-            super()._evaluate(stage, batch, batch_idx, dataloader_idx)
-            return
+            return super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         batch = Batch.from_any(batch)
         with capture(self.student, [*self.projectors.hints]) as guided:
-            super()._evaluate(stage, batch, batch_idx, dataloader_idx)
+            predicted = super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         distances = self._distances(guided, self._compute_hints(batch))
         values = {f"val/hint/{name}": value for name, value in distances.items()}
         for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
             if name not in self._hint_means:
                 self._hint_means[name] = MeanMetric().to(value.device)
             self._hint_means[name].update(value, len(batch))
+        return predicted
 
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs the metrics; ends stage 1 after ``hint_patience``."""

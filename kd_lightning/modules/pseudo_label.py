@@ -224,6 +224,7 @@ class PseudoLabelModule(SupervisedModule):
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""
+        super().on_train_start()
         data: Any = self._data()
         if hasattr(data, "unlabeled_indices") and not data.unlabeled_indices():
             raise InputError(
@@ -264,14 +265,18 @@ class PseudoLabelModule(SupervisedModule):
             self.ema.update_parameters(self.student)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint is written. Adds the state of the adaptive thresholds."""
+        """Runs before a checkpoint is written. Adds the epoch's counts and the state of the adaptive thresholds."""
         super().on_save_checkpoint(checkpoint)
+        counts = (self._unlabeled_count, self._accepted_count)
+        checkpoint["pseudo_label_counts"] = [count.cpu() for count in counts]
         if self._thresholds is not None:
             checkpoint["adaptive_thresholds"] = self._thresholds.last_class
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint's weights are loaded. Restores the adaptive thresholds."""
+        """Runs before a checkpoint's weights are loaded. Restores the counts and the adaptive thresholds."""
         super().on_load_checkpoint(checkpoint)
+        if "pseudo_label_counts" in checkpoint:
+            self._unlabeled_count, self._accepted_count = checkpoint["pseudo_label_counts"]
         if self._thresholds is not None and "adaptive_thresholds" in checkpoint:
             before, now = checkpoint["adaptive_thresholds"], self._thresholds.last_class
             if len(before) != len(now):

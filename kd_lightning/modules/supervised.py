@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -27,20 +24,22 @@ from kd_lightning.losses.base import (
     check_row_fields,
     is_stateful,
     mean_loss,
+    predicted_labels,
     reset_state,
     row_values,
     to_probabilities,
 )
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.modules._shared.checks import check_choice
+from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
 from kd_lightning.modules._shared.epoch_means import EpochMeans
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.finite_check import FiniteCheck
+from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizers
-from kd_lightning.runs.weights import check_fit
-
-# torch's messages about inputs that do not fit a layer
-_SHAPES = re.compile(r"shapes? |channels|expected .*(input|dim)|size of tensor|sizes? mismatch", re.IGNORECASE)
+from kd_lightning.modules._shared.schedules import check_schedules
+from kd_lightning.runs.report.log_figure import log_figure
+from kd_lightning.runs.resume import prepare_resume, store_position
+from kd_lightning.runs.weights import check_fit, match_keys
 
 
 class LossTerm(NamedTuple):
@@ -71,12 +70,14 @@ class SupervisedModule(LightningModule):
             cross-entropy (on logits, for the other two tasks).
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
-            none. A resume does not continue ReduceLROnPlateau exactly, since Lightning leaves out its step at the end
-            of the resumed epoch. Default: None, which means a constant learning rate.
+            none. Default: None, which means a constant learning rate.
         lr_interval: When the scheduler steps: each ``"epoch"`` or each optimiser ``"step"``.
+        num_classes: Number of outputs that the student must have. Default: None, which means the number of the
+            datamodule's classes, where it is known (``class_names``).
 
     Raises:
-        InputError: If the task or the interval is unknown; in training, if a label is no class.
+        InputError: If the task or the interval is unknown. In a fit, if the student has another number of outputs or
+            nothing to train, if a label is no class, or if OneCycleLR ends before training does.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class SupervisedModule(LightningModule):
         optimizer: OptimizerCallable = Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("task", task, ("multiclass", "multilabel", "binary"))
@@ -103,6 +105,10 @@ class SupervisedModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        if num_classes is not None and num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self._outputs_are_checked = True  # until a fit begins
         # One for each data loader, made at the first batch, whose logits have the number of classes.
         self._evaluations: dict[int, Evaluation] = {}
         # The teacher's logits on evaluation data: {(stage, loader, batch): (index, logits)}.
@@ -112,13 +118,13 @@ class SupervisedModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the student's logits."""
-        try:
-            return logits_of(self.student(x), "the student")
-        except RuntimeError as error:
-            if not _SHAPES.search(str(error)):
-                raise
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the student cannot take inputs of shape {[*x.shape]}: {reason}") from error
+        with explain_shapes(x):
+            logits = logits_of(self.student(x), "the student")
+        if not self._outputs_are_checked and self.is_fitting:
+            names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+            check_number_of_outputs(logits, self.task, self.num_classes, names)
+            self._outputs_are_checked = True
+        return logits
 
     def setup(self, stage: str) -> None:
         """Runs at the start of fit, validate, test and predict. Resets what an earlier run stored."""
@@ -126,6 +132,8 @@ class SupervisedModule(LightningModule):
         self._teacher_logits_cache.clear()
         self._finite_check = FiniteCheck()
         self._epoch_means = EpochMeans()
+        self._outputs_are_checked = stage != TrainerFn.FITTING
+        check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
             reset_state(self.hard_loss)
 
@@ -233,10 +241,19 @@ class SupervisedModule(LightningModule):
 
     # The steps.
 
+    def on_train_start(self) -> None:
+        """Runs before the first epoch. Raises InputError if a learning rate schedule ends before training does."""
+        self._check_schedules()
+        self._log_means_of_whole_epoch()  # of an epoch that was interrupted after its last batch
+
+    def _check_schedules(self) -> None:
+        check_schedules(self.trainer)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
         batch = Batch.from_any(batch)
-        terms = self.losses(batch)
+        with explain_single_row(len(batch)):
+            terms = self.losses(batch)
         self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_synchronize(batch.x):
             self._finite_check.check()
@@ -272,36 +289,30 @@ class SupervisedModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Runs after each training batch. Logs the epoch's means after the last, before callbacks read them."""
-        steps = self.trainer.max_steps
-        if self.trainer.is_last_batch or self.trainer.should_stop or -1 < steps <= self.global_step:
-            self._log_means()
+        self._log_means_of_whole_epoch()
 
     def on_train_epoch_end(self) -> None:
         """Runs at the end of each training epoch. Logs the epoch's means if it ended before its last batch."""
-        self._log_means()
+        self._epoch_means.log(self)
 
-    def _log_means(self) -> None:
-        if not self._epoch_means:
-            return
-        strategy = self.trainer.strategy
-        means = self._epoch_means.compute_and_reset(self.device, lambda sums: strategy.reduce(sums, reduce_op="sum"))
-        for name, mean in means.items():
-            bar = name == "train/loss"
-            self.log(name, mean, on_step=False, on_epoch=True, prog_bar=bar, batch_size=1, sync_dist=True)
+    def _log_means_of_whole_epoch(self) -> None:
+        steps = self.trainer.max_steps
+        if self.trainer.is_last_batch or self.trainer.should_stop or -1 < steps <= self.global_step:
+            self._epoch_means.log(self)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Runs for each validation batch. Updates the metrics."""
-        self._evaluate("val", batch, batch_idx, dataloader_idx)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Runs for each validation batch. Updates the metrics, and returns the predicted labels."""
+        return self._evaluate("val", batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Runs for each test batch. Updates the metrics."""
-        self._evaluate("test", batch, batch_idx, dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Runs for each test batch. Updates the metrics, and returns the predicted labels."""
+        return self._evaluate("test", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Runs for each batch of predict. Returns probabilities (B, C), or (B,) for the binary task."""
         return to_probabilities(self(Batch.from_any(batch).x), self.task)
 
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         batch = replace(Batch.from_any(batch), candidates=None)  # metrics count fine labels alone
         logits = self(batch.x)
         teacher = self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
@@ -310,8 +321,8 @@ class SupervisedModule(LightningModule):
             self._evaluations[dataloader_idx] = self.make_evaluation(classes).to(logits.device)
         evaluation = self._evaluations[dataloader_idx]
         evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
-        loss, labels = self.compute_hard_loss(logits, batch)
-        evaluation.update(logits, batch.y, loss, labels, teacher)
+        evaluation.update(logits, batch.y, *self.compute_hard_loss(logits, batch), teacher)
+        return predicted_labels(logits, self.task)
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """Return the teacher's logits. They are computed once if the batch has the ``index`` of its samples."""
@@ -329,20 +340,17 @@ class SupervisedModule(LightningModule):
         self._log_evaluations("val")
 
     def on_test_epoch_end(self) -> None:
-        """Runs at the end of the test. Logs its metrics, and figures to TensorBoard."""
+        """Runs at the end of the test. Logs its metrics and figures."""
         data = getattr(self.trainer, "datamodule", None)
         prefix = "transductive/test" if getattr(data, "transductive", False) else "test"
-        self._add_figures(prefix, lambda evaluation: evaluation.figures(getattr(data, "class_names", None)))
+        self._log_figures(prefix, lambda evaluation: evaluation.figures(getattr(data, "class_names", None)))
         self._log_evaluations(prefix)
 
-    def _add_figures(self, prefix: str, figures: Callable[[Evaluation], dict[str, Figure]]) -> None:
-        """Log the figures of each data loader to TensorBoard."""
-        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-        for number, evaluation in self._evaluations.items() if boards else ():
-            for name, figure in figures(evaluation).items():
-                for board in boards:
-                    board.experiment.add_figure(_metric_name(prefix, name, number), figure, self.global_step)
-                plt.close(figure)
+    def _log_figures(self, prefix: str, figures: Callable[[Evaluation], dict[str, Callable[[], Figure]]]) -> None:
+        """Log the figures of each data loader. Their numbers are gathered from all processes."""
+        for number, evaluation in self._evaluations.items() if self.loggers else ():
+            for name, draw in figures(evaluation).items():
+                log_figure(self, _metric_name(prefix, name, number), draw)
 
     def _log_evaluations(self, prefix: str) -> None:
         for number, evaluation in self._evaluations.items():
@@ -353,8 +361,14 @@ class SupervisedModule(LightningModule):
         self._evaluations.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint is written. Raises InputError if a term or weight is not finite."""
+        """Runs before a checkpoint is written. Raises InputError if a term or weight is not finite.
+
+        Adds what an exact resume needs.
+        """
         self._finite_check.check(checkpoint["state_dict"])
+        if self._trainer is not None:
+            store_position(self.trainer, checkpoint)
+            self._epoch_means.store(self, checkpoint)
 
     def on_train_end(self) -> None:
         """Runs at the end of training, before the student is deployed. Raises InputError as before a checkpoint."""
@@ -364,7 +378,11 @@ class SupervisedModule(LightningModule):
         """Runs before a checkpoint's weights are loaded. Raises InputError, in one line, if they do not fit."""
         if self._trainer is not None and self.strict_loading:
             name = type(self).__name__
-            check_fit(checkpoint["state_dict"], self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
+            state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
+            check_fit(state, self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
+        if self.is_fitting:
+            prepare_resume(self.trainer, checkpoint)
+            self._epoch_means.restore(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import v2
@@ -20,6 +21,8 @@ from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_logit
 from kd_lightning.teachers.teacher import Teacher
 
 SIGMAS = 3.0  # a difference counts from so many standard errors on
+FEW = 100  # labeled samples; with fewer a teacher is not compared with chance
+LEAST = 10  # samples; with fewer there is no warning at all
 ONE_HOT, UNIFORM = 0.01, 0.995  # shares of the largest entropy; Hinton's digits at T = 20 have about 0.98
 NEGLIGIBLE = 100.0  # ratio of two gradient norms
 POOR = 0.75  # share of the way from chance to perfect accuracy
@@ -41,7 +44,9 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
 
     Chance is the accuracy of the best constant prediction. Training is pointless if the teacher is no better than
     chance, and no better than predictions of the same class frequencies that ignore the input (Cohen's kappa is 0).
-    Both comparisons allow for 3 standard errors.
+    It is an error if the 95 % interval of the accuracy does not exclude both. Within 3 standard errors of chance there
+    is a warning. With fewer than 100 labeled samples there is no error, and a warning only if the whole interval lies
+    far below perfect accuracy.
 
     Args:
         teacher: The teacher's logits and the labels.
@@ -49,7 +54,7 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
         task: Of the labels.
         what: Name of the labels in the text, such as ``"validation labels"``.
     """
-    n = len(teacher.correct)
+    n, samples = len(teacher.correct), len(teacher.y)
     if not n:
         return Finding("teacher", f"not checked: there are no {what}")
     if not teacher.logits.isfinite().all():
@@ -58,13 +63,23 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
         return Finding("teacher", text, "check its weights, and whether its inputs are finite", severity="error")
     constant, unrelated = _chance(teacher, task)
     against = "" if student is None else f", present student {student.accuracy:.1%}"
-    text = f"{teacher.accuracy:.1%} of {n} {what} right (chance {constant:.1%}{against})"
+    low, high = teacher.interval
+    about = f"95% interval {low:.1%} to {high:.1%}, chance {constant:.1%}{against}"
+    text = f"{teacher.accuracy:.1%} of {n} {what}{'' if n == samples else f' of {samples} samples'} right ({about})"
+    if samples < FEW:
+        if low > constant:
+            return Finding("teacher", text)
+        poor = samples >= LEAST and high < constant + POOR * (1 - constant)
+        hint = f"it is poor on these; compare it with chance on at least {FEW} labeled samples" if poor else None
+        return Finding("teacher", f"{text}; {samples} labeled samples are too few to judge", hint)
     if constant + _error(constant, n) >= 1:
         return Finding("teacher", f"{text}; too few labels for a comparison with chance")
     if teacher.accuracy <= constant + _error(constant, n):
-        if teacher.accuracy <= unrelated + _error(unrelated, n):
+        if teacher.accuracy <= unrelated + _error(unrelated, n) and low <= min(constant, unrelated):
             hint = "it is no better than chance: is it trained? are its weights, class order and inputs the right ones?"
             return Finding("teacher", text, hint, severity="error")
+        if low > constant:
+            return Finding("teacher", text, "it is hardly better than chance; check how it was trained")
         return Finding("teacher", text, "a constant prediction is right as often; check how it was trained")
     if student is not None and _gains(student.correct, teacher.correct):
         return Finding("teacher", text, "the student is better already; use a better teacher, or lower soft_weight")
@@ -75,7 +90,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
     """Check whether another order of the classes raises the accuracy sharply.
 
     The order is found on one half of the samples and tested on the other half. So many classes and few samples do not
-    give a false gain.
+    give a false gain. Fewer than 100 labeled samples are not judged.
 
     Args:
         teacher: The teacher's logits and the labels.
@@ -83,13 +98,14 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
         present: The teacher's present ``classes``, if it has them.
     """
     name = "class order"
-    if not len(teacher.correct):
-        return Finding(name, "not checked without labels")
+    if reason := _too_few(teacher):
+        return Finding(name, reason)
     if task == "binary":
         _, unrelated = _chance(teacher, task)
         if teacher.accuracy >= unrelated - _error(unrelated, len(teacher.correct)):
             return Finding(name, "its positive class is that of the labels")
-        text = f"its positive class is the labels' negative one: {1 - teacher.accuracy:.1%} are right if swapped"
+        n = len(teacher.correct)
+        text = f"its positive class is the labels' negative one: {1 - teacher.accuracy:.1%} of {n} are right if swapped"
         return Finding(name, text, "negate weight and bias of its last layer, or swap 0 and 1 in the labels")
 
     first = torch.zeros(len(teacher.y), dtype=torch.bool)
@@ -108,7 +124,8 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
     order = _best_order(teacher, task)
     after = match_labels(_reorder(teacher.logits, order), teacher.y, task)
     classes = order if present is None else [order[student_class] for student_class in present]
-    text = f"another order of the classes raises it from {teacher.accuracy:.1%} to {after.accuracy:.1%}"
+    change = f"from {teacher.accuracy:.1%} to {after.accuracy:.1%} of {len(teacher.correct)} labels"
+    text = f"another order of the classes raises it {change}"
     return Finding(name, text, f"Teacher(network, classes={classes})")
 
 
@@ -116,6 +133,8 @@ def normalisation(
     teacher: Teacher, batches: Sequence[Batch], matched: LabeledLogits, task: Task, present: tuple[Any, Any] | None
 ) -> tuple[Finding, LabeledLogits]:
     """Check whether a poor teacher is much better with another usual normalisation.
+
+    Fewer than 100 labeled samples are not judged.
 
     Args:
         teacher: The teacher.
@@ -129,8 +148,8 @@ def normalisation(
         The finding, and the teacher's logits with the best normalisation.
     """
     name = "normalisation"
-    if not len(matched.correct):
-        return Finding(name, "not checked without labels"), matched
+    if reason := _too_few(matched):
+        return Finding(name, reason), matched
     chance, _ = _chance(matched, task)
     if chance == 1 or (matched.accuracy - chance) / (1 - chance) >= POOR:
         return Finding(name, "not checked: the teacher is good enough"), matched
@@ -165,7 +184,8 @@ def normalisation(
         hint += " before its present preprocess"
     hint += "; in YAML preprocess: {class_path: torchvision.transforms.v2.Normalize, "
     hint += f"init_args: {{mean: {values['mean']}, std: {values['std']}}}}}"
-    return Finding(name, f"it was trained on inputs in {best_name}: with them {best.accuracy:.1%} right", hint), best
+    right = f"{best.accuracy:.1%} of {len(best.correct)} labels right"
+    return Finding(name, f"it was trained on inputs in {best_name}: with them {right}", hint), best
 
 
 @torch.no_grad()
@@ -204,7 +224,8 @@ def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
 def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task) -> Finding:
     """Check the entropy of the soft targets at the loss's temperature, as a share of the largest possible.
 
-    For tasks other than multiclass, each output is a Bernoulli variable.
+    For tasks other than multiclass, each output is a Bernoulli variable. There is a warning if the 95 % interval of the
+    mean lies beyond a limit, and at least 10 samples were seen.
     """
     name = "soft targets"
     logits = logits[logits.isfinite().all(dim=1)]
@@ -217,11 +238,17 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task) -> Finding:
     if task != "multiclass":
         soft = torch.stack([soft, torch.zeros_like(soft)], dim=-1)
     log_p = soft.log_softmax(dim=-1)
-    share = float(-(log_p.exp() * log_p).sum(dim=-1).mean()) / math.log(log_p.shape[-1])
-    text = f"entropy {share:.1%} of the largest possible, at temperature {temperature:g}"
-    if share < ONE_HOT:
+    shares = -(log_p.exp() * log_p).sum(dim=-1).reshape(len(soft), -1).mean(dim=1) / math.log(log_p.shape[-1])
+    share, n = float(shares.mean()), len(shares)
+    error = float(shares.std()) / math.sqrt(n) * float(stdtrit(n - 1, 0.975)) if n > 1 else 1.0
+    low, high = max(share - error, 0.0), min(share + error, 1.0)
+    about = f"95% interval {low:.1%} to {high:.1%}, {n} samples"
+    text = f"entropy {share:.1%} of the largest possible ({about}), at temperature {temperature:g}"
+    if n < LEAST:
+        return Finding(name, f"{text}; {n} samples are too few to judge")
+    if high < ONE_HOT:
         return Finding(name, text, "nearly one-hot: they add little to hard targets; raise the temperature")
-    if share > UNIFORM:
+    if low > UNIFORM:
         return Finding(name, text, "nearly uniform: classes hardly differ; lower the temperature")
     return Finding(name, text)
 
@@ -270,25 +297,38 @@ def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, 
     return Finding(name, text, hint if ratio >= NEGLIGIBLE else None)
 
 
-def labels(y: Tensor | None, count: int, classes: int, task: Task, what: str, *, taught: bool) -> Finding:
+def labels(
+    y: Tensor | None, count: int, classes: int, task: Task, what: str, *, taught: bool, expected: int | None = None
+) -> Finding:
     """Count the samples that are labeled for training, and their classes.
 
     Args:
         y: Labels; None if there are none.
         count: Number of samples.
-        classes: Number of classes.
+        classes: Number of the student's outputs.
         task: Of the labels.
         what: Name of the samples in the text.
         taught: Whether there is a teacher, so that training can do without labels.
+        expected: Number of outputs that the student must have. If None, it is unknown.
     """
     known = torch.zeros(count, dtype=torch.bool) if y is None else is_labeled(y).reshape(len(y), -1).any(dim=1)
     text = f"{int(known.sum())} of {len(known)} {what} labeled"
+    if expected not in (None, classes):
+        return Finding("labels", text, f"the student has {classes} outputs, but must have {expected}", "error")
     if y is None or not known.any():
         hint = None if taught else "there is nothing to learn from"
         return Finding("labels", text, hint, "info" if taught else "error")
     if task == "multiclass":
         text += f", {len(torch.unique(y[known]))} of {classes} classes"
     return Finding("labels", text)
+
+
+def _too_few(matched: LabeledLogits) -> str | None:
+    """Return why a check is left out, if there are too few labels."""
+    samples = len(matched.y)
+    if samples >= FEW:
+        return None
+    return f"not checked: {samples} labeled samples are too few to judge" if samples else "not checked without labels"
 
 
 def _chance(matched: LabeledLogits, task: Task) -> tuple[float, float]:

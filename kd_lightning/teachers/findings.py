@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from kd_lightning.batch import Batch, is_labeled
@@ -53,6 +54,18 @@ class LabeledLogits(NamedTuple):
     def accuracy(self) -> float:
         """Share of correct decisions."""
         return float(self.correct.double().mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy (Clopper-Pearson).
+
+        All labels of one sample count as one decision, since they are not independent. So the interval of the
+        multilabel task is rather too wide than too narrow.
+        """
+        n, right = len(self.y), self.accuracy * len(self.y)
+        low = float(betaincinv(right, n - right + 1, 0.025)) if right > 0 else 0.0
+        high = float(betaincinv(right + 1, n - right, 0.975)) if right < n else 1.0
+        return low, high
 
 
 @torch.no_grad()

@@ -633,3 +633,23 @@ class TestFigure:
         figure = hint_figure(*(fill((3, 7, 2, 2), dtype=torch.bfloat16) for fill in (torch.zeros, torch.ones)), "")
         figure.canvas.draw()
         assert len(figure.get_axes()) == 2 * 2 * 6
+
+    @pytest.mark.parametrize(
+        ("shape", "middle"), [((3, 7, 5, 4, 6), (2,)), ((1, 2, 1, 1, 1), (0,)), ((2, 3, 2, 5, 4, 6), (1, 2))]
+    )
+    def test_middle_slice_of_volumes(self, shape, middle):
+        volumes = random_tensor(*shape), random_tensor(*shape, seed=1)
+        slices = (volume[(slice(None), slice(None), *middle)] for volume in volumes)
+        pixels = [
+            [axis.get_images()[0].get_array().tolist() for axis in hint_figure(*pair, "").get_axes()]
+            for pair in (volumes, slices)
+        ]
+        assert pixels[0] == pixels[1]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 1, 2, 2), (2, 5), (2,), (2, 3, 1, 1)])
+    def test_values_that_are_not_finite_or_constant(self, shape, value):
+        hint = torch.full(shape, value)
+        hint_figure(hint, torch.zeros(shape), "odd").canvas.draw()
+        hint[0] = 1.0
+        hint_figure(hint, hint, "odd").canvas.draw()

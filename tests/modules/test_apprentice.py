@@ -627,6 +627,12 @@ class TestCharts:
         assert [*chart.multiline.tag] == ["val/accuracy", "val/teacher_accuracy"]
         assert set(chart.multiline.tag) <= set(events.Tags()["scalars"])
 
+    def test_a_plot_that_fails_does_not_end_the_training(self, quiet_trainer, loader, tmp_path, student, teacher):
+        board = TensorBoardLogger(tmp_path, "", "")
+        board.experiment.add_custom_scalars = lambda layout: 1 / 0
+        with pytest.warns(UserWarning, match="plot of both accuracies is left out.*ZeroDivisionError"):
+            quiet_trainer(logger=board).fit(ApprenticeModule(student, teacher, "joint"), loader())
+
 
 class TestPrecisionAndAverages:
     def test_weight_averaging_beside_calibration(self, quiet_trainer, loader, student, teacher):

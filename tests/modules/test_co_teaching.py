@@ -334,9 +334,16 @@ class TestRun:
         assert all(not torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
 
     def test_same_weights(self, quiet_trainer, loader):
-        for student, peer in (networks(0, 0), [next(networks(0))] * 2):
+        shared = next(networks(0))
+        same = "peer must have other weights than the student, got the same"
+        for student, peer, message in (
+            (*networks(0, 0), same),
+            (shared, shared, "peer and student must be two networks, got the same network twice"),
+            (shared, nn.Sequential(*list(shared)[:-1], nn.Linear(16, 10)), "got 9 that are in both, such as 0.weight"),
+            (shared, next(networks(1)).requires_grad_(False), "peer: at least one parameter must require a gradient"),
+        ):
             module = CoTeachingModule(student, peer, 0.4)
-            with pytest.raises(InputError, match="peer must have other weights than the student, got the same"):
+            with pytest.raises(InputError, match=message):
                 quiet_trainer().fit(module, loader())
             quiet_trainer().test(module, loader(), verbose=False)  # where nobody chooses
 

@@ -510,7 +510,7 @@ class TestBadInput:
         for teachers, message in [
             ([DigitsCNN(4, 9), DigitsCNN(4, 9)], "must have the same number of outputs, got .*9.* and .*10"),
             (
-                [Teacher(DigitsCNN(4, 3), classes=[0, 1, 9])] * 2,
+                [Teacher(DigitsCNN(4, 3), classes=[0, 1, 9]), Teacher(DigitsCNN(4, 3), classes=[0, 1, 9])],
                 r"no teacher .* knows .* classes \[2, 3, 4, 5, 6, 7, 8\]",
             ),
             (

@@ -170,7 +170,8 @@ class TestStages:
         student = nn.Sequential(*layers)
         module = HintModule(student, teacher, HINTS, 1)
         quiet_trainer(max_epochs=2, num_sanity_val_steps=0).fit(module, loader(count=12, batch=4))
-        assert above.calls == [False] + [True] * 3  # the dry pass, and the second epoch's three batches
+        # a dry pass for the projectors, one for the number of outputs, and the second epoch's three batches
+        assert above.calls == [False] * 2 + [True] * 3
 
     def test_statistics_of_a_branch_that_must_be_computed_stay(self, quiet_trainer, loader, teacher):
         class Branching(nn.Module):
@@ -201,7 +202,11 @@ class TestStages:
         quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
         assert "0.weight" not in changed(before, student)
         student.requires_grad_(False)
+        student[13].requires_grad_(True)
         with pytest.raises(InputError, match="hints: no parameter below the guided layers requires a gradient"):
+            quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
+        student.requires_grad_(False)
+        with pytest.raises(InputError, match="student: at least one parameter must require a gradient"):
             quiet_trainer(max_epochs=2).fit(HintModule(student, teacher, HINTS, 1), loader())
 
     def test_a_fault_in_stage_one_leaves_no_layer_in_eval_mode(self, quiet_trainer, loader, student, teacher):
@@ -429,6 +434,41 @@ class TestCharts:
         assert count == (8 * 16 + 16) + (4 * 32 * 5 * 5 + 32)
         images = {f"hints/{pair}/stage_{stage}" for pair in ("5", "2") for stage in (1, 2)}
         assert images == set(found.Tags()["images"])
+
+    @pytest.mark.parametrize("dimensions", [1, 3])
+    def test_figures_of_sequences_and_volumes(self, quiet_trainer, tmp_path, dimensions):
+        """Also after a resume, which enters stage 2 again."""
+        conv = {1: nn.Conv1d, 3: nn.Conv3d}[dimensions]
+
+        def net(width):
+            return nn.Sequential(conv(1, width, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+
+        x = torch.randn(8, 1, *(5,) * dimensions, generator=torch.Generator().manual_seed(0))
+        student, teacher = net(2), net(3)
+        student(x), teacher(x)
+        data = DataLoader(TensorDataset(x, torch.arange(8)), 4)
+        path = None
+        for epochs in (1, 2):
+            board = TensorBoardLogger(tmp_path, version=epochs)
+            module = HintModule(student, teacher, {"1": "1"}, 1, projectors={"1": conv(2, 3, 1)})
+            trainer = quiet_trainer(max_epochs=2, max_steps=2 * epochs, logger=board)
+            trainer.fit(module, data, ckpt_path=path)
+            path = tmp_path / "last.ckpt"
+            trainer.save_checkpoint(path)
+            found = set(EventAccumulator(board.log_dir).Reload().Tags()["images"])
+            assert found >= {f"hints/1/stage_{epochs}"}
+        assert module.distilling
+
+    def test_figure_that_fails_does_not_end_the_training(self, quiet_trainer, loader, student, teacher, monkeypatch):
+        def fail(*args, **kwargs):
+            raise ValueError("odd shape")
+
+        monkeypatch.setattr("kd_lightning.modules.hint.hint_figure", fail)
+        module = HintModule(student, teacher, HINTS, 1)
+        with pytest.warns(UserWarning, match="figure hints/5/stage_1 is left out.*ValueError: odd shape"):
+            quiet_trainer(max_epochs=2, logger=True).fit(module, loader())
+        assert module.distilling
+        assert not any(layer._forward_hooks for layer in [*student.modules(), *teacher.modules()])
 
     def test_validation_by_hand(self, quiet_trainer, loader, student, teacher):
         """A mean over all samples, where the last batch is smaller."""

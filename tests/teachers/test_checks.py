@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from scipy.stats import entropy
+from scipy.stats import binomtest, entropy, sem
+from scipy.stats import t as t_distribution
 from torch import nn
 from torchvision.transforms import v2
 
@@ -68,21 +69,81 @@ class TestAccuracy:
         finding = accuracy(teacher, beginner, "multiclass", "validation labels")
         assert finding.hint is None and finding.severity != "error"
         share = max(np.bincount(TRUTH.numpy())) / 600
-        assert f"of 600 validation labels right (chance {100 * share:.1f}%, present student" in finding.text
+        low, high = binomtest(int(teacher.correct.sum()), 600).proportion_ci(method="exact")
+        assert f"of 600 validation labels right (95% interval {low:.1%} to {high:.1%}, " in finding.text
+        assert f"chance {100 * share:.1f}%, present student" in finding.text
         assert finding.text.startswith(f"{100 * teacher.accuracy:.1f}%")
 
     def test_untrained(self, teacher):
         finding = accuracy(matched(teacher), None, "multiclass", "labels")
         assert finding.severity == "error" and "is it trained" in finding.hint
 
-    @pytest.mark.parametrize("errors", [1, -1])
-    def test_three_standard_errors_above_chance(self, errors):
-        y = torch.arange(10).repeat(60)
-        n = round(600 * (0.1 + 3 * math.sqrt(0.09 / 600))) + errors
-        wrong = (y + 1 + torch.arange(600) % 9) % 10  # spread evenly, so that only the number counts
-        predicted = torch.where(torch.randperm(600, generator=torch.Generator().manual_seed(0)) < n, y, wrong)
-        finding = accuracy(match_labels(F.one_hot(predicted).float(), y, "multiclass"), None, "multiclass", "labels")
-        assert (finding.severity == "error") == (errors < 0)
+    def judged(self, right, n=600):
+        """The severity for ten classes with n labels, so many of them right."""
+        y = torch.arange(10).repeat(n // 10)
+        wrong = (y + 1 + torch.arange(n) % 9) % 10  # spread evenly, so that only the number counts
+        predicted = torch.where(torch.randperm(n, generator=torch.Generator().manual_seed(0)) < right, y, wrong)
+        return accuracy(match_labels(F.one_hot(predicted).float(), y, "multiclass"), None, "multiclass", "labels")
+
+    def test_three_standard_errors_above_chance(self):
+        limit = round(600 * (0.1 + 3 * math.sqrt(0.09 / 600)))
+        assert self.judged(limit - 1).severity == "warning" and "hardly better" in self.judged(limit - 1).hint
+        assert self.judged(limit + 1).severity == "info"
+
+    def test_an_error_needs_chance_in_the_interval(self):
+        above = next(k for k in range(60, 99) if binomtest(k, 600).proportion_ci(method="exact").low > 0.1)
+        assert self.judged(above - 1).severity == "error" and self.judged(above).severity == "warning"
+        assert self.judged(0).severity == "error"  # below chance
+
+    @pytest.mark.parametrize(
+        ("right", "n", "severity", "few"),
+        [
+            (6, 60, "warning", True),  # at chance: surely poor, but perhaps better than chance
+            (6, 90, "warning", True),
+            (10, 100, "error", False),
+            (30, 90, "info", False),  # above chance
+            (3, 10, "warning", True),
+            (7, 10, "info", False),
+            (0, 10, "warning", True),
+        ],
+    )
+    def test_few_labels_are_no_error(self, right, n, severity, few):
+        finding = self.judged(right, n)
+        assert finding.severity == severity
+        assert (f"{n} labeled samples are too few to judge" in finding.text) == few
+        assert f"of {n} labels right (95% interval" in finding.text
+
+    def test_a_healthy_teacher_on_few_labels(self):
+        """Ten classes, of which 4 labels are one: chance is not excluded, but there is no warning."""
+        found = match_labels(torch.eye(10)[[1, 1, 1, 2]], torch.tensor([1, 1, 1, 2]), "multiclass")
+        finding = accuracy(found, found, "multiclass", "labels")
+        assert finding.severity == "info" and "4 labeled samples are too few" in finding.text
+
+    def test_labels_of_one_sample_count_once(self):
+        """Six labels of a sample are not six independent decisions."""
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randint(2, (120, 6), generator=generator).double()
+        logits = torch.where(torch.rand(120, 6, generator=generator) < 0.7, y, 1 - y) - 0.5
+        found = match_labels(logits, y, "multilabel")
+        text = accuracy(found, None, "multilabel", "labels").text
+        low, high = binomtest(round(found.accuracy * 120), 120).proportion_ci(method="exact")
+        assert found.interval == pytest.approx((low, high), abs=0.005)
+        assert "of 720 labels of 120 samples right" in text
+
+    @pytest.mark.parametrize("task", ["multiclass", "binary"])
+    def test_nothing_else_is_judged_on_few_labels(self, healthy, task):
+        batches = [Batch(VAL[0].x[:99], TRUTH[:99])]
+        logits = collect_logits(lambda b: healthy(b.x).roll(1, 1), batches, "multiclass")
+        if task == "multiclass":
+            found = match_labels(logits, TRUTH[:99], task)
+        else:
+            found = match_labels(-(TRUTH[:99, None] % 2 - 0.5), TRUTH[:99] % 2, task)
+        assert found.accuracy < 0.2
+        for finding in (
+            class_order(found, task),
+            normalisation(Teacher(healthy), batches, found, task, None)[0],
+        ):
+            assert finding.hint is None and "99 labeled samples are too few" in finding.text
 
     def test_a_constant_answer_is_an_error_however_often_right(self):
         y = torch.tensor([0] * 90 + [1] * 10)
@@ -323,8 +384,28 @@ class TestSoftTargets:
         p = np.exp(logits.double().numpy() / 2)
         expected = np.mean(entropy(p, axis=1)) / math.log(7)
         finding = soft_targets(logits, KDLoss(temperature=2.0), "multiclass")
-        assert finding.text == f"entropy {100 * expected:.1f}% of the largest possible, at temperature 2"
+        each = entropy(p, axis=1) / math.log(7)
+        low, high = t_distribution.interval(0.95, 49, loc=each.mean(), scale=sem(each))
+        assert finding.text == (
+            f"entropy {expected:.1%} of the largest possible (95% interval {low:.1%} to {high:.1%}, 50 samples), at "
+            "temperature 2"
+        )
         assert finding.hint is None
+
+    def test_few_samples(self):
+        flat = torch.zeros(9, 4)
+        assert soft_targets(flat, KDLoss(), "multiclass").hint is None
+        assert "9 samples are too few" in soft_targets(flat, KDLoss(), "multiclass").text
+        assert soft_targets(flat[:1], KDLoss(), "multiclass").hint is None
+        assert "lower" in soft_targets(torch.zeros(10, 4), KDLoss(), "multiclass").hint
+
+    def test_a_mean_that_is_uncertain(self):
+        """Nearly uniform on average, but for a few samples."""
+        logits = torch.zeros(40, 4)
+        logits[:2, 0] = 3.0
+        finding = soft_targets(logits, nn.Identity(), "multiclass")
+        assert finding.hint is None
+        assert soft_targets(logits[2:], nn.Identity(), "multiclass").hint is not None
 
     def test_bernoulli(self):
         p = np.array([[0.5, 0.9], [0.2, 0.99]])
@@ -357,7 +438,8 @@ class TestSoftTargets:
             middle = (low + high) / 2
             p = 1 / (1 + math.exp(-middle))
             low, high = (middle, high) if entropy([p, 1 - p], base=2) > share else (low, middle)
-        hint = soft_targets(torch.tensor([[low, 0.0]], dtype=torch.float64), nn.Identity(), "multiclass").hint
+        logits = torch.tensor([[low, 0.0]], dtype=torch.float64).repeat(10, 1)
+        hint = soft_targets(logits, nn.Identity(), "multiclass").hint
         assert hint is None if advice is None else advice in hint
 
     def test_extreme_logits_and_nan(self):
@@ -437,6 +519,10 @@ class TestGradients:
 def test_labels():
     y = torch.tensor([0, -100, 2, 2])
     text = "3 of 4 samples labeled, 2 of 3 classes"
+    assert labels(y, 4, 3, "multiclass", "samples", taught=True, expected=3).severity == "info"
+    for some in (y, None):
+        wrong = labels(some, 4, 3, "multiclass", "samples", taught=True, expected=10)
+        assert wrong.severity == "error" and "3 outputs, but must have 10" in wrong.hint
     assert labels(y, 4, 3, "multiclass", "samples", taught=True).text == text
     none = labels(None, 4, 3, "multiclass", "samples", taught=False)
     assert none.severity == "error" and none.text == "0 of 4 samples labeled"

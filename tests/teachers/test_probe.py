@@ -57,7 +57,9 @@ class TestTeacherProbe:
         with caplog.at_level("INFO"):
             self.fit(quiet_trainer, healthy, max_epochs=2)
         (line,) = self.messages(caplog)
-        assert re.match(r"teacher: [\d.]+% of 100 labels right \(chance \d\d.\d%\); soft targets: entropy", line)
+        assert re.match(
+            r"teacher: [\d.]+% of 100 labels right \(95% interval .* chance \d\d.\d%\); soft targets: entropy", line
+        )
         assert not [w for w in recwarn if "doctor" in str(w.message)]
 
     @pytest.mark.parametrize(
@@ -67,6 +69,13 @@ class TestTeacherProbe:
     def test_warns(self, healthy, quiet_trainer, temperature, network, hint):
         with pytest.warns(UserWarning, match=hint):
             self.fit(quiet_trainer, network or healthy, soft_loss=KDLoss(temperature))
+
+    def test_few_labels_are_no_verdict(self, quiet_trainer):
+        """Two batches of five labels, and a teacher that is untrained."""
+        loaders = DataLoader(TensorDataset(X[:10], Y[:10]), 5), DataLoader(TensorDataset(X[10:20], Y[10:20]), 5)
+        with pytest.warns(UserWarning, match=r"of 10 labels right \(95% interval .*too few to judge") as caught:
+            self.fit(quiet_trainer, DigitsCNN(8), loaders=loaders)
+        assert not [w for w in caught if "no better than chance" in str(w.message)]
 
     @pytest.mark.parametrize("kwargs", [{}, {"num_sanity_val_steps": 0}, {"limit_val_batches": 0}])
     def test_leaves_no_trace(self, healthy, quiet_trainer, kwargs):

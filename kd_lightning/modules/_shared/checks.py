@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
 from kd_lightning.errors import InputError
+from kd_lightning.losses.base import Task
+from kd_lightning.runs.metric_direction import check_callbacks
+from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -30,4 +40,92 @@ def check_same_teacher(name: str, teacher: Teacher, fingerprint: str) -> None:
         raise InputError(
             f"{name}: the checkpoint was trained with another teacher (fingerprint {fingerprint[:12]}..., this one has "
             f"{teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
+        )
+
+
+def check_trainable(name: str, network: nn.Module) -> None:
+    """Raise InputError unless a network has a parameter that requires a gradient."""
+    parameters = list(network.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise InputError(f"{name}: at least one parameter must require a gradient, got none of {len(parameters)}")
+
+
+def check_start(student: nn.Module, trainer: Trainer | None, stage: str) -> None:
+    """Raise InputError if the trainer's strategy shards the weights.
+
+    In a fit, also raise it if the student has nothing to train, or a callback follows a metric in the wrong direction.
+    """
+    if trainer is None:
+        return
+    require_whole_weights(trainer, type(trainer.lightning_module).__name__)
+    if stage != TrainerFn.FITTING:
+        return
+    check_trainable("student", student)
+    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def check_two_networks(name: str, network: nn.Module | None, student: nn.Module) -> None:
+    """Raise InputError if a network is the student, or has parameters of it.
+
+    Args:
+        name: Name of the network in the message.
+        network: A teacher or a peer.
+        student: The student.
+    """
+    network = network.network if isinstance(network, Teacher) else network
+    if network is None:
+        return
+    names = {id(parameter): key for key, parameter in student.named_parameters()}
+    shared = [names[id(parameter)] for parameter in network.parameters() if id(parameter) in names]
+    if network is student or (shared and len(shared) == len(names)):
+        raise InputError(f"{name} and student must be two networks, got the same network twice")
+    if shared:
+        raise InputError(
+            f"{name} and student must have parameters of their own, got {len(shared)} that are in both, such as "
+            f"{shared[0]}; give one of them a copy (copy.deepcopy)"
+        )
+
+
+def check_different_teachers(ensemble: Ensemble) -> None:
+    """Raise InputError if two teachers are equal: same class of network, weights, preprocessing and class map."""
+    seen: dict[tuple[str, str], int] = {}
+    for number, teacher in enumerate(ensemble):
+        if not teacher.network.state_dict():
+            continue
+        same = seen.setdefault((repr(teacher.network), teacher.fingerprint()), number)
+        if same != number:
+            raise InputError(
+                f"teachers must differ, got the same network, weights, preprocess and classes as teachers[{same}] and "
+                f"teachers[{number}]; teacher_weights gives a teacher more weight"
+            )
+
+
+def check_at_least_two(task: Task, classes: int) -> None:
+    """Raise InputError for the multiclass task with a single class."""
+    if task == "multiclass" and classes < 2:
+        raise InputError(f"task: multiclass needs a student of at least 2 outputs, got {classes}; allowed: binary")
+
+
+def check_number_of_outputs(
+    logits: Tensor, task: Task, num_classes: int | None, class_names: Sequence[str] | None
+) -> None:
+    """Raise InputError unless the student has as many outputs as it must have. Reads the shape alone.
+
+    Args:
+        logits: The student's logits.
+        task: The module's task.
+        num_classes: The number of outputs that the user has set. If None, it is the number of classes in the data.
+        class_names: The classes of the data, if they are known. Binary data may name both classes.
+    """
+    outputs = logits[0].numel() if task == "binary" and len(logits) else logits.shape[-1]
+    check_at_least_two(task, outputs)
+    classes = len(class_names) if class_names and task != "binary" else None
+    if num_classes is not None and outputs != num_classes:
+        raise InputError(f"num_classes: the student must have {num_classes} outputs, got {outputs}")
+    if classes is not None and outputs < classes:
+        raise InputError(f"student: its outputs must be at least {classes}, the classes in the data, got {outputs}")
+    if classes is not None and outputs > classes and num_classes is None:
+        raise InputError(
+            f"student: it must have {classes} outputs, the number of classes in the data, got {outputs}; build it with "
+            f"as many, or set num_classes: {outputs} of the module to allow this"
         )

@@ -1,4 +1,4 @@
-"""The first training inputs, read before a fit begins."""
+"""The first training inputs, read before a fit begins, and a pass of the student on some."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning.batch import Batch
+from kd_lightning.features.capture import evaluating
 
 
 def first_inputs(module: LightningModule, count: int) -> Tensor:
@@ -33,3 +34,12 @@ def first_inputs(module: LightningModule, count: int) -> Tensor:
             batch = next(iter(loader))
         batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
     return Batch.from_any(batch).x[:count]
+
+
+def run_once(module: LightningModule, student: nn.Module, x: Tensor) -> None:
+    """Run a module's forward pass on inputs (B, ...) that a training step gets. The student is in eval mode.
+
+    Random generators and the student stay as they are.
+    """
+    with torch.no_grad(), evaluating(student), module.trainer.precision_plugin.forward_context():
+        module(x)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.metric_direction import check_direction
 
 
 def build_optimizers(
@@ -30,7 +31,8 @@ def build_optimizers(
         monitor: Metric that ReduceLROnPlateau follows if it has no ``monitor`` itself.
 
     Raises:
-        InputError: If the optimiser or the scheduler refuses its arguments.
+        InputError: If the optimiser or the scheduler refuses its arguments; if ReduceLROnPlateau follows its metric in
+            the wrong direction.
     """
     try:
         built = optimizer([p for p in parameters if p.requires_grad])
@@ -45,4 +47,5 @@ def build_optimizers(
     config: dict[str, Any] = {"scheduler": scheduler, "interval": lr_interval}
     if isinstance(scheduler, ReduceLROnPlateau):
         config["monitor"] = getattr(scheduler, "monitor", monitor)
+        check_direction("lr_scheduler", config["monitor"], scheduler.mode)
     return {"optimizer": built, "lr_scheduler": config}  # type: ignore[return-value]

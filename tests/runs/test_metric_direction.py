@@ -1,0 +1,110 @@
+"""Directions of metrics by their names."""
+
+import pytest
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+
+from kd_lightning.errors import InputError
+from kd_lightning.runs.metric_direction import check_callbacks, check_direction, direction_of
+
+LESS = [
+    "val/loss",
+    "val/loss/1",
+    "val/loss/dataloader_idx_1",
+    "val_loss",
+    "valLoss",
+    "train/loss_step",
+    "hard_loss",
+    "val/teacher_kl",
+    "val/calibration_error",
+    "val/KL",
+    "error_rate",
+    "MeanSquaredError",
+    "val/rmse",
+    "val/mae",
+    "perplexity",
+    "cross_entropy",
+    "train/hard",
+    "train/teacher_soft",
+    "train/peer_hard",
+    "val/hint",
+    "val/hint/features.3",
+    "val/hint/layer1.conf",
+    "pseudo_labels/flips",
+    "pseudo_labels/class_distance",
+    "transductive/test/loss",
+]
+MORE = [
+    "val/accuracy",
+    "val/accuracy/1",
+    "val_acc",
+    "acc@1",
+    "val/accuracy_top5",
+    "val/baseline_accuracy",
+    "val/teacher_0_accuracy",
+    "val/f1",
+    "f1_score",
+    "val/f1/2",
+    "macro_f1",
+    "agreement",
+    "val/teacher_0_ensemble_agreement",
+    "auroc",
+    "AUROC",
+    "precision",
+    "pseudo_labels/precision",
+    "recall",
+    "val/iou",
+    "mIoU",
+    "val/mAP",
+    "train/coverage",
+    "train/confidence",
+    "MulticlassAccuracy",
+    "transductive/test/f1",
+]
+UNKNOWN = [
+    "stage",
+    "frozen",
+    "soft_weight",
+    "hint_weight",
+    "train/teacher_0_share",
+    "lr-Adam",
+    "score",
+    "val/accuracy_gap",
+    "val/loss_gap",
+    "val/1-accuracy",
+    "val/neg_loss",
+    "negative_accuracy",
+    "val/accuracy_hard",
+    "entropy",
+    "val/disagreement",
+    "mine",
+]
+
+
+@pytest.mark.parametrize(("names", "direction"), [(LESS, "min"), (MORE, "max"), (UNKNOWN, None)])
+def test_direction(names, direction):
+    assert {name: direction_of(name) for name in names} == dict.fromkeys(names, direction)
+
+
+def test_the_opposite_mode_is_refused():
+    for monitor, right, wrong in (("val/loss", "min", "max"), ("val/accuracy/1", "max", "min")):
+        check_direction("key", monitor, right)
+        with pytest.raises(InputError, match=rf"^key: mode must be {right} with monitor {monitor}.* got {wrong}$"):
+            check_direction("key", monitor, wrong)
+    for mode in ("min", "max"):
+        check_direction("key", "mine", mode)
+
+
+def test_callbacks(tmp_path):
+    right = [
+        EarlyStopping("val/loss"),
+        EarlyStopping("val/accuracy", mode="max"),
+        ModelCheckpoint(tmp_path),
+        ModelCheckpoint(tmp_path, monitor="val/f1", mode="max"),
+        ModelCheckpoint(tmp_path, monitor="mine", mode="max"),
+        LearningRateMonitor(),
+    ]
+    check_callbacks(right)
+    with pytest.raises(InputError, match="^EarlyStopping: mode must be max .*val/accuracy"):
+        check_callbacks([*right, EarlyStopping("val/accuracy")])
+    with pytest.raises(InputError, match="^ModelCheckpoint: mode must be min .*val/loss"):
+        check_callbacks([*right, ModelCheckpoint(tmp_path, monitor="val/loss", mode="max")])
