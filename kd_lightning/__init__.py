@@ -1,47 +1,54 @@
-"""Knowledge distillation and learning from few labels with PyTorch Lightning."""
+"""Knowledge distillation and learning from few labels with PyTorch Lightning. Public names are loaded when used."""
 
-from kd_lightning.active.loop import ActiveLearningLoop
-from kd_lightning.batch import Batch
-from kd_lightning.callbacks import (
-    ActivationCalibration,
-    BaselineMonitor,
-    CompileNetworks,
-    LayerwiseFinetuning,
-    PredictionWriter,
-    PseudoLabelRefresh,
-    QuantizedWeightHistograms,
-    SeedEveryStep,
-    SoftWeightAnnealing,
-    StudentWriter,
-)
-from kd_lightning.data import (
-    ClassSubset,
-    CoarseLabels,
-    DatasetSource,
-    Digits,
-    FakeData,
-    ImageFolder,
-    PairNoise,
-    RotatedClasses,
-    SemiSupervisedDataModule,
-    SymmetricNoise,
-    TorchvisionDataset,
-    TransitionNoise,
-)
-from kd_lightning.errors import InputError
-from kd_lightning.features.heads import reset_classifier
-from kd_lightning.modules import (
-    ApprenticeModule,
-    CoTeachingModule,
-    DistillModule,
-    EnsembleDistillModule,
-    HintModule,
-    PseudoLabelModule,
-    SupervisedModule,
-)
-from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
-from kd_lightning.runs.weights import load_weights
-from kd_lightning.teachers.teacher import Teacher
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_lightning.active.loop import ActiveLearningLoop
+    from kd_lightning.batch import Batch
+    from kd_lightning.callbacks import (
+        ActivationCalibration,
+        BaselineMonitor,
+        CompileNetworks,
+        EvaluationWriter,
+        ExactResume,
+        LayerwiseFinetuning,
+        PredictionWriter,
+        PseudoLabelRefresh,
+        QuantizedWeightHistograms,
+        SeedEveryStep,
+        SoftWeightAnnealing,
+        StudentWriter,
+    )
+    from kd_lightning.data import (
+        ClassSubset,
+        CoarseLabels,
+        DatasetSource,
+        Digits,
+        FakeData,
+        ImageFolder,
+        PairNoise,
+        RotatedClasses,
+        SemiSupervisedDataModule,
+        SymmetricNoise,
+        TorchvisionDataset,
+        TransitionNoise,
+    )
+    from kd_lightning.errors import InputError
+    from kd_lightning.features.heads import reset_classifier
+    from kd_lightning.modules import (
+        ApprenticeModule,
+        CoTeachingModule,
+        DistillModule,
+        EnsembleDistillModule,
+        HintModule,
+        PseudoLabelModule,
+        SupervisedModule,
+    )
+    from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+    from kd_lightning.runs.weights import load_weights
+    from kd_lightning.teachers.teacher import Teacher
 
 __all__ = [
     "ActivationCalibration",
@@ -57,6 +64,8 @@ __all__ = [
     "Digits",
     "DistillModule",
     "EnsembleDistillModule",
+    "EvaluationWriter",
+    "ExactResume",
     "FakeData",
     "GraphPseudoLabels",
     "HintModule",
@@ -81,3 +90,65 @@ __all__ = [
     "load_weights",
     "reset_classifier",
 ]
+
+_HOMES = {
+    "ActivationCalibration": "callbacks",
+    "ActiveLearningLoop": "active.loop",
+    "ApprenticeModule": "modules",
+    "BaselineMonitor": "callbacks",
+    "Batch": "batch",
+    "ClassSubset": "data",
+    "CoTeachingModule": "modules",
+    "CoarseLabels": "data",
+    "CompileNetworks": "callbacks",
+    "DatasetSource": "data",
+    "Digits": "data",
+    "DistillModule": "modules",
+    "EnsembleDistillModule": "modules",
+    "EvaluationWriter": "callbacks",
+    "ExactResume": "callbacks",
+    "FakeData": "data",
+    "GraphPseudoLabels": "pseudo_labels.graph_labels",
+    "HintModule": "modules",
+    "ImageFolder": "data",
+    "InputError": "errors",
+    "LayerwiseFinetuning": "callbacks",
+    "PairNoise": "data",
+    "PredictionWriter": "callbacks",
+    "PseudoLabelModule": "modules",
+    "PseudoLabelRefresh": "callbacks",
+    "QuantizedWeightHistograms": "callbacks",
+    "RotatedClasses": "data",
+    "SeedEveryStep": "callbacks",
+    "SemiSupervisedDataModule": "data",
+    "SoftWeightAnnealing": "callbacks",
+    "StudentWriter": "callbacks",
+    "SupervisedModule": "modules",
+    "SymmetricNoise": "data",
+    "Teacher": "teachers.teacher",
+    "TorchvisionDataset": "data",
+    "TransitionNoise": "data",
+    "load_weights": "runs.weights",
+    "reset_classifier": "features.heads",
+}
+"""The module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name or a module of this package at its first use."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    module = f"{__name__}.{name}"
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

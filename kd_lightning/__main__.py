@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
-import signal
+import locale
+import os
+import select
 import sys
 import warnings
 from typing import NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
+from kd_lightning.cli.stop_signals import StopSignals
 from kd_lightning.errors import InputError
 
 COMMANDS = {
@@ -27,37 +29,108 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Wrong input ends with one line on stderr and exit status 2, without a traceback."""
-    args = sys.argv[1:] if args is None else args
+    """Run a command. Wrong input ends with one line on stderr and exit status 2, without a traceback.
+
+    SIGINT and SIGTERM end it likewise, with exit status 130 and 143.
+
+    Args:
+        args: The command line. Default: None, which means that of this process.
+    """
+    command_line = sys.argv[1:] if args is None else args
+    stop = StopSignals()
+    stop.install()
+    try:
+        _run(command_line)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException as error:  # also Lightning's SystemExit after a KeyboardInterrupt
+        notes = [] if {*command_line[:1]} & COMMANDS.keys() else getattr(error, "__notes__", [])  # how to resume a fit
+        if stop.received is not None:
+            _exit("; ".join([f"stopped by {stop.received.name}", *notes]), 128 + stop.received)
+        if _reader_is_gone(error):
+            _exit("; ".join(["the output was closed", *notes]) if notes else None, 141)  # 128 + SIGPIPE
+        message = _explain(error) if isinstance(error, Exception) else None
+        if message is None:
+            raise
+        _exit(message)
+    finally:
+        if args is not None:  # the process goes on
+            stop.restore()
+
+
+def _run(args: list[str]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError as error:  # torch cannot even be imported
+        raise InputError("the working directory no longer exists; change to another one") from error
     if not args or args[0] in ("-h", "--help"):
         print("commands of this package (those of LightningCLI follow below):")
         print("".join(f"  {name:<20}{text}\n" for name, text in COMMANDS.items()))
     # a warning of Lightning about itself, at the start of every run
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    if args and args[0] in COMMANDS:
+        importlib.import_module(f"kd_lightning.cli.commands.{args[0]}").main(args[1:])
+    else:
+        import torch.distributed
+
+        from kd_lightning.cli.main import DistillCLI
+
+        DistillCLI(args)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # at the end of the process gloo's threads may abort it
+
+
+def _explain(error: Exception) -> str | None:
+    """Return in one line what is wrong with the input or the system, None for a fault of the program."""
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if os.strerror(errno.EMFILE) in str(cause):
+            return f"{os.strerror(errno.EMFILE)}: raise the limit (ulimit -n), or lower num_workers; got {text}"
+        cause = cause.__cause__ or cause.__context__
+    if "DataLoader worker" in text and "shared memory" in text:  # of another loader than those of this package
+        return f"/dev/shm is full: lower num_workers or the batch size, or enlarge it; got {text.splitlines()[-1]}"
+    if isinstance(error, UnicodeError) and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        return f"{text}; set PYTHONUTF8=1 in the environment, whose encoding is {locale.getencoding()}"
+    if isinstance(error, InputError | OSError):
+        return text
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from kd_lightning.runs.parser_errors import raising_module
+
+    if isinstance(error, MisconfigurationException):
+        return text
+    if not isinstance(error, RuntimeError | ValueError | KeyError):
+        return None
+    if "by peer" in text:  # the backends' text for a connection whose other end is gone
+        return "another process of this run has ended; its error stands above, or in its own output"
+    if raising_module(error).startswith("lightning."):  # a setting that Lightning refuses late
+        return " ".join(str(error.args[0] if error.args else error).split())
+    return None
+
+
+def _reader_is_gone(error: BaseException) -> bool:
+    """Return whether an error comes from a write to a closed standard output, such as that of ``| head``."""
+    if isinstance(error, SystemExit):  # rich ends with it, and replaces the output
+        return isinstance(error.__context__, BrokenPipeError)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return isinstance(error, BrokenPipeError) and bool(poll.poll(0))
+    return False
+
+
+def _exit(message: str | None, status: int = 2) -> NoReturn:
     try:
-        if args and args[0] in COMMANDS:
-            importlib.import_module(f"kd_lightning.cli.commands.{args[0]}").main(args[1:])
-        else:
-            from kd_lightning.cli.main import DistillCLI
-
-            DistillCLI(args)
-    except SIGTERMException:  # Lightning ends with status 0, which means success to a scheduler
-        _exit("stopped by SIGTERM; --ckpt_path last resumes the run", status=128 + signal.SIGTERM)
-    except (InputError, MisconfigurationException, OSError) as error:
-        _exit(str(error))
-    except (RuntimeError, ValueError, KeyError) as error:
-        from kd_lightning.runs.parser_errors import raising_module
-
-        if "by peer" in str(error):  # the backends' text for a connection whose other end is gone
-            _exit("another process of this run has ended; its error stands above, or in its own output")
-        if not raising_module(error).startswith("lightning."):
-            raise
-        _exit(" ".join(str(error.args[0] if error.args else error).split()))  # a setting that Lightning refuses late
-
-
-def _exit(message: str, status: int = 2) -> NoReturn:
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # nobody reads it: what is left must not be written at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 

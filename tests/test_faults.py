@@ -1,5 +1,6 @@
 """Bad input and faults other than a wrong config: the error names the part, and no saved file is lost."""
 
+import io
 import os
 import resource
 import signal
@@ -305,7 +306,7 @@ class TestCheckpoints:
 
     def test_of_another_network(self, run, fails):
         wide = ["--model.init_args.student.init_args.width", "6"]
-        last = fails("fit", "--config", "config.yaml", "--ckpt_path", "last", *wide)
+        last = fails("fit", "--config", "config.yaml", "--ckpt_path", str(run / "last.ckpt"), *wide)
         assert "ckpt_path: the checkpoint does not fit SupervisedModule: " in last
         assert "student.0.weight [4, 1, 3, 3] in the file, [6, 1, 3, 3] in the model" in last
 
@@ -332,21 +333,22 @@ class TestCheckpoints:
         assert saved == {"epoch=0-step=4.ckpt", "last.ckpt"}
         assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 12
         assert cli.trainer.checkpoint_callback.best_model_path.endswith("epoch=0-step=4.ckpt")
-        # a resumed run does the same
-        DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
-        assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] == 16
+        # so does a run that goes on from there
+        last = "runs/tiny/version_0/checkpoints/last.ckpt"
+        DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", last, "--trainer.max_epochs", "4"])
+        assert read_checkpoint(Path("runs/tiny/version_1/checkpoints/last.ckpt"))["global_step"] == 16
 
     def test_no_last_where_none_is_wanted(self, config):
         DistillCLI(["fit", "--config", "config.yaml", "--checkpoint.save_last", "false"])
         assert not list(Path("runs").rglob("last*.ckpt"))
 
-    def test_without_a_logger_the_last_is_that_of_the_root(self, config):
-        plain = ["--config", "config.yaml", "--trainer.logger", "false"]
+    def test_without_a_logger_the_last_is_that_of_the_newest_run(self, config):
         DistillCLI(["fit", "--config", "config.yaml", "--trainer.max_epochs", "1"])
+        plain = ["--config", "config.yaml", "--trainer.logger", "false"]
         DistillCLI(["fit", *plain])
-        cli = DistillCLI(["fit", *plain, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
-        assert cli.config["fit"].ckpt_path == "runs/checkpoints/last.ckpt"
-        assert cli.trainer.global_step == 12
+        cli = DistillCLI(["fit", *plain, "--ckpt_path", "last"])
+        assert cli.config["fit"].ckpt_path == "runs/tiny/version_1/checkpoints/last.ckpt"
+        assert cli.run_folder == Path("runs/tiny/version_1")
 
     def test_extra_state_is_saved_and_left_out_of_the_deployed_file(self, quiet_trainer, tmp_path, loader):
         trainer = quiet_trainer(callbacks=[StudentWriter()])
@@ -372,7 +374,8 @@ class TestCheckpoints:
         assert (tmp_path / "student.safetensors").read_text() == "before"
 
     def test_of_another_split(self, run, fails):
-        last = fails("fit", "--config", "config.yaml", "--ckpt_path", "last", "--data.init_args.labeled", "9")
+        path = str(run / "last.ckpt")
+        last = fails("fit", "--config", "config.yaml", "--ckpt_path", path, "--data.init_args.labeled", "9")
         assert "the checkpoint was trained on another split" in last
 
     def test_split_file_of_other_data(self, run, fails):
@@ -501,3 +504,185 @@ def test_teacher_refusals_have_no_traceback(config, fails):
     }
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert "classes has 2 entries, but the teacher's output is [32, 10]" in fails("fit", "--config", "config.yaml")
+
+
+def run(*args, code="", **options):
+    """Run the command line in a process of its own."""
+    start = f"{code}\nfrom kd_lightning.__main__ import main\nmain()" if code else None
+    command = [sys.executable, *(["-c", start] if start else ["-m", "kd_lightning"]), *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300, **options)
+
+
+def fails_in_a_process(*args, **options):
+    """Return the last line of a process that must end with status 2 and without a traceback."""
+    done = run(*args, stdout=subprocess.PIPE, **options)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    return done.stderr.strip().splitlines()[-1]
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+class TestProcess:
+    """What surrounds the process: its folder, its output, its limits."""
+
+    def test_deleted_folder(self, tmp_path, monkeypatch, fails):
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        try:
+            assert "the working directory no longer exists" in fails("fit", "--config", "config.yaml")
+        finally:
+            os.chdir(tmp_path)
+
+    def test_ascii_output(self, config, monkeypatch):
+        output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
+        monkeypatch.setattr(sys, "stdout", output)
+        main(["layers", "--config", "config.yaml"])
+        print("±")
+        assert output.buffer.getvalue().endswith(b"?\n")
+
+    @pytest.mark.slow
+    def test_ascii_locale(self, config):
+        done = run("fit", "--config", "config.yaml", "--trainer.enable_progress_bar", "true", env=ASCII)
+        assert done.returncode == 0, done.stderr
+        Path("grün.yaml").write_text(CONFIG.replace("tiny", "grün"), encoding="utf-8")
+        last = fails_in_a_process("fit", "--config", "grün.yaml", env=ASCII)
+        assert "set PYTHONUTF8=1" in last
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("bar", ["false", "true"])
+    def test_output_that_nobody_reads(self, config, bar):
+        """Like ``| head``: the reading end of the pipe is closed at once."""
+        read, write = os.pipe()
+        os.close(read)
+        more = ["--trainer.enable_progress_bar", bar, "--trainer.enable_model_summary", "true"]
+        done = run("fit", "--config", "config.yaml", *more, stdout=write)
+        os.close(write)
+        assert done.returncode == 141
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+
+    @pytest.mark.slow
+    def test_full_output(self, config):
+        with Path("/dev/full").open("w") as full:
+            done = run("layers", "--config", "config.yaml", stdout=full)
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1] == "error: [Errno 28] No space left on device"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("limit", [16, 28])
+    def test_too_few_open_files(self, config, limit):
+        code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))"
+        last = fails_in_a_process("fit", "--config", "config.yaml", "--data.num_workers", "2", code=code)
+        assert "num_workers: 2 workers need about" in last
+        assert f"open files, but the limit is {limit}" in last
+
+    @pytest.mark.parametrize(
+        ("error", "part"),
+        [
+            (OSError(24, "Too many open files"), "ulimit -n"),
+            (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "num_workers"),
+            (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. ... shared memory"), "/dev/shm"),
+        ],
+    )
+    def test_errors_of_the_system(self, fails, monkeypatch, error, part):
+        def fail(args):
+            raise error
+
+        monkeypatch.setattr("kd_lightning.cli.commands.layers.main", fail)
+        assert part in fails("layers")
+
+
+class Mark(Callback):
+    """Writes a file once a checkpoint is there."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            Path(f"marked{trainer.global_rank}").touch()
+
+
+def stop(args, number, when, group=False, twice=False):
+    """Start a command, send it a signal when a condition holds, and return its exit status and its output."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    # a group of its own, and SIGINT as a terminal leaves it
+    with subprocess.Popen(
+        [sys.executable, "-m", "kd_lightning", *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            end = time.monotonic() + 120
+            while not when() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            for _ in range(1 + twice):
+                (os.killpg if group else os.kill)(process.pid, number)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            if _alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+    status = process.returncode
+    return (128 - status if status < 0 else status), output  # as a shell shows a process that ends by a signal
+
+
+def after(seconds):
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+@pytest.mark.slow
+class TestStop:
+    """Signals end a command in one line, with the status that shells and schedulers expect."""
+
+    FIT = ["fit", "--config", "config.yaml", "--trainer.max_epochs", "100000"]
+    FIT += ["--trainer.callbacks+", "test_faults.Mark"]
+
+    @pytest.mark.parametrize(
+        ("number", "seconds"),
+        [(signal.SIGINT, 0.2), (signal.SIGTERM, 1.0), (signal.SIGINT, 2.5), (signal.SIGTERM, 4.0)],
+    )
+    def test_before_the_fit(self, config, number, seconds):
+        """While libraries load, the config is parsed, and objects are built; no resume is promised."""
+        status, output = stop([*self.FIT, "--checkpoint.every_n_train_steps", "1000000"], number, after(seconds))
+        assert status == 128 + number
+        assert output.strip().splitlines()[-1] == f"error: stopped by {number.name}"
+        assert "Traceback" not in output
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(("workers", "group"), [("0", False), ("2", True)])
+    def test_in_a_fit(self, config, number, workers, group):
+        args = [*self.FIT, "--data.init_args.num_workers", workers]
+        status, output = stop(args, number, Path("marked0").exists, group=group)
+        assert status == 128 + number
+        assert output.strip().splitlines()[-1] == f"error: stopped by {number.name}; --ckpt_path last resumes the run"
+        assert "Traceback" not in output
+        assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] >= 3
+
+    def test_twice(self, config):
+        status, output = stop(self.FIT, signal.SIGINT, Path("marked0").exists, twice=True)
+        assert status == 130
+        assert "error: stopped by SIGINT" in output
+        assert "Traceback" not in output
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+    def test_two_processes(self, config, number, group):
+        args = [*self.FIT, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        status, output = stop(args, number, Path("marked0").exists, group=group)
+        assert status == 128 + number
+        assert f"error: stopped by {number.name}; --ckpt_path last resumes the run" in output
+        assert "Traceback" not in output
+
+    def test_another_command(self, config):
+        args = ["experiment", "config.yaml", "--seeds", "1", "--trainer.max_epochs", "100000"]
+        args += ["--trainer.callbacks+", "test_faults.Mark"]
+        status, output = stop(args, signal.SIGINT, Path("marked0").exists)
+        assert status == 130
+        assert output.strip().splitlines()[-1] == "error: stopped by SIGINT"
+        assert "Traceback" not in output

@@ -22,6 +22,7 @@ from kd_lightning.runs.class_paths import (
     takes_any_argument,
     takes_none,
 )
+from kd_lightning.runs.yaml_file import UnboundedYAMLError, compose_yaml, load_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -51,8 +52,19 @@ def read_configs(args: Iterable[str]) -> dict[str, Any]:
 
     The parser changes the working directory, so that relative paths lead to other files then. Call this before.
     What is no YAML is left out.
+
+    Raises:
+        InputError: For a file or an argument that nests too deeply, holds itself, or has aliases that repeat too much.
     """
     merged: dict[str, Any] = {}
+    args = list(args)
+    for argument in args:
+        try:
+            compose_yaml(argument.partition("=")[2] or argument)
+        except UnboundedYAMLError as error:
+            raise InputError(f"{argument:.80} cannot be read: {error}") from error
+        except yaml.YAMLError:
+            continue
     for key, path in config_files(args):
         content = _read(path, top=not key)
         if isinstance(content, dict) and ("." not in key or content.keys() & {*SPEC_KEYS}):
@@ -65,7 +77,9 @@ def read_configs(args: Iterable[str]) -> dict[str, Any]:
 def _read(path: Path, top: bool, above: tuple[Path, ...] = ()) -> Any:
     """Return the content of a file, with the content of the config files that it names in their place."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except UnboundedYAMLError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return None
     return _with_files(content, path.resolve(), top, (*above, path.resolve()))
@@ -119,7 +133,7 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
     args = list(args)
     for _, path in config_files(args):
         try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            root = compose_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         _check_duplicates(root, "", path)

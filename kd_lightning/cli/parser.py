@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kd_lightning.cli.config_check import known_keys
+from kd_lightning.errors import InputError
 from kd_lightning.runs.parser_errors import explain_parser_error
 
 
@@ -20,6 +21,21 @@ class Parser(LightningArgumentParser):
     """
 
     config: Mapping[str, Any] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # an abbreviated key is a misspelt one
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse a command line.
+
+        Raises:
+            InputError: If it cannot be parsed.
+        """
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError as error:
+            raise InputError("a value of the command line or of a config nests too deeply, or holds itself") from error
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""

@@ -17,6 +17,7 @@ from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import LabelRow, read_label_file
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.resume_settings import batch_settings, check_resume
 from kd_lightning.data.sources.images import identity, path_of, read_image
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty
 from kd_lightning.data.splits import Split, make_split
@@ -26,6 +27,7 @@ from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, Vie
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.runs.folder import run_folder, writes_files
 
 
 class SemiSupervisedDataModule(LightningDataModule):
@@ -139,6 +141,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._labels: LabelTable | None = None
         self._view_tables: dict[str, ViewTable] = {}
         self._pool_digests: list[str] = []  # hashed once, not again for every checkpoint
+        self._settings: dict[str, Any] = {}  # likewise
 
     def prepare_data(self) -> None:
         """Runs once per node before ``setup``: download missing files."""
@@ -165,44 +168,29 @@ class SemiSupervisedDataModule(LightningDataModule):
             return
         assert self.split is not None
         self._labels = self._build_labels()  # without the pseudo-labels of an earlier fit
+        self._settings = {}
         self._view_tables.clear()
         first = self.trainer.strategy.broadcast(self.split.hash)
         if first != self.split.hash:
             raise InputError(
                 f"rank {self.trainer.global_rank} has another split than rank 0; all ranks must read the same data"
             )
-        folder = self.trainer.log_dir or self.trainer.default_root_dir  # a collective call: made on every rank
-        if not self.trainer.loggers and not self.trainer.checkpoint_callbacks:
-            return  # the run writes no files
-        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            self.split.save(Path(folder) / "split.json")
+        folder = run_folder(self.trainer)
+        if writes_files(self.trainer):
+            self.split.save(folder / "split.json")
 
     def state_dict(self) -> dict[str, Any]:
-        """Runs when a checkpoint is saved: return the hashes of the split, the pool and the labels."""
+        """Runs when a checkpoint is saved: return hashes of the split, pool and labels, and the batches' settings."""
         if self.split is None or self._labels is None:
             return {}
-        return {"split": self.split.hash, "pool": self._pool_hash(), "labels": self._labels.hash}
+        self._settings = self._settings or batch_settings(self, self._world_size_and_rank()[0])
+        hashes = {"split": self.split.hash, "pool": self._pool_hash(), "labels": self._labels.hash}
+        return {**hashes, "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Runs when a fit resumes: refuse another split, other images in the pool, or other labels."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or self.split is None:
-            return
-        if state_dict.get("split", self.split.hash) != self.split.hash:
-            raise InputError(
-                "the checkpoint was trained on another split; resume with the same source, labeled, label_file, "
-                "val_size and seed, or with labeled: the split.json of its run (it holds the labels of label_file) and "
-                "no label_file"
-            )
-        if state_dict.get("pool", self._pool_hash()) != self._pool_hash():
-            raise InputError(
-                "the unlabeled pool has changed since the checkpoint (its hash differs), and pseudo-labels would go to "
-                "other images; resume with the images of that run, or start a new run"
-            )
-        if self._labels is not None and state_dict.get("labels", self._labels.hash) != self._labels.hash:
-            raise InputError(
-                "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise "
-                "and coarse, or start a new run"
-            )
+        """Runs when a fit resumes: refuse another split, pool, labels or settings of the batches."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and (now := self.state_dict()):
+            check_resume(state_dict, now)
 
     def _pool_hash(self) -> str:
         parts, _ = self._parts_and_split()

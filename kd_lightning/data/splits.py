@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Split:
         """Read a saved split, and check that it belongs to data with these training labels.
 
         Raises:
-            InputError: If the file is missing, damaged, or belongs to other data.
+            InputError: If the file is missing, damaged, or belongs to other data, if a part holds what is no sample of
+                the data, and if a sample comes twice.
         """
         if not path.is_file():
             raise InputError(f"labeled: no split file at {path}; allowed: a split file, a count per class, a fraction")
@@ -65,12 +67,16 @@ class Split:
             fields = json.loads(path.read_text(encoding="utf-8"))
             written = fields.pop("hash")
             split = cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"labeled: {path} is not a split file: {error}") from error
+        if problem := _wrong_field(split):
+            raise InputError(f"labeled: {path}: {problem}")
         if split.hash != written:
             raise InputError(f"labeled: {path} was changed after it was written (its hash differs)")
         if split.data != hash_targets(targets):
             raise InputError(f"labeled: {path} belongs to other data (the hash of the source's labels differs)")
+        if problem := _wrong_sample(split, len(targets)):
+            raise InputError(f"labeled: {path}: {problem}")
         return split
 
     def with_label_rows(self, rows: Sequence[Sequence[Any]]) -> Split:
@@ -96,6 +102,58 @@ class Split:
             unlabeled=sorted(samples - labeled - {*self.held_out}),
             label_rows=[known[index] for index in sorted(known)],
         )
+
+
+_PARTS = ("labeled", "unlabeled", "val", "held_out")
+
+
+def _wrong_field(split: Split) -> str:
+    """Return what is wrong with the types of the fields, empty if nothing is."""
+    for name in ("data", "pool"):
+        if not isinstance(getattr(split, name), str):
+            return f"{name} must be a text, got {getattr(split, name)!r:.80}"
+    if type(split.seed) is not int:
+        return f"seed must be an integer, got {split.seed!r:.80}"
+    for name in (*_PARTS, "label_rows"):
+        if not isinstance(getattr(split, name), list):
+            return f"{name} must be a list, got {getattr(split, name)!r:.80}"
+    for row in split.label_rows:
+        if not isinstance(row, list) or len(row) != 4:
+            return f"label_rows must hold [index, label, kind, weight] each, got {row!r:.80}"
+    for name, indices in _indices(split):
+        if {*map(type, indices)} - {int}:  # the type of True is not int
+            wrong = next(index for index in indices if type(index) is not int)
+            return f"{name} must hold the numbers of samples, got {wrong!r:.80}"
+    return ""
+
+
+def _wrong_sample(split: Split, size: int) -> str:
+    """Return which part holds what is no sample of the data, or a sample that comes twice; empty if none does.
+
+    A number from ``size`` on is a sample of the source's unlabeled part, which has a label row.
+    """
+    place: dict[int, str] = {}
+    beyond = {row[0] for row in split.label_rows if row[0] >= size}
+    for name, indices in _indices(split):
+        samples = {*indices}
+        allowed = range(size) if name == "val" else beyond
+        if wrong := [index for index in samples if index < 0 or (index >= size and index not in allowed)]:
+            return f"{name} must hold samples 0 ... {size - 1}, got {min(wrong)}"
+        if len(samples) < len(indices):
+            twice = next(index for index, count in Counter(indices).items() if count > 1)
+            return f"{name} holds sample {twice} twice"
+        if name == "label_rows":
+            samples &= {*split.val}
+            place = dict.fromkeys(split.val, "val")
+        if both := samples & place.keys():
+            return f"sample {min(both)} is in {place[min(both)]} and in {name}"
+        place |= dict.fromkeys(samples, name)
+    return ""
+
+
+def _indices(split: Split) -> Iterator[tuple[str, list[Any]]]:
+    yield from ((name, getattr(split, name)) for name in _PARTS)
+    yield "label_rows", [row[0] for row in split.label_rows]
 
 
 def hash_targets(targets: Tensor) -> str:

@@ -38,7 +38,7 @@ def build(base: type[T], config: dict[str, Any]) -> T:
         built = parser.instantiate_classes(parser.parse_object({_ROOT: config}))[_ROOT]
     except InputError:
         raise
-    except (TypeError, ValueError, ImportError, OSError) as error:
+    except (TypeError, ValueError, ImportError, OSError, RuntimeError, LookupError) as error:
         raise InputError(explain_error(error)) from error
     assert isinstance(built, base)
     return built

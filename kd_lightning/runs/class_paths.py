@@ -25,6 +25,17 @@ _MODULES_OF_SHORT_NAMES = (
     "torchvision.transforms.v2",
 )
 
+_EXTRAS = {
+    "timm": "timm",
+    "brevitas": "quant",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "cleanlab": "weak",
+    "skactiveml": "weak",
+    "pyarrow": "weak",
+}
+"""Optional packages, and the extra of this package that installs each."""
+
 
 def walk_config(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:
     """Yield (path, key, value, owner) of every key; the owner is the class path whose argument the key is."""
@@ -41,7 +52,19 @@ def walk_config(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[
 def class_names() -> list[str]:
     """The short names that a class path may be compared with."""
     modules = [importlib.import_module(name) for name in _MODULES_OF_SHORT_NAMES]
-    return [name for module in modules for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+    named = [(module, name) for module in modules for name in getattr(module, "__all__", vars(module))]
+    return [name for module, name in named if name[0] != "_" and callable(getattr(module, name, None))]
+
+
+def missing_package(path: str) -> str:
+    """Return how to install the optional package of an import path, empty if it is installed or not optional."""
+    package = path.partition(".")[0]
+    if package in _EXTRAS:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            return f"{package} is not installed: pip install 'kd-lightning[{_EXTRAS[package]}]'"
+    return ""
 
 
 def find_class(class_path: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +18,7 @@ from kd_lightning.runs.class_paths import (
     class_names,
     did_you_mean,
     find_class,
+    missing_package,
     name_of,
     no_such_key,
     walk_config,
@@ -72,16 +76,61 @@ def explain_error(error: BaseException, config: Config | None = None) -> str:
         if str(error.__cause__).startswith("Expected a "):  # of a union the first type alone; the text has all
             break
         error = error.__cause__
-    message = str(error)
+    if isinstance(error, IndexError) and raising_module(error).startswith("jsonargparse."):
+        error = _without_text(error)
+    message = str(error) or type(error).__name__
     if raising_module(error).startswith("jsonargparse."):
         message = str(explain_parser_error(message, None, config))
     if found := re.search(r"negative dimension (-\d+)", message):  # torch's message has the number alone
         for path, _, value, _ in walk_config(config):
             if not isinstance(value, bool) and value == int(found[1]):
                 return f"{path}: it makes a tensor of {found[0]}"
+    if text := _unknown_network(error, message, config):
+        return text
     if found := re.match(r"(\w+)(?=: | must )(?:.*, got (.*))?", message, re.DOTALL):  # an argument's name
         message = _place_of_name(found[1], config, found[2]) + message[found.end(1) :]
+    elif place := _place_of_builder(error, config):
+        message = f"{place}: {message}"
     return " ".join(message.split())
+
+
+def _without_text(error: BaseException) -> BaseException:
+    """Return the exception without a text on which the parser itself failed."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.get("exceptions", ()):
+            if isinstance(value, BaseException) and not str(value):
+                return value
+    return error
+
+
+def _unknown_network(error: BaseException, message: str, config: Config) -> str:
+    """Return what is wrong with the name of a network or of its weights, empty for any other error."""
+    models: Any = getattr(sys.modules.get(raising_module(error).partition(".")[0]), "models", None)
+    known: list[str] = models.list_models() if hasattr(models, "list_models") else []
+    found = re.search(r"Unknown model \(?([^\s()]+)\)?|Invalid pretrained tag \(([^)]+)\) for ([^\s]+)\.$", message)
+    if found is None or not known:
+        if not isinstance(error, KeyError):
+            return ""
+        name, text = str(error.args[0]), "no such name"
+    elif found[1]:
+        name, similar = found[1], difflib.get_close_matches(found[1], known, n=3, cutoff=0)
+        text = f"no such network; the closest names: {', '.join(similar)}"
+    else:
+        name, tags = f"{found[3]}.{found[2]}", models.list_pretrained(f"{found[3]}.*")
+        text = f"no such weights; allowed: {', '.join(tags)}"
+    place = next((path for path, _, value, _ in walk_config(config) if value == name), "")
+    return f"{place or _place_of_builder(error, config) or 'the network'}: {text}, got {name!r}"
+
+
+def _place_of_builder(error: BaseException, config: Config) -> str:
+    """Return the place of the object whose package raised an error, empty if several objects are of this package."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [module.partition(".")[0] for module in modules]
+    while "jsonargparse" in packages:
+        packages = packages[packages.index("jsonargparse") + 1 :]
+    objects = [(path, find_class(spec["class_path"])) for path, spec in _specs("", config)]
+    places = [path for path, owner in objects if [str(owner.__module__).partition(".")[0]] == packages[:1]]
+    return places[0] if len(places) == 1 else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -123,6 +172,9 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
     text = re.sub(r"\n\s*- Expected a ", " or a ", text)
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return partial(_wrong_class, found[1])
+    found = re.search(r"Problem with given class_path '([^']+)'", text)
+    if found and missing_package(found[1]):
+        return partial(_wrong_class, found[1])
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r"Type Callable\[.*\] expects a function or a callable class: ", "", text)
     text = re.sub(r"\.+\s+Got value: .*|\s+Subclass types expect one of:.*", "", text, flags=re.DOTALL)
@@ -137,6 +189,8 @@ def _wrong_value(text: str, got: str | None, keys: Keys, config: Config) -> str:
 
 def _wrong_class(name: str, keys: Keys, config: Config) -> str:
     found = find_class(name)
+    if missing := missing_package(name):
+        return f"{_class_place(name, keys, config)}: {missing}"
     if found is None:
         return f"{_class_place(name, keys, config)}: no class {name!r}{did_you_mean(name, class_names())}"
     place = _place(keys, config) or name

@@ -273,6 +273,34 @@ def test_no_yaml(folder, fails):
     assert "broken.yaml is no YAML: " in fails("fit", "--config=broken.yaml")
 
 
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "&a {model: *a}"])
+def test_config_that_holds_itself(folder, fails, text):
+    Path("itself.yaml").write_text(text)
+    Path("outer.yaml").write_text("trainer: itself.yaml")
+    for file in ("itself.yaml", "outer.yaml"):
+        last = fails("fit", "--config", file)
+        assert "itself.yaml cannot be read: line 1: a value holds itself" in last
+    assert "holds itself" in fails("fit", "--config", text)
+
+
+@pytest.mark.parametrize("key", ["config", "trainer", "model"])
+def test_file_that_names_itself(folder, fails, key):
+    Path("itself.yaml").write_text(f"{key}: itself.yaml")
+    assert "loop" in fails("fit", "--config", "itself.yaml")
+
+
+def test_aliases_that_repeat_too_much(folder, fails):
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    Path("laughs.yaml").write_text("\n".join(["a0: &a0 [x]", *lines]))
+    assert "laughs.yaml cannot be read: its aliases" in fails("fit", "--config", "laughs.yaml")
+
+
+@pytest.mark.parametrize("key", ["trainer.max_epoch", "nam", "data.init_args.label"])
+def test_abbreviations_are_no_keys(config, fails, key):
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert key in fails("fit", "--config", "config.yaml", f"--{key}", "3")
+
+
 def build(
     a: int = 1, b: int | None = 2, c: Any = 3, d: Literal["x", None] = "x", e: int = None, f=4, *, g: nn.Module  # noqa: RUF013
 ) -> nn.Module:  # fmt: skip

@@ -127,8 +127,8 @@ class TestSplitFile:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
 
-        def run(seed=0, path=None, **kwargs):
-            data = SemiSupervisedDataModule(Digits(), labeled=3, unlabeled="none", seed=seed)
+        def run(seed=0, path=None, labeled=3, **kwargs):
+            data = SemiSupervisedDataModule(Digits(), labeled=labeled, unlabeled="none", seed=seed)
             trainer = quiet_trainer(limit_val_batches=0, **kwargs)
             trainer.fit(SupervisedModule(student), datamodule=data, ckpt_path=path)
             return data, trainer
@@ -152,6 +152,8 @@ class TestSplitFile:
         _, trainer = fit()
         trainer.save_checkpoint(tmp_path / "c.ckpt")
         with pytest.raises(InputError, match="the checkpoint was trained on another split; resume with the same"):
+            fit(labeled=4, path=tmp_path / "c.ckpt", max_epochs=2)
+        with pytest.raises(InputError, match="^seed: the checkpoint was trained with 0, got 1; resume with the same"):
             fit(seed=1, path=tmp_path / "c.ckpt", max_epochs=2)
         fit(path=tmp_path / "c.ckpt", max_epochs=2)
 

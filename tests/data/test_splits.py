@@ -60,6 +60,53 @@ def test_saved_split(tmp_path):
     assert replace(split, seed=2).hash != split.hash
 
 
+ROW = [3, 1, "clean", 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labeled": [0, 1, 80]}, "labeled must hold samples 0 ... 79, got 80"),
+        ({"val": [0, 10**30]}, "val must hold samples 0 ... 79, got 10"),
+        ({"unlabeled": [5, -1]}, "unlabeled must hold samples 0 ... 79, got -1"),
+        ({"labeled": [0, 1, 0]}, "labeled holds sample 0 twice"),
+        ({"labeled": [0, 1], "unlabeled": [2, 1], "val": []}, "sample 1 is in labeled and in unlabeled"),
+        ({"labeled": [0, 1], "unlabeled": [2], "val": [2]}, "sample 2 is in unlabeled and in val"),
+        ({"labeled": [0, 1], "unlabeled": [2], "val": [], "held_out": [1]}, "sample 1 is in labeled and in held_out"),
+        ({"labeled": [0, "1"]}, "labeled must hold the numbers of samples, got '1'"),
+        ({"labeled": [0, 1.0]}, "labeled must hold the numbers of samples, got 1.0"),
+        ({"labeled": [0, True]}, "labeled must hold the numbers of samples, got True"),
+        ({"labeled": [0, None]}, "labeled must hold the numbers of samples, got None"),
+        ({"labeled": [0, [1]]}, r"labeled must hold the numbers of samples, got \[1\]"),
+        ({"labeled": "012"}, "labeled must be a list, got '012'"),
+        ({"val": None}, "val must be a list, got None"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"data": 3}, "data must be a text, got 3"),
+        ({"label_rows": [ROW[:3]]}, r"label_rows must hold \[index, label, kind, weight\] each, got \[3, 1, 'clean'\]"),
+        ({"label_rows": [7]}, "label_rows must hold .*got 7"),
+        ({"label_rows": [["3", *ROW[1:]]]}, "label_rows must hold the numbers of samples, got '3'"),
+        ({"label_rows": [[-3, *ROW[1:]]]}, "label_rows must hold samples 0 ... 79, got -3"),
+        ({"label_rows": [ROW, ROW]}, "label_rows holds sample 3 twice"),
+        ({"label_rows": [ROW], "val": [3], "labeled": [], "unlabeled": []}, "sample 3 is in val and in label_rows"),
+    ],
+)
+def test_parts_that_are_no_partition(tmp_path, changes, message):
+    """The hash of such a file can be right."""
+    path = tmp_path / "split.json"
+    replace(make_split(TARGETS, 2, 0.1, seed=1), **changes).save(path)
+    with pytest.raises(InputError, match=f"labeled: .*split.json: {message}"):
+        Split.load(path, TARGETS)
+
+
+def test_samples_of_the_unlabeled_part_need_a_label_row(tmp_path):
+    split = make_split(TARGETS, 2, 0.1, seed=1).with_label_rows([(90, 1, "clean", 1.0)])
+    split.save(tmp_path / "split.json")
+    assert Split.load(tmp_path / "split.json", TARGETS) == split
+    replace(split, label_rows=[]).save(tmp_path / "split.json")
+    with pytest.raises(InputError, match="labeled must hold samples 0 ... 79, got 90"):
+        Split.load(tmp_path / "split.json", TARGETS)
+
+
 def test_missing_split_file(tmp_path):
     with pytest.raises(InputError, match="labeled: no split file at .*gone.json; allowed: a split file, a count per"):
         Split.load(tmp_path / "gone.json", TARGETS)

@@ -1,10 +1,12 @@
 """Errors of the parser: one line that names the key, what is allowed, and the most similar right name."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from kd_lightning.runs.parser_errors import explain_error, explain_parser_error
 
@@ -35,7 +37,7 @@ SOFT_LOSS = "model.init_args.soft_loss"
         ("model.init_args.teacher.init_args.path", "nowhere.pt", ["no weights file at nowhere.pt"]),
         ("model.init_args.teacher.init_args.path", MALICIOUS, [MALICIOUS, "refused", "safetensors"]),
         ("model.init_args.teacher.init_args.model.init_args.width", 9, ["of another shape", "[8, 1, 3, 3]"]),
-        ("model.init_args.student.init_args.num_classes", 7, ["same number of outputs", "[10]", "[7]"]),
+        ("model.init_args.student.init_args.num_classes", 7, ["student", "at least 10", "got 7"]),
         (
             SOFT_LOSS,
             {"class_path": "kd_lightning.losses.KDLoss", "init_args": {"temperature": 0}},
@@ -234,3 +236,78 @@ def test_of_two_callbacks_the_wrong_one(config, fails):
     config["trainer"]["callbacks"] = [good, {"class_path": "SoftWeightAnnealing", "init_args": {"start": 0.9}}]
     last = fails("fit", "--config", write(config, "sub/x.yaml"))
     assert "trainer.callbacks[1].init_args.end: missing, but SoftWeightAnnealing needs it" in last
+
+
+STUDENT = "model.init_args.student"
+
+
+def network(class_path, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
+
+
+@pytest.mark.parametrize(
+    ("student", "parts"),
+    [
+        (
+            network("timm.create_model", model_name="resnet188"),
+            [f"{STUDENT}.init_args.model_name: no such network", "closest names: resnet18, ", "got 'resnet188'"],
+        ),
+        (
+            network("timm.create_model", model_name="no_such_net"),
+            [f"{STUDENT}.init_args.model_name: no such network", "closest names: ", "got 'no_such_net'"],
+        ),
+        (
+            network("timm.create_model", model_name="resnet18.none"),
+            [f"{STUDENT}.init_args.model_name: no such weights", "resnet18.a1_in1k", "got 'resnet18.none'"],
+        ),
+        (
+            network("timm.create_model", model_name="resnet18", checkpoint_path="gone.pth"),
+            [f"{STUDENT}: FileNotFoundError"],
+        ),
+        (
+            network("torchvision.models.get_model", name="resnet118"),
+            [f"{STUDENT}.init_args.name: no such network", "resnet18", "got 'resnet118'"],
+        ),
+        (
+            network("torchvision.models.get_model", name="resnet18") | {"dict_kwargs": {"weights": "NONE"}},
+            [f"{STUDENT}.dict_kwargs.weights: no such name", "got 'NONE'"],
+        ),
+        (
+            network("torchvision.models.resnet18", weights="IMAGENET1K_V9"),
+            [f"{STUDENT}.init_args.weights", "IMAGENET1K_V1", "got IMAGENET1K_V9"],
+        ),
+    ],
+)
+def test_names_of_networks_and_weights(config, fails, student, parts):
+    config["model"]["init_args"]["student"] = student
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    last = fails("fit", "--config", "config.yaml")
+    assert all(part in last for part in parts), last
+
+
+@pytest.mark.parametrize(
+    ("class_path", "extra"),
+    [("timm.create_model", "timm"), ("timm.models.create_model", "timm"), ("brevitas.nn.QuantLinear", "quant")],
+)
+def test_missing_extra(config, fails, monkeypatch, class_path, extra):
+    package = class_path.partition(".")[0]
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    config["model"]["init_args"]["student"] = network(class_path)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    last = fails("fit", "--config", "config.yaml")
+    assert f"{STUDENT}.class_path: {package} is not installed: pip install 'kd-lightning[{extra}]'" in last
+
+
+def test_message_without_a_key_gets_the_place_of_the_object(config, fails):
+    config["model"]["init_args"]["student"] = network(f"{__name__}.Refuses")
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert fails("fit", "--config", "config.yaml").endswith(f"error: {STUDENT}: No network today")
+
+
+class Refuses(nn.Module):
+    """A network that cannot be built."""
+
+    def __init__(self):
+        raise LookupError("No network today")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +108,14 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Spl
         The split, with the hash of the unlabeled part if rows belong to it.
 
     Raises:
-        InputError: For rows of an unlabeled part that is absent or has changed.
+        InputError: For rows of an unlabeled part that is absent or has changed, and for a row whose label, kind or
+            weight cannot be.
     """
+    targets = parts.train.targets
+    if split.label_rows and targets.ndim == 1 and not targets.is_floating_point():
+        classes = len(parts.class_names) if parts.class_names else int(targets.max()) + 1
+        for row in split.label_rows:
+            _check_label_row(row, classes)
     size = len(parts.train.images)
     beyond = [row[0] for row in split.label_rows if row[0] >= size]
     if not beyond:
@@ -119,3 +127,16 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Spl
     if split.pool not in ("", digest) or max(beyond) >= size + len(parts.unlabeled):
         raise InputError(f"{what}, which has changed since (its hash differs)")
     return replace(split, pool=digest)
+
+
+def _check_label_row(row: Sequence[Any], classes: int) -> None:
+    index, label, kind, weight = row
+    place = f"labeled: the label row of sample {index} must have"
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{place} one of the kinds {', '.join(KINDS)}, got {kind!r:.80}")
+    if kind in ("clean", "noisy") and (type(label) is not int or not 0 <= label < classes):
+        raise InputError(f"{place} a class 0 ... {classes - 1}, got {label!r:.80}")
+    if kind == "coarse" and not isinstance(label, str):
+        raise InputError(f"{place} the name of a superclass, got {label!r:.80}")
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise InputError(f"{place} a weight of at least 0, got {weight!r:.80}")

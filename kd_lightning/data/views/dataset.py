@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from kd_lightning.batch import Batch
 from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
 
 Key = int | tuple[int, int]
@@ -127,16 +128,16 @@ def uses_torch_rng_only(transform: Any) -> bool:
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples to a batch without labels."""
     try:
-        x = torch.stack([sample.x for sample in samples])
+        x = share(torch.stack([sample.x for sample in samples]))
     except RuntimeError as error:
         shapes = sorted({tuple(sample.x.shape) for sample in samples})
         raise InputError(f"samples must have one shape after their transform, got {shapes[:3]}") from error
     strong = [sample.x_strong for sample in samples if sample.x_strong is not None]
     return Batch(
         x,
-        index=torch.tensor([sample.index for sample in samples]),
-        view=torch.tensor([sample.view for sample in samples]),
-        x_strong=torch.stack(strong) if strong else None,
+        index=share(torch.tensor([sample.index for sample in samples])),
+        view=share(torch.tensor([sample.view for sample in samples])),
+        x_strong=share(torch.stack(strong)) if strong else None,
     )
 
 

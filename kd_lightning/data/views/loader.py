@@ -14,6 +14,7 @@ from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
 from kd_lightning.data.views.samplers import ViewSampler
 from kd_lightning.data.views.table import ViewTable
+from kd_lightning.data.views.worker_limits import check_open_files
 
 
 class ViewLoader(DataLoader[Batch]):
@@ -47,12 +48,16 @@ class ViewLoader(DataLoader[Batch]):
         self._resume_position = (-1, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of its batches that were loaded."""
-        return {"epoch": self._position[0], "batches": self._position[1]}
+        """The epoch, and the number of its batches that the trainer has processed."""
+        epoch, batches = self._position
+        if self.trainer is not None:  # a batch was loaded but not processed if an exception is the reason to save
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            batches = min(batches, progress.processed)
+        return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume at that batch if the next epoch is that one; any other epoch starts at its first batch."""
-        self._resume_position = (state["epoch"], state["batches"])
+        self._position = self._resume_position = (state["epoch"], state["batches"])
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator: it starts with the first batch, after Lightning has set the epoch.
@@ -80,6 +85,7 @@ class ViewLoader(DataLoader[Batch]):
     def _batches(self) -> Iterator[Batch]:
         if self.view_table is not None:
             self.view_table.check_transform()
+        check_open_files(self)
         return shorten_worker_errors(super().__iter__())
 
     def _step_means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:

@@ -1,0 +1,59 @@
+"""YAML texts, read within bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+_MOST_REPEATED = 100_000
+"""The most values that aliases may add to those that a text spells out."""
+
+
+class UnboundedYAMLError(yaml.YAMLError):
+    """Raised for a text that nests too deeply, that holds itself, or whose aliases repeat too much."""
+
+
+def load_yaml(text: str) -> Any:
+    """Return the content of a YAML text.
+
+    Raises:
+        yaml.YAMLError: For what :func:`compose_yaml` refuses, and for values that do not exist, such as a 13th month.
+    """
+    root = compose_yaml(text)
+    try:
+        return None if root is None else yaml.SafeLoader("").construct_document(root)
+    except (ValueError, OverflowError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def compose_yaml(text: str) -> yaml.Node | None:
+    """Return the tree of a YAML text, with its line numbers.
+
+    Raises:
+        yaml.YAMLError: If the text is no YAML.
+        UnboundedYAMLError: If it nests too deeply, holds itself, or has aliases that repeat too much.
+    """
+    sizes: dict[int, int] = {}
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        expanded = _size(root, sizes)
+    except RecursionError as error:
+        raise UnboundedYAMLError("it nests too deeply") from error
+    if expanded - len(sizes) > _MOST_REPEATED:
+        raise UnboundedYAMLError(f"its aliases (*name) repeat more than {_MOST_REPEATED:,} values")
+    return root
+
+
+def _size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Return the number of values at a node and below, with each alias in full; ``sizes`` holds those counted."""
+    if node is None:
+        return 0
+    if id(node) not in sizes:
+        sizes[id(node)] = -1  # its own values are being counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = children if isinstance(node, yaml.MappingNode) else ((child,) for child in children)
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for pair in pairs for child in pair)
+    if sizes[id(node)] < 0:
+        raise UnboundedYAMLError(f"line {node.start_mark.line + 1}: a value holds itself, by an alias (*name)")
+    return sizes[id(node)]

@@ -1,0 +1,34 @@
+"""YAML texts that would never end are refused."""
+
+import pytest
+import yaml
+
+from kd_lightning.runs.yaml_file import UnboundedYAMLError, load_yaml
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: 1\nb: &b [*b]", "line 2: a value holds itself"),
+        ("a: &a {b: *a}", "line 1: a value holds itself"),
+        ("&a {<<: *a}", "line 1: a value holds itself"),
+        (LAUGHS, "repeat more than 100,000 values"),
+        ("[" * 2000 + "]" * 2000, "nests too deeply"),
+    ],
+)
+def test_unbounded(text, reason):
+    with pytest.raises(UnboundedYAMLError, match=reason):
+        load_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: 2001-13-45", "!!python/object:os.system {}", "? [1]\n: 2"])
+def test_other_errors_are_yaml_errors(text):
+    with pytest.raises(yaml.YAMLError):
+        load_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["", "3", "a: &a [1, {b: 2}]\nc: *a\nd: {<<: {e: 1}, f: null}"])
+def test_reads_what_safe_load_reads(text):
+    assert load_yaml(text) == yaml.safe_load(text)
