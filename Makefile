@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 teacher: $(VENV)/installed
 	rm -rf runs/teacher_digits/version_0
 	$(BIN)/python -m kd_lightning fit --config configs/teacher_digits.yaml
-	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml --ckpt_path last
+	$(BIN)/python -m kd_lightning test --config configs/teacher_digits.yaml
 
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 

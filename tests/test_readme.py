@@ -34,8 +34,9 @@ def test_yaml(root, tmp_path, monkeypatch):
     torch.save({"state_dict": teacher}, "teacher.ckpt")
     (text,) = blocks(root, "yaml")
     Path("photos.yaml").write_text(text)
-    main(["fit", "--config", "photos.yaml", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"])
-    main(["test", "--config", "photos.yaml", "--ckpt_path", "last"])
+    quick = ["--config", "photos.yaml", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    main(["fit", *quick])
+    main(["test", *quick])
     assert Path("runs/photos/version_0/student.safetensors").is_file()
 
 

@@ -3,6 +3,8 @@
 from kd_lightning.callbacks.activation_calibration import ActivationCalibration
 from kd_lightning.callbacks.baseline_monitor import BaselineMonitor
 from kd_lightning.callbacks.compile_networks import CompileNetworks
+from kd_lightning.callbacks.evaluation_writer import EvaluationWriter
+from kd_lightning.callbacks.exact_resume import ExactResume
 from kd_lightning.callbacks.layerwise_finetuning import LayerwiseFinetuning
 from kd_lightning.callbacks.prediction_writer import PredictionWriter
 from kd_lightning.callbacks.pseudo_label_refresh import PseudoLabelRefresh
@@ -15,6 +17,8 @@ __all__ = [
     "ActivationCalibration",
     "BaselineMonitor",
     "CompileNetworks",
+    "EvaluationWriter",
+    "ExactResume",
     "LayerwiseFinetuning",
     "PredictionWriter",
     "PseudoLabelRefresh",

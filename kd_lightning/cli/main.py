@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
 from kd_lightning.callbacks import (
     ActivationCalibration,
+    EvaluationWriter,
+    ExactResume,
     PredictionWriter,
     QuantizedWeightHistograms,
     SeedEveryStep,
@@ -26,13 +30,21 @@ from kd_lightning.callbacks import (
 )
 from kd_lightning.cli.config_check import check_configs, nulls_of, read_configs
 from kd_lightning.cli.parser import Parser
+from kd_lightning.cli.record_run import RecordRun, dump_config, unversioned_loggers
+from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
+from kd_lightning.cli.stop_signals import record_sigterm
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
+from kd_lightning.runs.folder import claim_folder, folder_on_rank_zero, lock_folder, release_folder, writes_files
+from kd_lightning.runs.guard_loggers import guard_loggers
+from kd_lightning.runs.metric_direction import check_callbacks, check_direction, direction_of
 from kd_lightning.runs.parser_errors import explain_error
+from kd_lightning.runs.run import CONFIG
+from kd_lightning.runs.weights import load_weights
 
 # the class that the parser takes for an empty mapping: of a network, a model, a scheduler of either kind
 _BASE_CLASSES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
@@ -47,34 +59,28 @@ _SETTINGS_OF_LAST = (
 )
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the config in the run's folder, with any logger."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` before the run starts."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process must read log_dir: it is broadcast
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=True)
-
-
 class DistillCLI(LightningCLI):
     """LightningCLI with the loggers and callbacks of this package; model and data are any subclass.
 
-    A run lies in ``<trainer.default_root_dir>/<name>/version_k``. If ``--ckpt_path`` lies in such a folder, the run
-    continues there.
+    A run lies in ``<trainer.default_root_dir>/<name>/version_k``. A fit that resumes a run of the same config continues
+    in its folder. Validate, test and predict use the deployed weights of the newest run of the config, unless
+    ``--ckpt_path`` names others.
+
+    Attributes:
+        selection: The run and the weights that ``--ckpt_path`` and the config lead to.
+        run_folder: The folder of the run, on rank 0 after a command has run.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         self.run_folder: Path | None = None
-        self.resumed_step: int | None = None
+        self.selection = Selection()
         super().__init__(
             # any LightningModule; for None, data is optional: a module may have loaders of its own
             LightningModule,
             None,
             subclass_mode_model=True,
             trainer_defaults={"default_root_dir": "runs"},
-            save_config_callback=SaveConfig,
+            save_config_callback=RecordRun,
             auto_configure_optimizers=False,
             parser_class=Parser,
             args=args,
@@ -86,7 +92,7 @@ class DistillCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
-            {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.save_last": True}
+            {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": None, "checkpoint.save_last": True}
         )
         parser.add_argument(
             "--early_stopping",
@@ -113,39 +119,25 @@ class DistillCLI(LightningCLI):
         """Do nothing: the command line counts, not the hyperparameters in the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        """Before anything is built: find the checkpoint's run, and leave out a teacher that is missing."""
+        """Before anything is built: complete the config, find the weights, and leave out a teacher that is missing."""
         config = self._own_config
-        if not config.name:
-            raise InputError(f"name must be the name of the run's folder, got {config.name!r}")
-        if self.subcommand is not None:
-            path = self._checkpoint_file(config)
-            if path is not None and path.parent.name == "checkpoints" and path.parent.parent.is_dir():
-                self.run_folder = path.parent.parent
-            if path is not None:
-                self.resumed_step = read_checkpoint(path).get("global_step")
-        if self.subcommand != "fit" or self.run_folder is not None:
-            self.save_config_callback = None  # the folder has fit's config already
+        root = Path(config.trainer.default_root_dir or Path.cwd())
+        _check_name(config.name, root)
+        _set_direction(config.checkpoint)
+        if self.subcommand is None:
+            return
+        plain = yaml.safe_load(dump_config(self._parser(self.subcommand), config))
+        select = select_for_fit if self.subcommand == "fit" else select_for_evaluation
+        self.selection = select(config.get("ckpt_path"), root, plain)
+        if self.selection.checkpoint is not None:
+            read_checkpoint(self.selection.checkpoint, resume=self.subcommand == "fit")
+            config["ckpt_path"] = str(self.selection.checkpoint)
+        elif self.selection.weights is not None:
+            config["ckpt_path"] = None
+        if self.subcommand != "fit":
+            self.save_config_callback = None
         if self.subcommand in ("test", "predict"):
             self._drop_missing_teacher(config)
-
-    def _checkpoint_file(self, config: Any) -> Path | None:
-        """Return the checkpoint's path; ``last`` and ``best`` mean the newest one of the runs of this name."""
-        given = config.get("ckpt_path")
-        if given in (None, "hpc", "registry"):
-            return None
-        if given in ("last", "best"):
-            root = Path(config.trainer.default_root_dir)
-            runs = root if config.trainer.logger is False else root / config.name  # as Lightning does
-            pattern = "checkpoints/*.ckpt" if runs == root else "version_*/checkpoints/*.ckpt"
-            found: list[Path] = sorted(runs.glob(pattern), key=os.path.getmtime)
-            found = [p for p in found if p.stem.startswith("last") == (given == "last")]
-            if not found:
-                raise InputError(f"ckpt_path: {given}, but there is no such checkpoint below {runs}")
-            config["ckpt_path"] = str(found[-1])
-            return found[-1]
-        if not Path(given).is_file():
-            raise InputError(f"ckpt_path: no checkpoint at {given}; allowed: a file, last, best")
-        return Path(given)
 
     @staticmethod
     def _drop_missing_teacher(config: Any) -> None:
@@ -164,9 +156,11 @@ class DistillCLI(LightningCLI):
         """Build everything; an argument that a constructor refuses becomes an InputError."""
         try:
             super().instantiate_classes()
+            if self.selection.weights is not None:
+                _load_student(self.model, self.selection.weights)
         except InputError:
             raise
-        except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
+        except (TypeError, ValueError, ImportError, OSError, RuntimeError, LookupError) as error:
             raise InputError(explain_error(error, Parser.config)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -177,7 +171,11 @@ class DistillCLI(LightningCLI):
         trainer = {**config["trainer"], **kwargs}
         if trainer["logger"] in (None, True):
             trainer["logger"] = self._loggers(trainer["default_root_dir"], config["name"])
-        callbacks: list[Callback] = [config["checkpoint"], SeedEveryStep(), PredictionWriter()]
+        elif trainer["logger"] is not False:
+            given = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+            trainer["logger"] = [self._continue_logger(logger) for logger in given]
+        callbacks: list[Callback] = [config["checkpoint"], SeedEveryStep(), ExactResume()]
+        callbacks += [EvaluationWriter(), PredictionWriter()]
         if isinstance(getattr(self.model, "student", None), torch.nn.Module):
             callbacks += [StudentWriter(), ActivationCalibration(), QuantizedWeightHistograms()]
         if not self._validates(trainer):
@@ -196,8 +194,11 @@ class DistillCLI(LightningCLI):
         if trainer["enable_checkpointing"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         built = self._instantiate_trainer(trainer, callbacks)
+        guard_loggers(built)
+        record_sigterm(built)
+        check_callbacks(built.callbacks)  # type: ignore[attr-defined]
         if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one from the config
-            built.strategy.checkpoint_io = SafeCheckpointIO()
+            built.strategy.checkpoint_io = SafeCheckpointIO(resume=self.subcommand in (None, "fit"))
         return built
 
     def _validates(self, trainer: dict[str, Any]) -> bool:
@@ -213,15 +214,117 @@ class DistillCLI(LightningCLI):
         """The parsed config of the command, such as ``fit``."""
         return self.config if self.subcommand is None else self.config[self.subcommand]
 
-    def _loggers(self, root: str, name: str) -> list[Any]:
-        version: int | str | None = None
-        step: int | None = None
-        if self.run_folder is not None:
-            root, name, version = str(self.run_folder.parent.parent), self.run_folder.parent.name, self.run_folder.name
-            step = self.resumed_step if self.subcommand == "fit" else None
-        _check_writable(Path(root, name))
+    @property
+    def _purge_step(self) -> int | None:
+        """The step from which on a resumed run repeats what its loggers have recorded."""
+        if self.selection.run is None or self.subcommand != "fit" or self.selection.checkpoint is None:
+            return None
+        step: int | None = read_checkpoint(self.selection.checkpoint).get("global_step")
+        return step
+
+    def _continue_logger(self, logger: Any) -> Any:
+        """Return a logger of the config that continues in the run's folder if it would number a new one beside it."""
+        run = self.selection.run
+        if run is None or not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
+            return logger
+        if Path(logger.root_dir).resolve() != run.folder.resolve().parent:
+            return logger
+        if type(logger) is CSVLogger:  # it would delete the metrics.csv
+            purge_step = self._purge_step
+            root, name = str(logger.save_dir), str(logger.name)
+            logger = ResumableCSVLogger(root, name=name, version=run.folder.name, purge_step=purge_step)
+        logger._version = run.folder.name
+        return logger
+
+    def _loggers(self, root: str | None, name: str) -> list[Any]:
+        version: str | None = None
+        step = self._purge_step
+        if self.selection.run is not None:
+            folder = self.selection.run.folder
+            root, name, version = str(folder.parent.parent), folder.parent.name, folder.name
+        root = root or str(Path.cwd())
         board = TensorBoardLogger(root, name=name, version=version, default_hp_metric=False, purge_step=step)
-        return [board, ResumableCSVLogger(root, name=name, version=board.version, purge_step=step)]
+        return [board, ResumableCSVLogger(root, name=name, version=version, purge_step=step)]
+
+    # The commands. LightningCLI calls these in place of the trainer's methods.
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Fit in the run's own folder."""
+        self._run_in_folder(self.trainer.fit, model, kwargs)
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        """Validate in the folder of the evaluated run."""
+        self._run_in_folder(self.trainer.validate, model, kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Test in the folder of the evaluated run."""
+        self._run_in_folder(self.trainer.test, model, kwargs)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Predict in the folder of the evaluated run."""
+        self._run_in_folder(self.trainer.predict, model, kwargs)
+
+    def _run_in_folder(self, start: Callable[..., Any], model: LightningModule, arguments: dict[str, Any]) -> None:
+        """Run a command; if it fails before its first step, no new folder is left."""
+        claimed = self._claim_folder()
+        folder = claimed or (None if self.selection.run is None else self.selection.run.folder)
+        first = next(iter(self.trainer.loggers), None)  # those of other packages begin a new folder each time
+        local = first is None or isinstance(first, TensorBoardLogger | CSVLogger)
+        locks = self.subcommand == "fit" and local and writes_files(self.trainer)
+        try:
+            with lock_folder(folder) if folder is not None and locks else nullcontext():
+                start(model, **arguments)
+        except BaseException as error:
+            if self.subcommand == "fit" and self._has_checkpoint():
+                error.add_note("--ckpt_path last resumes the run")
+            recorded = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
+            for new in filter(None, (claimed, *recorded)) if self.trainer.global_step == 0 else ():
+                release_folder(new)
+            raise
+        self.run_folder = folder_on_rank_zero(self.trainer) if self.trainer.is_global_zero else None
+
+    def _has_checkpoint(self) -> bool:
+        """Return whether a fit that ends now can be resumed."""
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        paths = [path for c in callbacks for path in (c.best_model_path, c.last_model_path)]
+        return self.selection.run is not None or any(path and Path(path).is_file() for path in paths)
+
+    def _claim_folder(self) -> Path | None:
+        """Create the folder of a new run, on rank 0; other ranks get it from there. Return None if none is needed.
+
+        Without a logger the run's folder becomes the trainer's root.
+        """
+        trainer, config = self.trainer, self._own_config
+        unversioned, run = unversioned_loggers(trainer), self.selection.run
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return None
+        if trainer.loggers and not unversioned:
+            self._check_version()
+            return None
+        if not trainer.loggers and run is not None:
+            trainer._default_root_dir = str(run.folder)  # type: ignore[attr-defined]
+            return None
+        if self.subcommand != "fit" and not writes_files(trainer):
+            return None
+        root = unversioned[0].root_dir if unversioned else Path(trainer.default_root_dir, config.name)
+        folder = claim_folder(Path(root))
+        for logger in unversioned:
+            logger._version = folder.name
+        if not trainer.loggers:
+            trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
+        return folder
+
+    def _check_version(self) -> None:
+        """Raise InputError if the version of a logger leads a new fit into the folder of another run."""
+        logger, run = self.trainer.loggers[0], self.selection.run
+        if self.subcommand != "fit" or not isinstance(logger, TensorBoardLogger | CSVLogger):
+            return
+        folder = folder_on_rank_zero(self.trainer)
+        if (folder / CONFIG).is_file() and (run is None or run.folder.resolve() != folder.resolve()):
+            raise InputError(
+                f"trainer.logger: {folder} holds a run already; leave out version, or resume that run with --ckpt_path "
+                "last"
+            )
 
 
 class InspectCLI(DistillCLI):
@@ -232,13 +335,42 @@ class InspectCLI(DistillCLI):
         return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"trainer.default_root_dir: cannot write to {folder}: {error.strerror}") from error
+def _check_name(name: Any, root: Path) -> None:
+    """Raise InputError unless a run's folder would lie below the folder of all runs."""
+    if not name or not isinstance(name, str):
+        raise InputError(f"name must be the name of the run's folder, got {name!r}")
+    folder, top = (Path(os.path.normpath(path.absolute())) for path in (root / name, root))
+    if ".." in Path(name).parts or folder == top or not folder.is_relative_to(top):
+        raise InputError(f"name must be a folder below {root}, without .., got {name!r}")
+
+
+def _set_direction(checkpoint: Any) -> None:
+    """Set the mode of the checkpoint by the name of its monitor, or check it."""
+    if checkpoint.monitor is None:
+        checkpoint.mode = checkpoint.mode or "max"  # without effect
+    elif checkpoint.mode is not None:
+        check_direction("checkpoint", checkpoint.monitor, checkpoint.mode)
+    else:
+        checkpoint.mode = direction_of(checkpoint.monitor)
+    if checkpoint.mode is None:
+        raise InputError(
+            f"checkpoint.mode is missing: the name {checkpoint.monitor} does not show whether more is better; allowed: "
+            "max, min"
+        )
+
+
+def _load_student(model: LightningModule, weights: Path) -> None:
+    """Load deployed weights into a module's student; all else of the module stays as it was built."""
+    student = getattr(model, "student", None)
+    if not isinstance(student, torch.nn.Module):
+        raise InputError(f"ckpt_path: {weights} holds a student, and {type(model).__name__} has none")
+    load_weights(student, weights)
+    teacher = getattr(model, "teacher", None)
+    if isinstance(teacher, torch.nn.Module) and any(p.requires_grad for p in teacher.parameters()):
+        raise InputError(
+            f"ckpt_path: {weights} holds the student alone, and {type(model).__name__} has a teacher that was trained "
+            "beside it; name a checkpoint"
+        )
 
 
 def _is_path(value: Any) -> bool:

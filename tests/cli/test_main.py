@@ -96,7 +96,7 @@ class TestStory:
     def test_student_of_several_is_tested_without_a_teachers_file(self, config):
         arguments = config["model"]["init_args"]
         teacher = arguments.pop("teacher")
-        torch.save(torch.load("teacher.pt"), "second.pt")
+        torch.save(DigitsCNN(8).state_dict(), "second.pt")
         second = deepcopy(teacher)
         second["init_args"]["path"] = "second.pt"
         arguments["teachers"] = [teacher, {"class_path": "Teacher", "init_args": {"network": second}}]
@@ -149,7 +149,8 @@ class TestResume:
     def test_command_line_wins_over_the_checkpoints_hyperparameters(self, config):
         main(["fit", "--config", write(config)])
         args = ["fit", "--config", "config.yaml", "--model.init_args.soft_weight", "0.75", "--trainer.max_epochs", "3"]
-        cli = DistillCLI([*args, "--ckpt_path", "last"])
+        cli = DistillCLI([*args, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt"])
+        assert cli.run_folder == Path("runs/tiny/version_1")  # with another config it is another run
         assert cli.model.soft_weight == 0.75
         assert float(cli.trainer.callback_metrics["soft_weight"]) == 0.75
 
@@ -180,11 +181,16 @@ class TestLoggers:
     def test_no_logger(self, config):
         config["trainer"]["logger"] = False
         main(["fit", "--config", write(config)])
-        saved = Path("runs/config.yaml").read_bytes()
-        main(["test", "--config", "config.yaml", "--ckpt_path", str(next(Path("runs/checkpoints").glob("last*")))])
-        assert Path("runs/config.yaml").read_bytes() == saved  # a test does not overwrite the fit's config
+        run = Path("runs/tiny/version_0")
+        saved = (run / "config.yaml").read_bytes()
+        main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
+        main(["predict", "--config", "config.yaml"])
+        assert (run / "config.yaml").read_bytes() == saved  # a test does not overwrite the fit's config
+        assert (run / "predictions.csv").is_file()
+        main(["fit", "--config", "config.yaml"])
         assert {p.name for p in Path().iterdir()} == {"config.yaml", "teacher.pt", "runs"}
-        assert Path("runs/student.safetensors").is_file()
+        assert {p.name for p in Path("runs/tiny").iterdir()} == {"version_0", "version_1"}
+        assert (run / "student.safetensors").is_file()
 
     def test_another_logger(self, config):
         config["trainer"]["logger"] = {"class_path": f"{__name__}.Wandbish"}
@@ -297,7 +303,7 @@ def test_labels_outside_the_classes(config, fails):
         network = network["init_args"].get("model", network)
         network["init_args"] = {"width": 4, "num_classes": 7}
     torch.save(DigitsCNN(4, num_classes=7).state_dict(), "teacher.pt")
-    assert "labels must be 0 ... 6" in fails("fit", "--config", write(config))
+    assert "at least 10, the classes in the data, got 7" in fails("fit", "--config", write(config))
 
 
 @pytest.mark.slow
