@@ -127,7 +127,7 @@ def _exit(message: str | None, status: int = 2) -> NoReturn:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # nobody reads it: what is left must not be written at the end of the process
+    except OSError:  # the reader is gone: Python would write the rest at the end of the process, and fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
         print(f"error: {message}", file=sys.stderr)

@@ -597,9 +597,9 @@ class TestProcess:
 
 
 class Mark(Callback):
-    """Writes a file once a checkpoint is there."""
+    """Writes a file once the checkpoint of step 3 is there."""
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 3:
             Path(f"marked{trainer.global_rank}").touch()
 

@@ -278,16 +278,22 @@ class DistillCLI(LightningCLI):
             if self.subcommand == "fit" and self._has_checkpoint():
                 error.add_note("--ckpt_path last resumes the run")
             recorded = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
-            for new in filter(None, (claimed, *recorded)) if self.trainer.global_step == 0 else ():
-                release_folder(new)
+            for new in filter(None, (claimed, *recorded)) if self.trainer.global_step <= self._first_step else ():
+                if not any(new.rglob("*.ckpt")):
+                    release_folder(new)
             raise
         self.run_folder = folder_on_rank_zero(self.trainer) if self.trainer.is_global_zero else None
+
+    @property
+    def _first_step(self) -> int:
+        """The step at which the command begins: that of the checkpoint."""
+        path = self.selection.checkpoint
+        return 0 if path is None else int(read_checkpoint(path).get("global_step", 0))
 
     def _has_checkpoint(self) -> bool:
         """Return whether a fit that ends now can be resumed."""
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        paths = [path for c in callbacks for path in (c.best_model_path, c.last_model_path)]
-        return self.selection.run is not None or any(path and Path(path).is_file() for path in paths)
+        return any(c.dirpath and any(Path(c.dirpath).rglob("*.ckpt")) for c in callbacks)
 
     def _claim_folder(self) -> Path | None:
         """Create the folder of a new run, on rank 0; other ranks get it from there. Return None if none is needed.

@@ -62,6 +62,16 @@ class TestFolders:
         assert "gone.pt" in fails("fit", "--config", write(config))
         assert not Path("runs/tiny").exists()
 
+    def test_nor_one_that_starts_from_the_checkpoint_of_another(self, config):
+        main(["fit", "--config", write(config)])
+        path = str(RUN / "checkpoints/last.ckpt")
+        longer = failing(config, {"init_args": {"step": 8}})
+        longer["trainer"]["max_epochs"] = 3
+        with pytest.raises(InputError, match="the fault") as fault:
+            DistillCLI(["fit", "--config", write(longer), "--ckpt_path", path])
+        assert not hasattr(fault.value, "__notes__")  # no resume is promised
+        assert [folder.name for folder in Path("runs/tiny").iterdir()] == ["version_0"]
+
     def test_one_that_fails_later_is_not_finished(self, config, fails):
         config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Fail", "init_args": {"step": 6}}]
         fails("fit", "--config", write(config))

@@ -101,7 +101,7 @@ def read_ledger(folder: Path) -> dict[int, Round]:
     """Return {number: round} of a run; InputError if it has none."""
     rounds = {number: read_round(path) for number, path in find_rounds(folder).items()}
     if not rounds:
-        Run(folder)  # if it is no run, the error says so
+        Run(folder)  # raises InputError if it is no run
         text = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
         raise InputError(f"{folder} has no ledger of pseudo-labels, {FOLDER}/round_0000.csv; {text}")
     return rounds

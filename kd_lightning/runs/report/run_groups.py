@@ -128,7 +128,7 @@ def _short(values: Mapping[str, str]) -> str:
     texts = []
     for key, value in [*values.items()][:_MOST_KEYS]:
         *parents, last = (part for part in key.split(".") if part != "init_args")
-        if parents and (last in ("class_path", "path") or last.endswith("]")):  # says little alone
+        if parents and (last in ("class_path", "path") or last.endswith("]")):  # not clear without its parent
             last = f"{parents[-1]}.{last}"
         text = value if len(value) <= _MOST_LETTERS else f"{value[: _MOST_LETTERS - 3]}..."
         texts.append(f"{'content of ' * key.startswith('content of.')}{last}: {text}")
