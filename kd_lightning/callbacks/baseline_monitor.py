@@ -192,10 +192,12 @@ def check_split(run: Run, split: Any) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         differ = [name for name in ("val", "labeled") if [*saved[name]] != [*getattr(split, name)]]
         seed, other_data = saved.get("seed"), saved.get("data") != getattr(split, "data", saved.get("data"))
+        if (names := getattr(split, "samples", None)) and isinstance(saved.get("samples"), dict):
+            other_data = other_data or saved["samples"].get("contents") != names.contents
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is missing or is not a split file, so its samples cannot be compared") from error
     if other_data:
-        raise InputError(f"{run.folder} was trained on other data: the hash of the source's labels differs")
+        raise InputError(f"{run.folder} was trained on other data: the source's labels or images differ")
     if differ:
         mine = getattr(split, "seed", seed)
         seeds = "" if seed == mine else f" (seed {seed}, not {mine})"

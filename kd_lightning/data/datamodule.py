@@ -11,16 +11,17 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from kd_lightning.batch import IGNORE_INDEX, LabelKind
+from kd_lightning.batch import LabelKind
 from kd_lightning.data.labels.build import build_labels, check_label_rows
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import LabelRow, read_label_file
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.resume_settings import batch_settings, check_resume
-from kd_lightning.data.sources.images import identity, path_of, read_image
+from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty
-from kd_lightning.data.splits import Split, make_split
+from kd_lightning.data.split_samples import follow_samples
+from kd_lightning.data.splits import Split, make_split, wrong_sample
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, ViewSampler
@@ -140,8 +141,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._parts: Parts | None = None
         self._labels: LabelTable | None = None
         self._view_tables: dict[str, ViewTable] = {}
-        self._pool_digests: list[str] = []  # hashed once, not again for every checkpoint
-        self._settings: dict[str, Any] = {}  # likewise
+        self._samples: Samples | None = None
+        self._settings: dict[str, Any] = {}  # hashed once, not again for every checkpoint
 
     def prepare_data(self) -> None:
         """Runs once per node before ``setup``: download missing files."""
@@ -155,49 +156,58 @@ class SemiSupervisedDataModule(LightningDataModule):
             check_not_empty(parts, type(self.source).__name__)
             targets = parts.train.targets
             if isinstance(self.labeled, str | Path):
-                self.split = Split.load(Path(self.labeled), targets)
+                self.split = self._follow(Split.load(Path(self.labeled), targets), Path(self.labeled))
             else:
                 self.split = make_split(targets, self.labeled, self.val_size, self.seed, self.class_names)
             if self.label_file is not None:
                 self.split = self.split.with_label_rows(self._read_label_rows(Path(self.label_file)))
-            self.split = check_label_rows(self.split, parts, unlabeled_part=self.unlabeled != "test")
+            check_label_rows(self.split, parts, unlabeled_part=self.unlabeled != "test")
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
             if not len(self._train_indices()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
-        if self.trainer is None or stage != TrainerFn.FITTING:
+        if stage != TrainerFn.FITTING:
+            return
+        self.split = self.samples.name_samples(self.split, self.class_names)
+        if self.trainer is None:
             return
         assert self.split is not None
         self._labels = self._build_labels()  # without the pseudo-labels of an earlier fit
         self._settings = {}
         self._view_tables.clear()
-        first = self.trainer.strategy.broadcast(self.split.hash)
-        if first != self.split.hash:
+        if problem := wrong_sample(self.split, self.samples.training):
+            raise InputError(f"split: {problem}")
+        mine = [self.split.hash, self._samples_hash()]
+        if self.trainer.strategy.broadcast(mine) != mine:
             raise InputError(
-                f"rank {self.trainer.global_rank} has another split than rank 0; all ranks must read the same data"
+                f"rank {self.trainer.global_rank} has other samples or another split than rank 0; all ranks must read "
+                "the same data"
             )
         folder = run_folder(self.trainer)
         if writes_files(self.trainer):
-            self.split.save(folder / "split.json")
+            self.save_split(folder / "split.json")
+
+    def save_split(self, path: Path) -> None:
+        """Write the split as a file for ``labeled``, with paths and contents of its samples."""
+        _, split = self._parts_and_split()
+        self.samples.name_samples(split, self.class_names).save(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Runs when a checkpoint is saved: return hashes of the split, pool and labels, and the batches' settings."""
+        """Runs when a checkpoint is saved: return hashes of split, samples and labels, and the batches' settings."""
         if self.split is None or self._labels is None:
             return {}
         self._settings = self._settings or batch_settings(self, self._world_size_and_rank()[0])
-        hashes = {"split": self.split.hash, "pool": self._pool_hash(), "labels": self._labels.hash}
+        hashes = {"split": self.split.hash, "samples": self._samples_hash(), "labels": self._labels.hash}
         return {**hashes, "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Runs when a fit resumes: refuse another split, pool, labels or settings of the batches."""
+        """Runs when a fit resumes: refuse another split, samples, labels or settings of the batches."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and (now := self.state_dict()):
             check_resume(state_dict, now)
 
-    def _pool_hash(self) -> str:
-        parts, _ = self._parts_and_split()
-        self._pool_digests = self._pool_digests or [
-            identity(images) for images in self._extra_images() or [parts.train.images]
-        ]
-        return hashlib.sha256(repr((self._pool_digests, self.unlabeled_indices())).encode()).hexdigest()
+    def _samples_hash(self) -> str:
+        """Hash of path and content of all images, in order, and of which of them form the unlabeled pool."""
+        hashes = [one.hash for one in self.samples.identities]
+        return hashlib.sha256(repr((hashes, self.unlabeled_indices())).encode()).hexdigest()
 
     def train_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled images, shuffled together or in two streams."""
@@ -220,7 +230,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             sizes = {"labeled_batch": self.labeled_batch_size}
             sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
             sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
-        dataset = ViewDataset(self._images(), indices, self.train_transform, self.seed, self.strong_transform)
+        dataset = ViewDataset(self.samples.images, indices, self.train_transform, self.seed, self.strong_transform)
         return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, view_table=self.train_views())
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
@@ -250,16 +260,12 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def unlabeled_indices(self) -> list[int]:
         """Indices of the unlabeled images to train on, ascending."""
-        parts, split = self._parts_and_split()
-        start = len(parts.train.images)
-        pool = range(start, start + sum(map(len, self._extra_images())))
-        if self.unlabeled == "rest":
-            return sorted({*(index for index in split.unlabeled if index < start), *split.held_out})
-        return sorted({*pool} - {*split.labeled} | {*split.held_out})
+        _, split = self._parts_and_split()
+        return self.samples.unlabeled_indices(split)
 
     def pool_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
-        return self._eval_loader(self._images(), self._pool_indices(), self._build_labels(), self.pool_views())
+        return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), self.pool_views())
 
     # Views whose teacher outputs can be cached.
 
@@ -279,7 +285,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
-            dataset = ViewDataset(self._images(), indices, transform, self.seed)
+            dataset = ViewDataset(self.samples.images, indices, transform, self.seed)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
 
@@ -291,25 +297,27 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def hidden_truth(self, index: Tensor) -> Tensor:
         """True labels of training images (N,), for metrics alone; -100 where they are unknown."""
-        parts, _ = self._parts_and_split()
-        known = [parts.train.targets]
-        if self.unlabeled == "test" and parts.test is not None:
-            known.append(parts.test.targets)
-        known.append(torch.full((sum(map(len, self._images())), *parts.train.targets.shape[1:]), IGNORE_INDEX))
-        return torch.cat(known)[index]
+        return self.samples.hidden_truth(index)
 
     def image(self, index: int) -> Any:
         """A training image of the source, before any transform."""
-        return read_image(self._images(), index)
+        return self.samples.image(index)
 
     def path(self, index: int) -> str | None:
         """The path of a training image's file; None if it has none."""
-        return path_of(self._images(), index)
+        return self.samples.path(index)
 
-    def _images(self) -> list[Any]:
-        """Images by index: the training part, then those of the pool or of the source's unlabeled part, if any."""
+    def content(self, index: int) -> str:
+        """Hash of a training image's content, which names it where it has no file."""
+        return self.samples.content(index)
+
+    @property
+    def samples(self) -> Samples:
+        """The source's images by index."""
         parts, _ = self._parts_and_split()
-        return [parts.train.images, *(self._extra_images() or ([] if parts.unlabeled is None else [parts.unlabeled]))]
+        if self._samples is None or self._samples.unlabeled != self.unlabeled:
+            self._samples = Samples(parts, self.unlabeled, type(self.source).__name__)
+        return self._samples
 
     def _parts_and_split(self) -> tuple[Parts, Split]:
         if self._parts is None or self.split is None:
@@ -318,27 +326,22 @@ class SemiSupervisedDataModule(LightningDataModule):
         assert self.split is not None
         return self._parts, self.split
 
-    def _extra_images(self) -> list[Any]:
-        """The images of the pool that are not in the training part."""
+    def _follow(self, split: Split, path: Path) -> Split:
+        """Bring a saved split up to date with the samples."""
         assert self._parts is not None
-        if self.unlabeled == "source":
-            if self._parts.unlabeled is None:
-                raise InputError(f"unlabeled: source, but {type(self.source).__name__} has no unlabeled part")
-            return [self._parts.unlabeled]
-        if self.unlabeled == "test":
-            if self._parts.test is None:
-                raise InputError(f"unlabeled: test, but {type(self.source).__name__} has no test part")
-            return [self._parts.test.images]
-        return []
+        self.split = split
+        names, now = self.samples, self._parts.train.targets
+        if split.samples is None:
+            return split
+        return follow_samples(split, path, now, names.identities[0], lambda: names.pool_identities, self.class_names)
 
     def _build_labels(self) -> LabelTable:
         """The labels that training may see, without pseudo-labels."""
         parts, split = self._parts_and_split()
-        size = sum(map(len, self._images()))
         return build_labels(
             parts.train.targets,
             split,
-            size,
+            len(self.samples),
             noisy=self.noisy,
             noise=self.label_noise,
             coarse=self.coarse,
@@ -357,7 +360,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         parts, split = self._parts_and_split()
         return read_label_file(
             path,
-            self._images()[:1] if self.unlabeled == "test" else self._images(),  # no labels for test images
+            self.samples.images[:1] if self.unlabeled == "test" else self.samples.images,  # no labels for test images
             class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
             group_names=[] if self.coarse is None else self.coarse.names,
             val_indices=split.val,

@@ -15,9 +15,9 @@ _REASONS = {
         "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
         "seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no label_file"
     ),
-    "pool": (
-        "the unlabeled pool has changed since the checkpoint (its hash differs), and pseudo-labels would go to other "
-        "images; resume with the images of that run, or start a new run"
+    "samples": (
+        "the images or the unlabeled pool have changed since the checkpoint (the hash of paths and contents differs); "
+        "resume with the images of that run, or start a new run"
     ),
     "labels": (
         "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise and coarse, "

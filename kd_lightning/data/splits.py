@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from kd_lightning.data.identity import Identities
 from kd_lightning.errors import InputError
 
 
@@ -20,16 +22,23 @@ from kd_lightning.errors import InputError
 class Split:
     """Indices of the training part of a source, and the rows of label files.
 
+    ``labeled``, ``unlabeled``, ``val``, ``held_out`` and ``left_out`` have no sample in common, and hold every sample.
+
     Attributes:
         labeled: Samples whose label training may see.
         unlabeled: The other training samples.
         val: Samples of the validation part.
         seed: Seed that the split was sampled with.
-        data: Hash of the source's labels, which identifies the data.
+        data: Hash of the source's labels, which identifies the data where ``samples`` is None.
         held_out: Samples whose known label is hidden from training. They are always in the unlabeled pool.
         label_rows: Rows of label files, ``[index, label, kind, weight]`` each. The label of kind coarse is a name. For
             these samples the rows replace the source's labels.
-        pool: Hash of the source's unlabeled part, if ``label_rows`` has images of it; else empty.
+        left_out: Samples that are in no part.
+        samples: Paths and contents of the training part, which decide which sample an index means. None if they are
+            unknown.
+        pool: Paths and contents of the source's unlabeled part, if ``label_rows`` or ``left_out`` has samples of it;
+            their indices count on from the training part.
+        class_names: Names of the classes, by number, which decide what a label of ``label_rows`` means.
     """
 
     labeled: list[int]
@@ -39,44 +48,69 @@ class Split:
     data: str
     held_out: list[int] = field(default_factory=list)
     label_rows: list[list[Any]] = field(default_factory=list)
-    pool: str = ""
+    left_out: list[int] = field(default_factory=list)
+    samples: Identities | None = field(default=None, compare=False, repr=False)
+    pool: Identities | None = field(default=None, compare=False, repr=False)
+    class_names: list[str] | None = field(default=None, compare=False)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all fields."""
-        later = ("held_out", "label_rows", "pool")  # older split files lack these; empty ones are not hashed
-        content = {name: value for name, value in asdict(self).items() if name not in later or value}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the indices, label rows and labels, without the names of the samples."""
+        content = {name: getattr(self, name) for name in (*_PARTS, "label_rows", "seed", "data")}
+        return _hash({name: value for name, value in content.items() if name not in _LATER or value})
+
+    @property
+    def beyond(self) -> list[int]:
+        """Indices of samples of the source's unlabeled part, in a split whose ``samples`` are known."""
+        size = 0 if self.samples is None else len(self.samples)
+        return sorted(index for index in {*self.left_out, *(row[0] for row in self.label_rows)} if index >= size)
 
     def save(self, path: Path) -> None:
-        """Write the split and its hash as JSON."""
+        """Write the split and a hash of it as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self) | {"hash": self.hash}) + "\n", encoding="utf-8")
+        content: dict[str, Any] = {"format": _FORMAT} | asdict(self)
+        content = {name: value for name, value in content.items() if value is not None or name in _PARTS}
+        path.write_text(json.dumps(content | {"hash": _hash(content)}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, targets: Tensor) -> Split:
-        """Read a saved split, and check that it belongs to data with these training labels.
+        """Read a saved split.
+
+        If the file names its samples, its indices are those of the time when it was written, and
+        :func:`~kd_lightning.data.split_samples.follow_samples` brings them up to date. If it does not, it must belong
+        to data with these training labels.
 
         Raises:
-            InputError: If the file is missing, damaged, or belongs to other data, if a part holds what is no sample of
-                the data, and if a sample comes twice.
+            InputError: If the file is missing, damaged, or belongs to other data, and if the split is no partition of
+                its samples: a part holds what is no sample, or a sample is in two parts or in none.
         """
         if not path.is_file():
             raise InputError(f"labeled: no split file at {path}; allowed: a split file, a count per class, a fraction")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             written = fields.pop("hash")
-            split = cls(**fields)
+            new = fields.pop("format", 1) == _FORMAT
+            hashed = {"format": _FORMAT, **fields} if new else {k: v for k, v in fields.items() if k not in _LATER or v}
+            if not new and fields.pop("pool", ""):
+                raise ValueError("it has labels for the unlabeled part, but does not name the samples; make it anew")
+            names = {key: Identities(**fields[key]) for key in ("samples", "pool") if isinstance(fields.get(key), dict)}
+            split = cls(**fields | names)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"labeled: {path} is not a split file: {error}") from error
         if problem := _wrong_field(split):
             raise InputError(f"labeled: {path}: {problem}")
-        if split.hash != written:
+        if _hash(hashed) != written:
             raise InputError(f"labeled: {path} was changed after it was written (its hash differs)")
-        if split.data != hash_targets(targets):
+        if split.samples is None and split.data != hash_targets(targets):
             raise InputError(f"labeled: {path} belongs to other data (the hash of the source's labels differs)")
-        if problem := _wrong_sample(split, len(targets)):
+        size = len(targets) if split.samples is None else len(split.samples)
+        if not new:  # these have no left_out
+            parts = {index for name in _PARTS for index in getattr(split, name)}
+            split = replace(split, left_out=sorted({*range(size)} - parts))
+        if problem := wrong_sample(split, size):
             raise InputError(f"labeled: {path}: {problem}")
+        if split.samples is None:
+            rank_zero_warn(f"labeled: {path} does not name its samples; whether they are the same cannot be checked")
         return split
 
     def with_label_rows(self, rows: Sequence[Sequence[Any]]) -> Split:
@@ -93,7 +127,8 @@ class Split:
         if in_val := {*self.val} & {int(row[0]) for row in rows}:
             raise InputError(f"label_file: sample {min(in_val)} is in the validation part and cannot be trained on")
         known = {int(row[0]): [*row] for row in [*self.label_rows, *rows]}
-        labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")} - {*self.held_out}
+        labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")}
+        labels -= {*self.held_out, *self.left_out}
         labeled = ({*self.labeled} - known.keys()) | labels
         samples = {*self.labeled, *self.unlabeled}
         return replace(
@@ -104,14 +139,29 @@ class Split:
         )
 
 
-_PARTS = ("labeled", "unlabeled", "val", "held_out")
+_FORMAT = 2
+_PARTS = ("labeled", "unlabeled", "val", "held_out", "left_out")
+_LATER = ("held_out", "label_rows", "left_out", "pool")  # empty ones are not hashed, since older splits lack them
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _wrong_field(split: Split) -> str:
     """Return what is wrong with the types of the fields, empty if nothing is."""
-    for name in ("data", "pool"):
-        if not isinstance(getattr(split, name), str):
-            return f"{name} must be a text, got {getattr(split, name)!r:.80}"
+    if not isinstance(split.data, str):
+        return f"data must be a text, got {split.data!r:.80}"
+    for name in ("samples", "pool"):
+        names: Identities | None = getattr(split, name)
+        if names is not None:
+            columns: list[Any] = [names.paths, names.contents]
+            if not all(isinstance(column, list) and {*map(type, column)} <= {str} for column in columns):
+                return f"{name} must hold lists of texts, paths and contents"
+            if len(names.paths) != len(names.contents):
+                return f"{name} must hold one path for each content"
+    if split.class_names is not None and not isinstance(split.class_names, list):
+        return f"class_names must be a list, got {split.class_names!r:.80}"
     if type(split.seed) is not int:
         return f"seed must be an integer, got {split.seed!r:.80}"
     for name in (*_PARTS, "label_rows"):
@@ -127,13 +177,18 @@ def _wrong_field(split: Split) -> str:
     return ""
 
 
-def _wrong_sample(split: Split, size: int) -> str:
-    """Return which part holds what is no sample of the data, or a sample that comes twice; empty if none does.
+def wrong_sample(split: Split, size: int) -> str:
+    """Return why a split is no partition of the training part; empty if it is one.
 
-    A number from ``size`` on is a sample of the source's unlabeled part, which has a label row.
+    A part holds what is no sample, a sample comes twice, or a sample is in no part. A number from ``size`` on is a
+    sample of the source's unlabeled part, which has a label row or is left out.
     """
     place: dict[int, str] = {}
-    beyond = {row[0] for row in split.label_rows if row[0] >= size}
+    lost: set[int] = set()
+    beyond = {index for _, indices in _indices(split) for index in indices if index >= size}
+    beyond &= {*split.left_out, *(row[0] for row in split.label_rows)}
+    if split.pool is not None:
+        beyond &= {*range(size + len(split.pool))}
     for name, indices in _indices(split):
         samples = {*indices}
         allowed = range(size) if name == "val" else beyond
@@ -143,12 +198,13 @@ def _wrong_sample(split: Split, size: int) -> str:
             twice = next(index for index, count in Counter(indices).items() if count > 1)
             return f"{name} holds sample {twice} twice"
         if name == "label_rows":
+            lost = {*range(size)} - place.keys()
             samples &= {*split.val}
             place = dict.fromkeys(split.val, "val")
         if both := samples & place.keys():
             return f"sample {min(both)} is in {place[min(both)]} and in {name}"
         place |= dict.fromkeys(samples, name)
-    return ""
+    return f"sample {min(lost)} is in no part; left_out names samples that nothing uses" if lost else ""
 
 
 def _indices(split: Split) -> Iterator[tuple[str, list[Any]]]:

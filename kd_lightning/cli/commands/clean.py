@@ -89,8 +89,7 @@ def main(args: list[str]) -> None:
     data = _build_data(config)
     result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
     if earlier:  # the new label file replaces it, so the split stores its labels
-        assert data.split is not None
-        data.split.save(out / "split.json")
+        data.save_split(out / "split.json")
     write_review(result, data, out, options.action, weight)
     print(summarize(result, data, config, options.folds))
     if not result.suspect.any():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import KINDS
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
-from kd_lightning.data.sources.images import identity
 from kd_lightning.data.sources.source import Parts
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
@@ -96,7 +94,7 @@ def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:
     return labels
 
 
-def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Split:
+def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> None:
     """Check that the split's label rows belong to the images of the source.
 
     Args:
@@ -104,12 +102,8 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Spl
         parts: Parts of the source.
         unlabeled_part: Whether indices behind the training part are those of the source's unlabeled part.
 
-    Returns:
-        The split, with the hash of the unlabeled part if rows belong to it.
-
     Raises:
-        InputError: For rows of an unlabeled part that is absent or has changed, and for a row whose label, kind or
-            weight cannot be.
+        InputError: For rows of an unlabeled part that is absent, and for a row whose label, kind or weight cannot be.
     """
     targets = parts.train.targets
     if split.label_rows and targets.ndim == 1 and not targets.is_floating_point():
@@ -119,14 +113,12 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Spl
     size = len(parts.train.images)
     beyond = [row[0] for row in split.label_rows if row[0] >= size]
     if not beyond:
-        return split
+        return
     what = f"labeled: the split has labels for the source's unlabeled part (sample {beyond[0]})"
     if parts.unlabeled is None or not unlabeled_part:
         raise InputError(f"{what}, which {'is gone' if parts.unlabeled is None else 'unlabeled: test leaves out'}")
-    digest = identity(parts.unlabeled)
-    if split.pool not in ("", digest) or max(beyond) >= size + len(parts.unlabeled):
-        raise InputError(f"{what}, which has changed since (its hash differs)")
-    return replace(split, pool=digest)
+    if max(beyond) >= size + len(parts.unlabeled):
+        raise InputError(f"{what}, which has only {len(parts.unlabeled)} samples")
 
 
 def _check_label_row(row: Sequence[Any], classes: int) -> None:

@@ -1,0 +1,115 @@
+"""The samples of a source by index: the training part, then the other images of the unlabeled pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.identity import Identities, identify
+from kd_lightning.data.sources.images import Images, path_of, read_image
+from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.splits import Split
+from kd_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images of a source, by an index that counts through its training part, and then through its other images.
+
+    Attributes:
+        parts: The parts of the source.
+        unlabeled: Name of the unlabeled pool: ``"rest"``, ``"none"``, ``"source"`` or ``"test"``.
+        source: Name of the source, for messages.
+    """
+
+    parts: Parts
+    unlabeled: str
+    source: str
+
+    @property
+    def training(self) -> int:
+        """Number of images of the training part."""
+        return len(self.parts.train.images)
+
+    @cached_property
+    def pool_images(self) -> list[Images]:
+        """The images of the pool that are not in the training part.
+
+        Raises:
+            InputError: If the source lacks the part that ``unlabeled`` names.
+        """
+        if self.unlabeled not in ("source", "test"):
+            return []
+        test = None if self.parts.test is None else self.parts.test.images
+        part = self.parts.unlabeled if self.unlabeled == "source" else test
+        if part is None:
+            name = "unlabeled" if self.unlabeled == "source" else "test"
+            raise InputError(f"unlabeled: {self.unlabeled}, but {self.source} has no {name} part")
+        return [part]
+
+    @cached_property
+    def images(self) -> list[Images]:
+        """Images by index: the training part, then those of the pool or of the source's unlabeled part, if any."""
+        other = self.pool_images or ([] if self.parts.unlabeled is None else [self.parts.unlabeled])
+        return [self.parts.train.images, *other]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.images))
+
+    def unlabeled_indices(self, split: Split) -> list[int]:
+        """Indices of the unlabeled images to train on, ascending."""
+        if self.unlabeled == "rest":
+            return sorted({*(index for index in split.unlabeled if index < self.training), *split.held_out})
+        pool = range(self.training, self.training + sum(map(len, self.pool_images)))
+        return sorted({*pool} - {*split.labeled, *split.left_out} | {*split.held_out})
+
+    def hidden_truth(self, index: Tensor) -> Tensor:
+        """True labels of images (N,), for metrics alone; -100 (NaN for many labels each) where they are unknown."""
+        known = [self.parts.train.targets]
+        if self.unlabeled == "test" and self.parts.test is not None:
+            known.append(self.parts.test.targets)
+        known.append(torch.full((len(self), *known[0].shape[1:]), IGNORE_INDEX))
+        return torch.cat(known)[index]
+
+    def image(self, index: int) -> Any:
+        """An image before any transform."""
+        return read_image(self.images, index)
+
+    def path(self, index: int) -> str | None:
+        """The path of an image's file; None if it has none."""
+        return path_of(self.images, index)
+
+    # Names, which stay the same when other images come and go.
+
+    @cached_property
+    def identities(self) -> list[Identities]:
+        """Paths and contents of each part of ``images``. Every image is read once."""
+        return [identify(part) for part in self.images]
+
+    def content(self, index: int) -> str:
+        """Hash of an image's content, see :class:`~kd_lightning.data.identity.Identities`."""
+        return self._all.contents[index]
+
+    @cached_property
+    def _all(self) -> Identities:
+        return sum(self.identities[1:], self.identities[0])
+
+    @property
+    def pool_identities(self) -> Identities | None:
+        """Paths and contents of the source's unlabeled part; None if there is none."""
+        if self.parts.unlabeled is None:
+            return None
+        return identify(self.parts.unlabeled) if self.unlabeled == "test" else self.identities[1]
+
+    def name_samples(self, split: Split, class_names: list[str] | None) -> Split:
+        """Return the split with paths and contents of its samples, and names of its classes."""
+        names = self.identities[0]
+        if not any(names.paths) and not any(names.contents):  # the dataset returns other items each time
+            return replace(split, samples=None, pool=None, class_names=class_names)
+        named = replace(split, samples=names, class_names=class_names)
+        return replace(named, pool=self.pool_identities) if named.beyond else replace(named, pool=None)
