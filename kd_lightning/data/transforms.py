@@ -6,6 +6,8 @@ All use torch's global generator alone, which ``ViewDataset`` seeds for each vie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import float32, nn, uint8
@@ -20,13 +22,24 @@ def to_float() -> nn.Module:
     return transform
 
 
-def photo_transforms(size: int) -> tuple[nn.Module, nn.Module]:
-    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect."""
+def photo_transforms(image_size: int | Sequence[int]) -> tuple[nn.Module, nn.Module]:
+    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect.
+
+    Training crops a random area, 3/4 to 4/3 as wide as the output has it. Evaluation shrinks or enlarges the picture
+    until it covers 8/7 of the output, and crops its centre. Neither changes the proportions otherwise.
+
+    Args:
+        image_size: Height and width of the output in pixels, or one number for a square; at least 1.
+
+    Raises:
+        InputError: If ``image_size`` is out of range.
+    """
+    size, ratio = _read_size("image_size", image_size, least=1)
     tail = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
     tail.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return (
-        v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *tail]),
-        v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), *tail]),
+        v2.Compose([v2.RandomResizedCrop(size, ratio=ratio, antialias=True), v2.RandomHorizontalFlip(), *tail]),
+        v2.Compose([_resize_to_cover(size), v2.CenterCrop(size), *tail]),
     )
 
 
@@ -87,7 +100,7 @@ def strong_small(mean: list[float], std: list[float], size: int = 32, padding: i
         raise InputError(f"mean and std must have a number for each channel, got {mean} and {std}")
     if min(std) <= 0:
         raise InputError(f"std must be above 0, got {std}")
-    _check_size(size)
+    _read_size("size", size, least=2)
     if padding < 0:
         raise InputError(f"padding must be at least 0, got {padding}")
     return _compose(
@@ -101,28 +114,28 @@ def strong_small(mean: list[float], std: list[float], size: int = 32, padding: i
     )
 
 
-def strong_photos(size: int = 224) -> nn.Module:
+def strong_photos(size: int | tuple[int, int] = 224) -> nn.Module:
     """Strong view of photographs, normalised as torchvision's pretrained networks expect.
 
     Crop of random size and flip as in ``ImageFolder``'s default, then RandAugment and Cutout as in
     :func:`strong_small`.
 
     Args:
-        size: Side of the output in pixels, at least 2.
+        size: Height and width of the output in pixels, or one number for a square; at least 2.
 
     Returns:
         A transform from a PIL image or a tensor (C, H, W), uint8 or float in [0, 1], grey or colour, to a normalised
-        tensor (3, size, size).
+        tensor (3, height, width).
 
     Raises:
         InputError: For a size below 2.
     """
-    _check_size(size)
+    side, ratio = _read_size("size", size, least=2)
     mean = [0.485, 0.456, 0.406]
     return _compose(
         *_to_bytes(),
         v2.RGB(),
-        v2.RandomResizedCrop(size, antialias=True),
+        v2.RandomResizedCrop(side, ratio=ratio, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandAugment(num_ops=2, magnitude=10, fill=[255 * value for value in mean]),
         v2.ToDtype(float32, scale=True),
@@ -147,6 +160,48 @@ def _cutout(share: float) -> nn.Module:
     return square
 
 
-def _check_size(size: int) -> None:
-    if size < 2:
-        raise InputError(f"size must be at least 2, got {size}")
+class _ResizeToCover(nn.Module):
+    """Resize an image to the smallest size that covers a height and a width, with its proportions."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height = height
+        self.width = width
+
+    def forward(self, image: Any) -> Any:
+        """From and to a PIL image or a tensor (C, H, W)."""
+        height, width = v2.functional.get_size(image)
+        scale = max(self.height / height, self.width / width)
+        size = [max(self.height, round(height * scale)), max(self.width, round(width * scale))]
+        return v2.functional.resize(image, size, antialias=True)
+
+    def extra_repr(self) -> str:
+        return f"height={self.height}, width={self.width}"
+
+
+def _resize_to_cover(size: int | list[int]) -> nn.Module:
+    """Resize an image so that it covers 8/7 of a size."""
+    if isinstance(size, list):
+        return _ResizeToCover(*(side * 8 // 7 for side in size))
+    resize: nn.Module = v2.Resize(size * 8 // 7, antialias=True)
+    return resize
+
+
+def _read_size(name: str, size: int | Sequence[int], *, least: int) -> tuple[int | list[int], tuple[float, float]]:
+    """Check a size.
+
+    Returns:
+        The side of a square, else height and width; lowest and highest width over height of a crop that is resized to
+        it.
+
+    Raises:
+        InputError: If it is no whole number from ``least``, and no two of them.
+    """
+    sides = [*size] if isinstance(size, Sequence) and not isinstance(size, str) else [size, size]
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or min(sides) < least:
+        raise InputError(f"{name} must be at least {least}, got {size}: one whole number, or height and width")
+    height, width = map(int, sides)
+    shape = width / height
+    ratio = (3 / 4 * shape, 4 / 3 * shape)
+    return (height if height == width else [height, width]), ratio

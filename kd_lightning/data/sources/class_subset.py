@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.sources.source import Part, Parts, Source, check_parts
+from kd_lightning.data.sources.targets import count_classes, has_one_class
 from kd_lightning.errors import InputError
 
 
 class ClassSubset(Source):
     """Some classes of a source, for transfer from or to these. They are numbered from 0 in the order given.
 
-    An unlabeled part stays whole: the classes of its images are unknown.
+    An unlabeled part stays whole, as do images without a label: their classes are unknown. If no test image has one of
+    the classes, there is no test part.
 
     Args:
         source: A source with one class per image.
@@ -38,27 +41,30 @@ class ClassSubset(Source):
 
     def load(self) -> Parts:
         """Load the source, and select the classes."""
-        parts = self.source.load()
-        if parts.train.targets.ndim > 1 or parts.train.targets.is_floating_point():
+        parts = check_parts(self.source.load(), type(self.source).__name__)
+        if not has_one_class(parts.train.targets):
             raise InputError(
                 f"classes: images must have one class each; those of {type(self.source).__name__} have many labels"
             )
         if not len(parts.train.targets):
             raise InputError(f"classes: the training part of {type(self.source).__name__} is empty")
-        names, count = parts.class_names, int(parts.train.targets.max()) + 1
-        count = max(count, len(names or ()))
+        names = parts.class_names
+        count = count_classes(parts.train.targets, names)
         if unknown := [number for number in self.classes if not 0 <= number < count]:
             raise InputError(f"classes must be 0 ... {count - 1}, got {unknown[0]}")
+        test = None if parts.test is None else self._select(parts.test)
         return Parts(
             self._select(parts.train),
-            None if parts.test is None else self._select(parts.test),
+            test if test is not None and len(test.targets) else None,
             parts.unlabeled,
             None if names is None else [names[number] for number in self.classes],
         )
 
     def _select(self, part: Part) -> Part:
-        selected = torch.isin(part.targets, torch.tensor(self.classes)).nonzero().flatten()
-        new_class = torch.full((max(self.classes) + 1,), -1)
+        missing = part.targets == IGNORE_INDEX
+        selected = (torch.isin(part.targets, torch.tensor(self.classes)) | missing).nonzero().flatten()
+        new_class = torch.full((max(self.classes) + 1,), IGNORE_INDEX)
         new_class[self.classes] = torch.arange(len(self.classes))
         images: Any = Subset(part.images, selected.tolist())  # type: ignore[arg-type]
-        return Part(images, new_class[part.targets[selected]])
+        targets = part.targets[selected]
+        return Part(images, torch.where(targets == IGNORE_INDEX, targets, new_class[targets.clamp_min(0)]))

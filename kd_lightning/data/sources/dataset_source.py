@@ -4,45 +4,69 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_lightning.data.sources._parts import class_names_of, dataset_part
+from kd_lightning.data.sources._parts import check_map_style, dataset_parts
+from kd_lightning.data.sources.images import read_image
 from kd_lightning.data.sources.source import Parts, Source
 from kd_lightning.data.transforms import to_float
 
+_WIDE = (np.int32, np.uint32, np.int64, np.uint64)
+
 
 class DatasetSource(Source):
-    """Your own map-style datasets, whose items are ``(image, label)`` or, for unlabeled, ``image``.
+    """Your own map-style datasets.
+
+    Items are ``(image, label)``, possibly with more behind, or mappings with the key ``image``, ``img``, ``x``,
+    ``pixel_values``, ``input`` or ``inputs`` and the key ``label``, ``labels``, ``target``, ``targets``, ``y`` or
+    ``fine_label``. Items of ``unlabeled`` may also be the image alone.
+
+    A label is a class number, a class name, a number 0 or 1 as float, or a row of zeros and ones for several labels. It
+    is None, NaN, -1 or -100 where it is missing; in a row, single entries may be missing. Training samples without a
+    label are in the unlabeled pool, and metrics leave out test samples without one.
 
     Args:
-        train: The training part. Labels are read from its ``targets``, ``labels`` or ``tensors``, else from its items.
-        test: The test part. Default: None, which means none.
+        train: The training part. Labels are read from its ``targets``, ``labels`` or ``tensors`` if these are the
+            labels of the items, else from the items. The same holds for the dataset of a ``Subset``, and for the parts
+            of a ``ConcatDataset``.
+        test: The test part. If both parts have ``classes``, these are matched by name. Default: None, which means none.
         unlabeled: Images without labels. Default: None, which means none.
-        class_names: Names of the classes, by index. Default: None, which means the ``classes`` of ``train``, if any.
+        class_names: Names of the classes, by index. Default: None, which means the ``classes`` of ``train``, if any,
+            or the sorted labels if they are names.
+
+    Raises:
+        InputError: For a dataset without length or index, such as an ``IterableDataset``.
     """
 
     def __init__(
         self,
-        train: Dataset[Any],
-        test: Dataset[Any] | None = None,
-        unlabeled: Dataset[Any] | None = None,
+        train: Dataset,  # type: ignore[type-arg]  # jsonargparse refuses init_args of Dataset[Any]
+        test: Dataset | None = None,  # type: ignore[type-arg]
+        unlabeled: Dataset | None = None,  # type: ignore[type-arg]
         class_names: list[str] | None = None,
     ) -> None:
+        for name, dataset in {"train": train, "test": test, "unlabeled": unlabeled}.items():
+            if dataset is not None:
+                check_map_style(name, dataset)
         self.train = train
         self.test = test
         self.unlabeled = unlabeled
         self.class_names = class_names
-        first = train[0] if len(train) else None  # type: ignore[arg-type]
-        first = first[0] if isinstance(first, tuple | list) else first
+        images: Any = train
+        first = read_image([images], 0) if len(images) else None
         if not isinstance(first, Tensor):
             self.train_transform = self.eval_transform = to_float()
+            kind = np.asarray(first).dtype if isinstance(first, Image.Image | np.ndarray) else None
+            if kind in _WIDE:
+                rank_zero_warn(
+                    f"DatasetSource: images are {kind}, so that the default transforms divide them by "
+                    f"{np.iinfo(kind).max:,}; convert them to 8 or 16 bits, or set train_transform and eval_transform"
+                )
 
     def load(self) -> Parts:
         """Read the labels."""
-        return Parts(
-            dataset_part(self.train),
-            None if self.test is None else dataset_part(self.test),
-            self.unlabeled,  # type: ignore[arg-type]
-            self.class_names or class_names_of(self.train),
-        )
+        return dataset_parts(self.train, self.test, self.unlabeled, self.class_names)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import torchvision
-
 from kd_lightning.data.sources._parts import dataset_part
+from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, ClassFolders, FlatFolder
+from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.source import Parts, Source
 from kd_lightning.data.transforms import photo_transforms
 from kd_lightning.errors import InputError
@@ -16,57 +13,57 @@ from kd_lightning.errors import InputError
 class ImageFolder(Source):
     """Folders of images with one subfolder per class.
 
+    Images may lie at any depth, and links are followed. Files and folders of the system (``.ipynb_checkpoints``,
+    ``__MACOSX``, ``._0.jpg``, ``Thumbs.db``, ...) and files whose ending is that of no image are passed over; how many
+    is logged. A subfolder without images is a class without samples. Class names are compared in Unicode NFC.
+
     Args:
         train: Folder of the training part.
-        test: Folder of the test part, with the same subfolders as ``train``. Default: None, which means none.
+        test: Folder of the test part. Its subfolders are some or all of those of ``train``. Default: None, which means
+            none.
         unlabeled: Folder of images without labels, at any depth. Default: None, which means none.
-        image_size: Side in pixels of the square that the default transforms crop.
+        image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
+        loader: Function from the path of a file to a picture: a PIL image or a tensor (C, H, W). In YAML: the import
+            path of a function, or a ``class_path`` of a class whose objects can be called. Default:
+            :func:`~kd_lightning.data.sources.image_loader.load_image`.
+        endings: Endings of the files that ``loader`` reads, such as ``[.npy]``. Default: None, which means those of
+            images.
+
+    Raises:
+        InputError: If ``image_size`` is out of range, or if an ending does not begin with a dot.
     """
 
     def __init__(
-        self, train: str, test: str | None = None, unlabeled: str | None = None, image_size: int = 224
+        self,
+        train: str,
+        test: str | None = None,
+        unlabeled: str | None = None,
+        image_size: int | tuple[int, int] = 224,
+        loader: Loader = load_image,
+        endings: list[str] | None = None,
     ) -> None:
         self.train = train
         self.test = test
         self.unlabeled = unlabeled
+        self.loader = loader
+        self.endings = IMAGE_ENDINGS if endings is None else tuple(ending.lower() for ending in endings)
+        if not self.endings or not all(ending.startswith(".") and len(ending) > 1 for ending in self.endings):
+            raise InputError(f"endings must be one or more, each of which begins with a dot, got {endings}")
         self.train_transform, self.eval_transform = photo_transforms(image_size)
 
     def load(self) -> Parts:
         """List the files.
 
         Raises:
-            InputError: If a folder is missing or has no images, or the classes differ.
+            InputError: If a folder is missing or has no images, or the test part has a class that ``train`` lacks.
         """
-        train = self._open("train", self.train)
-        test = None if self.test is None else self._open("test", self.test)
-        if test is not None and test.classes != train.classes:
-            raise InputError(f"test: classes must be those of train, {train.classes}, got {test.classes}")
+        train = ClassFolders("train", self.train, None, self.loader, self.endings)
+        test = None
+        if self.test is not None:
+            test = ClassFolders("test", self.test, train.classes, self.loader, self.endings)
         return Parts(
             dataset_part(train),
             None if test is None else dataset_part(test),
-            None if self.unlabeled is None else _FlatFolder(self.unlabeled),
+            None if self.unlabeled is None else FlatFolder("unlabeled", self.unlabeled, self.loader, self.endings),
             train.classes,
         )
-
-    @staticmethod
-    def _open(name: str, folder: str) -> torchvision.datasets.ImageFolder:
-        try:
-            return torchvision.datasets.ImageFolder(folder)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{name}: {folder} must hold a subfolder of images for each class: {error}") from error
-
-
-class _FlatFolder:
-    """All images below a folder, sorted by path."""
-
-    def __init__(self, root: str) -> None:
-        endings = torchvision.datasets.folder.IMG_EXTENSIONS
-        self.paths = sorted(str(p) for p in Path(root).rglob("*") if p.suffix.lower() in endings)
-        if not self.paths:
-            raise InputError(f"unlabeled: no images in {root}; allowed endings: {', '.join(endings)}")
-
-    def __getitem__(self, index: int, /) -> Any:
-        return torchvision.datasets.folder.default_loader(self.paths[index])
-
-    def __len__(self) -> int:
-        return len(self.paths)

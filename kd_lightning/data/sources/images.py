@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from kd_lightning.cache.content import fingerprint
+from kd_lightning.data.sources.items import image_of
 from kd_lightning.errors import InputError
-
-# attributes of torchvision's datasets with pixels and paths (hashed separately), labels, and the folder
-_HASHED_APART = {"data", "tensors", "samples", "imgs", "paths", "_image_files", "targets", "labels", "_labels", "root"}
 
 
 class Images(Protocol):
-    """Any map-style dataset whose items are images, or tuples that start with an image."""
+    """Any map-style dataset whose items have an image, see :func:`~kd_lightning.data.sources.items.image_of`."""
 
     def __getitem__(self, index: int, /) -> Any: ...
     def __len__(self) -> int: ...
@@ -36,10 +33,25 @@ def read_item(images: Images, index: int) -> Any:
     """
     try:
         return images[index]
+    except InputError:  # it names the item
+        raise
     except Exception as error:  # decoders raise errors of any class
-        path = path_of([images], index)
-        where = f"item {index} of {type(images).__name__}" if path is None else f"image {path}"
-        raise InputError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+        raise _unreadable(images, index, error) from error
+
+
+def _unreadable(images: Images, index: int, error: Exception) -> InputError:
+    path = path_of([images], index)
+    where = f"item {index} of {type(images).__name__}" if path is None else f"image {printable(path)}"
+    return InputError(f"{where} cannot be read: {type(error).__name__}: {error}")
+
+
+def printable(path: str | Path) -> str:
+    r"""Return a path or name for a message, with line ends, control characters and broken text as escapes.
+
+    >>> printable("a\n.png")
+    'a\\n.png'
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(path))
 
 
 def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
@@ -52,9 +64,22 @@ def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
 
 
 def read_image(parts: Sequence[Images], index: int) -> Any:
-    """Read the image of an item; the index counts through all parts."""
-    item = read_item(*_part_of(parts, index))
-    return item[0] if isinstance(item, tuple | list) else item
+    """Read the image of an item; the index counts through all parts.
+
+    A PIL image with a palette becomes RGB: its values are numbers of colours, which transforms would take for greys.
+
+    Raises:
+        InputError: If it cannot be read, or if the item has no image. The message names the item.
+    """
+    part, index = _part_of(parts, index)
+    image = image_of(read_item(part, index), f"item {index} of {type(part).__name__}")
+    if not isinstance(image, Image.Image):
+        return image
+    try:
+        image.load()  # a file may be open, but not decoded
+        return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image
+    except Exception as error:
+        raise _unreadable(part, index, error) from error
 
 
 def path_of(parts: Sequence[Images], index: int) -> str | None:
@@ -62,6 +87,8 @@ def path_of(parts: Sequence[Images], index: int) -> str | None:
     images, index = _part_of(parts, index)
     if isinstance(images, Subset):
         return path_of([images.dataset], int(images.indices[index]))  # type: ignore[list-item]
+    if isinstance(images, ConcatDataset):
+        return path_of(images.datasets, index)  # type: ignore[arg-type]
     listed = [getattr(images, name, None) for name in ("samples", "paths", "_image_files")]
     path = next((paths[index] for paths in listed if isinstance(paths, list)), None)
     path = path[0] if isinstance(path, tuple | list) and path else path
@@ -87,48 +114,3 @@ def identity(images: Images) -> str:
         folder = os.path.commonprefix(paths).rpartition(os.sep)[0]  # noqa: RUF071  (up to a separator)
         digest.update("\n".join(path.removeprefix(folder) for path in paths).encode())
     return digest.hexdigest()
-
-
-def contents(images: Images) -> str:
-    """SHA-256 of all that the images depend on. Unlike ``identity``, it changes if a file is replaced.
-
-    For torchvision's datasets it covers values or paths, file sizes and times, and options. For other datasets it
-    covers their code and attributes, size and time of every file that they name, and 32 of their images.
-    """
-    if type(images) is Subset:
-        inner = contents(images.dataset)  # type: ignore[arg-type]
-        return hashlib.sha256(f"{inner} {[*map(int, images.indices)]}".encode()).hexdigest()
-    if type(images) is TensorDataset:
-        return identity(images)
-    if type(images).__module__.startswith("torchvision.datasets."):
-        state = {key: value for key, value in vars(images).items() if key not in _HASHED_APART}
-        if isinstance(getattr(images, "data", None), Tensor | np.ndarray):
-            return fingerprint([identity(images), state])
-        paths = [path_of([images], number) for number in range(len(images))]
-        if paths and None not in paths:
-            return fingerprint([identity(images), state, [*map(_size_and_time, map(str, paths))]])
-    selected = np.linspace(0, len(images) - 1, num=min(len(images), 32)).astype(int)
-    with isolate_rng():
-        read = [read_image([images], int(number)) for number in selected]
-    files = sorted({*_find_files(images, ("",), set())})
-    return fingerprint([images, [*map(_size_and_time, files)], read])
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _find_files(thing: Any, roots: tuple[str, ...], seen: set[int]) -> Iterator[str]:
-    """Files that a dataset names, relative to the working directory or to a folder that it names."""
-    if isinstance(thing, str | Path):
-        places = (os.path.join(root, thing) for root in roots)  # noqa: PTH118  (there may be a million)
-        yield from filter(os.path.isfile, places)
-    elif id(thing) not in seen and isinstance(thing, Dataset | Mapping | list | tuple | set):
-        seen.add(id(thing))
-        parts = [*vars(thing).values()] if isinstance(thing, Dataset) else []
-        roots += tuple(str(part) for part in parts if isinstance(part, str | Path) and Path(part).is_dir())
-        parts += [*thing.values()] if isinstance(thing, Mapping) else []
-        parts += thing if isinstance(thing, list | tuple | set) else []
-        for part in parts:
-            yield from _find_files(part, roots, seen)

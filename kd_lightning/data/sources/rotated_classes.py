@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from kd_lightning.data.sources.images import Images, path_of, read_image
-from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.data.sources.source import Part, Parts, Source, check_parts, passed_over
+from kd_lightning.data.sources.targets import count_classes, has_label, has_one_class
 from kd_lightning.errors import InputError
 
 
@@ -21,7 +22,8 @@ class RotatedClasses(Source):
     Transformations", 2020). Class c, rotated k times, is class k C + c.
 
     Args:
-        source: A source with one class per image. Its unlabeled part is left out.
+        source: A source with one class per image. Its unlabeled part is left out. An image without a label has none
+            in any rotation.
     """
 
     def __init__(self, source: Source) -> None:
@@ -39,12 +41,12 @@ class RotatedClasses(Source):
         Raises:
             InputError: If its images have many labels each.
         """
-        parts = self.source.load()
+        parts = check_parts(self.source.load(), type(self.source).__name__)
         targets = parts.train.targets
-        if targets.ndim > 1 or targets.is_floating_point():
+        if not has_one_class(targets):
             name = type(self.source).__name__
             raise InputError(f"RotatedClasses: images must have one class each; those of {name} have many labels")
-        names = parts.class_names or [str(number) for number in range(int(targets.max()) + 1 if len(targets) else 0)]
+        names = parts.class_names or [str(number) for number in range(count_classes(targets, None))]
         return Parts(
             _rotated(parts.train, len(names)),
             None if parts.test is None else _rotated(parts.test, len(names)),
@@ -57,6 +59,7 @@ class _RotatedImages:
 
     def __init__(self, images: Images) -> None:
         self.images = images
+        self.passed_over = passed_over(images)
         paths = [path_of([images], number) for number in range(len(images))] if len(images) else []
         self.paths = paths * 4 if all(paths) else None  # read by path_of
 
@@ -76,4 +79,6 @@ class _RotatedImages:
 
 
 def _rotated(part: Part, classes: int) -> Part:
-    return Part(_RotatedImages(part.images), torch.cat([part.targets + turns * classes for turns in range(4)]))
+    known = has_label(part.targets)
+    targets = [torch.where(known, part.targets + turns * classes, part.targets) for turns in range(4)]
+    return Part(_RotatedImages(part.images), torch.cat(targets))

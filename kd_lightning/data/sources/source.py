@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Subset
 
+from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.images import Images
+from kd_lightning.data.sources.targets import has_label, has_one_class, normalize, to_tensor
 from kd_lightning.errors import InputError
 
 
 class Part(NamedTuple):
-    """Images and their true labels: (N,) class indices, or (N, L) zeros and ones."""
+    """Images and their true labels: (N,) class indices, or (N, L) zeros and ones; -100 or NaN where they are missing.
+
+    A source may return labels of any type of number, with -1 for missing ones; :func:`check_parts` brings them to one
+    form.
+    """
 
     images: Images
     targets: Tensor
@@ -45,6 +53,79 @@ class Source(ABC):
     @abstractmethod
     def load(self) -> Parts:
         """Open the images and read the labels. Called on every process."""
+
+
+def check_parts(parts: Parts, source: str) -> Parts:
+    """Check that labels fit their images, the class names and each other, and bring them to one form.
+
+    Args:
+        parts: The parts of a source.
+        source: Name of the source, for messages.
+
+    Returns:
+        The parts, with labels as of :func:`~kd_lightning.data.sources.targets.normalize`, and class names in Unicode
+        NFC. The test part has class indices if the training part has, and floats likewise.
+
+    Raises:
+        InputError: If there is not one label for each image, if a class has no name, or if the test part has labels of
+            another kind. The message names an item.
+    """
+    train = _check_part(parts.train, f"the training part of {source}")
+    test = parts.test
+    if test is not None:
+        place = f"the test part of {source}"
+        test = _check_part(test, place)
+        test = test._replace(targets=_as_in_training(test.targets, train.targets, place))
+    for part, place in ((train, "train"), (test, "test")):
+        if part is not None and parts.class_names:
+            _check_names(part.targets, len(parts.class_names), place)
+    names = None if parts.class_names is None else [normal_name(str(name)) for name in parts.class_names]
+    return parts._replace(train=train, test=test, class_names=names)
+
+
+def _check_part(part: Part, place: str) -> Part:
+    if len(part.targets) != len(part.images):
+        raise InputError(f"{place} must have one label for each image, got {len(part.targets)} for {len(part.images)}")
+    return part._replace(targets=normalize(to_tensor(part.targets, place), place))
+
+
+def _as_in_training(targets: Tensor, train: Tensor, place: str) -> Tensor:
+    """Return labels of the test part as class indices, or as floats, as those of the training part are."""
+    if targets.shape[1:] != train.shape[1:] and len(targets):
+        raise InputError(
+            f"{place}: its labels must have the shape of the training part's, {['N', *train.shape[1:]]}, got "
+            f"{['N', *targets.shape[1:]]}"
+        )
+    if targets.is_floating_point() == train.is_floating_point() or train.ndim > 1:
+        return targets
+    known = has_label(targets)
+    if has_one_class(targets):
+        return torch.where(known, targets.to(train.dtype), float("nan"))
+    if wrong := ((targets != targets.round()) & known).nonzero().flatten().tolist():
+        raise InputError(f"{place}: labels must be class indices, but item {wrong[0]} has {targets[wrong[0]]:g}")
+    return normalize(torch.where(known, targets, -100.0).long(), place)
+
+
+def _check_names(targets: Tensor, count: int, place: str) -> None:
+    """Raise InputError for a class, or one of several labels, without a name."""
+    if has_one_class(targets) and len(targets) and int(targets.max()) >= count:
+        item = int((targets >= count).nonzero()[0])
+        raise InputError(
+            f"class_names must name all classes, but there are {count} names, and item {item} of {place} has class "
+            f"{int(targets[item])} (classes count from 0)"
+        )
+    if targets.ndim == 2 and targets.shape[1] not in (1, count):
+        raise InputError(f"class_names must name all {targets.shape[1]} labels of a sample, got {count} names")
+
+
+def passed_over(images: Any) -> int:
+    """Number of files and folders that a dataset has passed over since they are no samples; 0 where it is unknown."""
+    if isinstance(images, Subset):
+        return passed_over(images.dataset)
+    if isinstance(images, ConcatDataset):
+        return sum(map(passed_over, images.datasets))
+    count = getattr(images, "passed_over", 0)
+    return count if isinstance(count, int) else 0
 
 
 def check_not_empty(parts: Parts, source: str) -> None:

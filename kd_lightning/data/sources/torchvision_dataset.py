@@ -7,8 +7,10 @@ from typing import Any
 
 import torchvision
 
-from kd_lightning.data.sources._parts import class_names_of, dataset_part
+from kd_lightning.data.sources._parts import dataset_parts
+from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.source import Parts, Source
+from kd_lightning.data.sources.torchvision_files import open_files
 from kd_lightning.data.transforms import photo_transforms, small_image_transforms
 from kd_lightning.errors import InputError
 
@@ -22,11 +24,16 @@ class TorchvisionDataset(Source):
         root: Folder of the files. Missing files are downloaded there.
         options: Other arguments of the dataset, such as ``split: letters`` of EMNIST.
         test_split: Name of the test part, for datasets with the argument ``split``.
-        image_size: Side in pixels of the square that the default transforms crop. The six datasets above have
-            transforms of their own, without it.
+        image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
+            The six datasets above have transforms of their own, without it.
+        train_split: Name of the training part, for datasets with the argument ``split``: ``trainval`` of OxfordIIITPet.
+        loader: Function from the path of a file to a picture: a PIL image or a tensor (C, H, W), for datasets of image
+            files. In YAML: the import path of a function, or a ``class_path`` of a class whose objects can be called.
+            Default: :func:`~kd_lightning.data.sources.image_loader.load_image`. The images of datasets that lie in
+            memory or in an archive, such as the six above, stay as they are.
 
     Raises:
-        InputError: For a name that torchvision does not have.
+        InputError: For a name that torchvision does not have, and if ``image_size`` is out of range.
     """
 
     def __init__(
@@ -35,7 +42,9 @@ class TorchvisionDataset(Source):
         root: str,
         options: dict[str, Any] | None = None,
         test_split: str = "test",
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
+        train_split: str = "train",
+        loader: Loader = load_image,
     ) -> None:
         self.dataset = getattr(torchvision.datasets, name, None)
         if not isinstance(self.dataset, type):
@@ -44,7 +53,10 @@ class TorchvisionDataset(Source):
         self.root = root
         self.options = options or {}
         self.test_split = test_split
-        self.train_transform, self.eval_transform = _RECIPES.get(name, lambda: photo_transforms(image_size))()
+        self.train_split = train_split
+        self.loader = loader
+        photos = photo_transforms(image_size)
+        self.train_transform, self.eval_transform = _RECIPES[name]() if name in _RECIPES else photos
 
     def prepare(self) -> None:
         """Download missing files."""
@@ -52,33 +64,45 @@ class TorchvisionDataset(Source):
             self._open(selector, download=True)
 
     def load(self) -> Parts:
-        """Open the parts."""
-        opened = [self._open(selector, download=False) for selector in self._selectors()]
-        train = opened[0]
-        return Parts(
-            dataset_part(train),
-            dataset_part(opened[1]) if len(opened) > 1 else None,
-            opened[2] if len(opened) > 2 else None,
-            class_names_of(train),
-        )
+        """Open the parts.
+
+        Raises:
+            InputError: If they cannot be opened, if the test part has a class that the training part lacks, or if
+                ``loader`` is set and the dataset reads no image files.
+        """
+        opened = [self._with_loader(self._open(selector, download=False)) for selector in self._selectors()]
+        train, test, unlabeled = [*opened, None, None][:3]
+        return dataset_parts(train, test, unlabeled)
 
     def _selectors(self) -> list[dict[str, Any]]:
         """Arguments that select the training, test and unlabeled part of the dataset."""
-        parameters = inspect.signature(self.dataset).parameters  # type: ignore[arg-type]
+        parameters = self._parameters()
         if "train" in parameters:
             return [{"train": True}, {"train": False}]
         if "split" in parameters:
-            names = ["train", self.test_split, *(["unlabeled"] if self.name == "STL10" else [])]
+            names = [self.train_split, self.test_split, *(["unlabeled"] if self.name == "STL10" else [])]
             return [{"split": name} for name in names]
         return [{}]
 
+    def _parameters(self) -> Any:
+        return inspect.signature(self.dataset).parameters  # type: ignore[arg-type]
+
     def _open(self, selector: dict[str, Any], *, download: bool) -> Any:
         assert self.dataset is not None
-        downloads = "download" in inspect.signature(self.dataset).parameters
+        downloads = {"download": download} if "download" in self._parameters() else {}
         try:
-            return self.dataset(self.root, **self.options, **selector, **({"download": download} if downloads else {}))
-        except (RuntimeError, OSError, TypeError, ValueError) as error:
+            return self.dataset(self.root, **self.options, **selector, **downloads)
+        except (RuntimeError, OSError, TypeError, ValueError, LookupError) as error:
             raise InputError(f"{self.name} in {self.root} cannot be opened with {selector}: {error}") from error
+
+    def _with_loader(self, dataset: Any) -> Any:
+        """The dataset, with its image files, if any, read by the loader."""
+        if "loader" in self.options:  # in Python: a function of the dataset's own kind of file
+            return dataset
+        files = open_files(dataset, self.loader)
+        if files is None and self.loader is not load_image:
+            raise InputError(f"loader: the images of {self.name} are not read by a loader; remove loader")
+        return dataset if files is None else files
 
 
 # The usual means and standard deviations of the training images. Digits are not mirrored.

@@ -6,6 +6,7 @@ from torch.utils.data import TensorDataset
 from torchvision.utils import save_image
 
 from kd_lightning import ClassSubset, DatasetSource, Digits, ImageFolder, InputError, SemiSupervisedDataModule
+from kd_lightning.data.sources.source import Part, Parts, Source
 
 
 def test_images_and_labels():
@@ -80,3 +81,39 @@ def test_empty_source():
     empty = DatasetSource(TensorDataset(torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)))
     with pytest.raises(InputError, match="classes: the training part of DatasetSource is empty"):
         ClassSubset(empty, [0]).load()
+
+
+def test_images_without_a_label_stay():
+    """Their class is unknown, as that of the unlabeled part."""
+    labels = torch.tensor([0, -1, 2, 156, -100, 2], dtype=torch.int16)
+    part = TensorDataset(torch.arange(6.0).reshape(6, 1), labels)
+    parts = ClassSubset(DatasetSource(part, part), [2, 156]).load()
+    for found in (parts.train, parts.test):
+        assert found.targets.tolist() == [-100, 0, 1, -100, 0]
+        assert [float(found.images[place][0]) for place in range(5)] == [1, 2, 3, 4, 5]
+    data = SemiSupervisedDataModule(ClassSubset(DatasetSource(part), [2, 0]), val_size=0)
+    assert data.visible_labels().tolist() == [1, -100, 0, -100, 0]
+    assert data.unlabeled_indices() == [1, 3]
+
+
+def test_uint8_labels_of_a_source_of_ones_own():
+    """As an index, uint8 would be a mask."""
+
+    class Own(Source):
+        def load(self):
+            return Parts(Part(TensorDataset(torch.arange(4.0)), torch.tensor([0, 156, 1, 1], dtype=torch.uint8)))
+
+    parts = ClassSubset(Own(), [1, 156]).load()
+    assert parts.train.targets.tolist() == [1, 0, 0]
+    assert [float(parts.train.images[place][0]) for place in range(3)] == [1, 2, 3]
+
+
+def test_classes_that_a_part_lacks():
+    train = TensorDataset(torch.rand(4, 1), torch.tensor([0, 1, 2, 2]))
+    test = TensorDataset(torch.rand(2, 1), torch.tensor([0, 1]))
+    source = DatasetSource(train, test, class_names=["a", "b", "c", "d"])
+    parts = ClassSubset(source, [2, 1]).load()
+    assert (parts.train.targets.tolist(), parts.test.targets.tolist()) == ([1, 0, 0], [1])
+    assert ClassSubset(source, [2, 3]).load().test is None  # no test image has one of the classes
+    parts = ClassSubset(source, [3, 0]).load()  # no training image has class d
+    assert (parts.train.targets.tolist(), parts.class_names) == ([1], ["d", "a"])

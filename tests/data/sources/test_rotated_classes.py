@@ -59,3 +59,21 @@ def test_bad_input():
     assert len(flat.train.images) == 16
     with pytest.raises(InputError, match=r"images must be PIL images or tensors \(C, H, W\), got Tensor"):
         _ = flat.train.images[0]
+
+
+def test_images_without_a_label_have_none_in_any_rotation():
+    labels = torch.tensor([0, -1, 2], dtype=torch.int8)
+    parts = RotatedClasses(DatasetSource(TensorDataset(torch.rand(3, 1, 2, 2), labels))).load()
+    assert parts.train.targets.tolist() == [0, -100, 2, 3, -100, 5, 6, -100, 8, 9, -100, 11]
+    assert len(parts.class_names) == 12
+
+
+def test_classes_without_names():
+    source = DatasetSource(TensorDataset(torch.rand(2, 1, 2, 2), torch.tensor([0, 3])), class_names=["a", "b"])
+    with pytest.raises(InputError, match="class_names must name all classes, but there are 2 names.* class 3"):
+        RotatedClasses(source).load()  # class 3 would be class 1 after a quarter turn
+
+
+def test_no_image_has_a_label():
+    parts = RotatedClasses(DatasetSource(TensorDataset(torch.rand(2, 1, 2, 2), torch.tensor([-1, -1])))).load()
+    assert (parts.train.targets.tolist(), parts.class_names) == ([-100] * 8, [])

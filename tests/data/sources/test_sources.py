@@ -74,6 +74,31 @@ def test_pictures_become_tensors():
     assert batch.x.amax().item() == pytest.approx(5 / 255)
 
 
+def test_palettes_become_colours(tmp_path):
+    colors = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8))
+    palette = colors.convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "0.png", transparency=bytes([0, 100]))
+    for picture in (palette, Image.open(tmp_path / "0.png"), palette.convert("PA")):
+        source = DatasetSource([(picture, 0)] * 2)
+        batch = next(iter(SemiSupervisedDataModule(source, val_size=0).train_dataloader()))
+        wanted = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1) / 255
+        torch.testing.assert_close(batch.x[0], wanted)
+
+
+def test_damaged_files_that_a_dataset_opens_only(tmp_path):
+    path = tmp_path / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"item 0 of list cannot be read: OSError: image file is truncated"):
+        read_image([[(Image.open(path), 0)]], 0)
+
+
+@pytest.mark.parametrize("image", [Image.new("I", (4, 4), 9), np.ones((4, 4), np.int64), np.ones((4, 4), np.uint32)])
+def test_images_of_32_bits_are_reported(image):
+    with pytest.warns(UserWarning, match=r"images are u?int\d\d, .*default transforms divide them by"):
+        DatasetSource([(image, 0)])
+
+
 @pytest.fixture
 def folder(tmp_path):
     for part in ("train/cat", "train/dog", "test/cat", "test/dog", "more/deep/er"):
