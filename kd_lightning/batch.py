@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, NamedTuple
+from math import nan
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,27 +27,58 @@ class LabelKind(IntEnum):
     NOISY = 4  # y may be wrong
 
 
-class Rows(NamedTuple):
-    """The positions of a batch's rows in the table of all views, by which teachers cache their outputs.
+class TeacherOutputs:
+    """Stored outputs of teachers for the rows of a batch: ``batch.teacher["teacher"]``.
 
-    Attributes:
-        table: The table of views; a :class:`~kd_lightning.data.views.ViewTable`.
-        numbers: (B,) integers. They stay on the CPU whatever the batch's device is, so that no lookup synchronises.
+    It is neither a mapping nor a dataclass: a precision plugin would cast the tensors in it, and stored outputs must
+    stay what they are.
+
+    Args:
+        outputs: Outputs (B, M) by the teacher's name, as the network returned them.
+        sources: Folder of the outputs by the teacher's name. A teacher uses only outputs from a folder of its own.
+            Default: None, which means that none is known.
+        inputs: (B,) hashes, as int64, of the inputs that the outputs belong to. Default: None, which means that they
+            are not known.
+        changed: Number of rows whose images are not those that outputs are stored for. Outputs are left out then.
     """
 
-    table: Hashable
-    numbers: np.ndarray[Any, Any]
+    def __init__(
+        self,
+        outputs: Mapping[str, Tensor],
+        sources: Mapping[str, str] | None = None,
+        inputs: Tensor | None = None,
+        changed: int = 0,
+    ) -> None:
+        self.outputs = {**outputs}
+        self.sources = {**(sources or {})}
+        self.inputs = inputs
+        self.changed = changed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.outputs[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.outputs
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TeacherOutputs:
+        """Return a copy with all tensors changed."""
+        outputs = {name: change(tensor) for name, tensor in self.outputs.items()}
+        return TeacherOutputs(outputs, self.sources, None if self.inputs is None else change(self.inputs), self.changed)
 
 
 @dataclass
 class Batch:
     """A batch of B rows. All fields except ``x`` are optional.
 
+    The data loader fills it. Modules and losses read it: they write neither its fields nor into its tensors. (It is no
+    frozen dataclass, since Lightning could not move it to a device.)
+
     Attributes:
         x: Inputs, (B, ...).
         y: Labels: (B,) class indices, or (B, L) zeros and ones for the multilabel task. A missing label is ``-100``
             (``NaN`` where labels are floats).
-        index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it.
+        index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it. It is -1 in the
+            batch of a process without samples (see :attr:`is_padding`).
         view: The view (augmentation of the sample) of each row, (B,) integers.
         kind: The kind of each row's label, (B,) numbers of ``LabelKind``. If None, known labels are clean.
         weight: The factor of each row's hard loss, (B,). If None, it is 1.
@@ -62,7 +93,8 @@ class Batch:
         mean_rows: Mean number of rows of these batches. If None, it is B.
         labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step synchronises with
             the device. If None, ``y`` is searched.
-        rows: The positions of the rows in the table of all views, by which teachers cache their outputs.
+        teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
+            ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
     """
 
     x: Tensor
@@ -79,7 +111,11 @@ class Batch:
     mean_coarse: float = 0.0
     mean_rows: float | None = None
     labeled: Tensor | None = None
-    rows: Rows | None = None
+    teacher: TeacherOutputs | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, dict):
+            self.teacher = TeacherOutputs(self.teacher)
 
     @classmethod
     def from_any(cls, batch: Any) -> Batch:
@@ -100,6 +136,19 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def is_padding(self) -> bool:
+        """Whether the only row is no sample: an evaluation on more processes than samples gives each one row."""
+        return len(self) == 1 and self.index is not None and self.index.item() < 0
+
+    def as_padding(self) -> Batch:
+        """Return the batch with rows that are no samples: their index is -1, and they have no label."""
+        assert self.index is not None
+        y, none = self.y, torch.zeros(0, dtype=torch.long)
+        y = None if y is None else torch.full_like(y, nan if y.is_floating_point() else IGNORE_INDEX)
+        index = torch.full_like(self.index, -1)
+        return replace(self, index=index, y=y, labeled=none, kind=None, candidates=None, soft=None, teacher=None)
+
     def select(self, rows: Tensor) -> Batch:
         """Return a batch of some rows, given by a boolean tensor (B,) or by their numbers."""
         count = len(self)
@@ -107,9 +156,9 @@ class Batch:
         for name, part in parts.items():
             if isinstance(part, Tensor) and part.ndim and len(part) == count:
                 parts[name] = part[rows]
-        if self.rows is not None:
-            parts["rows"] = Rows(self.rows.table, self.rows.numbers[rows.cpu().numpy()])
-        return Batch(**parts)
+        if self.teacher is not None:
+            parts["teacher"] = self.teacher.map(lambda tensor: tensor[rows])
+        return replace(self, **parts)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with all tensors on a device, copied without blocking where possible. Lightning calls it."""
@@ -124,9 +173,13 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.teacher is not None:
+            changed["teacher"] = self.teacher.map(change)
         return replace(self, **changed)
 
 
 def is_labeled(y: Tensor) -> Tensor:
     """Return a boolean tensor of the shape of ``y``: True where the label is known."""
-    return ~torch.isnan(y) if y.is_floating_point() else y != IGNORE_INDEX
+    if y.is_floating_point():
+        return ~torch.isnan(y)
+    return y != IGNORE_INDEX if y.dtype.is_signed else torch.ones_like(y, dtype=torch.bool)  # uint8: 156 == -100

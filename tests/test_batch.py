@@ -2,14 +2,14 @@
 
 from collections import namedtuple
 
-import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import LabelKind, Rows, is_labeled
+from kd_lightning.batch import LabelKind, TeacherOutputs, is_labeled
 
 X, Y = torch.randn(4, 3), torch.arange(4)
 Pair = namedtuple("Pair", "image label")
@@ -25,6 +25,17 @@ def test_takes_the_batches_of_loaders(given, y):
     assert batch.x is X
     assert batch.y is y
     assert (batch.index, batch.view, batch.mean_labels, len(batch)) == (None, None, None, 4)
+
+
+@pytest.mark.parametrize("y", [torch.tensor([2]), torch.tensor([1.0]), torch.tensor([[0.0, 1.0]]), None])
+def test_padding_is_no_sample(y):
+    batch = Batch(X[:1], y, index=torch.tensor([0]), labeled=torch.tensor([0]))
+    padding = batch.as_padding()
+    assert (batch.is_padding, padding.is_padding) == (False, True)
+    assert padding.y is None or not is_labeled(padding.y).any()
+    assert not len(padding.labeled)
+    assert not Batch(X[:1], y).is_padding
+    assert not Batch(X, index=Y).is_padding
 
 
 def test_takes_a_batch_as_it_is():
@@ -54,9 +65,10 @@ def test_refuses_the_rest(given, got):
 
 
 def test_lightning_moves_every_tensor():
-    rows = Rows("a table", np.arange(len(X)))  # stay on the CPU
-    moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5, rows=rows), torch.device("meta"))
-    assert moved.rows is rows
+    teacher = TeacherOutputs({"teacher": X + 1}, {"teacher": "a folder"}, Y)
+    moved = move_data_to_device(Batch(X, Y, index=Y, view=Y, mean_labels=1.5, teacher=teacher), torch.device("meta"))
+    assert (moved.teacher["teacher"].device.type, moved.teacher.inputs.device.type) == ("meta", "meta")
+    assert moved.teacher.sources == {"teacher": "a folder"}
     assert isinstance(moved, Batch)
     assert {tensor.device.type for tensor in (moved.x, moved.y, moved.index, moved.view)} == {"meta"}
     assert moved.mean_labels == 1.5
@@ -101,6 +113,7 @@ def test_pins_every_tensor(monkeypatch):
     assert torch.equal(pinned.y, Y + 1)
     assert torch.equal(pinned.index, Y + 1)
     assert (pinned.view, pinned.mean_labels) == (None, 1.5)
+    assert torch.equal(Batch(X, teacher={"teacher": X}).pin_memory().teacher["teacher"], X + 1)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +130,11 @@ def test_some_of_the_rows(rows):
     for name in ("kind", "soft", "x_strong"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     assert (part.mean_labels, part.mean_pseudo, part.mean_rows) == (2, 1, 4.5)
+    teacher = TeacherOutputs({"teacher": X + 3}, {"teacher": "a folder"}, Y)
+    part = Batch(X, teacher=teacher).select(rows)
+    assert torch.equal(part.teacher["teacher"], X[rows] + 3)
+    assert torch.equal(part.teacher.inputs, Y[rows])
+    assert part.teacher.sources == teacher.sources
     part = Batch(X).select(rows)
     assert (part.y, part.index, part.view, part.mean_labels) == (None, None, None, None)
 
@@ -128,7 +146,17 @@ def test_some_of_the_rows(rows):
         (torch.tensor([0.0, float("nan"), 1.0]), [True, False, True]),
         (torch.tensor([[-100, 1], [-100, -100]]), [[False, True], [False, False]]),
         (torch.tensor([True, False]), [True, True]),
+        (torch.tensor([0, 156], dtype=torch.uint8), [True, True]),  # 156 is -100 modulo 256
     ],
 )
 def test_is_labeled(y, known):
     assert is_labeled(y).tolist() == known
+
+
+@pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), HalfPrecision("bf16-true"), DoublePrecision()])
+def test_precision_plugins_cast_no_stored_outputs(plugin):
+    batch = plugin.convert_input(Batch(X, teacher={"teacher": X}))
+    assert batch.x.dtype != X.dtype
+    assert batch.teacher["teacher"] is X
+    assert "teacher" in batch.teacher
+    assert "teachers.0" not in batch.teacher

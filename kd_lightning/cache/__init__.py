@@ -2,10 +2,12 @@
 
 from kd_lightning.cache.codecs import DenseCodec, TopKCodec
 from kd_lightning.cache.content import fingerprint
+from kd_lightning.cache.outputs import StoredOutputs
 from kd_lightning.cache.store import OutputCache
 
 __all__ = [
     "OutputCache",
+    "StoredOutputs",
     "DenseCodec",
     "TopKCodec",
     "fingerprint",

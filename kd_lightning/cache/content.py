@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import io
 import logging
+import os
+import random
 import re
 import sys
+import sysconfig
 import threading
 import types
+import warnings
+import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set, ValuesView
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,14 +28,21 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
+from kd_lightning.cache.tensors import parts_of
 from kd_lightning.errors import InputError
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
-# packages whose code counts by name only
-_KNOWN = {"torch", "torchvision", "numpy", "PIL", *sys.stdlib_module_names}
+# packages whose code counts by name only, and the folders of the standard library, whose code does, too
+_KNOWN = {"torch", "torchvision", "numpy", "PIL", "pandas"}
+_INSTALLED = {"site-packages", "dist-packages"}
+_STANDARD = {os.path.realpath(path) for path in (os.path.dirname(os.__file__), sysconfig.get_path("stdlib"))}  # noqa: PTH120
 # objects of which only the class counts, since their attributes change at any time
 _SERVICES = (logging.Logger, logging.Handler, io.IOBase, threading.Thread)
+_GENERATORS = (random.Random, np.random.Generator, np.random.BitGenerator, np.random.RandomState, torch.Generator)
+# objects that their text identifies
+_TEXTS = (types.WrapperDescriptorType, types.MethodDescriptorType, types.MemberDescriptorType, torch.layout)
+_TEXTS += (types.GetSetDescriptorType, types.ClassMethodDescriptorType, torch.memory_format, torch.qscheme)  # type: ignore[assignment]
 # attributes of modules that do not count: mode, hooks, trainer, and what torch.compile and Lightning add
 _COMPILED = {"_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"}
 _CONTENT = {"_parameters", "_buffers", "_modules"}
@@ -40,17 +53,21 @@ _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annot
 _OF_CLASSES |= {"__static_attributes__", "__conditional_annotations__"}
 
 
-def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
+def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: bool = True) -> str:
     """Compute the SHA-256 of an object's class, its code, and all its attributes. It is the same in every process.
 
     Functions, lambdas and methods count by their code, defaults and closure, and by the functions, classes and values
     that they use from their own and other modules. For functions in installed packages, the file of their module
-    counts instead of what they use. Code of torch, torchvision, numpy, Pillow and the standard library counts by name
-    only.
+    counts instead of what they use. Code of torch, torchvision, numpy, Pillow, pandas and the standard library counts
+    by name only. Objects without attributes of their own, such as arrays and random generators of other packages, count
+    by what pickle would store of them. Objects that have neither (locks, streams) count by their class.
 
     Args:
         thing: Any object.
         without: Objects inside it that do not count.
+        code: Whether code counts. If not, classes and functions count by name, and devices, types of numbers, absolute
+            paths, hooks and random generators do not count: the result is the same on another machine and for another
+            version.
 
     Raises:
         InputError: If the object is nested too deeply.
@@ -60,17 +77,18 @@ def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
     """
     digest = hashlib.sha256()
     try:
-        _feed(thing, digest.update, {id(one): (number, one) for number, one in enumerate(without)})
+        _feed(thing, digest.update, {id(one): (number, one) for number, one in enumerate(without)}, code)
     except RecursionError as error:
         raise InputError(f"{type(thing).__name__} is nested too deeply for a fingerprint") from error
     return digest.hexdigest()
 
 
-def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]]) -> None:
+def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]], code: bool) -> None:
     if isinstance(thing, nn.Module):
         thing = getattr(thing, "_orig_mod", thing)  # as it is without torch.compile
-    if isinstance(thing, _PLAIN) and not isinstance(thing, Enum):
-        update(f"{type(thing).__name__}:{thing!r};".encode())
+    if isinstance(thing, _PLAIN) and not isinstance(thing, Enum) and _is_known(type(thing)):
+        if code or not _is_of_machine(thing):
+            update(f"{type(thing).__name__}:{thing!r};".encode())
         return
     if id(thing) in seen:  # also ends cycles
         update(f"seen {seen[id(thing)][0]};".encode())
@@ -79,28 +97,33 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
 
     def go(*parts: Any) -> None:
         for part in parts:
-            _feed(part, update, seen)
+            _feed(part, update, seen, code)
 
     update(f"{type(thing).__module__}.{type(thing).__qualname__}(".encode())
     if isinstance(thing, Enum):
         go(thing.name, thing.value)
+    elif isinstance(thing, _ATOMS):  # of a class of somebody's own
+        plain = next(kind for kind in _ATOMS if isinstance(thing, kind))
+        go(type(thing), plain.__repr__(thing), _state(thing, code))  # type: ignore[call-arg]
     elif isinstance(thing, Tensor):
-        go(str(thing.dtype), [*thing.shape], thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        go(*parts_of(thing))
     elif isinstance(thing, np.ndarray):
         go(str(thing.dtype), [*thing.shape])
-        if thing.dtype == object:
+        if thing.dtype.hasobject or thing.dtype.kind == "T":  # texts of any length
             go(thing.tolist())
         else:
             update(np.ascontiguousarray(thing).reshape(-1).view(np.uint8))
+        if isinstance(thing, np.ma.MaskedArray):
+            go(np.ma.getmaskarray(thing))
     elif isinstance(thing, Image.Image):
         go(thing.mode, thing.size, thing.tobytes())
-    elif isinstance(thing, torch.jit.ScriptModule):
-        update(thing.save_to_buffer())
-    elif isinstance(thing, Mapping | Set | list | tuple | deque):
-        if isinstance(thing, list) and all(map(_is_row, thing)):
+    elif isinstance(thing, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        go(*_program(thing))
+    elif isinstance(thing, Mapping | Set | list | tuple | deque | ValuesView):
+        if code and isinstance(thing, list) and all(map(_is_row, thing)):
             update(repr([*thing]).encode())  # in one step, since lists of files are long
         else:
-            go(*_items(thing))
+            go(*_items(thing, code))
         if not _is_known(type(thing)):
             go(type(thing), getattr(thing, "__dict__", None))
     elif isinstance(thing, functools.partial):
@@ -111,8 +134,9 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
         go(f"{thing.__module__}.{thing.__qualname__}")
         if not _is_known(thing):
             cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
-            go(_code(thing.__code__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing))
-            go(_installed(thing.__module__) or _named(thing.__globals__, _names(thing.__code__), ()))
+            go(_code(thing.__code__) if code else None, thing.__defaults__, thing.__kwdefaults__, cells, vars(thing))
+            if code:
+                go(_installed(thing.__module__) or _named(thing.__globals__, _names(thing.__code__), ()))
     elif isinstance(thing, staticmethod | classmethod):
         go(thing.__func__)
     elif isinstance(thing, property):
@@ -120,15 +144,33 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
     elif isinstance(thing, type):
         for kind in thing.__mro__:
             go(f"{kind.__module__}.{kind.__qualname__}")
-            if not _is_known(kind):
+            if code and not _is_known(kind):
                 go({name: value for name, value in vars(kind).items() if name not in _OF_CLASSES})
     elif isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
         go(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)}")
-    elif not isinstance(thing, _SERVICES):
+        owner = getattr(thing, "__self__", None)
+        if isinstance(owner, Mapping | Set | list | tuple | str | bytes):
+            go(owner)
+    elif isinstance(thing, types.GeneratorType):
+        frame = thing.gi_frame
+        go(
+            _code(thing.gi_code) if code else thing.__qualname__,
+            None if frame is None else [frame.f_lasti, {**frame.f_locals}, thing.gi_yieldfrom],
+        )
+    elif isinstance(thing, memoryview):
+        go(thing.format, thing.shape, thing.tobytes())
+    elif isinstance(thing, torch.Generator) and code:
+        go(thing.get_state())
+    elif not isinstance(thing, _SERVICES) and (code or not isinstance(thing, _GENERATORS)):
         go(type(thing))
-        state = _state(thing)
+        reduced = _reduced(thing)
+        state = {} if reduced is not None and _is_known(type(thing)) else _state(thing, code)
         go(state)
-        if not state:
+        if isinstance(thing, np.generic) and thing.dtype.kind in "OV":
+            go(np.asarray(thing))
+        elif reduced is not None:
+            go(*reduced)
+        elif isinstance(thing, (np.generic, *_TEXTS)) or (not state and hasattr(thing, "__dict__")):
             update(re.sub(r"0x[0-9a-f]+", "", repr(thing)).encode())
     update(b")")
 
@@ -138,13 +180,20 @@ def _is_row(thing: Any) -> bool:
     return type(thing) in _ATOMS or (type(thing) is tuple and all(type(part) in _ATOMS for part in thing))
 
 
-def _items(thing: Any) -> Iterable[Any]:
+def _is_of_machine(thing: Any) -> bool:
+    """Whether it is a device, a type of numbers, or an absolute path."""
+    return isinstance(thing, torch.device | torch.dtype) or (
+        isinstance(thing, str | PurePath) and Path(thing).is_absolute()
+    )
+
+
+def _items(thing: Any, code: bool) -> Iterable[Any]:
     if isinstance(thing, Mapping):
         return (part for item in thing.items() for part in item)
-    return sorted(map(fingerprint, thing)) if isinstance(thing, Set) else thing
+    return sorted(fingerprint(part, code=code) for part in thing) if isinstance(thing, Set) else thing
 
 
-def _state(thing: Any) -> dict[str, Any]:
+def _state(thing: Any, code: bool) -> dict[str, Any]:
     """The attributes of an object, slots included."""
     state = {**getattr(thing, "__dict__", {})}
     for kind in type(thing).__mro__:
@@ -152,24 +201,84 @@ def _state(thing: Any) -> dict[str, Any]:
         for slot in [slots] if isinstance(slots, str) else slots:
             private = slot.startswith("__") and not slot.endswith("__")
             name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
-            if hasattr(thing, name):
+            if slot not in ("__dict__", "__weakref__") and hasattr(thing, name):
                 state[name] = getattr(thing, name)
     if isinstance(thing, nn.Module):
         hooks = [*getattr(thing, "_forward_pre_hooks", {}).values(), *getattr(thing, "_forward_hooks", {}).values()]
-        apart = next(names for kind, names in _BOOKKEEPING.items() if isinstance(thing, kind))
-        state = {key: value for key, value in state.items() if key not in apart}
-        state |= {"hooks": hooks} if hooks else {}  # without their numbers, which count all hooks of the process
+        state = attributes_of(thing, state)
+        state |= {"hooks": hooks} if hooks and code else {}  # without their numbers, which count all of the process
     return state
 
 
+def attributes_of(module: nn.Module, attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The attributes of a module, without those that say nothing about what it computes: mode, hooks, trainer.
+
+    Args:
+        module: The module.
+        attributes: The attributes to choose from. Default: None, which means all.
+    """
+    apart = next(names for kind, names in _BOOKKEEPING.items() if isinstance(module, kind))
+    attributes = vars(module) if attributes is None else attributes
+    return {key: value for key, value in attributes.items() if key not in apart}
+
+
+def _reduced(thing: Any) -> list[Any] | None:
+    """What pickle would store of an object whose class has rules of its own for it; None without such rules."""
+    kind = type(thing)
+    if isinstance(thing, (nn.Module, np.generic, *_TEXTS)):
+        return None
+    own = [name for name in ("__reduce_ex__", "__reduce__") if getattr(kind, name) is not getattr(object, name)]
+    stated = getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None) and _is_known(kind)
+    if not own and not stated and kind not in copyreg.dispatch_table:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = copyreg.dispatch_table[kind](thing) if kind in copyreg.dispatch_table else thing.__reduce_ex__(4)
+    except Exception:  # pickle would fail; errors are of any class
+        return None
+    if isinstance(found, str):
+        return [found]
+    function, arguments, *more = found
+    state, items, pairs = [*more[:3], None, None, None][:3]
+    return [function, arguments, state, [*(items or ())], [*(pairs or ())]]
+
+
+def _program(script: Any) -> list[Any]:
+    """Code, constants and weights of a TorchScript program, without the line numbers of its source."""
+    with zipfile.ZipFile(io.BytesIO(script.save_to_buffer())) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}  # without the archive's own name
+        kept = (key for key in sorted(names) if not key.startswith(".data/") and not key.endswith(".debug_pkl"))
+        return [(key, archive.read(names[key])) for key in kept]
+
+
 def _is_known(thing: Any) -> bool:
-    return str(thing.__module__).split(".")[0] in _KNOWN
+    return _is_known_module(str(thing.__module__))
+
+
+def _is_known_module(name: str) -> bool:
+    """Whether the code of a module counts by name only. A user's module may have a name of the standard library."""
+    top = name.partition(".")[0]
+    if top in _KNOWN:
+        return True
+    if top not in sys.stdlib_module_names or top not in sys.modules:
+        return False
+    file = getattr(sys.modules[top], "__file__", None)
+    origin = getattr(getattr(sys.modules[top], "__spec__", None), "origin", None)
+    return _is_standard(file) if file else origin in ("built-in", "frozen")
+
+
+@functools.cache
+def _is_standard(file: str) -> bool:
+    place = os.path.realpath(file)
+    inside = any(place.startswith(folder + os.sep) for folder in _STANDARD)
+    return inside and _INSTALLED.isdisjoint(PurePath(place).parts)
 
 
 def _installed(module: str | None) -> str | None:
     """SHA-256 of a module's file, if it belongs to an installed package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return None if {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts) else _hash_of(file)
+    return None if _INSTALLED.isdisjoint(PurePath(file).parts) else _hash_of(file)
 
 
 @functools.cache
@@ -187,7 +296,7 @@ def _named(space: Mapping[str, Any], names: list[str], within: tuple[types.Modul
     """The values of these names in a module, and in the modules that it uses."""
     found = {name: space[name] for name in names if name in space}
     for name, value in found.items():
-        own = isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in _KNOWN
+        own = isinstance(value, types.ModuleType) and not _is_known_module(value.__name__)
         if own and value not in within:
             found[name] = _installed(value.__name__) or _named(vars(value), names, (*within, value))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 RECORD = 16  # bytes of a chunk's checksum; zeros mean that the chunk is absent
+_FILES = ("cache.json", "cache.new", "outputs", "chunks", "lock", "too_large")
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
 class OutputCache:
@@ -29,6 +32,9 @@ class OutputCache:
     disk. So after a crash, a chunk without a checksum is absent, and a chunk that does not match its checksum is
     damaged.
 
+    Nothing is written through a link: a cache with a link in its folder can be read, but not filled. The folder of all
+    caches itself may be a link.
+
     Args:
         root: Folder of all caches.
         name: First part of the folder's name.
@@ -38,7 +44,7 @@ class OutputCache:
         chunk: Number of rows that are written at a time. An existing cache has its own.
 
     Raises:
-        InputError: If the folder cannot be created or written.
+        InputError: If the folder cannot be created or written, or has a link in it.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class OutputCache:
 
     def lock(self) -> FileLock:
         """Return the lock for the run that fills. The system frees it when that run ends or crashes."""
+        self._refuse_links()
         from filelock import FileLock  # here, since few runs need it
 
         return FileLock(self.folder / "lock")
@@ -75,6 +82,7 @@ class OutputCache:
         try:
             if (found := self._chunk_of(self.folder)) and self._misfits(found) == []:
                 return found  # so that a complete cache may be read-only
+            self._refuse_links()
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.lock():
                 found = self._chunk_of(self.folder)
@@ -84,16 +92,24 @@ class OutputCache:
                         rank_zero_warn(f"cache: {header} is damaged, so the whole cache is computed again")
                     (self.folder / "chunks").unlink(missing_ok=True)
                     written = header.with_suffix(".new")
-                    written.write_text(json.dumps({"chunk": chunk, "parts": self.parts}, indent=1, sort_keys=True))
+                    written.unlink(missing_ok=True)
+                    with _open_to_write(written, os.O_CREAT | os.O_EXCL) as opened:
+                        text = json.dumps({"chunk": chunk, "parts": self.parts}, indent=1, sort_keys=True)
+                        opened.write(text.encode())
                     written.replace(header)
                 else:
                     chunk = found
                 for file, size in self._misfits(chunk):
-                    with file.open("ab") as opened:
+                    with _open_to_write(file, os.O_CREAT) as opened:
                         opened.truncate(size)  # fills with zeros
         except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
             raise InputError(f"cache: {self.folder} cannot be used: {error}; set another folder") from error
         return chunk
+
+    def _refuse_links(self) -> None:
+        for path in (self.folder, *(self.folder / name for name in _FILES)):
+            if path.is_symlink():
+                raise InputError(f"cache: {path} is a link, through which nothing is written; delete the link")
 
     def _misfits(self, chunk: int) -> list[tuple[Path, int]]:
         """Files of a wrong size, with the right size."""
@@ -145,7 +161,8 @@ class OutputCache:
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Mark chunks as absent."""
-        with (self.folder / "chunks").open("r+b") as file:
+        self._refuse_links()
+        with _open_to_write(self.folder / "chunks") as file:
             for number in numbers:
                 file.seek(number * RECORD)
                 file.write(bytes(RECORD))
@@ -165,6 +182,7 @@ class OutputCache:
         Raises:
             InputError: If the chunk cannot be written, for example on a full disk. It then stays absent.
         """
+        self._refuse_links()
         place = self.rows_of(number)
         data = np.ascontiguousarray(rows).tobytes()
         if len(data) != len(place) * self.row_bytes:
@@ -174,7 +192,7 @@ class OutputCache:
                 ("outputs", place.start * self.row_bytes, data),
                 ("chunks", number * RECORD, _checksum(number, data)),
             ):
-                with (self.folder / file).open("r+b", buffering=0) as opened:
+                with _open_to_write(self.folder / file) as opened:
                     opened.seek(start)
                     written = 0
                     while written < len(content):  # a write may take a part only
@@ -183,11 +201,38 @@ class OutputCache:
         except OSError as error:
             raise InputError(f"cache: {self.folder} cannot be written: {error}") from error
 
+    @property
+    def too_large(self) -> bool:
+        """Whether a run found that a value does not fit into the rows."""
+        return (self.folder / "too_large").is_file()
+
+    def mark_too_large(self) -> None:
+        """Note, for all runs, that a value does not fit into the rows."""
+        self._refuse_links()
+        _open_to_write(self.folder / "too_large", os.O_CREAT).close()
+
     def read(self, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return a copy of rows (B, row_bytes), by their numbers."""
+        """Return a copy of rows (B, row_bytes), by their numbers.
+
+        Raises:
+            InputError: If the file is gone.
+        """
         if self._table is None:
-            self._table = np.memmap(self.folder / "outputs", np.uint8, "r", shape=(self.rows, self.row_bytes))
+            try:
+                self._table = np.memmap(self.folder / "outputs", np.uint8, "r", shape=(self.rows, self.row_bytes))
+            except (OSError, ValueError) as error:  # the latter if it is too short
+                raise InputError(f"cache: {self.folder} cannot be read: {error}; start a new fit") from error
         return np.asarray(self._table[numbers])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the mapped file: each process maps it when it first reads."""
+        return self.__dict__ | {"_table": None}
+
+
+def _open_to_write(file: Path, flags: int = 0) -> io.FileIO:
+    """Open a file to write it, without a buffer. It must not be a link."""
+    opened = os.open(file, os.O_RDWR | flags | _NO_LINK | getattr(os, "O_BINARY", 0), 0o666)
+    return os.fdopen(opened, "r+b", buffering=0)
 
 
 def _header(folder: Path) -> dict[str, Any]:

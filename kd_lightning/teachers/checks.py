@@ -21,6 +21,7 @@ from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_logit
 from kd_lightning.teachers.teacher import Teacher
 
 SIGMAS = 3.0  # a difference counts from so many standard errors on
+MOST_CLASSES = 5000  # whose order is checked: the memory grows with the square
 FEW = 100  # labeled samples; with fewer a teacher is not compared with chance
 LEAST = 10  # samples; with fewer there is no warning at all
 ONE_HOT, UNIFORM = 0.01, 0.995  # shares of the largest entropy; Hinton's digits at T = 20 have about 0.98
@@ -90,7 +91,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
     """Check whether another order of the classes raises the accuracy sharply.
 
     The order is found on one half of the samples and tested on the other half. So many classes and few samples do not
-    give a false gain. Fewer than 100 labeled samples are not judged.
+    give a false gain. Fewer than 100 labeled samples, and more than 5000 classes, are not judged.
 
     Args:
         teacher: The teacher's logits and the labels.
@@ -108,6 +109,8 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
         text = f"its positive class is the labels' negative one: {1 - teacher.accuracy:.1%} of {n} are right if swapped"
         return Finding(name, text, "negate weight and bias of its last layer, or swap 0 and 1 in the labels")
 
+    if (classes := teacher.logits.shape[1]) > MOST_CLASSES:
+        return Finding(name, f"not checked: {classes} classes are too many, at most {MOST_CLASSES}")
     first = torch.zeros(len(teacher.y), dtype=torch.bool)
     first[torch.randperm(len(first), generator=torch.Generator().manual_seed(0))[: len(first) // 2]] = True
     other = match_labels(teacher.logits[~first], teacher.y[~first], task)
@@ -115,7 +118,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
     mapped = match_labels(_reorder(other.logits, order), other.y, task)
     gain = mapped.accuracy - other.accuracy
     # two swapped classes of C cost 2/C of the accuracy; a gain below a quarter of that is mere confusion of classes
-    least = 0.5 / teacher.logits.shape[1]
+    least = 0.5 / classes
     if task == "multilabel":
         share = teacher.y.nanmean(dim=0)
         least *= float((2 * share * (1 - share)).nanmean())
@@ -123,10 +126,10 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
         return Finding(name, "no other order of the classes is much better")
     order = _best_order(teacher, task)
     after = match_labels(_reorder(teacher.logits, order), teacher.y, task)
-    classes = order if present is None else [order[student_class] for student_class in present]
+    given = order if present is None else [order[student_class] for student_class in present]
     change = f"from {teacher.accuracy:.1%} to {after.accuracy:.1%} of {len(teacher.correct)} labels"
     text = f"another order of the classes raises it {change}"
-    return Finding(name, text, f"Teacher(network, classes={classes})")
+    return Finding(name, text, f"Teacher(network, classes={given})")
 
 
 def normalisation(

@@ -80,8 +80,8 @@ class Ensemble(nn.Module):
 
         C is 1 for the binary task. Logits of classes that a teacher does not know are minus infinity.
         """
-        cached = all(teacher.has_cached(batch) for teacher in self)
-        outputs = self._as_one(batch) if self.use_vmap and not cached else [teacher(batch) for teacher in self]
+        stored = self.use_vmap and all(teacher.stored(batch) is not None for teacher in self)
+        outputs = self._as_one(batch) if self.use_vmap and not stored else [teacher(batch) for teacher in self]
         outputs = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
         if self.task == "binary":
             outputs = [output.reshape(len(output), -1) for output in outputs]
@@ -272,7 +272,7 @@ class Ensemble(nn.Module):
         logits = [teacher.arrange(z.to(batch.x.device)) for teacher, z in zip(self, outputs, strict=True)]
         if first_use:  # networks of one architecture may still differ in attributes that are no tensors
             for number, (teacher, stacked) in enumerate(zip(self, logits, strict=True)):
-                alone = teacher(batch)
+                alone = teacher.arrange(teacher.compute(batch))  # never what is stored, which may be rounded
                 tolerance = 0.05 if alone.dtype in (torch.float16, torch.bfloat16) else 1e-3
                 if not torch.allclose(stacked.float(), alone.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
                     raise InputError(f"use_vmap: teachers[{number}] gives other outputs alone; set use_vmap to false")

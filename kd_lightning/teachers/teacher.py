@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.cache.content import fingerprint
+from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.runs.weights import plain_key
+from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
 
-ReadRows = Callable[[np.ndarray[Any, Any]], Tensor]  # from numbers of rows to logits
+CHECK_EVERY = 500
+"""Number of batches on an accelerator of which one is compared with the inputs of its stored outputs."""
 
 
 class Teacher(nn.Module):
@@ -83,10 +85,12 @@ class Teacher(nn.Module):
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
         self.cache_top_k = cache_top_k
-        self._caches: dict[str, tuple[Hashable, ReadRows, Path]] = {}  # by name of the table of views
-        self._fingerprint: str | None = None
+        self.output_name: str | None = None  # name of its outputs in batches, in a fit with a cache
+        self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
+        self._lookups = 0
+        self._inputs_changed = False
         self._architecture: str | None = None
-        self._weights = ""  # hash of the weights that the fingerprint is of
+        self._identity = TeacherFingerprint(self._hidden)
         for module in self._hidden:
             module.eval()
             for parameter in module.parameters():  # nn.Module.requires_grad_ does not work for TorchScript
@@ -111,41 +115,56 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Return logits (B, C) in the student's class order, from the cache if it has them, else computed."""
-        read = self._reader(batch)
-        if read is not None and batch.rows is not None:
-            return self.arrange(read(batch.rows.numbers).to(batch.x.device, non_blocking=True))
-        return self.arrange(self.compute(batch))
+        """Return logits (B, C) in the student's class order. They are computed unless the batch holds them."""
+        stored = self.stored(batch)
+        return self.arrange(self.compute(batch) if stored is None else stored)
 
     @torch.no_grad()
     def compute(self, batch: Batch) -> Tensor:
-        """Compute the network's logits (B, M), without the cache."""
-        return logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
+        """Compute the network's logits (B, M)."""
+        logits = logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
+        self._identity.note_forward()
+        return logits
 
-    def attach_cache(self, name: str, table: Hashable, read: ReadRows, folder: Path) -> None:
-        """Read the logits of a table's rows from a cache. Replaces an earlier table of that name.
+    def stored(self, batch: Batch) -> Tensor | None:
+        """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
+
+        On a CPU, the inputs are compared with those that the logits belong to. On other devices, which would have to
+        wait, they are compared in one of ``CHECK_EVERY`` batches.
+        """
+        held, name = batch.teacher, self.output_name
+        if held is None or name is None or name not in held:
+            return None
+        if held.sources.get(name, "") not in {"", *map(str, self.cache_folders.values())}:
+            return None  # outputs of another teacher of this name
+        if held.inputs is not None:
+            self._lookups += 1
+            is_due = batch.x.device.type == "cpu" or self._lookups % CHECK_EVERY == 1 or self._inputs_changed
+            if is_due and not np.array_equal(hash_rows(batch.x), held.inputs.cpu().numpy().view(np.uint64)):
+                self._warn_of_inputs()
+                return None
+        return held[name].to(batch.x.device, non_blocking=True)
+
+    def start_fit(self, name: str, views: str) -> None:
+        """Forget the stored outputs of an earlier fit.
 
         Args:
-            name: Name of the table of views.
-            table: The table, to which ``batch.rows`` refers.
-            read: Returns the logits (B, M) of rows, by their numbers.
-            folder: The cache's folder.
+            name: Name of the teacher's outputs in the batches of this fit.
+            views: Name of the table of views.
         """
-        self._caches[name] = table, read, folder
+        self.output_name = name
+        self.cache_folders.pop(views, None)
+        self._inputs_changed = False
 
-    @property
-    def cache_folders(self) -> list[Path]:
-        """Folders of the attached caches."""
-        return [folder for _, _, folder in self._caches.values()]
-
-    def has_cached(self, batch: Batch) -> bool:
-        """Whether an attached cache has the outputs for a batch."""
-        return self._reader(batch) is not None
-
-    def _reader(self, batch: Batch) -> ReadRows | None:
-        if batch.rows is None:
-            return None
-        return next((read for table, read, _ in self._caches.values() if table is batch.rows.table), None)
+    def _warn_of_inputs(self) -> None:
+        if not self._inputs_changed:
+            warnings.warn(
+                "cache: the inputs of a batch are not those that its stored teacher outputs belong to, since something "
+                "changes them after the data loader (a hook, a callback, training_step). The teacher computes such "
+                "batches; remove cache, or make that change in the transform",
+                stacklevel=2,
+            )
+        self._inputs_changed = True
 
     def arrange(self, logits: Tensor) -> Tensor:
         """Bring the network's logits (B, M) into the student's class order (B, C)."""
@@ -164,61 +183,55 @@ class Teacher(nn.Module):
         return sorted(set(range(max(classes, default=0))) - set(classes))
 
     def fingerprint(self, *, anew: bool = False) -> str:
-        """Return the SHA-256 of weights, buffers, preprocessing and class map, which identifies the teacher.
+        """Return a hash that identifies the teacher: of weights, attributes, extra state, preprocessing and class map.
 
-        The result is stored. A cast or move of the teacher, as by a precision plugin, does not change it.
+        The result is stored. A cast or move of the teacher, as by a precision plugin, does not change it. Neither does
+        what a forward pass changes.
 
         Args:
-            anew: Compute it again if the weights have changed since. With a cache, also hash the architecture again.
+            anew: Compute it again from what has changed since. With a cache, also hash the architecture again.
         """
         if anew and self.cache is not None:  # now, since a forward pass may change the network's attributes
             self._architecture = None
             self.architecture()
-        if self._fingerprint is None or (anew and self._weights != self.weights()):
-            self._weights = self.weights()
-            about = (self.classes, *map(repr, self._hidden[:-1]), self._weights)
-            self._fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
-        return self._fingerprint
+        return self._identity.compute(self.classes, anew)
+
+    def matches(self, fingerprint: str) -> bool:
+        """Whether a fingerprint in a checkpoint, which may be of an earlier version, is that of this teacher."""
+        return self._identity.matches(fingerprint, self.classes)
 
     def weights(self) -> str:
         """Return the SHA-256 of the present weights and buffers."""
-        digest = hashlib.sha256()
-        for module in self._hidden:
-            for name, tensor in module.state_dict().items():
-                if not isinstance(tensor, Tensor):  # extra state of a module
-                    continue
-                digest.update(f"{plain_key(name)} {tensor.dtype} {[*tensor.shape]}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_weights(self._hidden)
 
     def architecture(self) -> str:
-        """Return the SHA-256 of the networks' classes, their source code, and all attributes except ``weights``."""
+        """Return the SHA-256 of the networks' classes, code, extra state, and all attributes except ``weights``."""
         if self._architecture is None:
             weights = [w for module in self._hidden for w in module.state_dict(keep_vars=True).values()]
-            self._architecture = fingerprint([*self._hidden], weights)
+            self._architecture = fingerprint([*self._hidden, *hash_extra_state(self._hidden).items()], weights)
         return self._architecture
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-        def dtype_alone(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).dtype)
+        def new_dtype(tensor: Tensor) -> torch.dtype:
+            return fn(torch.empty(0, dtype=tensor.dtype)).dtype
 
-        casts = any(fn(tensor.new_empty(0)).dtype != tensor.dtype for tensor in self.network.parameters())
-        renew = casts and self._fingerprint is not None and self._weights == self.weights()
+        def dtype_alone(tensor: Tensor) -> Tensor:
+            return tensor.to(new_dtype(tensor))
+
+        dtypes = {tensor.dtype: tensor for tensor in self.network.parameters()}
+        casts = any(new_dtype(tensor) != dtype for dtype, tensor in dtypes.items())
+        if casts:
+            self._identity.note_cast(False)
         for module in self._hidden:  # with a device of its own it does not move
             module._apply(fn if self.device is None else dtype_alone, recurse)  # type: ignore[no-untyped-call]
-        if renew:
-            self._weights = self.weights()
+        if casts:
+            self._identity.note_cast(True)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the attached caches, which belong to a fit."""
-        return self.__dict__ | {"_caches": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         copied = copy(self)  # copies of a module, as of weight averaging, share the frozen network
-        copied._caches = self._caches
         memo[id(self)] = copied
         return copied
 

@@ -1,14 +1,30 @@
+import array
+import builtins
+import copy
+import datetime
 import functools
+import importlib.util
 import logging
+import operator
+import os
+import queue
+import random
+import re
 import subprocess
 import sys
 import textwrap
+import threading
 import types
+import uuid
+import weakref
 from collections import deque
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -17,7 +33,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from kd_lightning import InputError
-from kd_lightning.cache.content import fingerprint
+from kd_lightning.cache.content import _is_known_module, fingerprint
 from kd_lightning.models import DigitsCNN
 
 
@@ -339,3 +355,275 @@ def test_one_changed_weight():
     with torch.no_grad():
         next(network.parameters()).view(-1)[0] += 1e-3
     assert fingerprint(network) != before
+
+
+# Objects without attributes.
+
+
+def numbers(count):
+    yield from range(count)
+
+
+def advanced(steps):
+    iterator = numbers(5)
+    for _ in range(steps):
+        next(iterator)
+    return iterator
+
+
+def generator(kind, seed, draws):
+    made = kind(seed)
+    for _ in range(draws):
+        made.random()
+    return made
+
+
+class Short:
+    """A table in C of another package: no attributes, an abbreviated text, and rules for pickle."""
+
+    __slots__ = ("__weakref__",)
+    values = {}
+
+    def __init__(self, values):
+        Short.values[id(self)] = values
+
+    def __repr__(self):
+        return "[0, ..., 9]"
+
+    def __reduce__(self):
+        return Short, (Short.values[id(self)],)
+
+
+class Rounded(float):
+    def __repr__(self):
+        return "a number"
+
+
+class Marked(str):
+    def __init__(self, text, mark=0):
+        self.mark = mark
+
+    def __new__(cls, text, mark=0):
+        return super().__new__(cls, text)
+
+
+LONG = list(range(5000))
+OTHER = [*LONG[:2500], -1, *LONG[2501:]]
+OPAQUE = {
+    "table": [pd.DataFrame({"a": values}) for values in (LONG, OTHER)],
+    "series": [pd.Series(values) for values in (LONG, OTHER)],
+    "index of a table": [pd.DataFrame({"a": [1, 2]}, index=index) for index in (["x", "y"], ["x", "z"])],
+    "texts of a table": [pd.DataFrame({"a": ["x", text]}) for text in ("y", "z")],
+    "categories": [pd.Series(["a", text], dtype="category") for text in ("b", "c")],
+    "memoryview": [memoryview(bytes(text, "ascii")) for text in ("ab", "ac")],
+    "pattern": [re.compile("a" * 300 + end) for end in "bc"],
+    "flags of a pattern": [re.compile("a", flags) for flags in (0, re.IGNORECASE)],
+    "generator": [numbers(3), numbers(4)],
+    "place in a generator": [advanced(1), advanced(2)],
+    "iterator": [iter([1, 2]), iter([1, 3])],
+    "enumerate": [enumerate([1]), enumerate([1], 1)],
+    "map": [map(abs, [1]), map(abs, [2])],
+    "zip": [zip([1], strict=False), zip([2], strict=False)],
+    "mappingproxy": [types.MappingProxyType({"a": value}) for value in (1, 2)],
+    "values of a dict": [{"a": value}.values() for value in (1, 2)],
+    "range": [range(3), range(4)],
+    "slice": [slice(3), slice(4)],
+    "array": [array.array("i", values) for values in (LONG, OTHER)],
+    "type of an array": [array.array(kind, [1]) for kind in "ih"],
+    "bytearray": [bytearray(b"a"), bytearray(b"b")],
+    "decimal": [Decimal("1.10"), Decimal("1.1")],
+    "fraction": [Fraction(1, 3), Fraction(2, 3)],
+    "datetime": [datetime.datetime(2020, 1, day) for day in (1, 2)],
+    "uuid": [uuid.UUID(int=number) for number in (1, 2)],
+    "numpy's generator": [generator(np.random.default_rng, seed, 0) for seed in (1, 2)],
+    "state of numpy's generator": [generator(np.random.default_rng, 1, draws) for draws in (0, 1)],
+    "numpy's old generator": [generator(np.random.RandomState, seed, 0) for seed in (1, 2)],
+    "Python's generator": [generator(random.Random, 1, draws) for draws in (0, 1)],
+    "torch's generator": [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+    "numpy's scalar": [np.int64(1), np.int64(2)],
+    "numpy's record": [np.array([(1, [value] * 2000)], "i4,(2000,)i4")[0] for value in (1, 2)],
+    "array of texts": [np.array(["a", text], dtype=np.dtypes.StringDType()) for text in "bc"],
+    "array of times": [np.array([time], "M8[s]") for time in (1, 2)],
+    "masked array": [np.ma.masked_array([1, 2], mask) for mask in ([0, 1], [1, 0])],
+    "rules for pickle": [Short(LONG), Short(OTHER)],
+    "exception": [ValueError("a"), ValueError("b")],
+    "method of a dict": [{"a": value}.get for value in (1, 2)],
+    "operator": [operator.itemgetter(1), operator.itemgetter(2)],
+    "number of a class of its own": [Rounded(1), Rounded(2)],
+    "text with an attribute": [Marked("a", 1), Marked("a", 2)],
+    "alias": [list[int], list[str]],
+    "weakly known": [Plain(1), Plain(2)],
+}
+
+
+@pytest.mark.parametrize("pair", OPAQUE.values(), ids=OPAQUE)
+def test_objects_without_attributes_count_by_their_state(pair):
+    first, other = pair
+    assert fingerprint(first) == fingerprint(first) != fingerprint(other)
+    assert fingerprint(Plain(first)) != fingerprint(Plain(other))
+
+
+@pytest.mark.parametrize("name", sorted(OPAQUE.keys() - {"generator", "place in a generator", "rules for pickle"}))
+def test_equal_states_are_equal(name):
+    first = OPAQUE[name][0]
+    try:
+        again = copy.deepcopy(first)
+    except TypeError:  # cannot be copied
+        return
+    if "method" not in name:
+        assert fingerprint(first) == fingerprint(again)
+
+
+def test_use_of_a_table_does_not_change_it():
+    table = pd.DataFrame({"a": range(50), "b": ["x"] * 50}, index=range(100, 150))
+    before = fingerprint(table)
+    assert (table.loc[120, "a"], table.index.is_unique, 120 in table.index, len(table.groupby("b"))) == (
+        20,
+        True,
+        True,
+        1,
+    )
+    assert fingerprint(table) == before
+
+
+@pytest.mark.parametrize("make", [threading.Lock, object, lambda: weakref.ref(Plain), lambda: sys.stdout])
+def test_objects_without_any_state_count_by_their_class(make):
+    assert fingerprint(make()) == fingerprint(make()) != fingerprint(1)
+
+
+def test_no_address_counts():
+    """An object of the same state elsewhere in memory."""
+    kept = [pd.Series([1]), re.compile("x")]
+    first = fingerprint([Plain(threading.Lock()), memoryview(b"a"), *kept])
+    junk = [bytearray(1000) for _ in range(100)]
+    assert fingerprint([Plain(threading.Lock()), memoryview(bytearray(b"a")), *copy.deepcopy(kept)]) == first, len(junk)
+
+
+def test_pickling_never_fails():
+    class Stubborn:
+        __slots__ = ()
+
+        def __reduce__(self):
+            raise RuntimeError("no")
+
+    assert fingerprint(Stubborn()) == fingerprint(Stubborn())
+
+
+# Which modules are known.
+
+
+def module_of(tmp_path, monkeypatch, name, factor):
+    """A user's module of this name, imported as they would import it."""
+    folder = tmp_path / f"{name} {factor}"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(
+        f"FACTOR = {factor}\nclass Made:\n    def __call__(self, x):\n        return x * FACTOR\n"
+        f"def made(x):\n    return x * {factor}\n"
+    )
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["queue", "code", "statistics", "token"])
+@pytest.mark.parametrize("take", [lambda m: m.made, lambda m: m.Made(), lambda m: v2.Lambda(m.made)])
+def test_a_users_module_named_like_one_of_the_standard_library(name, take, tmp_path, monkeypatch):
+    prints = []
+    for factor in (2, 3):
+        prints.append(fingerprint(take(module_of(tmp_path, monkeypatch, name, factor))))
+    assert prints[0] != prints[1]
+
+
+def test_a_function_that_uses_such_a_module(tmp_path, monkeypatch):
+    def using(module):
+        space = {"queue": module, "__name__": "users"}
+        exec("def act(x):\n    return queue.made(x)", space)
+        return space["act"]
+
+    first, other = (fingerprint(using(module_of(tmp_path, monkeypatch, "queue", factor))) for factor in (2, 3))
+    assert first != other
+
+
+def test_a_users_folder_named_like_one_of_the_standard_library(tmp_path, monkeypatch):
+    """A namespace package has no file."""
+    prints = []
+    for factor in (2, 3):
+        package = types.ModuleType("code")
+        package.__path__ = [str(tmp_path)]
+        inner = types.ModuleType("code.part")
+        exec(f"def made(x):\n    return x * {factor}", vars(inner))
+        monkeypatch.setitem(sys.modules, "code", package)
+        prints.append(fingerprint(inner.made))
+    assert prints[0] != prints[1]
+
+
+def test_the_standard_library_counts_by_name():
+    assert fingerprint(functools.reduce) == fingerprint(functools.reduce)
+    for module in (queue, functools, importlib, builtins, sys):
+        assert _is_known_module(module.__name__), module
+    assert not _is_known_module("pytest")
+    assert not _is_known_module("_pytest.fixtures")
+    assert not _is_known_module("__main__")
+    assert not _is_known_module("no_such_module")
+
+
+# Without code.
+
+
+def test_without_code():
+    one, other = in_module(HELPER.format(factor=2)), in_module(HELPER.format(factor=3))
+    assert fingerprint(one, code=False) == fingerprint(other, code=False)
+    assert fingerprint(closure(2), code=False) != fingerprint(closure(3), code=False)
+    assert fingerprint(Plain(1), code=False) != fingerprint(Plain(2), code=False)
+    assert fingerprint(Plain(1), code=False) != fingerprint(OneSlot(1), code=False)
+    here, there = (
+        {"device": torch.device(d), "dtype": t, "path": p}
+        for d, t, p in (("cpu", torch.float32, "/home/a/weights"), ("cuda", torch.bfloat16, "/data/weights"))
+    )
+    assert fingerprint(here, code=False) == fingerprint(there, code=False)
+    assert fingerprint(here) != fingerprint(there)
+    assert fingerprint(hooked(1), code=False) == fingerprint(hooked(2), code=False)
+    states = [generator(np.random.default_rng, seed, 0) for seed in (1, 2)]
+    assert fingerprint(states[0], code=False) == fingerprint(states[1], code=False)
+
+
+@pytest.mark.slow
+def test_all_processes_agree_on_objects_without_attributes(tmp_path):
+    (tmp_path / "users.py").write_text(
+        textwrap.dedent(
+            """
+        import array, datetime, re, types, uuid
+        from decimal import Decimal
+        import numpy as np
+        import pandas as pd
+        import torch
+        from kd_lightning.cache.content import fingerprint
+
+        first = lambda x: x in (1, 2, 3)
+        other = lambda x: x in (1, 2, 3) or x == "text"
+
+        class Slots:
+            __slots__ = ("a", "__weakref__")
+
+        def numbers():
+            yield from (1, 2, 3)
+
+        things = [
+            pd.DataFrame({"a": ["x", "y"]}), pd.Series([1, 2]), memoryview(b"a"), re.compile("a"), numbers(), iter([1]),
+            np.random.default_rng(1), types.MappingProxyType({"a": 1}), range(3), slice(3), array.array("i", [1]),
+            Decimal(1), datetime.datetime(2020, 1, 1), uuid.UUID(int=1), {frozenset("abc"), frozenset("xyz")}, Slots,
+            Slots(), object(), first, other, int | str, list[int], torch.Generator().manual_seed(1), print, Slots.a,
+            {"a": 1}.values(), torch.channels_last, torch.strided,
+        ]
+        print([fingerprint(thing) for thing in things], fingerprint(things))
+        """
+        )
+    )
+    texts = []
+    for seed in ("1", "2"):  # the second reads compiled code
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", "import users"]
+        texts.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert texts[0] == texts[1] != ""

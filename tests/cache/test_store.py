@@ -1,4 +1,5 @@
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -210,3 +211,100 @@ def test_killed_while_filling(tmp_path):
 @pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (5 * 2**40, "5.0 TiB")])
 def test_format_size(size, text):
     assert format_size(size) == text
+
+
+NAMES = ["outputs", "chunks", "cache.json", "cache.new", "lock", "too_large"]
+
+
+def refusing(action):
+    with pytest.raises(InputError, match="cache: .* is a link, through which nothing is written") as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [ROWS * BYTES, 7 * 16, 3])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path, name, size, is_new):
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(size))
+    before = victim.stat()
+    cache = make(tmp_path / "cache")
+    if is_new:
+        for file in cache.folder.iterdir():
+            file.unlink()
+    else:
+        cache.write(2, TABLE[16:24])
+        (cache.folder / name).unlink(missing_ok=True)
+    (cache.folder / name).symlink_to(victim)
+    for action in (
+        lambda: fill(make(tmp_path / "cache")),
+        lambda: cache.write(0, TABLE[:8]),
+        lambda: cache.drop([0]),
+        cache.lock,
+        cache.mark_too_large,
+    ):
+        assert str(cache.folder / name) in refusing(action)
+    after = victim.stat()
+    assert (victim.read_bytes(), after.st_mtime_ns, after.st_ino) == (bytes(size), before.st_mtime_ns, before.st_ino)
+
+
+def test_a_link_to_nowhere_makes_no_file(tmp_path):
+    cache = make(tmp_path)
+    for name in NAMES:
+        (cache.folder / name).unlink(missing_ok=True)
+        (cache.folder / name).symlink_to(tmp_path / "victim")
+        refusing(lambda: make(tmp_path))
+        (cache.folder / name).unlink()
+        assert not (tmp_path / "victim").exists()
+
+
+def test_a_folder_that_is_a_link(tmp_path):
+    (tmp_path / "victim").mkdir()
+    folder = make(tmp_path / "cache").folder
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "victim")
+    assert str(folder) in refusing(lambda: make(tmp_path / "cache"))
+    assert not [*(tmp_path / "victim").iterdir()]
+
+
+def test_the_folder_of_all_caches_may_be_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "big")
+    fill(make(tmp_path / "cache"))
+    np.testing.assert_array_equal(make(tmp_path / "cache").read(np.arange(ROWS)), TABLE)
+
+
+def test_a_whole_one_with_links_in_it_is_read(tmp_path):
+    folder = fill(make(tmp_path / "cache")).folder
+    for name in ("outputs", "chunks", "cache.json"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+    np.testing.assert_array_equal(make(tmp_path / "cache").read(np.arange(ROWS)), TABLE)
+
+
+def test_a_copy_maps_the_file_itself(tmp_path):
+    """A worker process gets a copy."""
+    cache = fill(make(tmp_path))
+    cache.read(np.arange(3))
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1500
+    np.testing.assert_array_equal(pickle.loads(sent).read(np.arange(3)), TABLE[:3])
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_rows_that_are_gone(tmp_path, is_short):
+    cache = fill(make(tmp_path))
+    os.truncate(cache.folder / "outputs", 5) if is_short else (cache.folder / "outputs").unlink()
+    with pytest.raises(InputError, match="cannot be read: .*; start a new fit"):
+        cache.read(np.arange(3))
+
+
+def test_values_that_are_too_large_are_noted(tmp_path):
+    assert not make(tmp_path).too_large
+    make(tmp_path).mark_too_large()
+    make(tmp_path).mark_too_large()
+    assert make(tmp_path).too_large

@@ -235,6 +235,12 @@ class TestClassOrder:
         finding = class_order(match_labels(logits[:, order], y, "multiclass"), "multiclass")
         assert finding.hint == f"Teacher(network, classes={order})"
 
+    def test_no_square_of_thousands_of_classes(self):
+        y = torch.arange(200)
+        finding = class_order(match_labels(torch.eye(200, 30_000), y, "multiclass"), "multiclass")
+        assert "30000 classes" in finding.text and "at most 5000" in finding.text
+        assert finding.hint is None
+
     def test_columns_of_labels(self):
         generator = torch.Generator().manual_seed(0)
         y = (torch.rand(500, 6, generator=generator) < 0.2).float()

@@ -1,12 +1,18 @@
 """Teachers stay frozen and hidden; load_weights takes every kind of file, and names what it refuses."""
 
 import copy
+import hashlib
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -188,22 +194,249 @@ class TestFingerprint:
         assert stored.fingerprint() == first
         assert stored.fingerprint(anew=True) == self.of(teacher) != first
 
+    def test_attributes_unsaved_buffers_and_extra_state_change_it(self):
+        prints = [self.of(Stateful(**{name: value})) for name in Stateful.STATE for value in (1, 2)]
+        assert len({*prints}) == 1 + len(Stateful.STATE)  # 1 is the default
+
+    def test_an_attribute_that_changes_between_two_fits(self, student):
+        module = DistillModule(student, Teacher(Stateful()))
+        teacher, prints = module.teacher, []
+        for _ in range(2):
+            prints.append(teacher.fingerprint(anew=True))
+            teacher(Batch(torch.randn(2, 3)))
+            module.to(torch.bfloat16), module.to(torch.float32)
+        assert prints[0] == prints[1]
+        for name in Stateful.STATE:
+            teacher.network.change(name, 2)
+            module.to(torch.float64), module.to(torch.float32)  # does not hide it
+            assert teacher.fingerprint() == prints[-1]
+            prints.append(teacher.fingerprint(anew=True))
+        assert len({*prints}) == 1 + len(Stateful.STATE)
+        assert prints[-1] == self.of(Stateful(**dict.fromkeys(Stateful.STATE, 2)))
+
+    def test_what_a_run_changes_does_not_count(self):
+        """Mode, hooks, compilation, memory layout, and what a forward pass changes."""
+        network = DigitsCNN(4)
+        first, teacher = self.of(network), Teacher(network)
+        assert teacher.fingerprint() == first
+        network.train()
+        network.register_forward_hook(lambda *_: None)
+        network.to(memory_format=torch.channels_last)
+        network.compile(backend="eager")
+        assert teacher.fingerprint(anew=True) == first
+        assert Teacher(torch.compile(network, backend="eager")).fingerprint() == first
+
+    def test_what_a_forward_pass_changes(self):
+        class Caching(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(3, 2)
+                self.sizes, self.count = [], 0
+                self.register_buffer("grid", torch.zeros(0), persistent=False)
+
+            def forward(self, x):
+                self.sizes.append(len(x))
+                self.count += 1
+                self.grid = torch.arange(len(x))
+                self.table = {len(x): x}  # a new attribute
+                return self.layer(x)
+
+        teacher = Teacher(Caching())
+        first = teacher.fingerprint(anew=True)
+        for size in (2, 3):
+            teacher(Batch(torch.randn(size, 3)))
+        assert teacher.fingerprint() == teacher.fingerprint(anew=True) == first
+        teacher.network.scale = 2
+        assert teacher.fingerprint(anew=True) != first
+
+    @pytest.mark.parametrize("classes", [None, [*range(10)]])
+    @pytest.mark.parametrize("preprocess", [None, nn.Upsample(scale_factor=2)])
+    def test_of_the_version_before(self, teacher, classes, preprocess):
+        """In checkpoints: of weights, classes and the text of the preprocessing."""
+        made = Teacher(teacher, classes=classes, preprocess=preprocess)
+        about = (classes, *([] if preprocess is None else [repr(preprocess)]), made.weights())
+        earlier = hashlib.sha256(repr(about).encode()).hexdigest()
+        assert made.fingerprint().startswith("v2:")
+        made.to(torch.bfloat16)
+        assert made.matches(earlier)
+        assert made.matches(made.fingerprint())
+        other = copy.deepcopy(teacher).float()
+        other[-1].bias.data[0] += 1
+        assert not Teacher(other, classes=classes, preprocess=preprocess).matches(earlier)
+
+    def test_the_hash_of_the_weights(self):
+        """Fingerprints of the version before hold it, so it never changes."""
+        network = nn.Linear(2, 1)
+        nn.init.constant_(network.weight, 0.5), nn.init.zeros_(network.bias)
+        halves, zeros = np.full(2, 0.5, np.float32).tobytes(), np.zeros(1, np.float32).tobytes()
+        reference = b"weight torch.float32 [1, 2]" + halves + b"bias torch.float32 [1]" + zeros
+        assert Teacher(network).weights() == hashlib.sha256(reference).hexdigest()
+
+    @pytest.mark.filterwarnings("ignore:")
     def test_any_tensor_and_extra_state(self):
         class Odd(nn.Module):
-            def __init__(self):
+            def __init__(self, gain=1.0):
                 super().__init__()
                 for name, tensor in {
                     "empty": torch.empty(0),
                     "scalar": torch.tensor(1.0),
                     "bool": torch.tensor([True, False]),
                     "halves": torch.ones(2, 3, dtype=torch.bfloat16).t(),
+                    "sparse": torch.tensor([[gain, 0.0]]).to_sparse(),
+                    "rows": torch.tensor([[gain, 0.0]]).to_sparse_csr(),
+                    "meta": torch.ones(2, device="meta"),
+                    "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+                    "jagged": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+                    "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+                    "complex": torch.ones(2, dtype=torch.complex64),
+                    "eighth": torch.ones(2).to(torch.float8_e4m3fn),
                 }.items():
                     self.register_buffer(name, tensor)
 
             def get_extra_state(self):
                 return {"version": 1}
 
-        assert len(Teacher(Odd()).fingerprint()) == 64
+        assert Teacher(Odd()).fingerprint() == Teacher(Odd()).fingerprint() != Teacher(Odd(2.0)).fingerprint()
+        assert Teacher(Odd()).weights() != Teacher(Odd(2.0)).weights()
+        assert Teacher(Odd()).architecture() == Teacher(Odd()).architecture()
+
+    def test_networks_made_by_torch(self, tmp_path):
+        def of_script(gain):
+            network = torch.jit.script(Gain(gain)).eval()
+            torch.jit.save(network, tmp_path / "net.pt")
+            return Teacher(torch.jit.load(tmp_path / "net.pt")).fingerprint()
+
+        def traced(gain):
+            return torch.fx.symbolic_trace(nn.Sequential(DigitsCNN(4), Gain(gain)))
+
+        assert of_script(1.0) == of_script(1.0) != of_script(2.0)
+        torch.manual_seed(0)
+        network = traced(1.0)
+        assert self.of(network) == self.of(network)
+        torch.manual_seed(0)
+        assert self.of(traced(2.0)) != self.of(network)
+
+    @pytest.mark.filterwarnings("ignore:")
+    def test_quantized_networks(self):
+        def quantized(bias):
+            torch.manual_seed(0)
+            network = nn.Sequential(nn.Linear(3, 2))
+            network[0].bias.data += bias
+            return torch.ao.quantization.quantize_dynamic(network, {nn.Linear})
+
+        assert Teacher(quantized(0)).fingerprint() == Teacher(quantized(0)).fingerprint()
+        assert Teacher(quantized(0)).fingerprint() != Teacher(quantized(1)).fingerprint()
+
+    def test_deep_attributes_end(self):
+        network, chain = nn.Linear(2, 2), None
+        for _ in range(3000):
+            chain = [chain]
+        network.chain = chain
+        assert Teacher(network).fingerprint() == Teacher(network).fingerprint()
+
+    @pytest.mark.slow
+    def test_all_processes_agree(self, tmp_path):
+        (tmp_path / "users.py").write_text(
+            textwrap.dedent(
+                """
+                import pathlib, random, sys, threading
+                import numpy as np, torch
+                from torch import nn
+                from kd_lightning import Teacher
+
+                class Net(nn.Module):
+                    def __init__(self):
+                        super().__init__()
+                        torch.manual_seed(0)
+                        self.layer = nn.Linear(3, 2)
+                        self.act, self.scale = nn.functional.relu, lambda x: x * 2
+                        self.names, self.lock = {"b", "a", "c"}, threading.Lock()
+                        self.generator, self.other = np.random.default_rng(), random.Random()
+                        self.folder, self.device = pathlib.Path.cwd() / sys.argv[1], torch.device("cpu")
+                        self.register_buffer("grid", torch.arange(3), persistent=False)
+
+                if __name__ == "__main__":
+                    torch.jit.script(nn.Linear(2, 2)).save("script.pt") if sys.argv[1] == "old" else None
+                    print(Teacher(Net()).fingerprint(), Teacher(torch.jit.load("script.pt")).fingerprint())
+                """
+            )
+        )
+        texts = []
+        for seed, name in ("1", "old"), ("2", "new"):
+            environment = os.environ | {"PYTHONHASHSEED": seed}
+            command = [sys.executable, "users.py", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+            texts.append(done.stdout)
+        assert texts[0] == texts[1] != ""
+
+
+class Gain(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x):
+        return x * self.gain
+
+
+class Options:
+    def __init__(self, value):
+        self.value = value
+
+
+class Stateful(nn.Module):
+    """State of every kind, which can be set and changed by name."""
+
+    STATE = ("number", "inner", "listed", "kept", "extra", "buffer", "weight")
+
+    def __init__(self, **values):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        nn.init.ones_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+        self.register_buffer("buffer", torch.ones(2), persistent=False)
+        self.inner, self.kept, self.listed = Gain(1), Options(1), [1, "a"]
+        self.number = 1
+        for name, value in {"extra": 1, **values}.items():
+            self.change(name, value)
+
+    def change(self, name, value):
+        if name == "extra":
+            EXTRA[id(self.layer.weight)] = value  # where no attribute shows it
+        elif name == "buffer":
+            self.buffer[0] = value
+        elif name == "weight":
+            self.layer.weight.data[0, 0] = value
+        elif name == "listed":
+            self.listed[0] = value
+        elif name == "inner":
+            self.inner.gain = value
+        elif name == "kept":
+            self.kept.value = value
+        else:
+            self.number = value
+
+    def get_extra_state(self):
+        return {"extra": EXTRA.get(id(self.layer.weight), 1)}
+
+    def set_extra_state(self, state):
+        EXTRA[id(self.layer.weight)] = state["extra"]
+
+    def __deepcopy__(self, memo):
+        return Stateful(
+            number=self.number,
+            inner=self.inner.gain,
+            listed=self.listed[0],
+            kept=self.kept.value,
+            buffer=float(self.buffer[0]),
+            weight=float(self.layer.weight[0, 0]),
+            extra=self.get_extra_state()["extra"],
+        )
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+EXTRA = {}
 
 
 @pytest.fixture

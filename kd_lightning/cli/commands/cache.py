@@ -20,7 +20,7 @@ def main(args: list[str]) -> None:
     configs = [f"--config={path}" for path in takewhile(lambda arg: not arg.startswith("-"), args)]
     trainer = CacheCLI(["fit", *configs, *args[len(configs) :]]).trainer
     for teacher in _teachers_with_cache(trainer.lightning_module) if trainer.is_global_zero else ():
-        for folder in teacher.cache_folders:
+        for folder in teacher.cache_folders.values():
             size = sum(file.stat().st_size for file in folder.iterdir())
             print(f"{folder}: {format_size(size)}")
 

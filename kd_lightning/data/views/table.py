@@ -6,15 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from kd_lightning.batch import Batch, Rows
-from kd_lightning.cache.content import fingerprint
-from kd_lightning.data.sources.images import contents
+from kd_lightning.batch import Batch
 from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
-from kd_lightning.errors import InputError
+from kd_lightning.data.views.teacher_outputs import ViewOutputs
 
 
 class ViewTable:
@@ -24,27 +21,20 @@ class ViewTable:
         dataset: The samples.
         num_views: Views of each sample; evaluation transforms have one.
         num_workers: Worker processes of :meth:`read`.
+
+    Attributes:
+        outputs: Stored teacher outputs of the views.
     """
 
     def __init__(self, dataset: ViewDataset, num_views: int, num_workers: int = 0) -> None:
         self.dataset = dataset
         self.num_views = num_views
         self.num_workers = num_workers
-        self._cached_transform: str | None = None  # fingerprint of the transform whose outputs are cached
-        self._indices, self._positions = (part.numpy() for part in dataset.indices.sort())
+        indices, self._positions = (part.numpy() for part in dataset.indices.sort())
+        self.outputs = ViewOutputs(indices, num_views)
 
     def __len__(self) -> int:
         return len(self.dataset) * self.num_views
-
-    def rows(self, batch: Batch) -> Rows:
-        """The rows of the table that a batch consists of."""
-        assert batch.index is not None
-        assert batch.view is not None
-        index = batch.index.numpy()
-        places = np.searchsorted(self._indices, index).clip(max=len(self._indices) - 1)
-        if (self._indices[places] != index).any():
-            raise InputError("cache: a batch has samples whose teacher outputs are not cached; start a new fit")
-        return Rows(self, places * self.num_views + batch.view.numpy())
 
     def read(self, batches: Iterable[Iterable[int]], seed: int = 0) -> Iterator[Batch]:
         """Load batches of these rows. The state of torch's global generator stays; ``seed`` seeds the workers."""
@@ -55,30 +45,10 @@ class ViewTable:
         options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
         return shorten_worker_errors(DataLoader(self.dataset, batch_sampler=keys, **options))
 
-    @property
-    def rows_enabled(self) -> bool:
-        """Whether training batches hold their rows, since teacher outputs of them are cached."""
-        return self._cached_transform is not None
-
-    def enable_rows(self, transform: str) -> None:
-        """Let training batches hold their rows. ``transform`` is the fingerprint of the transform that was cached."""
-        self._cached_transform = transform
-        self.check_transform()
-
-    def check_transform(self) -> None:
-        """Refuse a transform that has changed since teacher outputs were cached."""
-        if self.rows_enabled and self._cached_transform != fingerprint(self.dataset.transform):
-            raise InputError(
-                "cache: train_transform has changed since the teacher's outputs were cached: the transform itself or a "
-                "callback changes it during the fit; remove cache, or that change"
-            )
-
     def parts(self) -> dict[str, str]:
-        """Hashes of all that the views depend on, by name."""
+        """What decides which view a row is, by name. What the views show is compared when they are read."""
         return {
-            "images": fingerprint([*map(contents, self.dataset.images)]),
-            "samples": hashlib.sha256(self._indices.tobytes()).hexdigest(),
-            "transform": fingerprint(self.dataset.transform),
+            "samples": hashlib.sha256(self.outputs.indices.tobytes()).hexdigest(),
             "seed": str(self.dataset.seed),
             "views": str(self.num_views),
         }

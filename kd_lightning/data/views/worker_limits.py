@@ -44,8 +44,12 @@ def share(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def check_open_files(loader: DataLoader[Any]) -> None:
+def check_open_files(loader: DataLoader[Any], more_tensors: int = 0) -> None:
     """Check that this process may open the files through which a loader's workers send batches.
+
+    Args:
+        loader: The loader.
+        more_tensors: Tensors of a batch beyond inputs, second view, index and view.
 
     Raises:
         InputError: If the limit of the system is too low.
@@ -55,7 +59,7 @@ def check_open_files(loader: DataLoader[Any]) -> None:
     if not loader.num_workers or is_running or resource is None or not folder.is_dir():
         return
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    queues, in_flight = 4 * loader.num_workers, _TENSORS * (loader.prefetch_factor or 0)
+    queues, in_flight = 4 * loader.num_workers, (_TENSORS + more_tensors) * (loader.prefetch_factor or 0)
     try:
         used = len([*folder.iterdir()])
     except OSError:  # not even this folder can be opened

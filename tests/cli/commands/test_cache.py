@@ -40,7 +40,7 @@ def digits(width):
 def test_fills_trains_nothing_and_prints_the_size(config, capsys, tmp_path):
     main(["cache", config()])
     (folder,) = (tmp_path / "teachers").iterdir()
-    size = 1078 * 3 * 10 * 2
+    size = 1078 * 3 * (10 * 2 + 16)  # logits, and hashes of what they belong to
     whole = sum(file.stat().st_size for file in folder.iterdir())
     assert size < whole < 1.05 * size
     assert (folder / "outputs").stat().st_size == size

@@ -1,0 +1,83 @@
+"""The values of tensors of any kind, and the hash of each row of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from kd_lightning.errors import InputError
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+_PARTS_OF_LAYOUTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+def hash_rows(x: Tensor) -> Hashes:
+    """Hash each row of a batch: its values, its type and its shape.
+
+    Args:
+        x: (B, ...), on any device.
+
+    Returns:
+        (B,) unsigned integers of 64 bits.
+
+    Raises:
+        InputError: If the batch is sparse, nested or without values.
+    """
+    kind = xxhash.xxh3_64_intdigest(f"{x.dtype} {[*x.shape[1:]]}".encode())
+    data = values_of(x)
+    if data is None:
+        raise InputError(f"cache: a transform must return dense tensors with values, got {x.layout} on {x.device}")
+    size = len(data) // max(len(x), 1)
+    rows = (data[number * size : (number + 1) * size].data for number in range(len(x)))
+    return np.array([xxhash.xxh3_64_intdigest(row, seed=kind) for row in rows], dtype=np.uint64)
+
+
+def values_of(tensor: Tensor) -> np.ndarray[Any, Any] | None:
+    """The bytes of a tensor's values, row by row. None if it is sparse, nested, quantised, or not in memory at all."""
+    plain = type(tensor) is Tensor or not hasattr(tensor, "__tensor_flatten__")
+    if not plain or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        return None
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        values: np.ndarray[Any, Any] = tensor.view(torch.uint8).numpy()
+    except (RuntimeError, TypeError, ValueError):  # without values, such as a fake or an uninitialised tensor
+        return None
+    return values
+
+
+def parts_of(tensor: Tensor) -> list[Any]:
+    """What identifies a tensor of any kind: its type, its shape, and arrays or tensors with its values."""
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return [str(tensor.dtype), "no shape yet"]
+    values = values_of(tensor)
+    if values is not None:
+        return [str(tensor.dtype), [*tensor.shape], values]
+    tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        return [type(tensor), names, context, *(getattr(tensor, name) for name in names)]
+    if tensor.is_nested:
+        return ["nested", *tensor.unbind()]
+    about = [str(tensor.dtype), [*tensor.shape], str(tensor.layout)]
+    if tensor.is_meta:
+        return about
+    if tensor.is_quantized:
+        per_channel = tensor.qscheme() not in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+        names = ("q_per_channel_scales", "q_per_channel_zero_points") if per_channel else ("q_scale", "q_zero_point")
+        names += ("q_per_channel_axis",) if per_channel else ()
+        return [*about, str(tensor.qscheme()), tensor.int_repr(), *(getattr(tensor, name)() for name in names)]
+    if tensor.layout in _PARTS_OF_LAYOUTS:
+        tensor = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+        return [*about, *(getattr(tensor, name)() for name in _PARTS_OF_LAYOUTS[tensor.layout])]
+    return about
