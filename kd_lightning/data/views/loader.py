@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from kd_lightning.batch import Batch
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
-from kd_lightning.data.views.samplers import ViewSampler
+from kd_lightning.data.views.samplers import ShareSampler, TrainingBatches, ViewSampler
 from kd_lightning.data.views.table import ViewTable
+from kd_lightning.data.views.teacher_outputs import FillingCollate
 from kd_lightning.data.views.worker_limits import check_open_files
 
 
@@ -27,7 +28,8 @@ class ViewLoader(DataLoader[Batch]):
         labels: The label of each index.
         trainer: Trainer whose ``accumulate_grad_batches`` groups batches into optimiser steps. Default: None, which
             means that each batch is one step.
-        view_table: Table of the dataset's views, for cached teacher outputs. Default: None, which means no cache.
+        view_table: Table of the dataset's views, whose stored teacher outputs are put into the batches. Default: None,
+            which means none.
         kwargs: Other arguments of DataLoader.
     """
 
@@ -40,10 +42,14 @@ class ViewLoader(DataLoader[Batch]):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("collate_fn", collate)
+        if view_table is not None and not isinstance(kwargs["collate_fn"], FillingCollate):
+            kwargs["collate_fn"] = FillingCollate(kwargs["collate_fn"], view_table.outputs)
         super().__init__(dataset, **kwargs)  # type: ignore[arg-type]  # its type is that of a batch
         self.labels = labels
         self.trainer = trainer
         self.view_table = view_table
+        joins = self.batch_sampler is not None and (trainer is not None or isinstance(self.sampler, ViewSampler))
+        self._training_batches = TrainingBatches(self.sampler, self.batch_size or 1) if joins else None
         self._position = (0, 0)  # epoch, batches
         self._resume_position = (-1, 0)
 
@@ -63,30 +69,43 @@ class ViewLoader(DataLoader[Batch]):
         # A generator: it starts with the first batch, after Lightning has set the epoch.
         sampler = self.sampler
         if not isinstance(sampler, ViewSampler):
-            yield from map(self._fill, self._batches())
+            is_padded = isinstance(sampler, ShareSampler) and sampler.is_padded
+            for batch in map(self.labels.fill, self._batches()):
+                yield batch.as_padding() if is_padded else batch
             return
         epoch = sampler.epoch
         start = self._resume_position[1] if self._resume_position[0] == epoch else 0
         self._resume_position = (-1, 0)
-        assert self.batch_size is not None
-        sampler.skip = start * self.batch_size
+        assert self._training_batches is not None
+        self._training_batches.skip = start
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
         for number, batch in enumerate(self._batches(), start):
-            self._fill(batch)
+            self.labels.fill(batch)
             batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._step_means(order, number)
             self._position = (epoch, number + 1)
             yield batch
 
-    def _fill(self, batch: Batch) -> Batch:
-        if self.view_table is not None and self.view_table.rows_enabled:
-            batch.rows = self.view_table.rows(batch)
-        return self.labels.fill(batch)
+    def describe(self) -> str:
+        """Return in one line the steps of an epoch, and the rows of each. For the training loader."""
+        assert isinstance(self.sampler, ViewSampler)
+        steps = len(self)
+        text = self.sampler.describe(steps, self.batch_size or 1)
+        if self.trainer is None:
+            return text
+        limit, window = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        run = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        text += f"; limit_train_batches takes {run} of them" if run < steps else ""
+        return text + (f"; every {window} are one optimiser step" if window > 1 else "")
+
+    @property
+    def _index_sampler(self) -> Any:
+        # of DataLoader, which does not let a loader have both a sampler and batches of its own
+        return super()._index_sampler if self._training_batches is None else self._training_batches
 
     def _batches(self) -> Iterator[Batch]:
-        if self.view_table is not None:
-            self.view_table.check_transform()
-        check_open_files(self)
-        return shorten_worker_errors(super().__iter__())
+        check_open_files(self, 0 if self.view_table is None else self.view_table.outputs.tensors)
+        batches = shorten_worker_errors(super().__iter__())
+        return batches if self.view_table is None else self.view_table.outputs.watch(batches)
 
     def _step_means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
         """Labels, pseudo-labels, coarse labels and rows per batch: means over the optimiser step on all ranks.
@@ -104,7 +123,7 @@ class ViewLoader(DataLoader[Batch]):
         rows = (self.batch_size or 1) * ranks
         first = number // window * window
         end = max(min(first + window, last), number + 1)
-        index = order[first * rows : end * rows]
+        index = order[first * rows : None if end == len(self) else end * rows]
         batches = ranks * (end - first)
         labels, pseudo, coarse = (count / batches for count in self.labels.count(index))
         return labels, pseudo, coarse, len(index) / batches

@@ -44,6 +44,7 @@ def explain_single_row(rows: int) -> Iterator[None]:
             raise
         what = "this one has one row" if rows == 1 else f"of this one's {rows} rows a network gets one alone"
         raise InputError(
-            f"batch_size: BatchNorm needs training batches of at least 2 rows, and {what}; set another batch_size, or "
-            "drop_last=True of the DataLoader, so that no last batch of one row is left"
+            f"batch_size: BatchNorm needs training batches of at least 2 rows, and {what}; set batch_size to at least "
+            "2, train on at least 2 samples per process, and set drop_last=True of a DataLoader of your own, so that "
+            "no last batch of one row is left"
         ) from error
