@@ -26,7 +26,7 @@ from kd_lightning.pseudo_labels.table import check_classes, check_threshold
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.report.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
-from kd_lightning.teachers.cache_fill import fill_caches
+from kd_lightning.teachers.cache_fill import fill_caches, move_batch
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher
 
@@ -137,7 +137,7 @@ class PseudoLabelRefresh(Callback):
         if self.source == "teacher":
             self._find_teacher(pl_module)
         elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
-            check_classes(visible(), len(names), names, "PseudoLabelRefresh")
+            check_classes(visible(), len(names), data, "PseudoLabelRefresh")
         if self.source == "ema":
             self._find_average(trainer, pl_module)
         needs_student = self.restart_student or not isinstance(self.source, str)
@@ -161,7 +161,7 @@ class PseudoLabelRefresh(Callback):
         if self.source == "teacher":
             teacher = self._find_teacher(pl_module)
             with _validating(trainer):
-                fill_caches([part for part in teacher.modules() if isinstance(part, Teacher)], trainer, "pool_views")
+                fill_caches(teacher, trainer, "pool_views")
         if self.restart_student and self._first_weights is None:
             student: nn.Module = pl_module.student  # type: ignore[assignment]
             self._first_weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
@@ -241,7 +241,7 @@ class PseudoLabelRefresh(Callback):
         if not unlabeled.any():
             raise InputError(_EMPTY)
         if self.source != "teacher":
-            check_classes(y, classes, self._class_names(trainer), "PseudoLabelRefresh")
+            check_classes(y, classes, trainer.datamodule, "PseudoLabelRefresh")  # type: ignore[attr-defined]
         self._check_pool(index[unlabeled])
         if not isinstance(source, str):
             features = outputs
@@ -276,18 +276,17 @@ class PseudoLabelRefresh(Callback):
         # a loader samples a seed for its workers; the random state of the training must not change
         with isolate_rng(include_cuda=False), torch.no_grad(), evaluating(module), _validating(trainer):
             for loaded in trainer.datamodule.pool_dataloader():  # type: ignore[attr-defined]
-                batch = Batch.from_any(loaded)
+                batch = move_batch(trainer, Batch.from_any(loaded))
                 if batch.index is None or batch.y is None:
                     raise InputError("pool_dataloader must return Batches with index and y (-100: unlabeled)")
-                batch = trainer.strategy.batch_to_device(batch)
-                batch.x = trainer.precision_plugin.convert_input(batch.x)
                 with trainer.precision_plugin.forward_context():
                     output = self._predict_batch(trainer, module, batch, source)
                     if not classes:
                         is_graph = not isinstance(source, str)
                         logits = logits_of(module(batch.x), "the student") if is_graph else output
                         classes = logits.shape[-1]
-                parts.append((batch.index.cpu(), batch.y.cpu(), output.float().cpu()))
+                if not batch.is_padding:
+                    parts.append((batch.index.cpu(), batch.y.cpu(), output.float().cpu()))
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, (parts, classes))
@@ -363,8 +362,9 @@ class PseudoLabelRefresh(Callback):
         folder = run_folder(trainer)
         if writes_files(trainer):
             path_of = _optional_method(data, "path") or (lambda index: None)
+            content_of = _optional_method(data, "content") or (lambda index: "")
             with only_warn(f"pseudo-labels of round {table.round}"):
-                write_round(folder, table, self._class_names(trainer), path_of)
+                write_round(folder, table, self._class_names(trainer), path_of, content_of)
             log_figure(trainer, "pseudo_labels/confidence", lambda: confidence_figure(table, self.threshold))
             log_figure(trainer, "pseudo_labels/classes", lambda: class_figure(table, labels))
         self.report = round_metrics(table, labels, truth)

@@ -183,7 +183,10 @@ def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
 def check_reducible(name: str, loss: nn.Module) -> None:
     """Raise InputError unless a loss has an attribute ``reduction``, as torch's losses have."""
     if not isinstance(getattr(loss, "reduction", None), str):
-        raise InputError(f"{name}: {type(loss).__name__} has no reduction, which must be 'none' to weight or sort rows")
+        raise InputError(
+            f"{name}: {type(loss).__name__} has no reduction, which must be 'none' to weight or sort rows, or to leave "
+            "out missing labels of a row"
+        )
 
 
 def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **fields: Any) -> Tensor:
@@ -192,17 +195,54 @@ def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **fields: Any) -> T
     Args:
         loss: A loss with a ``reduction``.
         logits: (B, C).
-        target: (B,).
+        target: (B,). If it is (B, L), a loss may return one value for each label, (B, L).
         fields: Row fields by name. Those that the loss does not declare are left out.
+
+    Raises:
+        InputError: If the loss has no ``reduction``, or returns no value for each row.
     """
     check_reducible("hard_loss", loss)
+    _widen_weight(loss)
     before: Any = loss.reduction
     loss.reduction = "none"  # type: ignore[assignment]
     try:
         rows: Tensor = loss(logits, target, **{name: fields[name] for name in row_fields_of(loss) if name in fields})
     finally:
         loss.reduction = before
+    if rows.shape[:1] != target.shape[:1]:
+        raise InputError(
+            f"hard_loss: {type(loss).__name__} with reduction 'none' must return one value for each row, "
+            f"[{len(target)}], got {[*rows.shape]}"
+        )
     return rows
+
+
+def _widen_weight(loss: nn.Module) -> None:
+    """Convert the class weights of torch's losses from half precision, as of "bf16-true", to the logits' float32."""
+    weight = getattr(loss, "weight", None)
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and weight is not None and weight.element_size() < 4:
+        loss.weight = weight.float()
+
+
+def class_weights(loss: nn.Module, target: Tensor) -> Tensor | None:
+    """Return the class weight of each row, (B,), if the loss is one of torch's that divide by their sum.
+
+    These are ``CrossEntropyLoss`` and ``NLLLoss`` with a ``weight``, or with an ``ignore_index`` that is a class, whose
+    weight is 0. For any other loss return None.
+
+    Args:
+        loss: A hard loss.
+        target: (B,) class indices.
+    """
+    # a subclass with a forward of its own may divide by anything
+    if getattr(type(loss), "forward", None) not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+        return None
+    weight: Any = loss.weight
+    ignored: Any = loss.ignore_index
+    if weight is None and ignored < 0:
+        return None
+    weights: Tensor = torch.ones(len(target), device=target.device) if weight is None else weight[target]
+    return weights.masked_fill(target == ignored, 0)
 
 
 def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | None = None, **fields: Any) -> Tensor:
@@ -211,18 +251,48 @@ def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | 
     Args:
         loss: A loss, called as ``(logits, target)``. With ``weight`` it must have a ``reduction``.
         logits: (B, C).
-        target: (B,).
-        weight: Factor of each row's loss, (B,). If the loss has class weights, the sum is divided by their sum, as
-            torch does, and not by the number of rows. Default: None, which means 1.
+        target: (B,), or (B, L).
+        weight: Factor of each row's loss, (B,). If the loss has class weights (see :func:`class_weights`), the sum is
+            divided by their sum, as torch does, and not by the number of rows; if their sum is 0, the mean is 0.
+            Default: None, which means 1.
         fields: The row fields that the loss declares, by name.
     """
-    if weight is None and getattr(loss, "reduction", None) != "none":
+    _widen_weight(loss)
+    by_class = class_weights(loss, target)
+    if weight is None and by_class is None and getattr(loss, "reduction", None) != "none":
         mean: Tensor = loss(logits, target, **fields)
         return mean
     rows = per_row(loss, logits, target, **fields)
     rows = rows if weight is None else rows * weight
-    by_class = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
-    return rows.sum() / (loss.weight[target].sum() if by_class and len(target) else max(len(target), 1))  # type: ignore[index]
+    if by_class is None:
+        return rows.sum() / max(rows.numel(), 1)
+    total = by_class.sum()
+    return rows.sum() / torch.where(total > 0, total, 1)
+
+
+def mean_of_known(loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor, **fields: Any) -> Tensor:
+    """Return the mean of a loss over the known labels of whole rows, a scalar.
+
+    The loss gets whole rows, so that its parameters of each label (such as ``pos_weight``) meet their label. Missing
+    labels are replaced by 0, and their logits, too. Their values are left out, and their logits get no gradient.
+
+    Args:
+        loss: A loss with a ``reduction``, that returns one value for each label if this is "none".
+        logits: (B, L).
+        target: (B, L), any value where the label is missing.
+        known: Which labels are known, (B, L) booleans; at least one.
+        fields: The row fields that the loss declares, by name.
+
+    Raises:
+        InputError: If the loss has no ``reduction``, or returns no value for each label.
+    """
+    values = per_row(loss, logits.masked_fill(~known, 0), target.masked_fill(~known, 0), **fields)
+    if values.shape != target.shape:
+        raise InputError(
+            f"hard_loss: {type(loss).__name__} with reduction 'none' must return one value for each label, "
+            f"{[*target.shape]}, where labels of a row are missing, got {[*values.shape]}"
+        )
+    return values.masked_fill(~known, 0).sum() / known.sum()
 
 
 # What losses declare: see losses/protocols.py.

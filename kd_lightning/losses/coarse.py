@@ -38,13 +38,15 @@ def group_members(groups: list[list[int]], classes: int) -> Tensor:
         InputError: If a class is not in exactly one group; the message has the class.
     """
     members = torch.zeros(len(groups), classes, dtype=torch.bool)
+    seen: set[int] = set()
     for number, group in enumerate(groups):
         for entry in group:
             if not 0 <= entry < classes:
                 raise InputError(f"groups: group {number} holds class {entry}, but the classes are 0 ... {classes - 1}")
-            if members[:, entry].any():
+            if entry in seen:
                 raise InputError(f"groups: class {entry} is in more than one place, or twice in group {number}")
-            members[number, entry] = True
+            seen.add(entry)
+        members[number, group] = True
         if not group:
             raise InputError(f"groups: group {number} is empty")
     if left_out := (~members.any(dim=0)).nonzero().flatten().tolist():

@@ -59,12 +59,13 @@ class ForwardCorrectionLoss(nn.Module):
         if len(self.matrix) != log_p.shape[1]:
             raise InputError(f"matrix must have {log_p.shape[1]} classes, as the logits, got {len(self.matrix)}")
         self.matrix = self.matrix.to(log_p.device)
+        columns = self.matrix.index_select(1, target.long())  # (C, B): no (C, C) matrix is computed in a step
         # Only on the CPU: on other devices the check would synchronise.
-        if target.device.type == "cpu" and (never := (self.matrix.sum(dim=0) == 0)[target.long()]).any():
+        if target.device.type == "cpu" and (never := columns.sum(dim=0) == 0).any():
             raise InputError(f"matrix: column {int(target[never][0])} is all 0, but a label has this class")
         # A finite number in place of log 0, since the gradient at -inf is NaN.
-        log_t = self.matrix.to(log_p.dtype).log().clamp_min(-1e30)
-        rows = -(log_p + log_t.index_select(1, target.long()).t()).logsumexp(dim=1)
+        log_t = columns.to(log_p.dtype).log().clamp_min(-1e30)
+        rows = -(log_p + log_t.t()).logsumexp(dim=1)
         return reduce_rows(rows, self.reduction)
 
     def extra_repr(self) -> str:

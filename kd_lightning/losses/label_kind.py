@@ -28,7 +28,8 @@ class LabelKindLoss(nn.Module):
 
     where :math:`\ell_k` is ``noisy`` for rows of kind ``LabelKind.NOISY``, and ``clean`` for all other kinds. As the
     ``hard_loss`` of a module it gets each row's :class:`~kd_lightning.batch.LabelKind` from the batch. It never gets
-    coarse labels: every module uses :func:`~kd_lightning.losses.coarse.coarse_rows` for them.
+    coarse labels: every module uses :func:`~kd_lightning.losses.coarse.coarse_rows` for them. Class weights of an inner
+    loss multiply its rows; the mean is over the number of rows.
 
     Args:
         noisy: Loss of rows whose label may be wrong.

@@ -10,10 +10,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from kd_lightning.batch import Batch, LabelKind, is_labeled
+from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import at_least_float32, check_reducible, is_stateful, per_row, row_values
+from kd_lightning.losses.base import (
+    at_least_float32,
+    check_reducible,
+    class_weights,
+    is_stateful,
+    per_row,
+    row_values,
+)
 from kd_lightning.losses.coarse import coarse_rows
 from kd_lightning.modules._shared.checks import check_trainable, check_two_networks
 from kd_lightning.modules.supervised import LossTerm, SupervisedModule
@@ -88,36 +95,39 @@ class CoTeachingModule(SupervisedModule):
         both = self(batch.x), logits_of(self.peer(batch.x), "the peer")
         if both[0].shape != both[1].shape:
             raise InputError(f"student and peer must have one shape, got {[*both[0].shape]} and {[*both[1].shape]}")
-        if batch.y is None:
-            batch.y = torch.full((len(batch),), -100, device=batch.x.device)
+        y = torch.full((len(batch),), IGNORE_INDEX, device=batch.x.device) if batch.y is None else batch.y
         labels = self.compute_hard_loss(both[0], batch)[1]  # also checks the labels
-        if batch.mean_labels is None:
-            batch.mean_labels = self._mean_over_processes(labels, both[0])
-        known = is_labeled(batch.y)
+        mean = batch.mean_labels
+        self._mean_labels = mean = self._mean_over_processes(labels, both[0]) if mean is None else mean
+        known = is_labeled(y)
         noisy = known if batch.kind is None else known & (batch.kind != LabelKind.CLEAN)
         self._sorted_rows = self._sorted_rows + noisy.sum()
         coarse = batch.candidates.any(dim=1) if batch.candidates is not None else torch.zeros_like(known)
-        rows = [self._row_losses(logits, batch, known, coarse) for logits in both]
+        rows = [self._row_losses(logits, y, batch, known, coarse) for logits in both]
+        sizes = self._sizes(y, known)
         selected = [self._smallest(values.detach(), noisy) | (known & ~noisy) | coarse for values in rows]
         terms = {}
         for name, values, learned in (("hard", rows[0], selected[1]), ("peer_hard", rows[1], selected[0])):
-            count, total = self._sum_over_processes(torch.stack([learned.sum(), (known | coarse).sum()]))
-            size = float(batch.mean_labels) * count / max(total, 1.0)
+            counted = learned.sum() if sizes is None else (sizes * learned).sum()
+            count, total = self._sum_over_processes(torch.stack([counted, (known | coarse).sum().to(counted)]))
+            size = float(mean) * count / max(total, 1.0)
             values = values if batch.weight is None else values * batch.weight
             terms[name] = LossTerm(1.0, (values * learned).sum() / max(size, 1e-9))
         if self._trainer is not None:
             self._record_mean("forget_rate", self.forget_rate_at(self.current_epoch), len(batch))
         return terms
 
-    def _row_losses(self, logits: Tensor, batch: Batch, known: Tensor, coarse: Tensor) -> Tensor:
+    def _sizes(self, y: Tensor, known: Tensor) -> Tensor | None:
+        """Return the class weight of each row's label, (B,), and 1 for other rows; None if there are none."""
+        weights = class_weights(self.hard_loss, y[known].long())
+        return None if weights is None else torch.ones(len(y)).to(weights).masked_scatter(known, weights)
+
+    def _row_losses(self, logits: Tensor, y: Tensor, batch: Batch, known: Tensor, coarse: Tensor) -> Tensor:
         """Return the unweighted loss of each row, (B,). It is 0, in the graph, for rows without a label."""
-        assert batch.y is not None
         logits = at_least_float32(logits)
         fields = {name: values[known] for name, values in row_values(self.hard_loss, batch).items()}
         rows = logits.new_zeros(len(logits)) + logits[:0].sum()
-        rows = rows.masked_scatter(
-            known, per_row(self.hard_loss, logits[known], batch.y[known].long(), **fields).to(rows)
-        )
+        rows = rows.masked_scatter(known, per_row(self.hard_loss, logits[known], y[known].long(), **fields).to(rows))
         if batch.candidates is not None:
             rows = rows.masked_scatter(coarse, coarse_rows(logits[coarse], batch.candidates[coarse]).to(rows))
         return rows

@@ -97,7 +97,7 @@ class DistillModule(SupervisedModule):
             self._probe.close()
         if not isinstance(self.teacher, Teacher):
             return
-        fill_caches([self.teacher], self.trainer)
+        fill_caches(self.teacher, self.trainer)
         if self.trainer.is_global_zero:
             self._probe = TeacherProbe(self.teacher, self.soft_loss, self.task, self._report)
 

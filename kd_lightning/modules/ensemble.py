@@ -227,7 +227,7 @@ class EnsembleDistillModule(SupervisedModule):
         self._probes.clear()
         if self.ensemble is None:
             return
-        fill_caches([*self.ensemble], self.trainer)
+        fill_caches(self.ensemble, self.trainer)
         if self.trainer.is_global_zero:
             for number, teacher in enumerate(self.ensemble):
                 if not teacher.missing_classes:

@@ -343,7 +343,7 @@ class HintModule(DistillModule):
         for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
             if name not in self._hint_means:
                 self._hint_means[name] = MeanMetric().to(value.device)
-            self._hint_means[name].update(value, len(batch))
+            self._hint_means[name].update(value, 0 if batch.is_padding else len(batch))
         return predicted
 
     def on_validation_epoch_end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -106,15 +107,14 @@ class PseudoLabelModule(SupervisedModule):
         labeled = fine | coarse
         logits, unlabeled_logits = self._forward(batch, fine, labeled)
         if self._unchecked_labels is not None:
-            check_classes(self._unchecked_labels, logits.shape[-1], self._class_names(), type(self).__name__)
+            check_classes(self._unchecked_labels, logits.shape[-1], self._data(), type(self).__name__)
             self._unchecked_labels = None
-        labeled_batch = batch.select(labeled)
         if batch.mean_labels is None:
-            batch.mean_coarse = self._mean_over_processes(int(coarse.sum()), logits)
+            mean_labels, mean_coarse = None, self._mean_over_processes(int(coarse.sum()), logits)
         else:
-            labeled_batch.mean_labels = batch.mean_labels - batch.mean_pseudo
+            mean_labels, mean_coarse = batch.mean_labels - batch.mean_pseudo, batch.mean_coarse
+        labeled_batch = replace(batch.select(labeled), mean_labels=mean_labels)
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
-        batch.mean_labels, batch.mean_pseudo = labeled_batch.mean_labels, 0.0  # the weight of the logged hard term
         unlabeled_batch = batch.select(~fine)
         if self.pseudo_labels == "online":
             label, accepted = self._pseudo_label(batch, fine, logits)
@@ -122,8 +122,8 @@ class PseudoLabelModule(SupervisedModule):
         else:
             target, accepted = _refreshed_target(unlabeled_batch, unlabeled_logits)
         value = -(target * unlabeled_logits.log_softmax(dim=-1)).sum(dim=-1)
-        assert batch.mean_labels is not None
-        mean_fine = float(batch.mean_labels) - batch.mean_coarse
+        assert self._mean_labels is not None  # set by hard_term
+        mean_fine = float(self._mean_labels) - mean_coarse
         mean_unlabeled = (len(batch) if batch.mean_rows is None else batch.mean_rows) - mean_fine
         value = (value * accepted).sum() / max(mean_unlabeled, 1e-9)
         self._record_coverage(accepted, len(unlabeled_batch))
@@ -288,10 +288,6 @@ class PseudoLabelModule(SupervisedModule):
 
     def _data(self) -> Any:
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-
-    def _class_names(self) -> list[str] | None:
-        names: list[str] | None = getattr(self._data(), "class_names", None)
-        return names
 
 
 def _refreshed_target(unlabeled: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,31 +15,23 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import (
-    Task,
-    at_least_float32,
-    check_row_fields,
-    is_stateful,
-    mean_loss,
-    predicted_labels,
-    reset_state,
-    row_values,
-    to_probabilities,
-)
-from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.losses.base import Task, check_row_fields, predicted_labels, reset_state, to_probabilities
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
 from kd_lightning.modules._shared.epoch_means import EpochMeans
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.finite_check import FiniteCheck
+from kd_lightning.modules._shared.hard_loss import hard_loss_of, must_synchronize
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizers
 from kd_lightning.modules._shared.schedules import check_schedules
 from kd_lightning.runs.report.log_figure import log_figure
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
+
+_MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
 
 
 class LossTerm(NamedTuple):
@@ -63,11 +55,14 @@ class SupervisedModule(LightningModule):
         student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary.
         task: ``"multiclass"`` (y holds class indices), ``"multilabel"`` (zeros and ones, (B, L)) or ``"binary"``.
             A missing label is -100, or NaN if y is floating point.
-        hard_loss: Loss with reduction "mean" or "none", called as ``(logits, target)`` with the labeled rows. If a
-            multilabel row misses some labels, it gets the known entries as one flat row. It may declare ``row_fields``
-            to get ``kind`` or ``index`` of each row, see :mod:`kd_lightning.losses.protocols`. Coarse labels always
-            use :class:`~kd_lightning.losses.CoarseLoss`, and count as much as others. Default: None, which means
-            cross-entropy (on logits, for the other two tasks).
+        hard_loss: Loss with reduction "mean" or "none", called as ``(logits, target)`` with the labeled rows. It always
+            gets whole rows. If labels of a multilabel row are missing, it is called with reduction "none", and must
+            return one value for each label (B, L); those of missing labels are left out of the mean. It may declare
+            ``row_fields`` to get ``kind`` or ``index`` of each row, see :mod:`kd_lightning.losses.protocols`. Coarse
+            labels always use :class:`~kd_lightning.losses.CoarseLoss`, and count as much as others. The sum of
+            CrossEntropyLoss with class weights is divided by the sum of its labels' weights, as in torch, over all
+            processes but for each accumulated batch. Default: None, which means cross-entropy (on logits, for the
+            other two tasks).
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
             none. Default: None, which means a constant learning rate.
@@ -115,6 +110,7 @@ class SupervisedModule(LightningModule):
         self._teacher_logits_cache: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self._finite_check = FiniteCheck()
         self._epoch_means = EpochMeans()
+        self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the student's logits."""
@@ -165,79 +161,32 @@ class SupervisedModule(LightningModule):
         """Return the hard loss over the labeled rows, scaled so that processes and accumulated batches add up.
 
         The sum over processes and batches is the mean over all labels of the optimiser step: each mean is multiplied
-        by its share of the labels. Without labels the term is 0, and has a gradient of 0.
+        by its share of the labels. Without labels the term is 0, and has a gradient of 0. If the loss has class
+        weights, the processes' shares are those of the weights.
         """
-        value, labels = self.compute_hard_loss(logits, batch)
-        if batch.mean_labels is None:
-            batch.mean_labels = self._mean_over_processes(labels, logits)
-        return value * (labels / max(batch.mean_labels, 1e-9) if labels else 1.0)
+        value, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
+        mean = batch.mean_labels
+        self._mean_labels = mean = self._mean_over_processes(labels, logits) if mean is None else mean
+        if weights is None or not self._trains_on_several_processes():
+            return value * (labels / max(mean, 1e-9) if labels else 1.0)
+        here = torch.stack([weights.float(), weights.new_tensor(labels).float()])
+        means: Tensor = self.trainer.strategy.reduce(here, reduce_op="mean")
+        mean_weights, mean_here = means.unbind()
+        return value * (weights / mean_weights.clamp_min(1e-9)) * (mean_here / max(mean, 1e-9))
 
     def compute_hard_loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean hard loss over the known labels, coarse ones included, and the number of these labels."""
-        logits = at_least_float32(logits)
-        value, labels = self._fine_hard_loss(logits, batch)
-        if batch.candidates is None or not len(batch):
-            return value, labels
-        coarse = batch.candidates.any(dim=1)
-        if self.task != "multiclass" or batch.candidates.shape != logits.shape:
-            shapes = f"{[*batch.candidates.shape]} do not fit logits of shape {[*logits.shape]}"
-            raise InputError(f"coarse labels are for the multiclass task; {self.task} candidates of shape {shapes}")
-        rows = coarse_rows(logits[coarse], batch.candidates[coarse])
-        rows = rows if batch.weight is None else rows * batch.weight[coarse]
-        total = labels + len(rows)
-        return (value * labels + rows.sum()) / max(total, 1), total
-
-    def _fine_hard_loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-        """Return the same as :meth:`compute_hard_loss`, without the coarse labels."""
-        if batch.weight is not None and (self.task == "multilabel" or batch.weight.shape != (len(batch),)):
-            raise InputError(
-                f"weights must be one a row, (B,) = [{len(batch)}], in the multiclass or binary task; "
-                f"got {[*batch.weight.shape]} for {self.task}"
-            )
-        y = batch.y
-        if y is None:
-            return logits[:0].sum(), 0
-        if self.task == "binary":
-            logits, y = logits.flatten(), y.flatten()
-        classes = self.task == "multiclass"
-        if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
-            raise InputError(f"{self.task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
-        fields = row_values(self.hard_loss, batch)
-        weight = batch.weight
-        known = is_labeled(y) if batch.labeled is None or not _must_synchronize(y) else None
-        if known is not None and known.all():  # all rows: indexing would take longer
-            known = rows = None
-        else:
-            rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
-        if rows is not None and (known is not None or len(rows) < len(y)):
-            fields = {name: values[rows] for name, values in fields.items()}
-            weight = None if weight is None else weight[rows]
-            logits, y = logits[rows], y[rows]
-        if known is not None and not (known := known[rows]).all():
-            logits, y = logits[known], y[known]
-        if y.numel() == 0 and not is_stateful(self.hard_loss):  # a stateful loss runs on every process
-            return logits.sum(), 0
-        if not _must_synchronize(y):
-            self._check_labels(y, logits)
-        y = y.long() if self.task == "multiclass" else y.to(logits.dtype)
-        return mean_loss(self.hard_loss, logits, y, weight, **fields), y.numel()
-
-    def _check_labels(self, y: Tensor, logits: Tensor) -> None:
-        """Raise InputError for a label that is no class of the logits."""
-        top = logits.shape[1] - 1 if self.task == "multiclass" else 1
-        if y.numel() and (y.min() < 0 or y.max() > top):
-            bad = y[(y < 0) | (y > top)][0].item()
-            raise InputError(
-                f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
-                f"where floats) for a missing one; got {bad:g}"
-            )
+        return hard_loss_of(self.hard_loss, self.task, logits, batch)[:2]
 
     def _mean_over_processes(self, count: int, like: Tensor) -> float:
         """Return the mean of a count over all processes, which must all call this."""
-        if self._trainer is None or not self.trainer.training or self.trainer.world_size == 1:
+        if not self._trains_on_several_processes():
             return float(count)
         total = torch.tensor(float(count), device=like.device)
         return float(self.trainer.strategy.reduce(total, reduce_op="mean"))
+
+    def _trains_on_several_processes(self) -> bool:
+        return self._trainer is not None and self.trainer.training and self.trainer.world_size > 1
 
     # The steps.
 
@@ -252,6 +201,7 @@ class SupervisedModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
         batch = Batch.from_any(batch)
+        self._mean_labels = batch.mean_labels
         with explain_single_row(len(batch)):
             terms = self.losses(batch)
         self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
@@ -260,10 +210,10 @@ class SupervisedModule(LightningModule):
         loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
         if self._trainer is not None:
             rows: dict[str, Any] = dict.fromkeys(terms, len(batch))
-            if batch.mean_labels is not None:
+            if self._mean_labels is not None:
                 # Hard terms are means over labels; a batch without any counts next to nothing.
                 hard = [name for name in terms if name.endswith("hard")]
-                rows |= dict.fromkeys(hard, max(float(batch.mean_labels), 1e-9))
+                rows |= dict.fromkeys(hard, max(float(self._mean_labels), 1e-9))
             for name, (weight, value) in terms.items():
                 self._record_mean(f"train/{name}", value, rows[name])
                 if name != "hard":
@@ -275,7 +225,7 @@ class SupervisedModule(LightningModule):
 
     def _may_synchronize(self, x: Tensor) -> bool:
         """Whether reading a value costs little: on the CPU, and where the logger reads values anyway."""
-        return not _must_synchronize(x) or self._trainer is None or self._is_logging_step()
+        return not must_synchronize(x) or self._trainer is None or self._is_logging_step()
 
     def _is_logging_step(self) -> bool:
         """Whether a logger logs after this step, or the epoch ends with it."""
@@ -315,24 +265,33 @@ class SupervisedModule(LightningModule):
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         batch = replace(Batch.from_any(batch), candidates=None)  # metrics count fine labels alone
         logits = self(batch.x)
-        teacher = self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
+        teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
         if dataloader_idx not in self._evaluations:
             classes = 1 if self.task == "binary" else logits.shape[-1]
-            self._evaluations[dataloader_idx] = self.make_evaluation(classes).to(logits.device)
+            evaluation = self.make_evaluation(classes)
+            if stage == "test" and self.loggers:
+                evaluation.add_confusion_matrix(announce=not self._evaluations)
+            self._evaluations[dataloader_idx] = evaluation.to(logits.device)
         evaluation = self._evaluations[dataloader_idx]
         evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
-        evaluation.update(logits, batch.y, *self.compute_hard_loss(logits, batch), teacher)
+        loss, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
+        evaluation.update(logits, batch.y, loss, labels, teacher, weights)
         return predicted_labels(logits, self.task)
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
-        """Return the teacher's logits. They are computed once if the batch has the ``index`` of its samples."""
+        """Return the teacher's logits.
+
+        They are computed once if the batch has the ``index`` of its samples, and as long as all take little memory.
+        """
         index, logits = self._teacher_logits_cache.get(key, (None, None))
         if index is not None and batch.index is not None and torch.equal(index, batch.index.cpu()):
             assert logits is not None
             return logits.to(batch.x.device)
         logits = self.teacher_logits(batch)
         if logits is not None and batch.index is not None:
-            self._teacher_logits_cache[key] = (batch.index.cpu(), logits.cpu())
+            stored = sum(part.nbytes for _, part in self._teacher_logits_cache.values())
+            if stored + logits.nbytes <= _MOST_STORED:
+                self._teacher_logits_cache[key] = (batch.index.cpu(), logits.cpu())
         return logits
 
     def on_validation_epoch_end(self) -> None:
@@ -387,11 +346,6 @@ class SupervisedModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
         return build_optimizers(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
-
-
-def _must_synchronize(tensor: Tensor) -> bool:
-    """Whether reading a value waits until its device has finished all its work."""
-    return tensor.device.type != "cpu"
 
 
 def _metric_name(prefix: str, name: str, loader: int) -> str:

@@ -161,6 +161,24 @@ def test_student_against_a_pass_of_its_own(fit, unlabeled, workers):
     assert refresh.table.index.min() >= first
 
 
+class Padded(SemiSupervisedDataModule):
+    """The pool of a process, with the batch of one that has no sample of its own."""
+
+    def pool_dataloader(self):
+        batches = [*super().pool_dataloader()]
+        return [*batches, batches[-1].select(torch.tensor([0])).as_padding()]
+
+
+def test_padding_gets_no_pseudo_label(fit):
+    tables = []
+    for kind in (SemiSupervisedDataModule, Padded):
+        refresh = PseudoLabelRefresh(threshold=0.12)
+        made = kind(Digits(), labeled=4, batch_size=72, labeled_batch_size=8)
+        fit(make(PseudoLabelModule), refresh, datamodule=made, max_epochs=2)
+        tables.append(refresh.table)
+    assert tables[0].hash == tables[1].hash
+
+
 def test_averaged_student(fit):
     def check(trainer, module):
         if trainer.current_epoch:

@@ -17,7 +17,14 @@ from kd_lightning.losses import (
     LabelKindLoss,
     SymmetricCrossEntropyLoss,
 )
-from kd_lightning.losses.base import check_transition, gather_target, log_probabilities, mean_loss, per_row
+from kd_lightning.losses.base import (
+    check_transition,
+    class_weights,
+    gather_target,
+    log_probabilities,
+    mean_loss,
+    per_row,
+)
 
 T = [[0.5, 0.25, 0.125, 0.125], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]]
 LOSSES = {
@@ -162,6 +169,46 @@ class TestPerRow:
     def test_no_reduction(self):
         with pytest.raises(InputError, match="hard_loss: Softmax has no reduction, which must be 'none' to weight"):
             per_row(nn.Softmax(dim=1), randn(), TARGET)
+
+    def test_no_value_for_each_row(self):
+        """As of a loss that ignores its reduction: weights would multiply the mean of all rows."""
+
+        class Scalar(Own):
+            row_fields = ()
+
+            def forward(self, logits, target):
+                return logits.mean()
+
+        with pytest.raises(InputError, match=r"Scalar .* must return one value for each row, \[6\], got \[\]"):
+            mean_loss(Scalar(), randn(), TARGET, torch.ones(6))
+
+
+class TestClassWeights:
+    WEIGHT = torch.tensor([2.0, 3.0, 5.0])
+
+    @pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+    @pytest.mark.parametrize("ignored", [-100, 1])
+    def test_are_what_torch_divides_by(self, kind, ignored):
+        y, z = torch.tensor([0, 2, 1, 1]), torch.randn(4, 3).log_softmax(dim=1)
+        for weight in (None, self.WEIGHT):
+            loss = kind(weight, ignore_index=ignored)
+            found = class_weights(loss, y)
+            if weight is None and ignored == -100:
+                assert found is None
+                continue
+            rows = kind(weight, ignore_index=ignored, reduction="none")(z, y)
+            torch.testing.assert_close(rows.sum() / found.sum(), loss(z, y))
+            torch.testing.assert_close(mean_loss(loss, z, y), loss(z, y))
+
+    def test_other_losses(self):
+        class Focal(nn.CrossEntropyLoss):
+            def forward(self, logits, target):
+                return logits.mean()
+
+        y = torch.tensor([0, 2])
+        assert class_weights(Focal(self.WEIGHT), y) is None
+        assert mean_loss(Focal(self.WEIGHT), torch.ones(2, 3), y) == 1
+        assert class_weights(nn.BCEWithLogitsLoss(self.WEIGHT), y) is None
 
 
 class TestMean:

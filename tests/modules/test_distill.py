@@ -236,6 +236,14 @@ class TestKeptOutputs:
         quiet_trainer(max_epochs=3, limit_train_batches=1).fit(DistillModule(student, counting), self.data())
         assert counting.calls == 3 * 1 + 3  # a step in each epoch; 598 validation images are three batches
 
+    def test_computed_anew_where_they_take_too_much_memory(self, quiet_trainer, student, teacher, monkeypatch):
+        """The first of the three batches fits, 256 x 10 numbers of four bytes."""
+        monkeypatch.setattr("kd_lightning.modules.supervised._MOST_STORED", 12_000)
+        counting = Counting(teacher)
+        trainer = quiet_trainer(max_epochs=3, limit_train_batches=1, num_sanity_val_steps=0)
+        trainer.fit(DistillModule(student, counting), self.data())
+        assert counting.calls == 3 * 1 + 1 + 3 * 2
+
     def test_computed_anew_where_they_are_not(self, quiet_trainer, loader, student, teacher):
         counting = Counting(teacher)
         trainer = quiet_trainer(max_epochs=3, limit_train_batches=1, num_sanity_val_steps=0)
@@ -290,7 +298,7 @@ class TestCheckpoint:
         with pytest.raises(InputError, match=r"teacher: the checkpoint was trained with another teacher \(fingerprint"):
             quiet_trainer(max_epochs=2).fit(DistillModule(make(), other), loader(), ckpt_path=path)
         moved = Teacher(teacher, classes=[*range(1, 10), 0])
-        with pytest.raises(InputError, match="resume with the same weights, preprocess and classes"):
+        with pytest.raises(InputError, match="resume with the same weights, attributes, preprocess and classes"):
             quiet_trainer(max_epochs=2).fit(DistillModule(make(), moved), loader(), ckpt_path=path)
         quiet_trainer().test(DistillModule(make(), other), loader(), ckpt_path=path, verbose=False)
         quiet_trainer().predict(DistillModule(make(), other), loader(), ckpt_path=path)

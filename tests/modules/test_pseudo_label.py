@@ -566,7 +566,14 @@ class TestRun:
     def test_class_names_in_the_complaint(self, quiet_trainer):
         data = two_streams((3, 0, 2, 1))
         data.source.class_names = ["ant", "bee", "cat", "dog"]
+        data.absent_classes = lambda: set()
         with pytest.raises(InputError, match="no labeled sample of class 'bee', so"):
+            quiet_trainer().fit(PseudoLabelModule(linear().float()), datamodule=data)
+
+    def test_a_class_without_training_images_is_named(self, quiet_trainer):
+        data = two_streams((3, 0, 2, 1))
+        data.source.class_names = ["ant", "bee", "cat", "dog"]
+        with pytest.warns(UserWarning, match="no labeled sample of class 'bee', .* no training image of it is known"):
             quiet_trainer().fit(PseudoLabelModule(linear().float()), datamodule=data)
 
     def test_a_plain_loader_without_unlabeled_samples(self, quiet_trainer, loader, student):

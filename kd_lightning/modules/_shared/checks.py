@@ -36,10 +36,11 @@ def check_same_teacher(name: str, teacher: Teacher, fingerprint: str) -> None:
         teacher: The teacher of this run.
         fingerprint: The fingerprint in the checkpoint.
     """
-    if teacher.fingerprint() != fingerprint:
+    if not teacher.matches(fingerprint):
         raise InputError(
             f"{name}: the checkpoint was trained with another teacher (fingerprint {fingerprint[:12]}..., this one has "
-            f"{teacher.fingerprint()[:12]}...); resume with the same weights, preprocess and classes"
+            f"{teacher.fingerprint()[:12]}...); resume with the same weights, attributes, preprocess "
+            "and classes"
         )
 
 

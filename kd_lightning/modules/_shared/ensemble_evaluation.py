@@ -31,7 +31,6 @@ class EnsembleEvaluation(Evaluation):
         super().__init__(task, classes)
         task = self.task
         self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
-        self.classes = classes
         self.known_classes = known = ensemble.known_classes(classes)
         self.common = {(i, j): known[i] & known[j] for i, j in combinations(range(len(ensemble)), 2)}
 
@@ -51,14 +50,22 @@ class EnsembleEvaluation(Evaluation):
             self._ensemble[0].check_classes(teacher, self.classes)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        y: Tensor | None,
+        loss: Tensor,
+        labels: int,
+        teacher: Tensor | None,
+        class_weights: Tensor | None = None,
+    ) -> None:
         """Add a batch; ``teacher`` holds all teachers' logits (K, B, C), and the rest is as of :class:`Evaluation`."""
         if teacher is None:
-            super().update(logits, y, loss, labels, None)
+            super().update(logits, y, loss, labels, None, class_weights)
             return
         (ensemble,) = self._ensemble
         pooled = ensemble.pool(teacher)
-        super().update(logits, y, loss, labels, pooled)
+        super().update(logits, y, loss, labels, pooled, class_weights)
         predictions = [predicted_labels(outputs, self.task) for outputs in teacher]
         student, average = predicted_labels(logits, self.task), predicted_labels(pooled, self.task)
         target = None if y is None or not labels else torch.where(is_labeled(y), y, IGNORE_INDEX).long()

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, MeanMetric, Metric, SumMetric
@@ -15,6 +16,7 @@ from kd_lightning.batch import IGNORE_INDEX, is_labeled
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import Task, predicted_labels, to_probabilities
 from kd_lightning.modules._shared.checks import check_at_least_two
+from kd_lightning.modules._shared.counting_metrics import BinaryCalibrationSums, MacroF1
 from kd_lightning.teachers.teacher import check_outputs
 
 _MOST_CLASSES = 1000  # of a confusion matrix
@@ -22,6 +24,8 @@ _MOST_CLASSES = 1000  # of a confusion matrix
 
 class Evaluation(nn.Module):
     """The metrics of one pass over one data loader. :meth:`compute` gathers all processes.
+
+    Their memory grows with C, not with its square; the confusion matrix is an exception, for tests alone.
 
     Args:
         task: The module's task.
@@ -38,26 +42,51 @@ class Evaluation(nn.Module):
         plain: dict[str, Any] = {"task": task, "num_classes": classes, "num_labels": classes}
         labels = plain | {"ignore_index": IGNORE_INDEX}
         self.task = task
+        self.classes = classes
         self.known = SumMetric()
         self.loss = MeanMetric()
         self.accuracy = Accuracy(**labels, average="micro")
-        self.f1 = F1Score(**labels, average="macro")
+        self.f1 = MacroF1(classes) if task == "multiclass" else F1Score(**labels, average="macro")
         # torchmetrics has no multilabel calibration error, so each label counts as one binary prediction
-        single: Any = "multiclass" if task == "multiclass" else "binary"
-        self.calibration_error = CalibrationError(single, num_classes=classes, ignore_index=IGNORE_INDEX)
-        self.confusion = ConfusionMatrix(**labels) if task != "multiclass" or classes <= _MOST_CLASSES else None
+        self.calibration_error: Metric = (
+            BinaryCalibrationSums()
+            if task == "multilabel"
+            else CalibrationError(task, num_classes=classes, ignore_index=IGNORE_INDEX)
+        )
+        self.confusion: Any = None
         self.teacher_known = SumMetric()
         self.teacher_accuracy = Accuracy(**labels, average="micro")
         self.agreement = Accuracy(**plain, average="micro")
         self.teacher_kl = MeanMetric()
         self.divergence = KDLoss(temperature=1.0, task=task, reduction="none")
 
+    def add_confusion_matrix(self, announce: bool = True) -> None:
+        """Also count the confusion matrix, unless it had more than 1000 classes. Call it before the first batch.
+
+        Args:
+            announce: Whether to print that it is left out.
+        """
+        classes = self.classes
+        if self.task != "multiclass" or classes <= _MOST_CLASSES:
+            options: dict[str, Any] = {"task": self.task, "num_classes": classes, "num_labels": classes}
+            self.confusion = ConfusionMatrix(**options, ignore_index=IGNORE_INDEX)
+        elif announce:
+            rank_zero_info(f"test/confusion_matrix is left out: at most {_MOST_CLASSES} classes, got {classes}")
+
     def check(self, logits: Tensor, teacher: Tensor | None) -> None:
         """Raise InputError if the teacher's logits do not fit the student's."""
         check_outputs(logits, teacher)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, y: Tensor | None, loss: Tensor, labels: int, teacher: Tensor | None) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        y: Tensor | None,
+        loss: Tensor,
+        labels: int,
+        teacher: Tensor | None,
+        class_weights: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -66,6 +95,8 @@ class Evaluation(nn.Module):
             loss: The hard loss, a mean over the known labels.
             labels: The number of known labels.
             teacher: The teacher's logits, of the student's shape.
+            class_weights: If the loss has class weights, their sum over the known labels. The batches' losses are
+                weighted by it.
         """
         probabilities = to_probabilities(logits, self.task)
         self.known.update(labels)
@@ -77,7 +108,7 @@ class Evaluation(nn.Module):
             return
         target = torch.where(is_labeled(y), y, IGNORE_INDEX).long()
         target = target.flatten() if self.task == "binary" else target
-        self.loss.update(loss, labels)
+        self.loss.update(loss, labels if class_weights is None else class_weights)
         self.accuracy.update(probabilities, target)
         self.f1.update(probabilities, target)
         if self.confusion is not None:
@@ -105,8 +136,8 @@ class Evaluation(nn.Module):
             classes: Class names.
 
         Returns:
-            ``confusion_matrix`` if there were labels: with class names up to 50 classes, and with numbers up to 20.
-            Without a figure of more than 1000 classes, whose matrix would take gigabytes.
+            ``confusion_matrix`` if it was counted (see :meth:`add_confusion_matrix`) and there were labels: with class
+            names up to 50 classes, and with numbers up to 20.
         """
         if self.confusion is None or not self.known.compute():
             return {}

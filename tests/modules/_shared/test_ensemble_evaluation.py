@@ -90,6 +90,7 @@ def by_hand(task, student, teachers, y, weights):
 def measure(task, student, teachers, y, size=4, **kwargs):
     ensemble = Ensemble([t if isinstance(t, Teacher) else Table(t) for t in teachers], task=task, **kwargs)
     evaluation = EnsembleEvaluation(ensemble, task, 1 if task == "binary" else student.shape[1])
+    evaluation.add_confusion_matrix()
     for start in range(0, ROWS, size):
         part = slice(start, start + size)
         batch = Batch(torch.arange(float(ROWS))[part, None])

@@ -1,14 +1,21 @@
 """Evaluation: each figure against scikit-learn or the formula in float64, over batches with missing labels."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import InputError
+from kd_lightning import Batch, DistillModule, InputError, SupervisedModule
 from kd_lightning.losses.base import predicted_labels, to_probabilities
 from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.hard_loss import hard_loss_of
 
 NAN = float("nan")
 SHAPES = {"multiclass": (200, 5), "multilabel": (200, 3), "binary": (200,), "binary, column": (200, 1)}
@@ -110,9 +117,62 @@ def test_the_same_network_agrees(case):
     assert found["teacher_accuracy"] == found["accuracy"]
 
 
+def test_loss_with_class_weights_does_not_depend_on_the_batches():
+    _, logits, _, y = random_outputs("multiclass")
+    loss = nn.CrossEntropyLoss(torch.arange(5.0))
+    for size in (10, 40, 200):
+        evaluation = Evaluation("multiclass", 5)
+        for z, part in zip(logits.split(size), y.split(size), strict=True):
+            value, labels, weights = hard_loss_of(loss, "multiclass", z, Batch(z, part))
+            evaluation.update(z, part, value, labels, None, weights)
+        assert evaluation.compute()["loss"].item() == pytest.approx(loss(logits, y).item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_memory_of_many_classes(task, quiet_trainer):
+    """A matrix of 100,000 classes would have 80 GB. The limit is 0.5 GB, with a teacher, beside both logits."""
+    classes, rows = 100_000, 128 if task == "multiclass" else 64
+    student, teacher = (nn.Linear(2, classes, bias=False) for _ in range(2))
+    y = torch.arange(rows) * 700 if task == "multiclass" else (torch.rand(rows, classes) < 0.1).to(torch.uint8)
+    loader = DataLoader(TensorDataset(torch.randn(rows, 2), y), 64)
+    module = DistillModule(student, teacher, task=task)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    trainer = quiet_trainer()
+    trainer.validate(module, loader, verbose=False)
+    assert memory("VmHWM") - before < 500 + 2 * 64 * classes * 4 / 1e6
+    assert {"val/f1", "val/calibration_error", "val/teacher_kl"} <= set(trainer.callback_metrics)
+
+
+def memory(name):
+    """An entry of this process's status in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1000
+
+
+def test_matrix_in_tests_alone(quiet_trainer, tmp_path):
+    module, seen = SupervisedModule(nn.Linear(2, 3)), []
+    loader = DataLoader(TensorDataset(torch.randn(6, 2), torch.arange(6) % 3), 3)
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, trainer, *args):
+            seen.append(("val", module._evaluations[0].confusion))
+
+        def on_test_batch_end(self, trainer, *args):
+            seen.append(("test", module._evaluations[0].confusion))
+
+    trainer = quiet_trainer(logger=CSVLogger(tmp_path), callbacks=[Watch()])
+    trainer.fit(module, loader, loader)
+    trainer.test(module, loader, verbose=False)
+    assert {part for part, matrix in seen if matrix is None} == {"val"}
+    assert {part for part, matrix in seen if matrix is not None} == {"test"}
+
+
 def test_confusion_matrix():
     task, logits, _, y = random_outputs("multiclass")
     evaluation = Evaluation(task, 5)
+    evaluation.add_confusion_matrix()
     evaluation.update(logits, y, torch.tensor(0.0), 1, None)
     known = y != -100
     expected = confusion_matrix(y[known], logits[known].argmax(1))
@@ -130,6 +190,7 @@ def test_confusion_matrix():
 def test_confusion_matrix_of_many_classes_is_one_image(task, classes, shape):
     """A tick or a panel for each class takes minutes."""
     evaluation = Evaluation(task, classes)
+    evaluation.add_confusion_matrix()
     y = torch.arange(classes) if task == "multiclass" else torch.eye(classes)
     evaluation.update(10 * torch.eye(classes).roll(1, 0), y, torch.tensor(0.0), 1, None)
     (panel,) = evaluation.figures(None)["confusion_matrix"]().axes
@@ -139,9 +200,13 @@ def test_confusion_matrix_of_many_classes_is_one_image(task, classes, shape):
     assert len(panel.get_xticks()) < 20
 
 
-def test_no_confusion_matrix_of_thousands_of_classes():
+@pytest.mark.parametrize("announce", [True, False])
+def test_no_confusion_matrix_of_thousands_of_classes(announce, caplog):
     """Its state would be as large as the square."""
     evaluation = Evaluation("multiclass", 2000)
+    with caplog.at_level("INFO"):
+        evaluation.add_confusion_matrix(announce)
+    assert ("test/confusion_matrix is left out: at most 1000 classes, got 2000" in caplog.text) == announce
     evaluation.update(torch.eye(2000)[:4], torch.arange(4), torch.tensor(0.0), 4, None)
     assert evaluation.figures(None) == {}
     assert evaluation.compute()["accuracy"] == 1
@@ -149,6 +214,7 @@ def test_no_confusion_matrix_of_thousands_of_classes():
 
 def test_confusion_matrix_of_the_binary_task():
     evaluation = Evaluation("binary", 1)
+    evaluation.add_confusion_matrix()
     evaluation.update(torch.tensor([-1.0, 1.0]), torch.tensor([0, 1]), torch.tensor(0.0), 2, None)
     figure = evaluation.figures(["no", "yes"])["confusion_matrix"]()
     assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {"no", "yes"}

@@ -1,0 +1,136 @@
+"""The hard loss of a batch: the mean over its known labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.errors import InputError
+from kd_lightning.losses.base import (
+    Task,
+    at_least_float32,
+    class_weights,
+    is_stateful,
+    mean_loss,
+    mean_of_known,
+    row_fields_of,
+    row_values,
+)
+from kd_lightning.losses.coarse import coarse_rows
+
+
+class HardLoss(NamedTuple):
+    """The hard loss of a batch.
+
+    Attributes:
+        value: The mean over the known labels, coarse ones included: a scalar. Without labels it is 0, in the graph.
+        labels: The number of these labels.
+        class_weights: The sum of their class weights, a scalar, by which the sum was divided; a coarse label weighs 1.
+            None if the loss has no class weights: then the sum was divided by ``labels``.
+    """
+
+    value: Tensor
+    labels: int
+    class_weights: Tensor | None
+
+
+def hard_loss_of(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss:
+    """Compute the hard loss of a batch.
+
+    Args:
+        loss: The hard loss.
+        task: The module's task.
+        logits: (B, C), or (B,) or (B, 1) for the binary task.
+        batch: The batch.
+
+    Raises:
+        InputError: If labels, weights or coarse labels do not fit the logits or the task.
+    """
+    logits = at_least_float32(logits)
+    value, labels, weights = _fine(loss, task, logits, batch)
+    if batch.candidates is None or not len(batch):
+        return HardLoss(value, labels, weights)
+    coarse = batch.candidates.any(dim=1)
+    if task != "multiclass" or batch.candidates.shape != logits.shape:
+        shapes = f"{[*batch.candidates.shape]} do not fit logits of shape {[*logits.shape]}"
+        raise InputError(f"coarse labels are for the multiclass task; {task} candidates of shape {shapes}")
+    rows = coarse_rows(logits[coarse], batch.candidates[coarse])
+    rows = rows if batch.weight is None else rows * batch.weight[coarse]
+    total = labels + len(rows)
+    if weights is None:
+        return HardLoss((value * labels + rows.sum()) / max(total, 1), total, None)
+    divisor = weights + len(rows)
+    return HardLoss((value * weights + rows.sum()) / torch.where(divisor > 0, divisor, 1), total, divisor)
+
+
+def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss:
+    """Return the same without the coarse labels."""
+    if batch.weight is not None and (task == "multilabel" or batch.weight.shape != (len(batch),)):
+        raise InputError(
+            f"weights must be one a row, (B,) = [{len(batch)}], in the multiclass or binary task; "
+            f"got {[*batch.weight.shape]} for {task}"
+        )
+    y = batch.y
+    if y is None:
+        return _without_labels(loss, task, logits)
+    if task == "binary":
+        logits, y = logits.flatten(), y.flatten()
+    classes = task == "multiclass"
+    if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
+        raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
+    fields = row_values(loss, batch)
+    weight = batch.weight
+    known = is_labeled(y) if batch.labeled is None or not must_synchronize(y) else None
+    if known is not None and known.all():  # all rows: indexing would take longer
+        known = rows = None
+    else:
+        rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
+    if rows is not None and (known is not None or len(rows) < len(y)):
+        fields = {name: values[rows] for name, values in fields.items()}
+        weight = None if weight is None else weight[rows]
+        logits, y = logits[rows], y[rows]
+    if y.numel() == 0 and not is_stateful(loss):
+        return HardLoss(logits.sum(), 0, _sum(class_weights(loss, y.long())))
+    if known is not None and (known := known[rows]).all():
+        known = None
+    if not must_synchronize(y):
+        _check_labels(task, y if known is None else y[known], logits)
+    if known is not None:  # some labels of a row are missing
+        value = mean_of_known(loss, logits, y.to(logits.dtype), known, **fields)
+        return HardLoss(value, int(known.sum()), None)
+    y = y.long() if classes else y.to(logits.dtype)
+    return HardLoss(mean_loss(loss, logits, y, weight, **fields), y.numel(), _sum(class_weights(loss, y)))
+
+
+def _without_labels(loss: nn.Module, task: Task, logits: Tensor) -> HardLoss:
+    """Return the loss of a batch that has no ``y``. A stateful loss runs on every process, also without rows."""
+    none = logits[:0].flatten() if task == "binary" else logits[:0]
+    y = torch.zeros(0, dtype=torch.long, device=logits.device)
+    value = none.sum()
+    if is_stateful(loss):
+        target = y if task == "multiclass" else torch.zeros_like(none)
+        value = mean_loss(loss, none, target, **dict.fromkeys(row_fields_of(loss), y))
+    return HardLoss(value, 0, _sum(class_weights(loss, y)))
+
+
+def _sum(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.sum()
+
+
+def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:
+    """Raise InputError for a label that is no class of the logits."""
+    top = logits.shape[1] - 1 if task == "multiclass" else 1
+    if y.numel() and (y.min() < 0 or y.max() > top):
+        bad = y[(y < 0) | (y > top)][0].item()
+        raise InputError(
+            f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
+            f"where floats) for a missing one; got {bad:g}"
+        )
+
+
+def must_synchronize(tensor: Tensor) -> bool:
+    """Whether reading a value waits until its device has finished all its work."""
+    return tensor.device.type != "cpu"
