@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config
+from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.runs.class_paths import find_class, walk_config
@@ -37,7 +38,8 @@ def labeled_classes(data: Any) -> dict[int, str] | None:
         return None
     names = getattr(data, "class_names", None) or []
     known = {index: int(labels[index]) for index in (labels >= 0).nonzero().flatten().tolist()}
-    return {index: str(names[label]) if label < len(names) else str(label) for index, label in known.items()}
+    names = [normal_name(str(name)) for name in names]
+    return {index: names[label] if label < len(names) else str(label) for index, label in known.items()}
 
 
 def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str) -> list[list[int]]:

@@ -17,18 +17,23 @@ from kd_lightning.pseudo_labels.table import PseudoLabels
 
 FOLDER = "pseudo_labels"
 """Folder of the ledger within a run's folder."""
-COLUMNS = ("round", "epoch", "index", "path", "label", "confidence", "accepted", "changed")
-_TYPES = {2: torch.long, 5: torch.float64, 6: torch.bool, 7: torch.bool}  # dtypes of the columns of numbers
+COLUMNS = ("round", "epoch", "index", "path", "content", "label", "confidence", "accepted", "changed")
+_OLD_COLUMNS = tuple(name for name in COLUMNS if name != "content")
+_TYPES = {2: torch.long, 6: torch.float64, 7: torch.bool, 8: torch.bool}  # dtypes of the columns of numbers
 
 
 @dataclass
 class Round:
-    """One round of the ledger: for N samples index, file, class, confidence (float64) and two marks (booleans)."""
+    """One round of the ledger: index, file, content, class, confidence (float64) and two marks (booleans) of N samples.
+
+    Content and file say which sample is meant. The index may belong to another one since the data changed.
+    """
 
     number: int
     epoch: int
     index: Tensor
     path: list[str]
+    content: list[str]
     label: list[str]
     confidence: Tensor
     accepted: Tensor
@@ -43,9 +48,21 @@ class Round:
 
 
 def write_round(
-    folder: Path, labels: PseudoLabels, class_names: Sequence[str] | None, path_of: Callable[[int], str | None]
+    folder: Path,
+    labels: PseudoLabels,
+    class_names: Sequence[str] | None,
+    path_of: Callable[[int], str | None],
+    content_of: Callable[[int], str] = lambda index: "",
 ) -> Path:
-    """Write a round to the ledger in a run's folder; replace this round and delete later ones, if there."""
+    """Write a round to the ledger in a run's folder; replace this round and delete later ones, if there.
+
+    Args:
+        folder: The run's folder.
+        labels: The round.
+        class_names: Names of the classes; None for numbers.
+        path_of: Function from an index to the path of the sample's file, None or empty without one.
+        content_of: Function from an index to the hash of the sample's content, empty without one.
+    """
     path = folder / FOLDER / f"round_{labels.round:04d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -55,7 +72,8 @@ def write_round(
         table.writerow(COLUMNS)
         for index, label, confidence, accepted, changed in zip(*(c.tolist() for c in columns), strict=True):
             name = class_names[label] if class_names is not None and label < len(class_names) else label
-            row = (labels.round, labels.epoch, index, path_of(index) or "", name, f"{confidence:.6f}")
+            place = (index, path_of(index) or "", content_of(index))
+            row = (labels.round, labels.epoch, *place, name, f"{confidence:.6f}")
             table.writerow((*row, int(accepted), int(changed)))
     part.replace(path)
     for number, later in find_rounds(folder).items():  # of a run that was resumed from an earlier round
@@ -71,29 +89,28 @@ def find_rounds(folder: Path) -> dict[int, Path]:
 
 
 def read_round(path: Path) -> Round:
-    """Read a round of the ledger; an InputError names the file and the line where it is damaged."""
-    rows: list[tuple[int, int, int, str, str, float, bool, bool]] = []
+    """Read a round of the ledger; an InputError names the file and the line where it is damaged.
+
+    In files of earlier versions, which lack the column ``content``, all contents are empty.
+    """
+    rows: list[tuple[int, int, int, str, str, str, float, bool, bool]] = []
     line = 1
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.reader(file)
-            if tuple(next(table, ())) != COLUMNS:
+            columns = tuple(next(table, ()))
+            if columns not in (COLUMNS, _OLD_COLUMNS):
                 raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
             for line, cells in enumerate(table, 2):  # noqa: B007  (for the message)
-                if len(cells) != len(COLUMNS):
-                    raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
-                number, epoch, sample, name, label, share, *marks = cells
-                row = (
-                    int(number),
-                    int(epoch),
-                    int(sample),
-                    name,
-                    label,
-                    float(share),
-                    marks[0] == "1",
-                    marks[1] == "1",
-                )
-                if row[2] < 0 or not 0 <= row[5] <= 1 or {*marks} - {"0", "1"} or row[:2] != (rows or [row])[0][:2]:
+                if len(cells) != len(columns):
+                    raise ValueError(f"{len(cells)} cells instead of {len(columns)}")
+                if columns == _OLD_COLUMNS:
+                    cells.insert(4, "")
+                number, epoch, sample, name, content, label, share, *marks = cells
+                place = (int(sample), name, content)
+                accepted, changed = (mark == "1" for mark in marks)
+                row = (int(number), int(epoch), *place, label, float(share), accepted, changed)
+                if row[2] < 0 or not 0 <= row[6] <= 1 or {*marks} - {"0", "1"} or row[:2] != (rows or [row])[0][:2]:
                     text = "index must be at least 0, confidence lie in [0, 1], accepted and changed be 0 or 1"
                     raise ValueError(f"round and epoch must be those of the other rows, {text}")
                 rows.append(row)
@@ -101,6 +118,6 @@ def read_round(path: Path) -> Round:
                 raise ValueError("it has no rows")
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path}, line {line}: the ledger is damaged: {error}") from error
-    columns: list[Any] = [[*column] for column in zip(*rows, strict=True)]
-    index, confidence, accepted, changed = (torch.tensor(columns[n], dtype=t) for n, t in _TYPES.items())
-    return Round(*rows[0][:2], index, columns[3], columns[4], confidence, accepted, changed)
+    lists: list[Any] = [[*column] for column in zip(*rows, strict=True)]
+    index, shares, *both = (torch.tensor(lists[n], dtype=t) for n, t in _TYPES.items())
+    return Round(*rows[0][:2], index, lists[3], lists[4], lists[5], shares, *both)

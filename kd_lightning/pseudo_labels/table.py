@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kd_lightning.errors import InputError
@@ -126,14 +126,29 @@ def check_threshold(threshold: float | None, name: str = "threshold") -> None:
         raise InputError(f"{name} must lie in (0, 1], or be null for none, got {threshold}")
 
 
-def check_classes(y: Tensor, classes: int, names: Sequence[str] | None, owner: str) -> None:
-    """Raise InputError if a class of 0 ... ``classes`` - 1 is not among the labels ``y`` (N,); it names the classes."""
+def check_classes(y: Tensor, classes: int, data: Any, owner: str) -> None:
+    """Check that each class has a label. A class without any training image, as an empty folder, gives a warning.
+
+    Args:
+        y: Visible labels, (N,).
+        classes: Number of classes.
+        data: The datamodule. Its ``class_names``, if it has them, name the classes of the message. Its
+            ``absent_classes()`` are those of which no training image is known.
+        owner: Name of the caller, for the message.
+
+    Raises:
+        InputError: If a class has training images, but no label.
+    """
     counts = torch.bincount(y[(y >= 0) & (y < classes)].long().cpu(), minlength=classes)
     missing = (counts == 0).nonzero().flatten().tolist()
-    if missing:
-        named = [names[c] if names is not None and len(names) == classes else str(c) for c in missing]
-        shown = ", ".join(map(repr, named[:5])) + (", ..." if len(named) > 5 else "")
-        raise InputError(
-            f"{owner}: no labeled sample of class {shown}, so no pseudo-label can be learned for it; label some, "
-            f"remove the class, or let a teacher label the pool (source: teacher)"
-        )
+    if not missing:
+        return
+    absent = data.absent_classes() if hasattr(data, "absent_classes") else set()
+    unlabeled = [number for number in missing if number not in absent]
+    names = getattr(data, "class_names", None)
+    named = [names[c] if names is not None and len(names) == classes else str(c) for c in unlabeled or missing]
+    shown = ", ".join(map(repr, named[:5])) + (", ..." if len(named) > 5 else "")
+    text = f"{owner}: no labeled sample of class {shown}, so no pseudo-label can be learned for it"
+    if unlabeled:
+        raise InputError(f"{text}; label some, remove the class, or let a teacher label the pool (source: teacher)")
+    rank_zero_warn(f"{text}; no training image of it is known")

@@ -13,8 +13,8 @@ from kd_lightning.pseudo_labels.table import PseudoLabels, make_pseudo_labels
 
 class TestWriting:
     @staticmethod
-    def write(folder, table, names=None, path_of=lambda index: None):
-        path = write_round(folder, table, names, path_of)
+    def write(folder, table, names=None, path_of=lambda index: None, **kwargs):
+        path = write_round(folder, table, names, path_of, **kwargs)
         with path.open(newline="", encoding="utf-8") as file:
             return path, [*csv.DictReader(file)]
 
@@ -23,12 +23,13 @@ class TestWriting:
         table = make_pseudo_labels(
             torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, previous=first, epoch=3
         )
-        path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], {5: "x/5.png", 12: None}.get)
+        places = {"path_of": {5: "x/5.png", 12: None}.get, "content_of": {5: "ab12", 12: ""}.get}
+        path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], **places)
         assert path == tmp_path / "pseudo_labels" / "round_0001.csv"
         assert [tuple(row) for row in rows] == [COLUMNS] * 2
         assert [[*row.values()] for row in rows] == [
-            ["1", "3", "5", "x/5.png", "Käse", "0.800000", "1", "0"],
-            ["1", "3", "12", "", "Käse", "0.600000", "0", "1"],
+            ["1", "3", "5", "x/5.png", "ab12", "Käse", "0.800000", "1", "0"],
+            ["1", "3", "12", "", "", "Käse", "0.600000", "0", "1"],
         ]
 
     def test_a_round_is_replaced(self, tmp_path):
@@ -70,15 +71,15 @@ HEADER = ",".join(COLUMNS)
         ("", 1),
         ("round,epoch\n", 1),
         (f"{HEADER}\n", 1),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,1,8,,cat\n", 3),  # cut off
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0,\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n\n", 3),
-        (f"{HEADER}\n0,1,7,,cat,much,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,1.5,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,nan,1,0\n", 2),
-        (f"{HEADER}\n0,1,-7,,cat,0.5,1,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,yes,0\n", 2),
-        (f"{HEADER}\n0,1,7,,cat,0.5,1,0\n0,2,8,,cat,0.5,1,0\n", 3),
+        (f"{HEADER}\n0,1,7,,,cat,0.5,1,0\n0,1,8,,,cat\n", 3),  # cut off
+        (f"{HEADER}\n0,1,7,,,cat,0.5,1,0,\n", 2),
+        (f"{HEADER}\n0,1,7,,,cat,0.5,1,0\n\n", 3),
+        (f"{HEADER}\n0,1,7,,,cat,much,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,,cat,1.5,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,,cat,nan,1,0\n", 2),
+        (f"{HEADER}\n0,1,-7,,,cat,0.5,1,0\n", 2),
+        (f"{HEADER}\n0,1,7,,,cat,0.5,yes,0\n", 2),
+        (f"{HEADER}\n0,1,7,,,cat,0.5,1,0\n0,2,8,,,cat,0.5,1,0\n", 3),
     ],
 )
 def test_damaged(tmp_path, text, line):
@@ -92,8 +93,9 @@ def test_what_is_written_is_read(tmp_path):
     names = ["a, b", 'said "c"']
     columns = ([3, 900], [0, 1], [0.25, 1.0], [True, False], [False, True])
     table = PseudoLabels(*map(torch.tensor, columns), 7, 12)
-    path = write_round(tmp_path, table, names, lambda index: f"images/{index},ä.png")
+    path = write_round(tmp_path, table, names, lambda index: f"images/{index},ä.png", lambda index: f"{index:016x}#2")
     one = read_round(path)
+    assert one.content == [f"{3:016x}#2", f"{900:016x}#2"]
     assert (one.number, one.epoch, one.label) == (7, 12, names)
     assert one.path == ["images/3,ä.png", "images/900,ä.png"]
     for name in ("index", "confidence", "accepted", "changed"):
@@ -102,3 +104,11 @@ def test_what_is_written_is_read(tmp_path):
     (tmp_path / "pseudo_labels" / "round_x.csv").touch()
     assert list(find_rounds(tmp_path)) == [7, 12345]
     assert find_rounds(tmp_path / "elsewhere") == {}
+
+
+def test_earlier_files_have_no_contents(tmp_path):
+    path = tmp_path / "round_0001.csv"
+    path.write_text("round,epoch,index,path,label,confidence,accepted,changed\n1,2,7,a.png,cat,0.5,1,0\n")
+    one = read_round(path)
+    assert (one.index.tolist(), one.path, one.content, one.label) == ([7], ["a.png"], [""], ["cat"])
+    assert (one.confidence.tolist(), one.accepted.tolist(), one.changed.tolist()) == ([0.5], [True], [False])

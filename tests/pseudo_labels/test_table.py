@@ -1,6 +1,7 @@
 """A round of labels: accepted and changed ones, its hash, and what is refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +125,15 @@ def test_threshold_in_range(threshold):
 )
 def test_class_without_a_label(y, classes, names, named):
     with pytest.raises(InputError, match=f"^Owner: no labeled sample of class {named} no pseudo-label can be learned"):
-        check_classes(torch.tensor(y, dtype=torch.long), classes, names, "Owner")
+        check_classes(torch.tensor(y, dtype=torch.long), classes, SimpleNamespace(class_names=names), "Owner")
+
+
+def test_a_class_without_images_needs_no_label():
+    data = SimpleNamespace(class_names=["ant", "bee", "cat"], absent_classes=lambda: {1})
+    with pytest.warns(UserWarning, match="no labeled sample of class 'bee'"):
+        check_classes(torch.tensor([0, 2]), 3, data, "Owner")
+    with pytest.raises(InputError, match="no labeled sample of class 'cat', so"):
+        check_classes(torch.tensor([0, -100]), 3, data, "Owner")
 
 
 @pytest.mark.parametrize("y", [torch.tensor([1, -100, 0]), torch.tensor([1.0, float("nan"), 0.0])])

@@ -32,10 +32,11 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
 
 ACTIONS = ("drop", "downweight", "relabel")
+_NAME = ("index", "path", "content")  # columns that name a sample
 _SHEET_IMAGES = 60  # most suspects on the contact sheet
 
 
@@ -95,7 +96,8 @@ def main(args: list[str]) -> None:
     if not result.suspect.any():
         print(f"no label is suspect, so there is no label file; {out} has the estimated transition matrix")
         return
-    print(f"check {out / 'suspects.png'} and suspects.csv, and delete the rows of correct labels from labels.csv")
+    files = " and ".join(name for name in ("suspects.png", "suspects.csv") if (out / name).is_file())
+    print(f"check {out / files}, and delete the rows of correct labels from labels.csv")
     command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
@@ -172,6 +174,7 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
     """Write ``transition.csv``, and the suspects to a table, a contact sheet and ``labels.csv`` for the next fit.
 
     Without suspects, the table has no rows, the sheet and ``labels.csv`` are not written, and older ones are deleted.
+    There is no sheet either if the samples are no pictures.
 
     Args:
         result: The review.
@@ -186,9 +189,9 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
     names = data.class_names or [str(number) for number in range(result.probabilities.shape[1])]
     with (out / "suspects.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["index", "path", "label", "suggested", "quality"])
+        table.writerow([*_NAME, "label", "suggested", "quality"])
         for index, label, suggested, quality in suspects:
-            table.writerow([index, data.path(index) or "", names[label], names[suggested], f"{quality:.6g}"])
+            table.writerow([*_name_of(data, index), names[label], names[suggested], f"{quality:.6g}"])
     (out / "labels.csv").unlink(missing_ok=True)
     (out / "suspects.png").unlink(missing_ok=True)
     if not suspects:
@@ -196,15 +199,19 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
     kind, share = "missing" if action == "drop" else "noisy", weight if action == "downweight" else 1.0
     with (out / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["index", "path", "label", "kind", "weight"])
+        table.writerow([*_NAME, "label", "kind", "weight"])
         for index, label, suggested, _ in suspects:
             name = names[suggested if action == "relabel" else label]
-            table.writerow([index, data.path(index) or "", name, kind, share])
+            table.writerow([*_name_of(data, index), name, kind, share])
     shown = suspects[:_SHEET_IMAGES]
     images = [data.image(index) for index, *_ in shown]
     captions = [f"{index}\n{names[label]}: {names[suggested]}?" for index, label, suggested, _ in shown]
     title = f"The {len(images)} of {len(suspects)} suspects with the lowest quality"
-    contact_sheet(images, captions, title=title).savefig(out / "suspects.png", dpi=120)
+    write_contact_sheet(out / "suspects.png", images, captions, title)
+
+
+def _name_of(data: SemiSupervisedDataModule, index: int) -> tuple[int, str, str]:
+    return index, data.path(index) or "", data.content(index)
 
 
 def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, folds: int) -> str:

@@ -28,10 +28,13 @@ from kd_lightning.cli.cross_fitting import (
 )
 from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.row_samples import RowName, RowSamples
+from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
-from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.weights import check_classes
 
 _MAX_ROWS = 30  # of classes in a table
 
@@ -86,7 +89,7 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
         data, data_error = Run(folder).datamodule(), None
     except InputError as error:  # the tables do not need the data
         data_error = error
-    names = list(dict.fromkeys(map(str, getattr(data, "class_names", None) or ())))
+    names = list(dict.fromkeys(normal_name(str(name)) for name in getattr(data, "class_names", None) or ()))
     found = {name for one in rounds.values() for name in one.label} - set(names)
     classes = [*names, *sorted(found, key=lambda name: (not name.isdigit(), name.isdigit() * len(name), name))]
     _print(round_table([*rounds.values()], classes))
@@ -100,6 +103,8 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
 def read_ledger(folder: Path) -> dict[int, Round]:
     """Return {number: round} of a run; InputError if it has none."""
     rounds = {number: read_round(path) for number, path in find_rounds(folder).items()}
+    for one in rounds.values():
+        one.label = [*map(normal_name, one.label)]
     if not rounds:
         Run(folder)  # raises InputError if it is no run
         text = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
@@ -158,29 +163,60 @@ def _mean(values: Tensor) -> str:
 
 
 def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
-    """Write a sheet of the images with the least confident labels, then lowest index; InputError if one has changed."""
+    """Write a sheet of the images with the least confident labels, then lowest index.
+
+    Samples that are gone are passed over. If the samples are no pictures, there is no sheet.
+
+    Raises:
+        InputError: If the datamodule has no ``image(index)``, or if all samples are gone.
+    """
     if not hasattr(data, "image"):
         raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be shown")
+    samples = _find_samples(data, one, run)
     confidence, index = one.confidence.tolist(), one.index.tolist()
-    rows = sorted(range(len(index)), key=lambda row: (confidence[row], index[row]))[:count]
-    images = []
-    for row in rows:
-        try:
-            images.append(data.image(index[row]))
-            here = data.path(index[row]) if hasattr(data, "path") else None
-        except IndexError as error:
-            raise InputError(f"the data of {run} has changed: it has no image {index[row]}") from error
-        # a data set may have been moved; the names of its files are the same
-        if here is not None and one.path[row] and Path(here).name != Path(one.path[row]).name:
-            raise InputError(f"the data of {run} has changed: image {index[row]} was {one.path[row]}, now it is {here}")
-    captions = [f"{index[row]}\n{one.label[row]} {confidence[row]:.3f}" for row in rows]
-    sheet = contact_sheet(images, captions, title=f"{run}: the least confident labels of round {one.number}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row for row, sample in enumerate(samples) if sample is not None]
+    rows = sorted(rows, key=lambda row: (confidence[row], index[row]))[:count]
     try:
-        sheet.savefig(out, dpi=120)
+        images = [data.image(samples[row]) for row in rows]
+    except IndexError as error:
+        raise InputError(f"the data of {run} has changed: it lacks a sample of round {one.number}") from error
+    captions = [f"{samples[row]}\n{one.label[row]} {confidence[row]:.3f}" for row in rows]
+    try:
+        shown = write_contact_sheet(out, images, captions, f"{run}: the least confident labels of round {one.number}")
     except ValueError as error:  # a suffix that matplotlib does not know
         raise InputError(f"--out: {error}") from error
-    print(f"the least confident labels of round {one.number}: {out}")
+    if shown:
+        print(f"the least confident labels of round {one.number}: {out}")
+
+
+def _find_samples(data: Any, one: Round, run: str) -> list[int | None]:
+    """Return the sample of each row of a round in the data as they are now, and print what has changed."""
+    rows = [*zip(one.index.tolist(), one.path, one.content, strict=True)]
+    if isinstance(data, SemiSupervisedDataModule):
+        found = RowSamples(data.samples.images, data.samples.identities, [str(Path.cwd())]).find(
+            [RowName(*row) for row in rows]
+        )
+        samples, changed = found.samples, found.changed
+    else:
+        samples, changed = [_check_path(data, index, path) for index, path, _ in rows], []
+    gone = [row for row, sample in enumerate(samples) if sample is None]
+    for numbers, what in ((gone, "are gone"), (changed, "have another content")):
+        if numbers:
+            index, path, _ = rows[numbers[0]]
+            text = f"the data of {run} has changed: {len(numbers)} of its {len(rows)} samples {what} ({path or index})"
+            if len(gone) == len(rows):
+                raise InputError(text)
+            print(text)
+    return samples
+
+
+def _check_path(data: Any, index: int, path: str) -> int | None:
+    """Return the index if its file has the same name and folder, or if there is no file."""
+    try:
+        here = data.path(index) if hasattr(data, "path") else None
+    except IndexError:
+        return None
+    return index if not (here and path) or Path(here).parts[-2:] == Path(path).parts[-2:] else None
 
 
 def cross_fit(folder: Path, folds: int) -> list[Estimate]:
@@ -198,6 +234,7 @@ def cross_fit(folder: Path, folds: int) -> list[Estimate]:
     data = run.datamodule()
     if not isinstance(data, SemiSupervisedDataModule) or run.split_file is None:
         raise InputError(f"--cross-fit needs a run on a SemiSupervisedDataModule with a split.json, got {folder}")
+    check_classes(run.class_names, data, folder)
     require_one_process(run.config, "--cross-fit", "trainer.devices: 1 in RUN/config.yaml")
     truth, split = labeled_classes(data), data.split
     if truth is None or split is None:

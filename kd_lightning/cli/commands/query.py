@@ -24,10 +24,11 @@ from kd_lightning.active.strategies import (
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
+from kd_lightning.runs.weights import check_classes
 
-COLUMNS = ["index", "path", "score", "label"]
+COLUMNS = ["index", "path", "content", "score", "label"]
 _SINGLE_RUN = ("k-centre", "badge", "disagreement")  # strategies that need more than probabilities
 
 
@@ -58,8 +59,8 @@ def query(
 ) -> list[int]:
     """Write the samples to label next, highest score first, and a contact sheet of the first of them.
 
-    The file has the columns index, path, score and an empty label. A person fills in the labels. The file then is an
-    input of ``--data.label_file``.
+    The file has the columns index, path, content, score and an empty label. A person fills in the labels. The file then
+    is an input of ``--data.label_file``. If the samples are no pictures, there is no sheet.
 
     Args:
         runs: Folders of runs on one split. With several runs, a strategy scores the students' mean probabilities;
@@ -91,7 +92,9 @@ def query(
     results = [_evaluate_run(run, strategy, seed, single=len(runs) == 1) for run in opened]
     data, index, pool = results[0]
     for run, (other, indices, _) in zip(runs[1:], results[1:], strict=True):
-        same = data.split is not None and other.split is not None and data.split.data == other.split.data
+        if _samples_of(other) != _samples_of(data):
+            raise InputError(f"runs must have the same data; the samples of {run} are not those of {runs[0]}")
+        same = data.split is not None and other.split is not None and data.split.hash == other.split.hash
         if not same or not torch.equal(index, indices):
             text = f"the split of {run} is not that of {runs[0]}"
             raise InputError(f"runs must have one split; {text}: fit it with --data.labeled {runs[0]}/split.json")
@@ -100,14 +103,20 @@ def query(
         pool = replace(pool, member_probabilities=members, probabilities=members.mean(dim=0))
     samples = select_samples(strategy, pool, n)
     selected: list[int] = index[samples.rows].tolist()
-    _write_query(out, data, selected, samples, images, f"{strategy}: samples to label next")
+    shown = _write_query(out, data, selected, samples, images, f"{strategy}: samples to label next")
     command = ["python", "-m", "kd_lightning", "fit", "--config", str(first.folder / CONFIG)]
     if first.split_file is not None:
         command += ["--data.labeled", str(first.split_file)]
-    print(f"{n} of {len(index)} samples without a label, by {strategy}: {out}, with {out.with_suffix('.png')}")
+    sheet = f", with {out.with_suffix('.png')}" if shown else ""
+    print(f"{n} of {len(index)} samples without a label, by {strategy}: {out}{sheet}")
     print(f"fill in its column label (the name or number of a class), then run\n{shlex.join(command)} \\")
     print(f"  {shlex.join(['--data.label_file', str(out)])}")
     return selected
+
+
+def _samples_of(data: SemiSupervisedDataModule) -> list[list[str]]:
+    """Return the contents of all samples by part and index; paths where the contents are unknown."""
+    return [one.contents if any(one.contents) else one.paths for one in data.samples.identities]
 
 
 def _check_out(out: Path) -> Path:
@@ -120,7 +129,8 @@ def _check_out(out: Path) -> Path:
     if out.is_file():
         with out.open(newline="", encoding="utf-8", errors="replace") as file:
             header, *rows = [*csv.reader(file)] or [[]]
-        if header != COLUMNS or any(len(row) != len(COLUMNS) or row[-1] for row in rows):
+        earlier = [name for name in COLUMNS if name != "content"]
+        if header not in (COLUMNS, earlier) or any(len(row) != len(header) or row[-1] for row in rows):
             raise InputError(f"--out: {out} exists and may have labels, which would be lost; name another file")
     return out
 
@@ -132,6 +142,7 @@ def _evaluate_run(
     student, data = run.student(), run.datamodule()
     if not isinstance(data, SemiSupervisedDataModule):
         raise InputError(f"{run.folder}: query needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    check_classes(run.class_names, data, run.folder)
     cpu = (run.config.get("trainer") or {}).get("accelerator") == "cpu"
     accelerator = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
@@ -150,15 +161,15 @@ def _write_query(
     samples: SelectedSamples,
     images: int,
     title: str,
-) -> None:
-    """Write the CSV file and the contact sheet."""
+) -> bool:
+    """Write the CSV file and, if the samples are pictures, the contact sheet; return whether there is a sheet."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scores = samples.scores.tolist()
     with out.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for index, score in zip(selected, scores, strict=True):
-            table.writerow([index, data.path(index) or "", f"{score:.6g}", ""])
+            table.writerow([index, data.path(index) or "", data.content(index), f"{score:.6g}", ""])
     captions = [f"{index}\n{score:.3f}" for index, score in zip(selected, scores, strict=True)]
     shown = [data.image(index) for index in selected[:images]]
-    contact_sheet(shown, captions[:images], title=title).savefig(out.with_suffix(".png"), dpi=120)
+    return write_contact_sheet(out.with_suffix(".png"), shown, captions[:images], title)

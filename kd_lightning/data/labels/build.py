@@ -14,7 +14,9 @@ from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import KINDS
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.sources.targets import count_classes
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 
@@ -51,32 +53,35 @@ def build_labels(
         raise InputError(
             "noisy, label_noise, coarse and label_file need samples of one class each; these have many labels"
         )
-    classes = len(class_names) if class_names else int(truth.max()) + 1
+    classes = count_classes(truth, class_names)
     kind = torch.where(is_labeled(y), LabelKind.NOISY if noisy else LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
+    known = is_labeled(truth).tolist()  # the source may have no label for some samples
     if noise is not None:
-        labeled = [index for index in split.labeled if index < len(truth)]
+        labeled = [index for index in split.labeled if index < len(truth) and known[index]]
         y[labeled] = noise.sample(truth, classes, split.seed)[labeled]
         kind[labeled] = LabelKind.NOISY
     group = members = weight = None
     if coarse is not None:
         members = coarse.members(classes, class_names)
-        selected = coarse.select([index for index in split.unlabeled if index < len(truth)], len(truth), split.seed)
+        candidates = [index for index in split.unlabeled if index < len(truth) and known[index]]
+        selected = coarse.select(candidates, len(truth), split.seed)
         group = torch.zeros(size, dtype=torch.long)
         group[selected] = members.int().argmax(dim=0)[truth[selected]]
         kind[selected] = LabelKind.COARSE
-    hidden = {*split.held_out}
+    hidden = {*split.held_out, *split.left_out}
     if rows := [row for row in split.label_rows if row[0] not in hidden]:
         index, labels, kinds, weights = (list(column) for column in zip(*rows, strict=True))
         kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
         fine = [name in ("clean", "noisy") for name in kinds]
-        y[index] = torch.tensor([label if known else IGNORE_INDEX for label, known in zip(labels, fine, strict=True)])
-        for number, label, name in zip(index, labels, kinds, strict=True):
-            if name == "coarse":
-                if group is None or coarse is None or label not in coarse.names:
+        y[index] = torch.tensor([label if one else IGNORE_INDEX for label, one in zip(labels, fine, strict=True)])
+        for number, label, of_kind in zip(index, labels, kinds, strict=True):
+            if of_kind == "coarse":
+                name = normal_name(label)
+                if group is None or coarse is None or name not in coarse.names:
                     raise InputError(
                         f"coarse must name the superclasses of the label file, but does not name {label!r}"
                     )
-                group[number] = coarse.names.index(label)
+                group[number] = coarse.names.index(name)
         if any(value != 1.0 for value in weights):
             weight = torch.ones(size)
             weight[index] = torch.tensor(weights, dtype=torch.float32)
@@ -89,8 +94,8 @@ def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:
     if truth.ndim > 1:  # one of many labels may be missing, which is NaN
         truth, missing = truth.float(), float("nan")
     labels = torch.full((size, *truth.shape[1:]), missing, dtype=truth.dtype)
-    known = [index for index in labeled if index < len(truth)]  # labels of other indices come from a label file
-    labels[known] = truth[known]
+    indices = [index for index in labeled if index < len(truth)]  # labels of other indices come from a label file
+    labels[indices] = truth[indices]
     return labels
 
 
@@ -107,7 +112,7 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Non
     """
     targets = parts.train.targets
     if split.label_rows and targets.ndim == 1 and not targets.is_floating_point():
-        classes = len(parts.class_names) if parts.class_names else int(targets.max()) + 1
+        classes = count_classes(targets, parts.class_names)
         for row in split.label_rows:
             _check_label_row(row, classes)
     size = len(parts.train.images)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
 from kd_lightning.batch import LabelKind
-from kd_lightning.data.sources.images import Images, path_of
+from kd_lightning.data.identity import Identities
+from kd_lightning.data.labels.class_numbers import ClassNumbers
+from kd_lightning.data.row_samples import RowName, RowSamples
+from kd_lightning.data.sources.images import Images
 from kd_lightning.errors import InputError
 
 KINDS = {"clean": LabelKind.CLEAN, "noisy": LabelKind.NOISY, "coarse": LabelKind.COARSE, "missing": LabelKind.MISSING}
-_COLUMNS = ("index", "path", "label", "kind", "weight")
+_COLUMNS = ("index", "path", "content", "label", "kind", "weight")
+_NAMES = _COLUMNS[:3]
 
 
 class LabelRow(NamedTuple):
@@ -33,66 +38,144 @@ def read_label_file(
     images: Sequence[Images],
     *,
     class_names: Sequence[str],
+    identities: Sequence[Identities] | None = None,
+    targets: Tensor | None = None,
     group_names: Sequence[str] = (),
     val_indices: Collection[int] = (),
 ) -> list[LabelRow]:
-    """Read a label file with the columns ``index`` or ``path``, ``label``, and optionally ``kind`` and ``weight``.
+    """Read a label file with the columns ``index``, ``path`` or ``content``, and ``label`` or ``kind``.
 
-    - ``index``: number of the image. The training images come first, then those of the unlabeled part.
+    - ``index``: number of the image. The training images come first, then those of the unlabeled part. It decides
+      which image a row means only if the row has neither path nor content.
     - ``path``: absolute, or relative to the file's folder, to the current folder, or to the common folder of all images
-      or of one part. If the row has an index, too, only the file names are compared.
-    - ``label``: a class name, or a class number unless some class names are numbers. For kind coarse a superclass; for
-      kind missing it is ignored.
+      or of one part. In a row with an index or a content, the folders above the data may be others.
+    - ``content``: hash of the image, as commands write it. It finds an image that was renamed. If no image has it, the
+      file at the path is another by now, which is a warning.
+    - ``label``: a class name, or a class number from 0 unless some class names are numbers. For kind coarse a
+      superclass; for kind missing it is ignored.
     - ``kind``: clean (default), noisy, coarse or missing.
     - ``weight``: factor of the sample's hard loss, at least 0 (default 1).
 
-    Other columns, and rows without label and kind (not labeled yet), are skipped.
+    Other columns, and rows without label and kind (not labeled yet), are skipped. Rows whose image is gone are passed
+    over with a warning. So are rows of the validation part whose label is the source's, without one.
 
     Args:
         path: Path of the file; ``.parquet`` needs the extra ``weak``.
         images: The training part, and optionally the unlabeled part.
         class_names: Names of the classes, by index.
+        identities: Paths and contents of each part. Default: None, which means that they are read if a row has a
+            content.
+        targets: Labels of the training part; only (N,) class indices are used. Default: None, which means that they
+            are unknown.
         group_names: Names of the superclasses.
-        val_indices: Samples of the validation part. Rows of these are refused.
+        val_indices: Samples of the validation part. Rows with another label than that of the source are refused.
 
     Returns:
         The rows, by ascending sample.
 
     Raises:
-        InputError: For a file that cannot be read, an unknown class, kind, image or index, an image that comes twice or
-            is in the validation part, and a weight out of range. The message names the line.
+        InputError: For a file that cannot be read, an unknown class, kind or index, class numbers that count from 1, an
+            image with two labels, another label of an image of the validation part, a weight out of range, and a file
+            whose images are all gone. The message names the line.
     """
+    rows = [(place, row) for place, row in _read_rows(path) if row.get("label") or row.get("kind")]
+    if not rows:
+        raise InputError(f"label_file: {path} has no row with a label or a kind")
+    samples = _find_samples(path, rows, images, identities)
+    classes, groups = ClassNumbers(class_names), ClassNumbers(group_names, "superclass", "superclasses")
+    for numbers, kinds in ((classes, ("", "clean", "noisy")), (groups, ("coarse",))):
+        labels = {row.get("label", "") for _, row in rows if row.get("kind", "") in kinds}
+        try:
+            numbers.check_first_number(labels)
+        except InputError as error:
+            raise InputError(f"label_file: {path}: {error}") from error
+        if text := numbers.describe(labels):
+            rank_zero_info(f"label_file: {path}: {text}")
     found: dict[int, LabelRow] = {}
-    classes, groups, val_indices = _numbers(class_names), _numbers(group_names), frozenset(val_indices)
-    by_path: dict[str, int] = {}
-    folders = [str(Path.cwd()), os.path.abspath(path.parent)]  # noqa: PTH100  (resolve() would follow links)
-    for place, row in _read_rows(path):
-        if not row.get("label") and not row.get("kind"):
+    val = frozenset(val_indices)
+    truth = [] if targets is None or targets.ndim > 1 or targets.is_floating_point() else targets.tolist()
+    for (place, row), sample in zip(rows, samples, strict=True):
+        if sample is None:
             continue
         try:
-            if row.get("index"):
-                sample = _check_index(row["index"], row.get("path"), images)
-            else:
-                by_path = by_path or _samples_by_path(images)
-                sample = _find_sample(row.get("path", ""), by_path, folders)
-            if sample in found:
-                raise InputError(f"sample {row.get('path') or sample} comes twice")
-            if sample in val_indices:
-                raise InputError(f"sample {sample} is in the validation part and cannot be trained on")
-            kind, label = row.get("kind") or "clean", row.get("label", "")
-            if kind not in KINDS:
-                raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-            number: int | str = -1
-            if kind == "coarse":
-                number = group_names[_find_number(label, groups, "superclass")]
-            elif kind != "missing":
-                number = _find_number(label, classes, "class")
-            found[sample] = LabelRow(sample, number, kind, _parse_weight(row.get("weight") or "1"))
+            new = LabelRow(sample, *_read_label(row, classes, groups, group_names))
+            if sample in val:
+                if new.kind not in ("clean", "noisy") or [new.label] != truth[sample : sample + 1]:
+                    raise InputError(f"sample {sample} is in the validation part and cannot be trained on")
+                continue
+            if found.setdefault(sample, new) != new:
+                raise InputError(f"sample {row.get('path') or sample} comes twice, with another label")
         except InputError as error:
             raise InputError(f"label_file: {path}, {place}: {error}") from error
-    if not found:
-        raise InputError(f"label_file: {path} has no row with a label or a kind")
     return [found[sample] for sample in sorted(found)]
+
+
+def _find_samples(
+    path: Path,
+    rows: Sequence[tuple[str, dict[str, str]]],
+    images: Sequence[Images],
+    identities: Sequence[Identities] | None,
+) -> list[int | None]:
+    """Return the sample of each row, None for those that are gone, and warn of these."""
+    folders = [str(Path.cwd()), os.path.abspath(path.parent)]  # noqa: PTH100  (resolve() would follow links)
+    data, names = RowSamples(images, identities, folders), []
+    for place, row in rows:
+        try:
+            names.append(_read_name(row, data))
+        except InputError as error:
+            raise InputError(f"label_file: {path}, {place}: {error}") from error
+    found = data.find(names)
+    texts = [repr(name.path or name.content or name.index) for name in names]
+    if found.several:
+        n = found.several[0]
+        raise InputError(f"label_file: {path}, {rows[n][0]}: {texts[n]} fits several images; give the whole path")
+    gone = [number for number, sample in enumerate(found.samples) if sample is None]
+    if len(gone) == len(rows):
+        others = f", nor any other of the {len(rows)} rows" if len(rows) > 1 else ""
+        raise InputError(f"label_file: {path}, {rows[0][0]}: the data have no image {texts[0]}{others}")
+
+    def report(numbers: list[int], text: str) -> str:
+        n = numbers[0]
+        return f"label_file: {path}: {len(numbers)} of {len(rows)} rows {text} ({rows[n][0]}: {texts[n]})"
+
+    if gone:
+        rank_zero_warn(report(gone, "name no image of the training data, and are passed over"))
+    if found.changed:
+        rank_zero_warn(
+            report(found.changed, "name files whose content has changed since; their labels are taken by path")
+        )
+    if found.moved:
+        rank_zero_info(report(found.moved, "name images that have another index or path now, and follow them"))
+    return found.samples
+
+
+def _read_name(row: dict[str, str], data: RowSamples) -> RowName:
+    text, name, content = (row.get(column, "") for column in _NAMES)
+    index = _parse_integer(text)
+    if text and index is None:
+        raise InputError(f"index must be an integer, got {text!r}")
+    if not (text or name or content):
+        raise InputError("there is neither an index nor a path")
+    if index is not None and not (name or content) and not 0 <= index < len(data):
+        raise InputError(f"there is no sample {index}; the data have 0 ... {len(data) - 1}")
+    if index is None and not content and not data.has_paths:
+        raise InputError(f"these images have no paths; give the index of {name!r}")
+    return RowName(index, name, content)
+
+
+def _read_label(
+    row: dict[str, str], classes: ClassNumbers, groups: ClassNumbers, group_names: Sequence[str]
+) -> tuple[int | str, str, float]:
+    """Return class or superclass, kind and weight of a row."""
+    kind, label = row.get("kind") or "clean", row.get("label", "")
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    number: int | str = -1
+    if kind == "coarse":
+        number = group_names[groups.find(label)]
+    elif kind != "missing":
+        number = classes.find(label)
+    return number, kind, _parse_weight(row.get("weight") or "1")
 
 
 # Rows.
@@ -112,7 +195,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 rows = [(f"line {reader.line_num}", row) for row in reader]
         except (OSError, csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"label_file: {path} cannot be read as CSV: {error}") from error
-    if not {"index", "path"}.intersection(columns) or not {"label", "kind"}.intersection(columns):
+    if not {*_NAMES}.intersection(columns) or not {"label", "kind"}.intersection(columns):
         got = ", ".join(columns) or "none"
         raise InputError(f"label_file: {path} must have the columns index or path, and label or kind, got {got}")
     if twice := [name for name in _COLUMNS if list(columns).count(name) > 1]:
@@ -154,22 +237,6 @@ def _parse_integer(text: str) -> int | None:
     return int(value) if value.is_integer() and "_" not in text else None
 
 
-def _numbers(names: Sequence[str]) -> dict[str, int]:
-    """Class numbers by label: by name if it is unique, and by number unless some names are numbers."""
-    names = [name.strip() for name in names]  # cells are stripped, too
-    counts = Counter(names)
-    numbers = {} if any(map(str.isdecimal, names)) else {str(number): number for number in range(len(names))}
-    return {name: number for number, name in enumerate(names) if counts[name] == 1} | numbers
-
-
-def _find_number(label: str, numbers: dict[str, int], what: str) -> int:
-    number = numbers.get(label, numbers.get(str(_parse_integer(label))))
-    if number is None:
-        known = ", ".join([*numbers][:20]) or "none: data.coarse names them"
-        raise InputError(f"{label!r} is no {what}; there are {known}")
-    return number
-
-
 def _parse_weight(text: str) -> float:
     try:
         weight = float(text)
@@ -178,50 +245,3 @@ def _parse_weight(text: str) -> float:
     if not 0 <= weight < 1e38:  # float32 holds no larger number
         raise InputError(f"weight must be a number of at least 0, below 1e38, got {text!r}")
     return weight
-
-
-def _check_index(text: str, name: str | None, images: Sequence[Images]) -> int:
-    """The sample of an index; its file must have this name, if the row and the image have one."""
-    index, size = _parse_integer(text), sum(map(len, images))
-    if index is None:
-        raise InputError(f"index must be an integer, got {text!r}")
-    if not 0 <= index < size:
-        raise InputError(f"there is no sample {index}; the data have 0 ... {size - 1}")
-    known = path_of(images, index)
-    if name and known and Path(name).name != Path(known).name:  # moved folders are fine
-        raise InputError(f"sample {index} is {known}, not {name}")
-    return index
-
-
-# Paths.
-
-
-def _samples_by_path(images: Sequence[Images]) -> dict[str, int]:
-    """The sample of each path that a row may hold; -1 if several images fit.
-
-    These are the absolute path, and the paths relative to the common folder of the image's part and of all images.
-    """
-    size = sum(map(len, images))
-    known = [(n, os.path.abspath(path)) for n in range(size) if (path := path_of(images, n))]  # noqa: PTH100
-    found: dict[str, int] = {}
-    for first, end in dict.fromkeys([(0, size), *pairwise(accumulate(map(len, images), initial=0))]):
-        part = [(number, path) for number, path in known if first <= number < end]
-        folder = os.path.commonpath([os.path.dirname(path) for _, path in part]) if part else ""  # noqa: PTH120
-        for number, path in part:
-            for name in (path, path.removeprefix(folder).lstrip(os.sep)):
-                found[name] = number if found.get(name, number) == number else -1
-    return found
-
-
-def _find_sample(name: str, by_path: dict[str, int], folders: Sequence[str]) -> int:
-    if not name:
-        raise InputError("there is neither an index nor a path")
-    if not by_path:
-        raise InputError(f"these images have no paths; give the index of {name!r}")
-    keys = (os.path.normpath(os.path.join(start, name)) for start in ("", *folders))  # noqa: PTH118  (faster than Path)
-    found = {by_path[key] for key in keys if key in by_path}
-    if not found:
-        raise InputError(f"the data have no image {name!r}")
-    if len(found) > 1 or -1 in found:
-        raise InputError(f"{name!r} fits several images; give the whole path")
-    return found.pop()

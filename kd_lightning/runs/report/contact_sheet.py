@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,40 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
     return sheet
 
 
+def write_contact_sheet(out: Path, images: Sequence[Any], captions: Sequence[str], title: str) -> bool:
+    """Write a contact sheet of the samples that are pictures, and print a line about those that are none.
+
+    Args:
+        out: The file, whose suffix is the format. If no sample is a picture, an older file is deleted.
+        images: Samples of any kind; pictures are those that :func:`contact_sheet` takes.
+        captions: One text for each sample.
+        title: Text above all images.
+
+    Returns:
+        Whether there is a sheet.
+
+    Raises:
+        ValueError: For a suffix that no format has.
+    """
+    shown, others = [], []
+    for image, caption in zip(images, captions, strict=True):
+        try:
+            _values(image)
+            shown.append((image, caption))
+        except InputError as error:
+            others.append(str(error))
+    if others:
+        what = f"{len(others)} samples are left out of" if shown else "there is no"
+        print(f"{what} contact sheet{f' {out}' if shown else ''}, since samples are no pictures: {others[0]}")
+    if not shown:
+        out.unlink(missing_ok=True)
+        return False
+    sheet = contact_sheet([image for image, _ in shown], [caption for _, caption in shown], title=title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.savefig(out, dpi=120)
+    return True
+
+
 def _wrap(caption: str) -> str:
     lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, _LINE_LENGTH) or [""]]
     return "\n".join(lines)
@@ -66,9 +101,14 @@ def _wrap(caption: str) -> str:
 
 def _pixels(image: Any) -> npt.NDArray[np.float32]:
     """Return an array for imshow: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
+    return _stretch(_values(image))
+
+
+def _values(image: Any) -> npt.NDArray[Any]:
+    """Return the values of a picture, (H, W), (H, W, 3) or (H, W, 4); an InputError for anything else."""
     if isinstance(image, Image.Image):
-        return _stretch(_of_pil(image))
-    if isinstance(image, torch.Tensor) and image.layout == torch.strided:
+        return _of_pil(image)
+    if isinstance(image, torch.Tensor) and image.layout == torch.strided and not image.is_complex():
         image = image.detach().cpu()
         values = image.float().numpy() if image.is_floating_point() else image.numpy()  # NumPy has no bfloat16
     elif isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
@@ -82,7 +122,7 @@ def _pixels(image: Any) -> npt.NDArray[np.float32]:
         raise InputError(f"an image must have shape (H, W) or (C, H, W), got {tuple(values.shape)}")
     if values.ndim == 3:
         values = values.transpose(1, 2, 0) if len(values) in (3, 4) else values[0]
-    return _stretch(values)
+    return np.asarray(values)
 
 
 def _of_pil(image: Image.Image) -> npt.NDArray[Any]:

@@ -227,7 +227,7 @@ def test_no_suspects(out_of_fold, capsys):
     main(["config.yaml", "--data.label_noise", "null"])
     text = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"suspects.csv", "transition.csv"}
-    assert (out / "suspects.csv").read_text().strip() == "index,path,label,suggested,quality"
+    assert (out / "suspects.csv").read_text().strip() == "index,path,content,label,suggested,quality"
     assert "0 of 200 labels (0.0 %) are suspects" in text and "no label is suspect" in text
     assert "precision" not in text and "fit" not in text
 
@@ -275,8 +275,8 @@ def test_files_and_names(tmp_path, monkeypatch):
     quality = 0.25 + index.flip(0).double() / 1000
     found = Review(index, labels, probabilities, quality, index > 4)
     seen = []
-    real = command.contact_sheet
-    monkeypatch.setattr(command, "contact_sheet", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
+    real = command.write_contact_sheet
+    monkeypatch.setattr(command, "write_contact_sheet", lambda *args: seen.append(args) or real(*args))
     monkeypatch.setattr(command, "_SHEET_IMAGES", 60)
     write_review(found, data, Path("out"), "relabel", 0.1)
     corrected = rows(Path("out/labels.csv"))
@@ -284,11 +284,11 @@ def test_files_and_names(tmp_path, monkeypatch):
     for row in corrected:
         label = int(labels[int(row["index"])])
         assert row["label"] == names[(label + 1) % 3] and (row["kind"], row["weight"]) == ("noisy", "1.0")
-        assert row["path"] == data.path(int(row["index"]))
+        assert row["path"] == data.path(int(row["index"])) and row["content"] == data.content(int(row["index"]))
     row = rows(Path("out/suspects.csv"))[0]
     last = int(labels[69])
     assert (row["label"], row["suggested"], row["quality"]) == (names[last], names[(last + 1) % 3], "0.25")
-    images, captions = seen[0]
+    _, images, captions, _ = seen[0]
     assert len(images) == 60 and captions[0] == f"69\n{names[last]}: {names[(last + 1) % 3]}?"
     assert np.array(images[0]).max() == int(Path(data.path(69)).stem)
     assert Path("out/suspects.png").read_bytes().startswith(b"\x89PNG")

@@ -134,13 +134,13 @@ def test_many_classes_and_names_with_brackets(run, capsys):
 def seen(monkeypatch):
     """The arguments of the contact sheet."""
     calls = []
-    real = command.contact_sheet
+    real = command.write_contact_sheet
 
-    def spy(images, captions, **kwargs):
+    def spy(out, images, captions, title):
         calls.append((images, captions))
-        return real(images, captions, **kwargs)
+        return real(out, images, captions, title)
 
-    monkeypatch.setattr(command, "contact_sheet", spy)
+    monkeypatch.setattr(command, "write_contact_sheet", spy)
     return calls
 
 
@@ -226,7 +226,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train/cat/0.png", "train/dog/1.png", "pool/a.png", "pool/b.png", "pool/c.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((9, 7, 3), 80, dtype=np.uint8)).save(name)
+        Image.fromarray(np.full((9, 7, 3), len(name) + ord(name[-5]), dtype=np.uint8)).save(name)
     source = {"class_path": "ImageFolder", "init_args": {"train": "train", "unlabeled": "pool", "image_size": 8}}
     arguments = {"source": source, "unlabeled": "source", "val_size": 0}
     run = Path("runs/files/version_0")
@@ -235,7 +235,7 @@ def files(tmp_path, monkeypatch):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     data = Run(run).datamodule()
     table = labels([0, 1, 1], [0.5, 0.75, 0.25], [1, 1, 1], index=[2, 3, 4])
-    write_round(run, table, data.class_names, data.path)
+    write_round(run, table, data.class_names, data.path, data.content)
     return run
 
 
@@ -258,19 +258,49 @@ def test_files_that_moved_with_their_config(files, seen):
     assert len(seen) == 1
 
 
-def test_files_that_changed(files):
+@pytest.mark.parametrize("content", [True, False])
+def test_files_that_moved_in_order(files, seen, content):
+    """A new image has the index of another one. Older ledgers have no contents."""
+    if not content:
+        path = files / "pseudo_labels/round_0000.csv"
+        with path.open(newline="") as file:
+            rows = [row[:4] + row[5:] for row in csv.reader(file)]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    before = [np.array(Image.open(f"pool/{name}.png")) for name in "cab"]
     Image.new("RGB", (7, 9)).save("pool/aa.png")
-    with pytest.raises(InputError, match=r"has changed: image 4 was pool.c.png, now it is pool.b.png"):
-        main([str(files)])
-    Path("pool/aa.png").unlink()
+    main([str(files)])
+    assert seen[0][1] == ["5\ndog 0.250", "2\ncat 0.500", "4\ndog 0.750"]
+    assert all(np.array_equal(image, old) for image, old in zip(seen[0][0], before, strict=True))
+
+
+def test_files_that_were_renamed(files, seen, capsys):
+    """Content decides, and a file at the old path of another one is not taken for it."""
+    before = np.array(Image.open("pool/a.png"))
+    Path("pool/a.png").rename("pool/d.png")
+    Path("pool/c.png").unlink()
+    Path("pool/b.png").rename("pool/c.png")
+    main([str(files)])
+    assert seen[0][1] == ["3\ncat 0.500", "2\ndog 0.750"]
+    assert np.array_equal(seen[0][0][0], before)
+    assert "has changed: 1 of its 3 samples are gone (pool/c.png)" in capsys.readouterr().out
+
+
+def test_files_that_changed(files, seen, capsys):
+    Image.new("RGB", (7, 9)).save("pool/b.png")
+    main([str(files)])
+    assert len(seen[0][0]) == 3
+    assert "has changed: 1 of its 3 samples have another content (pool/b.png)" in capsys.readouterr().out
     Path("pool/c.png").write_text("no image")
     with pytest.raises(InputError, match=r"image pool.c.png cannot be read"):
         main([str(files)])
-    Path("pool/c.png").unlink()
-    with pytest.raises(InputError, match="has changed: it has no image 4"):
+    for path in Path("pool").iterdir():
+        path.unlink()
+    Image.new("RGB", (7, 9), 50).save("pool/new.png")
+    with pytest.raises(InputError, match="has changed: 3 of its 3 samples are gone"):
         main([str(files)])
     shutil.rmtree("pool")
-    with pytest.raises(InputError, match=r"the data of .* cannot be read: unlabeled: no images in pool"):
+    with pytest.raises(InputError, match=r"the data of .* cannot be read: unlabeled: pool must hold images"):
         main([str(files)])
 
 

@@ -76,13 +76,13 @@ def table(path):
 def sheets(monkeypatch):
     """The arguments of the contact sheets."""
     calls = []
-    real = command.contact_sheet
+    real = command.write_contact_sheet
 
-    def spy(images, captions, **kwargs):
-        calls.append((images, captions, kwargs))
-        return real(images, captions, **kwargs)
+    def spy(out, images, captions, title):
+        calls.append((images, captions))
+        return real(out, images, captions, title)
 
-    monkeypatch.setattr(command, "contact_sheet", spy)
+    monkeypatch.setattr(command, "write_contact_sheet", spy)
     return calls
 
 
@@ -93,11 +93,11 @@ def test_the_smallest_margins(make_run, sheets, capsys):
     scores = 1 - (p[:, 0] - p[:, 1])
     best = scores.argsort(descending=True)[:9]
     rows = table(run / "query.csv")
-    assert [*rows[0]] == ["index", "path", "score", "label"]
+    assert [*rows[0]] == ["index", "path", "content", "score", "label"]
     assert [int(row["index"]) for row in rows] == torch.tensor(SPLIT.unlabeled)[best].tolist()
     assert [float(row["score"]) for row in rows] == pytest.approx(scores[best].tolist(), abs=1e-6)
     assert {(row["path"], row["label"]) for row in rows} == {("", "")}
-    images, captions, _ = sheets[0]
+    images, captions = sheets[0]
     assert all(torch.equal(i, IMAGES[int(r["index"])]) for i, r in zip(images, rows[:4], strict=True))
     assert captions == [f"{row['index']}\n{float(row['score']):.3f}" for row in rows[:4]]
     assert (run / "query.png").read_bytes().startswith(b"\x89PNG")
@@ -136,6 +136,28 @@ def test_several_runs(make_run):
         InputError, match="the split of .*version_3 is not that of .*version_0: fit it with --data.labeled"
     ):
         query([runs[0], other], 6, "bald")
+
+
+def test_runs_on_other_data(make_run, tmp_path):
+    """With the same labels and the same split, but other images."""
+    write_images(tmp_path, [f"a/{c}/{n}.png" for c in "xy" for n in range(8)])
+    write_images(tmp_path, [f"b/{c}/{n}.png" for c in "xy" for n in range(8)], start=50)
+    write_images(tmp_path, [f"c/{c}/{n}.png" for c in "xy" for n in range(8)])
+    split = make_split(torch.arange(16) // 8, 3, 2, 0)
+    runs = [make_run(number, split=split) for number in range(3)]
+    for run, folder in zip(runs, "abc", strict=True):
+        source = {"class_path": "ImageFolder", "init_args": {"train": str(tmp_path / folder), "image_size": 8}}
+        student = {"class_path": "CifarResNet", "init_args": {"depth": 8, "num_classes": 2}}
+
+        def change(config, source=source, student=student):
+            config["data"]["init_args"]["source"] = source
+            config["model"]["init_args"]["student"] = student
+
+        edit(run, change)
+        save_file(Run(run).build_student().state_dict(), run / "student.safetensors")
+    with pytest.raises(InputError, match="must have the same data; the samples of .*version_1 are not those of"):
+        query(runs[:2], 2)
+    assert len(query([runs[0], runs[2]], 2)) == 2  # a copy
 
 
 def test_disagreement(make_run, tmp_path):
@@ -199,6 +221,54 @@ def test_paths(tmp_path, monkeypatch):
     edit(run, lambda config: config["data"]["init_args"].update(label_file=str(run / "query.csv")))
     assert Run(run).datamodule().split.label_rows == [[3, 1, "clean", 1.0]]
     assert sorted(query([run], 2, out=run / "next.csv")) == [2, 4]
+
+
+def write_images(folder, names, *, start=0):
+    """Different pictures of noise."""
+    for number, name in enumerate(names, start):
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(number).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+
+
+def test_images_come_and_go_between_the_fits(config, capsys):
+    """The labels of a query stay with their images, whatever the indices and names are."""
+    names = [f"{name}/{number:02}.png" for name in ("cats", "dogs") for number in range(12)]
+    write_images("train", names)
+    source = {"class_path": "ImageFolder", "init_args": {"train": "train", "image_size": 8}}
+    data = {"source": source, "labeled": 4, "val_size": 2, "batch_size": 8, "labeled_batch_size": 4}
+    config["data"] = {"class_path": "SemiSupervisedDataModule", "init_args": data}
+    student = {"class_path": "CifarResNet", "init_args": {"depth": 8, "num_classes": 2}}
+    config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": student}}
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "config.yaml"])
+    run = Path("runs/tiny/version_0")
+    capsys.readouterr()
+    main(["query", str(run), "--n", "6"])
+    printed = capsys.readouterr().out
+    rows = table(run / "query.csv")
+    for number, row in enumerate(rows):  # a label that is wrong shows where it goes
+        row["label"] = ("dogs", "cats")[number % 2]
+    with (run / "query.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    gone, renamed, *others = rows
+    unlabeled = {Path(row["path"]) for row in rows}
+    other = next(path for path in sorted(Path("train").rglob("*.png")) if path not in unlabeled)
+    Path(gone["path"]).unlink()
+    Path(renamed["path"]).rename(gone["path"])  # under the name of the deleted one
+    other.unlink()
+    write_images("train", ["cats/000.png", "dogs/000.png"], start=100)
+    main(shlex.split(printed[printed.index("python -m kd_lightning fit") :].replace("\\\n", " "))[3:])
+    after = Run(Path("runs/tiny/version_1")).datamodule()
+    found = {after.content(index): label for index, label, *_ in after.split.label_rows}
+    expected = {row["content"]: after.class_names.index(row["label"]) for row in (renamed, *others)}
+    assert found == expected
+    paths = {after.path(index) for index, *_ in after.split.label_rows}
+    assert paths == {gone["path"], *(row["path"] for row in others)}
 
 
 def test_from_fit_to_fit(config, capsys):

@@ -33,7 +33,7 @@ def test_members(groups, names):
         ({"animal": ["cat", "dog", 0], "vehicle": [2, 3]}, "class 'cat' is in two superclasses, or twice in 'animal'"),
         (GROUPS | {"plant": []}, "coarse: 'plant' holds no class"),
         (GROUPS | {"plant": ["oak"]}, r"coarse: 'plant' holds 'oak', which is not a class; allowed: \['cat', 'dog',"),
-        (GROUPS | {"plant": [4]}, "coarse: 'plant' holds 4, which is not a class"),
+        (GROUPS | {"plant": [4]}, "coarse: 'plant' holds 4, which is not a class.*an int is an index, and 0 is 'cat'"),
         (GROUPS | {"plant": [-1]}, "coarse: 'plant' holds -1, which is not a class"),
         ({}, "coarse: class 'cat' is in no superclass"),
     ],
@@ -41,6 +41,24 @@ def test_members(groups, names):
 def test_invalid_groups(groups, message):
     with pytest.raises(InputError, match=message):
         CoarseLabels(groups).members(4, ANIMALS)
+
+
+def test_an_int_that_is_also_a_name():
+    """Folders 0 ... 10 are sorted as texts, so that the class with index 2 is 10."""
+    names = [*map(str, sorted(range(11), key=str))]
+    with pytest.raises(InputError, match="'low' holds 2, the index of class '10' and the name of another class"):
+        CoarseLabels({"low": [0, 1, 2], "high": [*range(3, 11)]}).members(11, names)
+    members = CoarseLabels({"low": ["0", "1", "2"], "high": [*map(str, range(3, 11))]}).members(11, names)
+    assert [int(names[n]) for n in members[0].nonzero().flatten()] == [0, 1, 2]
+
+
+def test_unicode():
+    """Names made on macOS are decomposed."""
+    coarse = CoarseLabels({"d\u00e9": ["cafe\u0301"], "x": ["tea"]})
+    assert coarse.members(2, ["caf\u00e9", "tea"]).tolist() == [[True, False], [False, True]]
+    assert CoarseLabels({"de\u0301": ["a"]}).names == ["d\u00e9"]
+    with pytest.raises(InputError, match="two superclasses have the same name"):
+        CoarseLabels({"d\u00e9": ["a"], "de\u0301": ["b"]})
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

@@ -11,6 +11,7 @@ from pyarrow import parquet
 from torch.utils.data import Subset, TensorDataset
 
 from kd_lightning import InputError
+from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.label_file import LabelRow, read_label_file
 
 NAMES = ["cat", "dog", "car"]
@@ -249,15 +250,124 @@ class TestPaths:
         assert [row.sample for row in read("index,path,label\n2,a/1.png,dog\n", twice)] == [2]
 
     def test_beside_an_index(self, read, images):
-        """The file name must be the same, whatever the folder; else the data have changed."""
+        """The path decides; with the index, the folders above the data may be others."""
         (row,) = read("index,path,label\n4,/moved/a/9.png,dog\n", images)
         assert row.sample == 4
-        with pytest.raises(InputError, match=r"line 2: sample 3 is .*pool/a/1.png, not pool/a/9.png"):
-            read("index,path,label\n3,pool/a/9.png,dog\n", images)
+        (row,) = read("index,path,label\n3,pool/a/9.png,dog\n", images)
+        assert row.sample == 4
+        with pytest.raises(InputError, match=r"line 2: the data have no image 'train/c/1.png'"):
+            read("index,path,label\n2,train/c/1.png,dog\n", images)  # sample 2 is train/b/1.png
 
     def test_some_images_without_a_path(self, read, images):
         mixed = [IMAGES[0], images[0]]
         assert [row.sample for row in read("path,label\nb/1.png,dog\n", mixed)] == [10]
+
+
+class TestChangedData:
+    """What a file that a command wrote means after images came and went."""
+
+    COLUMNS = "index,path,content,label\n"
+
+    @staticmethod
+    def content(letter):
+        return letter * 16
+
+    def parts(self, tmp_path, **letters):
+        images = [Files(tmp_path / f"{name}.png" for name in letters)]
+        return images, [Identities([f"{name}.png" for name in letters], [*map(self.content, letters.values())])]
+
+    def row(self, index, name, letter, label):
+        return f"{index},{name}.png,{self.content(letter)},{label}\n"
+
+    def test_deleted_and_renamed(self, read, tmp_path, recwarn, caplog):
+        images, identities = self.parts(tmp_path, c="c", d="b")
+        rows = self.row(0, "a", "a", "cat") + self.row(1, "b", "b", "dog") + self.row(2, "c", "c", "car")
+        caplog.set_level("INFO")
+        found = read(self.COLUMNS + rows, images, identities=identities)
+        assert [(row.sample, row.label) for row in found] == [(0, 2), (1, 1)]
+        (warning,) = [str(one.message) for one in recwarn]
+        assert "1 of 3 rows" in warning and "line 2: 'a.png'" in warning
+        (line,) = [record.message for record in caplog.records]
+        assert "2 of 3 rows" in line and "line 3: 'b.png'" in line
+
+    def test_all_gone(self, read, tmp_path):
+        images, identities = self.parts(tmp_path, x="e", y="f")
+        rows = self.row(0, "a", "a", "cat") + self.row(1, "b", "b", "bird")
+        with pytest.raises(InputError, match="line 2: the data have no image 'a.png', nor any other of the 2 rows"):
+            read(self.COLUMNS + rows, images, identities=identities)
+
+    def test_class_that_is_gone_with_its_images(self, read, tmp_path):
+        images, identities = self.parts(tmp_path, a="a")
+        rows = self.row(0, "a", "a", "cat") + self.row(1, "b", "b", "bird")
+        assert read(self.COLUMNS + rows, images, identities=identities) == [LabelRow(0, 0, "clean", 1.0)]
+
+    def test_saved_anew(self, read, tmp_path, recwarn):
+        images, identities = self.parts(tmp_path, a="d", b="e")
+        rows = self.row(0, "a", "a", "cat") + self.row(1, "b", "b", "dog")
+        assert [row.label for row in read(self.COLUMNS + rows, images, identities=identities)] == [0, 1]
+        (warning,) = [str(one.message) for one in recwarn]
+        assert "2 of 2 rows name files whose content has changed" in warning and "line 2: 'a.png'" in warning
+
+    def test_other_columns_of_this_name(self, read):
+        """A column of texts is no column of hashes."""
+        assert read("index,content,label\n5,a text,dog\n") == [LabelRow(5, 1, "clean", 1.0)]
+
+    def test_content_alone(self, read, tmp_path):
+        images, identities = self.parts(tmp_path, a="a", b="b")
+        text = f"content,label\n{self.content('b')},dog\n"
+        assert read(text, images, identities=identities) == [LabelRow(1, 1, "clean", 1.0)]
+
+
+class TestRowsThatAgree:
+    TARGETS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+
+    def test_in_the_validation_part(self, read):
+        """With the label of the source they are passed over; another label is refused."""
+        rows = "index,label,kind\n3,cat,clean\n4,dog,\n4,1,noisy\n0,dog,clean\n"
+        assert read(rows, val_indices=[3, 4], targets=self.TARGETS) == [LabelRow(0, 1, "clean", 1.0)]
+        assert read("index,label\n3,cat\n", val_indices=[3], targets=self.TARGETS) == []
+        for row in ("3,dog,clean", "3,cat,missing", "3,animal,coarse"):
+            with pytest.raises(InputError, match="line 2: sample 3 is in the validation part"):
+                read(f"index,label,kind\n{row}\n", val_indices=[3], targets=self.TARGETS)
+
+    def test_repeated(self, read):
+        rows = "index,label,kind\n3,cat,clean\n3,0,\n5,cat,missing\n5,dog,missing\n3.0,cat,clean\n"
+        assert read(rows) == [LabelRow(3, 0, "clean", 1.0), LabelRow(5, -1, "missing", 1.0)]
+        for row in ("3,dog,clean", "3,cat,noisy", "3,,missing"):
+            with pytest.raises(InputError, match="line 3: sample 3 comes twice"):
+                read(f"index,label,kind\n3,cat,clean\n{row}\n")
+
+
+class TestNumbers:
+    def test_that_count_from_1(self, read):
+        for rows in ("5,1\n6,3\n", "5,3\n", "5,2.0\n6,3.0\n"):
+            with pytest.raises(
+                InputError, match=r"classes have the numbers 0 ... 2 \(0 = cat\), got . ... 3, which seem"
+            ):
+                read(f"index,label\n{rows}")
+        with pytest.raises(InputError, match=r"superclasses have the numbers 0 ... 1 \(0 = animal\)"):
+            read("index,label,kind\n5,1,coarse\n6,2,coarse\n")
+
+    def test_their_meaning_is_printed_once(self, read, caplog):
+        caplog.set_level("INFO")
+        read("index,label,kind\n5,1,\n6,2,noisy\n7,2,\n1,0,coarse\n2,cat,\n")
+        lines = [record.message.partition("labels.csv: ")[2] for record in caplog.records]
+        assert lines == ["numbers mean classes: 1 = dog, 2 = car", "numbers mean superclasses: 0 = animal"]
+        caplog.clear()
+        read("index,label\n5,1\n", names=["0", "1"])
+        read("index,label\n5,dog\n")
+        assert not caplog.records
+
+
+def test_unicode(read, tmp_path):
+    """Names made on macOS are decomposed."""
+    one, other = "caf\u00e9", "cafe\u0301"
+    for cell, name in ((one, other), (other, one)):
+        images = [Files([tmp_path / f"{name}/1.png", tmp_path / "x/1.png"])]
+        text = f"path,label,kind\n{cell}/1.png,{cell},\nx/1.png,{cell},coarse\n"
+        found = read(text, images, names=["tea", name], group_names=["x", name])
+        assert found == [LabelRow(0, 1, "clean", 1.0), LabelRow(1, name, "coarse", 1.0)]
+    assert [row.sample for row in read("path,label\nx\\1.png,dog\n", images)] == [1]  # made on Windows
 
 
 def test_many_rows(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kd_lightning.errors import InputError
-from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.report.contact_sheet import contact_sheet, write_contact_sheet
 
 
 def drawn(image):
@@ -126,3 +126,47 @@ def test_wrong_input():
     for shape in ((8,), (1, 1, 8, 8), (3, 0, 8)):
         with pytest.raises(InputError, match=r"\(H, W\) or \(C, H, W\), got \("):
             contact_sheet([torch.rand(shape)], ["a"])
+
+
+class TestWriting:
+    @pytest.mark.parametrize(
+        "sample",
+        [
+            torch.rand(12),
+            torch.rand(12).half(),
+            torch.rand(3, 8, 8).to(torch.complex64),
+            torch.rand(2, 3, 8, 8),
+            torch.tensor(3),
+            np.full((8, 8), 1j),
+            "a text",
+            {"image": torch.rand(1, 8, 8)},
+            None,
+        ],
+    )
+    def test_samples_that_are_no_pictures(self, tmp_path, capsys, sample):
+        out = tmp_path / "sheet.png"
+        out.write_text("of an earlier round")
+        assert not write_contact_sheet(out, [sample, sample], ["a", "b"], "title")
+        assert not out.exists()
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1 and "there is no contact sheet" in line
+
+    @pytest.mark.parametrize(
+        "sample",
+        [
+            torch.rand(8, 8).half(),
+            torch.rand(1, 8, 8) > 0.5,
+            torch.rand(5, 8, 8).bfloat16(),
+            torch.rand(100, 6),  # a sequence
+            *(Image.new(mode, (4, 3)) for mode in ("I;16", "F", "CMYK", "P", "RGBA", "RGBa", "LAB", "1")),
+        ],
+    )
+    def test_pictures(self, tmp_path, capsys, sample):
+        assert write_contact_sheet(tmp_path / "new" / "sheet.png", [sample, torch.rand(3, 5, 9)], ["a", "b"], "title")
+        assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
+        assert capsys.readouterr().out == ""
+
+    def test_mixed(self, tmp_path, capsys):
+        samples = [torch.rand(12), torch.rand(1, 4, 4), torch.rand(12)]
+        assert write_contact_sheet(tmp_path / "sheet.png", samples, ["a", "b", "c"], "title")
+        assert "2 samples are left out" in capsys.readouterr().out
