@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.errors import InputError
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.results import Prediction, Result, read_result, write_result
@@ -37,8 +39,8 @@ class EvaluationWriter(Callback):
     Figures are the logged metrics ``test/<name>`` (``transductive/test/<name>``, ``val/<name>``) of the first data
     loader. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
     (B, L) as the batch's labels. Several processes write one file, with each sample once. If batches have no index,
-    samples are numbered in the order of the loader. Works on any LightningModule. The command line adds this callback
-    to every run.
+    samples are numbered in the order of the loader. Path and content of a sample are written where the datamodule
+    knows them. Works on any LightningModule. The command line adds this callback to every run.
     """
 
     def __init__(self) -> None:
@@ -114,6 +116,8 @@ class EvaluationWriter(Callback):
         labels = [None] * size if y is None else torch.where(is_labeled(y), y, -1).reshape(size, -1).tolist()
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
         for number, label, row in zip(index.tolist(), labels, predicted, strict=True):
+            if number < 0:  # no sample, see Batch.is_padding
+                continue
             if len(row) != len(label or row) or (len(row) > 1 and task != "multilabel"):
                 return  # no prediction of one class for each sample
             self._rows[number] = _prediction(number, label or [-1] * len(row), row, task, names)
@@ -159,7 +163,13 @@ class EvaluationWriter(Callback):
                 "result is written"
             )
             return
-        write_result(Result(part, labeled, figures, weights, folder), (rows[number] for number in sorted(rows)))
+        known = getattr(trainer, "datamodule", None) if self._has_index and rows else None
+        name_of = sample_names(known, loaders, "train" if part == "val" else "test")
+        named = []
+        for number in sorted(rows):
+            path, content = name_of(number)
+            named.append(replace(rows[number], path=path, content=content))
+        write_result(Result(part, labeled, figures, weights, folder), named)
 
     def _gather(self, trainer: Trainer) -> tuple[dict[int, Prediction], int]:
         """Return the rows and the number of labeled samples of all processes, which must all call this."""

@@ -13,16 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.batch import Batch
+from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.runs.folder import run_folder
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write the probabilities that ``predict_step`` returns to ``predictions.csv`` in the run's folder.
 
-    The file has one row for each sample: its index, the predicted class name, and the probability of each class. Rows
-    are sorted by index. Several processes write one file. If batches have no index, samples are numbered in the order
-    of the loader. If ``predict_step`` returns no tensor, no file is written. The command line adds this callback to
-    every run.
+    The file has one row for each sample: its index, the path of its file and the hash of its content (empty where the
+    datamodule does not know them), the predicted class name, and the probability of each class. Rows are sorted by
+    index, those of a second loader after those of the first. Several processes write one file. If batches have no
+    index, samples are numbered in the order of the loader. If ``predict_step`` returns no tensor, no file is written.
+    The command line adds this callback to every run.
 
     The write interval is ``"batch"``: the rows are collected batch by batch, so the file is complete even with
     ``trainer.predict(return_predictions=False)``, and Lightning stores no second copy of the predictions.
@@ -30,7 +32,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.rows: list[tuple[int, list[float]]] = []
+        self.rows: list[tuple[tuple[int, int], list[float]]] = []  # by loader and index
+        self._has_index = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Accepts a ``predict_step`` with ``dataloader_iter``, unlike the base class.
@@ -41,6 +44,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of ``predict``. Clears the rows of an earlier call."""
         self.rows = []
+        self._has_index = True
 
     def write_on_batch_end(
         self,
@@ -55,10 +59,15 @@ class PredictionWriter(BasePredictionWriter):
         """Runs after each predicted batch. Collects its rows."""
         if not isinstance(prediction, Tensor):  # another library's module
             return
-        index = Batch.from_any(batch).index
+        batch = Batch.from_any(batch)
+        if batch.is_padding:
+            return
+        index = batch.index
         if index is None:  # in the order in which Lightning's sampler distributes samples to processes
             index = (len(self.rows) + torch.arange(len(prediction))) * trainer.world_size + trainer.global_rank
-        self.rows += zip(index.tolist(), prediction.reshape(len(prediction), -1).tolist(), strict=True)
+            self._has_index = False
+        keys = [(dataloader_idx, number) for number in index.tolist()]
+        self.rows += zip(keys, prediction.reshape(len(prediction), -1).tolist(), strict=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of ``predict``. Gathers the rows of all processes and writes the file."""
@@ -70,7 +79,10 @@ class PredictionWriter(BasePredictionWriter):
         folder = run_folder(trainer)
         if not trainer.is_global_zero or not rows:
             return
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        data = getattr(trainer, "datamodule", None)
+        known = data if self._has_index else None
+        name_of = sample_names(known, getattr(trainer, "predict_dataloaders", None), "test")
+        names = getattr(data, "class_names", None)
         width = len(rows[0][1])
         if names is None or len(names) != max(width, 2):
             names = [str(number) for number in range(max(width, 2))]
@@ -78,10 +90,11 @@ class PredictionWriter(BasePredictionWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(["index", "prediction", *(names if width > 1 else names[1:])])
-            for number, probabilities in sorted(dict(rows).items()):
+            table.writerow(["index", "path", "content", "prediction", *(names if width > 1 else names[1:])])
+            for (loader, number), probabilities in sorted(dict(rows).items()):
                 predicted = _predicted_class(probabilities, names, getattr(pl_module, "task", "multiclass"))
-                table.writerow([number, predicted, *(f"{p:.6g}" for p in probabilities)])
+                name = name_of(number) if loader == 0 else ("", "")
+                table.writerow([number, *name, predicted, *(f"{p:.6g}" for p in probabilities)])
         rank_zero_info(f"predictions written to {path}")
 
 

@@ -31,6 +31,7 @@ from kd_lightning.callbacks import (
 from kd_lightning.cli.config_check import check_configs, nulls_of, read_configs
 from kd_lightning.cli.parser import Parser
 from kd_lightning.cli.record_run import RecordRun, dump_config, unversioned_loggers
+from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
 from kd_lightning.cli.stop_signals import record_sigterm
 from kd_lightning.data import SemiSupervisedDataModule
@@ -136,8 +137,19 @@ class DistillCLI(LightningCLI):
             config["ckpt_path"] = None
         if self.subcommand != "fit":
             self.save_config_callback = None
+            self._use_split_of_run(config)
         if self.subcommand in ("test", "predict"):
             self._drop_missing_teacher(config)
+
+    def _use_split_of_run(self, config: Any) -> None:
+        """Evaluate a run on the samples of its own split: a new one of data that have changed would mix its parts."""
+        run, arguments = self.selection.origin, (config.data or {}).get("init_args")
+        if run is None or run.split_file is None or not self.selection.own_split:
+            return
+        if arguments is not None and "labeled" in arguments:
+            own = run.data_config()["init_args"]
+            for name in {"labeled", "label_file"} & own.keys():
+                arguments[name] = own[name]
 
     @staticmethod
     def _drop_missing_teacher(config: Any) -> None:
@@ -175,7 +187,7 @@ class DistillCLI(LightningCLI):
             given = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
             trainer["logger"] = [self._continue_logger(logger) for logger in given]
         callbacks: list[Callback] = [config["checkpoint"], SeedEveryStep(), ExactResume()]
-        callbacks += [EvaluationWriter(), PredictionWriter()]
+        callbacks += [EvaluationWriter(), PredictionWriter(), SameClasses(self.selection)]
         if isinstance(getattr(self.model, "student", None), torch.nn.Module):
             callbacks += [StudentWriter(), ActivationCalibration(), QuantizedWeightHistograms()]
         if not self._validates(trainer):

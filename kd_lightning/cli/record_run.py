@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.config_identity import hash_files
 from kd_lightning.runs.folder import run_folder
@@ -70,11 +71,13 @@ class RecordRun(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs before the first step, and not if a resume is refused.
 
-        Marks the run as not finished, and removes figures that no hash of weights connects to a model.
+        Marks the run as not finished, stores a hash of its samples, and removes figures that no hash of weights
+        connects to a model.
         """
-        folder = run_folder(trainer)
+        folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
         if trainer.is_global_zero:
-            Run.write_state(folder, finished=False)
+            named = {"samples": data.samples.hash} if isinstance(data, SemiSupervisedDataModule) else {}
+            Run.write_state(folder, finished=False, **named)
             clear_results(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kd_lightning.runs.config_identity import hash_files, identity_of
 from kd_lightning.runs.run import Run, find_runs, run_of
 
 Config = Mapping[str, Any]
+_SPLIT_KEYS = {"class_path", "source", "labeled", "labeled_at_most", "val_size", "seed", "label_file", "duplicates"}
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,16 @@ class Selection:
         run: The run that goes on, or is evaluated. None means a new run.
         checkpoint: The checkpoint to load. None means no checkpoint.
         weights: The file of a student's weights to load, if there is no checkpoint of them.
+        origin: The run that trained the evaluated weights, also if its config is another one. None means that they lie
+            outside of any run.
+        own_split: Whether the split of that run decides which samples are evaluated. If not, the config does.
     """
 
     run: Run | None = None
     checkpoint: Path | None = None
     weights: Path | None = None
+    origin: Run | None = None
+    own_split: bool = True
 
 
 def select_for_fit(given: str | None, root: Path, config: Config) -> Selection:
@@ -89,8 +96,9 @@ def select_for_evaluation(given: str | None, root: Path, config: Config) -> Sele
             selection = Selection(run, path)
         if run is not None and (differing := run.differing_keys(config)):
             rank_zero_info(f"no result is written to {run.folder}, which has another config: {'; '.join(differing)}")
-            selection = Selection(None, selection.checkpoint, selection.weights)
-        return selection
+            own_split = not any(map(_decides_split, differing))
+            return Selection(None, selection.checkpoint, selection.weights, run, own_split)
+        return replace(selection, origin=run)
     runs = find_runs(root, config["name"])
     same = [run for run in runs if not run.differing_keys(config)]
     what = "the deployed weights" if given is None else f"ckpt_path: {given}"
@@ -104,11 +112,17 @@ def select_for_evaluation(given: str | None, root: Path, config: Config) -> Sele
         return Selection()
     if given is None:
         run = next((run for run in same if run.weights.is_file() or not run.has_student), same[0])
-        return _deployed(run)
+        return replace(_deployed(run), origin=run)
     if not same:
         raise InputError(f"{what}, but there is no run {config['name']!r} below {root}")
     run = next((run for run in same if run.checkpoints()), same[0])
-    return Selection(run, run.last_checkpoint() if given == "last" else run.best_checkpoint())
+    return Selection(run, run.last_checkpoint() if given == "last" else run.best_checkpoint(), origin=run)
+
+
+def _decides_split(difference: str) -> bool:
+    """Return whether the key of a difference decides which samples are labeled and for validation."""
+    key = difference.partition(":")[0].removeprefix("data.").removeprefix("init_args.")
+    return difference.startswith("data.") and re.split(r"[.\[]", key)[0] in _SPLIT_KEYS
 
 
 def _deployed(run: Run) -> Selection:

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,21 @@ class Prediction:
         label: The label; of the multilabel task its labels, joined by ``;``; empty if it is not known.
         prediction: The predicted one.
         correct: Share of right labels: 1 or 0, in the multilabel task a fraction; NaN if no label is known.
+        path: Path of its file relative to the folder of its part; empty if it is not known.
+        content: Hash of its content; empty if it is not known. The second sample of equal content has the suffix
+            ``#2``, and so on.
     """
 
     index: int
     label: str
     prediction: str
     correct: float
+    path: str = ""
+    content: str = ""
 
 
-COLUMNS = [field.name for field in fields(Prediction)]
+COLUMNS = ["index", "path", "content", "label", "prediction", "correct"]
+_COLUMNS_BEFORE = ["index", "label", "prediction", "correct"]  # of files that do not name their samples
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,11 @@ class Result:
         try:
             with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
                 header, *rows = csv.reader(file)
-                if header != COLUMNS:
+                if header == _COLUMNS_BEFORE:
+                    rows = [[row[0], "", "", *row[1:]] for row in rows]
+                elif header != COLUMNS:
                     raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
-                return [Prediction(int(row[0]), row[1], row[2], float(row[3])) for row in rows]
+                return [Prediction(int(row[0]), row[3], row[4], float(row[5]), row[1], row[2]) for row in rows]
         except FileNotFoundError:
             return []
         except (OSError, EOFError, ValueError, IndexError) as error:
@@ -77,7 +85,7 @@ def write_result(result: Result, predictions: Iterable[Prediction]) -> None:
     with gzip.open(table, "wt", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows((p.index, p.label, p.prediction, f"{p.correct:g}") for p in predictions)
+        writer.writerows((p.index, p.path, p.content, p.label, p.prediction, f"{p.correct:g}") for p in predictions)
     content = {"part": result.part, "samples": result.samples, "weights": result.weights, "figures": result.figures}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.config_identity import differing_keys, hash_files, identity_of, seeds_of
 from kd_lightning.runs.csv_logger import read_metrics, validations
 from kd_lightning.runs.results import Result, read_result
-from kd_lightning.runs.weights import load_weights
+from kd_lightning.runs.weights import class_names_of, load_weights, read_metadata
 from kd_lightning.runs.yaml_file import load_yaml
 
 CONFIG, STATE, SPLIT, METRICS, WEIGHTS = "config.yaml", "run.json", "split.json", "metrics.csv", "student.safetensors"
@@ -215,13 +214,18 @@ class Run:
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of the deployed weights; empty without weights."""
-        if not self.weights.is_file():
-            return {}
-        try:
-            with safe_open(self.weights, "pt") as content:
-                return dict(content.metadata() or {})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.weights} cannot be read: {error}") from error
+        return read_metadata(self.weights) if self.weights.is_file() else {}
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes that it was trained on, by number; None if they are not known."""
+        if self.weights.is_file():
+            return class_names_of(self.weights)
+        try:  # a run that is not finished
+            names = json.loads((self.folder / SPLIT).read_text(encoding="utf-8")).get("class_names")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return names if isinstance(names, list) else None
 
     @property
     def model_arguments(self) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -52,6 +54,21 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     check_fit(found, wanted, f"weights in {file} do not fit {type(model).__name__}")
     model.load_state_dict({key: found[plain_key(key)] for key in own})
     return model
+
+
+def read_metadata(weights: Path) -> dict[str, str]:
+    """Return the metadata of a file of deployed weights."""
+    try:
+        with safe_open(weights, "pt") as content:
+            return dict(content.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weights} cannot be read: {error}") from error
+
+
+def class_names_of(weights: Path) -> list[str] | None:
+    """Return the names of the classes of deployed weights, by number; None if they are not known."""
+    names = json.loads(read_metadata(weights).get("classes", "null"))
+    return names if isinstance(names, list) else None
 
 
 def plain_key(key: str) -> str:
@@ -161,6 +178,31 @@ def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, An
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def check_classes(before: Sequence[str] | None, data: Any, place: Path) -> None:
+    """Check that a datamodule has these classes in this order. Nothing is checked if either are not known.
+
+    Args:
+        before: Names of the classes that a network was trained on.
+        data: The datamodule.
+        place: Folder of the run, or file of the weights, for the message.
+
+    Raises:
+        InputError: If it has others. The same class numbers would mean other classes.
+    """
+    names = getattr(data, "class_names", None)
+    if before is None or not isinstance(names, list | tuple):
+        return
+    before, names = ([unicodedata.normalize("NFC", str(name)) for name in some] for some in (before, names))
+    if before == names:
+        return
+    new, gone = ([name for name in some if name not in others] for some, others in ((names, before), (before, names)))
+    what = ", ".join(filter(None, (f"new: {new[:5]}" if new else "", f"gone: {gone[:5]}" if gone else "")))
+    raise InputError(
+        f"data: its classes must be those that the network in {place} was trained on "
+        f"({what or 'they have another order'})"
+    )
 
 
 def metadata_texts(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, Digits, EvaluationWriter, HintModule, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.data.identity import Identities
+from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.runs.results import labeled, read_result
 from kd_lightning.runs.weights import save_weights
 
@@ -133,6 +135,49 @@ def test_index_names_and_transductive_part_of_the_datamodule(trainer, folder, st
     assert result.samples == 12 and (folder / "transductive_test.json").is_file()
     assert [row.index for row in result.predictions()] == list(range(12))
     assert [row.label for row in result.predictions()] == [*"abcdefghij", "a", "b"][::-1]
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_paths_and_contents_of_the_datamodule(trainer, folder, student, part):
+    """Of the test images, and of training images for the validation part."""
+    module = SupervisedModule(student)
+    deploy(module, folder)
+    data = SemiSupervisedDataModule(Digits(), batch_size=256, val_size=0.05)
+    (trainer.test if part == "test" else trainer.validate)(module, datamodule=data, verbose=False)
+    rows = read_result(folder, part).predictions()
+    names = data.identities("train" if part == "val" else "test")
+    assert len(rows) == (600 if part == "test" else len(data.split.val))
+    assert all((row.path, row.content) == ("", names.contents[row.index]) for row in rows)
+    assert len({row.content for row in rows}) == len(rows)
+
+
+def test_other_images_than_those_of_the_source_have_no_name(trainer, folder, student, loader):
+    class Other(SemiSupervisedDataModule):
+        def test_dataloader(self):
+            images = [TensorDataset(X)]
+            return self._eval_loader(images, torch.arange(12), LabelTable(torch.arange(12) % 10))
+
+    module = SupervisedModule(student)
+    deploy(module, folder)
+    trainer.test(module, datamodule=Other(Digits()), verbose=False)
+    assert {(row.path, row.content) for row in read_result(folder, "test").predictions()} == {("", "")}
+    trainer.test(module, loader(), verbose=False)
+    assert {row.content for row in read_result(folder, "test").predictions()} == {""}
+
+
+def test_somebody_elses_datamodule_names_its_samples(trainer, folder, student):
+    class Theirs(LightningDataModule):
+        def test_dataloader(self):
+            return DataLoader([Batch(X, torch.arange(12) % 10, index=torch.arange(12))], batch_size=None)
+
+        def identities(self, part):
+            assert part == "test"
+            return Identities([f"{k}.png" for k in range(12)], ["ab"] * 12)
+
+    module = SupervisedModule(student)
+    deploy(module, folder)
+    trainer.test(module, datamodule=Theirs(), verbose=False)
+    assert [row.path for row in read_result(folder, "test").predictions()] == [f"{k}.png" for k in range(12)]
 
 
 def test_only_the_first_of_several_loaders(trainer, folder, student, loader):

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kd_lightning import Batch, Digits, PredictionWriter, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.data.identity import Identities
 
 X = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 OUTPUTS = {"multiclass": 10, "multilabel": 3, "binary": 1}
@@ -31,7 +32,7 @@ def module(request):
 
 def check(rows, logits, task, columns, no="0"):
     """Order, decisions, and probabilities from the formula in float64."""
-    assert list(rows[0]) == ["index", "prediction", *columns]
+    assert list(rows[0]) == ["index", "path", "content", "prediction", *columns]
     assert [int(row["index"]) for row in rows] == list(range(12))
     z = logits.detach().double().numpy()
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True) if task == "multiclass" else 1 / (1 + np.exp(-z))
@@ -96,6 +97,28 @@ def test_digits(quiet_trainer, tmp_path, student):
     rows = read(tmp_path / "predictions.csv")
     assert len(rows) == 600
     assert [int(row["prediction"]) for row in rows] == outputs.argmax(1).tolist()
+    names = data.identities("test")
+    assert [(row["path"], row["content"]) for row in rows] == list(zip(names.paths, names.contents, strict=True))
+
+
+def test_two_loaders_with_equal_indices(quiet_trainer, tmp_path):
+    """No row takes the place of another; the names are those of the first loader."""
+
+    class Two(LightningDataModule):
+        def predict_dataloader(self):
+            index = torch.arange(12)
+            return [DataLoader([Batch(x, index=index)], batch_size=None) for x in (X, -X)]
+
+        def identities(self, part):
+            return Identities([f"{k}.png" for k in range(12)], ["ab"] * 12)
+
+    module = SupervisedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    quiet_trainer(callbacks=[PredictionWriter()]).predict(module, datamodule=Two())
+    rows = read(tmp_path / "predictions.csv")
+    assert [int(row["index"]) for row in rows] == [*range(12), *range(12)]
+    expected = module.student(torch.cat([X, -X])).argmax(1).tolist()
+    assert [int(row["prediction"]) for row in rows] == expected
+    assert [row["path"] for row in rows] == [*(f"{k}.png" for k in range(12)), *[""] * 12]
 
 
 def test_somebody_elses_module(quiet_trainer, tmp_path):

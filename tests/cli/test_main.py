@@ -69,7 +69,7 @@ class TestStory:
         with (run / "predictions.csv").open() as file:
             predictions = list(csv.DictReader(file))
         assert len(predictions) == 600
-        assert list(predictions[0]) == ["index", "prediction", *"0123456789"]
+        assert list(predictions[0]) == ["index", "path", "content", "prediction", *"0123456789"]
         for row in predictions[:20]:
             probabilities = {name: float(row[name]) for name in "0123456789"}
             assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)

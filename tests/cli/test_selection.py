@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -425,3 +426,88 @@ class TestProcesses:
             assert [path.name for path in folders] == ["version_0", "version_1"][: number + 1]
             assert Run(folders[-1]).finished
         assert {path.name for path in Path().iterdir()} == {"config.yaml", "teacher.pt", "runs"}
+
+
+class Flat(nn.Sequential):
+    """Two logits of an 8x8 colour image."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(192, 2))
+
+
+def contents(part):
+    """{content: path} of the samples of a file of predictions."""
+    with gzip.open(RUN / f"{part}_predictions.csv.gz", "rt", newline="") as file:
+        return {row["content"]: row["path"] for row in csv.DictReader(file)}
+
+
+class TestDataThatChanged:
+    """Files are added, removed and renamed after the fit."""
+
+    @pytest.fixture
+    def fitted(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        pixels = torch.randint(256, (200, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+        for number in range(60):
+            part, name = ("train", "test")[number >= 40], ("cats", "dogs")[number % 2]
+            Path(part, name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[number]).save(f"{part}/{name}/{number:02}.png")
+        source = {"train": "train", "test": "test", "image_size": 8}
+        data = {"source": {"class_path": "ImageFolder", "init_args": source}, "labeled": 5, "val_size": 0.25}
+        config = {
+            "name": "tiny",
+            "seed_everything": 1,
+            "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
+            "model": {"class_path": "SupervisedModule", "init_args": {"student": {"class_path": f"{__name__}.Flat"}}},
+            "data": {"class_path": "SemiSupervisedDataModule", "init_args": data | {"batch_size": 4}},
+        }
+        main(["fit", "--config", write(config)])
+        main(["validate", "--config", "config.yaml"])
+        before = contents("val")
+        assert len(before) == 10
+        for number in range(60, 68):
+            Image.fromarray(pixels[number]).save(f"train/cats/{number - 60:02}_new.png")
+        Image.fromarray(pixels[70]).save("test/cats/00_new.png")
+        first = next(path for path in before.values() if "cats" in path)
+        Path("train", first).rename("train/cats/zz.png")
+        Path("train", next(path for path in before.values() if "dogs" in path)).unlink()
+        return before
+
+    @pytest.mark.parametrize("override", [(), ("--data.init_args.batch_size", "5")])
+    def test_validation_has_the_samples_of_the_fit(self, fitted, override):
+        """A new split of 5 labels for each class would validate on samples that the fit was trained on."""
+        args = ["validate", "--config", "config.yaml", *override]
+        cli = DistillCLI([*args, "--ckpt_path", str(RUN / "student.safetensors")] if override else args)
+        names = cli.datamodule.identities("train")
+        now = {names.contents[index] for index in cli.datamodule.split.val}
+        assert now < fitted.keys() and len(now) == 9
+        if not override:
+            assert contents("val").keys() == now and "cats/zz.png" in contents("val").values()
+
+    def test_other_validation_on_request(self, fitted):
+        args = ["validate", "--config", "config.yaml", "--ckpt_path", str(RUN / "student.safetensors")]
+        cli = DistillCLI([*args, "--data.init_args.val_size", "0.5"])
+        assert len(cli.datamodule.split.val) == 24
+
+    def test_test_and_predict_name_their_samples(self, fitted):
+        main(["test", "--config", "config.yaml"])
+        main(["predict", "--config", "config.yaml"])
+        with (RUN / "predictions.csv").open(newline="") as file:
+            predicted = {row["content"]: row["path"] for row in csv.DictReader(file)}
+        assert predicted == contents("test") and len(predicted) == 21
+        assert sorted(predicted.values()) == sorted(str(p.relative_to("test")) for p in Path("test").rglob("*.png"))
+
+    def test_test_needs_no_training_sample(self, fitted):
+        for path in sorted(Path("train").rglob("*.png"))[1:-1]:
+            path.unlink()
+        main(["test", "--config", "config.yaml"])
+        assert Run(RUN).result("test").samples == 21
+
+    @pytest.mark.parametrize("command", ["test", "predict", "validate"])
+    def test_classes_that_moved_are_refused(self, fitted, fails, command):
+        """Dogs are class 0 then, which was the number of the cats."""
+        for part in ("train", "test"):
+            Path(part, "cats").rename(Path(part, "felines"))
+        assert "gone: ['cats']" in fails(command, "--config", "config.yaml")
+        args = ["--ckpt_path", str(RUN / "student.safetensors"), "--data.init_args.batch_size", "5"]
+        assert "gone: ['cats']" in fails(command, "--config", "config.yaml", *args)

@@ -1,5 +1,7 @@
 """A run's folder, read by hand-made ones."""
 
+import csv
+import gzip
 import json
 import os
 import time
@@ -224,6 +226,21 @@ class TestResults:
             assert (result.samples, result.figures, result.part) == (2, {"accuracy": 0.5}, part)
             assert result.predictions()[:2] == list(self.PREDICTIONS[:2])
         assert run.result("val") is None
+
+    def test_names_of_samples(self, tmp_path):
+        """Files of older versions have none."""
+        run = make(tmp_path / "run")
+        rows = [Prediction(0, "a", "a", 1.0, "a/0.png", "00ff"), Prediction(1, "b", "a", 0.0, "b/1.png", "00ff#2")]
+        write_result(Result("test", 2, {"accuracy": 0.5}, None, run.folder), rows)
+        path = run.folder / "test_predictions.csv.gz"
+        with gzip.open(path, "rt", newline="") as file:
+            table = [*csv.reader(file)]
+        assert table[0] == ["index", "path", "content", "label", "prediction", "correct"]
+        assert table[2] == ["1", "b/1.png", "00ff#2", "b", "a", "0"]
+        assert run.result("test").predictions() == rows
+        with gzip.open(path, "wt") as file:
+            file.write("index,label,prediction,correct\n1,b,a,0\n")
+        assert run.result("test").predictions() == [Prediction(1, "b", "a", 0.0)]
 
     def test_those_of_other_weights_do_not_count(self, tmp_path):
         run = make(tmp_path / "run", student=DigitsCNN(4))

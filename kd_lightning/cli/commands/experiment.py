@@ -44,12 +44,14 @@ def main(args: list[str]) -> None:
     # parsed, too, so that a baseline's config is the one that its run saves
     plan = [parse_config(baseline_of(method), "experiment") for method in seeded] + seeded
 
+    data = build(LightningDataModule, config["data"])
+    assert isinstance(data, SemiSupervisedDataModule)  # the plan has checked it
     console = Console()
     folders = []
     for number, run_config in enumerate(plan, 1):
         name, seed = run_config["name"], run_config["seed_everything"]
         console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
-        folders.append(_fit_and_test(run_config))
+        folders.append(_fit_and_test(run_config, data))
     teachers = _teacher_runs(config)
     root = Path(config["trainer"]["default_root_dir"])
     out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
@@ -103,21 +105,34 @@ def baseline_of(method: Config) -> Config:
     return baseline
 
 
-def _fit_and_test(config: Config) -> Path:
-    """Return the folder of a finished run of a config whose deployed weights were tested; do what is missing."""
-    tested = [run for run in find_fits(config) if run.finished and _is_tested(run)]
-    run = tested[0] if tested else fit_once(config)
+def _fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:
+    """Return the folder of a finished run of a config whose deployed weights were tested; do what is missing.
+
+    A run counts if it was fitted and tested on the samples that the data have now.
+    """
+    samples = data.samples.hash
+    tested = [run for run in find_fits(config, samples) if run.finished and _is_tested(run, data)]
+    run = tested[0] if tested else fit_once(config, samples)
     if tested:
         print(f"is done: {run.folder}")
-    elif not _is_tested(run):
+    elif not _is_tested(run, data):
         weights = ["--ckpt_path", str(run.weights)] if run.weights.is_file() else []
         with config_file(config) as path:
             DistillCLI(["test", "--config", path, "--verbose", "false", *weights])
     return run.folder
 
 
-def _is_tested(run: Run) -> bool:
-    return (run.result("test") or run.result("transductive/test")) is not None
+def _is_tested(run: Run, data: SemiSupervisedDataModule) -> bool:
+    """Return whether the deployed weights were tested, on samples that are all in the test part now and no fewer."""
+    result = run.result("test") or run.result("transductive/test")
+    if result is None:
+        return False
+    rows, now = result.predictions(), data.identities("test")
+    if not all(row.content for row in rows):  # by an older version, or the dataset returns other items each time
+        return True
+    tested = {(row.path, row.content) for row in rows}
+    limit = (run.config.get("trainer") or {}).get("limit_test_batches")
+    return tested <= {*zip(now.paths, now.contents, strict=True)} and (limit is not None or len(rows) == len(now))
 
 
 def _teacher_runs(config: Config) -> list[Path]:

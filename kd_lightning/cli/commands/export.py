@@ -107,7 +107,7 @@ def export(
     metadata = package_versions(file_format, quantized=quantized) | {
         "task": task,
         "input_shape": [*batches[0].shape[1:]],
-        "classes": getattr(data, "class_names", None),
+        "classes": run.class_names or getattr(data, "class_names", None),  # those of the data may have changed since
         "preprocessing": repr(getattr(data, "eval_transform", None)),
         "precision": precision_of(student),
         "file": (checkpoint or run.weights).name,

@@ -22,7 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.runs.report.run_groups import Group, LeftOut, find_groups
-from kd_lightning.runs.report.statistics import LEAST_SAMPLES, Difference, Interval, difference
+from kd_lightning.runs.report.statistics import (
+    LEAST_SAMPLES,
+    Difference,
+    Interval,
+    describe_other_samples,
+    difference,
+)
 from kd_lightning.runs.run import CONFIG, Run
 
 _COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
@@ -49,6 +55,19 @@ class Comparison:
             None if number == 0 or not (group.results and base) else difference(group.results, base)
             for number, group in enumerate(self.groups)
         ]
+        self._other_samples = self._find_other_samples() if self.part == "test" else {}
+
+    def _find_other_samples(self) -> dict[str, str]:
+        """Return {group: text} of groups with runs that were measured on other test samples than the first run.
+
+        The validation part of each seed has samples of its own, so it is compared within a seed alone.
+        """
+        results = [(group.name, result) for group in self.groups for result in group.results.values()]
+        found: dict[str, str] = {}
+        for name, result in results:
+            if name not in found and (text := describe_other_samples(result, results[0][1])):
+                found[name] = f"{result.folder} was measured on {text.partition('; ')[0]}"
+        return found
 
     def tables(self) -> list[list[list[str]]]:
         """Return the table of figures and that of costs, each as rows of texts, the header first."""
@@ -90,11 +109,29 @@ class Comparison:
         for group, found in zip(self.groups, self.differences, strict=True):
             if reasons := self._reasons(group, found):
                 lines.append(f"* {group.name}: no verdict: {'; '.join(reasons)}.")
+            said = found is not None and any(reason.startswith("other samples") for reason in found.reasons)
+            if group.name in self._other_samples and not said:
+                lines.append(f"{group.name}: {self._other_samples[group.name]}; these figures are not comparable.")
             for seeds, run in group.runs.items():
                 if seeds not in group.results:
                     command = _command(run, self.part)
                     lines.append(f"{run.folder} has no {self.part} figures of its deployed weights: {command}")
+        lines += self._fitted_on_other_data()
         return lines + [f"left out: {one.folder}: {one.reason}." for one in self.left_out]
+
+    def _fitted_on_other_data(self) -> list[str]:
+        """Return a line for each source of data whose training samples have changed between the fits of two runs."""
+        hashes: dict[str, dict[str, Run]] = defaultdict(dict)
+        for run in (run for group in self.groups for run in group.runs.values()):
+            data = run.config.get("data")
+            source = (data.get("init_args") or {}).get("source") if isinstance(data, dict) else None
+            if source is not None and (samples := run.state.get("samples")) is not None:
+                hashes[json.dumps(source, sort_keys=True, default=str)].setdefault(samples, run)
+        return [
+            f"{' and '.join(str(run.folder) for run in runs.values())} were fitted on different samples of one source."
+            for runs in hashes.values()
+            if len(runs) > 1
+        ]
 
     def explanation(self) -> str:
         """Return the explanation of the tables' figures."""

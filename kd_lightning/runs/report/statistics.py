@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student_t
 
-from kd_lightning.runs.results import Result, labeled
+from kd_lightning.runs.results import Prediction, Result, labeled
 
 LEAST_SAMPLES = 100
 LEAST_SEEDS = 3
@@ -21,6 +22,9 @@ _VALUES = 2001  # most distinct values
 _CELLS = 5_000_000  # most numbers of resamples in memory
 
 Interval = tuple[float, float]
+Pair = tuple[Result, Result]
+Table = dict[tuple[Any, str, int], float]
+"""Correctness by content (or index), label, and number among samples of equal content and label."""
 
 
 @dataclass
@@ -28,10 +32,11 @@ class Difference:
     """The difference in accuracy of a group of runs to another one, paired by seed.
 
     Attributes:
-        mean: Mean over the common seeds. None without any, or if they were measured on other numbers of samples.
+        mean: Mean over the common seeds. None without any, or if the two runs of a seed were measured on other samples
+            or labels.
         seeds: Number of common seeds.
         over_seeds: 95 % interval over the seeds, by Student's t.
-        over_samples: 95 % interval over the samples, by the bootstrap, for these seeds.
+        over_samples: 95 % interval over the samples that all runs have, by the bootstrap, for these seeds.
         reasons: Why no verdict is drawn; empty if one is.
     """
 
@@ -63,27 +68,37 @@ def difference(after: Mapping[Any, Result], before: Mapping[Any, Result], figure
     if not pairs:
         found.reasons.append("no common seed")
         return found
-    if other := next((pair for pair in pairs if pair[0].samples != pair[1].samples), None):
-        found.reasons.append(f"other samples: n = {other[0].samples}, not {other[1].samples}")
-        return found
-    if (least := min(result.samples for result, _ in pairs)) < LEAST_SAMPLES:
+    tables, named = _read_tables(pairs)
+    others = [_describe_other(pair, tables[number], named) for number, pair in enumerate(pairs)]
+    if other := next(filter(None, others), ""):
+        found.reasons.append(other)
+        if not named:
+            return found
+    if (least := min(result.samples for pair in pairs for result in pair)) < LEAST_SAMPLES:
         found.reasons.append(f"{least} samples; a verdict needs {LEAST_SAMPLES}")
     if len(pairs) < LEAST_SEEDS:
         found.reasons.append(f"{len(pairs)} common seed{'s' * (len(pairs) > 1)}; a verdict needs {LEAST_SEEDS}")
-    differences = [one.figures[figure] - other.figures[figure] for one, other in pairs]
-    found.mean = statistics.mean(differences)
-    if len(pairs) > 1 and max(differences) - min(differences) < 1e-9:
-        found.reasons.append("the difference is the same for all seeds")
-    elif len(pairs) > 1:
-        found.over_seeds = seed_interval(differences)
-    correctness = _sample_differences(pairs)
-    if isinstance(correctness, str):
-        found.reasons.append(correctness)
-    elif np.ptp(correctness) < 1e-9:
+    if not other:
+        differences = [one.figures[figure] - reference.figures[figure] for one, reference in pairs]
+        found.mean = statistics.mean(differences)
+        if len(pairs) > 1 and max(differences) - min(differences) < 1e-9:
+            found.reasons.append("the difference is the same for all seeds")
+        elif len(pairs) > 1:
+            found.over_seeds = seed_interval(differences)
+    correctness, problem = _sample_differences(pairs, tables, named)
+    if problem and (correctness is None or not other):
+        found.reasons.append(problem)
+    if correctness is not None and np.ptp(correctness) < 1e-9:
         found.reasons.append("all samples agree")
-    else:
+    elif correctness is not None:
         found.over_samples = sample_interval(correctness)
     return found
+
+
+def describe_other_samples(one: Result, other: Result) -> str:
+    """Describe in one line which samples and labels of two results differ; empty if none do, or if it is not known."""
+    (tables,), named = _read_tables([(one, other)])
+    return _describe_other((one, other), tables, named)
 
 
 def seed_interval(differences: Sequence[float]) -> Interval:
@@ -112,22 +127,61 @@ def sample_interval(differences: npt.NDArray[np.float64]) -> Interval:
     return float(low), float(high)
 
 
-def _sample_differences(pairs: Sequence[tuple[Result, Result]]) -> npt.NDArray[np.float64] | str:
-    """Return the mean over the pairs of each sample's difference of correctness, or why there is none."""
-    total: npt.NDArray[np.float64] = np.zeros(0)
-    labels: dict[int, str] | None = None
-    for pair in pairs:
-        tables = [labeled(result.predictions()) for result in pair]
-        for result, table in zip(pair, tables, strict=True):
-            if not table:
-                return f"{result.folder} has no predictions"
-            mine = {index: row.label for index, row in table.items()}
-            if labels is None:
-                labels = mine
-                total = np.zeros(len(mine))
-            if mine != labels:
-                return "the runs were measured on other samples or labels"
-        assert labels is not None
-        after, before = (np.array([table[index].correct for index in labels]) for table in tables)
-        total = total + after - before
-    return total / len(pairs)
+def _read_tables(pairs: Sequence[Pair]) -> tuple[list[tuple[Table, Table]], bool]:
+    """Read the predictions of each pair, and return whether all are named by their content, not by their index."""
+    rows = [[[*labeled(result.predictions()).values()] for result in pair] for pair in pairs]
+    named = all(table and all(row.content for row in table) for pair in rows for table in pair)
+    return [(_by_name(after, named), _by_name(before, named)) for after, before in rows], named
+
+
+def _by_name(rows: Sequence[Prediction], named: bool) -> Table:
+    """Return the table of a result.
+
+    Equal contents have equal predictions, so that only the label decides which of them is which: the number in the
+    suffix of a content changes when a copy of it comes or goes.
+    """
+    table: Table = {}
+    counts: Counter[tuple[Any, str]] = Counter()
+    for row in rows:
+        name = (row.content.partition("#")[0] if named else row.index, row.label)
+        table[*name, counts[name]] = row.correct
+        counts[name] += 1
+    return table
+
+
+def _describe_other(pair: Pair, tables: tuple[Table, Table], named: bool) -> str:
+    """Describe in one line which samples and labels of a pair differ; empty if none do.
+
+    Of samples without a name only the number is compared.
+    """
+    sizes = [result.samples for result in pair]
+    parts = [f"n = {sizes[0]}, not {sizes[1]}"] if sizes[0] != sizes[1] else []
+    if named:
+        after, before = (table.keys() for table in tables)
+        mine, theirs = (Counter(name for name, _, _ in keys) for keys in (after - before, before - after))
+        alone = (mine - theirs).total(), (theirs - mine).total()
+        parts += [f"{count} only in {result.folder}" for count, result in zip(alone, pair, strict=True) if count]
+        relabeled = (mine & theirs).total()
+        parts += [f"{relabeled} with another label"] if relabeled else []
+    left_out = "; the interval over samples leaves them out" if parts and named else ""
+    return f"other samples: {', '.join(parts)}{left_out}" if parts else ""
+
+
+def _sample_differences(
+    pairs: Sequence[Pair], tables: Sequence[tuple[Table, Table]], named: bool
+) -> tuple[npt.NDArray[np.float64] | None, str]:
+    """Return the mean over the pairs of each sample's difference of correctness, and what is wrong with it.
+
+    The samples are those that all runs have, with the same label. If less than half of the samples are left, or some
+    samples of runs that do not name them, there is no difference.
+    """
+    results, every = [result for pair in pairs for result in pair], [table for pair in tables for table in pair]
+    if lacking := next((result for result, table in zip(results, every, strict=True) if not table), None):
+        return None, f"{lacking.folder} has no predictions"
+    common = set.intersection(*({*table} for table in every))
+    largest = max(map(len, every))
+    if len(common) < (largest / 2 if named else largest):
+        return None, "the runs were measured on other samples or labels"
+    totals = np.array([sum(after[key] - before[key] for after, before in tables) for key in common])
+    few = f"only {len(common)} of {largest} samples are the same for all seeds; the interval over samples is over these"
+    return totals / len(pairs), few if len(common) < largest else ""

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 import kd_lightning.cli.commands.experiment as command
+from kd_lightning import Digits, SemiSupervisedDataModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli import fit_once
 from kd_lightning.cli.commands.experiment import _fit_and_test, _teacher_runs, baseline_of
@@ -116,22 +117,42 @@ def commands(monkeypatch):
     return given
 
 
+def fit_and_test(plan):
+    return _fit_and_test(plan, SemiSupervisedDataModule(Digits()))
+
+
 class TestRunsThatAreThere:
+    @pytest.mark.parametrize(("part", "done"), [("train", ["fit", "test"] * 2), ("test", ["fit", "test", "test"])])
+    def test_runs_on_data_that_have_changed_do_not_count(self, plan, commands, monkeypatch, part, done):
+        first = fit_and_test(plan)
+        load = Digits.load
+
+        def changed(self):
+            parts = load(self)
+            getattr(parts, part).images.tensors[0][0] += 1
+            return parts
+
+        monkeypatch.setattr(Digits, "load", changed)
+        for _ in range(2):
+            again = fit_and_test(plan)
+        assert (again == first) == (part == "test")
+        assert [args[0] for args in commands] == done
+
     def test_an_untested_run_is_tested_and_not_trained(self, plan, commands):
         main(["fit", "--config", "tiny.yaml"])
         [run] = find_fits(plan)
         before = run.weights.stat().st_mtime_ns
         for _ in range(2):
-            assert _fit_and_test(plan) == run.folder
+            assert fit_and_test(plan) == run.folder
             assert run.result("test") is not None
         assert run.weights.stat().st_mtime_ns == before
         assert [args[0] for args in commands] == ["test"]
 
     def test_figures_of_other_weights_are_measured_again(self, plan, commands):
         main(["fit", "--config", "tiny.yaml"])
-        path = _fit_and_test(plan) / "test.json"
+        path = fit_and_test(plan) / "test.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 64}))
-        _fit_and_test(plan)
+        fit_and_test(plan)
         assert [args[0] for args in commands] == ["test", "test"]
 
     def test_a_stopped_run_is_resumed_from_its_last_checkpoint(self, plan, commands, capsys):
@@ -139,7 +160,7 @@ class TestRunsThatAreThere:
         [run] = find_fits(plan)
         run.weights.unlink()
         Run.write_state(run.folder, finished=False)
-        assert _fit_and_test(plan) == run.folder
+        assert fit_and_test(plan) == run.folder
         assert "resumed" in capsys.readouterr().out
         assert commands[0] == ("fit", str(run.last_checkpoint())) or str(run.last_checkpoint()) in commands[0]
         assert run.finished
@@ -150,7 +171,7 @@ class TestRunsThatAreThere:
         [run] = find_fits(plan)
         shutil.rmtree(run.folder / "checkpoints")
         Run.write_state(run.folder, finished=False)
-        assert _fit_and_test(plan).name == "version_1"
+        assert fit_and_test(plan).name == "version_1"
 
     @pytest.mark.parametrize("key", ["seed_everything", "max_epochs"])
     def test_a_run_of_another_config_or_seed_does_not_count(self, plan, key):

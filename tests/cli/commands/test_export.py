@@ -39,7 +39,7 @@ from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
 from kd_lightning.quantization.sizes import weight_levels
-from kd_lightning.runs.weights import load_weights
+from kd_lightning.runs.weights import load_weights, save_weights
 
 IMAGES = Digits().load().train.images.tensors[0]
 SUFFIXES = ["onnx", "pt2", "safetensors"]
@@ -348,6 +348,15 @@ def test_images_are_those_of_the_runs_own_split(run, tmp_path, capsys):
     change("data.init_args.label_file", str(tmp_path / "gone.csv"))(run)
     main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
     assert "checked on 20 validation images" in capsys.readouterr().out
+
+
+def test_classes_are_those_of_the_fit(run, tmp_path):
+    """The folders of a source may have other names by now."""
+    names = [*"abcdefghij"]
+    save_weights(DigitsCNN(4).state_dict(), run / "student.safetensors", {"classes": names})
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    with safe_open(tmp_path / "x.safetensors", "pt") as content:
+        assert json.loads(content.metadata()["classes"]) == names
 
 
 def test_file_that_does_not_agree_is_not_written(trained, tmp_path, capsys):

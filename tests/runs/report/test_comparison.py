@@ -24,19 +24,22 @@ NETWORK = {"class_path": "kd_lightning.models.DigitsCNN", "init_args": {"width":
 def make(tmp_path):
     """Makes a finished run below ``runs``, with predictions of its parts."""
 
-    def make(name, seed=0, student=None, spec=NETWORK, finished=True, **correct):
+    def make(name, seed=0, student=None, spec=NETWORK, finished=True, first=None, samples=None, **correct):
         folder = tmp_path / "runs" / name / f"version_{len([*tmp_path.glob(f'runs/{name}/*')])}"
         folder.mkdir(parents=True)
         model = {"class_path": "DistillModule", "init_args": {"student": spec}}
-        (folder / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed_everything": seed, "model": model}))
-        Run.write_state(folder, finished=finished)
+        config = {"name": name, "seed_everything": seed, "model": model}
+        config["data"] = {"class_path": "X", "init_args": {"source": {"class_path": "Digits"}}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        Run.write_state(folder, finished=finished, **({} if samples is None else {"samples": samples}))
         if student is not None:
             save_weights(student.state_dict(), folder / "student.safetensors", {"input_shape": [1, 8, 8]})
         for part, row in correct.items():
             part = {"transductive": "transductive/test"}.get(part, part)
             figures = {"accuracy": float(np.mean(row)), "agreement": 0.5}
             result = Result(part, len(row), figures, Run(folder).weights_hash, folder)
-            write_result(result, [Prediction(k, "a", "b", float(one)) for k, one in enumerate(row)])
+            names = [""] * len(row) if first is None else [f"{first + k:04x}" for k in range(len(row))]
+            write_result(result, [Prediction(k, "a", "b", float(one), "", names[k]) for k, one in enumerate(row)])
         return folder
 
     return make
@@ -134,6 +137,36 @@ def test_parts_of_another_size_are_not_subtracted(make):
     table = cells(comparison)
     assert "accuracy % (test)" in table["a"] and [row["n"] for row in table.values()] == ["200", "150"]
     assert table["b *"]["difference"] == "-"
+
+
+def test_figures_of_other_test_samples_are_not_compared(make, tmp_path):
+    """As many, so that their number does not show it."""
+    folders = [make("a", seed, test=rows(0.5, seed), first=0) for seed in range(3)]
+    folders += [make("b", seed, test=rows(0.9, seed), first=5) for seed in range(3)]
+    comparison = compare_runs(folders, tmp_path / "out")
+    row = cells(comparison)["b *"]
+    assert (row["difference"], row["verdict"]) == ("-", "-") and row["95 % over samples"] != "-"
+    (note,) = comparison.notes()
+    assert f"5 only in {folders[3]}, 5 only in {folders[0]}" in note
+    (reason,) = json.loads((tmp_path / "out/comparison.json").read_text())["groups"][1]["difference"]["reasons"]
+    assert reason in note
+
+
+def test_a_mean_over_other_test_samples_is_named(make):
+    """Also where no difference is formed."""
+    folders = [make("a", seed, test=rows(0.5), first=3 * (seed == 1)) for seed in range(3)]
+    (note,) = compare_runs(folders).notes()
+    assert f"a: {folders[1]} was measured on other samples: 3 only in {folders[1]}, 3 only in {folders[0]}" in note
+    validated = [make("b", seed, val=rows(0.5), first=3 * (seed == 1)) for seed in range(3)]
+    assert compare_runs(validated, part="val").notes() == []  # each seed has a validation part of its own
+
+
+def test_runs_fitted_before_and_after_their_data_changed(make):
+    folders = [make(name, samples=samples, test=rows(0.5)) for name, samples in (("a", "1"), ("b", "2"), ("c", "1"))]
+    folders.append(make("d", test=rows(0.5)))  # an older run, whose samples are not known
+    (note,) = [note for note in compare_runs(folders).notes() if "fitted" in note]
+    assert f"{folders[0]} and {folders[1]}" in note
+    assert not [note for note in compare_runs([folders[0], *folders[2:]]).notes() if "fitted" in note]
 
 
 def test_transductive_test_is_marked(make):

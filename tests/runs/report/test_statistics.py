@@ -12,7 +12,7 @@ from kd_lightning.runs.results import Prediction, Result, write_result
 def results(tmp_path):
     """Makes {seeds: result} of a group from the correctness of each sample, by seed."""
 
-    def make(name, correct, labels=None, first=0):
+    def make(name, correct, labels=None, first=0, contents=None):
         found = {}
         for seed, row in correct.items():
             folder = tmp_path / name / str(seed)
@@ -20,7 +20,8 @@ def results(tmp_path):
             figures = {"accuracy": float(np.mean(row))}
             result = Result("test", len(row), figures, None, folder)
             texts = labels or ["a"] * len(row)
-            rows = [Prediction(first + k, texts[k], "b", float(one)) for k, one in enumerate(row)]
+            names = contents or [""] * len(row)
+            rows = [Prediction(first + k, texts[k], "b", float(one), "", names[k]) for k, one in enumerate(row)]
             write_result(result, rows)
             found[seed, 0] = result
         return found
@@ -128,3 +129,73 @@ class TestVerdict:
         found = difference(one, other)
         assert found.over_samples is None and found.verdict is None
         assert str(other[1, 0].folder) in found.reasons[0]
+
+
+class TestSamplesByContent:
+    """The index of a sample changes when another one comes or goes."""
+
+    NAMES = [f"{k:04x}" for k in range(400)]
+
+    def test_another_order_is_the_same(self, results):
+        before, after = group(0.5), group(0.9)
+        order = np.random.default_rng(5).permutation(400)
+        one = difference(results("a", after), results("b", before))
+        shuffled = {seed: row[order] for seed, row in after.items()}
+        names = [self.NAMES[k] for k in order]
+        other = difference(results("c", shuffled, contents=names), results("d", before, contents=self.NAMES))
+        assert other == one and one.verdict == "better"
+
+    def test_other_samples_are_left_out(self, results):
+        """As many samples: one was removed, and another was added."""
+        before, after = group(0.5), group(0.9)
+        names = [*self.NAMES[1:], "ffff"]
+        moved = {seed: [*row[1:], True] for seed, row in after.items()}
+        found = difference(results("a", moved, contents=names), results("b", before, contents=self.NAMES))
+        assert (found.mean, found.over_seeds, found.verdict) == (None, None, None)
+        assert "1 only in" in found.reasons[0] and found.reasons[0].count("/0") == 2 and len(found.reasons) == 1
+        cut = [{seed: row[1:] for seed, row in rows.items()} for rows in (after, before)]
+        assert found.over_samples == difference(results("c", cut[0]), results("d", cut[1])).over_samples
+
+    def test_another_number_of_samples(self, results):
+        before, after = group(0.5, count=399), group(0.9)
+        found = difference(results("a", after, contents=self.NAMES), results("b", before, contents=self.NAMES[:399]))
+        assert found.mean is None and found.over_samples is not None and found.verdict is None
+        assert "n = 400, not 399" in found.reasons[0] and "1 only in" in found.reasons[0]
+
+    def test_a_label_that_changed(self, results):
+        labels = ["b", *["a"] * 399]
+        one = results("a", group(0.9), labels, contents=self.NAMES)
+        found = difference(one, results("b", group(0.5), contents=self.NAMES))
+        assert found.mean is None and found.verdict is None and found.over_samples is not None
+        assert "1 with another label" in found.reasons[0] and "only" not in found.reasons[0]
+
+    def test_copies_differ_by_their_label(self, results):
+        """The suffix of a content is another one when a copy of it goes."""
+        names, labels = ["00", "00#2", *self.NAMES[2:]], ["a", "b", *["a"] * 398]
+        swapped, others = ["00#2", "00", *self.NAMES[2:]], group(0.5)
+        found = difference(
+            results("a", group(0.9), labels, contents=names), results("b", others, labels, contents=swapped)
+        )
+        assert found.reasons == [] and found.verdict == "better"
+
+    def test_other_samples_for_each_seed(self, results):
+        """As in a validation part; a difference of accuracies is fair, since both runs of a seed have the same."""
+        one, other = {}, {}
+        for seed in range(3):
+            names = [f"{k + 40 * seed:04x}" for k in range(400)]
+            one |= results(f"a{seed}", {seed: group(0.9)[seed]}, contents=names)
+            other |= results(f"b{seed}", {seed: group(0.5)[seed]}, contents=names)
+        found = difference(one, other)
+        assert found.mean is not None and found.over_seeds is not None and found.over_samples is not None
+        assert found.verdict is None and "320 of 400" in found.reasons[0] and len(found.reasons) == 1
+
+    def test_too_few_common_samples_have_no_interval(self, results):
+        names = self.NAMES[:100] + [f"x{k}" for k in range(300)]
+        one = results("a", group(0.9), contents=names)
+        found = difference(one, results("b", group(0.5), contents=self.NAMES))
+        assert found.over_samples is None and found.mean is None
+        assert "300 only in" in found.reasons[0] and "other samples" in found.reasons[1]
+
+    def test_names_in_one_run_alone_count_by_index(self, results):
+        one = results("a", group(0.9), contents=self.NAMES)
+        assert difference(one, results("b", group(0.5))).verdict == "better"
