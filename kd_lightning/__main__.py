@@ -22,6 +22,7 @@ COMMANDS = {
     "layers": "Print the layers of a config's networks: output shapes, multiply-accumulates, parameters.",
     "labels": "Summarise a run's pseudo-labels, and show the images with the least confident ones.",
     "clean": "Find labels that are probably wrong, and write a file that drops, down-weights or relabels them.",
+    "duplicates": "Find samples of training, validation and test that are equal or alike, of a run or a config.",
     "query": "Select the samples to label next, and write a file for their labels.",
     "cache": "Fill the caches of a config's teachers before training, on all devices. Takes the arguments of fit.",
     "doctor": "Check a config's teacher, student and labels before training. Takes the arguments of fit.",

@@ -1,0 +1,274 @@
+"""``duplicates RUN``: find samples of training, validation and test that are equal or alike.
+
+Equal samples are found by content, similar pictures by a perceptual hash. The hash means little for pictures of fewer
+than 32 x 32 pixels, and it does not find mirrored or cropped copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from kd_lightning.cli.parse import parse_config
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.duplicates import SIDES
+from kd_lightning.data.near_duplicates import (
+    SIZE,
+    Hashes,
+    Pair,
+    Pairs,
+    find_pairs,
+    hash_pictures,
+    require_imagehash,
+    to_grey,
+)
+from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.errors import InputError
+from kd_lightning.runs.build import build
+from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.run import Run
+
+COLUMNS = [f"{name}_{end}" for end in "ab" for name in ("part", "index", "path")]
+COLUMNS += ["distance", "label_a", "label_b", "exact"]
+DISTANCE = 6
+_MANY = 10  # samples of one content or hash that are worth a line
+_SMALL_DISTANCE = 16  # above it pictures that have nothing in common are pairs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of the table.
+
+    Attributes:
+        side: Number of its side in :data:`~kd_lightning.data.duplicates.SIDES`.
+        index: Its index, as in other files: of training and validation samples in the training part, where those of
+            the unlabeled part follow; of a test sample in the test part.
+        path: Its path, empty without one.
+        content: Its content, without a number.
+        label: Name of its class, empty if it has none.
+    """
+
+    side: int
+    index: int
+    path: str
+    content: str
+    label: str
+
+    @property
+    def part(self) -> str:
+        """Name of its side."""
+        return SIDES[self.side]
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, find the pairs, and write table and contact sheet."""
+    usage = "kd_lightning duplicates [-h] (RUN | CONFIG | --config CONFIG [overrides of fit]) [options]"
+    # an abbreviated option may be one of fit
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="CONFIG", action="append", default=[], help="YAML, as for fit")
+    text = f"most bits of 64 in which the hashes of similar pictures differ (default {DISTANCE})"
+    parser.add_argument("--distance", metavar="D", type=int, default=DISTANCE, help=text)
+    parser.add_argument("--within", action="store_true", help="also find pairs within training, validation or test")
+    text = "most pairs in the table, the closest ones (default 10000)"
+    parser.add_argument("--pairs", metavar="N", type=int, default=10_000, help=text)
+    text = "most images on the contact sheet, two for each pair (default 36)"
+    parser.add_argument("--images", metavar="N", type=int, default=36, help=text)
+    text = "CSV file to write (default: RUN/duplicates.csv, or <root>/<name>_duplicates.csv for a config)"
+    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
+    first, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    options, overrides = parser.parse_known_args(rest)
+    for name, least, most in (("distance", 0, _SMALL_DISTANCE), ("pairs", 1, None), ("images", 2, None)):
+        value = getattr(options, name)
+        if value < least or (most is not None and value > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise InputError(f"--{name} must be {allowed}, got {value}")
+    if options.out is not None and options.out.suffix != ".csv":
+        raise InputError(f"--out must end in .csv, got {options.out}")
+    if first is not None and options.config:
+        raise InputError(f"duplicates takes a run or --config, got {first} and --config {options.config[0]}")
+    if first is None and not options.config:
+        raise InputError("duplicates needs a run's folder or --config CONFIG")
+    if first is not None and overrides and not Path(first).is_file():
+        raise InputError(f"duplicates takes no overrides with a run, got {' '.join(overrides)}")
+    require_imagehash()
+    configs = options.config if first is None else [first] if Path(first).is_file() else []
+    if configs:
+        data, out = _from_config([*(f"--config={path}" for path in configs), *overrides])
+    else:
+        data, out = Run(str(first)).datamodule(), Path(str(first)) / "duplicates.csv"
+    if not isinstance(data, SemiSupervisedDataModule):
+        raise InputError(f"duplicates needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    report(data, options.out or out, options.distance, options.pairs, options.images, within=options.within)
+
+
+def _from_config(args: list[str]) -> tuple[Any, Path]:
+    """Return the datamodule of a config, and the default file."""
+    config = parse_config(args, "duplicates")
+    data = build(LightningDataModule, config["data"])
+    data.prepare_data()
+    data.setup("fit")
+    return data, Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_duplicates.csv"
+
+
+def report(
+    data: SemiSupervisedDataModule,
+    out: Path,
+    distance: int = DISTANCE,
+    pairs: int = 10_000,
+    images: int = 36,
+    *,
+    within: bool = False,
+) -> Pairs:
+    """Find equal and similar samples, print their numbers, and write the table and a contact sheet.
+
+    Samples that the split leaves out are not compared. In the transductive setting the pool is the test part, whose
+    samples count as test samples.
+
+    Args:
+        data: The datamodule, after ``setup``.
+        out: The CSV file; the sheet has its name with the suffix ``.png``. Without pictures there is no sheet.
+        distance: Largest number of differing bits of two hashes, from 0 to 64.
+        pairs: Most pairs in the table.
+        images: Most images on the sheet.
+        within: Whether pairs within training, validation or test count, too.
+
+    Raises:
+        InputError: If a sample cannot be read, and if a dataset returns another item each time.
+    """
+    samples, parts = list_samples(data)
+    size = len(parts[0]) + len(parts[1])
+    places = [sample.index + size * (sample.part == "test") for sample in samples]
+    hashes = hash_pictures(parts, places, data.num_workers)
+    found = find_pairs([s.side for s in samples], [s.content for s in samples], hashes, distance, pairs, within=within)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        table.writerows(_row(samples[pair.a], samples[pair.b], pair) for pair in found.rows)
+    _print(samples, found, distance, pairs)
+    _print_pictures(hashes, parts, places)
+    shown = [pair for pair in found.rows if hashes.known[pair.a] or hashes.blank[pair.a]]
+    shown.sort(key=lambda pair: (pair.exact, pair.repeat > 0))  # what a person has to check comes first
+    sheet = out.with_suffix(".png")
+    if shown := shown[: images // 2]:
+        _write_sheet(sheet, samples, shown, parts, places)
+        print(f"{out}, with {sheet}")
+    else:
+        sheet.unlink(missing_ok=True)  # of an earlier time
+        print(out)
+    return found
+
+
+def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Images, Images, Images]]:
+    """Return all samples that the split uses, and the images of the training, unlabeled and test part.
+
+    A part that the source lacks is an empty list.
+
+    Raises:
+        InputError: If a dataset returns another item each time.
+    """
+    source, split, names = data.samples.parts, data.split, data.class_names
+    assert split is not None
+    identities = data.identities("train")
+    test_part = None if source.test is None else data.identities("test")
+    size = len(source.train.images)
+    transductive = data.unlabeled == "test"
+    pool = [] if transductive or source.unlabeled is None else source.unlabeled
+    rows = {row[0] for row in split.label_rows}
+    used = {*split.labeled, *split.unlabeled, *split.held_out, *split.val}
+    used |= {size + n for n in range(len(pool)) if data.unlabeled == "source" or size + n in rows}
+    val = {*split.val}
+    samples = [
+        Sample(
+            SIDES.index("validation" if index in val else "training"),
+            index,
+            identities.paths[index],
+            identities.contents[index].partition("#")[0],
+            _label(source.train.targets, index, names) if index < size else "",
+        )
+        for index in sorted(used - {*split.left_out})
+        if index < size + len(pool)
+    ]
+    if source.test is not None and test_part is not None:
+        for index, (path, content) in enumerate(zip(test_part.paths, test_part.contents, strict=True)):
+            label = _label(source.test.targets, index, names)
+            samples.append(Sample(SIDES.index("test"), index, path, content.partition("#")[0], label))
+    if lacking := next((sample for sample in samples if not sample.content), None):
+        where = f"{lacking.part} sample {lacking.index}"
+        raise InputError(f"data: the dataset returns {where} differently each time; remove its random transforms")
+    return samples, (source.train.images, pool, [] if source.test is None else source.test.images)
+
+
+def _label(targets: Tensor, index: int, names: Sequence[str] | None) -> str:
+    if targets.ndim != 1 or targets.is_floating_point() or (number := int(targets[index])) < 0:
+        return ""
+    return names[number] if names and number < len(names) else str(number)
+
+
+def _row(a: Sample, b: Sample, pair: Pair) -> list[Any]:
+    places = [a.part, a.index, a.path, b.part, b.index, b.path]
+    return [*places, pair.distance, a.label, b.label, "yes" if pair.exact else "no"]
+
+
+def _print(samples: Sequence[Sample], found: Pairs, distance: int, limit: int) -> None:
+    """Print the numbers of samples and pairs."""
+    sizes = Counter(sample.part for sample in samples)
+    print(f"compared {', '.join(f'{sizes[side]} {side}' for side in reversed(SIDES) if sizes[side])} samples")
+    counts: dict[tuple[int, int], list[Pair]] = {}
+    for pair in found.rows:
+        sides = sorted((samples[pair.a].side, samples[pair.b].side))
+        counts.setdefault((sides[0], sides[1]), []).append(pair)
+    for (a, b), rows in sorted(counts.items()):
+        where = f"{SIDES[a]} and {SIDES[b]}" if a != b else f"within {SIDES[a]}"
+        exact = sum(pair.exact for pair in rows)
+        labels = sum("" != samples[p.a].label != samples[p.b].label != "" for p in rows)
+        text = f"{where}: pairs of equal samples {exact}, of similar pictures {len(rows) - exact}"
+        print(f"{text}, with different labels {labels}" if labels else text)
+    if not found.rows:
+        print(f"no equal samples, and no similar pictures (at most {distance} of 64 bits differ)")
+    elif found.total > len(found.rows):
+        print(f"--pairs {limit}: the closest {len(found.rows)} of more than {found.total - 1} pairs")
+    for (count, example), what in ((found.same_content, "samples are equal"), (found.same_hash, "pictures look alike")):
+        if count > _MANY:
+            sample = samples[example]
+            print(f"{count} {what}: {sample.path or f'{sample.part} sample {sample.index}'} and others")
+    if any(pair.exact for (a, b), rows in counts.items() if a != b for pair in rows):
+        print("--data.duplicates together keeps equal samples on one side")
+
+
+def _print_pictures(hashes: Hashes, parts: Sequence[Images], places: Sequence[int]) -> None:
+    """Print what was compared by content only, and whether pictures are too small for their hash."""
+    if not hashes.known.any():
+        what = "all pictures are blank" if hashes.blank.any() else "no sample is a picture"
+        print(f"{what}: compared by content only")
+        return
+    if hashes.blank.any():
+        print(f"{hashes.blank.sum()} pictures are blank: compared by content only")
+    picture = to_grey(read_image(parts, places[int(hashes.known.argmax())]))
+    if picture is not None and min(picture.size) < SIZE:
+        width, height = picture.size
+        print(f"pictures of {width} x {height} pixels are small: similar ones may have nothing in common")
+
+
+def _write_sheet(
+    out: Path, samples: Sequence[Sample], pairs: Sequence[Pair], parts: Sequence[Images], places: Sequence[int]
+) -> None:
+    """Write the contact sheet, the samples of a pair side by side."""
+    pictures, captions = [], []
+    for pair in pairs:
+        for position in (pair.a, pair.b):
+            sample = samples[position]
+            pictures.append(read_image(parts, places[position]))
+            name = Path(sample.path).name or sample.label
+            how = "equal" if pair.exact else f"distance {pair.distance}"
+            captions.append(f"{sample.part} {sample.index}\n{name}\n{how}")
+    title = "samples that are equal or alike, in pairs"
+    contact_sheet(pictures, captions, columns=6, title=title).savefig(out, dpi=120)
