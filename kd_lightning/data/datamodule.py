@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.batch import LabelKind
-from kd_lightning.data.labels.build import build_labels, check_label_rows
+from kd_lightning.data.counts import count_parts
+from kd_lightning.data.duplicates import DuplicatePolicy
+from kd_lightning.data.identity import Identities
+from kd_lightning.data.labels.build import build_labels
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
-from kd_lightning.data.labels.label_file import LabelRow, read_label_file
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.resume_settings import batch_settings, check_resume
 from kd_lightning.data.samples import Samples
-from kd_lightning.data.sources.source import Parts, Source, check_not_empty
-from kd_lightning.data.split_samples import follow_samples
-from kd_lightning.data.splits import Split, make_split, wrong_sample
+from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
+from kd_lightning.data.split_setup import check_duplicates, find_split
+from kd_lightning.data.splits import Split, wrong_sample
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
-from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, ViewSampler
+from kd_lightning.data.views.samplers import ShareSampler, check_sizes, training_sampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
@@ -45,13 +47,16 @@ class SemiSupervisedDataModule(LightningDataModule):
         source: Where the images come from.
         labeled: How many training labels may be seen: an int per class (0 for none), a fraction of each class, or the
             path of a saved ``split.json``, which then sets the validation part, too. Default: None, which means all.
+        labeled_at_most: Whether a class with fewer training images than ``labeled`` asks for is labeled whole. Default:
+            False, which means that it is an error.
         unlabeled: The unlabeled images to train on: ``"rest"`` (of the training part), ``"none"``, ``"source"`` (the
             source's unlabeled part) or ``"test"`` (the test images). The last is the transductive setting: its test
             metrics have the prefix ``transductive/``.
         val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
         batch_size: Images per batch on each process, at least 1.
         labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
-            that many labeled images, which repeat as often as needed; an epoch is one pass over the unlabeled images.
+            that many labeled images. The stream that needs more batches, labeled or unlabeled, decides the length of
+            an epoch; the images of the other one repeat.
             Default: None, which shuffles labeled and unlabeled images together.
         num_workers: Worker processes of each loader, at least 0. Augmentation does not depend on it.
         seed: Seed of the split, the order and the augmentation.
@@ -71,6 +76,9 @@ class SemiSupervisedDataModule(LightningDataModule):
             those of the source's unlabeled part; see
             :func:`~kd_lightning.data.labels.label_file.read_label_file`. They are stored in ``split.json``. A later run
             continues from there: ``labeled: RUN/split.json`` with a further file.
+        duplicates: Images of equal content in training, validation and test: ``"count"`` (a warning names them),
+            ``"refuse"``, or ``"together"``, which leaves copies of test images out of training, and moves copies of
+            training images from validation to training.
 
     Raises:
         InputError: For values out of range, and for a source that lacks the part that ``unlabeled`` names.
@@ -81,6 +89,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         source: Source,
         *,
         labeled: int | float | str | Path | None = None,
+        labeled_at_most: bool = False,
         unlabeled: Literal["rest", "none", "source", "test"] = "rest",
         val_size: int | float = 0.1,
         batch_size: int = 64,
@@ -96,23 +105,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         label_noise: LabelNoise | None = None,
         coarse: CoarseLabels | None = None,
         label_file: str | Path | None = None,
+        duplicates: DuplicatePolicy = "count",
     ) -> None:
         super().__init__()
-        for name, number in {
-            "batch_size": batch_size,
-            "num_views": num_views,
-            "views_per_epoch": views_per_epoch,
-        }.items():
-            if number is not None and number < 1:
-                raise InputError(f"{name} must be at least 1, got {number}")
-        if num_workers < 0:
-            raise InputError(f"num_workers must be at least 0, got {num_workers}")
+        check_sizes(batch_size, labeled_batch_size, num_views, views_per_epoch, num_workers)
         if unlabeled not in ("rest", "none", "source", "test"):
             raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
-        if labeled_batch_size is not None and not 1 <= labeled_batch_size < batch_size:
-            raise InputError(
-                f"labeled_batch_size must be at least 1 and below batch_size, {batch_size}, got {labeled_batch_size}"
-            )
         if coarse is not None and coarse.fraction > 0 and labeled is None:
             raise InputError(
                 "coarse: every image has a fine label, since labeled is not set; set labeled, or coarse.fraction: 0 if "
@@ -120,6 +118,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             )
         self.source = source
         self.labeled = labeled
+        self.labeled_at_most = labeled_at_most
         self.unlabeled = unlabeled
         self.val_size = val_size
         self.batch_size = batch_size
@@ -135,6 +134,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.label_noise = label_noise
         self.coarse = coarse
         self.label_file = label_file
+        self.duplicates = duplicates
         self.transductive = unlabeled == "test"
         self.class_names: list[str] | None = None
         self.split: Split | None = None
@@ -143,48 +143,64 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._view_tables: dict[str, ViewTable] = {}
         self._samples: Samples | None = None
         self._settings: dict[str, Any] = {}  # hashed once, not again for every checkpoint
+        self._is_described = False
 
     def prepare_data(self) -> None:
         """Runs once per node before ``setup``: download missing files."""
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Runs on every process before each stage: load and split the source, and compare the split with rank 0's."""
+        """Runs on every process before each stage: load and split the source, and compare the split with rank 0's.
+
+        Test and predict read all test images, so they need no split.
+        """
+        self._load_parts()
+        if stage in (TrainerFn.TESTING, TrainerFn.PREDICTING):
+            return
         if self._labels is None:
-            self._parts = parts = self.source.load()
-            self.class_names = parts.class_names
-            check_not_empty(parts, type(self.source).__name__)
-            targets = parts.train.targets
-            if isinstance(self.labeled, str | Path):
-                self.split = self._follow(Split.load(Path(self.labeled), targets), Path(self.labeled))
-            else:
-                self.split = make_split(targets, self.labeled, self.val_size, self.seed, self.class_names)
-            if self.label_file is not None:
-                self.split = self.split.with_label_rows(self._read_label_rows(Path(self.label_file)))
-            check_label_rows(self.split, parts, unlabeled_part=self.unlabeled != "test")
+            self.split = find_split(
+                self.samples,
+                labeled=self.labeled,
+                labeled_at_most=self.labeled_at_most,
+                val_size=self.val_size,
+                seed=self.seed,
+                duplicates=self.duplicates,
+                label_file=self.label_file,
+                group_names=[] if self.coarse is None else self.coarse.names,
+            )
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
             if not len(self._train_indices()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
         if stage != TrainerFn.FITTING:
             return
+        assert self.split is not None
         self.split = self.samples.name_samples(self.split, self.class_names)
         if self.trainer is None:
             return
-        assert self.split is not None
+        check_duplicates(self.duplicates, self.samples, self.split)
         self._labels = self._build_labels()  # without the pseudo-labels of an earlier fit
         self._settings = {}
+        self._is_described = False
         self._view_tables.clear()
         if problem := wrong_sample(self.split, self.samples.training):
             raise InputError(f"split: {problem}")
-        mine = [self.split.hash, self._samples_hash()]
+        mine = [self.split.hash, self.samples.images_hash]
         if self.trainer.strategy.broadcast(mine) != mine:
             raise InputError(
                 f"rank {self.trainer.global_rank} has other samples or another split than rank 0; all ranks must read "
                 "the same data"
             )
+        counts = count_parts(self.samples, self.split, self._labels.visible, self._train_indices())
+        rank_zero_info(f"data: number of samples\n{counts}")
         folder = run_folder(self.trainer)
         if writes_files(self.trainer):
             self.save_split(folder / "split.json")
+            counts.save(folder / "samples.json")
+
+    def teardown(self, stage: str) -> None:
+        """Runs at the end of each stage. After a fit, no loader of it reads a teacher's stored outputs any more."""
+        for table in self._view_tables.values() if stage == TrainerFn.FITTING else ():
+            table.outputs.set({})
 
     def save_split(self, path: Path) -> None:
         """Write the split as a file for ``labeled``, with paths and contents of its samples."""
@@ -196,7 +212,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         if self.split is None or self._labels is None:
             return {}
         self._settings = self._settings or batch_settings(self, self._world_size_and_rank()[0])
-        hashes = {"split": self.split.hash, "samples": self._samples_hash(), "labels": self._labels.hash}
+        hashes = {"split": self.split.hash, "samples": self.samples.images_hash, "labels": self._labels.hash}
         return {**hashes, "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,34 +220,30 @@ class SemiSupervisedDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and (now := self.state_dict()):
             check_resume(state_dict, now)
 
-    def _samples_hash(self) -> str:
-        """Hash of path and content of all images, in order, and of which of them form the unlabeled pool."""
-        hashes = [one.hash for one in self.samples.identities]
-        return hashlib.sha256(repr((hashes, self.unlabeled_indices())).encode()).hexdigest()
-
     def train_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled images, shuffled together or in two streams."""
         _, split = self._parts_and_split()
         assert self._labels is not None
         indices = self._train_indices()
-        pool = len(indices) - len(split.labeled)
         world, rank = self._world_size_and_rank()
-        options: dict[str, Any] = {
-            "views_per_epoch": self.views_per_epoch,
-            "num_views": self.num_views,
-            "seed": self.seed,
-        }
-        options |= {"num_replicas": world, "rank": rank}
-        sampler = ViewSampler(len(indices), **options)
-        if self.labeled_batch_size is not None:
-            if not pool or not split.labeled:
-                missing = "unlabeled" if split.labeled else "labeled"
-                raise InputError(f"labeled_batch_size needs labeled and unlabeled images, got no {missing} ones")
-            sizes = {"labeled_batch": self.labeled_batch_size}
-            sizes["unlabeled_batch"] = self.batch_size - self.labeled_batch_size
-            sampler = TwoStreamSampler(len(split.labeled), pool, **sizes, **options)
+        sampler = training_sampler(
+            len(split.labeled),
+            len(indices) - len(split.labeled),
+            batch_size=self.batch_size,
+            labeled_batch_size=self.labeled_batch_size,
+            views_per_epoch=self.views_per_epoch,
+            num_views=self.num_views,
+            seed=self.seed,
+            num_replicas=world,
+            rank=rank,
+        )
         dataset = ViewDataset(self.samples.images, indices, self.train_transform, self.seed, self.strong_transform)
-        return self._loader(dataset, self._labels, sampler=sampler, trainer=self.trainer, view_table=self.train_views())
+        options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
+        loader = self._loader(dataset, self._labels, **options)
+        if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._is_described = True
+            rank_zero_info(f"data: {loader.describe()}")
+        return loader
 
     def val_dataloader(self) -> ViewLoader | list[Any]:
         """Loader of the validation images; an empty list if there are none."""
@@ -242,7 +254,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def test_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
-        parts, _ = self._parts_and_split()
+        parts = self._load_parts()
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
@@ -295,6 +307,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         assert self._labels is not None
         self._labels.set_pseudo_labels(labels)
 
+    def absent_classes(self) -> set[int]:
+        """Numbers of the classes of which no training image is known, as of an empty folder."""
+        return self.samples.absent_classes()
+
     def hidden_truth(self, index: Tensor) -> Tensor:
         """True labels of training images (N,), for metrics alone; -100 where they are unknown."""
         return self.samples.hidden_truth(index)
@@ -309,15 +325,27 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def content(self, index: int) -> str:
         """Hash of a training image's content, which names it where it has no file."""
-        return self.samples.content(index)
+        return self.identities("train").contents[index]
+
+    def identities(self, part: Literal["train", "test"]) -> Identities:
+        """Paths and contents of the images by index: of the training images (validation included), or of the test."""
+        return self.samples.all_identities if part == "train" else self.samples.test_identities
 
     @property
     def samples(self) -> Samples:
         """The source's images by index."""
-        parts, _ = self._parts_and_split()
+        parts = self._load_parts()
         if self._samples is None or self._samples.unlabeled != self.unlabeled:
             self._samples = Samples(parts, self.unlabeled, type(self.source).__name__)
         return self._samples
+
+    def _load_parts(self) -> Parts:
+        """Load the source, once."""
+        if self._parts is None:
+            parts = check_parts(self.source.load(), type(self.source).__name__)
+            check_not_empty(parts, type(self.source).__name__)
+            self._parts, self.class_names = parts, parts.class_names
+        return self._parts
 
     def _parts_and_split(self) -> tuple[Parts, Split]:
         if self._parts is None or self.split is None:
@@ -325,15 +353,6 @@ class SemiSupervisedDataModule(LightningDataModule):
         assert self._parts is not None
         assert self.split is not None
         return self._parts, self.split
-
-    def _follow(self, split: Split, path: Path) -> Split:
-        """Bring a saved split up to date with the samples."""
-        assert self._parts is not None
-        self.split = split
-        names, now = self.samples, self._parts.train.targets
-        if split.samples is None:
-            return split
-        return follow_samples(split, path, now, names.identities[0], lambda: names.pool_identities, self.class_names)
 
     def _build_labels(self) -> LabelTable:
         """The labels that training may see, without pseudo-labels."""
@@ -355,16 +374,6 @@ class SemiSupervisedDataModule(LightningDataModule):
         kind = self._labels.kind
         coarse = [] if kind is None else (kind == LabelKind.COARSE).nonzero().flatten().tolist()
         return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
-
-    def _read_label_rows(self, path: Path) -> list[LabelRow]:
-        parts, split = self._parts_and_split()
-        return read_label_file(
-            path,
-            self.samples.images[:1] if self.unlabeled == "test" else self.samples.images,  # no labels for test images
-            class_names=self.class_names or [str(c) for c in range(int(parts.train.targets.max()) + 1)],
-            group_names=[] if self.coarse is None else self.coarse.names,
-            val_indices=split.val,
-        )
 
     def _eval_loader(
         self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None

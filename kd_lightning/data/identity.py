@@ -28,6 +28,7 @@ from kd_lightning.errors import InputError
 _MANY = 20_000
 """Number of samples from which on the reading is announced."""
 _THREADS = 8
+_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Identities:
     Attributes:
         paths: Path relative to the source's folder, with ``/`` between its parts, in Unicode NFC. Empty where a sample
             has no file.
-        contents: Hash of the file's bytes, 16 hexadecimal digits; where a sample has no file, hash of the item's
-            values. The second sample of equal content has the suffix ``#2``, and so on. Empty if the dataset returns
-            another item each time.
+        contents: Hash of the file's bytes, 16 letters; where a sample has no file, hash of the item's values. The
+            second sample of equal content has the suffix ``#2``, and so on. Empty if the dataset returns another item
+            each time.
     """
 
     paths: list[str]
@@ -143,14 +144,14 @@ def match(earlier: Identities, now: Identities) -> Match:
 
 
 def hash_item(item: Any) -> str:
-    """Hash the values of an item: 16 hexadecimal digits.
+    """Hash the values of an item: 16 letters.
 
     Args:
         item: A PIL image, tensor, array, number, text, None, or a sequence or mapping of these.
     """
     digest = hashlib.blake2b(digest_size=8)
     _feed(item, digest)
-    return digest.hexdigest()
+    return _letters(digest)
 
 
 def _feed(item: Any, digest: hashlib.blake2b) -> None:
@@ -251,4 +252,9 @@ def _hash_state(path: str, *state: int) -> str:
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return _letters(digest)
+
+
+def _letters(digest: hashlib.blake2b) -> str:
+    """Write a hash in the letters a to p: a spreadsheet takes some hexadecimal numbers for numbers and changes them."""
+    return digest.hexdigest().translate(_LETTERS)

@@ -11,13 +11,13 @@ from kd_lightning.errors import InputError
 
 _TEXT = 120  # longest text of a transform in a message
 _REASONS = {
-    "split": (
-        "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
-        "seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no label_file"
-    ),
     "samples": (
         "the images or the unlabeled pool have changed since the checkpoint (the hash of paths and contents differs); "
         "resume with the images of that run, or start a new run"
+    ),
+    "split": (
+        "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size and "
+        "seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no label_file"
     ),
     "labels": (
         "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise and coarse, "
@@ -43,6 +43,7 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
     return {
         **{name: None if size is None else size * processes for name, size in sizes.items()},
         **numbers,
+        "steps_per_epoch": len(datamodule.train_dataloader()),
         **{name: None if t is None else [_text(t), fingerprint(t)] for name, t in transforms.items()},
     }
 
@@ -57,8 +58,9 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         InputError: If something differs.
     """
-    for name, value in now["settings"].items():
-        before = saved.get("settings", {}).get(name, value)
+    settings = {name: (saved.get("settings", {}).get(name, value), value) for name, value in now["settings"].items()}
+    steps = settings.pop("steps_per_epoch", (0, 0))
+    for name, (before, value) in settings.items():
         if before == value:
             continue
         texts = [pair[0] if isinstance(pair, list) else pair for pair in (before, value)]
@@ -71,6 +73,11 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name, reason in _REASONS.items():
         if saved.get(name, now[name]) != now[name]:
             raise InputError(reason)
+    if steps[0] != steps[1]:  # a row that is left over on a process joins the batch before
+        raise InputError(
+            f"an epoch of the checkpoint had {steps[0]} steps, and now has {steps[1]}; resume with as many processes, "
+            "or start a new run"
+        )
 
 
 def _text(transform: nn.Module) -> str:

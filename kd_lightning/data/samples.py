@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.identity import Identities, identify
 from kd_lightning.data.sources.images import Images, path_of, read_image
 from kd_lightning.data.sources.source import Parts
-from kd_lightning.data.splits import Split
+from kd_lightning.data.splits import Split, hash_targets
 from kd_lightning.errors import InputError
 
 
@@ -68,12 +69,19 @@ class Samples:
         pool = range(self.training, self.training + sum(map(len, self.pool_images)))
         return sorted({*pool} - {*split.labeled, *split.left_out} | {*split.held_out})
 
+    def absent_classes(self) -> set[int]:
+        """Numbers of the classes that have a name, but no training image."""
+        return {*range(len(self.parts.class_names or ()))} - {*self.parts.train.targets.flatten().tolist()}
+
     def hidden_truth(self, index: Tensor) -> Tensor:
         """True labels of images (N,), for metrics alone; -100 (NaN for many labels each) where they are unknown."""
         known = [self.parts.train.targets]
         if self.unlabeled == "test" and self.parts.test is not None:
             known.append(self.parts.test.targets)
-        known.append(torch.full((len(self), *known[0].shape[1:]), IGNORE_INDEX))
+        if known[0].ndim > 1:  # one of many labels may be missing
+            known = [targets.float() for targets in known]
+        missing = float("nan") if known[0].is_floating_point() else IGNORE_INDEX
+        known.append(known[0].new_full((len(self), *known[0].shape[1:]), missing))
         return torch.cat(known)[index]
 
     def image(self, index: int) -> Any:
@@ -91,12 +99,16 @@ class Samples:
         """Paths and contents of each part of ``images``. Every image is read once."""
         return [identify(part) for part in self.images]
 
-    def content(self, index: int) -> str:
-        """Hash of an image's content, see :class:`~kd_lightning.data.identity.Identities`."""
-        return self._all.contents[index]
+    @cached_property
+    def test_identities(self) -> Identities:
+        """Paths and contents of the test part."""
+        if self.parts.test is None:
+            raise InputError(f"{self.source} has no test part")
+        return identify(self.parts.test.images)
 
     @cached_property
-    def _all(self) -> Identities:
+    def all_identities(self) -> Identities:
+        """Paths and contents of all ``images``, by index."""
         return sum(self.identities[1:], self.identities[0])
 
     @property
@@ -105,6 +117,19 @@ class Samples:
         if self.parts.unlabeled is None:
             return None
         return identify(self.parts.unlabeled) if self.unlabeled == "test" else self.identities[1]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the training part's paths, contents and labels, and of the unlabeled part's paths and contents."""
+        pool = self.pool_identities
+        parts = [self.identities[0].hash, hash_targets(self.parts.train.targets), "" if pool is None else pool.hash]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def images_hash(self) -> str:
+        """SHA-256 of path and content of all ``images``, in order, and of which part the unlabeled pool is."""
+        hashes = [one.hash for one in self.identities]
+        return hashlib.sha256(repr((hashes, self.unlabeled)).encode()).hexdigest()
 
     def name_samples(self, split: Split, class_names: list[str] | None) -> Split:
         """Return the split with paths and contents of its samples, and names of its classes."""

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from kd_lightning.batch import is_labeled
 from kd_lightning.data.identity import Identities, Match, match
 from kd_lightning.data.splits import Split, hash_targets
 from kd_lightning.errors import InputError
@@ -25,8 +26,8 @@ def follow_samples(
 ) -> Split:
     """Move the indices and class numbers of a saved split to the samples and classes that it meant.
 
-    A sample that is gone is in no part any more. A new sample becomes unlabeled: its label, if it has one, was not
-    among those of the split. What has changed is said in one line.
+    A sample that is gone is in no part any more. One that has lost its label becomes unlabeled. A new sample becomes
+    unlabeled: its label, if it has one, was not among those of the split. What has changed is said in one line.
 
     Args:
         split: A split as it was saved. One that does not name its samples is returned unchanged.
@@ -68,11 +69,14 @@ def follow_samples(
     for index, label, kind, weight in split.label_rows:
         if (place := places[index]) is not None:
             rows.append([place, labels(label) if kind in ("clean", "noisy") else label, kind, weight])
+    rowed = {row[0] for row in rows}
+    known = is_labeled(targets).reshape(len(targets), -1).any(dim=1)
+    lost = {n for n in [*now(split.labeled), *now(split.val)] if n < len(known) and not known[n] and n not in rowed}
     return replace(
         split,
-        labeled=now(split.labeled),
-        unlabeled=sorted([*now(split.unlabeled), *training.added]),
-        val=now(split.val),
+        labeled=[n for n in now(split.labeled) if n not in lost],
+        unlabeled=sorted([*now(split.unlabeled), *training.added, *lost]),
+        val=[n for n in now(split.val) if n not in lost],
         held_out=now(split.held_out),
         left_out=now(split.left_out),
         label_rows=sorted(rows, key=lambda row: int(row[0])),

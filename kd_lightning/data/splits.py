@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.identity import Identities
+from kd_lightning.data.sources.targets import count_classes, has_label, has_one_class
 from kd_lightning.errors import InputError
 
 
@@ -218,62 +220,102 @@ def hash_targets(targets: Tensor) -> str:
 
 
 def make_split(
-    targets: Tensor, labeled: float | None, val_size: float, seed: int, class_names: Sequence[str] | None = None
+    targets: Tensor,
+    labeled: float | None,
+    val_size: float,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    at_most: bool = False,
 ) -> Split:
-    """Sample a split at random, stratified by class.
+    """Sample a split at random, stratified by class. Samples without a label are unlabeled.
 
     The validation part is sampled first and does not depend on ``labeled``. With the same seed, a smaller labeled set
     is a subset of a larger one.
 
     Args:
-        targets: Training labels: (N,) class indices, or (N, L) zeros and ones. The latter are split by fraction and
-            without strata.
+        targets: Training labels: (N,) class indices, or (N, L) zeros and ones; -100 or NaN where they are missing.
+            Floats, and rows of several labels, are split by fraction and without strata.
         labeled: An int per class (0 for none), a fraction of each class in (0, 1] (at least one sample), or None for
-            all.
+            all that have a label.
         val_size: An int per class, or a fraction of each class in (0, 1] (at least one sample); 0 for no validation
             part.
         seed: Seed of the random order.
-        class_names: Names of the classes for error messages. Default: None, which means their numbers.
+        class_names: Names of all classes. Default: None, which means their numbers.
+        at_most: Whether a class with fewer samples than an int ``labeled`` is labeled whole. A fraction ``val_size``
+            below 1 then leaves each class at least one training sample.
 
     Raises:
         InputError: For a number out of range, or more samples than a class has. The message names the class.
     """
-    single = targets.ndim == 1 and not targets.is_floating_point()
-    groups = [(targets == c).nonzero().flatten() for c in range(int(targets.max()) + 1)] if single else []
-    if not single:
-        groups = [torch.arange(len(targets))]
-        if any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
-            raise InputError(
-                "labeled and val_size must be fractions where a sample has many labels, got a count per class"
-            )
+    single = has_one_class(targets)
+    known = has_label(targets)
+    if not single and any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
+        what = "many labels" if targets.ndim > 1 else "a float as label"
+        raise InputError(
+            f"labeled and val_size must be fractions where a sample has {what}, got a count per class; a class must be "
+            "an integer"
+        )
+    if labeled and not at_most and not known.any():
+        raise InputError(f"labeled: {labeled}, but no training sample has a label; allowed: 0 or null")
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": [], "val": []}
-    for number, members in enumerate(groups):
-        name = class_names[number] if single and class_names else str(number)
+    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": (~known).nonzero().flatten().tolist(), "val": []}
+    for name, members in _classes(targets, class_names) if single else [("0", known.nonzero().flatten())]:
         order = members[torch.randperm(len(members), generator=generator)].tolist()
-        if not order:  # a class index that no training sample has
-            if isinstance(labeled, int) and labeled:
-                raise InputError(f"labeled: {labeled} per class, but class {name!r} has no training sample")
+        if not order:  # no training sample has the class
+            if isinstance(labeled, int) and labeled and not at_most:
+                raise InputError(
+                    f"labeled: {labeled} per class, but class {name!r} has no training sample; allowed: a fraction, or "
+                    "labeled_at_most: true"
+                )
             continue
         val = _count("val_size", val_size, len(order), name) if val_size else 0
+        if at_most and not isinstance(val_size, int) and val_size < 1:
+            val = min(val, len(order) - 1)
         rest = len(order) - val
         if rest < 1:
-            raise InputError(f"val_size: {val_size} leaves class {name!r} no training sample of its {len(order)}")
-        known = rest if labeled is None else _count("labeled", labeled, rest, name)
+            hint = "" if isinstance(val_size, int) or val_size >= 1 else "; labeled_at_most: true leaves it one"
+            raise InputError(f"val_size: {val_size} leaves class {name!r} no training sample of its {len(order)}{hint}")
+        count = rest if labeled is None else _count("labeled", labeled, rest, name, at_most)
         parts["val"] += order[:val]
-        parts["labeled"] += order[val : val + known]
-        parts["unlabeled"] += order[val + known :]
+        parts["labeled"] += order[val : val + count]
+        parts["unlabeled"] += order[val + count :]
     indices: Any = {name: sorted(part) for name, part in parts.items()}
-    return Split(**indices, seed=seed, data=hash_targets(targets))
+    split = Split(**indices, seed=seed, data=hash_targets(targets))
+    if problem := wrong_sample(split, len(targets)):
+        raise InputError(f"split: {problem}")
+    return split
 
 
-def _count(key: str, size: float, available: int, name: str) -> int:
+def _classes(targets: Tensor, names: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each class, ascending, and its samples, ascending.
+
+    Of classes without a sample only the first is yielded: there may be very many.
+    """
+    highest = int(targets.max()) if len(targets) else -1
+    if names and highest >= len(names):
+        raise InputError(f"class_names must name all classes, 0 ... {highest}, got {len(names)} names")
+    order = targets.argsort(stable=True)
+    numbers, counts = torch.unique_consecutive(targets[order], return_counts=True)
+    members = dict(zip(numbers.tolist(), torch.split(order, counts.tolist()), strict=True))
+    members.pop(IGNORE_INDEX, None)
+    empty = next((number for number in range(count_classes(targets, names)) if number not in members), None)
+    if empty is not None:
+        members[empty] = order[:0]
+    for number in sorted(members):
+        yield names[number] if names else str(number), members[number]
+
+
+def _count(key: str, size: float, available: int, name: str, at_most: bool = False) -> int:
     if isinstance(size, int):
         least = 0 if key == "labeled" else 1
+        if at_most and size >= least:
+            return min(size, available)
         if not least <= size <= available:
+            more = ", or labeled_at_most: true" if key == "labeled" else ""
             raise InputError(
                 f"{key}: {size} per class, but class {name!r} has {available} samples for it; allowed: {least} ... "
-                f"{available}"
+                f"{available}{more}"
             )
         return size
     if not 0.0 < size <= 1.0:

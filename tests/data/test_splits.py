@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -195,3 +196,137 @@ class TestLabelRows:
     def test_for_validation_are_refused(self):
         with pytest.raises(InputError, match="label_file: sample 6 is in the validation part"):
             self.SPLIT.with_label_rows([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])
+
+
+def everything(split):
+    return sorted(split.labeled + split.unlabeled + split.val + split.held_out + split.left_out)
+
+
+class TestSamplesWithoutALabel:
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            torch.tensor([0, 1, -100, 0, 1, -100] * 10),
+            torch.tensor([0, 1, math.nan, 0, 1, math.nan] * 10),
+            torch.tensor([[0, 1], [1, math.nan], [math.nan] * 2, [1, 1], [math.nan, 0], [math.nan] * 2] * 10),
+        ],
+    )
+    @pytest.mark.parametrize("labeled", [None, 0.5])
+    def test_are_unlabeled(self, targets, labeled):
+        split = make_split(targets, labeled, 0.25, seed=3)
+        nothing = {index for index in range(60) if index % 6 in (2, 5)}
+        assert nothing <= {*split.unlabeled}
+        assert everything(split) == [*range(60)]
+        assert len(split.val) == 10
+        strata = 1 if targets.is_floating_point() else 2
+        assert len(split.labeled) == (30 if labeled is None else {1: 15, 2: 16}[strata])
+
+    def test_change_nothing_for_the_others(self):
+        """The same samples are chosen as without them."""
+        whole = make_split(TARGETS, 0.4, 0.1, seed=5)
+        more = make_split(torch.cat([TARGETS, torch.full((9,), -100)]), 0.4, 0.1, seed=5)
+        assert (more.labeled, more.val) == (whole.labeled, whole.val)
+        assert more.unlabeled == [*whole.unlabeled, *range(80, 89)]
+
+    @pytest.mark.parametrize("names", [None, ["a", "b"]])
+    def test_all(self, names):
+        targets = torch.full((5,), -100)
+        for labeled in (None, 0):
+            split = make_split(targets, labeled, 0.5, 0, names)
+            assert (split.unlabeled, split.labeled, split.val) == ([*range(5)], [], [])
+        for labeled in (3, 0.5):
+            with pytest.raises(InputError, match=f"labeled: {labeled}, but no training sample has a label"):
+                make_split(targets, labeled, 0.5, 0, names)
+            assert make_split(targets, labeled, 0.5, 0, names, at_most=True).labeled == []
+        assert everything(make_split(torch.full((5, 3), math.nan), None, 0.5, 0)) == [*range(5)]
+
+
+def test_a_count_of_floats():
+    with pytest.raises(InputError, match="must be fractions where a sample has a float as label, got a count"):
+        make_split(torch.tensor([0.0, 1.0]), 1, 0, seed=0)
+
+
+def test_the_order_of_draws_stays():
+    """The indices that earlier versions sampled."""
+    split = make_split(torch.tensor([2, 0, 1, 2, 2, 0, 1, 0, 4, 4]), 1, 0, seed=7, at_most=True)
+    assert everything(split) == [*range(10)]
+    generator, expected = torch.Generator().manual_seed(7), []
+    for c in range(5):
+        members = (torch.tensor([2, 0, 1, 2, 2, 0, 1, 0, 4, 4]) == c).nonzero().flatten()
+        expected += members[torch.randperm(len(members), generator=generator)].tolist()[:1]
+    assert split.labeled == sorted(expected)
+
+
+class TestAtMost:
+    """Classes of 50, 20, 10, 3 and 1 samples; the sixth has none."""
+
+    TARGETS = torch.tensor([0] * 50 + [1] * 20 + [2] * 10 + [3] * 3 + [4])
+    NAMES = ["a", "b", "c", "d", "e", "f"]
+
+    def split(self, labeled, val_size, at_most=True):
+        return make_split(self.TARGETS, labeled, val_size, 0, self.NAMES, at_most=at_most)
+
+    def counts(self, split):
+        return [torch.bincount(self.TARGETS[part], minlength=5).tolist() for part in (split.labeled, split.val)]
+
+    @pytest.mark.parametrize(
+        ("labeled", "val_size", "expected"),
+        [
+            (4, 0.1, [[4, 4, 4, 2, 1], [5, 2, 1, 1, 0]]),
+            (12, 0.9, [[5, 2, 1, 1, 1], [45, 18, 9, 2, 0]]),
+            (12, 0, [[12, 12, 10, 3, 1], [0] * 5]),
+            (0.5, 0.1, [[22, 9, 4, 1, 1], [5, 2, 1, 1, 0]]),
+            (None, 0.1, [[45, 18, 9, 2, 1], [5, 2, 1, 1, 0]]),
+            (0, 0.1, [[0] * 5, [5, 2, 1, 1, 0]]),
+        ],
+    )
+    def test_takes_what_there_is(self, labeled, val_size, expected):
+        split = self.split(labeled, val_size)
+        assert self.counts(split) == expected
+        assert everything(split) == [*range(84)]
+
+    def test_smaller_sets_are_nested(self):
+        few, more = self.split(2, 0.1), self.split(20, 0.1)
+        assert {*few.labeled} < {*more.labeled}
+        assert few.val == more.val
+
+    def test_equals_the_plain_split_where_that_is_possible(self):
+        targets = self.TARGETS[:80]
+        assert make_split(targets, 4, 0.1, 0, at_most=True) == make_split(targets, 4, 0.1, 0)
+
+    @pytest.mark.parametrize(
+        ("labeled", "val_size", "message"),
+        [
+            (4, 0, "labeled: 4 per class, but class 'd' has 3 samples for it; .*labeled_at_most: true"),
+            (1, 0, "labeled: 1 per class, but class 'f' has no training sample.*labeled_at_most: true"),
+            (1, 0.1, "val_size: 0.1 leaves class 'e' no training sample of its 1; labeled_at_most: true"),
+        ],
+    )
+    def test_is_named_where_it_would_help(self, labeled, val_size, message):
+        with pytest.raises(InputError, match=message):
+            self.split(labeled, val_size, at_most=False)
+
+    @pytest.mark.parametrize(
+        ("labeled", "val_size", "message"),
+        [
+            (-1, 0.1, "labeled: -1 per class"),
+            (4, 4, "val_size: 4 per class, but class 'd' has 3 samples"),
+            (4, 1.0, "val_size: 1.0 leaves class 'a' no training sample of its 50$"),
+            (4, 1, "val_size: 1 leaves class 'e' no training sample of its 1$"),
+        ],
+    )
+    def test_errors_that_stay(self, labeled, val_size, message):
+        with pytest.raises(InputError, match=message):
+            self.split(labeled, val_size)
+
+
+def test_too_few_class_names():
+    with pytest.raises(InputError, match=r"class_names must name all classes, 0 ... 2, got 2 names"):
+        make_split(TARGETS, 1, 0, 0, ["a", "b"])
+
+
+def test_many_classes_are_quick():
+    assert make_split(torch.tensor([2**40, 3] * 3), 0.5, 0, seed=0).labeled
+    targets = torch.arange(200_000) % 50_000
+    split = make_split(targets, 1, 0.25, seed=0)
+    assert [len(part) for part in (split.labeled, split.unlabeled, split.val)] == [50_000, 100_000, 50_000]
