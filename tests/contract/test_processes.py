@@ -90,18 +90,18 @@ def test_two_processes_and_two_nodes_equal_one(arguments, half, processes):
     assert_equal_to_one_process()
 
 
-def run_ranks(processes, argv, nodes, end=0, **environment):
-    """Two processes that find each other as ``torchrun``'s do; once more on another port where they do not."""
+def run_ranks(processes, argv, nodes, end=0, world=2, **environment):
+    """Processes that find each other as ``torchrun``'s do; once more on another port where they do not."""
     for last in (False, True):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"} | environment
-        shared |= {"LOCAL_WORLD_SIZE": str(2 // nodes), "TORCHELASTIC_RUN_ID": "none"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)} | environment
+        shared |= {"LOCAL_WORLD_SIZE": str(world // nodes), "TORCHELASTIC_RUN_ID": "none"}
         ranks = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "GROUP_RANK": str(rank * nodes // 2)}
-            for rank in range(2)
+            {"RANK": str(rank), "LOCAL_RANK": str(rank % (world // nodes)), "GROUP_RANK": str(rank * nodes // world)}
+            for rank in range(world)
         ]
         codes, outputs = processes.run(*((argv, shared | rank) for rank in ranks))
         if None not in codes or last:
-            assert codes == [end, end], "\n\n".join(output[-3000:] for output in outputs)
+            assert codes == [end] * world, "\n\n".join(output[-3000:] for output in outputs)
             return
 
 
