@@ -155,7 +155,7 @@ class Coarse:
         coarse.source = DatasetSource(TensorDataset(train_part.images.tensors[0], train_part.targets // 2))
         coarse.setup("")
         used = sorted([*data.split.labeled, *data.split.unlabeled])
-        coarse.split = replace(coarse.split, labeled=used, unlabeled=[])
+        coarse.split = replace(coarse.split, labeled=used, unlabeled=[], left_out=data.split.val)
         make = partial(SupervisedModule, DigitsCNN(8, num_classes=5))
         network = train(STEPS["coarse"], self.seed, lambda **o: make(**o), coarse, lr=lr).student
         return self.fine(lr, lambda: reset_classifier(network, 10))
