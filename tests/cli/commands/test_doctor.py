@@ -369,7 +369,7 @@ def test_hidden_truth_is_not_used(config, capsys, monkeypatch):
 
     def falsified(self):
         parts = load(self)
-        monkeypatch.setattr("kd_lightning.data.datamodule.make_split", lambda *args: split)
+        monkeypatch.setattr("kd_lightning.data.split_setup.make_split", lambda *args, **kwargs: split)
         hidden = parts.train.targets.clone()
         hidden[split.unlabeled] = (hidden[split.unlabeled] + 1) % 10
         return parts._replace(train=parts.train._replace(targets=hidden))
