@@ -61,18 +61,28 @@ def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str)
     return [sorted(order[number::folds]) for number in range(folds)]
 
 
-def fit_folds(config: Config, split: Split, folds: Sequence[list[int]], folder: Path) -> Iterator[Run]:
+def fit_folds(
+    config: Config, split: Split, folds: Sequence[list[int]], folder: Path, samples: str | None = None
+) -> Iterator[Run]:
     """Yield a finished run for each fold, trained without the labels of the fold.
 
     The samples of the fold are in the run's pool. A run is fitted when it is reached, unless it is finished already. A
     run that was stopped is resumed.
+
+    Args:
+        config: The config of the fits.
+        split: The split whose labels are hidden in turn.
+        folds: Samples of each fold.
+        folder: Folder of the fits.
+        samples: Hash of the samples of the data; runs that were fitted on others do not count. Default: None, which
+            means that they are not compared.
     """
     for number, fold in enumerate(folds):
         path = (folder / f"split_{number}.json").resolve()
         labeled = sorted({*split.labeled} - {*fold})
         replace(split, labeled=labeled, held_out=sorted({*split.held_out, *fold})).save(path)
         print(f"[{number + 1}/{len(folds)}] {config['name']}_fold_{number}")
-        yield fit_once(config_of_fold(config, path, number))
+        yield fit_once(config_of_fold(config, path, number), samples)
 
 
 def config_of_fold(config: Config, split: Path, number: int) -> Config:

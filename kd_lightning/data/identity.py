@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.data.sources.images import Images, path_of, read_image
@@ -27,6 +29,8 @@ from kd_lightning.errors import InputError
 
 _MANY = 20_000
 """Number of samples from which on the reading is announced."""
+_CHECKED = 128
+"""Number of items that are read twice, to find out whether a dataset is random."""
 _THREADS = 8
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 
@@ -38,9 +42,9 @@ class Identities:
     Attributes:
         paths: Path relative to the source's folder, with ``/`` between its parts, in Unicode NFC. Empty where a sample
             has no file.
-        contents: Hash of the file's bytes, 16 letters; where a sample has no file, hash of the item's values. The
-            second sample of equal content has the suffix ``#2``, and so on. Empty if the dataset returns another item
-            each time.
+        contents: Hash of the file's bytes, 16 letters; where a sample has no file of its own, hash of the item's
+            values. The second sample of equal content has the suffix ``#2``, and so on. Empty if the dataset returns
+            another item each time.
     """
 
     paths: list[str]
@@ -115,6 +119,8 @@ def match(earlier: Identities, now: Identities) -> Match:
     A file that was renamed is found by its content, and a file that was replaced by its path. A sample without a file
     is found by its content alone.
     """
+    if earlier == now and all(map(max, earlier.paths, earlier.contents)):  # each has a path or a content
+        return Match([*range(len(now))], [], [], [], [])
     places: list[int | None] = [None] * len(earlier)
     free = dict.fromkeys(range(len(now)))
     before, after = ([content.partition("#")[0] for content in one.contents] for one in (earlier, now))
@@ -182,27 +188,86 @@ def _describe(images: Images, numbers: Sequence[int]) -> tuple[list[str], list[s
     """Return relative paths and contents of some samples; equal contents are not numbered."""
     if isinstance(images, Subset):
         return _describe(images.dataset, [int(images.indices[number]) for number in numbers])  # type: ignore[arg-type]
+    if isinstance(images, ConcatDataset):
+        return _describe_parts(images, numbers)
+    values = _values(images)
+    if values is not None and numbers and path_of([images], numbers[0]) is None:
+        return [""] * len(numbers), _hash_rows(values, numbers)
     paths = [path_of([images], number) for number in numbers]
     relative = _relative(paths, getattr(images, "root", None))
-    values = _values(images)
     if values is not None:
-        return relative, [hash_item(values[number]) for number in numbers]
+        return relative, _hash_rows(values, numbers)
     files = [os.path.isfile(path) if path else False for path in paths]  # noqa: PTH113  (there may be a million)
     if len(numbers) >= _MANY:
         rank_zero_info(f"data: hashing {len(numbers)} samples of {type(images).__name__}, each once")
     if numbers and all(files):
         with ThreadPoolExecutor(_THREADS) as pool:
-            return relative, [*pool.map(_hash_file, map(str, paths), chunksize=64)]
+            contents = [*pool.map(_hash_file, map(str, paths), chunksize=64)]
+        if variants := _variants(images):
+            for place, number in enumerate(numbers):
+                if number in variants:
+                    contents[place] = hash_item((contents[place], variants[number]))
+        return relative, contents
     return relative, _read(images, numbers)
+
+
+def _describe_parts(images: ConcatDataset[Any], numbers: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Describe samples of joined datasets: contents as of each dataset alone, and paths that differ."""
+    contents = [""] * len(numbers)
+    places_of = defaultdict[int, list[int]](list)
+    for place, number in enumerate(numbers):
+        places_of[bisect_right(images.cumulative_sizes, number)].append(place)
+    for part, places in places_of.items():
+        first = images.cumulative_sizes[part - 1] if part else 0
+        found = _describe(images.datasets[part], [numbers[place] - first for place in places])[1]  # type: ignore[arg-type]
+        for place, content in zip(places, found, strict=True):
+            contents[place] = content
+    return _relative([path_of([images], number) for number in numbers], None), contents
+
+
+def _variants(images: Images) -> dict[int, Any]:
+    """Return what tells an item from the others of its file, as the tiles of a picture, by number.
+
+    A file that is only listed several times is not among them, since its items are equal.
+    """
+    numbers_of = defaultdict[str | None, list[int]](list)
+    for number in range(len(images)):
+        numbers_of[path_of([images], number)].append(number)
+    shared = [numbers for numbers in numbers_of.values() if len(numbers) > 1]
+    if not shared:
+        return {}
+    if (given := getattr(images, "variants", None)) is not None:
+        return dict(enumerate(given))
+    flat = [*chain.from_iterable(shared)]
+    items = dict(zip(flat, _read(images, flat), strict=True))
+    return {n: items[n] for numbers in shared if len({items[n] for n in numbers}) > 1 for n in numbers}
 
 
 def _read(images: Images, numbers: Sequence[int]) -> list[str]:
     """Hash items that are read one by one; all hashes are empty if the dataset itself is random."""
+    some = np.linspace(0, len(numbers) - 1, min(len(numbers), _CHECKED)).astype(int).tolist()
     with isolate_rng(include_cuda=False):
         contents = [hash_item(read_image([images], number)) for number in numbers]
-        some = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
         same = all(hash_item(read_image([images], numbers[place])) == contents[place] for place in some)
     return contents if same else [""] * len(numbers)
+
+
+def _hash_rows(values: Tensor | np.ndarray, numbers: Sequence[int]) -> list[str]:
+    """Hash rows of a tensor or array: the hashes of :func:`hash_item`, in less time."""
+    if values.dtype == object or 0 in values.shape:
+        return [hash_item(values[number]) for number in numbers]
+    dtype = str(values.dtype).removeprefix("torch.")
+    start = hashlib.blake2b(f"{dtype} {[*values.shape[1:]]}".encode(), digest_size=8)
+    if isinstance(values, Tensor):
+        rows = values.detach().cpu().contiguous().reshape(len(values), -1).view(torch.uint8).numpy()
+    else:
+        rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    contents = []
+    for number in numbers:
+        digest = start.copy()
+        digest.update(rows[number].data)
+        contents.append(_letters(digest))
+    return contents
 
 
 def _values(images: Images) -> Any:

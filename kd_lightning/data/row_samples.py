@@ -77,6 +77,7 @@ class RowSamples:
         rows = [name if _CONTENT.fullmatch(name.content) else replace(name, content="") for name in names]
         candidates = [self._candidates(row) for row in rows]
         samples = [found[0] if len(found) == 1 else None for found in candidates]
+        self._take_copies(rows, samples)
         named = [number for number, row in enumerate(rows) if row.content]
         for number, sample in zip(named, self._match_contents(named, rows, samples), strict=True):
             samples[number] = sample
@@ -203,6 +204,19 @@ class RowSamples:
         ends = ("/".join(parts[number:]) for number in range(len(parts) - 1))
         return next((self._by_path[end] for end in ends if end in self._by_path), [])
 
+    def _take_copies(self, rows: Sequence[RowName], samples: list[int | None]) -> None:
+        """Give each row of a renamed file that has copies the copy in its folder, if no other row has it."""
+        taken = {*samples}
+        for number, row in enumerate(rows):
+            copies = self._by_base[_base(row.content)] if row.content and row.path and samples[number] is None else []
+            if len(copies) < 2 or not (free := [sample for sample in copies if sample not in taken]):
+                continue
+            folder = _parts(row.path)[-2::-1]  # upwards
+            shared = [_count_equal(folder, _parts(self._absolute[sample])[-2::-1]) for sample in free]
+            if max(shared):
+                samples[number] = free[shared.index(max(shared))]
+                taken.add(samples[number])
+
     def _is_at(self, sample: int, path: str) -> bool:
         return sample in self._at_path(path) or self._fits(sample, path)
 
@@ -211,6 +225,11 @@ class RowSamples:
         mine, other = _parts(self._relative[sample]), _parts(path)
         count = min(len(mine), len(other))
         return count > 0 and mine[-count:] == other[-count:]
+
+
+def _count_equal(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return at how many places from the first two sequences are equal."""
+    return next((n for n, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
 def _common_folder(paths: Sequence[str]) -> str:

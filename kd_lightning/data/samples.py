@@ -65,9 +65,12 @@ class Samples:
     def unlabeled_indices(self, split: Split) -> list[int]:
         """Indices of the unlabeled images to train on, ascending."""
         if self.unlabeled == "rest":
-            return sorted({*(index for index in split.unlabeled if index < self.training), *split.held_out})
-        pool = range(self.training, self.training + sum(map(len, self.pool_images)))
-        return sorted({*pool} - {*split.labeled, *split.left_out} | {*split.held_out})
+            size = self.training
+            return sorted({*(index for index in split.unlabeled if index < size), *split.held_out})
+        pool = {*range(self.training, self.training + sum(map(len, self.pool_images)))}
+        if self.unlabeled == "source":  # indices of the split that count on are those of the source's unlabeled part
+            pool -= {*split.labeled, *split.left_out}
+        return sorted(pool | {*split.held_out})
 
     def absent_classes(self) -> set[int]:
         """Numbers of the classes that have a name, but no training image."""
@@ -125,7 +128,7 @@ class Samples:
         parts = [self.identities[0].hash, hash_targets(self.parts.train.targets), "" if pool is None else pool.hash]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    @property
+    @cached_property
     def images_hash(self) -> str:
         """SHA-256 of path and content of all ``images``, in order, and of which part the unlabeled pool is."""
         hashes = [one.hash for one in self.identities]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from kd_lightning.batch import is_labeled
@@ -27,7 +27,10 @@ def follow_samples(
     """Move the indices and class numbers of a saved split to the samples and classes that it meant.
 
     A sample that is gone is in no part any more. One that has lost its label becomes unlabeled. A new sample becomes
-    unlabeled: its label, if it has one, was not among those of the split. What has changed is said in one line.
+    unlabeled: its label, if it has one, was not among those of the split. A sample of the unlabeled part that was moved
+    to the training part has its label row there. A label row of a file whose content has changed is followed by path;
+    if files were renamed as well, a path says too little, and the row is passed over. What has changed is said in one
+    line.
 
     Args:
         split: A split as it was saved. One that does not name its samples is returned unchanged.
@@ -46,20 +49,27 @@ def follow_samples(
     _check_same_data(training, len(split.samples), path)
     places = dict(enumerate(training.places))
     size = len(split.samples)
-    said = [_describe(training, "training")]
+    by_path = _found_by_path(training, samples.paths)
+    unsure = by_path if training.renamed else set()
+    _report(training, "training", path)
     now_pool = pool() if split.beyond else None
     if split.beyond:
-        if split.pool is None or now_pool is None:
+        before = split.pool or Identities([], [])
+        extra = match(before, now_pool or Identities([], []))
+        moved = _moved_to_training(split, extra, training.added, samples)
+        gone = [row[0] for row in split.label_rows if row[0] >= size and row[0] not in moved]
+        if gone and (split.pool is None or now_pool is None):
             raise InputError(
-                f"labeled: {path} has labels for the source's unlabeled part (sample {split.beyond[0]}), which is gone"
+                f"labeled: {path} has labels for the source's unlabeled part (sample {gone[0]}), which is gone"
             )
-        extra = match(split.pool, now_pool)
-        _check_same_data(extra, len(split.pool), path)
-        shift = len(samples)
-        places |= {size + n: None if place is None else shift + place for n, place in enumerate(extra.places)}
-        said.append(_describe(replace(extra, added=[]), "unlabeled"))
-    for line in filter(None, said):
-        rank_zero_info(f"labeled: {path}: {line}")
+        if now_pool is not None:
+            _check_same_data(extra, len(before), path, len(moved))
+            _report(replace(extra, added=[]), "unlabeled", path, len(moved))
+            more = {len(samples) + n for n in _found_by_path(extra, now_pool.paths)}
+            by_path, unsure = by_path | more, unsure | (more if extra.renamed else set())
+        places |= dict.fromkeys(split.beyond)
+        places |= {size + n: None if place is None else len(samples) + place for n, place in enumerate(extra.places)}
+        places |= moved
 
     def now(indices: Sequence[int]) -> list[int]:
         return sorted(place for index in indices if (place := places[index]) is not None)
@@ -69,16 +79,30 @@ def follow_samples(
     for index, label, kind, weight in split.label_rows:
         if (place := places[index]) is not None:
             rows.append([place, labels(label) if kind in ("clean", "noisy") else label, kind, weight])
+    names = [*samples.paths, *([] if now_pool is None else now_pool.paths)]
+    changed = sorted(row[0] for row in rows if row[0] in by_path)
+    passed = unsure.intersection(changed)
+    if changed:
+        what = "are followed by path, though the content of their files has changed"
+        if passed:
+            what = "are passed over, since the content of their files has changed, and other files were renamed"
+        count = f"{len(passed or changed)} of {len(split.label_rows)}"
+        rank_zero_warn(f"labeled: {path}: {count} label rows {what} ({names[min(passed or changed)]})")
+    rows = [row for row in rows if row[0] not in passed]
     rowed = {row[0] for row in rows}
     known = is_labeled(targets).reshape(len(targets), -1).any(dim=1)
-    lost = {n for n in [*now(split.labeled), *now(split.val)] if n < len(known) and not known[n] and n not in rowed}
+    lost = {n for n in now(split.val) if not known[n]}
+    lost |= {n for n in now(split.labeled) if n in passed or (n < len(known) and not known[n] and n not in rowed)}
+    labeled = {*now(split.labeled)} - lost
+    left_out = now(split.left_out)
+    unlabeled = {*now(split.unlabeled), *training.added, *lost} - {*labeled, *left_out}
     return replace(
         split,
-        labeled=[n for n in now(split.labeled) if n not in lost],
-        unlabeled=sorted([*now(split.unlabeled), *training.added, *lost]),
+        labeled=sorted(labeled),
+        unlabeled=sorted(n for n in unlabeled if n < len(samples) or n not in passed),
         val=[n for n in now(split.val) if n not in lost],
         held_out=now(split.held_out),
-        left_out=now(split.left_out),
+        left_out=left_out,
         label_rows=sorted(rows, key=lambda row: int(row[0])),
         data=hash_targets(targets),
         samples=samples,
@@ -87,28 +111,57 @@ def follow_samples(
     )
 
 
-def _check_same_data(found: Match, size: int, path: Path) -> None:
-    count = size - len(found.gone)
+def _found_by_path(found: Match, paths: Sequence[str]) -> set[int]:
+    """Return the samples now whose file has another content than before."""
+    changed = {*found.changed}
+    return {place for place in found.places if place is not None and paths[place] in changed} if changed else set()
+
+
+def _moved_to_training(split: Split, extra: Match, added: Sequence[int], samples: Identities) -> dict[int, int]:
+    """Return {index before: index now} of samples of the unlabeled part that are new training samples, by content."""
+    size = 0 if split.samples is None else len(split.samples)
+    if split.pool is None:
+        return {}
+    new = {samples.contents[n].partition("#")[0]: n for n in reversed(added)}
+    new.pop("", None)
+    gone = [index for index in split.beyond if extra.places[index - size] is None]
+    names = {index: split.pool.contents[index - size].partition("#")[0] for index in gone}
+    return {index: new.pop(name) for index, name in names.items() if name in new}
+
+
+def _check_same_data(found: Match, size: int, path: Path, moved: int = 0) -> None:
+    count = size - len(found.gone) + moved
     if size and count < size / 2:
         raise InputError(f"labeled: {path} belongs to other data: only {count} of its {size} samples are here")
 
 
-def _describe(found: Match, part: str) -> str:
-    """Describe in one line what has changed in a part; empty if nothing has."""
-    what = found.describe()
-    new = "; new samples are unlabeled" if found.added else ""
-    return f"the {part} samples have changed since: {what}; the others are as they were{new}" if what else ""
+def _report(found: Match, part: str, path: Path, moved: int = 0) -> None:
+    """Log in one line what has changed in a part, if anything has. Other contents are worth a warning."""
+    if what := found.describe():
+        what += f" ({moved} of these moved to the training part)" if moved else ""
+        new = "; new samples are unlabeled" if found.added else ""
+        text = f"labeled: {path}: the {part} samples have changed since: {what}; the others are as they were{new}"
+        (rank_zero_warn if found.changed else rank_zero_info)(text)
 
 
 def _class_numbers(split: Split, path: Path, names: Sequence[str] | None) -> Callable[[Any], int]:
     """Return a function from a class number of the split to the number of the same class now."""
     before = split.class_names
+    if before and names and before != [*names]:
+        new, gone = ([name for name in a if name not in b] for a, b in ((names, before), (before, names)))
+        what = "; ".join(f"{key}: {', '.join(found[:20])}" for key, found in (("new", new), ("gone", gone)) if found)
+        rank_zero_warn(
+            f"labeled: {path}: the classes, and their numbers, have changed since ({what or 'another order'})"
+        )
 
     def number(label: Any) -> int:
         if before is None or names is None or before == [*names] or not 0 <= int(label) < len(before):
             return int(label)
         if before[int(label)] not in names:
-            raise InputError(f"labeled: {path} has labels of class {before[int(label)]!r}, which is gone")
+            raise InputError(
+                f"labeled: {path} has labels of class {before[int(label)]!r}, which is gone; there are "
+                f"{', '.join(names[:20])}"
+            )
         return [*names].index(before[int(label)])
 
     return number

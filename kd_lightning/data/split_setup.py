@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
 from kd_lightning.data.labels.build import check_label_rows
 from kd_lightning.data.labels.label_file import read_label_file
@@ -12,6 +14,7 @@ from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.targets import count_classes
 from kd_lightning.data.split_samples import follow_samples
 from kd_lightning.data.splits import Split, make_split
+from kd_lightning.errors import InputError
 
 
 def find_split(
@@ -65,6 +68,20 @@ def find_split(
         split = split.with_label_rows(rows)
     check_label_rows(split, parts, unlabeled_part=samples.unlabeled != "test")
     return split
+
+
+def check_same_on_ranks(trainer: Trainer, hashes: Sequence[str]) -> None:
+    """Compare hashes of samples and split with those of rank 0. All ranks must call this.
+
+    Raises:
+        InputError: On a rank that has others.
+    """
+    mine = [*hashes]
+    if trainer.strategy.broadcast(mine) != mine:
+        raise InputError(
+            f"rank {trainer.global_rank} has other samples or another split than rank 0; all ranks must read the same "
+            "data"
+        )
 
 
 def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split) -> Split:

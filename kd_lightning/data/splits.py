@@ -91,7 +91,9 @@ class Split:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             written = fields.pop("hash")
-            new = fields.pop("format", 1) == _FORMAT
+            if (version := fields.pop("format", 1)) not in (1, _FORMAT):
+                raise ValueError(f"its format must be 1 or {_FORMAT}, got {version!r:.20}")
+            new = version == _FORMAT
             hashed = {"format": _FORMAT, **fields} if new else {k: v for k, v in fields.items() if k not in _LATER or v}
             if not new and fields.pop("pool", ""):
                 raise ValueError("it has labels for the unlabeled part, but does not name the samples; make it anew")
@@ -155,8 +157,10 @@ def _wrong_field(split: Split) -> str:
     if not isinstance(split.data, str):
         return f"data must be a text, got {split.data!r:.80}"
     for name in ("samples", "pool"):
-        names: Identities | None = getattr(split, name)
+        names: Any = getattr(split, name)
         if names is not None:
+            if not isinstance(names, Identities):
+                return f"{name} must hold paths and contents, got {names!r:.80}"
             columns: list[Any] = [names.paths, names.contents]
             if not all(isinstance(column, list) and {*map(type, column)} <= {str} for column in columns):
                 return f"{name} must hold lists of texts, paths and contents"

@@ -166,6 +166,16 @@ def test_no_fit_is_repeated_but_one_that_would_be_another(config, fits, tmp_path
         assert run()[1] == 0
 
 
+def test_other_samples_are_another_fit(config, fits, tmp_path):
+    """The pool has changed, of which the split has no names."""
+    split = make_split(TARGETS, 2, 0.1, 0)
+    for samples, count in (("a", 1), ("a", 0), ("b", 1), ("a", 0)):
+        fits.clear()
+        (run,) = fit_folds(config, split, [split.labeled[:2]], tmp_path, samples)
+        Run.write_state(run.folder, samples=samples)
+        assert len(fits) == count
+
+
 def test_another_seed_is_another_fit(config, fits, tmp_path):
     split = make_split(TARGETS, 2, 0.1, 0)
     for seeds, count in (((0, 2), 1), ((0, 2), 0), ((1, 2), 1), ((0, 3), 1), ((1, 2), 0)):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from kd_lightning.data import DatasetSource, ImageFolder
+from kd_lightning.data import DatasetSource, ImageFolder, RotatedClasses
 from kd_lightning.data.identity import Identities, hash_item, identify, match
 
 
@@ -188,3 +188,127 @@ def test_a_file_of_the_user_that_cannot_be_read(folder):
         (folder / "cats" / "0.png").chmod(0)
     with pytest.raises(Exception, match="cats.0.png"):
         identify(images)
+
+
+class Tiles(Dataset):
+    """Three tiles of each file."""
+
+    def __init__(self, paths, tiles=(0, 1, 2)):
+        self.paths = [str(path) for path in paths for _ in tiles]
+        self.tiles = [tile for _ in paths for tile in tiles]
+        self.targets = [tile % 2 for tile in self.tiles]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        tile = self.tiles[index]
+        return Image.open(self.paths[index]).crop((tile, 0, tile + 1, 4)), tile % 2
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures whose columns differ."""
+    for number in range(3):
+        values = np.random.default_rng(number).integers(0, 255, (4, 4, 3), np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    return sorted(tmp_path.glob("*.png"))
+
+
+class TestSeveralItemsOfAFile:
+    """The file alone does not say which sample is which."""
+
+    def test_a_tile_is_gone(self, pictures):
+        before, now = Tiles(pictures), Tiles(pictures, (1, 2))
+        found = match(identify(before), identify(now))
+        assert found.places == [None, 0, 1, None, 2, 3, None, 4, 5]
+
+    def test_are_no_copies(self, pictures):
+        assert not [content for content in identify(Tiles(pictures)).contents if "#" in content]
+
+    def test_a_subset_has_the_names_of_the_whole(self, pictures):
+        whole, part = identify(Tiles(pictures)), identify(Subset(Tiles(pictures), [0, 4, 4]))
+        assert part.contents == [whole.contents[0], whole.contents[4], f"{whole.contents[4]}#2"]
+
+    def test_rotations(self, folder, monkeypatch):
+        images = RotatedClasses(ImageFolder(str(folder))).load().train.images
+        monkeypatch.setattr(type(images), "__getitem__", None)  # they are named without reading them
+        names = identify(images)
+        assert len({content.partition("#")[0] for content in names.contents}) == 24
+        (folder / "cats" / "0.png").unlink()
+        found = match(names, identify(RotatedClasses(ImageFolder(str(folder))).load().train.images))
+        assert found.places == [None if n % 6 == 0 else n // 6 * 5 + n % 6 - 1 for n in range(24)]
+
+    def test_random_tiles_have_the_content_of_the_file(self, pictures):
+        class Random(Tiles):
+            def __getitem__(self, index):
+                return torch.rand(3), 0
+
+        assert all(identify(Random(pictures)).contents)
+
+    def test_a_file_that_is_listed_twice(self, pictures):
+        """It is one picture, as it is where it is listed once."""
+        names = identify(Listed([*pictures, pictures[1]]))
+        assert names.contents == [*identify(Listed(pictures)).contents, f"{names.contents[1]}#2"]
+
+    def test_joined_datasets(self, pictures):
+        """Each has the names that it has alone."""
+        files, tensors = Listed(pictures), TensorDataset(torch.arange(3.0).reshape(3, 1))
+        joined = ConcatDataset([files, tensors, files])
+        names = identify(joined)
+        alone = [identify(files).contents, identify(tensors).contents]
+        assert names.contents == [*alone[0], *alone[1], *(f"{content}#2" for content in alone[0])]
+        assert identify(Subset(joined, [4, 6])).contents == [alone[1][1], alone[0][0]]
+        assert names.paths == [*identify(files).paths, "", "", "", *identify(files).paths]
+
+    def test_rotated_tiles(self, pictures):
+        names = identify(RotatedClasses(DatasetSource(Tiles(pictures))).load().train.images)
+        assert len({content.partition("#")[0] for content in names.contents}) == len(names)
+
+
+def test_rarely_random_datasets_have_no_contents():
+    """Of 60 items about 11 are another at the second reading."""
+
+    class Flipped(Plain):
+        def __getitem__(self, index):
+            return self.items[index].flip(0) if torch.rand(()) < 0.1 else self.items[index], 0
+
+    images = Flipped([torch.arange(2.0) + number for number in range(60)])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert not any(identify(images).contents), seed
+
+
+def test_a_list_of_paths_that_does_not_name_the_items(folder):
+    """A dataset that selects some of its files lists more paths than it has items."""
+
+    class Selected(Listed):
+        chosen = (5, 3)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Image.open(self.paths[self.chosen[index]]), 0
+
+    names = identify(Selected(sorted(folder.rglob("*.png"))))
+    assert names.paths == ["", ""]
+    assert names.contents == [
+        hash_item(Image.open(folder / "dogs" / name).convert("RGB")) for name in ("2.png", "0.png")
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.arange(12).reshape(4, 3),
+        torch.rand(4),
+        torch.rand(4, 3, 2).permute(0, 2, 1),
+        torch.rand(4, 0),
+        torch.rand(4, 2) > 0.5,
+        torch.rand(4, 2).bfloat16(),
+    ],
+)
+def test_values_in_memory_are_named_as_items(values):
+    assert identify(TensorDataset(values)).contents[0] == hash_item(values[0])
+    assert [name.partition("#")[0] for name in identify(TensorDataset(values)).contents] == [*map(hash_item, values)]

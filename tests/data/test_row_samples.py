@@ -161,3 +161,13 @@ class TestWithoutFiles:
 
 def test_rows_of_one_name_mean_one_sample():
     assert find(data(NOW), (1, "cats/1.png", "b"), (1, "cats/1.png", "b"), (None, "cats/1.png", ""))[0] == [1, 1, 1]
+
+
+def test_a_renamed_file_whose_copy_is_elsewhere():
+    """A row of dogs/0.png follows it, and does not go to the copy in cats."""
+    now = {"cats/0.png": "a", "dogs/9.png": "a2"}
+    for path in ("dogs/0.png", "/new/train/dogs/0.png", "/old/dogs/0.png"):
+        assert find(data(now), (1, path, "a2"))[0] == [1]
+        assert find(data(now), (1, path, "a"))[0] == [1]
+    assert find(data(now), (0, "cats/7.png", "a"))[0] == [0]
+    assert find(data({"cats/0.png": "a"}, {"9.png": "a"}), (1, "/new/pool/1.png", "a"))[0] == [1]

@@ -1,5 +1,6 @@
 """Saved splits follow their samples when files are renamed, added, removed or replaced."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -93,21 +94,21 @@ def test_two_files_change_names(folder):
     assert after["unlabeled"] == before["unlabeled"] - {two} | {one}
 
 
-def test_a_file_is_replaced(folder, caplog):
+def test_a_file_is_replaced(folder):
     before, labels = by_name(reopen(folder))
     name = sorted(labels)[0]
     write(folder / name, 2000)
-    with caplog.at_level("INFO"):
+    with pytest.warns(UserWarning, match=re.escape(f"1 with another content ({name})")):
         after, now = by_name(reopen(folder))
     assert (after, now) == (before, labels)
-    assert f"1 with another content ({name})" in caplog.text
 
 
 def test_a_class_is_added(folder):
     """Class numbers of the label file move with their names."""
     before, labels = by_name(reopen(folder))
     write(folder / "birds" / "0.png", 3000)  # birds come first, so that cats and dogs have other numbers
-    after, now = by_name(reopen(folder))
+    with pytest.warns(UserWarning, match=r"the classes, and their numbers, have changed since \(new: birds\)"):
+        after, now = by_name(reopen(folder))
     assert now == labels
     assert after["unlabeled"] == before["unlabeled"] | {"birds/0.png"}
 
@@ -187,3 +188,99 @@ def test_samples_in_no_part_are_refused_in_a_file(tmp_path):
         Split.load(tmp_path / "split.json", torch.arange(30) % 3)
     replace(split, val=split.val[1:], left_out=split.val[:1]).save(tmp_path / "split.json")
     assert Split.load(tmp_path / "split.json", torch.arange(30) % 3).left_out == split.val[:1]
+
+
+class TestPool:
+    """Ten cats and ten dogs, and eight pictures without labels, of which three have labels from a file."""
+
+    @pytest.fixture
+    def root(self, tmp_path):
+        for number in range(10):
+            write(tmp_path / "train" / "cats" / f"{number}.png", number)
+            write(tmp_path / "train" / "dogs" / f"{number}.png", 100 + number)
+        for number in range(8):
+            write(tmp_path / "pool" / f"{number}.png", 300 + number)
+            write(tmp_path / "test" / "cats" / f"{number}.png", 400 + number)
+        rows = "pool/2.png,cats\npool/3.png,dogs\npool/4.png,cats\n"
+        (tmp_path / "a.csv").write_text(f"path,label\n{rows}")
+        self.open(tmp_path, labeled=3, label_file=tmp_path / "a.csv").save_split(tmp_path / "split.json")
+        return tmp_path
+
+    def open(self, root, **kwargs):
+        folders = [str(root / name) if (root / name).exists() else None for name in ("train", "test", "pool")]
+        kwargs = {"val_size": 2, "unlabeled": "source", "labeled": root / "split.json"} | kwargs
+        data = SemiSupervisedDataModule(ImageFolder(*folders, image_size=8), **kwargs)
+        data.setup("fit")
+        return data
+
+    def labels_by_file(self, data):
+        """Label of each sample that has one by a file."""
+        labels, names = data.visible_labels().tolist(), data.identities("train").paths
+        return {names[row[0]]: data.class_names[labels[row[0]]] for row in data.split.label_rows}
+
+    def test_pictures_are_sorted_into_the_class_folders(self, root, caplog):
+        (root / "pool" / "2.png").rename(root / "train" / "cats" / "2 of the pool.png")
+        (root / "pool" / "3.png").rename(root / "train" / "dogs" / "3 of the pool.png")
+        (root / "pool" / "0.png").rename(root / "train" / "dogs" / "0 of the pool.png")
+        with caplog.at_level("INFO"):
+            data = self.open(root)
+        wanted = {"cats/2 of the pool.png": "cats", "dogs/3 of the pool.png": "dogs", "4.png": "cats"}
+        assert self.labels_by_file(data) == wanted
+        names = data.identities("train").paths
+        assert wanted.keys() < {names[index] for index in data.split.labeled}
+        assert names.index("dogs/0 of the pool.png") in data.split.unlabeled  # the file says nothing of it
+        assert "(2 of these moved to the training part)" in caplog.text
+
+    def test_all_are_sorted(self, root):
+        for number in range(8):
+            (root / "pool" / f"{number}.png").rename(root / "train" / "dogs" / f"p{number}.png")
+        (root / "pool").rmdir()
+        data = self.open(root, unlabeled="rest")
+        assert self.labels_by_file(data) == {"dogs/p2.png": "cats", "dogs/p3.png": "dogs", "dogs/p4.png": "cats"}
+
+    def test_files_are_numbered_anew_and_saved_anew(self, root):
+        """A label must not go to the file that has the name now."""
+        (root / "pool" / "1.png").unlink()
+        for number in range(2, 8):
+            (root / "pool" / f"{number}.png").rename(root / "pool" / f"{number - 1}.png")
+        for number in (1, 2):
+            Image.open(root / "pool" / f"{number}.png").save(root / "pool" / f"{number}.png", compress_level=1)
+        with pytest.warns(UserWarning, match="1 of 3 label rows are passed over"):
+            data = self.open(root)
+        assert self.labels_by_file(data) == {"3.png": "cats"}
+
+    def test_files_are_saved_anew(self, root):
+        for path in (root / "pool").iterdir():
+            Image.open(path).save(path, compress_level=1)
+        with pytest.warns(UserWarning, match="3 of 3 label rows are followed by path"):
+            data = self.open(root)
+        assert self.labels_by_file(data) == {"2.png": "cats", "3.png": "dogs", "4.png": "cats"}
+
+    def test_training_file_with_a_row_is_another(self, root):
+        """It loses its label, and is unlabeled."""
+        (root / "b.csv").write_text("path,label\ntrain/cats/3.png,dogs\n")
+        index = self.open(root, val_size=0, labeled=0, label_file=root / "b.csv").split.label_rows[0][0]
+        self.open(root, val_size=0, labeled=0, label_file=root / "b.csv").save_split(root / "split.json")
+        write(root / "train" / "cats" / "3.png", 999)
+        (root / "train" / "cats" / "5.png").rename(root / "train" / "cats" / "55.png")
+        with pytest.warns(UserWarning, match="1 of 1 label rows are passed over"):
+            split = self.open(root).split
+        assert (split.labeled, split.label_rows) == ([], [])
+        assert index in split.unlabeled
+
+    @pytest.mark.parametrize("pool", ["test", "rest"])
+    @pytest.mark.parametrize("gone", [False, True])
+    def test_left_out_copies_are_those_of_the_pool(self, root, pool, gone):
+        """A number that counts on from the training part means the unlabeled part, not the test part."""
+        (root / "pool" / "5.png").write_bytes((root / "test" / "cats" / "0.png").read_bytes())
+        data = self.open(root, labeled=3, duplicates="together")
+        assert data.split.left_out == [25]
+        data.save_split(root / "split.json")
+        if gone:
+            for path in (root / "pool").iterdir():
+                path.unlink()
+            (root / "pool").rmdir()
+        data = self.open(root, unlabeled=pool)
+        if pool == "test":
+            assert data.unlabeled_indices() == [*range(20, 28)]
+        assert set(data.split.left_out) <= {25}

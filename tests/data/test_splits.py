@@ -330,3 +330,19 @@ def test_many_classes_are_quick():
     targets = torch.arange(200_000) % 50_000
     split = make_split(targets, 1, 0.25, seed=0)
     assert [len(part) for part in (split.labeled, split.unlabeled, split.val)] == [50_000, 100_000, 50_000]
+
+
+def test_a_file_of_a_later_version(tmp_path):
+    make_split(torch.arange(30) % 3, 2, 2, 0).save(tmp_path / "split.json")
+    content = json.loads((tmp_path / "split.json").read_text())
+    (tmp_path / "split.json").write_text(json.dumps(content | {"format": 3}))
+    with pytest.raises(InputError, match="format must be 1 or 2, got 3"):
+        Split.load(tmp_path / "split.json", torch.arange(30) % 3)
+
+
+def test_samples_that_are_no_names(tmp_path):
+    make_split(torch.arange(30) % 3, 2, 2, 0).save(tmp_path / "split.json")
+    content = json.loads((tmp_path / "split.json").read_text())
+    (tmp_path / "split.json").write_text(json.dumps(content | {"samples": "x"}))
+    with pytest.raises(InputError, match="samples must hold paths and contents, got 'x'"):
+        Split.load(tmp_path / "split.json", torch.arange(30) % 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from kd_lightning.errors import InputError
 KINDS = {"clean": LabelKind.CLEAN, "noisy": LabelKind.NOISY, "coarse": LabelKind.COARSE, "missing": LabelKind.MISSING}
 _COLUMNS = ("index", "path", "content", "label", "kind", "weight")
 _NAMES = _COLUMNS[:3]
+_SEPARATORS = ",;\t"  # spreadsheets write all three
 
 
 class LabelRow(NamedTuple):
@@ -44,6 +46,8 @@ def read_label_file(
     val_indices: Collection[int] = (),
 ) -> list[LabelRow]:
     """Read a label file with the columns ``index``, ``path`` or ``content``, and ``label`` or ``kind``.
+
+    The cells of a CSV file are separated by commas, semicolons or tabs; the first line decides.
 
     - ``index``: number of the image. The training images come first, then those of the unlabeled part. It decides
       which image a row means only if the row has neither path nor content.
@@ -189,11 +193,15 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         columns, rows = _read_parquet(path)
     else:
         try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, strict=True)
+            with path.open("rb") as file:
+                encoding = "utf-16" if file.read(2) in (BOM_UTF16_BE, BOM_UTF16_LE) else "utf-8-sig"
+            with path.open(newline="", encoding=encoding) as file:
+                header = file.readline()
+                file.seek(0)
+                reader = csv.DictReader(file, strict=True, delimiter=max(_SEPARATORS, key=header.count))
                 columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
                 rows = [(f"line {reader.line_num}", row) for row in reader]
-        except (OSError, csv.Error, UnicodeDecodeError) as error:
+        except (OSError, csv.Error, UnicodeError) as error:
             raise InputError(f"label_file: {path} cannot be read as CSV: {error}") from error
     if not {*_NAMES}.intersection(columns) or not {"label", "kind"}.intersection(columns):
         got = ", ".join(columns) or "none"

@@ -90,7 +90,8 @@ def path_of(parts: Sequence[Images], index: int) -> str | None:
     if isinstance(images, ConcatDataset):
         return path_of(images.datasets, index)  # type: ignore[arg-type]
     listed = [getattr(images, name, None) for name in ("samples", "paths", "_image_files")]
-    path = next((paths[index] for paths in listed if isinstance(paths, list)), None)
+    # a list of another length does not name the items
+    path = next((paths[index] for paths in listed if isinstance(paths, list) and len(paths) == len(images)), None)
     path = path[0] if isinstance(path, tuple | list) and path else path
     return str(path) if isinstance(path, str | Path) else None
 

@@ -62,6 +62,8 @@ class _RotatedImages:
         self.passed_over = passed_over(images)
         paths = [path_of([images], number) for number in range(len(images))] if len(images) else []
         self.paths = paths * 4 if all(paths) else None  # read by path_of
+        own = len({*paths}) == len(paths)  # whether no two images have one file
+        self.variants = [turns for turns in range(4) for _ in paths] if own else None  # read by identify
 
     def __getitem__(self, index: int, /) -> Any:
         turns, index = divmod(index, len(self.images))

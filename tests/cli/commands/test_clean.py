@@ -178,7 +178,7 @@ def out_of_fold(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     probabilities, calls = torch.eye(10, dtype=torch.float64)[TRUTH] * 0.91 + 0.009, []
 
-    def fits(config, split, folds, folder):
+    def fits(config, split, folds, folder, samples=None):
         calls.append((split, folds, folder))
         yield from (Path(f"run_{number}") for number in range(len(folds)))
 

@@ -58,6 +58,9 @@ def test_all_kinds(read):
         "index,label\n5,dog\n",
         "\ufeffindex,label\n5,dog\n",  # as Excel writes it
         "index,label\r\n5,dog\r\n\r\n",
+        "index;label\r\n5;dog\r\n",  # as Excel writes it where the decimal sign is a comma
+        "index\tlabel\n5\tdog\n",
+        '"index";"path";"label"\n"5";"a, b";"dog"\n',
         "label , index\n dog , 5 \n",
         "index,score,label,note\n5,0.3,dog,\n6,0.2,,later\n",
         "index,path,label\n5.0,elsewhere/x.png,dog\n",  # a path of images that have none
@@ -126,7 +129,7 @@ def test_file_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="label_file: there is no file .*gone.csv"):
         read_label_file(tmp_path / "gone.csv", IMAGES, class_names=NAMES)
     for name, message in (("a.csv", "cannot be read as CSV"), ("a.parquet", "cannot be read as Parquet")):
-        (tmp_path / name).write_bytes(b"\xff\xfe\x00index")
+        (tmp_path / name).write_bytes(b"\xff\x00index")
         with pytest.raises(InputError, match=message):
             read_label_file(tmp_path / name, IMAGES, class_names=NAMES)
 
@@ -379,3 +382,12 @@ def test_many_rows(tmp_path):
     rows = read_label_file(Path(tmp_path / "labels.csv"), [Files(paths)], class_names=names)
     assert time.process_time() - start < 15  # about 1 s
     assert [row.label for row in rows] == [number % 1000 for number in range(20_000)]
+
+
+def test_utf_16(tmp_path):
+    """A spreadsheet's Unicode text."""
+    (tmp_path / "labels.txt").write_text("index\tlabel\n5\tdog\n", encoding="utf-16")
+    assert read_label_file(tmp_path / "labels.txt", IMAGES, class_names=NAMES) == [LabelRow(5, 1, "clean", 1.0)]
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(InputError, match="cannot be read as CSV"):
+        read_label_file(tmp_path / "labels.txt", IMAGES, class_names=NAMES)
