@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,7 @@ def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str)
 
 
 def fit_folds(
-    config: Config, split: Split, folds: Sequence[list[int]], folder: Path, samples: str | None = None
+    config: Config, split: Split, folds: Sequence[list[int]], folder: Path, samples: Mapping[str, str] | None = None
 ) -> Iterator[Run]:
     """Yield a finished run for each fold, trained without the labels of the fold.
 
@@ -74,8 +74,8 @@ def fit_folds(
         split: The split whose labels are hidden in turn.
         folds: Samples of each fold.
         folder: Folder of the fits.
-        samples: Hash of the samples of the data; runs that were fitted on others do not count. Default: None, which
-            means that they are not compared.
+        samples: Hashes of the samples of the data by name; runs that were fitted on others do not count. Default: None,
+            which means that they are not compared.
     """
     for number, fold in enumerate(folds):
         path = (folder / f"split_{number}.json").resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,23 +15,23 @@ from kd_lightning.runs.config_identity import hash_files, identity_of, seeds_of
 from kd_lightning.runs.run import Run, find_runs
 
 
-def find_fits(config: Config, samples: str | None = None) -> list[Run]:
+def find_fits(config: Config, samples: Mapping[str, str] | None = None) -> list[Run]:
     """Return the runs of a config, its seeds and the content of the files that it names: finished ones first.
 
     Args:
         config: The config.
-        samples: Hash of the samples of its data; runs that were fitted on others are left out. Default: None, which
-            means that they are not compared.
+        samples: Hashes of the samples of its data by name; runs that were fitted on others are left out. Default: None,
+            which means that they are not compared.
     """
     identity, seeds = identity_of(config, hash_files(config)), seeds_of(config)
     found = find_runs(Path(config["trainer"]["default_root_dir"]), config["name"])
     same = [run for run in found if run.identity == identity and run.seeds == seeds]
-    if samples is not None:
-        same = [run for run in same if run.state.get("samples", samples) == samples]
+    for name, value in (samples or {}).items():
+        same = [run for run in same if run.state.get(name, value) == value]
     return sorted(same, key=lambda run: not run.finished)
 
 
-def fit_once(config: Config, samples: str | None = None) -> Run:
+def fit_once(config: Config, samples: Mapping[str, str] | None = None) -> Run:
     """Return a finished run of a config; fit it if there is none. A fit that was stopped is resumed.
 
     The arguments are those of :func:`find_fits`.

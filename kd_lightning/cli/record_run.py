@@ -71,12 +71,12 @@ class RecordRun(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs before the first step, and not if a resume is refused.
 
-        Marks the run as not finished, stores a hash of its samples, and removes figures that no hash of weights
+        Marks the run as not finished, stores hashes of its samples, and removes figures that no hash of weights
         connects to a model.
         """
         folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
         if trainer.is_global_zero:
-            named = {"samples": data.samples.hash} if isinstance(data, SemiSupervisedDataModule) else {}
+            named = data.samples.hashes if isinstance(data, SemiSupervisedDataModule) else {}
             Run.write_state(folder, finished=False, **named)
             clear_results(folder)
 

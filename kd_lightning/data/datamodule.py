@@ -22,7 +22,7 @@ from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.resume_settings import batch_settings, check_resume
 from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
-from kd_lightning.data.split_setup import check_duplicates, find_split
+from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
@@ -150,12 +150,15 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Runs on every process before each stage: load and split the source, and compare the split with rank 0's.
+        """Runs on every process before each stage: load and split the source, and compare the samples with rank 0's.
 
         Test and predict read all test images, so they need no split.
         """
         self._load_parts()
+        ranks = None if self.trainer is None or self.trainer.world_size == 1 else self.trainer
         if stage in (TrainerFn.TESTING, TrainerFn.PREDICTING):
+            if ranks is not None:
+                check_same_on_ranks(ranks, [self.samples.test_hash])
             return
         if self._labels is None:
             self.split = find_split(
@@ -171,9 +174,13 @@ class SemiSupervisedDataModule(LightningDataModule):
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
             if not len(self._train_indices()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
-        if stage != TrainerFn.FITTING:
-            return
+        elif stage == TrainerFn.FITTING:
+            self._samples = None  # files may have changed since the earlier stage
         assert self.split is not None
+        if stage != TrainerFn.FITTING:
+            if ranks is not None:
+                check_same_on_ranks(ranks, [self.split.hash, self.samples.images_hash])
+            return
         self.split = self.samples.name_samples(self.split, self.class_names)
         if self.trainer is None:
             return
@@ -184,12 +191,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._view_tables.clear()
         if problem := wrong_sample(self.split, self.samples.training):
             raise InputError(f"split: {problem}")
-        mine = [self.split.hash, self.samples.images_hash]
-        if self.trainer.strategy.broadcast(mine) != mine:
-            raise InputError(
-                f"rank {self.trainer.global_rank} has other samples or another split than rank 0; all ranks must read "
-                "the same data"
-            )
+        check_same_on_ranks(self.trainer, [self.split.hash, self.samples.images_hash])
         counts = count_parts(self.samples, self.split, self._labels.visible, self._train_indices())
         rank_zero_info(f"data: number of samples\n{counts}")
         folder = run_folder(self.trainer)

@@ -161,7 +161,7 @@ def hash_item(item: Any) -> str:
 
 
 def _feed(item: Any, digest: hashlib.blake2b) -> None:
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor) and item.layout == torch.strided and not (item.is_nested or item.is_conj()):
         digest.update(f"{str(item.dtype).removeprefix('torch.')} {[*item.shape]}".encode())
         digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(item, np.ndarray | np.generic) and item.dtype != object:
@@ -203,7 +203,7 @@ def _describe(images: Images, numbers: Sequence[int]) -> tuple[list[str], list[s
     if numbers and all(files):
         with ThreadPoolExecutor(_THREADS) as pool:
             contents = [*pool.map(_hash_file, map(str, paths), chunksize=64)]
-        if variants := _variants(images):
+        if len({*paths}) < len(images) and (variants := _variants(images)):
             for place, number in enumerate(numbers):
                 if number in variants:
                     contents[place] = hash_item((contents[place], variants[number]))

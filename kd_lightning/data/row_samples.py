@@ -13,6 +13,8 @@ from itertools import accumulate, pairwise
 from kd_lightning.data.identity import Identities, identify, match, normal_path
 from kd_lightning.data.sources.images import Images, path_of
 
+_MOST_COPIES = 100
+"""Number of copies of one content up to which the folder of a renamed one is compared."""
 _CONTENT = re.compile(r"[a-p]{16}(#[0-9]+)?")
 
 
@@ -101,13 +103,14 @@ class RowSamples:
         """Return the samples that a row's path names, or its index: none, one, or several."""
         index = row.index if row.index is not None and 0 <= row.index < len(self) else None
         base = _base(row.content)
-        equal, exact = (self._by_base[base], self._by_content[row.content]) if base else ([], [])
+        exact = self._by_content[row.content] if base else []
         if not row.path or not self.has_paths:
             if len(exact) == 1:
                 return exact
             return [index] if index is not None and (not base or _base(self._contents[index]) == base) else []
         found = self._at_path(row.path)
         if not found and base:
+            equal = self._by_name[_base_and_name(base, row.path)]
             found = [sample for sample in equal if self._fits(sample, row.path)]
         elif not found and index is not None and not normal_path(row.path).startswith(self._folder):
             found = self._below(row.path) or ([index] if self._fits(index, row.path) else [])
@@ -147,6 +150,11 @@ class RowSamples:
     def _by_base(self) -> defaultdict[str, list[int]]:
         """Samples of each content without its count."""
         return _places(map(_base, self._contents))
+
+    @cached_property
+    def _by_name(self) -> defaultdict[str, list[int]]:
+        """Samples of each content without its count, and name of the file."""
+        return _places(map(_base_and_name, self._contents, self._relative))
 
     # Paths.
 
@@ -208,8 +216,11 @@ class RowSamples:
         """Give each row of a renamed file that has copies the copy in its folder, if no other row has it."""
         taken = {*samples}
         for number, row in enumerate(rows):
-            copies = self._by_base[_base(row.content)] if row.content and row.path and samples[number] is None else []
-            if len(copies) < 2 or not (free := [sample for sample in copies if sample not in taken]):
+            if samples[number] is not None or not (row.content and row.path):
+                continue
+            copies = self._by_base[_base(row.content)]
+            free = [sample for sample in copies if sample not in taken] if 2 <= len(copies) <= _MOST_COPIES else []
+            if not free:
                 continue
             folder = _parts(row.path)[-2::-1]  # upwards
             shared = [_count_equal(folder, _parts(self._absolute[sample])[-2::-1]) for sample in free]
@@ -251,3 +262,8 @@ def _parts(path: str) -> list[str]:
 def _base(content: str) -> str:
     """Return a content without its count, which equal contents have."""
     return content.partition("#")[0]
+
+
+def _base_and_name(content: str, path: str) -> str:
+    """Return a content without its count, and the name of the file."""
+    return "/".join([_base(content), *_parts(path)[-1:]])

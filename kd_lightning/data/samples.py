@@ -125,14 +125,24 @@ class Samples:
     def hash(self) -> str:
         """SHA-256 of the training part's paths, contents and labels, and of the unlabeled part's paths and contents."""
         pool = self.pool_identities
-        parts = [self.identities[0].hash, hash_targets(self.parts.train.targets), "" if pool is None else pool.hash]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        train = self.parts.train.targets
+        return _join_hashes(self.identities[0].hash, hash_targets(train), "" if pool is None else pool.hash)
+
+    @cached_property
+    def test_hash(self) -> str:
+        """SHA-256 of the test part's paths, contents and labels; empty without a test part."""
+        test = self.parts.test
+        return "" if test is None else _join_hashes(self.test_identities.hash, hash_targets(test.targets))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes by name of the samples that a fit may use: ``samples``, and ``test`` if the pool is the test part."""
+        return {"samples": self.hash} | ({"test": self.test_hash} if self.unlabeled == "test" else {})
 
     @cached_property
     def images_hash(self) -> str:
         """SHA-256 of path and content of all ``images``, in order, and of which part the unlabeled pool is."""
-        hashes = [one.hash for one in self.identities]
-        return hashlib.sha256(repr((hashes, self.unlabeled)).encode()).hexdigest()
+        return _join_hashes(*(one.hash for one in self.identities), self.unlabeled)
 
     def name_samples(self, split: Split, class_names: list[str] | None) -> Split:
         """Return the split with paths and contents of its samples, and names of its classes."""
@@ -141,3 +151,7 @@ class Samples:
             return replace(split, samples=None, pool=None, class_names=class_names)
         named = replace(split, samples=names, class_names=class_names)
         return replace(named, pool=self.pool_identities) if named.beyond else replace(named, pool=None)
+
+
+def _join_hashes(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -171,8 +171,8 @@ def test_other_samples_are_another_fit(config, fits, tmp_path):
     split = make_split(TARGETS, 2, 0.1, 0)
     for samples, count in (("a", 1), ("a", 0), ("b", 1), ("a", 0)):
         fits.clear()
-        (run,) = fit_folds(config, split, [split.labeled[:2]], tmp_path, samples)
-        Run.write_state(run.folder, samples=samples)
+        (run,) = fit_folds(config, split, [split.labeled[:2]], tmp_path, {"samples": "same", "test": samples})
+        Run.write_state(run.folder, samples="same", test=samples)
         assert len(fits) == count
 
 

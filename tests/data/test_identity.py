@@ -131,6 +131,8 @@ class TestIdentify:
         [torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bfloat16)],
         [np.zeros(2), np.zeros((1, 2)), np.zeros(2, np.float32), np.array(["a", "b"]), np.float64(3)],
         [(1, 2), (12,), [[1], 2], {"a": 1}, {"b": 1}, {"a": 2}],
+        [torch.eye(2), torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(), torch.eye(3).to_sparse()],
+        [torch.tensor([1 + 2j]), torch.tensor([1 + 2j]).conj(), torch.nested.nested_tensor([torch.ones(1)] * 2)],
         [Image.new("L", (2, 3)), Image.new("L", (3, 2)), Image.new("RGB", (2, 3)), Image.new("P", (2, 3))],
     ],
 )

@@ -1,5 +1,7 @@
 """Which sample a row means after files were renamed, replaced, deleted and added."""
 
+import time
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -157,6 +159,16 @@ class TestWithoutFiles:
     def test_contents_are_read_for_rows_that_have_one(self, monkeypatch):
         monkeypatch.setattr("kd_lightning.data.row_samples.identify", None)
         assert RowSamples([Files("/x/a.png", "/x/b.png")]).find([RowName(None, "b.png")]).samples == [1]
+
+
+def test_many_copies_are_quick():
+    """20,000 renamed files of one content, such as blank pictures."""
+    names = [f"c{number % 10}/{number}.png" for number in range(20_000)]
+    samples = data(dict.fromkeys(names, "a"))
+    start = time.perf_counter()
+    found = find(samples, *((None, f"/old/{name}x", "a") for name in names))[0]
+    assert time.perf_counter() - start < 5
+    assert sorted(found) == [*range(20_000)]
 
 
 def test_rows_of_one_name_mean_one_sample():

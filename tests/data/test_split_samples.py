@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from kd_lightning import InputError, SemiSupervisedDataModule
+from kd_lightning import InputError, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.data import DatasetSource, ImageFolder
 from kd_lightning.data.splits import Split
 
@@ -165,8 +166,6 @@ def test_what_names_no_samples(tmp_path):
 
 
 def test_a_split_that_is_no_partition_is_not_trained_on(quiet_trainer, tmp_path):
-    from kd_lightning import SupervisedModule
-
     data = open_tensors()
     data.setup("")
     data.split = replace(data.split, unlabeled=data.split.unlabeled[1:])
@@ -284,3 +283,39 @@ class TestPool:
         if pool == "test":
             assert data.unlabeled_indices() == [*range(20, 28)]
         assert set(data.split.left_out) <= {25}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_ranks_that_see_other_samples_do_not_evaluate(folder, stage):
+    """A file is missing on another rank; figures of several ranks would be of other samples."""
+    write(folder.parent / "test" / "cats" / "0.png", 1)
+    write(folder.parent / "test" / "dogs" / "0.png", 2)
+    source = ImageFolder(str(folder), str(folder.parent / "test"), image_size=8)
+
+    def evaluate(sent):
+        """On rank 1 of 2, which gets what rank 0 sends."""
+        data = SemiSupervisedDataModule(source, val_size=2)
+        seen = []
+        strategy = SimpleNamespace(broadcast=lambda mine: seen.append(mine) or sent or mine)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)
+        data.setup(stage)
+        return seen[0]
+
+    same = evaluate(None)
+    (folder.parent / "test" / "cats" / "0.png").rename(folder.parent / "test" / "cats" / "1.png")
+    (folder / "cats" / "0.png").rename(folder / "cats" / "a.png")
+    other = evaluate(None)
+    assert same != other
+    with pytest.raises(InputError, match="rank 1 has other samples or another split than rank 0"):
+        evaluate(same)
+
+
+def test_a_second_fit_of_a_datamodule_names_the_files_of_its_time(folder, quiet_trainer):
+    data = SemiSupervisedDataModule(ImageFolder(str(folder), image_size=8), val_size=2, labeled=3)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    contents = []
+    for number in range(2):
+        quiet_trainer(limit_val_batches=0).fit(SupervisedModule(network), datamodule=data)
+        contents.append(data.split.samples.contents)
+        write(folder / "cats" / "0.png", 7000 + number)
+    assert [a != b for a, b in zip(*contents, strict=True)] == [True] + [False] * 19

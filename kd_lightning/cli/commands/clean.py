@@ -142,7 +142,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
     held_out = stratified_folds(known, folds, split.seed, "--folds")
     out.mkdir(parents=True, exist_ok=True)
     parts = []
-    fits = fit_folds(config, split, held_out, folder, data.samples.hash)
+    fits = fit_folds(config, split, held_out, folder, data.samples.hashes)
     for run, fold in zip(fits, held_out, strict=True):
         parts.append(predict(run, data, fold, device))
     index, order = torch.tensor([*chain(*held_out)]).sort()

@@ -110,7 +110,7 @@ def _fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:
 
     A run counts if it was fitted and tested on the samples that the data have now.
     """
-    samples = data.samples.hash
+    samples = data.samples.hashes
     tested = [run for run in find_fits(config, samples) if run.finished and _is_tested(run, data)]
     run = tested[0] if tested else fit_once(config, samples)
     if tested:

@@ -242,7 +242,7 @@ def cross_fit(folder: Path, folds: int) -> list[Estimate]:
         raise InputError(f"{text}, those of {folder} have several labels or floats")
     held_out = stratified_folds(truth, folds, split.seed, "--cross-fit")
     root = folder / FOLDER / "cross_fit" / f"{folds}_folds"
-    fits = fit_folds(run.config, split, held_out, root, data.samples.hash)
+    fits = fit_folds(run.config, split, held_out, root, data.samples.hashes)
     estimates = aggregate([[*read_ledger(fold.folder).values()] for fold in fits], held_out, truth)
     _write(estimates, folder)
     view = _table("Cross-fitted precision", "round", "epoch", "held-out", "accepted", "right of accepted %", "of all %")
