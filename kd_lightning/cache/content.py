@@ -33,7 +33,7 @@ from kd_lightning.errors import InputError
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
-# packages whose code counts by name only, and the folders of the standard library, whose code does, too
+# code that counts by its name only: of these packages, and of the standard library, which lies in these folders
 _KNOWN = {"torch", "torchvision", "numpy", "PIL", "pandas"}
 _INSTALLED = {"site-packages", "dist-packages"}
 _STANDARD = {os.path.realpath(path) for path in (os.path.dirname(os.__file__), sysconfig.get_path("stdlib"))}  # noqa: PTH120

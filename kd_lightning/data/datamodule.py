@@ -55,9 +55,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
         batch_size: Images per batch on each process, at least 1.
         labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
-            that many labeled images. The stream that needs more batches, labeled or unlabeled, decides the length of
-            an epoch; the images of the other one repeat.
-            Default: None, which shuffles labeled and unlabeled images together.
+            that many labeled images. The stream that needs more batches decides the length of an epoch; the images of
+            the other one repeat. Default: None, which shuffles labeled and unlabeled images together.
         num_workers: Worker processes of each loader, at least 0. Augmentation does not depend on it.
         seed: Seed of the split, the order and the augmentation.
         num_views: Number of different augmentations of an image, at least 1. Teachers can cache their outputs only if
@@ -184,7 +183,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.split = self.samples.name_samples(self.split, self.class_names)
         if self.trainer is None:
             return
-        check_duplicates(self.duplicates, self.samples, self.split)
+        if self.duplicates != "together":  # find_split has done that
+            check_duplicates(self.duplicates, self.samples, self.split)
         self._labels = self._build_labels()  # without the pseudo-labels of an earlier fit
         self._settings = {}
         self._is_described = False

@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from kd_lightning.data.identity import Identities
+from kd_lightning.batch import is_labeled
+from kd_lightning.data.identity import Identities, base_content
+from kd_lightning.data.sources.targets import has_label, has_one_class
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 
@@ -133,13 +135,13 @@ def find_duplicates(
         parts: Identities of the source's parts: ``train``; ``unlabeled`` if training may use this part; ``test`` if
             there is one. In the transductive setting the pool is the test part itself, so ``unlabeled`` is not given.
         split: A split of the training part.
-        targets: Labels of the parts ``train`` and ``test``, by name. Missing ones are negative or NaN. Default: None,
+        targets: Labels of the parts ``train`` and ``test``, by name. Missing ones are -100 or NaN. Default: None,
             which means that labels are not compared.
         whole_pool: Whether training uses the whole part ``unlabeled``. Otherwise it uses those samples that have a row
             in ``split.label_rows``.
     """
     sides = {side: [*_members(side, parts, split, whole_pool=whole_pool)] for side in SIDES}
-    names = {part: [*map(_base, identities.contents)] for part, identities in parts.items()}
+    names = {part: [*map(base_content, identities.contents)] for part, identities in parts.items()}
     counts = {side: Counter(names[part][n] for part, n in members) for side, members in sides.items()}
     for counter in counts.values():
         del counter[""]  # samples without a content
@@ -199,8 +201,8 @@ def keep_together(
         InputError: If no sample is left for training, or none for validation where there were some.
     """
     size = len(train)
-    names = [_base(content) or f"#{number}" for number, content in enumerate(train)]
-    tested = {*map(_base, test)} - {""}
+    names = [base_content(content) or f"#{number}" for number, content in enumerate(train)]
+    tested = {*map(base_content, test)} - {""}
     used = {*split.labeled, *split.unlabeled, *split.held_out}
     left_out = {*split.left_out} | {n for n in (*used, *split.val) if n < size and names[n] in tested}
     before = {n for n in used if n < size}, {*split.val}
@@ -217,7 +219,7 @@ def keep_together(
     else:
         labeled = training & {*split.labeled}
     judged = tested | {names[n] for n in val}
-    left_out |= {size + n for n, content in enumerate(pool) if _base(content) in judged}
+    left_out |= {size + n for n, content in enumerate(pool) if base_content(content) in judged}
     if left_out == {*split.left_out} and val == before[1]:
         return split
     labeled |= {n for n in split.labeled if n >= size} - left_out
@@ -305,19 +307,13 @@ def _classes(targets: Tensor | None, size: int) -> list[int | None]:
     """Class of each sample, None for a sample without a label; 0 where samples do not have one class each."""
     if targets is None:
         return [0] * size
-    if targets.ndim == 1 and not targets.is_floating_point():
-        return [None if number < 0 else number for number in targets.tolist()]
-    nothing = _missing(targets).reshape(size, -1).all(dim=1)
-    return [None if empty else 0 for empty in nothing.tolist()]
-
-
-def _missing(labels: Tensor) -> Tensor:
-    return labels.isnan() if labels.is_floating_point() else labels < 0
+    classes = targets.tolist() if has_one_class(targets) else [0] * size
+    return [one if known else None for one, known in zip(classes, has_label(targets).tolist(), strict=True)]
 
 
 def _has_label(label: Any) -> bool:
     if isinstance(label, Tensor):
-        return not bool(_missing(label).all())
+        return bool(is_labeled(label).any())
     return label is not None and (not math.isnan(label) if isinstance(label, float) else label >= 0)
 
 
@@ -325,12 +321,7 @@ def _differ(a: Any, b: Any) -> bool:
     """Whether two labels differ where both are known."""
     if not isinstance(a, Tensor):
         return bool(a != b)
-    return bool((a != b)[~_missing(a) & ~_missing(b)].any())
-
-
-def _base(content: str) -> str:
-    """Content without the number that tells equal ones apart."""
-    return content.partition("#")[0]
+    return bool((a != b)[is_labeled(a) & is_labeled(b)].any())
 
 
 def _members(
@@ -356,7 +347,7 @@ def _name(side: str, parts: Mapping[str, Identities], part: str, number: int) ->
     path = parts[part].paths[number]
     if path:
         return path if len(path) <= _NAME_LENGTH else f"...{path[-_NAME_LENGTH:]}"
-    return f"{side if part != 'unlabeled' else 'unlabeled'} sample {number}"
+    return f"{'unlabeled' if part == 'unlabeled' else side} sample {number}"
 
 
 def _samples(count: int, side: str) -> str:

@@ -123,7 +123,7 @@ def match(earlier: Identities, now: Identities) -> Match:
         return Match([*range(len(now))], [], [], [], [])
     places: list[int | None] = [None] * len(earlier)
     free = dict.fromkeys(range(len(now)))
-    before, after = ([content.partition("#")[0] for content in one.contents] for one in (earlier, now))
+    before, after = ([*map(base_content, one.contents)] for one in (earlier, now))
     for old, new in (
         (zip(earlier.paths, before, strict=True), zip(now.paths, after, strict=True)),
         (before, after),
@@ -147,6 +147,11 @@ def match(earlier: Identities, now: Identities) -> Match:
             changed.append(now.paths[place])
     gone = [earlier.paths[n] or earlier.contents[n] for n, place in enumerate(places) if place is None]
     return Match(places, renamed, changed, gone, [*free])
+
+
+def base_content(content: str) -> str:
+    """Return the content of a sample without its suffix, so that equal samples have equal contents."""
+    return content.partition("#")[0]
 
 
 def hash_item(item: Any) -> str:
@@ -226,7 +231,7 @@ def _describe_parts(images: ConcatDataset[Any], numbers: Sequence[int]) -> tuple
 
 
 def _variants(images: Images) -> dict[int, Any]:
-    """Return what tells an item from the others of its file, as the tiles of a picture, by number.
+    """Return by number what distinguishes an item from the others of its file, as the tiles of a picture.
 
     A file that is only listed several times is not among them, since its items are equal.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from kd_lightning.data.identity import Identities, identify, match, normal_path
+from kd_lightning.data.identity import Identities, base_content, identify, match, normal_path
 from kd_lightning.data.sources.images import Images, path_of
 
 _MOST_COPIES = 100
@@ -87,7 +87,7 @@ class RowSamples:
         for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
             if sample is None:
                 continue
-            same = not row.content or _base(self._contents[sample]) in ("", _base(row.content))
+            same = not row.content or base_content(self._contents[sample]) in ("", base_content(row.content))
             elsewhere = bool(row.path) and self.has_paths and not self._is_at(sample, row.path)
             renamed |= elsewhere and bool(row.content)
             if not same:
@@ -102,12 +102,12 @@ class RowSamples:
     def _candidates(self, row: RowName) -> list[int]:
         """Return the samples that a row's path names, or its index: none, one, or several."""
         index = row.index if row.index is not None and 0 <= row.index < len(self) else None
-        base = _base(row.content)
+        base = base_content(row.content)
         exact = self._by_content[row.content] if base else []
         if not row.path or not self.has_paths:
             if len(exact) == 1:
                 return exact
-            return [index] if index is not None and (not base or _base(self._contents[index]) == base) else []
+            return [index] if index is not None and (not base or base_content(self._contents[index]) == base) else []
         found = self._at_path(row.path)
         if not found and base:
             equal = self._by_name[_base_and_name(base, row.path)]
@@ -149,7 +149,7 @@ class RowSamples:
     @cached_property
     def _by_base(self) -> defaultdict[str, list[int]]:
         """Samples of each content without its count."""
-        return _places(map(_base, self._contents))
+        return _places(map(base_content, self._contents))
 
     @cached_property
     def _by_name(self) -> defaultdict[str, list[int]]:
@@ -218,7 +218,7 @@ class RowSamples:
         for number, row in enumerate(rows):
             if samples[number] is not None or not (row.content and row.path):
                 continue
-            copies = self._by_base[_base(row.content)]
+            copies = self._by_base[base_content(row.content)]
             free = [sample for sample in copies if sample not in taken] if 2 <= len(copies) <= _MOST_COPIES else []
             if not free:
                 continue
@@ -259,11 +259,6 @@ def _parts(path: str) -> list[str]:
     return [part for part in normal_path(path).replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-def _base(content: str) -> str:
-    """Return a content without its count, which equal contents have."""
-    return content.partition("#")[0]
-
-
 def _base_and_name(content: str, path: str) -> str:
     """Return a content without its count, and the name of the file."""
-    return "/".join([_base(content), *_parts(path)[-1:]])
+    return "/".join([base_content(content), *_parts(path)[-1:]])

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from kd_lightning.batch import is_labeled
-from kd_lightning.data.identity import Identities, Match, match
+from kd_lightning.data.identity import Identities, Match, base_content, match
+from kd_lightning.data.sources.targets import has_label
 from kd_lightning.data.splits import Split, hash_targets
 from kd_lightning.errors import InputError
 
@@ -90,7 +90,7 @@ def follow_samples(
         rank_zero_warn(f"labeled: {path}: {count} label rows {what} ({names[min(passed or changed)]})")
     rows = [row for row in rows if row[0] not in passed]
     rowed = {row[0] for row in rows}
-    known = is_labeled(targets).reshape(len(targets), -1).any(dim=1)
+    known = has_label(targets)
     lost = {n for n in now(split.val) if not known[n]}
     lost |= {n for n in now(split.labeled) if n in passed or (n < len(known) and not known[n] and n not in rowed)}
     labeled = {*now(split.labeled)} - lost
@@ -122,10 +122,10 @@ def _moved_to_training(split: Split, extra: Match, added: Sequence[int], samples
     size = 0 if split.samples is None else len(split.samples)
     if split.pool is None:
         return {}
-    new = {samples.contents[n].partition("#")[0]: n for n in reversed(added)}
+    new = {base_content(samples.contents[n]): n for n in reversed(added)}
     new.pop("", None)
     gone = [index for index in split.beyond if extra.places[index - size] is None]
-    names = {index: split.pool.contents[index - size].partition("#")[0] for index in gone}
+    names = {index: base_content(split.pool.contents[index - size]) for index in gone}
     return {index: new.pop(name) for index, name in names.items() if name in new}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.duplicates import SIDES
+from kd_lightning.data.identity import base_content
 from kd_lightning.data.near_duplicates import (
     SIZE,
     Hashes,
@@ -191,7 +192,7 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
             SIDES.index("validation" if index in val else "training"),
             index,
             identities.paths[index],
-            identities.contents[index].partition("#")[0],
+            base_content(identities.contents[index]),
             _label(source.train.targets, index, names) if index < size else "",
         )
         for index in sorted(used - {*split.left_out})
@@ -200,7 +201,7 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
     if source.test is not None and test_part is not None:
         for index, (path, content) in enumerate(zip(test_part.paths, test_part.contents, strict=True)):
             label = _label(source.test.targets, index, names)
-            samples.append(Sample(SIDES.index("test"), index, path, content.partition("#")[0], label))
+            samples.append(Sample(SIDES.index("test"), index, path, base_content(content), label))
     if lacking := next((sample for sample in samples if not sample.content), None):
         where = f"{lacking.part} sample {lacking.index}"
         raise InputError(f"data: the dataset returns {where} differently each time; remove its random transforms")
