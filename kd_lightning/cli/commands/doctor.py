@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 from kd_lightning.batch import Batch
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.data.evaluation_batches import batches_of, count_labels, evaluation_batches
+from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
@@ -38,9 +40,9 @@ from kd_lightning.teachers.teacher import Teacher, check_outputs
 MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
 
 
-def main(args: list[str]) -> None:
+def main(options: Namespace) -> None:
     """Print a line for each check. Exit with status 1 if a finding is an error."""
-    findings = DoctorCLI(["fit", *args]).findings
+    findings = DoctorCLI(["fit", *options.overrides]).findings
     for finding in findings:
         print(f"{MARKS[finding.severity]:<6}{finding.name}: {finding.text}")
         if finding.hint:
@@ -162,7 +164,7 @@ def _normalised(data: Any) -> tuple[Any, Any] | None:
     steps = [getattr(data, "eval_transform", None)]
     while steps:
         step = steps.pop(0)
-        if isinstance(step, v2.Normalize | transforms.Normalize):
+        if isinstance(step, v2.Normalize | transforms.Normalize | Normalize):
             found = step.mean, step.std
         inner = step if isinstance(step, nn.Sequential) else getattr(step, "transforms", [])
         steps[:0] = list(inner)

@@ -1,4 +1,4 @@
-"""Strong views: shapes and ranges, replay, stronger than weak views, and still of their class."""
+"""The sources' transforms; strong views: shapes, ranges, replay, stronger than weak views, and still of their class."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,19 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from kd_lightning import Digits, InputError
-from kd_lightning.data.transforms import photo_transforms, strong_digits, strong_photos, strong_small
+from kd_lightning.data.transforms import (
+    Compose,
+    Draws,
+    photo_transforms,
+    small_image_transforms,
+    strong_digits,
+    strong_photos,
+    strong_small,
+    to_float,
+)
+from kd_lightning.data.transforms.auto_augment import RandAugment
+from kd_lightning.data.transforms.erasing import RandomErasing
+from kd_lightning.data.transforms.resize import RandomResizedCrop
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.runs.build import build
 
@@ -51,7 +63,17 @@ CASES = {  # strong, weak, evaluation, images
 def views(transform, images, view=0, seed=3):
     """That view of all images, (N, C, H, W)."""
     dataset = ViewDataset([TensorDataset(images)], torch.arange(len(images)), transform, seed)
-    return torch.stack([sample.x for sample in dataset.__getitems__([(n, view) for n in range(len(images))])])
+    return dataset.__getitems__([(n, view) for n in range(len(images))]).x
+
+
+def rows(count, seed=0):
+    index = torch.arange(count)
+    return Draws(seed, index, torch.zeros_like(index))
+
+
+def without(transform, *parts):
+    """A transform without some of its steps."""
+    return Compose([step for step in transform.transforms if not isinstance(step, parts)])
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (1, 8, 8)), ("small", (3, 32, 32)), ("photos", (3, 56, 56))])
@@ -118,6 +140,28 @@ def test_grey_images():
     assert strong_photos(24)(images[0]).shape == (3, 24, 24)
 
 
+def test_pictures_of_different_sizes_and_types():
+    """A list of pictures gives what each picture gives alone."""
+    colour, grey = to_bytes(4, side=40), to_bytes(4, channels=1, side=64)
+    images = [*colour[:, :, :30], *grey[:, :, :, :47], *(colour / 255)]
+    transform = strong_photos((24, 36))
+    made = transform(images, rows(12))
+    assert made.shape == (12, 3, 24, 36)
+    for n, image in enumerate(images):
+        assert torch.equal(transform([image], rows(12).select(torch.tensor([n])))[0], made[n])
+    assert torch.equal(transform(colour, rows(4)), transform([*colour], rows(4)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_does_not_depend_on_the_others(name):
+    strong, _, _, images = CASES[name]()
+    whole = strong(images, rows(100))
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    for size in (1, 7, 65):
+        made = [strong(images[part], rows(100).select(part)) for part in order.split(size)]
+        assert torch.equal(torch.cat(made), whole[order])
+
+
 @pytest.mark.parametrize(("transform", "side"), [(strong_small(MEAN, STD), 32), (strong_photos(64), 64)])
 def test_cutout_of_half_the_side(transform, side):
     for image in views(transform, to_bytes(30, side=side)):
@@ -141,7 +185,7 @@ def test_flip(flip, found):
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[:, :, 16:] = 200
     made = strong_small([0.0] * 3, [1.0] * 3, padding=0, flip=flip)
-    steps = nn.Sequential(*[s for s in made.transforms if not isinstance(s, v2.RandAugment | v2.RandomErasing)])
+    steps = without(made, RandAugment, RandomErasing)
     torch.manual_seed(0)
     assert {bool(steps(image)[0, 0, 0] > 0.5) for _ in range(30)} == found
 
@@ -149,7 +193,7 @@ def test_flip(flip, found):
 def test_outside_is_the_mean_colour():
     """New pixels of RandAugment's rotations and shifts become about 0, as those of Cutout."""
     transform = strong_small(MEAN, STD, padding=0, flip=False)
-    steps = nn.Sequential(*[s for s in transform.transforms if not isinstance(s, v2.RandomErasing)])
+    steps = without(transform, RandomErasing)
     white = torch.full((3, 32, 32), 255, dtype=torch.uint8)
     torch.manual_seed(0)
     outside = [steps(white)[:, [0, 0, -1, -1], [0, -1, 0, -1]] for _ in range(200)]
@@ -180,3 +224,75 @@ def test_bad_values(make, message):
 def test_from_yaml(name, arguments):
     config = {"class_path": f"kd_lightning.data.transforms.{name}", "init_args": arguments}
     assert isinstance(build(nn.Module, config), nn.Module)
+
+
+class TestDefaults:
+    """The sources' own transforms."""
+
+    @pytest.mark.parametrize("size", [24, (24, 40), (30, 14)])
+    def test_photos(self, size):
+        images = [*to_bytes(3, side=50)[:, :, :37], *to_bytes(3, channels=1, side=64)]
+        train, evaluation = photo_transforms(size)
+        side = [size, size] if isinstance(size, int) else [*size]
+        crop = next(part for part in train.transforms if isinstance(part, RandomResizedCrop))
+        assert crop.ratio == pytest.approx((3 / 4 * side[1] / side[0], 4 / 3 * side[1] / side[0]))
+        tail = [v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
+        tail = v2.Compose([*tail, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+        number = [*train.transforms].index(crop)
+        places = crop.places([image.shape[1:] for image in images], rows(6).stream(number)).tolist()
+        made = train(images, rows(6))
+        flipped = 0
+        for image, new, place in zip(images, made, places, strict=True):
+            wanted = tail(v2.functional.resized_crop(image, *place, side))
+            mirror = not torch.allclose(new, wanted, atol=1e-5)
+            assert torch.allclose(new, wanted.flip(2) if mirror else wanted, atol=1e-5)
+            flipped += mirror
+        assert 0 < flipped < 6
+        for image, new in zip(images, evaluation(images, rows(6)), strict=True):
+            cover = [part * 8 // 7 for part in side]
+            scale = max(cover[0] / image.shape[1], cover[1] / image.shape[2])
+            whole = [max(least, round(scale * now)) for least, now in zip(cover, image.shape[1:], strict=True)]
+            if isinstance(size, int):  # torchvision rounds the longer side down
+                whole = [size * 8 // 7]
+            wanted = tail(v2.functional.center_crop(v2.functional.resize(image, whole), side))
+            assert torch.allclose(new, wanted, atol=1e-5)
+
+    @pytest.mark.parametrize(("channels", "flip"), [(3, True), (3, False), (1, False)])
+    def test_small_images(self, channels, flip):
+        images = to_bytes(40, channels)
+        mean, std = MEAN[:channels], STD[:channels]
+        train, evaluation = small_image_transforms(mean, std, 32, flip=flip)
+        tail = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        assert torch.allclose(evaluation(images), tail(images), atol=1e-5)
+        assert torch.allclose(evaluation(to_pil(images[0])), tail(images[0]), atol=1e-5)
+        padded = tail(v2.functional.pad(images, [4]))
+        mirrored = 0
+        for image, new in zip(padded, train(images, rows(40)), strict=True):
+            places = [(top, left) for top in range(9) for left in range(9)]
+            crops = torch.stack([image[:, top : top + 32, left : left + 32] for top, left in places])
+            as_is, flipped = ((new - each).abs().amax(dim=(1, 2, 3)).min() < 1e-5 for each in (crops, crops.flip(3)))
+            assert as_is or flipped
+            mirrored += bool(flipped)
+        assert 8 < mirrored < 32 if flip else mirrored == 0
+
+    def test_to_float(self):
+        images = to_bytes(5)
+        wanted = v2.functional.to_dtype(images, torch.float32, scale=True)
+        for given in (images, wanted):
+            assert torch.equal(to_float()(given), wanted)
+        assert torch.equal(to_float()(to_pil(images[0])), wanted[0])
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_a_row_does_not_depend_on_the_others(self, number):
+        """The pixels of a row are the same, to the bit, for each batch size and order."""
+        small = [*to_bytes(65)]
+        photos = [image[:, : 40 + n % 7, : 60 - n % 5] for n, image in enumerate(to_bytes(65, side=64))]
+        for transform, images in (
+            (small_image_transforms(MEAN, STD, 32, flip=True)[number], small),
+            (photo_transforms(30)[number], photos),
+        ):
+            whole = transform(images, rows(65))
+            order = torch.randperm(65, generator=torch.Generator().manual_seed(1))
+            for size in (1, 2, 7, 64):
+                parts = [([images[n] for n in part.tolist()], rows(65).select(part)) for part in order.split(size)]
+                assert torch.equal(torch.cat([transform(*part) for part in parts]), whole[order])

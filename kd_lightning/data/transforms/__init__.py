@@ -1,0 +1,47 @@
+"""Whole-batch transforms in torchvision v2's names, the sources' default transforms, and strong views."""
+
+from kd_lightning.data.transforms.auto_augment import RandAugment, TrivialAugmentWide
+from kd_lightning.data.transforms.base import BatchTransform, Compose
+from kd_lightning.data.transforms.channels import RGB
+from kd_lightning.data.transforms.color import ColorJitter, GaussianBlur, RandomGrayscale
+from kd_lightning.data.transforms.draws import Draws
+from kd_lightning.data.transforms.erasing import RandomErasing
+from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomVerticalFlip
+from kd_lightning.data.transforms.normalize import Normalize
+from kd_lightning.data.transforms.recipes import (
+    photo_transforms,
+    small_image_transforms,
+    strong_digits,
+    strong_photos,
+    strong_small,
+    to_float,
+)
+from kd_lightning.data.transforms.resize import CenterCrop, RandomResizedCrop, Resize, ResizeToCover
+
+__all__ = [
+    "RGB",
+    "BatchTransform",
+    "CenterCrop",
+    "ColorJitter",
+    "Compose",
+    "Draws",
+    "GaussianBlur",
+    "Normalize",
+    "RandAugment",
+    "RandomAffine",
+    "RandomCrop",
+    "RandomErasing",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomVerticalFlip",
+    "Resize",
+    "ResizeToCover",
+    "TrivialAugmentWide",
+    "photo_transforms",
+    "small_image_transforms",
+    "strong_digits",
+    "strong_photos",
+    "strong_small",
+    "to_float",
+]

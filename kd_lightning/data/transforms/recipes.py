@@ -1,0 +1,185 @@
+"""Transforms: the sources' defaults, and strong augmentations for the second view of FixMatch (Sohn et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, float32, nn, uint8
+from torchvision.transforms import v2
+
+from kd_lightning.data.transforms.auto_augment import RandAugment
+from kd_lightning.data.transforms.base import BatchTransform, Compose, Images
+from kd_lightning.data.transforms.channels import RGB
+from kd_lightning.data.transforms.color import ColorJitter
+from kd_lightning.data.transforms.draws import Draws
+from kd_lightning.data.transforms.erasing import RandomErasing
+from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, read_size
+from kd_lightning.data.transforms.normalize import Normalize
+from kd_lightning.data.transforms.resize import CenterCrop, RandomResizedCrop, Resize, ResizeToCover
+from kd_lightning.errors import InputError
+
+
+def to_float() -> BatchTransform:
+    """From PIL images or uint8 tensors to float tensors in [0, 1]."""
+    return Compose([v2.ToDtype(float32, scale=True)])
+
+
+def photo_transforms(image_size: int | Sequence[int]) -> tuple[BatchTransform, BatchTransform]:
+    """Training and evaluation transforms for photographs, normalised as torchvision's pretrained networks expect.
+
+    Training crops a random area, 3/4 to 4/3 as wide as the output has it. Evaluation shrinks or enlarges the picture
+    until it covers 8/7 of the output, and crops its centre. Neither changes the proportions otherwise.
+
+    Args:
+        image_size: Height and width of the output in pixels, or one number for a square; at least 1.
+
+    Raises:
+        InputError: If ``image_size`` is out of range.
+    """
+    size, ratio = _read_size("image_size", image_size, least=1)
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return (
+        Compose([RGB(), RandomResizedCrop(size, ratio=ratio), RandomHorizontalFlip(), normalize]),
+        Compose([RGB(), _resize_to_cover(size), CenterCrop(size), normalize]),
+    )
+
+
+def photo_side(image_size: int | Sequence[int]) -> int:
+    """Return the short side in pixels that a picture needs for the evaluation transform of :func:`photo_transforms`."""
+    return max(read_size("image_size", image_size)) * 8 // 7
+
+
+def small_image_transforms(
+    mean: Sequence[float], std: Sequence[float], size: int, *, flip: bool, padding: int = 4
+) -> tuple[BatchTransform, BatchTransform]:
+    """Training and evaluation transforms for small images, normalised by the mean and std of each channel.
+
+    Training crops a square of ``size`` pixels after ``padding`` pixels of zeros, and mirrors at random if ``flip``.
+    """
+    normalize = Normalize(mean, std)
+    crop = [RandomCrop(size, padding=padding), *([RandomHorizontalFlip()] if flip else [])]
+    return Compose([*crop, normalize]), Compose([normalize])
+
+
+def strong_digits() -> BatchTransform:
+    """Strong view of ``Digits``, from and to float tensors (1, 8, 8) in [0, 1].
+
+    Random rotation, shift by one pixel, scale, shear, brightness and contrast; 2x2 pixels are erased. With stronger
+    values people mistake one digit for another.
+    """
+    return Compose(
+        [
+            RandomAffine(
+                # shifts are rounded to whole pixels: this is a shift by one pixel in 3 of 8 cases
+                degrees=25,
+                translate=(0.1, 0.1),
+                scale=(0.8, 1.2),
+                shear=10,
+                interpolation=v2.InterpolationMode.BILINEAR,
+            ),
+            ColorJitter(brightness=0.3, contrast=0.3),
+            _cutout(1 / 4),
+        ]
+    )
+
+
+def strong_small(
+    mean: list[float], std: list[float], size: int = 32, padding: int = 4, flip: bool = True
+) -> BatchTransform:
+    """FixMatch's strong view of small images such as those of CIFAR-10.
+
+    Crop and flip as in the weak view, then two operations of RandAugment, which are FixMatch's 14, then Cutout of a
+    square of half the side. New pixels have the mean colour. FixMatch samples the strength of each operation and skips
+    half of them; torchvision's RandAugment applies all, at a third of the range.
+
+    Args:
+        mean: Mean of each channel of images in [0, 1].
+        std: Standard deviation of each channel of images in [0, 1], above 0.
+        size: Side of the output in pixels, at least 2.
+        padding: Pixels around the image that a crop may include, at least 0.
+        flip: Whether to mirror images at random. Set it to false if a mirror image is of another class, as for digits.
+
+    Returns:
+        A transform from images (B, C, H, W), uint8 or float in [0, 1], to normalised ones (B, C, size, size); or from
+        one PIL image or tensor (C, H, W).
+
+    Raises:
+        InputError: For values out of range.
+    """
+    if not mean or len(mean) != len(std):
+        raise InputError(f"mean and std must have a number for each channel, got {mean} and {std}")
+    if min(std) <= 0:
+        raise InputError(f"std must be above 0, got {std}")
+    _read_size("size", size, least=2)
+    if padding < 0:
+        raise InputError(f"padding must be at least 0, got {padding}")
+    crop = [RandomCrop(size, padding=padding), *([RandomHorizontalFlip()] if flip else [])]
+    return Compose([v2.ToDtype(uint8, scale=True), *crop, *_strong_tail(mean, std)])
+
+
+def strong_photos(size: int | tuple[int, int] = 224) -> BatchTransform:
+    """Strong view of photographs, normalised as torchvision's pretrained networks expect.
+
+    Crop of random size and flip as in ``ImageFolder``'s default, then RandAugment and Cutout as in
+    :func:`strong_small`.
+
+    Args:
+        size: Height and width of the output in pixels, or one number for a square; at least 2.
+
+    Returns:
+        A transform from images (B, C, H, W), or a list of images of different sizes, uint8 or float in [0, 1], grey or
+        colour, to normalised ones (B, 3, height, width); or from one PIL image or tensor (C, H, W).
+
+    Raises:
+        InputError: For a size below 2.
+    """
+    side, ratio = _read_size("size", size, least=2)
+    crop = [RandomResizedCrop(side, ratio=ratio), RandomHorizontalFlip()]
+    return Compose([_ToBytes(), RGB(), *crop, *_strong_tail([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+
+def _strong_tail(mean: list[float], std: list[float]) -> list[nn.Module]:
+    """Two operations of RandAugment on uint8 images, then normalised images, then Cutout of half the side."""
+    augment = RandAugment(num_ops=2, magnitude=10, fill=[255 * value for value in mean])
+    return [augment, Normalize(mean, std), _cutout(1 / 2)]
+
+
+def _cutout(share: float) -> RandomErasing:
+    """Set a square, whose side is this share of the image's, to 0: the mean colour of normalised images."""
+    return RandomErasing(p=1.0, scale=(share**2, share**2), ratio=(1.0, 1.0), value=0)
+
+
+class _ToBytes(BatchTransform):
+    """Convert images to uint8, the range of RandAugment's ``fill``. Float images are in [0, 1]."""
+
+    takes_lists = True
+
+    def transform(self, images: Images, draws: Draws) -> Images:
+        """Return a tensor for a tensor, and a list for a list."""
+        if isinstance(images, list):
+            return [v2.functional.to_dtype(image, uint8, scale=True) for image in images]
+        converted: Tensor = v2.functional.to_dtype(images, uint8, scale=True)
+        return converted
+
+
+def _resize_to_cover(size: int | list[int]) -> BatchTransform:
+    """Resize images so that they cover 8/7 of a size."""
+    if isinstance(size, list):
+        return ResizeToCover([side * 8 // 7 for side in size])
+    return Resize(size * 8 // 7)
+
+
+def _read_size(name: str, size: int | Sequence[int], *, least: int) -> tuple[int | list[int], tuple[float, float]]:
+    """Check a size.
+
+    Returns:
+        The side of a square, else height and width; lowest and highest width over height of a crop that is resized to
+        it.
+
+    Raises:
+        InputError: If it is no whole number from ``least``, and no two of them.
+    """
+    height, width = read_size(name, size, least)
+    shape = width / height
+    ratio = (3 / 4 * shape, 4 / 3 * shape)
+    return (height if height == width else [height, width]), ratio
