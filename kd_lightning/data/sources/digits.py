@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
 
 from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.data.transforms.geometry import RandomAffine
 
 
 class Digits(Source):
@@ -18,21 +22,27 @@ class Digits(Source):
 
     def __init__(self) -> None:
         # rotation and scale alone: shifts are below half a pixel, and rounded to whole pixels
-        self.train_transform = v2.RandomAffine(
-            degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
+        self.train_transform = RandomAffine(
+            degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
         )
 
     def load(self) -> Parts:
         """Load 1197 training and 600 test images."""
-        from sklearn.datasets import load_digits  # here: the import takes half a second
-
-        digits = load_digits()
-        images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
-        targets = torch.from_numpy(digits.target).long()
+        table = np.loadtxt(_digits_file(), delimiter=",")  # rows of 64 pixels from 0 to 16, and the class
+        images = torch.from_numpy(table[:, :-1] / 16).float().view(-1, 1, 8, 8)
+        targets = torch.from_numpy(table[:, -1]).long()
         order = torch.from_numpy(np.random.RandomState(0).permutation(len(targets)))
         train, test = order[600:], order[:600]
         return Parts(
             Part(TensorDataset(images[train]), targets[train]),
             Part(TensorDataset(images[test]), targets[test]),
-            class_names=[str(name) for name in digits.target_names],
+            class_names=[str(number) for number in range(10)],
         )
+
+
+def _digits_file() -> Path:
+    """Return scikit-learn's file of the digits, without importing scikit-learn: that takes half a second."""
+    spec = find_spec("sklearn")
+    assert spec is not None  # this package needs it
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torchvision
-from torchvision.transforms import v2
 
 from kd_lightning.data.sources._parts import dataset_part
 from kd_lightning.data.sources.source import Parts, Source
-from kd_lightning.data.transforms import to_float
+from kd_lightning.data.transforms.base import Compose
+from kd_lightning.data.transforms.geometry import RandomHorizontalFlip
+from kd_lightning.data.transforms.recipes import to_float
 
 
 class FakeData(Source):
@@ -23,7 +24,7 @@ class FakeData(Source):
         self.size = size
         self.image_size = tuple(image_size)
         self.num_classes = num_classes
-        self.train_transform = v2.Compose([v2.RandomHorizontalFlip(), to_float()])
+        self.train_transform = Compose([RandomHorizontalFlip(), to_float()])
         self.eval_transform = to_float()
 
     def load(self) -> Parts:

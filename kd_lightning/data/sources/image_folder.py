@@ -6,7 +6,7 @@ from kd_lightning.data.sources._parts import dataset_part
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, ClassFolders, FlatFolder
 from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.source import Parts, Source
-from kd_lightning.data.transforms import photo_transforms
+from kd_lightning.data.transforms.recipes import photo_side, photo_transforms
 from kd_lightning.errors import InputError
 
 
@@ -50,6 +50,7 @@ class ImageFolder(Source):
         if not self.endings or not all(ending.startswith(".") and len(ending) > 1 for ending in self.endings):
             raise InputError(f"endings must be one or more, each of which begins with a dot, got {endings}")
         self.train_transform, self.eval_transform = photo_transforms(image_size)
+        self.stored_side = photo_side(image_size)
 
     def load(self) -> Parts:
         """List the files.

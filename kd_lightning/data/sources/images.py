@@ -36,11 +36,15 @@ def read_item(images: Images, index: int) -> Any:
     except InputError:  # it names the item
         raise
     except Exception as error:  # decoders raise errors of any class
-        raise _unreadable(images, index, error) from error
+        raise unreadable(images, index, error) from error
 
 
-def _unreadable(images: Images, index: int, error: Exception) -> InputError:
-    path = path_of([images], index)
+def unreadable(images: Images, index: int, error: Exception) -> InputError:
+    """Return the error of an item that cannot be read. It names the item, by path if the dataset has paths."""
+    try:
+        path = path_of([images], index)
+    except IndexError:  # a Subset of items that do not exist
+        path = None
     where = f"item {index} of {type(images).__name__}" if path is None else f"image {printable(path)}"
     return InputError(f"{where} cannot be read: {type(error).__name__}: {error}")
 
@@ -54,9 +58,15 @@ def printable(path: str | Path) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(path))
 
 
-def _part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
-    """The part of an index that counts through all parts, and the index within that part."""
-    for part in parts:
+def part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
+    """Return the part of an index that counts through all parts, and the index within that part.
+
+    Raises:
+        IndexError: If no part has the index.
+    """
+    if index < 0:  # from the end, as in a ConcatDataset
+        index += sum(map(len, parts))
+    for part in parts if index >= 0 else ():
         if index < len(part):
             return part, index
         index -= len(part)
@@ -71,7 +81,7 @@ def read_image(parts: Sequence[Images], index: int) -> Any:
     Raises:
         InputError: If it cannot be read, or if the item has no image. The message names the item.
     """
-    part, index = _part_of(parts, index)
+    part, index = part_of(parts, index)
     image = image_of(read_item(part, index), f"item {index} of {type(part).__name__}")
     if not isinstance(image, Image.Image):
         return image
@@ -79,12 +89,12 @@ def read_image(parts: Sequence[Images], index: int) -> Any:
         image.load()  # a file may be open, but not decoded
         return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image
     except Exception as error:
-        raise _unreadable(part, index, error) from error
+        raise unreadable(part, index, error) from error
 
 
 def path_of(parts: Sequence[Images], index: int) -> str | None:
     """The path of an item's file; None if the dataset has no paths. The index counts through all parts."""
-    images, index = _part_of(parts, index)
+    images, index = part_of(parts, index)
     if isinstance(images, Subset):
         return path_of([images.dataset], int(images.indices[index]))  # type: ignore[list-item]
     if isinstance(images, ConcatDataset):

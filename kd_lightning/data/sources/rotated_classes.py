@@ -54,7 +54,7 @@ class RotatedClasses(Source):
         )
 
 
-class _RotatedImages:
+class RotatedImages:
     """All images, then all of them rotated once, twice and three times."""
 
     def __init__(self, images: Images) -> None:
@@ -83,4 +83,4 @@ class _RotatedImages:
 def _rotated(part: Part, classes: int) -> Part:
     known = has_label(part.targets)
     targets = [torch.where(known, part.targets + turns * classes, part.targets) for turns in range(4)]
-    return Part(_RotatedImages(part.images), torch.cat(targets))
+    return Part(RotatedImages(part.images), torch.cat(targets))

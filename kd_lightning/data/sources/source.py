@@ -34,6 +34,12 @@ class Parts(NamedTuple):
     unlabeled: Images | None = None
     class_names: list[str] | None = None
 
+    @property
+    def images(self) -> list[Images]:
+        """The images of all parts."""
+        parts = [self.train.images, None if self.test is None else self.test.images, self.unlabeled]
+        return [part for part in parts if part is not None]
+
 
 class Source(ABC):
     """Images, labels, and default transforms for them.
@@ -42,10 +48,12 @@ class Source(ABC):
         train_transform: Default augmentation, from an image to a tensor. None if images are tensors and stay as they
             are.
         eval_transform: Default transform for evaluation, without randomness. None likewise.
+        stored_side: Short side in pixels that pictures need for the default transforms. None means their full size.
     """
 
     train_transform: nn.Module | None = None
     eval_transform: nn.Module | None = None
+    stored_side: int | None = None
 
     def prepare(self) -> None:  # noqa: B027  (most sources have nothing to download)
         """Download missing files. Called once, on one process."""

@@ -11,7 +11,7 @@ from kd_lightning.data.sources._parts import dataset_parts
 from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.source import Parts, Source
 from kd_lightning.data.sources.torchvision_files import open_files
-from kd_lightning.data.transforms import photo_transforms, small_image_transforms
+from kd_lightning.data.transforms.recipes import photo_side, photo_transforms, small_image_transforms
 from kd_lightning.errors import InputError
 
 
@@ -57,6 +57,7 @@ class TorchvisionDataset(Source):
         self.loader = loader
         photos = photo_transforms(image_size)
         self.train_transform, self.eval_transform = _RECIPES[name]() if name in _RECIPES else photos
+        self.stored_side = photo_side(image_size)
 
     def prepare(self) -> None:
         """Download missing files."""

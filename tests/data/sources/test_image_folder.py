@@ -13,6 +13,7 @@ from kd_lightning import ImageFolder, InputError, SemiSupervisedDataModule, Torc
 from kd_lightning.__main__ import main
 from kd_lightning.data.sources.image_loader import load_image
 from kd_lightning.data.transforms import photo_transforms, strong_photos
+from kd_lightning.data.transforms.resize import RandomResizedCrop
 from kd_lightning.runs.build import build
 
 COLORS = {"birds": (200, 0, 0), "cats": (0, 200, 0), "dogs": (0, 0, 200), "eels": (200, 200, 0)}
@@ -113,11 +114,11 @@ class TestImageSize:
         rows, columns = np.mgrid[0:300, 0:300]
         disc = ((rows - 150) ** 2 + (columns - 150) ** 2 < 30**2).astype(np.uint8) * 255
         image = Image.fromarray(np.repeat(disc[..., None], 3, -1))
-        crop = photo_transforms((30, 90))[0].transforms[0]
+        crop = next(part for part in photo_transforms((30, 90))[0].transforms if isinstance(part, RandomResizedCrop))
         torch.manual_seed(0)
         ratios = []
         for _ in range(200):
-            seen = np.asarray(crop(image))[..., 0] > 127
+            seen = crop(image)[0].numpy() > 127
             inner = seen[1:-1, 1:-1]
             if seen.sum() == inner.sum() > 60:  # the whole disc
                 height, width = (np.ptp(np.nonzero(seen)[axis]) + 1 for axis in (0, 1))
@@ -127,20 +128,17 @@ class TestImageSize:
         assert np.median(ratios) == pytest.approx(1, abs=0.25)
 
     @pytest.mark.parametrize("size", [14, (14, 14), [14, 14]])
-    def test_a_square_is_as_before(self, size):
+    def test_a_square_is_as_torchvision(self, size):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8))
         tail = [v2.ToImage(), v2.RGB(), v2.ToDtype(torch.float32, scale=True)]
         tail.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-        before = (
-            v2.Compose([v2.RandomResizedCrop(14, antialias=True), v2.RandomHorizontalFlip(), *tail]),
-            v2.Compose([v2.Resize(16, antialias=True), v2.CenterCrop(14), *tail]),
-        )
-        for transform, wanted in zip(photo_transforms(size), before, strict=True):
-            for seed in range(10):
-                torch.manual_seed(seed)
-                first = wanted(image)
-                torch.manual_seed(seed)
-                assert torch.equal(transform(image), first)
+        train, evaluation = photo_transforms(size)
+        wanted = v2.Compose([v2.Resize(16, antialias=True), v2.CenterCrop(14), *tail])
+        made = evaluation(image)
+        assert torch.allclose(made, wanted(v2.functional.to_image(image)), atol=1e-6)
+        assert (made - wanted(image)).abs().max() < 1.01 / 255 / 0.224  # Pillow rounds some pixels to the next of 256
+        crop = next(part for part in train.transforms if isinstance(part, RandomResizedCrop))
+        assert (crop.size, crop.scale, crop.ratio) == ((14, 14), (0.08, 1), (3 / 4, 4 / 3))
 
     @pytest.mark.parametrize("size", [0, -1, (0, 4), (4, -1), (4,), (4, 4, 4), (), 4.5, (4, 4.0), "4", True, None])
     @pytest.mark.parametrize(

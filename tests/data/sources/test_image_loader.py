@@ -1,17 +1,20 @@
 """The loader against files written byte by byte, and against PIL where it is right."""
 
+import io
 import struct
+import types
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageFile, ImageOps
 
 from kd_lightning import InputError
 from kd_lightning.data.sources import image_loader
-from kd_lightning.data.sources.image_loader import load_image
+from kd_lightning.data.sources.image_loader import decode_image, load_image
 
 RANDOM = np.random.default_rng(0)
 COLORS = RANDOM.integers(0, 256, (6, 9, 3)).astype(np.uint8)
@@ -62,11 +65,22 @@ def write_png(path, values, bits, exif=None):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b""))
 
 
+def decoded(path):
+    """The pixels of ``decode_image`` as an array (H, W, 3)."""
+    pixels = decode_image(path)
+    assert pixels.dtype == torch.uint8
+    values = pixels.permute(1, 2, 0)
+    assert values.is_contiguous()
+    values += 0  # they can be written to, without a warning
+    return values.numpy()
+
+
 def grey(path):
     """The grey values of a picture, whose channels must be equal."""
     image = load_image(path)
     assert image.mode == "RGB"
     values = np.asarray(image)
+    assert (decoded(path) == values).all()
     assert (values == values[..., :1]).all()
     return values[..., 0]
 
@@ -263,6 +277,7 @@ class TestAsPILConverts:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 found = load_image(path)
+                assert (decoded(path) == np.asarray(found)).all(), path.name
             with Image.open(path) as image:
                 modes.add(image.mode)
                 assert (np.asarray(image.convert("RGB")) == np.asarray(found)).all(), path.name
@@ -295,6 +310,16 @@ class TestOrientation:
         for path in sorted(tmp_path.iterdir()):
             stored = COLORS if path.suffix != ".jpg" else np.asarray(Image.open(path).convert("RGB"))
             assert (np.asarray(load_image(path)) == UPRIGHT[orientation](stored)).all(), path.suffix
+            assert (decoded(path) == UPRIGHT[orientation](stored)).all(), path.suffix
+
+    @pytest.mark.parametrize("orientation", UPRIGHT)
+    def test_in_xmp(self, tmp_path, orientation):
+        xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+        Image.fromarray(COLORS).save(path := tmp_path / "a.jpg", xmp=xmp)
+        with Image.open(path) as image:
+            stored = np.asarray(image.convert("RGB"))
+        assert (np.asarray(load_image(path)) == UPRIGHT[orientation](stored)).all()
+        assert (decoded(path) == UPRIGHT[orientation](stored)).all()
 
     @pytest.mark.parametrize("orientation", UPRIGHT)
     def test_of_many_bits(self, tmp_path, orientation):
@@ -314,6 +339,7 @@ class TestOrientation:
         Image.fromarray(COLORS).save(path := tmp_path / "a.jpg", exif=exif)
         with Image.open(path) as image:
             assert (np.asarray(load_image(path)) == np.asarray(image.convert("RGB"))).all()
+        assert (decoded(path) == np.asarray(load_image(path))).all()
 
     def test_unknown_orientation(self, tmp_path):
         exif = Image.Exif()
@@ -322,45 +348,176 @@ class TestOrientation:
         assert (np.asarray(load_image(path)) == COLORS).all()
 
 
+def as_jpeg(values, **options):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def outcome(load, path):
+    """The pixels of a file (H, W, 3), or the message of its error."""
+    try:
+        return load(path)
+    except InputError as error:
+        return str(error)
+
+
+def same(a, b):
+    return type(a) is type(b) and (a == b if isinstance(a, str) else a.shape == b.shape and (a == b).all())
+
+
+@pytest.fixture
+def by_torchvision(monkeypatch):
+    """A list to which each call of torchvision's decoder adds whether it succeeded."""
+    found = []
+    decode = image_loader._decode_jpeg
+
+    def remember(content, image):
+        pixels = decode(content, image)
+        found.append(pixels is not None)
+        return pixels
+
+    monkeypatch.setattr(image_loader, "_decode_jpeg", remember)
+    return found
+
+
+class TestDecodeJpeg:
+    PICTURE = np.kron(RANDOM.integers(0, 256, (12, 11, 3)), np.ones((5, 4, 1))).astype(np.uint8)
+    NOISE = RANDOM.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+
+    def check(self, path, content, by_torchvision, most=0):
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = decoded(path)
+        assert by_torchvision.pop() is True
+        assert np.abs(found.astype(int) - np.asarray(load_image(path))).max() <= most
+
+    @pytest.mark.parametrize("subsampling", [0, 1, 2])
+    @pytest.mark.parametrize("quality", [20, 75, 100])
+    def test_colors(self, tmp_path, by_torchvision, quality, subsampling):
+        for values in (self.PICTURE, self.NOISE, self.NOISE[:9, :17], self.NOISE[:1, :1]):
+            content = as_jpeg(values, quality=quality, subsampling=subsampling)
+            self.check(tmp_path / "a.jpg", content, by_torchvision)
+
+    @pytest.mark.parametrize("options", [{"progressive": True}, {"keep_rgb": True}, {"restart_marker_blocks": 2}])
+    def test_other_encodings(self, tmp_path, by_torchvision, options):
+        self.check(tmp_path / "a.jpg", as_jpeg(self.PICTURE, **options), by_torchvision)
+
+    @pytest.mark.parametrize(("subsampling", "factors", "most"), [(1, 0x12, 2), (2, 0x41, 0)])
+    def test_rare_subsampling(self, tmp_path, by_torchvision, subsampling, factors, most):
+        """4:4:0 and 4:1:1; libjpeg-turbo before 2.1 rounds 4:4:0 otherwise."""
+        content = bytearray(as_jpeg(self.NOISE, subsampling=subsampling))
+        content[content.index(b"\xff\xc0") + 11] = factors
+        self.check(tmp_path / "a.jpg", bytes(content), by_torchvision, most)
+
+    def test_grey(self, tmp_path, by_torchvision):
+        self.check(tmp_path / "a.jpg", as_jpeg(self.PICTURE[..., 0]), by_torchvision)
+
+    def test_bytes_behind_the_end(self, tmp_path, by_torchvision):
+        self.check(tmp_path / "a.jpg", as_jpeg(self.PICTURE) + bytes(1000), by_torchvision)
+
+    def test_first_of_several_pictures(self, tmp_path, by_torchvision):
+        file = io.BytesIO()
+        Image.fromarray(self.PICTURE).save(file, "MPO", save_all=True, append_images=[Image.fromarray(self.NOISE)])
+        self.check(tmp_path / "a.jpg", file.getvalue(), by_torchvision)
+
+    def test_cmyk_is_up_to_pil(self, tmp_path, by_torchvision):
+        Image.fromarray(self.PICTURE).convert("CMYK").save(path := tmp_path / "a.jpg")
+        assert (decoded(path) == np.asarray(load_image(path))).all()
+        assert by_torchvision == []
+
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+    def test_a_part_of_a_file_is_an_error(self, tmp_path, options):
+        content = as_jpeg(self.NOISE[:20, :20], **options)
+        for size in [*range(0, len(content), 7), len(content) - 1]:
+            (path := tmp_path / "a.jpg").write_bytes(content[:size])
+            found = outcome(decoded, path)
+            assert isinstance(found, str)
+            assert found == outcome(load_image, path)
+            assert "\n" not in found
+
+    def test_a_part_of_a_file_that_pil_shall_read(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        content = as_jpeg(self.PICTURE)
+        (path := tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
+        assert (decoded(path) == np.asarray(load_image(path))).all()
+
+    @pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 1}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
+    def test_damaged_files_are_read_or_refused_as_by_pil(self, tmp_path, options, by_torchvision):
+        content = as_jpeg(self.NOISE[:24, :24], **options)
+        random = np.random.default_rng(1)
+        refused = 0
+        for number in range(200):
+            damaged = bytearray(content)
+            place = random.integers(len(content))
+            damaged[place] = random.integers(256)
+            if number % 2:
+                del damaged[place : place + random.integers(1, 40)]
+            (path := tmp_path / "a.jpg").write_bytes(damaged)
+            found = outcome(decoded, path)
+            refused += isinstance(found, str)
+            assert same(found, outcome(lambda path: np.asarray(load_image(path)), path)), number
+        assert 10 < refused < 190
+        assert {*by_torchvision} == {True, False}
+
+    def test_too_many_pixels_are_an_error(self, tmp_path, monkeypatch):
+        (path := tmp_path / "a.jpg").write_bytes(as_jpeg(self.PICTURE))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(InputError, match=r"a.jpg cannot be read: DecompressionBombError"):
+            decode_image(path)
+
+    def test_without_the_decoder_of_torchvision(self, tmp_path, monkeypatch):
+        (path := tmp_path / "a.jpg").write_bytes(as_jpeg(self.PICTURE))
+        monkeypatch.setattr(torch.ops, "image", types.SimpleNamespace())
+        assert (decoded(path) == np.asarray(load_image(path))).all()
+
+
 @pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
 def test_first_of_several_pictures(tmp_path, ending):
     first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     first.save(path := tmp_path / f"a.{ending}", save_all=True, append_images=[second])
     with Image.open(path) as image:
         assert image.n_frames == 2
+    assert (decoded(path) == np.asarray(load_image(path))).all()
     red, green, blue = np.asarray(load_image(path)).mean((0, 1))
     assert red > 240 and green < 10 and blue < 10
 
 
+@pytest.mark.parametrize("load", [load_image, decode_image])
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp", "gif", "ppm"])
-def test_damaged_files_are_named(tmp_path, ending):
+def test_damaged_files_are_named(tmp_path, ending, load):
     big = RANDOM.integers(0, 256, (60, 60, 3)).astype(np.uint8)
     Image.fromarray(big).save(path := tmp_path / f"a.{ending}")
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no picture"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"image .*a.{ending} cannot be read: ") as error:
-            load_image(path)
+            load(path)
         assert "\n" not in str(error.value)
 
 
-def test_a_name_of_two_lines_is_named_in_one(tmp_path):
+@pytest.mark.parametrize("load", [load_image, decode_image])
+def test_a_name_of_two_lines_is_named_in_one(tmp_path, load):
     (path := tmp_path / "a\nb.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"a\\nb.png cannot be read") as error:
-        load_image(path)
+        load(path)
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
+@pytest.mark.parametrize("load", [load_image, decode_image])
+def test_missing_files_and_folders_are_named(tmp_path, load):
     for name in ("gone.png", "folder.png"):
         (tmp_path / "folder.png").mkdir(exist_ok=True)
         with pytest.raises(InputError, match=f"image .*{name} cannot be read: "):
-            load_image(tmp_path / name)
+            load(tmp_path / name)
 
 
+@pytest.mark.parametrize("load", [load_image, decode_image])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("content", ["whole", "cut"])
-def test_files_are_closed(tmp_path, monkeypatch, content):
-    Image.fromarray(COLORS).save(path := tmp_path / "a.png")
+def test_files_are_closed(tmp_path, monkeypatch, content, ending, load):
+    Image.fromarray(COLORS).save(path := tmp_path / f"a.{ending}")
     path.write_bytes(path.read_bytes()[: None if content == "whole" else 60])
     opened = []
     open_ = Path.open
@@ -371,7 +528,7 @@ def test_files_are_closed(tmp_path, monkeypatch, content):
 
     monkeypatch.setattr(Path, "open", remember)
     try:
-        load_image(str(path))
+        load(str(path))
     except InputError:
         assert content == "cut"
     assert [file.closed for file in opened] == [True]

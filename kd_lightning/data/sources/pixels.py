@@ -1,0 +1,84 @@
+"""The raw pixels of an item, for whole-batch transforms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from kd_lightning.data.sources.image_files import ClassFolders, FlatFolder
+from kd_lightning.data.sources.image_loader import decode_image, load_image
+from kd_lightning.data.sources.images import Images, part_of, path_of, read_image, unreadable
+from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
+from kd_lightning.data.transforms.base import to_tensor
+
+
+class DecodedImages(ABC):
+    """The images of a part, whose pixels are read without decoding.
+
+    Attributes:
+        part: The part, whose files are decoded.
+    """
+
+    part: Images
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int, /) -> Any:
+        """Return an image as the loader returns it."""
+
+    @abstractmethod
+    def pixels(self, index: int) -> Tensor:
+        """Return an image as uint8 (C, H, W)."""
+
+
+def read_pixels(parts: Sequence[Images], index: int) -> Tensor:
+    """Read the pixels of an item; the index counts through all parts.
+
+    Args:
+        parts: The parts of a source.
+        index: Index of the item.
+
+    Returns:
+        (C, H, W) of the type of the image: uint8 for files and pictures of 8 bits. A tensor is returned as it is. Files
+        that no loader, dataset or transform of the user reads are decoded by
+        :func:`~kd_lightning.data.sources.image_loader.decode_image`.
+
+    Raises:
+        InputError: If it cannot be read, or if the item has no image. The message names the item.
+    """
+    part, index = part_of(parts, index)
+    if isinstance(part, DecodedImages):
+        return part.pixels(index)
+    path = _file_of(part, index)
+    if path is not None:
+        return decode_image(path)
+    image = read_image([part], index)
+    try:
+        return to_tensor(image)
+    except Exception as error:  # no image at all
+        raise unreadable(part, index, error) from error
+
+
+def _file_of(images: Images, index: int) -> str | None:
+    """The file whose picture, as ``load_image`` returns it, is the image of an item; None for any other item.
+
+    Subclasses are left out: they may return another image.
+    """
+    try:
+        if type(images) is Subset:
+            return _file_of(images.dataset, int(images.indices[index]))  # type: ignore[arg-type]
+        if type(images) is ConcatDataset:
+            return _file_of(*part_of(images.datasets, index))  # type: ignore[arg-type]
+        if type(images) is TorchvisionFiles and images.transforms is not None:
+            return None
+        if type(images) in (ClassFolders, FlatFolder, TorchvisionFiles) and images.loader is load_image:  # type: ignore[attr-defined]
+            return path_of([images], index)
+    except IndexError:  # read_image names the item
+        pass
+    return None
