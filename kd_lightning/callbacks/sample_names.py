@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.sources.pixels import DecodedImages
 from kd_lightning.data.views.dataset import ViewDataset
 
 Names = Callable[[int], tuple[str, str]]
@@ -26,7 +27,9 @@ def sample_names(datamodule: Any, loaders: Any, part: Literal["train", "test"]) 
         dataset = getattr(loader, "dataset", None)
         parts = datamodule.samples.parts if isinstance(dataset, ViewDataset) else None
         images = getattr(getattr(parts, part, None), "images", None)
-        if images is None or not isinstance(dataset, ViewDataset) or dataset.images[0] is not images:
+        loaded = dataset.images[0] if isinstance(dataset, ViewDataset) else None
+        loaded = loaded.part if isinstance(loaded, DecodedImages) else loaded
+        if images is None or loaded is not images:
             identities = None
     if identities is None:
         return lambda index: ("", "")

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import LabelKind
 from kd_lightning.data.counts import count_parts
+from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.duplicates import DuplicatePolicy
 from kd_lightning.data.identity import Identities
-from kd_lightning.data.labels.build import build_labels
+from kd_lightning.data.labels.build import build_labels, check_coarse
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.resume_settings import batch_settings, check_resume
-from kd_lightning.data.samples import Samples
+from kd_lightning.data.samples import Samples, check_pool_name
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
@@ -78,6 +79,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         duplicates: Images of equal content in training, validation and test: ``"count"`` (a warning names them),
             ``"refuse"``, or ``"together"``, which leaves copies of test images out of training, and moves copies of
             training images from validation to training.
+        decoded: Folder of decoded pictures: image files are decoded once, and read from there by all later epochs and
+            fits. See :class:`~kd_lightning.data.decoded.DecodedPictures`. Default: None, which means that each epoch
+            decodes the files.
+        decoded_side: Short side in pixels that pictures are shrunk to before they are stored. Default: None, which
+            means what the source's evaluation needs (8/7 of its ``image_size``), or the full size if a transform is
+            your own.
 
     Raises:
         InputError: For values out of range, and for a source that lacks the part that ``unlabeled`` names.
@@ -105,16 +112,13 @@ class SemiSupervisedDataModule(LightningDataModule):
         coarse: CoarseLabels | None = None,
         label_file: str | Path | None = None,
         duplicates: DuplicatePolicy = "count",
+        decoded: str | Path | None = None,
+        decoded_side: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(batch_size, labeled_batch_size, num_views, views_per_epoch, num_workers)
-        if unlabeled not in ("rest", "none", "source", "test"):
-            raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
-        if coarse is not None and coarse.fraction > 0 and labeled is None:
-            raise InputError(
-                "coarse: every image has a fine label, since labeled is not set; set labeled, or coarse.fraction: 0 if "
-                "coarse labels come from a label file alone"
-            )
+        check_pool_name(unlabeled)
+        check_coarse(coarse, labeled)
         self.source = source
         self.labeled = labeled
         self.labeled_at_most = labeled_at_most
@@ -134,6 +138,11 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.coarse = coarse
         self.label_file = label_file
         self.duplicates = duplicates
+        if decoded is None and decoded_side is not None:
+            raise InputError(f"decoded_side: {decoded_side} needs decoded, the folder of the pictures")
+        own = (train_transform, strong_transform, eval_transform) != (None, None, None)
+        self.decoded_side = source.stored_side if decoded_side is None and not own else decoded_side
+        self.decoded = None if decoded is None else DecodedPictures(decoded, self.decoded_side)
         self.transductive = unlabeled == "test"
         self.class_names: list[str] | None = None
         self.split: Split | None = None
@@ -154,22 +163,17 @@ class SemiSupervisedDataModule(LightningDataModule):
         Test and predict read all test images, so they need no split.
         """
         self._load_parts()
+        if self.decoded is not None:
+            self.decoded.recall(self.samples.parts.images, self.trainer)
         ranks = None if self.trainer is None or self.trainer.world_size == 1 else self.trainer
         if stage in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             if ranks is not None:
                 check_same_on_ranks(ranks, [self.samples.test_hash])
             return
         if self._labels is None:
-            self.split = find_split(
-                self.samples,
-                labeled=self.labeled,
-                labeled_at_most=self.labeled_at_most,
-                val_size=self.val_size,
-                seed=self.seed,
-                duplicates=self.duplicates,
-                label_file=self.label_file,
-                group_names=[] if self.coarse is None else self.coarse.names,
-            )
+            keys = ("labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file")
+            groups = [] if self.coarse is None else self.coarse.names
+            self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
             if not len(self._train_indices()):
                 raise InputError("labeled: 0 leaves nothing to train on; allowed with coarse, label_file, or unlabeled")
@@ -228,18 +232,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         assert self._labels is not None
         indices = self._train_indices()
         world, rank = self._world_size_and_rank()
-        sampler = training_sampler(
-            len(split.labeled),
-            len(indices) - len(split.labeled),
-            batch_size=self.batch_size,
-            labeled_batch_size=self.labeled_batch_size,
-            views_per_epoch=self.views_per_epoch,
-            num_views=self.num_views,
-            seed=self.seed,
-            num_replicas=world,
-            rank=rank,
-        )
-        dataset = ViewDataset(self.samples.images, indices, self.train_transform, self.seed, self.strong_transform)
+        keys = ("batch_size", "labeled_batch_size", "views_per_epoch", "num_views", "seed")
+        settings = {key: getattr(self, key) for key in keys} | {"num_replicas": world, "rank": rank}
+        sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
+        dataset = self._views(self.samples.images, indices, self.train_transform, self.strong_transform)
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -299,7 +295,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
-            dataset = ViewDataset(self.samples.images, indices, transform, self.seed)
+            dataset = self._views(self.samples.images, indices, transform)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
 
@@ -359,15 +355,8 @@ class SemiSupervisedDataModule(LightningDataModule):
     def _build_labels(self) -> LabelTable:
         """The labels that training may see, without pseudo-labels."""
         parts, split = self._parts_and_split()
-        return build_labels(
-            parts.train.targets,
-            split,
-            len(self.samples),
-            noisy=self.noisy,
-            noise=self.label_noise,
-            coarse=self.coarse,
-            class_names=self.class_names,
-        )
+        options: dict[str, Any] = {"noisy": self.noisy, "noise": self.label_noise, "coarse": self.coarse}
+        return build_labels(parts.train.targets, split, len(self.samples), class_names=self.class_names, **options)
 
     def _train_indices(self) -> Tensor:
         """Indices to train on: labeled ones, then ascending those of the pool and those with a coarse label."""
@@ -381,9 +370,16 @@ class SemiSupervisedDataModule(LightningDataModule):
         self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
     ) -> ViewLoader:
         world, rank = self._world_size_and_rank()
-        dataset = ViewDataset(images, indices, self.eval_transform, self.seed)
+        dataset = self._views(images, indices, self.eval_transform)
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
         return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
+
+    def _views(self, images: list[Any], indices: Tensor, transform: Any, strong: Any = None) -> ViewDataset:
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        on_gpu = device is not None and device.type == "cuda"
+        if self.decoded is not None:
+            images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
+        return ViewDataset(images, indices, transform, self.seed, strong, device if on_gpu else None)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

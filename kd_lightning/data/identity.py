@@ -8,9 +8,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from kd_lightning.cache.content import fingerprint
+from kd_lightning.data.file_hashes import hash_files, letters
 from kd_lightning.data.sources.images import Images, path_of, read_image
-from kd_lightning.errors import InputError
 
 _MANY = 20_000
 """Number of samples from which on the reading is announced."""
 _CHECKED = 128
 """Number of items that are read twice, to find out whether a dataset is random."""
-_THREADS = 8
-_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def hash_item(item: Any) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     _feed(item, digest)
-    return _letters(digest)
+    return letters(digest.hexdigest())
 
 
 def _feed(item: Any, digest: hashlib.blake2b) -> None:
@@ -206,8 +202,7 @@ def _describe(images: Images, numbers: Sequence[int]) -> tuple[list[str], list[s
     if len(numbers) >= _MANY:
         rank_zero_info(f"data: hashing {len(numbers)} samples of {type(images).__name__}, each once")
     if numbers and all(files):
-        with ThreadPoolExecutor(_THREADS) as pool:
-            contents = [*pool.map(_hash_file, map(str, paths), chunksize=64)]
+        contents = hash_files(map(str, paths))
         if len({*paths}) < len(images) and (variants := _variants(images)):
             for place, number in enumerate(numbers):
                 if number in variants:
@@ -271,7 +266,7 @@ def _hash_rows(values: Tensor | np.ndarray, numbers: Sequence[int]) -> list[str]
     for number in numbers:
         digest = start.copy()
         digest.update(rows[number].data)
-        contents.append(_letters(digest))
+        contents.append(letters(digest.hexdigest()))
     return contents
 
 
@@ -305,26 +300,3 @@ def _relative(paths: Sequence[str | None], root: Any) -> list[str]:
 def normal_path(path: str) -> str:
     """Write a path with ``/`` between its parts, in Unicode NFC."""
     return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
-
-
-def _hash_file(path: str) -> str:
-    try:
-        status = os.stat(path)  # noqa: PTH116
-        return _hash_state(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    except OSError as error:
-        raise InputError(f"image {path} cannot be read: {error}") from error
-
-
-@cache
-def _hash_state(path: str, *state: int) -> str:
-    """Hash a file in this state: size, times and inode, so that a replaced file is read again."""
-    digest = hashlib.blake2b(digest_size=8)
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return _letters(digest)
-
-
-def _letters(digest: hashlib.blake2b) -> str:
-    """Write a hash in the letters a to p: a spreadsheet takes some hexadecimal numbers for numbers and changes them."""
-    return digest.hexdigest().translate(_LETTERS)

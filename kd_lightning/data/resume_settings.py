@@ -39,6 +39,8 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
     """
     sizes = {name: getattr(datamodule, name) for name in ("batch_size", "labeled_batch_size")}
     numbers = {name: getattr(datamodule, name) for name in ("seed", "num_views", "views_per_epoch")}
+    # pictures of another size have other pixels
+    numbers["decoded_side"] = None if datamodule.decoded is None else datamodule.decoded_side
     transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform")}
     return {
         **{name: None if size is None else size * processes for name, size in sizes.items()},

@@ -153,5 +153,11 @@ class Samples:
         return replace(named, pool=self.pool_identities) if named.beyond else replace(named, pool=None)
 
 
+def check_pool_name(unlabeled: str) -> None:
+    """Raise InputError for an unknown name of the unlabeled pool."""
+    if unlabeled not in ("rest", "none", "source", "test"):
+        raise InputError(f"unlabeled must be one of rest, none, source, test, got {unlabeled!r}")
+
+
 def _join_hashes(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

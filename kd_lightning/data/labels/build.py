@@ -137,3 +137,12 @@ def _check_label_row(row: Sequence[Any], classes: int) -> None:
         raise InputError(f"{place} the name of a superclass, got {label!r:.80}")
     if type(weight) not in (int, float) or not 0 <= weight < math.inf:
         raise InputError(f"{place} a weight of at least 0, got {weight!r:.80}")
+
+
+def check_coarse(coarse: CoarseLabels | None, labeled: Any) -> None:
+    """Raise InputError if coarse labels are to be made, but every image has a fine one (``labeled`` is None)."""
+    if coarse is not None and coarse.fraction > 0 and labeled is None:
+        raise InputError(
+            "coarse: every image has a fine label, since labeled is not set; set labeled, or coarse.fraction: 0 if "
+            "coarse labels come from a label file alone"
+        )
