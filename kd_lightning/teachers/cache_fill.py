@@ -49,6 +49,9 @@ class Views(Protocol):
     def read(self, batches: Iterable[Iterable[int]], seed: int = 0) -> Iterator[Batch]:
         """Load batches of these rows."""
 
+    def finish(self, batch: Batch) -> Batch:
+        """Complete a batch that was read: run transforms that run on another device."""
+
 
 def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views") -> None:
     """Fill the caches of teachers, and hand them to the datamodule, whose batches hold the outputs from now on.
@@ -300,7 +303,7 @@ class _CacheFill:
     def _outputs(self, batch: Batch) -> OutputRows:
         """Compute the logits (B, ...) of a batch from the data loader, as a training step does."""
         trainer, views = self.trainer, hash_rows(batch.x)
-        batch = move_batch(trainer, batch)
+        batch = move_batch(trainer, self.table.finish(batch))
         with trainer.precision_plugin.forward_context():
             logits = self.teacher.compute(batch).cpu()
         return OutputRows(views, hash_rows(batch.x), logits)

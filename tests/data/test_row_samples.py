@@ -165,9 +165,9 @@ def test_many_copies_are_quick():
     """20,000 renamed files of one content, such as blank pictures."""
     names = [f"c{number % 10}/{number}.png" for number in range(20_000)]
     samples = data(dict.fromkeys(names, "a"))
-    start = time.perf_counter()
+    start = time.process_time()
     found = find(samples, *((None, f"/old/{name}x", "a") for name in names))[0]
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert sorted(found) == [*range(20_000)]
 
 

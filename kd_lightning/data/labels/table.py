@@ -21,6 +21,9 @@ class LabelTable:
         weight: Factor of each sample's hard loss, (N,), at least 0. Default: None, which means 1.
         group: Superclass of samples of kind coarse, (N,); any number elsewhere. Default: None, which means none.
         members: Which classes each superclass holds, (G, C) booleans. Needed with ``group``.
+
+    Attributes:
+        version: Number of times that pseudo-labels were replaced.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class LabelTable:
     ) -> None:
         self.visible = visible
         self.y = visible
+        self.version = 0
+        self._known = is_labeled(visible)
         self.kind = self._initial_kind = kind
         self.weight = weight
         self.group = group
@@ -71,6 +76,8 @@ class LabelTable:
         plain = torch.where(known, LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
         self.kind = plain if self._initial_kind is None else self._initial_kind.clone()
         self.kind[accepted] = LabelKind.PSEUDO
+        self.version += 1
+        self._known = is_labeled(self.y)
         self._soft_labels = labels.soft
         if labels.soft is not None:
             self._soft_rows = torch.full((len(known),), -1)
@@ -90,15 +97,22 @@ class LabelTable:
         if self._soft_labels is not None:
             row = self._soft_rows[batch.index]
             batch.soft = self._soft_labels[row] * (row >= 0).unsqueeze(1)
-        known = is_labeled(batch.y)
+        known = self._known[batch.index]
         if known.ndim == 1 or known.all():  # a sample of many labels may be labeled in part
             batch.labeled = known.reshape(len(known), -1)[:, 0].nonzero().flatten()
         return batch
 
-    def count(self, index: Tensor) -> tuple[int, int, int]:
-        """Number of labels, of pseudo-labels and of coarse labels at these indices; the first includes the others."""
-        pseudo, coarse = (
-            0 if self.kind is None else int((self.kind[index] == kind).sum())
-            for kind in (LabelKind.PSEUDO, LabelKind.COARSE)
-        )
-        return int(is_labeled(self.y[index]).sum()) + coarse, pseudo, coarse
+    def count_up_to(self, index: Tensor) -> Tensor:
+        """Count the labels, pseudo-labels and coarse labels among the first k samples at these indices (K,).
+
+        Returns:
+            (K + 1, 3) numbers. Pseudo-labels and coarse labels are labels, too.
+        """
+        counts = torch.zeros(len(index) + 1, 3, dtype=torch.long)
+        known = self._known[index]
+        counts[1:, 0] = known.reshape(len(index), -1).sum(dim=1) if known.ndim > 1 else known
+        if self.kind is not None:
+            kind = self.kind[index]
+            counts[1:, 1], counts[1:, 2] = kind == LabelKind.PSEUDO, kind == LabelKind.COARSE
+            counts[:, 0] += counts[:, 2]
+        return counts.cumsum(dim=0)

@@ -6,7 +6,8 @@ import random
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,28 +17,31 @@ from torch.utils.data import Dataset, get_worker_info
 
 from kd_lightning.batch import Batch
 from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.data.sources.memory import rows_of
+from kd_lightning.data.sources.pixels import read_pixels
+from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
+from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
 
 Key = int | tuple[int, int]
+Keys = np.ndarray[Any, np.dtype[np.int64]]
 _MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
 _ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
+_CHUNK = 8
+"""Number of images of different sizes that are in memory at a time."""
+_AT_ONCE = 2**18
+"""Bytes of small images that are augmented together: more do not stay in a processor's cache."""
+_STRONG = -1
+"""The stream of a strong view's random numbers."""
 
 
-@dataclass(slots=True)
-class Sample:
-    """One view of one sample. ``index`` and ``view`` are ints: a tensor for each takes longer than the augmentation."""
+class ViewDataset(Dataset[Batch]):
+    """Views of samples by key (position, view). The same (seed, index, view) always gives the same pixels.
 
-    x: Tensor
-    index: int
-    view: int
-    x_strong: Tensor | None = None
-
-
-class ViewDataset(Dataset[Sample]):
-    """Samples by key (position, view). The same (seed, index, view) always gives the same pixels.
-
-    It holds no labels, so none can leak into training. A key without a view means view 0.
+    It holds no labels, so none can leak into training. A key without a view means view 0. A whole-batch transform
+    (:class:`~kd_lightning.data.transforms.BatchTransform`) runs once for all views of a batch; any other transform runs
+    for each view, with all generators seeded.
 
     Args:
         images: Parts of the source. Indices count through all of them.
@@ -46,49 +50,142 @@ class ViewDataset(Dataset[Sample]):
         seed: Seed of the augmentation.
         strong_transform: Augmentation for a second view of each sample, of the same shape. Default: None, which means
             no second view.
+        device: Device on which whole-batch transforms run, in :meth:`finish`. Default: None, which means that they run
+            where the images are read.
     """
 
     def __init__(
-        self, images: Sequence[Images], indices: Tensor, transform: Any, seed: int, strong_transform: Any = None
+        self,
+        images: Sequence[Images],
+        indices: Tensor,
+        transform: Any,
+        seed: int,
+        strong_transform: Any = None,
+        device: torch.device | None = None,
     ) -> None:
         self.images = images
         self.indices = indices
         self.transform = transform
         self.seed = seed
         self.strong_transform = strong_transform
-        self._torch_rng_only = uses_torch_rng_only(transform) and uses_torch_rng_only(strong_transform)
+        self._rows = rows_of(images)
+        transforms = [transform] if strong_transform is None else [transform, strong_transform]
+        whole = {
+            number: _split(one)
+            for number, one in enumerate(transforms)
+            if isinstance(one, BatchTransform) or (one is None and self._rows is not None)
+        }
+        self._whole = whole
+        self._single = {number: one for number, one in enumerate(transforms) if number not in whole}
+        self._torch_rng_only = all(map(uses_torch_rng_only, self._single.values()))
+        # on another device, both views begin with the same images, or each with a crop of its own
+        alike = len({head is None for head, _ in whole.values()}) == 1
+        self.device = device if alike and not self._single else None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Number of views that are best read together. Of small images in memory, many take little longer than few."""
+        if self._rows is None or self._single or not len(self._rows):
+            return 1
+        return max(1, _AT_ONCE // (4 * max(1, self._rows.values[0].numel())))
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: Key) -> Sample:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, key: Key) -> Batch:
+        """Return one view. The fields have no dimension of the batch."""
+        batch = self.__getitems__([key])
+        return batch.map(lambda field: field[0])
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
-        """The samples of a batch; in the main process, random generators are restored afterwards."""
-        in_worker = get_worker_info() is not None  # nothing else uses a worker's generators
-        torch_state = None if in_worker else torch.get_rng_state()
-        other_states = None if in_worker or self._torch_rng_only else (random.getstate(), np.random.get_state())
-        pairs = [(key, 0) if isinstance(key, int) else key for key in keys]
-        indices = self.indices[[position for position, _ in pairs]].tolist()
-        samples = [self._load(index, view) for index, (_, view) in zip(indices, pairs, strict=True)]
-        if torch_state is not None:
-            torch.set_rng_state(torch_state)
+    def __getitems__(self, keys: Sequence[Key] | Keys) -> Batch:
+        """Return views as a batch without labels. In the main process, random generators stay as they are.
+
+        Args:
+            keys: Positions, or (position, view); (B, 2) as an array.
+        """
+        pairs = keys if isinstance(keys, np.ndarray) else np.array([(k, 0) if isinstance(k, int) else k for k in keys])
+        index = self.indices[torch.from_numpy(pairs[:, 0])]
+        view = torch.from_numpy(np.ascontiguousarray(pairs[:, 1]))
+        views = self._read_whole(index, view) | self._read_single(index, view)
+        batch = Batch(views[0], index=index, view=view, x_strong=views.get(1))
+        return batch if self.device is not None else self._checked(batch)
+
+    def finish(self, batch: Batch) -> Batch:
+        """Move a batch to the device, and run the whole-batch transforms there, if the dataset has a device."""
+        if self.device is None:
+            return batch
+        assert batch.index is not None
+        assert batch.view is not None
+        draws = Draws(self.seed, batch.index, batch.view, self.device)
+        batch = batch.to(self.device)
+        raw = {0: batch.x, 1: batch.x if batch.x_strong is None else batch.x_strong}
+        views = {n: _run(tail, raw[n], _stream(draws, n)) for n, (_, tail) in self._whole.items()}
+        return self._checked(replace(batch, x=views[0], x_strong=views.get(1)))
+
+    def _checked(self, batch: Batch) -> Batch:
+        if batch.x_strong is not None and batch.x_strong.shape != batch.x.shape:
+            shapes = f"{[*batch.x_strong.shape[1:]]} and {[*batch.x.shape[1:]]}"
+            raise InputError(f"strong_transform must return the shape that train_transform returns, got {shapes}")
+        return batch
+
+    # Whole-batch transforms.
+
+    def _read_whole(self, index: Tensor, view: Tensor) -> dict[int, Tensor]:
+        """Return the views of whole-batch transforms, (B, ...) each. With a device, their last steps are missing."""
+        if not self._whole:
+            return {}
+        draws = Draws(self.seed, index, view)
+        raw = self._heads(index, draws) if any(head for head, _ in self._whole.values()) else {}
+        if len(raw) < len(self._whole):
+            images = self._images(index)
+            raw |= {number: images for number in self._whole if number not in raw}
+        if self.device is not None:  # views without a crop of their own begin with the same images
+            return raw if self._whole[0][0] is not None else {0: raw[0]}
+        return {n: _run(tail, raw[n], _stream(draws, n)) for n, (_, tail) in self._whole.items()}
+
+    def _images(self, index: Tensor) -> Tensor:
+        """Read images of one size, (B, C, H, W)."""
+        if self._rows is not None:
+            return self._rows.read(index)
+        return stack([read_pixels(self.images, number) for number in index.tolist()])
+
+    def _heads(self, index: Tensor, draws: Draws) -> dict[int, Tensor]:
+        """Read images of different sizes, a few at a time, and run the first steps, which bring them to one size."""
+        heads = {number: head for number, (head, _) in self._whole.items() if head is not None}
+        parts: dict[int, list[Tensor]] = {number: [] for number in heads}
+        for start in range(0, len(index), _CHUNK):
+            rows = torch.arange(start, min(start + _CHUNK, len(index)))
+            images = [read_pixels(self.images, number) for number in index[rows].tolist()]
+            for number, head in heads.items():
+                done = _run(head, images, _stream(draws, number).select(rows))
+                parts[number] += done if isinstance(done, list) else [*done]
+        return {number: stack(part) for number, part in parts.items()}
+
+    # Any other transform.
+
+    def _read_single(self, index: Tensor, view: Tensor) -> dict[int, Tensor]:
+        """Return the views of transforms that take one image, (B, ...) each."""
+        views: dict[int, list[Tensor]] = {number: [] for number in self._single}
+        with self._kept_generators():
+            for sample, name in zip(index.tolist(), view.tolist(), strict=True) if views else ():
+                image = read_image(self.images, sample)
+                for number, transform in self._single.items():
+                    key = struct.pack("<3q", self.seed, sample, name) + (struct.pack("<q", 1) if number else b"")
+                    views[number].append(self._apply(transform, image, sample, key))
+        return {number: stack(parts, "samples after their transform") for number, parts in views.items()}
+
+    @contextmanager
+    def _kept_generators(self) -> Iterator[None]:
+        if not self._single or get_worker_info() is not None:  # nothing else uses a worker's generators
+            yield
+            return
+        torch_state = torch.get_rng_state()
+        other_states = None if self._torch_rng_only else (random.getstate(), np.random.get_state())
+        yield
+        torch.set_rng_state(torch_state)
         if other_states is not None:
             random.setstate(other_states[0])
             np.random.set_state(other_states[1])
-        return samples
-
-    def _load(self, index: int, view: int) -> Sample:
-        image = read_image(self.images, index)
-        x = self._apply(self.transform, image, index, struct.pack("<3q", self.seed, index, view))
-        if self.strong_transform is None:
-            return Sample(x, index, view)
-        strong = self._apply(self.strong_transform, image, index, struct.pack("<4q", self.seed, index, view, 1))
-        if strong.shape != x.shape:
-            shapes = f"{[*strong.shape]} and {[*x.shape]}"
-            raise InputError(f"strong_transform must return the shape that train_transform returns, got {shapes}")
-        return Sample(x, index, view, strong)
 
     def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Tensor:
         if transform is not None:
@@ -101,7 +198,23 @@ class ViewDataset(Dataset[Sample]):
             image = transform(image)
         if not isinstance(image, Tensor):
             raise InputError(f"a transform must return a tensor, got {type(image).__name__} for sample {index}")
-        return image if type(image) is Tensor else image.as_subclass(Tensor)
+        return plain(image)
+
+
+def _split(transform: BatchTransform | None) -> tuple[BatchTransform | None, BatchTransform | None]:
+    """Return the steps that take images of different sizes, and the others; None for none."""
+    if isinstance(transform, Compose):
+        return tuple(part if len(part.transforms) else None for part in transform.split())  # type: ignore[return-value]
+    return (transform, None) if transform is not None and transform.takes_lists else (None, transform)
+
+
+def _run(transform: BatchTransform | None, images: Any, draws: Draws) -> Any:
+    return images if transform is None else transform(images, draws)
+
+
+def _stream(draws: Draws, number: int) -> Draws:
+    """The random numbers of a view: of the first, or of the strong one."""
+    return draws.stream(_STRONG) if number else draws
 
 
 def uses_torch_rng_only(transform: Any) -> bool:
@@ -125,20 +238,14 @@ def uses_torch_rng_only(transform: Any) -> bool:
     return not functions and all(map(uses_torch_rng_only, inner))
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch without labels."""
-    try:
-        x = share(torch.stack([sample.x for sample in samples]))
-    except RuntimeError as error:
-        shapes = sorted({tuple(sample.x.shape) for sample in samples})
-        raise InputError(f"samples must have one shape after their transform, got {shapes[:3]}") from error
+def collate(samples: Batch | Sequence[Batch]) -> Batch:
+    """Return the batch of a dataset, in memory that processes share. Single views are stacked."""
+    if isinstance(samples, Batch):
+        return samples if get_worker_info() is None else samples.map(share)
     strong = [sample.x_strong for sample in samples if sample.x_strong is not None]
-    return Batch(
-        x,
-        index=share(torch.tensor([sample.index for sample in samples])),
-        view=share(torch.tensor([sample.view for sample in samples])),
-        x_strong=share(torch.stack(strong)) if strong else None,
-    )
+    index, view = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("index", "view"))
+    x = stack([sample.x for sample in samples], "samples after their transform")
+    return collate(Batch(x, index=index, view=view, x_strong=stack(strong) if strong else None))
 
 
 def shorten_worker_errors(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -44,12 +44,14 @@ class ViewLoader(DataLoader[Batch]):
         kwargs.setdefault("collate_fn", collate)
         if view_table is not None and not isinstance(kwargs["collate_fn"], FillingCollate):
             kwargs["collate_fn"] = FillingCollate(kwargs["collate_fn"], view_table.outputs)
-        super().__init__(dataset, **kwargs)  # type: ignore[arg-type]  # its type is that of a batch
+        super().__init__(dataset, **kwargs)
         self.labels = labels
         self.trainer = trainer
         self.view_table = view_table
         joins = self.batch_sampler is not None and (trainer is not None or isinstance(self.sampler, ViewSampler))
-        self._training_batches = TrainingBatches(self.sampler, self.batch_size or 1) if joins else None
+        size = self.batch_size or 1
+        together = max(1, dataset.rows_at_once // size) if isinstance(self.sampler, ViewSampler) else 1
+        self._training_batches = TrainingBatches(self.sampler, size, together) if joins else None
         self._position = (0, 0)  # epoch, batches
         self._resume_position = (-1, 0)
 
@@ -79,9 +81,12 @@ class ViewLoader(DataLoader[Batch]):
         assert self._training_batches is not None
         self._training_batches.skip = start
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
-        for number, batch in enumerate(self._batches(), start):
+        labels, counts = -1, Tensor()
+        for number, batch in enumerate(self._split(self._batches(), start), start):
+            if labels != self.labels.version:  # pseudo-labels may be replaced at any time
+                labels, counts = self.labels.version, self.labels.count_up_to(order)
             self.labels.fill(batch)
-            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._step_means(order, number)
+            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._step_means(counts, number)
             self._position = (epoch, number + 1)
             yield batch
 
@@ -105,13 +110,26 @@ class ViewLoader(DataLoader[Batch]):
     def _batches(self) -> Iterator[Batch]:
         check_open_files(self, 0 if self.view_table is None else self.view_table.outputs.tensors)
         batches = shorten_worker_errors(super().__iter__())
-        return batches if self.view_table is None else self.view_table.outputs.watch(batches)
+        if self.view_table is not None:
+            batches = self.view_table.outputs.watch(batches)
+        return map(self.dataset.finish, batches)  # type: ignore[attr-defined]
 
-    def _step_means(self, order: Tensor, number: int) -> tuple[float, float, float, float]:
+    def _split(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
+        """Yield the batches, from this number on, of those that were read together."""
+        made = self._training_batches
+        assert made is not None
+        for batch in batches:
+            numbers = range(number, min(number + made.together, len(made)))
+            first = made.rows_of(number).start
+            for rows in map(made.rows_of, numbers):
+                yield batch if len(numbers) == 1 else batch.select(slice(rows.start - first, rows.stop - first))
+            number = numbers.stop
+
+    def _step_means(self, counts: Tensor, number: int) -> tuple[float, float, float, float]:
         """Labels, pseudo-labels, coarse labels and rows per batch: means over the optimiser step on all ranks.
 
         Args:
-            order: Indices of this epoch on all ranks, in order.
+            counts: (K + 1, 3), numbers of labels among the first k samples of this epoch on all ranks.
             number: Number of the batch in the epoch.
         """
         assert isinstance(self.sampler, ViewSampler)
@@ -123,7 +141,8 @@ class ViewLoader(DataLoader[Batch]):
         rows = (self.batch_size or 1) * ranks
         first = number // window * window
         end = max(min(first + window, last), number + 1)
-        index = order[first * rows : None if end == len(self) else end * rows]
+        size = len(counts) - 1
+        start, stop = min(first * rows, size), size if end == len(self) else min(end * rows, size)
         batches = ranks * (end - first)
-        labels, pseudo, coarse = (count / batches for count in self.labels.count(index))
-        return labels, pseudo, coarse, len(index) / batches
+        labels, pseudo, coarse = (count / batches for count in (counts[stop] - counts[start]).tolist())
+        return labels, pseudo, coarse, (stop - start) / batches

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -48,8 +47,12 @@ class ViewSampler(DistributedSampler[Any]):
     def _stack_keys(self, positions: Tensor, views: Tensor) -> Tensor:
         return torch.stack([positions, views if self.num_views is None else views % self.num_views], dim=1)
 
+    def share(self) -> Tensor:
+        """Keys of this epoch on this rank, (K, 2)."""
+        return self.keys()[self.rank :: self.num_replicas]
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return map(tuple, self.keys()[self.rank :: self.num_replicas].tolist())
+        return map(tuple, self.share().tolist())
 
     def describe(self, steps: int, batch_size: int) -> str:
         """Return in one line how many rows the steps of an epoch have.
@@ -154,21 +157,27 @@ class TrainingBatches(BatchSampler):
     Args:
         sampler: The keys of this rank. All ranks must have equally many, so that their batches have the same sizes.
         batch_size: Rows of a batch, at least 1.
+        together: Number of batches that are read at once: an item has the keys of so many.
 
     Attributes:
         skip: Number of batches to leave out at the start, to resume in mid-epoch.
     """
 
-    def __init__(self, sampler: Sampler[Any] | Iterable[Any], batch_size: int) -> None:
+    def __init__(self, sampler: Sampler[Any] | Iterable[Any], batch_size: int, together: int = 1) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
+        self.together = together
         self.skip = 0
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        keys, last = iter(self.sampler), len(self) - 1
-        for number in range(last + 1):
-            batch = [*islice(keys, None if number == last else self.batch_size)]
-            if number >= self.skip:
-                yield batch
+    def __iter__(self) -> Iterator[Any]:
+        # an array, which a worker process gets sooner than a list
+        keys: Any = self.sampler.share().numpy() if isinstance(self.sampler, ViewSampler) else [*self.sampler]
+        for number in range(self.skip, len(self), self.together):
+            yield keys[self.rows_of(number).start : self.rows_of(min(number + self.together, len(self)) - 1).stop]
+
+    def rows_of(self, number: int) -> slice:
+        """Return the rows of a batch among the keys of this rank. The last batch has all that are left."""
+        rows = len(self.sampler)  # type: ignore[arg-type]
+        return slice(number * self.batch_size, rows if number == len(self) - 1 else (number + 1) * self.batch_size)
 
     def __len__(self) -> int:
         rows, size = len(self.sampler), self.batch_size  # type: ignore[arg-type]

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from kd_lightning.batch import Batch
+from kd_lightning.cache.content import fingerprint
 from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
 from kd_lightning.data.views.teacher_outputs import ViewOutputs
 
@@ -38,17 +40,23 @@ class ViewTable:
 
     def read(self, batches: Iterable[Iterable[int]], seed: int = 0) -> Iterator[Batch]:
         """Load batches of these rows. The state of torch's global generator stays; ``seed`` seeds the workers."""
-        keys: Any = (
-            [(int(self._positions[row // self.num_views]), int(row % self.num_views)) for row in b] for b in batches
-        )
+        rows = (np.fromiter(batch, np.int64) for batch in batches)
+        keys: Any = (np.stack([self._positions[b // self.num_views], b % self.num_views], axis=1) for b in rows)
         generator = torch.Generator().manual_seed(seed)  # else the loader uses torch's global one
         options: dict[str, Any] = {"collate_fn": collate, "num_workers": self.num_workers, "generator": generator}
         return shorten_worker_errors(DataLoader(self.dataset, batch_sampler=keys, **options))
 
+    def finish(self, batch: Batch) -> Batch:
+        """Run the whole-batch transforms on a batch of :meth:`read`, where they run on another device."""
+        return self.dataset.finish(batch)
+
     def parts(self) -> dict[str, str]:
         """What decides which view a row is, by name. What the views show is compared when they are read."""
+        device = self.dataset.device
         return {
             "samples": hashlib.sha256(self.outputs.indices.tobytes()).hexdigest(),
             "seed": str(self.dataset.seed),
             "views": str(self.num_views),
+            # what the transforms do on another device is not compared
+            "transform": "" if device is None else f"{device.type} {fingerprint(self.dataset.transform)}",
         }

@@ -64,7 +64,8 @@ class ViewOutputs:
                 found[name], inputs = share(rows.outputs), rows.inputs
         sources = {name: str(self._stored[name].folder) for name in found}
         hashes = None if inputs is None else share(torch.from_numpy(inputs.view(np.int64)))
-        batch.teacher = TeacherOutputs(found, sources, hashes, changed)
+        of_images = inputs is not None and np.array_equal(inputs, views)
+        batch.teacher = TeacherOutputs(found, sources, hashes, changed, of_images)
         return batch
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -72,6 +73,8 @@ class ViewOutputs:
         for batch in batches:
             if not self._stored:  # a worker process may still have some
                 batch.teacher = None
+            if batch.teacher is not None and batch.teacher.of_images:
+                batch.teacher.note_inputs(batch.x)  # here, since tensors of worker processes are copies
             changed = 0 if batch.teacher is None else batch.teacher.changed
             if changed and not self._warned:
                 self._warned = True

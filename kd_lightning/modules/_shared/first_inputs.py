@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning.batch import Batch
+from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.features.capture import evaluating
 
 
@@ -30,6 +31,7 @@ def first_inputs(module: LightningModule, count: int) -> Tensor:
     with isolate_rng(), torch.device("cpu"):  # torch's default device may be the accelerator
         if has_rows and not isinstance(data, IterableDataset):
             batch = loader.collate_fn([data[n] for n in range(min(count, len(data)))])
+            batch = data.finish(batch) if isinstance(data, ViewDataset) else batch
         else:
             batch = next(iter(loader))
         batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)

@@ -6,7 +6,9 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from kd_lightning import DatasetSource, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import DatasetSource, Digits, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.data.transforms import strong_digits
+from kd_lightning.pseudo_labels.table import PseudoLabels
 
 CLASSES = 3
 
@@ -198,3 +200,50 @@ class TestDescribe:
         assert text.endswith("; every 2 are one optimiser step")
         trainer.fit(SupervisedModule(network()), data)
         assert trainer.num_training_batches == (4 if taken is None else taken)
+
+
+class TestReadTogether:
+    """Batches of small images in memory are read several at a time; nobody sees a difference."""
+
+    def loader(self, together, **options):
+        data = SemiSupervisedDataModule(Digits(), **{"labeled": 10, "batch_size": 50, "num_views": 2} | options)
+        made = data.train_dataloader()
+        assert made._training_batches.together > 1
+        made._training_batches.together = together
+        made.sampler.set_epoch(3)
+        return made
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"num_workers": 2}, {"labeled_batch_size": 20}, {"strong_transform": strong_digits()}]
+    )
+    @pytest.mark.parametrize("together", [2, 5, 100])
+    def test_the_batches_are_those_read_one_by_one(self, options, together):
+        expected, found = ([*self.loader(n, **options)] for n in (1, together))
+        assert len(expected) == len(found) > 5
+        for one, other in zip(expected, found, strict=True):
+            for name, value in vars(one).items():
+                there = getattr(other, name)
+                assert torch.equal(value, there) if isinstance(value, torch.Tensor) else value == there, name
+
+    @pytest.mark.parametrize("start", [0, 1, 4, 5, 21])
+    def test_resume_at_any_batch(self, start):
+        expected = [*self.loader(1)]
+        loader = self.loader(5)
+        loader.load_state_dict({"epoch": 3, "batches": start})
+        found = []
+        for batch in loader:
+            found.append(batch)
+            assert loader.state_dict() == {"epoch": 3, "batches": start + len(found)}
+        assert [batch.index.tolist() for batch in found] == [batch.index.tolist() for batch in expected[start:]]
+
+    def test_pseudo_labels_that_come_between_batches(self):
+        loader = self.loader(100)
+        batches = iter(loader)
+        first = next(batches)
+        hidden = (loader.labels.y == -100).nonzero().flatten()
+        yes = torch.ones(len(hidden), dtype=torch.bool)
+        loader.labels.set_pseudo_labels(PseudoLabels(hidden, torch.full_like(hidden, 7), yes.float(), yes, yes, 0, 0))
+        assert (first.y == -100).any()
+        for batch in batches:
+            assert not (batch.y == -100).any()
+            assert batch.mean_labels == len(batch)

@@ -12,7 +12,6 @@ from torchvision.transforms import v2
 from kd_lightning import Batch, CoarseLabels, Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.batch import LabelKind
 from kd_lightning.data.labels.table import LabelTable
-from kd_lightning.data.transforms import photo_transforms
 from kd_lightning.data.views.dataset import ViewDataset, collate, uses_torch_rng_only
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.data.views.samplers import ShareSampler, TwoStreamSampler, ViewSampler
@@ -165,7 +164,7 @@ def test_transform_that_returns_no_tensor():
 def test_samples_of_several_shapes():
     one = torch.tensor(0)
     samples = [Batch(torch.zeros(shape), index=one, view=one) for shape in ((1, 8, 8), (1, 8, 9), (1, 8, 8))]
-    with pytest.raises(InputError, match=r"one shape after their transform, got \[\(1, 8, 8\), \(1, 8, 9\)\]"):
+    with pytest.raises(InputError, match=r"one shape.*got \[\(1, 8, 8\), \(1, 8, 9\)\]"):
         collate(samples)
 
 
@@ -411,7 +410,6 @@ class Subclass(v2.RandomCrop):
         v2.Compose([v2.RandomCrop(32, padding=4), v2.ToDtype(torch.float32, scale=True)]),
         v2.RandomApply([v2.ColorJitter(0.1)]),
         v2.RandAugment(),
-        *photo_transforms(64),
     ],
 )
 def test_known_transforms_use_torch_rng_only(transform):
