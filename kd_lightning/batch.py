@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import nan
 from typing import Any
@@ -40,6 +40,7 @@ class TeacherOutputs:
         inputs: (B,) hashes, as int64, of the inputs that the outputs belong to. Default: None, which means that they
             are not known.
         changed: Number of rows whose images are not those that outputs are stored for. Outputs are left out then.
+        of_images: Whether ``inputs`` are the hashes of ``x`` as the loader makes it, which no hook changes afterwards.
     """
 
     def __init__(
@@ -48,11 +49,14 @@ class TeacherOutputs:
         sources: Mapping[str, str] | None = None,
         inputs: Tensor | None = None,
         changed: int = 0,
+        of_images: bool = False,
     ) -> None:
         self.outputs = {**outputs}
         self.sources = {**(sources or {})}
         self.inputs = inputs
         self.changed = changed
+        self.of_images = of_images
+        self._x: tuple[Tensor, int] | None = None  # the tensor of which ``inputs`` are the hashes, and its version
 
     def __getitem__(self, name: str) -> Tensor:
         return self.outputs[name]
@@ -60,10 +64,27 @@ class TeacherOutputs:
     def __contains__(self, name: str) -> bool:
         return name in self.outputs
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether all tensors are on a device."""
+        parts = self.outputs.values() if self.inputs is None else (*self.outputs.values(), self.inputs)
+        return all(part.device == device for part in parts)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> TeacherOutputs:
         """Return a copy with all tensors changed."""
         outputs = {name: change(tensor) for name, tensor in self.outputs.items()}
-        return TeacherOutputs(outputs, self.sources, None if self.inputs is None else change(self.inputs), self.changed)
+        inputs = None if self.inputs is None else change(self.inputs)
+        return TeacherOutputs(outputs, self.sources, inputs, self.changed, self.of_images)
+
+    def note_inputs(self, x: Tensor) -> None:
+        """Note that ``inputs`` are the hashes of ``x``. As long as it is unchanged, nothing has to be hashed again."""
+        self._x = None if x.is_inference() else (x, x._version)  # inference tensors have no version
+
+    def are_of(self, x: Tensor) -> bool:
+        """Whether ``x`` is the noted tensor, and torch has not changed it in place. False if that is not known."""
+        return self._x is not None and self._x[0] is x and self._x[1] == x._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_x": None}  # in a copy, the tensor is another one
 
 
 @dataclass
@@ -91,8 +112,8 @@ class Batch:
         mean_pseudo: Mean number of pseudo-labels among ``mean_labels``.
         mean_coarse: Mean number of coarse labels among ``mean_labels``.
         mean_rows: Mean number of rows of these batches. If None, it is B.
-        labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step synchronises with
-            the device. If None, ``y`` is searched.
+        labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step searches ``y`` or
+            synchronises with the device. If None, ``y`` is searched. Where other labels replace ``y``, set it to None.
         teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
             ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
     """
@@ -149,33 +170,53 @@ class Batch:
         index = torch.full_like(self.index, -1)
         return replace(self, index=index, y=y, labeled=none, kind=None, candidates=None, soft=None, teacher=None)
 
-    def select(self, rows: Tensor) -> Batch:
-        """Return a batch of some rows, given by a boolean tensor (B,) or by their numbers."""
+    def select(self, rows: Tensor | slice) -> Batch:
+        """Return a batch of some rows, given by a boolean tensor (B,), by their numbers, or as a slice."""
         count = len(self)
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} | {"labeled": None}
+        parts: dict[str, Any] = {**vars(self), "labeled": None}
         for name, part in parts.items():
             if isinstance(part, Tensor) and part.ndim and len(part) == count:
                 parts[name] = part[rows]
         if self.teacher is not None:
             parts["teacher"] = self.teacher.map(lambda tensor: tensor[rows])
-        return replace(self, **parts)
+        return self._with_same_inputs(self._with(parts))
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with all tensors on a device, copied without blocking where possible. Lightning calls it."""
         device = torch.device(device)
+        if self._is_on(device):  # as on the CPU in each step: to() of each tensor takes longer
+            return self._with(vars(self))
         blocking = device.type in ("cpu", "mps")  # as in Lightning: there a tensor could be read before its copy ends
-        return self._map(lambda tensor: tensor.to(device, non_blocking=not blocking))
+        return self._with_same_inputs(self.map(lambda tensor: tensor.to(device, non_blocking=not blocking)))
+
+    def _is_on(self, device: torch.device) -> bool:
+        for part in vars(self).values():
+            if isinstance(part, Tensor) and part.device != device:
+                return False
+        return self.teacher is None or self.teacher.is_on(device)
 
     def pin_memory(self) -> Batch:
         """Return the batch with all tensors in pinned memory. DataLoader calls it if ``pin_memory=True``."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._with_same_inputs(self.map(lambda tensor: tensor.pin_memory()))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a copy with all tensors changed."""
+        parts = {name: change(part) if isinstance(part, Tensor) else part for name, part in vars(self).items()}
         if self.teacher is not None:
-            changed["teacher"] = self.teacher.map(change)
-        return replace(self, **changed)
+            parts["teacher"] = self.teacher.map(change)
+        return self._with(parts)
+
+    def _with(self, parts: dict[str, Any]) -> Batch:
+        """Return a batch of these attributes, which are the present ones in another form, or some of their rows."""
+        batch = object.__new__(type(self))  # the constructor takes longer than a step may
+        vars(batch).update(parts)
+        return batch
+
+    def _with_same_inputs(self, batch: Batch) -> Batch:
+        """Return a batch of the same values of ``x``, or of some rows; what is known of its inputs stays known."""
+        if self.teacher is not None and batch.teacher is not None and self.teacher.are_of(self.x):
+            batch.teacher.note_inputs(batch.x)
+        return batch
 
 
 def is_labeled(y: Tensor) -> Tensor:

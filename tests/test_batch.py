@@ -1,6 +1,9 @@
 """Batch: conversion, selection of rows, and moving to a device."""
 
+import copy
+import pickle
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,9 +86,59 @@ def test_blocks_only_where_it_must(monkeypatch, device, blocking):
         seen.append((device, non_blocking))
         return tensor
 
+    elsewhere = [torch.empty(4, device="meta" if device == "cpu" else "cpu") for _ in range(2)]
     monkeypatch.setattr(torch.Tensor, "to", to)
-    Batch(X, Y).to(device)
+    Batch(*elsewhere).to(device)
     assert seen == [(torch.device(device), not blocking)] * 2
+
+
+def test_what_is_there_stays_and_the_batch_is_a_copy():
+    batch = Batch(X, Y, index=Y, teacher=TeacherOutputs({"teacher": X}, {}, Y))
+    moved = batch.to("cpu")
+    assert moved is not batch  # a hook may set its fields
+    assert (moved.x is X, moved.y is Y, moved.teacher["teacher"] is X) == (True, True, True)
+    moved.x = X + 1
+    assert batch.x is X
+
+
+class TestInputsOfTeacherOutputs:
+    """Whether x is the tensor that outputs belong to is known without a hash."""
+
+    @pytest.fixture
+    def batch(self):
+        batch = Batch(X.clone(), Y, teacher=TeacherOutputs({"teacher": X}, {}, Y))
+        assert not batch.teacher.are_of(batch.x)
+        batch.teacher.note_inputs(batch.x)
+        assert batch.teacher.are_of(batch.x)
+        return batch
+
+    def test_moves_and_selections_are_followed(self, batch):
+        for other in (batch.to("cpu"), batch.to("meta"), batch.select(torch.tensor([2, 0])), replace(batch, y=None)):
+            assert other.teacher.are_of(other.x)
+        assert not batch.to("meta").teacher.are_of(batch.x)
+
+    def test_what_changes_x_is_another_tensor(self, batch):
+        assert not (other := batch.map(lambda tensor: tensor + 1)).teacher.are_of(other.x)
+
+    def test_another_tensor_is_noticed(self, batch):
+        batch.x = batch.x.clone()
+        assert not batch.teacher.are_of(batch.x)
+        assert not batch.to("meta").teacher.are_of(batch.x)
+
+    def test_a_change_in_place_is_noticed_also_after_a_move(self, batch):
+        batch.x.mul_(2)
+        for other in (batch, batch.to("cpu"), batch.to("meta"), batch.select(Y)):
+            assert not other.teacher.are_of(other.x)
+
+    def test_a_copy_is_another_tensor(self, batch):
+        for other in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+            assert not other.teacher.are_of(other.x)
+
+    def test_inference_tensors_are_never_known(self):
+        with torch.inference_mode():
+            batch = Batch(X.clone(), teacher=TeacherOutputs({"teacher": X}))
+            batch.teacher.note_inputs(batch.x)
+            assert not batch.teacher.are_of(batch.x)
 
 
 def test_pseudo_labels_move_and_are_pinned(monkeypatch):

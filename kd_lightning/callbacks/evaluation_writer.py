@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,7 +47,7 @@ class EvaluationWriter(Callback):
         self._clear()
 
     def _clear(self) -> None:
-        self._rows: dict[int, Prediction] = {}
+        self._batches: list[_Batch] = []
         self._seen = self._labeled = 0  # samples of this process
         self._has_index = True
 
@@ -112,23 +112,19 @@ class EvaluationWriter(Callback):
         task = getattr(pl_module, "task", "multiclass")
         if not isinstance(outputs, Tensor) or outputs.is_floating_point() or outputs.shape[:1] != (size,):
             return
-        predicted = outputs.reshape(size, -1).tolist()
-        labels = [None] * size if y is None else torch.where(is_labeled(y), y, -1).reshape(size, -1).tolist()
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
-        for number, label, row in zip(index.tolist(), labels, predicted, strict=True):
-            if number < 0:  # no sample, see Batch.is_padding
-                continue
-            if len(row) != len(label or row) or (len(row) > 1 and task != "multilabel"):
-                return  # no prediction of one class for each sample
-            self._rows[number] = _prediction(number, label or [-1] * len(row), row, task, names)
+        predicted = outputs.reshape(size, -1).cpu()
+        labels = torch.full_like(predicted, -1)
+        labels = labels if y is None else torch.where(is_labeled(y), y, -1).reshape(size, -1).cpu()
+        if labels.shape != predicted.shape or (task != "multilabel" and predicted.shape[1] != 1):
+            return  # no prediction of one class for each sample
+        self._batches.append(_Batch.of(index.cpu(), labels, predicted, task == "multilabel"))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, part: str, loaders: Any) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
-        rows, labeled = self._gather(trainer)
+        batches, labeled = self._gather(trainer)
         size = _size_of_first(loaders) if trainer.world_size > 1 else None
         if size is not None:  # Lightning's sampler repeats samples so that all ranks have as many
-            rows = rows if self._has_index else {number: row for number, row in rows.items() if number < size}
             labeled = min(labeled, size)
         folder = run_folder(trainer)
         prefix = f"{part}/"
@@ -152,6 +148,10 @@ class EvaluationWriter(Callback):
         elif (other := _selected_instead(folder, trainer)) is not None:
             rank_zero_info(f"the {part} figures are not those of {other}, which compare means; no result is written")
             return
+        data = getattr(trainer, "datamodule", None)
+        rows = _predictions(batches, getattr(data, "class_names", None) or ())
+        if size is not None and not self._has_index:
+            rows = {number: row for number, row in rows.items() if number < size}
         if rows:
             labeled = sum(row.correct == row.correct for row in rows.values())  # not NaN
         limit = trainer.limit_val_batches if part == "val" else trainer.limit_test_batches
@@ -163,7 +163,7 @@ class EvaluationWriter(Callback):
                 "result is written"
             )
             return
-        known = getattr(trainer, "datamodule", None) if self._has_index and rows else None
+        known = data if self._has_index and rows else None
         name_of = sample_names(known, loaders, "train" if part == "val" else "test")
         named = []
         for number in sorted(rows):
@@ -171,24 +171,56 @@ class EvaluationWriter(Callback):
             named.append(replace(rows[number], path=path, content=content))
         write_result(Result(part, labeled, figures, weights, folder), named)
 
-    def _gather(self, trainer: Trainer) -> tuple[dict[int, Prediction], int]:
-        """Return the rows and the number of labeled samples of all processes, which must all call this."""
+    def _gather(self, trainer: Trainer) -> tuple[list[_Batch], int]:
+        """Return the batches and the number of labeled samples of all processes, which must all call this."""
         if trainer.world_size == 1:
-            return self._rows, self._labeled
+            return self._batches, self._labeled
         parts: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, (self._rows, self._labeled))
-        return {number: row for rows, _ in parts for number, row in rows.items()}, sum(part[1] for part in parts)
+        torch.distributed.all_gather_object(parts, (self._batches, self._labeled))
+        return [batch for batches, _ in parts for batch in batches], sum(part[1] for part in parts)
 
 
-def _prediction(index: int, label: Sequence[float], row: Sequence[int], task: str, names: Sequence[str]) -> Prediction:
-    """Return a row of the table; unknown labels are negative."""
-    if task != "multilabel":
-        right = float(label[0] == row[0]) if label[0] >= 0 else float("nan")
-        return Prediction(index, _name(int(label[0]), names), _name(row[0], names), right)
-    known = [wanted == found for wanted, found in zip(label, row, strict=True) if wanted >= 0]
-    right = sum(known) / len(known) if known else float("nan")
-    texts = [";".join(_name(k, names) for k, one in enumerate(values) if one == 1) for values in (label, row)]
-    return Prediction(index, texts[0], texts[1], right)
+class _Batch(NamedTuple):
+    """Labels and predictions of B samples, on the CPU.
+
+    Attributes:
+        samples: (B,) indices of the samples; negative for what is no sample, see ``Batch.is_padding``.
+        correct: (B,) shares of right labels, NaN if none is known.
+        label: Pairs (N, 2) of a row and a class: one for each known label, of the multilabel task for each 1.
+        prediction: The same of the predictions.
+    """
+
+    samples: Tensor
+    correct: Tensor
+    label: Tensor
+    prediction: Tensor
+
+    @classmethod
+    def of(cls, samples: Tensor, label: Tensor, prediction: Tensor, multilabel: bool) -> _Batch:
+        """Make it of labels and predictions (B, L), where unknown labels are negative."""
+        known = label >= 0
+        correct = (known & (label == prediction)).sum(dim=1).double() / known.sum(dim=1)  # 0 / 0 is NaN
+        if multilabel:
+            return cls(samples, correct, (label == 1).nonzero(), (prediction == 1).nonzero())
+        rows = torch.arange(len(samples))
+        label, prediction = (torch.stack([rows, of[:, 0].long()], dim=1) for of in (label, prediction))
+        return cls(samples, correct, label[known[:, 0]], prediction)
+
+
+def _predictions(batches: Iterable[_Batch], names: Sequence[str]) -> dict[int, Prediction]:
+    """Return the prediction of each sample by its index."""
+    found = {}
+    for batch in batches:
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(batch.samples))]
+        for side, pairs in enumerate((batch.label, batch.prediction)):
+            for row, number in pairs.tolist():
+                texts[row][side].append(_name(number, names))
+        for index, correct, (label, prediction) in zip(
+            batch.samples.tolist(), batch.correct.tolist(), texts, strict=True
+        ):
+            if index >= 0:
+                found[index] = Prediction(index, ";".join(label), ";".join(prediction), correct)
+    return found
 
 
 def _name(number: int, names: Sequence[str]) -> str:

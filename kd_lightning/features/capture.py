@@ -66,7 +66,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
         return hook
 
     with ExitStack() as stack:
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
+        if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in layers_of(network)):
             # compiled code ignores hooks that are added later
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -96,17 +96,28 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
+def layers_of(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the network and all its layers. ``modules()`` takes several times as long; a shared layer comes again."""
+    layers = [network]
+    while layers:
+        layer = layers.pop()
+        yield layer
+        layers += [part for part in layer._modules.values() if part is not None]
+
+
 def find_layer(network: nn.Module, name: str) -> nn.Module:
     """Return the layer of a dotted path.
 
     Raises:
         InputError: If the network has no such layer. The message names similar ones.
     """
-    network = getattr(network, "_orig_mod", network)  # under torch.compile
-    layers = dict(network.named_modules())
-    if name in layers and name:
-        layer: nn.Module = layers[name]
+    network = network._modules.get("_orig_mod") or network  # under torch.compile
+    layer: nn.Module | None = network
+    for part in name.split("."):  # not named_modules: a large network has hundreds
+        layer = None if layer is None else layer._modules.get(part)
+    if layer is not None:
         return layer
+    layers = dict(network.named_modules())
     near = difflib.get_close_matches(name, [n for n in layers if n], n=3, cutoff=0.4)
     hint = f"; nearest: {', '.join(near)}" if near else f"; it has {', '.join([n for n in layers if n][:5])}, ..."
     raise InputError(f"layer {name!r}: {type(network).__name__} has none of that name{hint}")

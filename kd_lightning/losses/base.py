@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
@@ -84,18 +83,20 @@ def pair_logits(student_logits: Tensor, teacher_logits: Tensor, task: Task) -> t
     Raises:
         InputError: If the shapes differ or do not fit the task.
     """
-    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
+    student, teacher = student_logits, teacher_logits
+    shape, other = student.shape, teacher.shape
     if task == "binary":
-        if any(not shape or shape[1:] not in ((), (1,)) for shape in shapes):
-            raise InputError("binary logits must be (B,) or (B, 1), got student {} and teacher {}".format(*shapes))
-        student_logits, teacher_logits = student_logits.reshape(-1, 1), teacher_logits.reshape(-1, 1)
-    if student_logits.shape != teacher_logits.shape:
-        raise InputError("student and teacher logits must have one shape, got {} and {}".format(*shapes))
-    if student_logits.ndim != 2:
-        raise InputError(f"{task} logits must have 2 dimensions (batch, classes), got shape {shapes[0]}")
-    if task == "multiclass" and student_logits.shape[1] < 2:
-        raise InputError(f"multiclass logits need at least 2 classes, got shape {shapes[0]}; is the task binary?")
-    return at_least_float32(student_logits), at_least_float32(teacher_logits)
+        if any(not of or of[1:] not in ((), (1,)) for of in (shape, other)):
+            shapes = f"student {tuple(shape)} and teacher {tuple(other)}"
+            raise InputError(f"binary logits must be (B,) or (B, 1), got {shapes}")
+        student, teacher = student.reshape(-1, 1), teacher.reshape(-1, 1)
+    if student.shape != teacher.shape:
+        raise InputError(f"student and teacher logits must have one shape, got {tuple(shape)} and {tuple(other)}")
+    if student.ndim != 2:
+        raise InputError(f"{task} logits must have 2 dimensions (batch, classes), got shape {tuple(shape)}")
+    if task == "multiclass" and shape[1] < 2:
+        raise InputError(f"multiclass logits need at least 2 classes, got shape {tuple(shape)}; is the task binary?")
+    return at_least_float32(student), at_least_float32(teacher)
 
 
 def check_target(logits: Tensor, target: Tensor, count: int | None = None) -> None:
@@ -126,6 +127,8 @@ def check_target(logits: Tensor, target: Tensor, count: int | None = None) -> No
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Convert half precision to float32; float64 stays."""
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits  # to() takes longer than this comparison
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -155,7 +158,7 @@ def gather_target(values: Tensor, target: Tensor) -> Tensor:
 
 def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities, summed over the last dimension."""
-    return F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(dim=-1)
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)  # as F.kl_div, but in less time
 
 
 def to_probabilities(logits: Tensor, task: Task) -> Tensor:
@@ -177,7 +180,7 @@ def predicted_labels(logits: Tensor, task: Task) -> Tensor:
 
 def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
     """Return (B,) values unchanged ("none") or their mean; the mean of no rows is 0, in the graph."""
-    return rows if reduction == "none" else rows.sum() / max(len(rows), 1)
+    return rows if reduction == "none" else rows.sum() / max(rows.shape[0], 1)
 
 
 def check_reducible(name: str, loss: nn.Module) -> None:
@@ -300,13 +303,17 @@ def mean_of_known(loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor
 
 def row_fields_of(loss: nn.Module) -> tuple[RowField, ...]:
     """Return the row fields that a hard loss declares; () if it declares none."""
-    fields: tuple[RowField, ...] = getattr(loss, "row_fields", ())
+    if not hasattr(type(loss), "row_fields") and "row_fields" not in vars(loss):
+        return ()  # an attribute that a module lacks is looked up for longer than all of this takes
+    fields: tuple[RowField, ...] = loss.row_fields  # type: ignore[assignment]
     return fields
 
 
 def row_values(loss: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the row fields (B,) that a hard loss declares and a batch has, by name."""
-    values = {name: getattr(batch, name) for name in row_fields_of(loss)}
+    if not (fields := row_fields_of(loss)):
+        return {}
+    values = {name: getattr(batch, name) for name in fields}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -79,7 +79,8 @@ class DistillModule(SupervisedModule):
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """Return the teacher's logits."""
-        return None if self.teacher is None else self.teacher(batch)
+        teacher = self.teacher
+        return None if teacher is None else teacher(batch)
 
     def setup(self, stage: str) -> None:
         """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them."""

@@ -104,8 +104,8 @@ class PseudoLabelModule(SupervisedModule):
         _check_unsupervised_weight(self.unsupervised_weight)  # a callback may have set it
         fine = self._has_fine_label(batch)
         coarse = torch.zeros_like(fine) if batch.candidates is None else batch.candidates.any(dim=1)
-        labeled = fine | coarse
-        logits, unlabeled_logits = self._forward(batch, fine, labeled)
+        labeled, unlabeled = fine | coarse, ~fine
+        logits, unlabeled_logits = self._forward(batch, unlabeled, labeled)
         if self._unchecked_labels is not None:
             check_classes(self._unchecked_labels, logits.shape[-1], self._data(), type(self).__name__)
             self._unchecked_labels = None
@@ -113,9 +113,10 @@ class PseudoLabelModule(SupervisedModule):
             mean_labels, mean_coarse = None, self._mean_over_processes(int(coarse.sum()), logits)
         else:
             mean_labels, mean_coarse = batch.mean_labels - batch.mean_pseudo, batch.mean_coarse
-        labeled_batch = replace(batch.select(labeled), mean_labels=mean_labels)
+        rest = replace(batch, x=fine, x_strong=None, teacher=None)  # no copies of images: x only has as many rows
+        labeled_batch = replace(rest.select(labeled), mean_labels=mean_labels)
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
-        unlabeled_batch = batch.select(~fine)
+        unlabeled_batch = rest.select(unlabeled)
         if self.pseudo_labels == "online":
             label, accepted = self._pseudo_label(batch, fine, logits)
             target = F.one_hot(label, unlabeled_logits.shape[-1]).to(unlabeled_logits.dtype)
@@ -139,12 +140,12 @@ class PseudoLabelModule(SupervisedModule):
         known = is_labeled(batch.y)
         return known if batch.kind is None else known & (batch.kind != LabelKind.PSEUDO)
 
-    def _forward(self, batch: Batch, fine: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch, unlabeled: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
         """Run the student.
 
         Args:
             batch: The batch.
-            fine: Which rows have a fine label, (B,).
+            unlabeled: Which rows have no fine label, (B,).
             labeled: Which rows have a fine or a coarse label, (B,).
 
         Returns:
@@ -153,11 +154,11 @@ class PseudoLabelModule(SupervisedModule):
         """
         if batch.x_strong is None:
             logits = self(batch.x)
-            unlabeled_logits = logits[~fine]
+            unlabeled_logits = logits[unlabeled]
         else:
             # pseudo-labels from the student itself need the weak views, too
             weak = batch.x if self.pseudo_labels == "online" and self.ema is None else batch.x[labeled]
-            logits, unlabeled_logits = self(torch.cat([weak, batch.x_strong[~fine]])).tensor_split([len(weak)])
+            logits, unlabeled_logits = self(torch.cat([weak, batch.x_strong[unlabeled]])).tensor_split([len(weak)])
         if logits.ndim != 2:
             raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}")
         return logits, unlabeled_logits.float() if unlabeled_logits.dtype != torch.float64 else unlabeled_logits
@@ -165,11 +166,12 @@ class PseudoLabelModule(SupervisedModule):
     @torch.no_grad()
     def _pseudo_label(self, batch: Batch, fine: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pseudo-labels of the rows without a fine label, (U,), and which of them are accepted, (U,)."""
+        unlabeled = ~fine
         if self.ema is None:
-            predicted = logits[~fine]
+            predicted = logits[unlabeled]
         else:
-            predicted = logits_of(self.ema.eval()(batch.x[~fine]), "the averaged student")
-        allowed = None if batch.candidates is None else batch.candidates[~fine]
+            predicted = logits_of(self.ema.eval()(batch.x[unlabeled]), "the averaged student")
+        allowed = None if batch.candidates is None else batch.candidates[unlabeled]
         confidence, label = mask_candidates(predicted.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:
             self._record_mean(
@@ -181,16 +183,18 @@ class PseudoLabelModule(SupervisedModule):
             raise InputError("adaptive_thresholds needs batches with an index, as SemiSupervisedDataModule's")
         if self._thresholds is None:  # a fixed threshold, or no fit
             return label, (confidence >= self.threshold).to(confidence)
-        thresholds = self._adapt_thresholds(batch, fine, confidence, label, predicted.shape[-1])
+        thresholds = self._adapt_thresholds(batch, unlabeled, confidence, label, predicted.shape[-1])
         return label, (confidence >= thresholds).to(confidence)
 
-    def _adapt_thresholds(self, batch: Batch, fine: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
+    def _adapt_thresholds(
+        self, batch: Batch, unlabeled: Tensor, confidence: Tensor, label: Tensor, classes: int
+    ) -> Tensor:
         """Return the threshold of each unlabeled row, (U,); then update the thresholds with those of all processes."""
         assert self._thresholds is not None
         assert batch.index is not None
         thresholds: Tensor = self._thresholds(classes)[label]
         confident = torch.full_like(batch.index, -1)
-        confident[~fine] = torch.where(confidence >= self._thresholds.threshold, label, -1)
+        confident[unlabeled] = torch.where(confidence >= self._thresholds.threshold, label, -1)
         index = batch.index
         if self.trainer.world_size > 1:  # all processes have equally many rows
             index, confident = (self.all_gather(part).flatten() for part in (index, confident))  # type: ignore[union-attr]

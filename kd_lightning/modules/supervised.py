@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,12 +19,13 @@ from torch.optim import Adam
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import Task, check_row_fields, predicted_labels, reset_state, to_probabilities
+from kd_lightning.losses.base import Task, check_row_fields, reset_state, to_probabilities
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
 from kd_lightning.modules._shared.epoch_means import EpochMeans
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.hard_loss import hard_loss_of, must_synchronize
+from kd_lightning.modules._shared.lean_module import LeanModule
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizers
 from kd_lightning.modules._shared.schedules import check_schedules
@@ -41,7 +43,7 @@ class LossTerm(NamedTuple):
     value: Tensor
 
 
-class SupervisedModule(LightningModule):
+class SupervisedModule(LeanModule):
     """Train a student on hard targets: the baseline, the training of teachers, and the base of every method.
 
     A method adds its constructor and :meth:`losses`, and passes the arguments below on as ``**kwargs``. A batch is a
@@ -114,8 +116,11 @@ class SupervisedModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the student's logits."""
-        with explain_shapes(x):
+        try:
             logits = logits_of(self.student(x), "the student")
+        except RuntimeError as error:
+            explain_shapes(error, x)
+            raise
         if not self._outputs_are_checked and self.is_fitting:
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             check_number_of_outputs(logits, self.task, self.num_classes, names)
@@ -168,7 +173,7 @@ class SupervisedModule(LightningModule):
         mean = batch.mean_labels
         self._mean_labels = mean = self._mean_over_processes(labels, logits) if mean is None else mean
         if weights is None or not self._trains_on_several_processes():
-            return value * (labels / max(mean, 1e-9) if labels else 1.0)
+            return value if labels in (0, mean) else value * (labels / max(mean, 1e-9))
         here = torch.stack([weights.float(), weights.new_tensor(labels).float()])
         means: Tensor = self.trainer.strategy.reduce(here, reduce_op="mean")
         mean_weights, mean_here = means.unbind()
@@ -202,26 +207,32 @@ class SupervisedModule(LightningModule):
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
         batch = Batch.from_any(batch)
         self._mean_labels = batch.mean_labels
-        with explain_single_row(len(batch)):
+        try:
             terms = self.losses(batch)
-        self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
+        except ValueError as error:
+            explain_single_row(error, len(batch))
+            raise
+        loss = _weighted_sum(terms)
+        if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
+            self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_synchronize(batch.x):
             self._finite_check.check()
-        loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
         if self._trainer is not None:
-            rows: dict[str, Any] = dict.fromkeys(terms, len(batch))
-            if self._mean_labels is not None:
-                # Hard terms are means over labels; a batch without any counts next to nothing.
-                hard = [name for name in terms if name.endswith("hard")]
-                rows |= dict.fromkeys(hard, max(float(self._mean_labels), 1e-9))
+            rows, mean = len(batch), self._mean_labels
+            # Hard terms are means over labels; a batch without any counts next to nothing.
+            labels = rows if mean is None else max(float(mean), 1e-9)
+            add = self._epoch_means.add
             for name, (weight, value) in terms.items():
-                self._record_mean(f"train/{name}", value, rows[name])
+                add(f"train/{name}", value, labels if name.endswith("hard") else rows)
                 if name != "hard":
-                    self._record_mean(f"{name}_weight", weight, len(batch))
-            self._record_mean("train/loss", loss, len(batch))
+                    add(f"{name}_weight", weight, rows)
+            add("train/loss", loss, rows)
             if self._is_logging_step():
                 self.log("train/loss_step", loss)  # not in the progress bar, which would synchronize each step
         return loss
+
+    # Lightning inspects the signature in each step, unless it is stored
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def _may_synchronize(self, x: Tensor) -> bool:
         """Whether reading a value costs little: on the CPU, and where the logger reads values anyway."""
@@ -229,9 +240,11 @@ class SupervisedModule(LightningModule):
 
     def _is_logging_step(self) -> bool:
         """Whether a logger logs after this step, or the epoch ends with it."""
-        trainer: Any = self.trainer
-        step, last, every = self.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
-        return bool(trainer.is_last_batch or -1 < last <= step or (every > 0 and step % every == 0))
+        trainer: Any = self._trainer
+        if trainer.is_last_batch:
+            return True
+        step, last, every = trainer.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
+        return bool(-1 < last <= step or (every > 0 and step % every == 0))
 
     def _record_mean(self, name: str, value: Tensor | float, rows: float) -> None:
         """Add a value to the epoch's mean of this name, with ``rows`` as its weight."""
@@ -246,8 +259,8 @@ class SupervisedModule(LightningModule):
         self._epoch_means.log(self)
 
     def _log_means_of_whole_epoch(self) -> None:
-        steps = self.trainer.max_steps
-        if self.trainer.is_last_batch or self.trainer.should_stop or -1 < steps <= self.global_step:
+        trainer: Any = self._trainer
+        if trainer.is_last_batch or trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step:
             self._epoch_means.log(self)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -263,7 +276,8 @@ class SupervisedModule(LightningModule):
         return to_probabilities(self(Batch.from_any(batch).x), self.task)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
-        batch = replace(Batch.from_any(batch), candidates=None)  # metrics count fine labels alone
+        batch = Batch.from_any(batch)
+        batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
         logits = self(batch.x)
         teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
         if dataloader_idx not in self._evaluations:
@@ -275,8 +289,7 @@ class SupervisedModule(LightningModule):
         evaluation = self._evaluations[dataloader_idx]
         evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
         loss, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
-        evaluation.update(logits, batch.y, loss, labels, teacher, weights)
-        return predicted_labels(logits, self.task)
+        return evaluation.update(logits, batch.y, loss, labels, teacher, weights)
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """Return the teacher's logits.
@@ -346,6 +359,15 @@ class SupervisedModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
         return build_optimizers(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+
+
+def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
+    """Return the sum of weight * value, a scalar."""
+    parts = [value if weight == 1.0 else weight * value for weight, value in terms.values()]
+    loss, *others = [part.sum() if part.ndim else part for part in parts]
+    for part in others:
+        loss = loss + part
+    return loss
 
 
 def _metric_name(prefix: str, name: str, loader: int) -> str:

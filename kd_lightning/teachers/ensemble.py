@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import Task, standardize_logits
+from kd_lightning.losses.base import Task, at_least_float32, standardize_logits
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -59,6 +59,8 @@ class Ensemble(nn.Module):
         self.weights = _normalised(weights, len(teachers))
         self.use_vmap = use_vmap and len(teachers) > 1
         self._known: dict[int, Tensor] = {}  # by number of classes
+        self._fits: set[tuple[int, int]] = set()  # numbers of the teachers' and the student's classes that were checked
+        self._shares: tuple[Any, Tensor, bool, Tensor] | None = None  # see _log_shares
         self._stack: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         if self.use_vmap:
             self._check_alike()
@@ -72,7 +74,7 @@ class Ensemble(nn.Module):
         return teacher
 
     def __iter__(self) -> Iterator[Teacher]:
-        return (self[number] for number in range(len(self)))
+        return iter(self.teachers)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
@@ -82,7 +84,6 @@ class Ensemble(nn.Module):
         """
         stored = self.use_vmap and all(teacher.stored(batch) is not None for teacher in self)
         outputs = self._as_one(batch) if self.use_vmap and not stored else [teacher(batch) for teacher in self]
-        outputs = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
         if self.task == "binary":
             outputs = [output.reshape(len(output), -1) for output in outputs]
         whole = {output.shape[1:] for teacher, output in zip(self, outputs, strict=True) if teacher.classes is None}
@@ -99,8 +100,10 @@ class Ensemble(nn.Module):
                 f"teachers[{number}]: its classes {self[number].classes} exceed the {whole.pop()[0]} outputs of a "
                 "teacher without classes"
             )
-        pads = [F.pad(output, (0, classes - output.shape[1]), value=-torch.inf) for output in outputs]
-        return torch.stack(pads)
+        if any(output.shape[1] < classes for output in outputs):
+            outputs = [at_least_float32(output) for output in outputs]
+            outputs = [F.pad(output, (0, classes - output.shape[1]), value=-torch.inf) for output in outputs]
+        return at_least_float32(torch.stack(outputs))
 
     def check_classes(self, logits: Tensor, classes: int) -> None:
         """Check that the teachers' logits (K, B, C) fit a student.
@@ -112,6 +115,8 @@ class Ensemble(nn.Module):
         Raises:
             InputError: If C is another number, or if no teacher of weight above 0 knows some class.
         """
+        if (logits.shape[-1], classes) in self._fits:
+            return
         for number, teacher in enumerate(self):
             if teacher.classes is not None and max(teacher.classes) >= classes:
                 raise InputError(
@@ -126,6 +131,7 @@ class Ensemble(nn.Module):
                 f"teachers and student must have the same number of outputs, got {logits.shape[-1]} and {classes}; "
                 "Teacher(classes=...) maps other classes"
             )
+        self._fits.add((logits.shape[-1], classes))
 
     def pool(
         self, logits: Tensor, weights: Tensor | None = None, temperature: float = 1.0, standardize: bool = False
@@ -144,23 +150,39 @@ class Ensemble(nn.Module):
             standardize: First scale each teacher's logits to mean 0 and standard deviation 1 over the classes that it
                 knows.
         """
-        known = self.known_classes(logits.shape[-1])
-        complete = bool(known.all())  # computed on the CPU, so that no device is waited for
-        known = known.to(logits.device)
         if standardize:
+            known = self.known_classes(logits.shape[-1]).to(logits.device)
             logits = torch.stack([_standardized(z, k) for z, k in zip(logits, known, strict=True)])
         if len(self) == 1:
             return logits[0]
-        own = self.weights.to(logits)[:, None, None]
-        shares = (own if weights is None else weights.to(logits).T.unsqueeze(-1)) * known.unsqueeze(1)
-        shares = torch.where(shares.sum(dim=0) > 0, shares, own * known.unsqueeze(1))
-        log_shares = (shares / shares.sum(dim=0)).log()
+        complete, log_shares = self._log_shares(logits, weights)
         soft = logits / temperature
         if self.task != "multiclass":
             log_yes, log_no = (torch.logsumexp(F.logsigmoid(sign * soft) + log_shares, dim=0) for sign in (1, -1))
             return temperature * (log_yes - log_no)
         pooled = torch.logsumexp(soft.log_softmax(dim=-1) + log_shares, dim=0)
         return temperature * (pooled if complete else pooled.log_softmax(dim=-1))
+
+    def _log_shares(self, logits: Tensor, weights: Tensor | None) -> tuple[bool, Tensor]:
+        """Return whether every teacher knows every class, and the logarithm of each teacher's share, (K, B or 1, C).
+
+        Without ``weights`` they are the same in each step, and are computed once.
+        """
+        classes = logits.shape[-1]
+        key = (classes, logits.dtype, logits.device, self.weights._version)
+        held = self._shares
+        if weights is None and held is not None and held[0] == key and held[1] is self.weights:
+            return held[2:]
+        known = self.known_classes(classes)
+        complete = bool(known.all())  # computed on the CPU, so that no device is waited for
+        known = known.to(logits.device)
+        own = self.weights.to(logits)[:, None, None]
+        shares = (own if weights is None else weights.to(logits).T.unsqueeze(-1)) * known.unsqueeze(1)
+        shares = torch.where(shares.sum(dim=0) > 0, shares, own * known.unsqueeze(1))
+        result = complete, (shares / shares.sum(dim=0)).log()
+        if weights is None:
+            self._shares = (key, self.weights, *result)
+        return result
 
     def selected_logits(self, batch: Batch, selected: Tensor, classes: int) -> Tensor:
         """Compute logits (B, C) of one teacher for each row. Each teacher computes its own rows alone.

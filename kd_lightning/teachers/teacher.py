@@ -16,11 +16,12 @@ from kd_lightning.batch import Batch
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
+from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
 
 CHECK_EVERY = 500
-"""Number of batches on an accelerator of which one is compared with the inputs of its stored outputs."""
+"""Number of batches of which one is always compared with the inputs of its stored outputs."""
 
 
 class Teacher(nn.Module):
@@ -87,7 +88,7 @@ class Teacher(nn.Module):
         self.cache_top_k = cache_top_k
         self.output_name: str | None = None  # name of its outputs in batches, in a fit with a cache
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
-        self._lookups = 0
+        self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
         self._inputs_changed = False
         self._architecture: str | None = None
         self._identity = TeacherFingerprint(self._hidden)
@@ -106,14 +107,13 @@ class Teacher(nn.Module):
     def prepare(self, x: Tensor) -> Tensor:
         """Preprocess the student's inputs (B, ...) for the network, on the teacher's device."""
         for module in self._hidden:
-            if any(part.training for part in module.modules()):  # another module may hold it and call .train()
+            if any(part.training for part in layers_of(module)):  # another module may hold it and call .train()
                 module.eval()  # slower than the check above
         x = x if self.device is None else x.to(self.device)
         for preprocess in self._hidden[:-1]:
             x = preprocess(x)
         return x
 
-    @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, C) in the student's class order. They are computed unless the batch holds them."""
         stored = self.stored(batch)
@@ -129,21 +129,25 @@ class Teacher(nn.Module):
     def stored(self, batch: Batch) -> Tensor | None:
         """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
 
-        On a CPU, the inputs are compared with those that the logits belong to. On other devices, which would have to
-        wait, they are compared in one of ``CHECK_EVERY`` batches.
+        The inputs must be those that the logits belong to. The tensor that the loader has made is, unless it was
+        changed in place. The hashes of any other tensor are compared on a CPU; on other devices, which would have to
+        wait, in one of ``CHECK_EVERY`` batches. So are those of the loader's tensor.
         """
         held, name = batch.teacher, self.output_name
         if held is None or name is None or name not in held:
             return None
-        if held.sources.get(name, "") not in {"", *map(str, self.cache_folders.values())}:
+        source = held.sources.get(name, "")
+        if source and all(source != str(folder) for folder in self.cache_folders.values()):
             return None  # outputs of another teacher of this name
         if held.inputs is not None:
-            self._lookups += 1
-            is_due = batch.x.device.type == "cpu" or self._lookups % CHECK_EVERY == 1 or self._inputs_changed
+            is_due = self._lookups[0] % CHECK_EVERY == 0 or self._inputs_changed
+            is_due = is_due or (not held.are_of(batch.x) and batch.x.device.type == "cpu")
+            self._lookups[0] += 1
             if is_due and not np.array_equal(hash_rows(batch.x), held.inputs.cpu().numpy().view(np.uint64)):
                 self._warn_of_inputs()
                 return None
-        return held[name].to(batch.x.device, non_blocking=True)
+        logits, device = held[name], batch.x.device
+        return logits if logits.device == device else logits.to(device, non_blocking=True)
 
     def start_fit(self, name: str, views: str) -> None:
         """Forget the stored outputs of an earlier fit.
@@ -238,7 +242,9 @@ class Teacher(nn.Module):
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
     """Raise InputError unless the teacher's logits have as many rows and outputs as the student's."""
-    if teacher is not None and (len(teacher), teacher.numel()) != (len(student), student.numel()):
+    if teacher is None or teacher.shape == student.shape:
+        return
+    if (len(teacher), teacher.numel()) != (len(student), student.numel()):
         raise InputError(
             f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "
             f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order"

@@ -44,7 +44,17 @@ def test_seed_of_the_run(sample, monkeypatch):
     assert sample(seed=4) != sample(seed=3)  # the argument takes precedence
 
 
-def test_a_fit_with_another_seed_does_not_resume(quiet_trainer, loader, student, tmp_path):
+def test_only_the_generator_of_the_device_is_seeded(sample, monkeypatch):
+    """On the CPU, torch.manual_seed would spend a tenth of a millisecond on accelerators that are not in use."""
+    monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)  # of the fixture
+    seen = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
+    assert sample(seed=3) == sample(burn=2, seed=3)
+    assert not seen
+
+
+def test_a_fit_with_another_seed_does_not_resume(quiet_trainer, loader, student, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test
     trainer = quiet_trainer(callbacks=[SeedEveryStep(1)])
     trainer.fit(SupervisedModule(student), loader())
     trainer.save_checkpoint(tmp_path / "c.ckpt")

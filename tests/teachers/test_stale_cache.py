@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from kd_lightning import DatasetSource, Digits, DistillModule, InputError, SemiSupervisedDataModule, Teacher
+from kd_lightning.cache import tensors
 from kd_lightning.models import DigitsCNN
 from kd_lightning.teachers.cache_fill import fill_caches
 
@@ -342,15 +343,35 @@ class Growing(DistillModule):
         return batch
 
 
+class InPlace(DistillModule):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch.x.mul_(1 + self.current_epoch)
+        return batch
+
+
 class Mixing(DistillModule):
     def losses(self, batch):
         return super().losses(replace(batch, x=(batch.x + batch.x.flip(0)) / 2))
 
 
-@pytest.mark.parametrize("make", [Growing, Mixing])
+@pytest.mark.parametrize("make", [Growing, InPlace, Mixing])
 def test_inputs_that_change_after_the_loader(make, quiet_trainer, tmp_path):
     with pytest.warns(UserWarning, match="cache: the inputs of a batch are not those"):
         assert_same(students(quiet_trainer, tmp_path, make=make))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("make", "hashed"), [(DistillModule, 1), (BeforeTransfer, 8)])
+def test_only_inputs_that_a_hook_replaces_are_hashed_in_each_step(
+    make, hashed, workers, quiet_trainer, tmp_path, monkeypatch
+):
+    """8 steps: an unchanged tensor of the loader is known; one of them is checked all the same."""
+    module, calls = make(network(0, 4), Teacher(network(), cache=tmp_path)), []
+    monkeypatch.setattr(
+        "kd_lightning.teachers.teacher.hash_rows", lambda x: calls.append(len(x)) or tensors.hash_rows(x)
+    )
+    quiet_trainer(max_epochs=2).fit(module, datamodule=digits(num_workers=workers))
+    assert len(calls) == hashed
 
 
 class OfOthers(DistillModule):

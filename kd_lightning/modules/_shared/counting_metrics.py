@@ -1,92 +1,124 @@
-"""Metrics whose state does not grow with the square of the classes, or with the number of labels seen."""
+"""Metrics as sums over batches and processes: their memory grows neither with C², nor with the number of samples."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassF1Score
-
-from kd_lightning.batch import IGNORE_INDEX
+from torch import Tensor, nn
 
 _BINS = 15
 _SCALE = 2**24  # probabilities are summed in these units, as integers: exact in any order
+_MOST = 2**20  # probabilities at a time: 100,000 labels of 64 rows would take a quarter of a gigabyte
+CALIBRATION_SHAPE = (3, _BINS + 2)
+"""Shape of :func:`calibration_counts`."""
 
 
-class MacroF1(MulticlassF1Score):
-    """torchmetrics' macro F1 of the multiclass task, from counts of each class.
+class Sums(nn.Module):
+    """Named sums of numbers, which add up over batches and over processes. They start at 0.
 
-    torchmetrics counts the same by way of a matrix (C, C) for each batch. The value is equal to the bit. Classes that
-    neither occur nor are predicted are left out of the mean.
+    They are buffers, which :meth:`of_all_processes` sums in one message for each type of number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+
+    def start(self, name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
+        """Begin a sum."""
+        self._names.append(name)
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=False)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add to a sum."""
+        sums = self._buffers[name]
+        assert sums is not None
+        sums += value
+
+    def of_all_processes(self) -> dict[str, Tensor]:
+        """Return the sums over all processes, which must all call this, by name."""
+        sums = {name: self.get_buffer(name) for name in self._names}
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return sums
+        found: dict[str, Tensor] = {}
+        for dtype in dict.fromkeys(value.dtype for value in sums.values()):
+            parts = {name: value for name, value in sums.items() if value.dtype == dtype}
+            flat = torch.cat([value.flatten() for value in parts.values()])
+            torch.distributed.all_reduce(flat)
+            split = torch.split(flat, [value.numel() for value in parts.values()])
+            found |= {name: part.view_as(parts[name]) for name, part in zip(parts, split, strict=True)}
+        return found
+
+
+def class_counts(target: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Count for each class how often it is right, how often it occurs, and how often it is predicted: (3, C).
 
     Args:
-        classes: Number of classes C.
+        target: (B,) class indices.
+        predicted: (B,) class indices.
+        classes: C. A larger index is an error.
     """
-
-    tp: Tensor
-    fp: Tensor
-    tn: Tensor
-    fn: Tensor
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes, average="macro")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add probabilities (B, C) and class indices (B,), -100 where the label is missing."""
-        known = target != IGNORE_INDEX
-        target, predicted = target[known], preds.argmax(dim=1)[known]
-        true, occurs, given = (
-            torch.bincount(labels, minlength=preds.shape[1])
-            for labels in (target[target == predicted], target, predicted)
-        )
-        self.tp = self.tp + true
-        self.fp = self.fp + (given - true)
-        self.fn = self.fn + (occurs - true)
-        self.tn = self.tn + (len(target) - given - occurs + true)
+    right = target[target == predicted]
+    return torch.stack([torch.bincount(labels, minlength=classes) for labels in (right, target, predicted)])
 
 
-class BinaryCalibrationSums(Metric):
-    """The expected calibration error of single probabilities over 15 bins of equal width, from sums of each bin.
+def label_counts(target: Tensor, predicted: Tensor, known: Tensor) -> Tensor:
+    """Count the same for each of many labels, which may occur together: (3, L).
 
-    It is torchmetrics' ``BinaryCalibrationError``, which stores all probabilities, and whose counts of float32 end at
-    16.8 million a bin.
+    Args:
+        target: (B, L) booleans.
+        predicted: (B, L) booleans.
+        known: (B, L) booleans: which labels count.
     """
+    occurs, given = known & target, known & predicted
+    return torch.stack([(occurs & given).sum(dim=0), occurs.sum(dim=0), given.sum(dim=0)])
 
-    counts: Tensor
-    positives: Tensor
-    confidences: Tensor
-    not_finite: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in (
-            "counts",
-            "positives",
-            "confidences",
-        ):  # a probability of 1 has a bin of its own, as in torchmetrics
-            self.add_state(name, torch.zeros(_BINS + 1, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("not_finite", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+def macro_f1(counts: Tensor, of_absent: bool = False) -> Tensor:
+    """Return the mean F1 of the classes, as torchmetrics computes it, to the bit.
 
-    def update(self, probabilities: Tensor, target: Tensor) -> None:
-        """Add probabilities (N,) in float32 and zeros and ones (N,), -100 where the label is missing."""
-        known = target != IGNORE_INDEX
-        probabilities, target = probabilities[known], target[known]
-        finite = probabilities.isfinite()
-        self.not_finite = self.not_finite + (~finite).sum()
-        probabilities, target = probabilities[finite], target[finite]
-        edges = torch.linspace(0, 1, _BINS + 1, device=probabilities.device)
-        bins = torch.bucketize(probabilities, edges, right=True) - 1
-        self.counts = self.counts + torch.bincount(bins, minlength=_BINS + 1)
-        self.positives = self.positives + torch.bincount(bins[target == 1], minlength=_BINS + 1)
-        units = (probabilities * _SCALE).round().long()
-        self.confidences = self.confidences + torch.zeros_like(self.confidences).scatter_add_(0, bins, units)
+    Args:
+        counts: From :func:`class_counts` or :func:`label_counts`.
+        of_absent: Whether classes that neither occur nor are predicted count, with an F1 of 0. If not, they are left
+            out of the mean. torchmetrics counts them for the multilabel task alone.
+    """
+    right, occurs, given = counts
+    total = 2.0 * right + 1.0 * (occurs - right) + (given - right)
+    scores = 2.0 * right / torch.where(total == 0, 1, total)
+    counted = torch.ones_like(total) if of_absent else (total > 0).float()
+    mean: Tensor = (counted * scores / counted.sum().clamp(min=1)).sum()
+    return mean
 
-    def compute(self) -> Tensor:
-        """Return the sum over bins of |share of ones - mean probability|, weighted by the bin's share of all labels."""
-        counts, positives, confidences = (
-            part.cpu().double() for part in (self.counts, self.positives, self.confidences)
-        )
-        error = (positives - confidences / _SCALE).abs().sum() / counts.sum()
-        return torch.where(self.not_finite.cpu() > 0, torch.nan, error).float().to(self.counts.device)
+
+def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
+    """Count wrong and right decisions, and sum their confidence, in 15 bins of equal width: (3, 17).
+
+    A confidence of 1 has a bin of its own, as in torchmetrics. The last bin counts numbers that are not finite.
+
+    Args:
+        confidence: Probabilities in float32, of any shape.
+        right: Booleans of the same shape.
+    """
+    counts = torch.zeros(CALIBRATION_SHAPE, dtype=torch.long, device=confidence.device)
+    parts = (torch.split(values.flatten(), _MOST) for values in (confidence, right))
+    for some, of_some in zip(*parts, strict=True):
+        counts += _calibration_counts(some, of_some)
+    return counts
+
+
+def _calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
+    edges = torch.linspace(0, 1, _BINS + 1, device=confidence.device)
+    unknown = ~confidence.isfinite()
+    bins = (torch.bucketize(confidence, edges, right=True) - 1).masked_fill(unknown, _BINS + 1)
+    numbers = torch.bincount(bins + (_BINS + 2) * right, minlength=2 * (_BINS + 2)).view(2, -1)
+    units = (confidence * _SCALE).round().masked_fill(unknown, 0).long()
+    return torch.cat([numbers, torch.zeros_like(numbers[:1]).scatter_add_(1, bins[None], units[None])])
+
+
+def calibration_error(counts: Tensor) -> Tensor:
+    """Return the expected calibration error from :func:`calibration_counts`.
+
+    It is the sum over bins of |share of right decisions - mean confidence|, weighted by the bin's share of all
+    decisions. torchmetrics' metrics give the same, but store every confidence. NaN if a confidence was not finite.
+    """
+    wrong, right, confidence = counts.cpu().double()
+    error = (right - confidence / _SCALE).abs().sum() / (wrong + right).sum()
+    return torch.where(wrong[-1] + right[-1] > 0, torch.nan, error).float().to(counts.device)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torchmetrics import Accuracy, MeanMetric
+from torch import Tensor
 
-from kd_lightning.batch import IGNORE_INDEX, is_labeled
+from kd_lightning.batch import is_labeled
 from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.teachers.ensemble import Ensemble
@@ -29,20 +28,20 @@ class EnsembleEvaluation(Evaluation):
 
     def __init__(self, ensemble: Ensemble, task: Task, classes: int) -> None:
         super().__init__(task, classes)
-        task = self.task
         self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
-        self.known_classes = known = ensemble.known_classes(classes)
-        self.common = {(i, j): known[i] & known[j] for i, j in combinations(range(len(ensemble)), 2)}
-
-        def metrics(number: int) -> Any:  # a ModuleList of Metrics
-            options: dict[str, Any] = {"task": task, "num_classes": classes, "num_labels": classes}
-            return nn.ModuleList(Accuracy(**options, average="micro", ignore_index=IGNORE_INDEX) for _ in range(number))
-
-        self.accuracies = metrics(len(ensemble))
-        self.agreements = metrics(len(ensemble))  # with the student
-        self.ensemble_agreements = metrics(len(ensemble))
-        self.pair_agreements = metrics(len(self.common))
-        self.disagreement = MeanMetric()
+        known = ensemble.known_classes(classes)
+        count, least = len(ensemble), 2 if self.task == "multiclass" else 1  # a single class has probability 1
+        shared = (known.unsqueeze(1) & known).sum(dim=-1) >= least  # (K, K)
+        self.counted: Tensor
+        self.pairs = [pair for pair in combinations(range(count), 2) if shared[pair]]
+        # of the multilabel task, a teacher's labels count alone: (K, 1, L), else (K, 1)
+        counted = known.unsqueeze(1) if self.task == "multilabel" else torch.ones(count, 1, dtype=torch.bool)
+        self.register_buffer("counted", counted, persistent=False)
+        for name in ("accuracies", "agreements", "ensemble_agreements"):
+            self.start(name, 2, count)  # hits and decisions
+        self.start("pair_agreements", 2, count, count)
+        self.start("disagreement", dtype=torch.float32)
+        self.start("disagreement_rows")
 
     def check(self, logits: Tensor, teacher: Tensor | None) -> None:
         """Raise InputError if the teachers' logits (K, B, C) do not fit the student's."""
@@ -58,46 +57,56 @@ class EnsembleEvaluation(Evaluation):
         labels: int,
         teacher: Tensor | None,
         class_weights: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor:
         """Add a batch; ``teacher`` holds all teachers' logits (K, B, C), and the rest is as of :class:`Evaluation`."""
         if teacher is None:
-            super().update(logits, y, loss, labels, None, class_weights)
-            return
+            return super().update(logits, y, loss, labels, None, class_weights)
         (ensemble,) = self._ensemble
         pooled = ensemble.pool(teacher)
-        super().update(logits, y, loss, labels, pooled, class_weights)
-        predictions = [predicted_labels(outputs, self.task) for outputs in teacher]
-        student, average = predicted_labels(logits, self.task), predicted_labels(pooled, self.task)
-        target = None if y is None or not labels else torch.where(is_labeled(y), y, IGNORE_INDEX).long()
-        for number, (predicted, known) in enumerate(zip(predictions, self.known_classes, strict=True)):
-            masked = self._mask_unknown(predicted, known)
-            self.agreements[number].update(student, masked)
-            self.ensemble_agreements[number].update(average, masked)
-            if target is not None:
-                self.accuracies[number].update(predicted, self._mask_unknown(target.reshape(predicted.shape), known))
-        for metric, ((i, j), common) in zip(self.pair_agreements, self.common.items(), strict=True):
-            metric.update(predictions[i], self._mask_unknown(predictions[j], common))
-            if common.sum() > (self.task == "multiclass"):  # a single class has probability 1
-                one, other = teacher[i][:, common], teacher[j][:, common]
-                self.disagreement.update(self.divergence(one, other))
-                self.disagreement.update(self.divergence(other, one))
+        student = super().update(logits, y, loss, labels, pooled, class_weights)
+        average = predicted_labels(pooled, self.task)
+        predictions = predicted_labels(teacher.flatten(0, 1), self.task).view(len(ensemble), *student.shape)
+        counted = self.counted.expand_as(predictions)
+        self.add("agreements", _hits(predictions, student, counted))
+        self.add("ensemble_agreements", _hits(predictions, average, counted))
+        if y is not None and labels:
+            known = counted & is_labeled(y).view_as(student)
+            self.add("accuracies", _hits(predictions, y.view_as(student), known))
+        if len(ensemble) > 1:
+            rows = [_hits(predictions, one, counted & mask) for one, mask in zip(predictions, counted, strict=True)]
+            self.add("pair_agreements", torch.stack(rows, dim=1))
+        self._add_disagreement(ensemble, teacher)
+        return student
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the metrics by name, with those of each teacher."""
-        values = super().compute()
-        kinds = {"agreement": self.agreements, "ensemble_agreement": self.ensemble_agreements}
+    def _add_disagreement(self, ensemble: Ensemble, teacher: Tensor) -> None:
+        """Add the KL divergence of each row between both of each pair of teachers, on the classes that both know."""
+        known = ensemble.known_classes(self.classes)
+        if known.all():  # each teacher's probabilities once
+            logs = _log_probabilities(teacher, self.task)
+            outputs = 1 if self.task == "multiclass" else self.classes
+            for one in logs if self.pairs else ():
+                self.add("disagreement", (one.exp() * (one - logs)).sum() / outputs)
+            self.add("disagreement_rows", 2 * len(self.pairs) * teacher.shape[1])
+            return
+        for i, j in self.pairs:
+            common = known[i] & known[j]
+            one, other = (teacher[k][:, common] for k in (i, j))
+            values = self.divergence(one, other), self.divergence(other, one)
+            self.add("disagreement", torch.stack(values).sum())
+            self.add("disagreement_rows", 2 * len(one))
+
+    def _values(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the metrics of sums over all processes, with those of each teacher."""
+        values = super()._values(sums)
+        kinds = {"agreement": "agreements", "ensemble_agreement": "ensemble_agreements"}
         if "teacher_accuracy" in values:
-            kinds["accuracy"] = self.accuracies
+            kinds["accuracy"] = "accuracies"
         if "agreement" in values:
-            for name, metrics in kinds.items():
-                values |= {f"teacher_{number}_{name}": metric.compute() for number, metric in enumerate(metrics)}
-            if any(common.sum() > (self.task == "multiclass") for common in self.common.values()):
-                values["disagreement"] = self.disagreement.compute()
+            for name, kind in kinds.items():
+                values |= {f"teacher_{number}_{name}": share for number, share in enumerate(_shares(sums[kind]))}
+            if self.pairs:
+                values["disagreement"] = sums["disagreement"] / sums["disagreement_rows"]
         return values
-
-    def _mask_unknown(self, target: Tensor, known: Tensor) -> Tensor:
-        """For the multilabel task, set the labels that a teacher does not know to "missing"."""
-        return target.masked_fill(~known.to(target.device), IGNORE_INDEX) if self.task == "multilabel" else target
 
     def figures(self, classes: Sequence[str] | None) -> dict[str, Callable[[], Figure]]:
         """Return functions that draw the confusion matrix and the teachers' agreement."""
@@ -105,13 +114,27 @@ class EnsembleEvaluation(Evaluation):
 
     def teacher_figures(self) -> dict[str, Callable[[], Figure]]:
         """Return a function that draws the share of equal predictions of each pair of teachers."""
-        if not self.common or not self.teacher_known.compute():
+        sums = self.of_all_processes()
+        if len(sums["agreements"][0]) < 2 or not sums["teacher_rows"]:
             return {}
-        count = len(self.accuracies)
-        matrix = torch.eye(count)
-        for (i, j), metric in zip(self.common, self.pair_agreements, strict=True):
-            matrix[i, j] = matrix[j, i] = metric.compute()
-        return {"teachers_agreement": partial(_draw_agreement, matrix)}
+        return {"teachers_agreement": partial(_draw_agreement, _shares(sums["pair_agreements"]).cpu())}
+
+
+def _hits(predictions: Tensor, other: Tensor, counted: Tensor) -> Tensor:
+    """Return for each teacher how often its predictions (K, B, ...) are the others (B, ...), and out of how many."""
+    return torch.stack([((predictions == other) & counted).flatten(1).sum(dim=1), counted.flatten(1).sum(dim=1)])
+
+
+def _log_probabilities(logits: Tensor, task: Task) -> Tensor:
+    """Return log-probabilities (K, B, C); for other tasks (K, B, 2L), of 1 and of 0."""
+    if task == "multiclass":
+        return logits.log_softmax(dim=-1)
+    return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
+
+
+def _shares(hits: Tensor) -> Tensor:
+    """Return hits / decisions; 0 if there are none."""
+    return hits[0] / hits[1].clamp(min=1)
 
 
 def _draw_agreement(matrix: Tensor) -> Figure:

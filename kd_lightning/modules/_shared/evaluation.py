@@ -9,21 +9,29 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torchmetrics import Accuracy, CalibrationError, ConfusionMatrix, F1Score, MeanMetric, Metric, SumMetric
+from torch import Tensor
+from torchmetrics import ConfusionMatrix
 
 from kd_lightning.batch import IGNORE_INDEX, is_labeled
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task, predicted_labels, to_probabilities
+from kd_lightning.losses.base import Task, to_probabilities
 from kd_lightning.modules._shared.checks import check_at_least_two
-from kd_lightning.modules._shared.counting_metrics import BinaryCalibrationSums, MacroF1
+from kd_lightning.modules._shared.counting_metrics import (
+    CALIBRATION_SHAPE,
+    Sums,
+    calibration_counts,
+    calibration_error,
+    class_counts,
+    label_counts,
+    macro_f1,
+)
 from kd_lightning.teachers.teacher import check_outputs
 
 _MOST_CLASSES = 1000  # of a confusion matrix
 
 
-class Evaluation(nn.Module):
-    """The metrics of one pass over one data loader. :meth:`compute` gathers all processes.
+class Evaluation(Sums):
+    """The metrics of one pass over one data loader, from counts. :meth:`compute` gathers all processes.
 
     Their memory grows with C, not with its square; the confusion matrix is an exception, for tests alone.
 
@@ -39,25 +47,15 @@ class Evaluation(nn.Module):
         super().__init__()
         check_at_least_two(task, classes)
         task = "binary" if classes == 1 else task
-        plain: dict[str, Any] = {"task": task, "num_classes": classes, "num_labels": classes}
-        labels = plain | {"ignore_index": IGNORE_INDEX}
         self.task = task
         self.classes = classes
-        self.known = SumMetric()
-        self.loss = MeanMetric()
-        self.accuracy = Accuracy(**labels, average="micro")
-        self.f1 = MacroF1(classes) if task == "multiclass" else F1Score(**labels, average="macro")
-        # torchmetrics has no multilabel calibration error, so each label counts as one binary prediction
-        self.calibration_error: Metric = (
-            BinaryCalibrationSums()
-            if task == "multilabel"
-            else CalibrationError(task, num_classes=classes, ignore_index=IGNORE_INDEX)
-        )
+        for name in ("labels", "correct", "teacher_correct", "teacher_rows", "decisions", "agreed"):
+            self.start(name)
+        for name in ("loss", "loss_weight", "teacher_kl"):
+            self.start(name, dtype=torch.float32)
+        self.start("class_counts", 3, classes)
+        self.start("calibration", *CALIBRATION_SHAPE)
         self.confusion: Any = None
-        self.teacher_known = SumMetric()
-        self.teacher_accuracy = Accuracy(**labels, average="micro")
-        self.agreement = Accuracy(**plain, average="micro")
-        self.teacher_kl = MeanMetric()
         self.divergence = KDLoss(temperature=1.0, task=task, reduction="none")
 
     def add_confusion_matrix(self, announce: bool = True) -> None:
@@ -86,8 +84,8 @@ class Evaluation(nn.Module):
         labels: int,
         teacher: Tensor | None,
         class_weights: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
+    ) -> Tensor:
+        """Add a batch, and return the student's predicted labels.
 
         Args:
             logits: The student's logits (B, C), or (B,) for the binary task.
@@ -98,36 +96,69 @@ class Evaluation(nn.Module):
             class_weights: If the loss has class weights, their sum over the known labels. The batches' losses are
                 weighted by it.
         """
+        one_of_many, taught = self.task == "multiclass", None
+        if teacher is not None:
+            divergences = self.divergence(logits, teacher)  # first, since it takes the most memory
+            self.add("teacher_kl", divergences.sum())
+            self.add("teacher_rows", len(divergences))
+            of_teacher = to_probabilities(teacher, self.task)
+            taught = of_teacher.argmax(dim=-1) if one_of_many else of_teacher > 0.5
+            del of_teacher
         probabilities = to_probabilities(logits, self.task)
-        self.known.update(labels)
-        self.teacher_known.update(0 if teacher is None else len(teacher))
-        if teacher is not None:
-            self.agreement.update(probabilities, predicted_labels(teacher, self.task))
-            self.teacher_kl.update(self.divergence(logits, teacher))
+        confidence, predicted = probabilities.max(dim=-1) if one_of_many else (probabilities, probabilities > 0.5)
+        if taught is not None:
+            self.add("agreed", (predicted == taught).sum())
+            self.add("decisions", predicted.numel())
         if y is None or not labels:
-            return
-        target = torch.where(is_labeled(y), y, IGNORE_INDEX).long()
-        target = target.flatten() if self.task == "binary" else target
-        self.loss.update(loss, labels if class_weights is None else class_weights)
-        self.accuracy.update(probabilities, target)
-        self.f1.update(probabilities, target)
+            return predicted.long()
+        weight = labels if class_weights is None else class_weights
+        self.add("loss", loss * weight)
+        self.add("loss_weight", weight)
+        y = y.flatten() if self.task == "binary" else y
+        known = is_labeled(y)
         if self.confusion is not None:
-            self.confusion.update(probabilities, target)
-        if self.task == "multilabel":
-            self.calibration_error.update(probabilities.flatten(), target.flatten())
-        else:
-            self.calibration_error.update(probabilities, target)
-        if teacher is not None:
-            self.teacher_accuracy.update(to_probabilities(teacher, self.task), target)
+            self.confusion.update(probabilities, torch.where(known, y, IGNORE_INDEX).long())
+        self._count(confidence, predicted, taught, y.long() if one_of_many else y == 1, known)
+        return predicted.long()
+
+    def _count(
+        self, confidence: Tensor, predicted: Tensor, taught: Tensor | None, target: Tensor, known: Tensor
+    ) -> None:
+        """Count what needs labels. All are (B,), or (B, L) for the multilabel task; booleans unless multiclass."""
+        if self.task != "multiclass":
+            self.add("class_counts", label_counts(*(part.view(len(part), -1) for part in (target, predicted, known))))
+        if not known.all():
+            confidence, predicted, target = confidence[known], predicted[known], target[known]
+            taught = None if taught is None else taught[known]
+        right = predicted == target
+        self.add("labels", right.numel())
+        self.add("correct", right.sum())
+        if taught is not None:
+            self.add("teacher_correct", (taught == target).sum())
+        if self.task == "multiclass":
+            self.add("class_counts", class_counts(target, predicted, self.classes))
+        # torchmetrics has no multilabel calibration error, so each label counts as one binary prediction
+        self.add("calibration", calibration_counts(confidence, right if self.task == "multiclass" else target))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics by name: those that need labels or a teacher only if some process had them."""
-        labels, teacher = bool(self.known.compute()), bool(self.teacher_known.compute())
-        names = ["loss", "accuracy", "f1", "calibration_error"] if labels else []
-        names += ["agreement", "teacher_kl"] if teacher else []
-        names += ["teacher_accuracy"] if labels and teacher else []
-        metrics = {name: getattr(self, name) for name in names}
-        return {name: metric.compute() for name, metric in metrics.items() if isinstance(metric, Metric)}
+        return self._values(self.of_all_processes())
+
+    def _values(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the metrics of sums over all processes."""
+        labels, teacher = bool(sums["labels"]), bool(sums["teacher_rows"])
+        found = {}
+        if labels:
+            found["loss"] = sums["loss"] / sums["loss_weight"]
+            found["accuracy"] = sums["correct"] / sums["labels"]
+            found["f1"] = macro_f1(sums["class_counts"], of_absent=self.task != "multiclass")
+            found["calibration_error"] = calibration_error(sums["calibration"])
+        if teacher:
+            found["agreement"] = sums["agreed"] / sums["decisions"]
+            found["teacher_kl"] = sums["teacher_kl"] / sums["teacher_rows"]
+        if labels and teacher:
+            found["teacher_accuracy"] = sums["teacher_correct"] / sums["labels"]
+        return found
 
     def figures(self, classes: Sequence[str] | None) -> dict[str, Callable[[], Figure]]:
         """Return functions that draw the figures. Their numbers are gathered from all processes here.
@@ -139,7 +170,7 @@ class Evaluation(nn.Module):
             ``confusion_matrix`` if it was counted (see :meth:`add_confusion_matrix`) and there were labels: with class
             names up to 50 classes, and with numbers up to 20.
         """
-        if self.confusion is None or not self.known.compute():
+        if self.confusion is None or not self.of_all_processes()["labels"]:
             return {}
         return {"confusion_matrix": partial(self._draw_confusion, self.confusion.compute(), classes)}
 

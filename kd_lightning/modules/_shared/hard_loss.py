@@ -50,9 +50,10 @@ def hard_loss_of(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> H
         InputError: If labels, weights or coarse labels do not fit the logits or the task.
     """
     logits = at_least_float32(logits)
-    value, labels, weights = _fine(loss, task, logits, batch)
+    fine = _fine(loss, task, logits, batch)
     if batch.candidates is None or not len(batch):
-        return HardLoss(value, labels, weights)
+        return fine
+    value, labels, weights = fine
     coarse = batch.candidates.any(dim=1)
     if task != "multiclass" or batch.candidates.shape != logits.shape:
         shapes = f"{[*batch.candidates.shape]} do not fit logits of shape {[*logits.shape]}"
@@ -83,12 +84,15 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
         raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
     fields = row_values(loss, batch)
     weight = batch.weight
-    known = is_labeled(y) if batch.labeled is None or not must_synchronize(y) else None
-    if known is not None and known.all():  # all rows: indexing would take longer
-        known = rows = None
-    else:
-        rows = batch.labeled if known is None else known if known.ndim == 1 else known.any(dim=1)
-    if rows is not None and (known is not None or len(rows) < len(y)):
+    rows, known = batch.labeled, None
+    if rows is None:
+        known = is_labeled(y)
+        rows = known if known.ndim == 1 else known.any(dim=1)
+        if known.all():
+            known = rows = None
+    elif len(rows) == len(y):
+        rows = None
+    if rows is not None:  # else these are all rows, and indexing would take longer
         fields = {name: values[rows] for name, values in fields.items()}
         weight = None if weight is None else weight[rows]
         logits, y = logits[rows], y[rows]
@@ -123,8 +127,11 @@ def _sum(weights: Tensor | None) -> Tensor | None:
 def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:
     """Raise InputError for a label that is no class of the logits."""
     top = logits.shape[1] - 1 if task == "multiclass" else 1
-    if y.numel() and (y.min() < 0 or y.max() > top):
-        bad = y[(y < 0) | (y > top)][0].item()
+    if not y.numel():
+        return
+    low, high = y.aminmax()
+    if not (low.item() >= 0 and high.item() <= top):  # NaN is neither
+        bad = y[~((y >= 0) & (y <= top))][0].item()
         raise InputError(
             f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
             f"where floats) for a missing one; got {bad:g}"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -20,6 +22,39 @@ def test_weighted_means_of_numbers_and_tensors():
     assert {name: float(mean) for name, mean in found.items()} == pytest.approx({"a": 2.0, "b": 0.5})
     assert not found["b"].requires_grad
     assert not means
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_sums_of_a_checkpoint_go_on_to_the_bit(waits, monkeypatch):
+    """On the CPU as numbers, on other devices as tensors, which no step reads."""
+    monkeypatch.setattr("kd_lightning.modules._shared.epoch_means.must_synchronize", lambda tensor: waits)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand((), generator=generator, requires_grad=True) for _ in range(40)]
+    module = SimpleNamespace(trainer=SimpleNamespace(world_size=1, is_global_zero=True))
+    results = []
+    for stops in ((), (1, 13, 14)):
+        means = EpochMeans()
+        for step, value in enumerate(values):
+            if step in stops:
+                checkpoint = {}
+                means.store(module, checkpoint)
+                assert {type(number) for number in checkpoint["epoch_means"]["loss"]} == {float}
+                means = EpochMeans()
+                means.restore(module, checkpoint)
+            means.add("loss", value, 64.0 - step)
+        results.append(means.compute_and_reset(torch.device("cpu"), lambda sums: sums)["loss"].item())
+    assert results[0] == results[1]
+    weights = [64.0 - step for step in range(40)]
+    mean = sum(float(value.detach()) * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+    assert results[0] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on():
+    """It holds tensors."""
+    means, module = EpochMeans(), SimpleNamespace(trainer=SimpleNamespace(is_global_zero=True))
+    means.restore(module, {"epoch_means": {"loss": (torch.tensor(3.0), 2)}})
+    means.add("loss", torch.tensor(3.0), 1)
+    assert means.compute_and_reset(torch.device("cpu"), lambda sums: sums)["loss"] == 2
 
 
 def test_processes_are_summed_before_they_are_divided():

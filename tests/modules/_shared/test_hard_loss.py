@@ -250,3 +250,34 @@ def test_stateful_loss_runs_without_y(task, rows, target):
     found = hard_loss_of(loss, task, z, Batch(z.detach()))
     assert loss.seen == [(rows, target, [], [])]
     assert found.value.item() == 0 and found.value.requires_grad and found.labels == 0
+
+
+class TestRowsOfTheLoader:
+    """The loader names the rows whose label is known, and no step searches the labels."""
+
+    @pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+    @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 3], []])
+    def test_the_value_is_that_of_a_search(self, task, rows, monkeypatch):
+        torch.manual_seed(0)
+        z = torch.randn((4, 3) if task != "binary" else (4,), requires_grad=True)
+        y = torch.tensor([0, 2, 1, 0]) if task == "multiclass" else torch.randint(2, z.shape).float()
+        missing = [row for row in range(4) if row not in rows]
+        y[missing] = -100 if task == "multiclass" else float("nan")
+        loss = nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
+        found = hard_loss_of(loss, task, z, Batch(z, y))
+        (wanted,) = torch.autograd.grad(found.value, z)
+        monkeypatch.setattr("kd_lightning.modules._shared.hard_loss.is_labeled", None)
+        told = hard_loss_of(loss, task, z, Batch(z, y, labeled=torch.tensor(rows, dtype=torch.long)))
+        assert torch.equal(told.value, found.value)
+        assert told.labels == found.labels
+        assert torch.equal(torch.autograd.grad(told.value, z)[0], wanted)
+
+    @pytest.mark.parametrize(
+        ("task", "y", "got"), [("multiclass", [0, -100], -100), ("binary", [1.0, float("nan")], "nan")]
+    )
+    def test_a_row_without_a_label_is_an_error(self, task, y, got):
+        """Such as where a hook has replaced the labels."""
+        z = torch.zeros((2, 3) if task == "multiclass" else (2,))
+        loss = nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
+        with pytest.raises(InputError, match=f"labels must be 0 .* got {got}"):
+            hard_loss_of(loss, task, z, Batch(z, torch.tensor(y), labeled=torch.tensor([0, 1])))
