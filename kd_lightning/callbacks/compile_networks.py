@@ -13,14 +13,17 @@ from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.teacher import Teacher
 
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_SHAPES = 64  # that torch compiles for one class of networks
 
 
 class CompileNetworks(Callback):
     """Compile a module's student and its teachers with ``torch.compile``, in place. Weight names do not change.
 
-    Compilation pays in fits of thousands of steps of one shape: the first step of each shape takes up to minutes.
-    Networks run uncompiled while layers are captured for hints. Outputs differ from uncompiled ones by rounding. After
-    the fit or test the networks run uncompiled again; the memory format of their weights stays.
+    Compilation pays in fits of thousands of steps of one shape: the first step of each shape takes up to minutes. Each
+    shape has code of its own, whichever came first, so that a resumed run computes what an unbroken one does. Networks
+    run uncompiled while layers are captured for hints. Outputs differ from uncompiled ones by rounding, and dropout
+    draws other numbers. After the fit or test the networks run uncompiled again; the memory format of their weights
+    stays.
 
     Args:
         mode: The mode of ``torch.compile``, such as ``"reduce-overhead"`` or ``"max-autotune"``. Default: None, which
@@ -43,6 +46,7 @@ class CompileNetworks(Callback):
         self.backend = backend
         self.channels_last = channels_last
         self._compiled: list[nn.Module] = []
+        self._limit: int | None = None  # of torch, before this callback raised it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Compiles the networks that are not compiled yet."""
@@ -55,8 +59,12 @@ class CompileNetworks(Callback):
                 network.to(memory_format=torch.channels_last)
             is_compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
             if self.backend is not None and not is_compiled:
-                network.compile(mode=self.mode, backend=self.backend)
+                network.compile(mode=self.mode, backend=self.backend, dynamic=False)
                 self._compiled.append(network)
+        if self._compiled and self._limit is None:
+            # Beyond the limit networks run uncompiled. All networks of one class share it.
+            self._limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(self._limit, _SHAPES)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the end of each stage. Removes the compiled forward passes."""
@@ -70,6 +78,9 @@ class CompileNetworks(Callback):
         for network in self._compiled:
             network._compiled_call_impl = None
         self._compiled.clear()
+        if self._limit is not None:
+            torch._dynamo.config.recompile_limit = self._limit
+            self._limit = None
 
 
 def find_networks(module: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ Config = Mapping[str, Any]
 # keys that change no weight
 _NO_PART = {
     "config",
+    "fast",  # what it picks is in the config
     "name",
     "seed_everything",
     "ckpt_path",

@@ -78,6 +78,36 @@ def test_channels_last(fitted):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture
+def graphs():
+    """For each compiled graph, whether it serves batches of any size."""
+    found = []
+
+    def record(graph, inputs):
+        found.append(any(isinstance(x, int | torch.SymInt) for x in inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(record, "record")
+    yield found
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("record")
+
+
+def test_each_shape_has_code_of_its_own(graphs, quiet_trainer, loader):
+    """Code for any size would serve the shapes that come later; then results depend on which shape came first."""
+    limit = torch._dynamo.config.recompile_limit
+    quiet_trainer(callbacks=[CompileNetworks(backend="record")]).fit(distill(nets()), loader(count=11))
+    assert graphs == [False] * 4  # two networks, two sizes
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_many_shapes_of_one_class_are_all_compiled(graphs, quiet_trainer, loader):
+    """More than torch's limit: the rest would run uncompiled, and which these are depends on a resume."""
+    module = EnsembleDistillModule(DigitsCNN(4), [DigitsCNN(width) for width in range(5, 11)])
+    quiet_trainer(callbacks=[CompileNetworks(backend="record")]).fit(module, loader(count=11))
+    assert len(graphs) == 2 * 7
+
+
 def test_hints_under_compilation(fitted):
     def hint(nets):
         return HintModule(nets[0], nets[1], {"5": "5"}, 1)

@@ -19,6 +19,7 @@ from kd_lightning.cli.main import DistillCLI
 from kd_lightning.errors import InputError
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.runs.csv_logger import read_metrics
+from kd_lightning.runs.run import Run
 
 RUN = Path("runs/quick/version_0")
 TAGS = {"SupervisedModule": {"train/loss", "train/hard"}}
@@ -341,3 +342,49 @@ def test_killed_for_real(each_module, tmp_path, monkeypatch, contract, processes
     assert [path.name for path in Path("runs/stopped").iterdir()] == ["version_0"]
     assert yaml.safe_load(Path("runs/stopped/version_0/config.yaml").read_text())["name"] == "stopped"
     assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/stopped/version_0"))
+
+
+FAST = ("hint_digits", "cifar100_resnet56_resnet20")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast(name, tmp_path, monkeypatch, contract):
+    """``fast: true``, on a CPU for which it picks all that it may: interrupted, resumed, tested and exported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd_lightning.cli.fast._why_no_bf16", lambda device: "")
+    config = contract.quick(next(path for path in contract.CONFIGS if path.stem == name))
+    del config["trainer"]["precision"]
+    args = contract.Story.write(config | {"fast": True}, "config.yaml")
+    whole = DistillCLI(["fit", *args])
+    assert whole.trainer.precision == "bf16-mixed"
+    convolutions = [p for p in whole.model.student.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    checkpoint = interrupt(monkeypatch, args, contract.STEPS + 3)
+    assert_same_end(RUN / "checkpoints/last.ckpt", resume(args, checkpoint))
+    for command in ("test", "predict"):
+        main([command, *args])
+    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    student = Run(RUN).student().eval()  # in float32, as it is deployed
+    x = next(iter(whole.datamodule.test_dataloader())).x
+    with (RUN / "predictions.csv").open() as file:
+        rows = [*csv.DictReader(file)][: len(x)]
+    names = list(rows[0])[-student(x).shape[1] :]
+    predicted = torch.tensor([[float(row[name]) for name in names] for row in rows])
+    torch.testing.assert_close(predicted, student(x).softmax(dim=1).detach(), rtol=0, atol=0.02)
+    main(["export", str(RUN), "--out", "student.onnx"])
+    assert Path("student.onnx").is_file()
+
+
+def test_fast_has_caches_of_its_own(tmp_path, monkeypatch, contract):
+    """The teacher's outputs of another precision and memory layout are others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd_lightning.cli.fast._why_no_bf16", lambda device: "")
+    config = contract.quick(next(path for path in contract.CONFIGS if path.stem == "cached_digits"))
+    del config["trainer"]["precision"]
+    args = contract.Story.write(config, "config.yaml")
+    folders = []
+    for fast in ("false", "true", "true"):
+        cli = DistillCLI(["fit", *args, "--fast", fast])
+        folders += cli.model.teacher.cache_folders.values()
+    plain, first, second = folders
+    assert first == second != plain
