@@ -15,19 +15,6 @@ from typing import NoReturn
 from kd_lightning.cli.stop_signals import StopSignals
 from kd_lightning.errors import InputError
 
-COMMANDS = {
-    "experiment": "Train a method and its baseline without a teacher over several seeds, and compare them.",
-    "compare": "Compare finished runs: accuracy, size, cost.",
-    "export": "Write a finished run's student as ONNX, torch.export or safetensors, and check the file.",
-    "layers": "Print the layers of a config's networks: output shapes, multiply-accumulates, parameters.",
-    "labels": "Summarise a run's pseudo-labels, and show the images with the least confident ones.",
-    "clean": "Find labels that are probably wrong, and write a file that drops, down-weights or relabels them.",
-    "duplicates": "Find samples of training, validation and test that are equal or alike, of a run or a config.",
-    "query": "Select the samples to label next, and write a file for their labels.",
-    "cache": "Fill the caches of a config's teachers before training, on all devices. Takes the arguments of fit.",
-    "doctor": "Check a config's teacher, student and labels before training. Takes the arguments of fit.",
-}
-
 
 def main(args: list[str] | None = None) -> None:
     """Run a command. Wrong input ends with one line on stderr and exit status 2, without a traceback.
@@ -45,6 +32,8 @@ def main(args: list[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BaseException as error:  # also Lightning's SystemExit after a KeyboardInterrupt
+        from kd_lightning.cli.arguments import COMMANDS
+
         notes = [] if {*command_line[:1]} & COMMANDS.keys() else getattr(error, "__notes__", [])  # how to resume a fit
         if stop.received is not None:
             _exit("; ".join([f"stopped by {stop.received.name}", *notes]), 128 + stop.received)
@@ -60,6 +49,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
+    # here: the handlers of signals are installed first
+    from kd_lightning.cli.arguments import COMMANDS, parse
+    from kd_lightning.cli.start import check_command, libraries_loaded_quickly, overview, print_first_line, version
+
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
@@ -68,17 +61,27 @@ def _run(args: list[str]) -> None:
     except FileNotFoundError as error:  # torch cannot even be imported
         raise InputError("the working directory no longer exists; change to another one") from error
     if not args or args[0] in ("-h", "--help"):
-        print("commands of this package (those of LightningCLI follow below):")
-        print("".join(f"  {name:<20}{text}\n" for name, text in COMMANDS.items()))
+        print(overview())
+        if not args:
+            raise InputError("the command is missing")
+        return
+    if args[0] == "--version":
+        print(version())
+        return
+    check_command(args)
     # a warning of Lightning about itself, at the start of every run
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    if args and args[0] in COMMANDS:
-        importlib.import_module(f"kd_lightning.cli.commands.{args[0]}").main(args[1:])
+    if args[0] in COMMANDS:
+        options = parse(args[0], args[1:])  # before the command's module, which loads the libraries
+        with libraries_loaded_quickly():
+            command = importlib.import_module(f"kd_lightning.cli.commands.{args[0]}")
+        command.main(options)
     else:
-        import torch.distributed
+        print_first_line(args)
+        with libraries_loaded_quickly():
+            import torch.distributed
 
-        from kd_lightning.cli.main import DistillCLI
-
+            from kd_lightning.cli.main import DistillCLI
         DistillCLI(args)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # at the end of the process gloo's threads may abort it

@@ -589,11 +589,11 @@ class TestProcess:
         ],
     )
     def test_errors_of_the_system(self, fails, monkeypatch, error, part):
-        def fail(args):
+        def fail(options):
             raise error
 
         monkeypatch.setattr("kd_lightning.cli.commands.layers.main", fail)
-        assert part in fails("layers")
+        assert part in fails("layers", "--name", "x")
 
 
 class Mark(Callback):

@@ -28,9 +28,11 @@ from kd_lightning.callbacks import (
     SeedEveryStep,
     StudentWriter,
 )
+from kd_lightning.cli.claim_folder import claim_folder_of_run
 from kd_lightning.cli.config_check import check_configs, nulls_of, read_configs
+from kd_lightning.cli.fast import add_fast, evaluate_uncompiled, pick_settings
 from kd_lightning.cli.parser import Parser
-from kd_lightning.cli.record_run import RecordRun, dump_config, unversioned_loggers
+from kd_lightning.cli.record_run import RecordRun, dump_config
 from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
 from kd_lightning.cli.stop_signals import record_sigterm
@@ -40,11 +42,10 @@ from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
-from kd_lightning.runs.folder import claim_folder, folder_on_rank_zero, lock_folder, release_folder, writes_files
+from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_folder, writes_files
 from kd_lightning.runs.guard_loggers import guard_loggers
 from kd_lightning.runs.metric_direction import check_callbacks, check_direction, direction_of
 from kd_lightning.runs.parser_errors import explain_error
-from kd_lightning.runs.run import CONFIG
 from kd_lightning.runs.weights import load_weights
 
 # the class that the parser takes for an empty mapping: of a network, a model, a scheduler of either kind
@@ -75,6 +76,8 @@ class DistillCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         self.run_folder: Path | None = None
         self.selection = Selection()
+        given = args if isinstance(args, list) else sys.argv[1:] if args is None else []
+        self._given_command = given[0] if given else None
         super().__init__(
             # any LightningModule; for None, data is optional: a module may have loaders of its own
             LightningModule,
@@ -88,9 +91,15 @@ class DistillCLI(LightningCLI):
             run=run,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the given command alone, since each parser takes long to build; all if none comes first."""
+        commands = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in commands.items() if name == self._given_command} or commands
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's name, the checkpoint's settings and early stopping."""
+        """Add the run's name, ``fast``, the checkpoint's settings and early stopping."""
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
+        add_fast(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": None, "checkpoint.save_last": True}
@@ -125,6 +134,7 @@ class DistillCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or Path.cwd())
         _check_name(config.name, root)
         _set_direction(config.checkpoint)
+        pick_settings(config, self._parser(self.subcommand), self.subcommand, root)
         if self.subcommand is None:
             return
         plain = yaml.safe_load(dump_config(self._parser(self.subcommand), config))
@@ -137,6 +147,7 @@ class DistillCLI(LightningCLI):
             config["ckpt_path"] = None
         if self.subcommand != "fit":
             self.save_config_callback = None
+            evaluate_uncompiled(config)
             self._use_split_of_run(config)
         if self.subcommand in ("test", "predict"):
             self._drop_missing_teacher(config)
@@ -278,7 +289,7 @@ class DistillCLI(LightningCLI):
 
     def _run_in_folder(self, start: Callable[..., Any], model: LightningModule, arguments: dict[str, Any]) -> None:
         """Run a command; if it fails before its first step, no new folder is left."""
-        claimed = self._claim_folder()
+        claimed = claim_folder_of_run(self.trainer, self._own_config.name, self.selection.run, self.subcommand)
         folder = claimed or (None if self.selection.run is None else self.selection.run.folder)
         first = next(iter(self.trainer.loggers), None)  # those of other packages begin a new folder each time
         local = first is None or isinstance(first, TensorBoardLogger | CSVLogger)
@@ -306,43 +317,6 @@ class DistillCLI(LightningCLI):
         """Return whether a fit that ends now can be resumed."""
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         return any(c.dirpath and any(Path(c.dirpath).rglob("*.ckpt")) for c in callbacks)
-
-    def _claim_folder(self) -> Path | None:
-        """Create the folder of a new run, on rank 0; other ranks get it from there. Return None if none is needed.
-
-        Without a logger the run's folder becomes the trainer's root.
-        """
-        trainer, config = self.trainer, self._own_config
-        unversioned, run = unversioned_loggers(trainer), self.selection.run
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return None
-        if trainer.loggers and not unversioned:
-            self._check_version()
-            return None
-        if not trainer.loggers and run is not None:
-            trainer._default_root_dir = str(run.folder)  # type: ignore[attr-defined]
-            return None
-        if self.subcommand != "fit" and not writes_files(trainer):
-            return None
-        root = unversioned[0].root_dir if unversioned else Path(trainer.default_root_dir, config.name)
-        folder = claim_folder(Path(root))
-        for logger in unversioned:
-            logger._version = folder.name
-        if not trainer.loggers:
-            trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
-        return folder
-
-    def _check_version(self) -> None:
-        """Raise InputError if the version of a logger leads a new fit into the folder of another run."""
-        logger, run = self.trainer.loggers[0], self.selection.run
-        if self.subcommand != "fit" or not isinstance(logger, TensorBoardLogger | CSVLogger):
-            return
-        folder = folder_on_rank_zero(self.trainer)
-        if (folder / CONFIG).is_file() and (run is None or run.folder.resolve() != folder.resolve()):
-            raise InputError(
-                f"trainer.logger: {folder} holds a run already; leave out version, or resume that run with --ckpt_path "
-                "last"
-            )
 
 
 class InspectCLI(DistillCLI):

@@ -316,15 +316,6 @@ def test_from_the_shell(config):
     assert "did you mean soft_weight?" in end.stderr.strip().splitlines()[-1]
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--help"])
-    assert not end.value.code
-    text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "experiment", "compare"):
-        assert command in text
-
-
 class TestBuild:
     def test_classes_and_functions(self):
         assert build(nn.Module, {"class_path": "DigitsCNN", "init_args": {"width": 5}})[0].out_channels == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from argparse import Namespace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,10 +15,9 @@ from kd_lightning.errors import InputError
 from kd_lightning.teachers.teacher import Teacher
 
 
-def main(args: list[str]) -> None:
+def main(options: Namespace) -> None:
     """Fill the caches on all devices, and print the size of each folder."""
-    configs = [f"--config={path}" for path in takewhile(lambda arg: not arg.startswith("-"), args)]
-    trainer = CacheCLI(["fit", *configs, *args[len(configs) :]]).trainer
+    trainer = CacheCLI(["fit", *options.overrides]).trainer
     for teacher in _teachers_with_cache(trainer.lightning_module) if trainer.is_global_zero else ():
         for folder in teacher.cache_folders.values():
             size = sum(file.stat().st_size for file in folder.iterdir())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shlex
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -35,7 +35,6 @@ from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
 
-ACTIONS = ("drop", "downweight", "relabel")
 _NAME = ("index", "path", "content")  # columns that name a sample
 _SHEET_IMAGES = 60  # most suspects on the contact sheet
 
@@ -65,21 +64,9 @@ class Review:
         return sorted(rows, key=lambda row: (row[3], row[0]))
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, find the suspects, and print the next command."""
-    parser = argparse.ArgumentParser(prog="kd_lightning clean", description=__doc__)
-    parser.add_argument("config", help="YAML of any method on a SemiSupervisedDataModule; overrides of fit may follow")
-    parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without 1/K of the labels")
-    parser.add_argument("--action", choices=ACTIONS, default="drop", help="correction of the suspects (default drop)")
-    parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the files (default: <root>/<name>_clean)")
-    options, overrides = parser.parse_known_args(args)
-    if options.weight is not None and options.action != "downweight":
-        raise InputError(f"--weight needs --action downweight, got {options.action}")
-    weight = 0.1 if options.weight is None else options.weight
-    if not 0 <= weight < 1:
-        raise InputError(f"--weight must lie in [0, 1), got {weight}")
-    config = parse_config(["--config", options.config, *overrides], "clean")
+def main(options: Namespace) -> None:
+    """Find the suspects, and print the next command."""
+    config = parse_config(["--config", options.config, *options.overrides], "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
     out = options.out or root
     earlier = (config["data"].get("init_args") or {}).get("label_file")
@@ -91,14 +78,14 @@ def main(args: list[str]) -> None:
     result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
     if earlier:  # the new label file replaces it, so the split stores its labels
         data.save_split(out / "split.json")
-    write_review(result, data, out, options.action, weight)
+    write_review(result, data, out, options.action, options.weight)
     print(summarize(result, data, config, options.folds))
     if not result.suspect.any():
         print(f"no label is suspect, so there is no label file; {out} has the estimated transition matrix")
         return
     files = " and ".join(name for name in ("suspects.png", "suspects.csv") if (out / name).is_file())
     print(f"check {out / files}, and delete the rows of correct labels from labels.csv")
-    command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *overrides]
+    command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *options.overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
     print(f"{options.action} the suspects: {shlex.join([*command, '--data.label_file', str(out / 'labels.csv')])}")
@@ -181,7 +168,7 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
         result: The review.
         data: The datamodule with the images and class names.
         out: The folder.
-        action: One of ``ACTIONS``. A dropped sample loses its label and joins the pool.
+        action: ``drop``, ``downweight`` or ``relabel``. A dropped sample loses its label and joins the pool.
         weight: Factor of a suspect's hard loss for ``downweight``, in [0, 1).
     """
     out.mkdir(parents=True, exist_ok=True)

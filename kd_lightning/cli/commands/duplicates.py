@@ -6,8 +6,8 @@ than 32 x 32 pixels, and it does not find mirrored or cropped copies.
 
 from __future__ import annotations
 
-import argparse
 import csv
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from kd_lightning.cli.arguments import DISTANCE
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.duplicates import SIDES
@@ -39,9 +40,7 @@ from kd_lightning.runs.run import Run
 
 COLUMNS = [f"{name}_{end}" for end in "ab" for name in ("part", "index", "path")]
 COLUMNS += ["distance", "label_a", "label_b", "exact"]
-DISTANCE = 6
 _MANY = 10  # samples of one content or hash that are worth a line
-_SMALL_DISTANCE = 16  # above it pictures that have nothing in common are pairs
 
 
 @dataclass(frozen=True)
@@ -69,42 +68,13 @@ class Sample:
         return SIDES[self.side]
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, find the pairs, and write table and contact sheet."""
-    usage = "kd_lightning duplicates [-h] (RUN | CONFIG | --config CONFIG [overrides of fit]) [options]"
-    # an abbreviated option may be one of fit
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", metavar="CONFIG", action="append", default=[], help="YAML, as for fit")
-    text = f"most bits of 64 in which the hashes of similar pictures differ (default {DISTANCE})"
-    parser.add_argument("--distance", metavar="D", type=int, default=DISTANCE, help=text)
-    parser.add_argument("--within", action="store_true", help="also find pairs within training, validation or test")
-    text = "most pairs in the table, the closest ones (default 10000)"
-    parser.add_argument("--pairs", metavar="N", type=int, default=10_000, help=text)
-    text = "most images on the contact sheet, two for each pair (default 36)"
-    parser.add_argument("--images", metavar="N", type=int, default=36, help=text)
-    text = "CSV file to write (default: RUN/duplicates.csv, or <root>/<name>_duplicates.csv for a config)"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
-    first, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    options, overrides = parser.parse_known_args(rest)
-    for name, least, most in (("distance", 0, _SMALL_DISTANCE), ("pairs", 1, None), ("images", 2, None)):
-        value = getattr(options, name)
-        if value < least or (most is not None and value > most):
-            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise InputError(f"--{name} must be {allowed}, got {value}")
-    if options.out is not None and options.out.suffix != ".csv":
-        raise InputError(f"--out must end in .csv, got {options.out}")
-    if first is not None and options.config:
-        raise InputError(f"duplicates takes a run or --config, got {first} and --config {options.config[0]}")
-    if first is None and not options.config:
-        raise InputError("duplicates needs a run's folder or --config CONFIG")
-    if first is not None and overrides and not Path(first).is_file():
-        raise InputError(f"duplicates takes no overrides with a run, got {' '.join(overrides)}")
+def main(options: Namespace) -> None:
+    """Find the pairs, and write table and contact sheet."""
     require_imagehash()
-    configs = options.config if first is None else [first] if Path(first).is_file() else []
-    if configs:
-        data, out = _from_config([*(f"--config={path}" for path in configs), *overrides])
+    if options.config:
+        data, out = _from_config([*(f"--config={path}" for path in options.config), *options.overrides])
     else:
-        data, out = Run(str(first)).datamodule(), Path(str(first)) / "duplicates.csv"
+        data, out = Run(options.run).datamodule(), options.run / "duplicates.csv"
     if not isinstance(data, SemiSupervisedDataModule):
         raise InputError(f"duplicates needs data: SemiSupervisedDataModule, got {type(data).__name__}")
     report(data, options.out or out, options.distance, options.pairs, options.images, within=options.within)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,16 +24,9 @@ _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonit
 """Callbacks that the baseline does without: it learns from labels alone."""
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, run the fits that are missing, and compare all."""
-    parser = argparse.ArgumentParser(prog="kd_lightning experiment", description=__doc__)
-    parser.add_argument("config", help="YAML of the method, on a SemiSupervisedDataModule")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N - 1 (default 3)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the comparison (default: <root>/<name>_comparison)")
-    options, overrides = parser.parse_known_args(args)
-    if options.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    config = parse_config(["--config", options.config, *overrides], "experiment")
+def main(options: Namespace) -> None:
+    """Run the fits that are missing, and compare all."""
+    config = parse_config(["--config", options.config, *options.overrides], "experiment")
     machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
     processes = Trainer(**machine, logger=False).world_size
     if processes > 1:

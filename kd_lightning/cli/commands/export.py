@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,27 +35,8 @@ from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, write the file, and print the comparison; exit with status 1 if it does not agree."""
-    parser = argparse.ArgumentParser(prog="kd_lightning export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
-    parser.add_argument("--format", metavar="|".join(FORMATS), help="format of the file (default: by its suffix)")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=Path,
-        help="checkpoint or weights to export (default: RUN/student.safetensors)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        metavar="T",
-        type=float,
-        help="largest allowed difference, as a share of the largest |logit|; default "
-        f"{TOLERANCE:g}, for quantised students {QUANTIZED_TOLERANCE:g}, since a runtime may round an activation "
-        "between two levels the other way",
-    )
-    options = parser.parse_args(args)
+def main(options: Namespace) -> None:
+    """Write the file, and print the comparison; exit with status 1 if it does not agree."""
     if not export(options.run, options.out, options.format, options.checkpoint, options.tolerance):
         sys.exit(1)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -59,20 +59,8 @@ class Estimate:
         return right / count, float(interval.low), float(interval.high)
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, print the tables, and write the contact sheet."""
-    parser = argparse.ArgumentParser(prog="kd_lightning labels", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--round", metavar="K", type=int, help="the round to show (default: the last)")
-    parser.add_argument(
-        "--images", metavar="N", type=int, default=36, help="number of images on the contact sheet (default 36)"
-    )
-    parser.add_argument("--out", metavar="FILE", type=Path, help=f"contact sheet (default: RUN/{FOLDER}/doubtful.png)")
-    text = "also estimate the share of right pseudo-labels by cross-fitting: K fits, each without 1/K of the labels"
-    parser.add_argument("--cross-fit", metavar="K", type=int, help=text)
-    options = parser.parse_args(args)
-    if options.images < 1:
-        raise InputError(f"--images must be at least 1, got {options.images}")
+def main(options: Namespace) -> None:
+    """Print the tables, and write the contact sheet."""
     report(options.run, options.round, options.images, options.out)
     if options.cross_fit is not None:
         cross_fit(options.run, options.cross_fit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,9 +17,9 @@ from kd_lightning.features.layers import Layer, list_layers
 from kd_lightning.teachers.teacher import Teacher
 
 
-def main(args: list[str]) -> None:
+def main(options: Namespace) -> None:
     """Print a table with one column of layers for each network."""
-    networks = LayersCLI(["fit", *args]).networks
+    networks = LayersCLI(["fit", *options.overrides]).networks
     table = Table(title="Outputs for one sample; the figures of an outer layer include its inner layers")
     for name in networks:
         table.add_column(f"{name}'s layer", overflow="fold")

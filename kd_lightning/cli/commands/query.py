@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shlex
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kd_lightning.active.pool import DROPOUT_PASSES, collect_pool_outputs, find_teacher
 from kd_lightning.active.strategies import (
-    STRATEGIES,
     PoolOutputs,
     SelectedSamples,
     check_strategy,
@@ -32,20 +31,8 @@ COLUMNS = ["index", "path", "content", "score", "label"]
 _SINGLE_RUN = ("k-centre", "badge", "disagreement")  # strategies that need more than probabilities
 
 
-def main(args: list[str]) -> None:
-    """Parse the command line, select the samples, and print the next command."""
-    parser = argparse.ArgumentParser(prog="kd_lightning query", description=__doc__)
-    text = "folder of a run; several runs of the same split are used together"
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=text)
-    parser.add_argument("--n", type=int, required=True, help="number of samples to select")
-    parser.add_argument("--strategy", default="margin", help=f"{', '.join(STRATEGIES)} (default margin)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the strategy (default 0)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="CSV file to write (default: RUN/query.csv)")
-    text = "most images on the contact sheet (default 36)"
-    parser.add_argument("--images", metavar="N", type=int, default=36, help=text)
-    options = parser.parse_args(args)
-    if options.images < 1:
-        raise InputError(f"--images must be at least 1, got {options.images}")
+def main(options: Namespace) -> None:
+    """Select the samples, and print the next command."""
     query(options.runs, options.n, options.strategy, options.seed, options.out, options.images)
 
 

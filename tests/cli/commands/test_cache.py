@@ -5,6 +5,7 @@ import yaml
 
 import kd_lightning.cli.commands.cache as command
 from kd_lightning.__main__ import main
+from kd_lightning.cli.arguments import parse
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_null_on_the_command_line_does_without(config, tmp_path):
 
 
 def test_a_checkpoint_does_not_matter(config):
-    command.main(["--config", config(), "--ckpt_path", "last"])
+    command.main(parse("cache", ["--config", config(), "--ckpt_path", "last"]))
 
 
 def test_no_step_is_taken(config, monkeypatch):
@@ -71,7 +72,7 @@ def test_no_step_is_taken(config, monkeypatch):
 
     monkeypatch.setattr("kd_lightning.DistillModule.training_step", step)
     monkeypatch.setattr("kd_lightning.DistillModule.validation_step", step)
-    command.main(["--config", config()])
+    command.main(parse("cache", ["--config", config()]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import kd_lightning.cli.commands.clean as command
 from kd_lightning.batch import LabelKind
-from kd_lightning.cli.commands.clean import Review, main, predict, write_review
+from kd_lightning.cli.arguments import parse
+from kd_lightning.cli.commands.clean import Review, predict, write_review
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.data.splits import Split
@@ -26,6 +27,11 @@ from kd_lightning.runs.run import Run
 PART = Digits().load().train
 TRUTH = PART.targets
 LABELED = 60  # of each class
+
+
+def main(args):
+    """Run the command; errors come as they are."""
+    command.main(parse("clean", args))
 
 
 @pytest.fixture(autouse=True)

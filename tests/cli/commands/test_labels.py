@@ -18,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import kd_lightning.cli.commands.labels as command
 import kd_lightning.cli.cross_fitting
 from kd_lightning.__main__ import main as command_line
+from kd_lightning.cli.arguments import parse
 from kd_lightning.cli.commands.labels import (
     Estimate,
     aggregate,
     cross_fit,
     explain,
-    main,
 )
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.data.splits import Split, make_split
@@ -34,6 +34,11 @@ from kd_lightning.runs.run import Run
 
 TARGETS = Digits().load().train.targets
 NAMES = [str(number) for number in range(10)]
+
+
+def main(args):
+    """Run the command; errors come as they are."""
+    command.main(parse("labels", args))
 
 
 def labels(label, confidence, accepted, *, index=None, changed=None, number=0, epoch=1):
