@@ -74,27 +74,6 @@ def fit(module, data):
     return [100 * accuracy(module.student, loader) for loader in (data.val_dataloader(), data.test_dataloader())]
 
 
-class Data(SemiSupervisedDataModule):
-    """Augments each view once, for all methods: augmentation takes half of the time."""
-
-    def __init__(self, cache, **arguments):
-        super().__init__(Digits(), batch_size=64, **arguments)
-        self.cache = cache
-
-    def train_dataloader(self):
-        """The loader, with a cache of augmented samples."""
-        loader = super().train_dataloader()
-        load = loader.dataset._load
-
-        def cached(index, view):
-            if (index, view) not in self.cache:
-                self.cache[index, view] = load(index, view)
-            return self.cache[index, view]
-
-        loader.dataset._load = cached
-        return loader
-
-
 class Seed:
     """All trainings of one seed in one setting."""
 
@@ -102,7 +81,7 @@ class Seed:
         torch.set_num_threads(1)
         self.seed = seed
         self.labels = SETTINGS[setting]
-        self.make_data = partial(Data, {}, seed=seed, val_size=val_size)
+        self.make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed, val_size=val_size)
         self.folder = tempfile.TemporaryDirectory()
         self.teacher = DigitsCNN(32)
         seed_everything(seed, verbose=False)

@@ -1,10 +1,7 @@
 """The contenders of benchmarks/throughput.py: ways to train a student for an epoch, which take turns."""
 
 import copy
-import random
 import statistics
-import threading
-import time
 from functools import partial
 
 import torch
@@ -14,6 +11,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import SGD
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from turns import Turns
 
 from kd_lightning import (
     CompileNetworks,
@@ -32,80 +30,6 @@ OPTIMIZER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 sgd = partial(SGD, **OPTIMIZER)
 
 
-class Turns:
-    """Threads that run one at a time, a batch each, round after round; measures the time of each epoch's batches.
-
-    If something slows the machine down for a while, it slows all of them. Each round has another order, so that no
-    contender always follows the same one.
-    """
-
-    def __init__(self, epochs, batches, settle=lambda: None):
-        self.epochs = epochs  # the first of them is a warm-up, and does not count
-        self.batches = batches
-        self.settle = settle  # waits until a device has finished the work of a turn
-        self.seconds = {}
-        self._order, self._left, self._whose, self._started, self._failure = [], [], None, {}, None
-        self._rng = random.Random(0)
-        self._changed = threading.Condition()
-
-    def add(self, name, contender):
-        """Prepare a contender, up to its first batch. It must call its argument at the start of each batch."""
-        ready = threading.Event()
-        self.seconds[name] = []
-        self._order.append(name)
-
-        def run():
-            torch.set_flush_denormal(True)  # for this thread: else small numbers slow a run down
-            try:
-                contender(partial(self._boundary, name, ready), self.epochs)
-                self._boundary(name, ready, last=True)
-            except BaseException as error:
-                self._failure = self._failure or error
-            finally:
-                ready.set()
-                self._leave(name)
-
-        threading.Thread(target=run, daemon=True).start()
-        ready.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def run(self):
-        """Train all of them: {name: seconds of each epoch}. The end of an epoch counts to its last batch."""
-        with self._changed:
-            self._pass_on()
-            self._changed.wait_for(lambda: not self._order or self._failure is not None)
-        if self._failure is not None:
-            raise self._failure
-        starts = range(self.batches, self.epochs * self.batches, self.batches)
-        return {name: [sum(found[i : i + self.batches]) for i in starts] for name, found in self.seconds.items()}
-
-    def _boundary(self, name, ready, last=False):
-        self.settle()
-        now = time.perf_counter()
-        with self._changed:
-            if name in self._started:
-                self.seconds[name].append(now - self._started[name])
-                if not last:
-                    self._pass_on()
-            ready.set()
-            self._changed.wait_for(lambda: self._whose == name)
-        self._started[name] = time.perf_counter()
-
-    def _pass_on(self):
-        if not self._left:
-            self._left = self._rng.sample(self._order, len(self._order))
-        self._whose = self._left.pop() if self._left else None
-        self._changed.notify_all()
-
-    def _leave(self, name):
-        with self._changed:
-            self._order.remove(name)
-            if self._whose == name:
-                self._pass_on()
-            self._changed.notify_all()
-
-
 class Steps(Callback):
     """Calls a function at the start of each batch."""
 
@@ -117,9 +41,28 @@ class Steps(Callback):
         self.boundary()
 
 
-def lightning(make_module, x, y, boundary, epochs, callbacks=()):
-    """A module of this package."""
-    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(x, y)), num_views=1, val_size=0, batch_size=BATCH)
+class Augmented:
+    """A dataset written by hand: one image at a time is transformed."""
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def lightning(make_module, x, y, boundary, epochs, callbacks=(), transform=None, num_views=1):
+    """A module of this package, with its datamodule."""
+    data = SemiSupervisedDataModule(
+        DatasetSource(TensorDataset(x, y)),
+        num_views=num_views,
+        val_size=0,
+        batch_size=BATCH,
+        train_transform=transform,
+    )
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Steps(boundary), *callbacks], **quiet)
     trainer.fit(make_module(), datamodule=data)
@@ -265,13 +208,13 @@ def modelopt(student, teacher, data, boundary, epochs, feed=iter, **loading):
             optimizer.step()
 
 
-def compete(students, make_student, make_teacher, size, epochs, cache, log):
-    """All contenders on one pair of networks: {name: seconds of each epoch}."""
+def compete(make_student, make_teacher, size, epochs, cache, log):
+    """All contenders on one pair of networks, without augmentation: {name: seconds of each epoch}."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size, 3, 32, 32, generator=generator)
     y = torch.randint(100, (size,), generator=generator)
     torch.manual_seed(0)
-    student, teachers = make_student(100), [make_teacher(100) for _ in range(8)]
+    student, teachers = make_student(), [make_teacher() for _ in range(8)]
     last = {"callbacks": [CompileNetworks(backend=None, channels_last=True)]}
     fresh = lambda: copy.deepcopy(student)  # noqa: E731
     first = lambda: copy.deepcopy(teachers[0])  # noqa: E731
@@ -286,11 +229,44 @@ def compete(students, make_student, make_teacher, size, epochs, cache, log):
         "torchdistill": partial(torchdistill, fresh(), first(), TensorDataset(x, y)),
         "modelopt": partial(modelopt, fresh(), first(), TensorDataset(x, y)),
     }
-    turns = Turns(epochs + 1, size // BATCH)
-    for name in students or ways:
+    return _take_turns(ways, Turns(epochs + 1, size // BATCH), log)
+
+
+def compete_end_to_end(make_student, make_teacher, x, y, transforms, epochs, each, cache, log):
+    """Ours and the others with augmentation: {name: seconds of each epoch}. All have the memory layout of the images.
+
+    Args:
+        make_student: Makes a student.
+        make_teacher: Makes a teacher.
+        x: Images in memory, (N, C, H, W); N is a multiple of the batch size.
+        y: Labels.
+        transforms: That of our datamodule, and that which the others call for one image at a time.
+        epochs: Number of epochs.
+        each: Batches of a turn.
+        cache: Folder of the cache. It is filled before the first epoch, with 4 views.
+        log: Prints progress.
+    """
+    torch.manual_seed(0)
+    student, teacher = make_student(), make_teacher()
+    ours, theirs = transforms
+    fresh, expert = partial(copy.deepcopy, student), partial(copy.deepcopy, teacher)
+    loading = {"transform": ours, "num_views": 4}
+    data = Augmented(x, y, theirs)
+    ways = {
+        "student alone": partial(lightning, lambda: alone(fresh()), x, y, **loading),
+        "cached": partial(lightning, lambda: distilled(fresh(), expert(), cache=cache), x, y, **loading),
+        "plain loop": partial(plain, fresh(), expert(), data),
+        "torchdistill": partial(torchdistill, fresh(), expert(), data),
+        "modelopt": partial(modelopt, fresh(), expert(), data),
+    }
+    return _take_turns(ways, Turns(epochs + 1, len(x) // BATCH, each), log)
+
+
+def _take_turns(ways, turns, log):
+    for name, way in ways.items():
         log(f"preparing {name}")
-        turns.add(name, ways[name])
+        turns.add(name, way)
     seconds = turns.run()
     for name, epochs_of in seconds.items():
-        log(f"{name}: {statistics.median(epochs_of):.2f} s an epoch")
+        log(f"{name}: {statistics.median(epochs_of):.3f} s an epoch")
     return seconds

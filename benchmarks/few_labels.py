@@ -28,7 +28,7 @@ from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 from sklearn.svm import SVC
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
 
 from kd_lightning import (
     Digits,
@@ -39,7 +39,7 @@ from kd_lightning import (
     SoftWeightAnnealing,
     SupervisedModule,
 )
-from kd_lightning.data.transforms import strong_digits
+from kd_lightning.data.transforms import RandomAffine, strong_digits
 from kd_lightning.models import DigitsCNN
 
 EPOCH, EPOCHS = 18, 60  # steps: a pass over the pool of 40 labels, 64 at a time
@@ -51,30 +51,13 @@ LABELS = (20, 40, 100)
 
 def weak_digits():
     """The source's augmentation, and moves by a pixel in half of the samples (the source's moves round to none)."""
-    bilinear = v2.InterpolationMode.BILINEAR
-    return v2.RandomAffine(degrees=10, translate=(0.13, 0.13), scale=(0.9, 1.1), interpolation=bilinear)
+    bilinear = InterpolationMode.BILINEAR
+    return RandomAffine(degrees=10, translate=(0.13, 0.13), scale=(0.9, 1.1), interpolation=bilinear)
 
 
-class Data(SemiSupervisedDataModule):
-    """Augments each view once, for all modes and numbers of labels: augmentation takes most of the time."""
-
-    def __init__(self, cache, **arguments):
-        super().__init__(Digits(), **{"train_transform": weak_digits()} | arguments)
-        self.cache = cache
-
-    def train_dataloader(self):
-        """The loader, with a cache of augmented images."""
-        loader = super().train_dataloader()
-        apply, names = loader.dataset._apply, {id(t): repr(t) for t in (self.train_transform, self.strong_transform)}
-
-        def cached(transform, image, index, key):
-            key = names[id(transform)], key
-            if key not in self.cache:
-                self.cache[key] = apply(transform, image, index, key[1])
-            return self.cache[key]
-
-        loader.dataset._apply = cached
-        return loader
+def make_digits(**arguments):
+    """The datamodule of all benchmarks of few or weak labels."""
+    return SemiSupervisedDataModule(Digits(), **{"train_transform": weak_digits()} | arguments)
 
 
 def optimised(lr):
@@ -89,11 +72,11 @@ def optimised(lr):
 class Split:
     """The training of each mode, on one split."""
 
-    def __init__(self, seed, labels, cache, val_size=0):
+    def __init__(self, seed, labels, val_size=0):
         self.seed = seed
         self.labels = labels
         self.val_size = val_size
-        self.make_data = partial(Data, cache, labeled=labels // 10, val_size=val_size, seed=seed)
+        self.make_data = partial(make_digits, labeled=labels // 10, val_size=val_size, seed=seed)
 
     def fit(self, make_module, callbacks=(), **data):
         """Train to the last step, and measure on validation images if there are some, else on test images."""
@@ -151,7 +134,7 @@ class Split:
 
     def refresh(self, lr=0.03, threshold=0.8, every=1, warmup=10, fair=True, source="student", **data):
         """New labels for the whole pool every few epochs; if fair, no more of a class than its share of the pool."""
-        pool = Data({}, labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
+        pool = make_digits(labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
         options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
         options["top_k_per_class"] = len(pool) // 10 if fair else None
         make = partial(PseudoLabelModule, pseudo_labels="refreshed", **optimised(lr))
@@ -198,7 +181,7 @@ def quiet():
 def try_settings(seed):
     """Every setting of every mode at 40 labels, on one split: {(mode, setting): figures on validation images}."""
     quiet()
-    split, found = Split(seed, 40, {}, val_size=0.25), {}
+    split, found = Split(seed, 40, val_size=0.25), {}
     for mode, grid in GRID.items():
         for values in itertools.product(*grid.values()):
             setting = dict(zip(grid, values, strict=True))
@@ -239,9 +222,9 @@ MODES = {
 def run(seed):
     """All modes on one split: {(mode, labels): figures on test images}."""
     quiet()
-    cache, found = {}, {}
+    found = {}
     for labels in LABELS:
-        split = Split(seed, labels, cache)
+        split = Split(seed, labels)
         for mode, (method, setting) in MODES.items():
             found[mode, labels] = method(split, **setting)
             print(seed, labels, mode, {k: round(v, 2) for k, v in found[mode, labels].items()}, flush=True)

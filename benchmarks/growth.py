@@ -1,7 +1,6 @@
 """How the cost of cached teachers grows, for benchmarks/throughput.py --growth (about 10 minutes)."""
 
 import copy
-import re
 import statistics
 import tempfile
 import time
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contenders import BATCH, Turns, alone, distilled, ensemble, lightning
+from contenders import BATCH, alone, distilled, ensemble, lightning
+from measuring import anonymous_memory
+from turns import Turns
 
 from kd_lightning.cache.codecs import DenseCodec
 from kd_lightning.cache.store import OutputCache
@@ -34,9 +35,11 @@ def compete(ways):
 
 
 def against(seconds, base):
-    """The median of each contender, divided by that of the base."""
-    middle = statistics.median(seconds[base])
-    return {name: statistics.median(found) / middle for name, found in seconds.items()}
+    """The median of the ratios of single epochs of each contender over those of the base."""
+    return {
+        name: statistics.median(a / b for a, b in zip(found, seconds[base], strict=True))
+        for name, found in seconds.items()
+    }
 
 
 def teachers():
@@ -90,7 +93,7 @@ def samples():
     for rows in (10**4, 10**5, 10**6):
         with tempfile.TemporaryDirectory() as folder:
             cache = OutputCache(Path(folder), "made-up", {}, rows, form.row_bytes, chunk=chunk)
-            before, start = anonymous(), time.perf_counter()
+            before, start = anonymous_memory(), time.perf_counter()
             for number in range(cache.chunks):
                 cache.write(number, logits[: len(cache.rows_of(number))])
             filled = time.perf_counter()
@@ -102,15 +105,10 @@ def samples():
             for numbers in order:
                 form.decode(cache.read(numbers))
             reading = (time.perf_counter() - began) / len(order)
-            memory = anonymous() - before
+            memory = anonymous_memory() - before
         costs = [1e6 * (filled - start) / rows, 1e6 * (checked - filled) / rows, 1e6 * reading]
         cells = " | ".join(f"{cost:.2f}" for cost in costs)
         print(f"| {rows:,} | {cache.size / 2**20:.0f} | {cells} | {memory:.1f} |", flush=True)
-
-
-def anonymous():
-    """Anonymous memory of this process in MiB (memory without mapped files)."""
-    return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def run():

@@ -15,12 +15,14 @@ import time
 from functools import partial
 
 import torch
-from contenders import Turns, alone, distilled, ensemble, modelopt, plain, torchdistill
+from contenders import Augmented, alone, distilled, ensemble, modelopt, plain, torchdistill
 from lightning.pytorch import Callback, Trainer
-from throughput import RATIOS, Plain, Table, log
+from measuring import Table, log
+from throughput import RATIOS
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
+from turns import Turns
 
 from kd_lightning import CompileNetworks, DatasetSource, SemiSupervisedDataModule
 
@@ -120,7 +122,8 @@ def run(quick=False):
         network.load_state_dict(experts[number])
         return network
 
-    turns, watches = Turns(epochs, 1, settle=getattr(torch, DEVICE).synchronize), {}
+    settle = getattr(torch, DEVICE).synchronize
+    turns, watches = Turns(epochs, 1, settle=settle, clock=time.perf_counter), {}
     with tempfile.TemporaryDirectory() as cache:
         modules = {
             "student alone": lambda: alone(make_student()),
@@ -132,7 +135,7 @@ def run(quick=False):
         for name in () if quick else ("student alone", "cached", "live"):
             also = f"{name}, compiled"
             ways[also] = partial(ours, modules[name], images, labels, watches, also, compiled=True)
-        data = Plain(images, labels, transform)
+        data = Augmented(images, labels, transform)
         for name, train in {"plain loop": plain, "torchdistill": torchdistill, "modelopt": modelopt}.items():
             if train is not plain and importlib.util.find_spec(name) is None:
                 print(f"skipped: {name} is not installed\n", flush=True)
@@ -150,7 +153,7 @@ def run(quick=False):
     table = Table()
     for of, over, most, least in [*RATIOS, ("cached, compiled", "student alone, compiled", 1.05, None)]:
         if of in seconds and over in seconds:
-            table.add(f"{of} / {over}", seconds[of], seconds[over], most, least)
+            table.add(f"{of} / {over}", seconds[of], seconds[over], most, least, unit=(1, "s an epoch"))
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
     print(f"{device}, torch {torch.__version__}")
     return int(table.missed > 0)

@@ -1,10 +1,11 @@
 """Transfer from the digits 0 to 4 to 5 to 9, for benchmarks/weak_labels.py."""
 
-from few_labels import Data
-from torchvision.transforms import v2
+from few_labels import make_digits
+from torchvision.transforms import InterpolationMode
 from training import measure, train
 
 from kd_lightning import ClassSubset, Digits, LayerwiseFinetuning, RotatedClasses, SupervisedModule, reset_classifier
+from kd_lightning.data.transforms import RandomAffine
 from kd_lightning.models import DigitsCNN
 
 STEPS = 400
@@ -23,15 +24,14 @@ SETTINGS = {
 def strong_moves():
     """Shifts, rotations, scales and shears, twice as strong as the usual ones."""
     ranges = {"degrees": 25, "translate": (0.125, 0.125), "scale": (0.8, 1.25), "shear": 15}
-    return v2.RandomAffine(**ranges, interpolation=v2.InterpolationMode.BILINEAR)
+    return RandomAffine(**ranges, interpolation=InterpolationMode.BILINEAR)
 
 
 class Transfer:
     """Transfer from the digits 0 to 4, with all labels, to 5 to 9, with 2 labels per class."""
 
-    def __init__(self, seed, cache, val_size=0):
+    def __init__(self, seed, val_size=0):
         self.seed = seed
-        self.cache = cache
         self.val_size = val_size
         digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
         rotated = RotatedClasses(digits)
@@ -40,7 +40,7 @@ class Transfer:
 
     def pretrain(self, source, classes, steps, **data):
         """Weights of a network of the first digits, and the number of its classes."""
-        images = Data({}, val_size=0, seed=self.seed, batch_size=64, **data)
+        images = make_digits(val_size=0, seed=self.seed, batch_size=64, **data)
         images.source = source
 
         def make(**options):
@@ -50,8 +50,7 @@ class Transfer:
 
     def fit(self, origin, lr=0.01, **callback):
         """Accuracy on the new digits, from weights that were trained on the first ones, or from scratch."""
-        data = Data(
-            self.cache,
+        data = make_digits(
             labeled=2,
             unlabeled="none",
             val_size=self.val_size,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from cleanlab.filter import find_label_issues
 from ensemble import interval
-from few_labels import Data, quiet
+from few_labels import make_digits, quiet
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -61,10 +61,10 @@ COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
 class Noise:
     """Training on labels of which many are wrong. The network has 95 thousand weights, and can memorise the labels."""
 
-    def __init__(self, seed, noise, cache, val_size=0):
+    def __init__(self, seed, noise, val_size=0):
         self.seed = seed
         self.noise = noise
-        self.make_data = partial(Data, cache, unlabeled="none", val_size=val_size, seed=seed, batch_size=64)
+        self.make_data = partial(make_digits, unlabeled="none", val_size=val_size, seed=seed, batch_size=64)
 
     def fit(self, hard_loss=None, lr=0.01, data=None, method=SupervisedModule, **arguments):
         """Train with a loss."""
@@ -134,10 +134,9 @@ class Noise:
 class Coarse:
     """2 fine labels per class, and one of 5 pairs of digits for every other image."""
 
-    def __init__(self, seed, cache, val_size=0):
+    def __init__(self, seed, val_size=0):
         self.seed = seed
-        self.cache = cache
-        self.make_data = partial(Data, cache, labeled=2, val_size=val_size, seed=seed)
+        self.make_data = partial(make_digits, labeled=2, val_size=val_size, seed=seed)
 
     def fine(self, lr=0.01, student=None):
         """Accuracy of a training on the fine labels alone."""
@@ -151,7 +150,7 @@ class Coarse:
         """Train a network on all coarse labels; then train it with a new head on the fine labels."""
         train_part, data = Digits().load().train, self.make_data(batch_size=96)
         data.setup("")
-        coarse = Data({}, batch_size=96, val_size=0, seed=self.seed)
+        coarse = make_digits(batch_size=96, val_size=0, seed=self.seed)
         coarse.source = DatasetSource(TensorDataset(train_part.images.tensors[0], train_part.targets // 2))
         coarse.setup("")
         used = sorted([*data.split.labeled, *data.split.unlabeled])
@@ -178,9 +177,9 @@ class Coarse:
 def active(seed):
     """Run every strategy from 20 to 100 labels in rounds of 20: {strategy: [accuracy of each round]}."""
     quiet()
-    cache, found = {}, {}
+    found = {}
     for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
-        make_data = partial(Data, cache, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
+        make_data = partial(make_digits, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
         schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
         optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
         options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
@@ -210,7 +209,7 @@ LOSSES = {
 
 def try_transfer(seed, record):
     """Try the start and the learning rates of transfer."""
-    transfer = Transfer(seed, {}, val_size=0.9)
+    transfer = Transfer(seed, val_size=0.9)
     for lr in (0.003, 0.01):
         record("from scratch", {"lr": lr}, transfer.fit(None, lr))
         for origin in ("0 to 4", "0 to 4, rotated"):
@@ -225,7 +224,7 @@ def try_transfer(seed, record):
 
 def try_noise(seed, record):
     """Try losses and methods with symmetric noise."""
-    noise = Noise(seed, NOISE["40 % symmetric"], {}, val_size=0.25)
+    noise = Noise(seed, NOISE["40 % symmetric"], val_size=0.25)
     for lr in (0.003, 0.01):
         record("cross-entropy", {"lr": lr}, noise.score(lr=lr))
         for q in (0.5, 0.7, 0.9):
@@ -244,7 +243,7 @@ def try_noise(seed, record):
 
 def try_coarse(seed, record):
     """Try the methods for coarse labels."""
-    coarse = Coarse(seed, {}, val_size=0.25)
+    coarse = Coarse(seed, val_size=0.25)
     for lr in (0.003, 0.01, 0.03):
         record("fine labels alone", {"lr": lr}, coarse.fine(lr))
         record("coarse head first", {"lr": lr}, coarse.head(lr))
@@ -280,9 +279,9 @@ def settings(part, pool):
 def run_noise(seed):
     """Run all methods with both kinds of noise on one split."""
     quiet()
-    cache, found = {}, {}
+    found = {}
     for name, noise in NOISE.items():
-        found[name] = Noise(seed, noise, cache).all()
+        found[name] = Noise(seed, noise).all()
         print(seed, name, found[name], flush=True)
     return found
 
@@ -290,7 +289,7 @@ def run_noise(seed):
 def run_all(part, seed):
     """Run all methods of a part on one split."""
     quiet()
-    found = part(seed, {}).all()
+    found = part(seed).all()
     print(seed, found, flush=True)
     return found
 

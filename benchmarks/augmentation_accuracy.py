@@ -1,0 +1,160 @@
+"""Does augmentation of whole batches train as well as that of single images? Test accuracy of both, paired by seed.
+
+Run: python benchmarks/augmentation_accuracy.py --store FILE [--processes 2]       (about 40 minutes in two processes)
+     python benchmarks/augmentation_accuracy.py --fashion DIR --store FILE         (also Fashion-MNIST; 30 minutes more)
+
+The old way is torchvision's v2 for one image at a time (benchmarks/recipes.py), the new one is the default of this
+package. A seed sets the split. Each way trains a few networks for each seed, with other initial weights, order and
+augmentation, since these scatter more than the ways differ; the figure of a seed is their mean. The interval of the
+difference must hold 0, and lie within ±0.5 points. Exit status 1 means that it does not.
+
+``DIR/FashionMNIST/raw`` holds the files of Fashion-MNIST, such as those of Debian's package dataset-fashion-mnist.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import recipes
+from few_labels import quiet
+from measuring import code_hash
+from scipy import stats
+from torchvision.transforms import v2
+from training import measure, train
+
+from kd_lightning import Digits, PseudoLabelModule, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.data import TorchvisionDataset
+from kd_lightning.data.transforms import BatchTransform
+from kd_lightning.models import DigitsCNN
+
+STEPS, WAYS, WITHIN = 40 * 17, ("old", "new"), 0.5
+FASHION = v2.Compose(
+    [
+        v2.RandomCrop(28, padding=2),
+        v2.RandomHorizontalFlip(),
+        v2.ToImage(),
+        *recipes.to_float_and_normalise([0.2860], [0.3530]),
+    ]
+)
+# the network's width, learning rate and repeats; steps; arguments of the data
+SETTINGS = {
+    "digits, all labels": (32, 0.005, 2, STEPS, {"batch_size": 64}),
+    "digits, 10 labels per class": (8, 0.03, 8, STEPS, {"labeled": 10, "unlabeled": "none", "batch_size": 64}),
+    "digits, 10 labels per class, FixMatch": (8, 0.03, 4, STEPS, {"labeled": 10, "batch_size": 80}),
+    "Fashion-MNIST, 100 labels per class": (16, 0.01, 2, 640, {"labeled": 100, "unlabeled": "none", "batch_size": 64}),
+}
+
+
+def fit(setting, way, seed, repeat, fashion):
+    """Train one network. Return its test accuracy in %."""
+    quiet()
+    width, lr, _, steps, options = SETTINGS[setting]
+    strong = "FixMatch" in setting
+    if setting.startswith("digits"):
+        source, (new, old) = Digits(), recipes.DIGITS
+    else:
+        source, old = TorchvisionDataset("FashionMNIST", fashion), FASHION
+        new = source.train_transform
+    transforms = {"train_transform": _select(way, new, old)}
+    module = SupervisedModule
+    if strong:
+        transforms["strong_transform"] = _select(way, *recipes.STRONG_DIGITS)
+        options = options | {"labeled_batch_size": 16}
+        module = partial(PseudoLabelModule, threshold=0.8)
+    make_data = partial(SemiSupervisedDataModule, source, val_size=0, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "split.json"
+        make_data(seed=seed).save_split(path)
+        data = make_data(seed=1000 * seed + repeat, **transforms, **({"labeled": path} if "labeled" in options else {}))
+        trained = train(steps, 1000 * seed + repeat, partial(module, DigitsCNN(width)), data, lr=lr)
+        return measure(trained, data)
+
+
+def _select(way, new, old):
+    assert isinstance(new, BatchTransform), new
+    assert not isinstance(old, BatchTransform)
+    return new if way == "new" else old
+
+
+def run(jobs, store, processes, fashion):
+    """Train what the store lacks: {(setting, way, seed, repeat): accuracy}."""
+    found, code = {}, code_hash()
+    if store is not None and store.exists():
+        for line in store.read_text().splitlines():
+            of, job, value = json.loads(line)
+            if of == code:
+                found[tuple(job)] = value
+    left = [job for job in jobs if job not in found]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        running = {pool.submit(fit, *job, fashion): job for job in left}
+        for number, future in enumerate(as_completed(running), 1):
+            job = running[future]
+            found[job] = future.result()
+            print(f"{number} of {len(left)}: {', '.join(map(str, job))}: {found[job]:.2f}", file=sys.stderr, flush=True)
+            if store is not None:
+                with store.open("a") as file:
+                    file.write(json.dumps([code, job, found[job]]) + "\n")
+    return found
+
+
+def difference(values, others):
+    """Mean of the paired differences, and its 95 % interval."""
+    gaps = [one - other for one, other in zip(values, others, strict=True)]
+    mean = statistics.mean(gaps)
+    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def main():
+    """Print the table. Return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--repeats", type=int, help="networks of each seed and way, instead of each setting's own")
+    parser.add_argument("--only", choices=SETTINGS, nargs="+", default=[name for name in SETTINGS if "digits" in name])
+    parser.add_argument("--fashion", help="folder of Fashion-MNIST")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--store", type=Path, help="file of finished fits: an interrupted run of the same code goes on")
+    options = parser.parse_args()
+    names = options.only
+    if options.fashion is not None:
+        names = [*dict.fromkeys([*names, *(name for name in SETTINGS if "Fashion" in name)])]
+    repeats = {name: options.repeats or SETTINGS[name][2] for name in names}
+    jobs = [
+        (name, way, seed, repeat)
+        for seed in range(options.seeds)
+        for name in names
+        for repeat in range(repeats[name])
+        for way in WAYS
+    ]
+    found = run(jobs, options.store, options.processes, options.fashion)
+    missed = 0
+    print("| test accuracy % | networks | single images | whole batches | difference [95 %] | to reach | |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        old, new = (
+            [
+                statistics.mean(found[name, way, seed, repeat] for repeat in range(repeats[name]))
+                for seed in range(options.seeds)
+            ]
+            for way in WAYS
+        )
+        middle, low, high = difference(new, old)
+        reached = low <= 0 <= high and max(-low, high) <= WITHIN
+        missed += not reached
+        cells = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in (old, new)]
+        gap = f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
+        goal = f"holds 0, within ±{WITHIN} | {'' if reached else 'missed'}"
+        print(f"| {name} | {options.seeds} x {repeats[name]} | {' | '.join(cells)} | {gap} | {goal} |")
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")))
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
