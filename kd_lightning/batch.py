@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import nan
@@ -170,8 +170,27 @@ class Batch:
         index = torch.full_like(self.index, -1)
         return replace(self, index=index, y=y, labeled=none, kind=None, candidates=None, soft=None, teacher=None)
 
-    def select(self, rows: Tensor | slice) -> Batch:
-        """Return a batch of some rows, given by a boolean tensor (B,), by their numbers, or as a slice."""
+    def split(self, sizes: Sequence[int]) -> Iterator[Batch]:
+        """Yield batches of the first rows, the next rows, and so on, without copying; ``sizes`` add up to B."""
+        count, first, sizes = len(self), 0, [*sizes]
+        own = {
+            k: part for k, part in vars(self).items() if isinstance(part, Tensor) and part.ndim and len(part) == count
+        }
+        own.pop("labeled", None)
+        pieces = {name: torch.split(part, sizes) for name, part in own.items()}
+        for number, size in enumerate(sizes):
+            parts: dict[str, Any] = {**vars(self), **{name: piece[number] for name, piece in pieces.items()}}
+            rows = slice(first, first + size)
+            if self.labeled is not None:
+                low, high = torch.searchsorted(self.labeled, torch.tensor([rows.start, rows.stop])).tolist()
+                parts["labeled"] = self.labeled[low:high] - first
+            if self.teacher is not None:
+                parts["teacher"] = self.teacher.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+            yield self._with_same_inputs(self._with(parts))
+            first += size
+
+    def select(self, rows: Tensor) -> Batch:
+        """Return a batch of some rows, given by a boolean tensor (B,) or by their numbers."""
         count = len(self)
         parts: dict[str, Any] = {**vars(self), "labeled": None}
         for name, part in parts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -81,14 +82,20 @@ class ViewLoader(DataLoader[Batch]):
         assert self._training_batches is not None
         self._training_batches.skip = start
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
-        labels, counts = -1, Tensor()
-        for number, batch in enumerate(self._split(self._batches(), start), start):
-            if labels != self.labels.version:  # pseudo-labels may be replaced at any time
-                labels, counts = self.labels.version, self.labels.count_up_to(order)
-            self.labels.fill(batch)
-            batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = self._step_means(counts, number)
-            self._position = (epoch, number + 1)
-            yield batch
+        version, counts, number = -1, [[0]], start
+        for group in self._batches():
+            filled = self.labels.version
+            sizes = self._training_batches.sizes(number)
+            for batch in self.labels.fill(group).split(sizes) if len(sizes) > 1 else [self.labels.fill(group)]:
+                if filled != self.labels.version:  # pseudo-labels may be replaced at any time
+                    self.labels.fill(batch)
+                if version != self.labels.version:
+                    version, counts = self.labels.version, self._count(order)
+                means = self._step_means(counts, number)
+                batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = means
+                number += 1
+                self._position = (epoch, number)
+                yield batch
 
     def describe(self) -> str:
         """Return in one line the steps of an epoch, and the rows of each. For the training loader."""
@@ -114,35 +121,31 @@ class ViewLoader(DataLoader[Batch]):
             batches = self.view_table.outputs.watch(batches)
         return map(self.dataset.finish, batches)  # type: ignore[attr-defined]
 
-    def _split(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
-        """Yield the batches, from this number on, of those that were read together."""
-        made = self._training_batches
-        assert made is not None
-        for batch in batches:
-            numbers = range(number, min(number + made.together, len(made)))
-            first = made.rows_of(number).start
-            for rows in map(made.rows_of, numbers):
-                yield batch if len(numbers) == 1 else batch.select(slice(rows.start - first, rows.stop - first))
-            number = numbers.stop
+    def _count(self, order: Tensor) -> list[list[int]]:
+        """Count labels, pseudo-labels, coarse labels and rows of all ranks before each batch, and in all.
 
-    def _step_means(self, counts: Tensor, number: int) -> tuple[float, float, float, float]:
+        Args:
+            order: Indices of this epoch on all ranks, in order.
+        """
+        assert isinstance(self.sampler, ViewSampler)
+        rows = (self.batch_size or 1) * self.sampler.num_replicas
+        places = torch.tensor([*(min(number * rows, len(order)) for number in range(len(self))), len(order)])
+        counts: list[list[int]] = torch.cat([self.labels.count_up_to(order)[places], places.unsqueeze(1)], 1).tolist()
+        return counts
+
+    def _step_means(self, counts: list[list[int]], number: int) -> list[float]:
         """Labels, pseudo-labels, coarse labels and rows per batch: means over the optimiser step on all ranks.
 
         Args:
-            counts: (K + 1, 3), numbers of labels among the first k samples of this epoch on all ranks.
+            counts: Numbers of labels and rows before each batch, of :meth:`_count`.
             number: Number of the batch in the epoch.
         """
         assert isinstance(self.sampler, ViewSampler)
-        window, last = 1, len(self)
+        window, last = 1, len(counts) - 1
         if self.trainer is not None:
             window = self.trainer.accumulate_grad_batches
             last = int(min(last, self.trainer.num_training_batches))
-        ranks = self.sampler.num_replicas
-        rows = (self.batch_size or 1) * ranks
         first = number // window * window
         end = max(min(first + window, last), number + 1)
-        size = len(counts) - 1
-        start, stop = min(first * rows, size), size if end == len(self) else min(end * rows, size)
-        batches = ranks * (end - first)
-        labels, pseudo, coarse = (count / batches for count in (counts[stop] - counts[start]).tolist())
-        return labels, pseudo, coarse, (stop - start) / batches
+        batches = self.sampler.num_replicas * (end - first)
+        return [(stop - start) / batches for start, stop in zip(counts[first], counts[end], strict=True)]

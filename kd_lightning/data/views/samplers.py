@@ -172,12 +172,16 @@ class TrainingBatches(BatchSampler):
         # an array, which a worker process gets sooner than a list
         keys: Any = self.sampler.share().numpy() if isinstance(self.sampler, ViewSampler) else [*self.sampler]
         for number in range(self.skip, len(self), self.together):
-            yield keys[self.rows_of(number).start : self.rows_of(min(number + self.together, len(self)) - 1).stop]
+            start = number * self.batch_size
+            yield keys[start : start + sum(self.sizes(number))]
 
-    def rows_of(self, number: int) -> slice:
-        """Return the rows of a batch among the keys of this rank. The last batch has all that are left."""
-        rows = len(self.sampler)  # type: ignore[arg-type]
-        return slice(number * self.batch_size, rows if number == len(self) - 1 else (number + 1) * self.batch_size)
+    def sizes(self, number: int) -> list[int]:
+        """Return the rows of each batch that is read together with this one. An epoch's last has all that are left."""
+        count = len(self)
+        sizes = [self.batch_size] * min(self.together, count - number)
+        if number + len(sizes) == count:
+            sizes[-1] = len(self.sampler) - (count - 1) * self.batch_size  # type: ignore[arg-type]
+        return sizes
 
     def __len__(self) -> int:
         rows, size = len(self.sampler), self.batch_size  # type: ignore[arg-type]
