@@ -181,7 +181,9 @@ class Batch:
         for number, size in enumerate(sizes):
             parts: dict[str, Any] = {**vars(self), **{name: piece[number] for name, piece in pieces.items()}}
             rows = slice(first, first + size)
-            if self.labeled is not None:
+            if self.labeled is not None and len(self.labeled) == count:
+                parts["labeled"] = self.labeled[:size]
+            elif self.labeled is not None:
                 low, high = torch.searchsorted(self.labeled, torch.tensor([rows.start, rows.stop])).tolist()
                 parts["labeled"] = self.labeled[low:high] - first
             if self.teacher is not None:

@@ -30,7 +30,7 @@ _MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
 _ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 _CHUNK = 8
 """Number of images of different sizes that are in memory at a time."""
-_AT_ONCE = 2**18
+_AT_ONCE = 2**19
 """Bytes of small images that are augmented together: more do not stay in a processor's cache."""
 _STRONG = -1
 """The stream of a strong view's random numbers."""
