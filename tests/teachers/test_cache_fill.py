@@ -601,7 +601,7 @@ def test_shape_of_binary_logits_stays(quiet_trainer, tmp_path):
 # Several processes.
 
 SCRIPT = """
-    import os, random, signal, sys, time
+    import os, random, shutil, signal, sys, time
     import torch
     sys.path[:0] = [{tests!r}, {package!r}]
     from lightning.pytorch import Trainer
@@ -664,13 +664,21 @@ def test_killed_at_ten_moments(tmp_path, undisturbed):
     ends = script(
         tmp_path,
         """
-        moments = random.Random(1)
-        for number in range(10):
+        def start():
             child = os.fork()
             if not child:
                 fit()
                 os._exit(0)
-            time.sleep(moments.uniform(0.02, 0.6))
+            return child
+
+        begin = time.perf_counter()
+        os.waitpid(start(), 0)
+        seconds = time.perf_counter() - begin  # of a whole fit, which depends on the machine
+        shutil.rmtree("cache")
+        moments = random.Random(1)
+        for number in range(10):
+            child = start()
+            time.sleep(moments.uniform(0.05, 0.4) * seconds)
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             print("killed", os.WIFSIGNALED(status), flush=True)

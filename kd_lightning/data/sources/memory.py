@@ -15,8 +15,8 @@ from kd_lightning.data.sources.images import Images, read_image
 from kd_lightning.data.transforms.base import to_tensor
 from kd_lightning.errors import InputError
 
-_GREY = (datasets.MNIST,)  # (N, H, W); its subclasses are FashionMNIST, KMNIST, EMNIST and QMNIST
-_CHANNELS_LAST = (datasets.CIFAR10,)  # (N, H, W, C); CIFAR100 is a subclass
+_GREY = (datasets.MNIST,)  # (N, H, W), as its subclasses FashionMNIST, KMNIST and EMNIST
+_CHANNELS_LAST = (datasets.CIFAR10,)  # (N, H, W, C), as its subclass CIFAR100
 _CHANNELS_FIRST = (datasets.SVHN, datasets.STL10)
 _CHECKED = 8
 """Number of images that are compared with those that the dataset returns."""
@@ -107,8 +107,10 @@ def _find(images: Any) -> Rows | None:
         return _find(images.datasets[0])
     if type(images) is TensorDataset:
         return Rows(images.tensors[0])
-    if not isinstance(images, (*_GREY, *_CHANNELS_LAST, *_CHANNELS_FIRST)) or images.transforms is not None:
-        return None
+    kinds = (*_GREY, *_CHANNELS_LAST, *_CHANNELS_FIRST)
+    kind = next((kind for kind in kinds if isinstance(images, kind)), None)
+    if kind is None or type(images).__getitem__ is not kind.__getitem__ or images.transforms is not None:
+        return None  # a subclass may change any of its images
     data: Any = images.data
     values = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if isinstance(images, _GREY):

@@ -70,11 +70,11 @@ class ViewLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator: it starts with the first batch, after Lightning has set the epoch.
-        sampler = self.sampler
+        sampler, finish = self.sampler, self.dataset.finish  # type: ignore[attr-defined]
         if not isinstance(sampler, ViewSampler):
             is_padded = isinstance(sampler, ShareSampler) and sampler.is_padded
             for batch in map(self.labels.fill, self._batches()):
-                yield batch.as_padding() if is_padded else batch
+                yield finish(batch.as_padding() if is_padded else batch)
             return
         epoch = sampler.epoch
         start = self._resume_position[1] if self._resume_position[0] == epoch else 0
@@ -95,7 +95,7 @@ class ViewLoader(DataLoader[Batch]):
                 batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = means
                 number += 1
                 self._position = (epoch, number)
-                yield batch
+                yield finish(batch)  # last, since labels are looked up on the CPU
 
     def describe(self) -> str:
         """Return in one line the steps of an epoch, and the rows of each. For the training loader."""
@@ -117,9 +117,7 @@ class ViewLoader(DataLoader[Batch]):
     def _batches(self) -> Iterator[Batch]:
         check_open_files(self, 0 if self.view_table is None else self.view_table.outputs.tensors)
         batches = shorten_worker_errors(super().__iter__())
-        if self.view_table is not None:
-            batches = self.view_table.outputs.watch(batches)
-        return map(self.dataset.finish, batches)  # type: ignore[attr-defined]
+        return batches if self.view_table is None else self.view_table.outputs.watch(batches)
 
     def _count(self, order: Tensor) -> list[list[int]]:
         """Count labels, pseudo-labels, coarse labels and rows of all ranks before each batch, and in all.

@@ -80,6 +80,20 @@ class Mirrored(torchvision.datasets.CIFAR10):
         return image.transpose(0), label
 
 
+class PartlyPainted(torchvision.datasets.CIFAR10):
+    """Few images differ from those in memory, as in a data set of which a part is poisoned."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (image.transpose(0) if index == 2 else image), label
+
+
+def partly_painted():
+    made = cifar()
+    made.__class__ = PartlyPainted
+    return made
+
+
 def mirrored():
     made = cifar()
     made.__class__ = Mirrored
@@ -101,6 +115,7 @@ class Own(Dataset):
     [
         Brighter(torch.rand(4, 1, 2, 2)),
         mirrored(),
+        partly_painted(),
         cifar(transforms=torchvision.datasets.vision.StandardTransform(np.asarray, None)),
         Own(),
         ConcatDataset([TensorDataset(torch.rand(4, 1, 2, 2)), TensorDataset(torch.rand(4, 1, 2, 3))]),

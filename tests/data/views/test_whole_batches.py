@@ -6,7 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from kd_lightning import Batch, Digits, InputError
+from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.data.transforms import BatchTransform, Compose, Draws
 from kd_lightning.data.views import dataset as module
 from kd_lightning.data.views.dataset import ViewDataset, collate
@@ -197,3 +197,20 @@ def test_single_view_is_a_row_of_the_batch():
     stacked = collate([dataset[3, 1], dataset[4, 0]])
     assert isinstance(stacked, Batch)
     assert torch.equal(stacked.x_strong, dataset.__getitems__([(3, 1), (4, 0)]).x_strong)
+
+
+@pytest.mark.parametrize("options", [{}, {"strong_transform": Noise()}, {"labeled_batch_size": 8}])
+def test_a_loader_on_another_device(options):
+    """Labels are looked up on the CPU, and everything is on the device afterwards; the meta device stands for a GPU."""
+    data = SemiSupervisedDataModule(Digits(), labeled=10, batch_size=32, **options)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.pool_dataloader()):
+        expected = [*loader]
+        loader.dataset.device = torch.device("meta")
+        found = [*loader]
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.mean_labels == other.mean_labels
+            for name, value in vars(other).items():
+                if isinstance(value, torch.Tensor):
+                    there = getattr(one, name)
+                    assert there.device.type == "meta" and there.shape == value.shape, name
