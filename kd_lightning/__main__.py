@@ -79,12 +79,8 @@ def _run(args: list[str]) -> None:
     else:
         print_first_line(args)
         with libraries_loaded_quickly():
-            import torch.distributed
-
             from kd_lightning.cli.main import DistillCLI
         DistillCLI(args)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # at the end of the process gloo's threads may abort it
 
 
 def _explain(error: Exception) -> str | None:

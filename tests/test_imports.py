@@ -19,7 +19,7 @@ ORDER = [
     {"teachers", "pseudo_labels"},
     {"runs"},
     {"cache", "quantization", "features", "losses", "models"},
-    {"batch"},
+    {"batch", "ranks"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

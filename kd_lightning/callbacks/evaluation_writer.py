@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.errors import InputError
+from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.results import Prediction, Result, read_result, write_result
 from kd_lightning.runs.run import CONFIG, WEIGHTS, Run, same_weights
@@ -173,10 +174,7 @@ class EvaluationWriter(Callback):
 
     def _gather(self, trainer: Trainer) -> tuple[list[_Batch], int]:
         """Return the batches and the number of labeled samples of all processes, which must all call this."""
-        if trainer.world_size == 1:
-            return self._batches, self._labeled
-        parts: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, (self._batches, self._labeled))
+        parts = gather(trainer, (self._batches, self._labeled))
         return [batch for batches, _ in parts for batch in batches], sum(part[1] for part in parts)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks.sample_names import sample_names
+from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder
 
 
@@ -71,11 +72,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of ``predict``. Gathers the rows of all processes and writes the file."""
-        rows = self.rows
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
+        rows = [row for part in gather(trainer, self.rows) for row in part]
         folder = run_folder(trainer)
         if not trainer.is_global_zero or not rows:
             return

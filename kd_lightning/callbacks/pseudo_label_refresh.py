@@ -23,6 +23,7 @@ from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels, make_pse
 from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
 from kd_lightning.pseudo_labels.table import check_classes, check_threshold
+from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.report.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
@@ -288,8 +289,7 @@ class PseudoLabelRefresh(Callback):
                 if not batch.is_padding:
                     parts.append((batch.index.cpu(), batch.y.cpu(), output.float().cpu()))
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, (parts, classes))
+            gathered = gather(trainer, (parts, classes))
             parts = [part for share, _ in gathered for part in share]
             classes = max(number for _, number in gathered)  # a rank without samples has 0
         if not parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from kd_lightning.data.sources.pixels import DecodedImages, read_pixels
 from kd_lightning.data.sources.rotated_classes import RotatedImages
 from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
 from kd_lightning.errors import InputError
+from kd_lightning.ranks import gather, on_all_ranks
 
 RULES = 1
 """Version of the rules by which a file becomes pixels. Another number gives another folder."""
@@ -92,9 +93,9 @@ class DecodedPictures:
             paths.extend(path for part in parts for path in _paths(_files_of(part)[0]))
             found.append(self.notes.recall(paths, write=writes))
 
-        _on_all_ranks(trainer, recall)
-        if any(_gather(trainer, found[0])):  # each process has a sample of its own
-            _on_all_ranks(trainer, lambda: found[0] or self.notes.recall(paths, trust=False, write=writes))
+        on_all_ranks(trainer, recall, "decoded")
+        if any(gather(trainer, found[0])):  # each process has a sample of its own
+            on_all_ranks(trainer, lambda: found[0] or self.notes.recall(paths, trust=False, write=writes), "decoded")
 
     def fill(self, parts: Sequence[Images], trainer: Trainer | None = None, threads: int = 1) -> list[StoredPictures]:
         """Decode what is absent, and return the parts as they are read from the store.
@@ -117,7 +118,7 @@ class DecodedPictures:
                 stored.append(self._fill(part, trainer, max(threads, 1)))
 
         with isolate_rng(include_cuda=False):  # so that a run is the same whether the store is filled or found
-            _on_all_ranks(trainer, fill)
+            on_all_ranks(trainer, fill, "decoded")
         return stored
 
     def open(self, parts: Sequence[Images], trainer: Trainer | None = None, threads: int = 1) -> list[StoredPictures]:
@@ -305,25 +306,3 @@ def _loader_of(images: Any) -> Loader:
 
 def _paths(files: Sequence[_File]) -> list[str]:
     return [str(path_of([file.images], file.number)) for file in files]
-
-
-def _on_all_ranks(trainer: Trainer | None, action: Callable[[], object]) -> None:
-    """Run an action on every process. An error on one of them is raised on all."""
-    message = ""
-    try:
-        action()
-    except InputError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"decoded: {error}"
-    if first := next(filter(None, _gather(trainer, message)), None):
-        raise InputError(first)
-
-
-def _gather(trainer: Trainer | None, value: Any) -> list[Any]:
-    """Return the value of every process."""
-    if trainer is None or trainer.world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

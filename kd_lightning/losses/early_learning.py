@@ -18,6 +18,7 @@ from kd_lightning.losses.base import (
     reduce_rows,
 )
 from kd_lightning.losses.protocols import RowField
+from kd_lightning.ranks import is_distributed
 
 
 class EarlyLearningLoss(nn.Module):
@@ -90,7 +91,7 @@ class EarlyLearningLoss(nn.Module):
     def _update(self, index: Tensor, p: Tensor) -> None:
         """Update the averages with the predictions (B, C) of all processes."""
         p = p / p.sum(dim=1, keepdim=True)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             index, p = (torch.cat(gather_all_tensors(part)) for part in (index, p))
         index = index.long()
         size = max(len(self.averages), int(index.max()) + 1 if len(index) else 0)

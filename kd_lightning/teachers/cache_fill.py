@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
 from kd_lightning.cache.store import OutputCache, format_size
 from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
+from kd_lightning.ranks import gather, on_all_ranks
 from kd_lightning.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class _CacheFill:
         """Find the outputs of these views, or compute and store them."""
         numbers = np.random.default_rng().integers(len(self.table), size=self.batch_size)  # other rows in each fit
         computed: list[_Sample] = []
-        self._on_all_ranks(lambda: computed.append(self._compute_twice(numbers)))
+        on_all_ranks(self.trainer, lambda: computed.append(self._compute_twice(numbers)), "cache")
         (sample,) = computed
         for dtype in dict.fromkeys((self.teacher.cache_dtype, "float32")):
             if stored := self._find(self._codec(sample.now.outputs.shape[1:], dtype), sample):
@@ -232,7 +233,7 @@ class _CacheFill:
                     f"cache: {len(damaged)} of {cache.chunks} parts of {cache.folder} are damaged, and computed again"
                 )
 
-        self._on_all_ranks(prepare)
+        on_all_ranks(self.trainer, prepare, "cache")
         return StoredOutputs(opened[0], codec, sample.now.outputs.shape[1:], sample.now.outputs.dtype)
 
     def _fill(self, stored: StoredOutputs, why: str) -> int | None:
@@ -248,12 +249,12 @@ class _CacheFill:
             trainer.strategy.barrier("cache")
             absent = [] if self._any_rank(cache.too_large) else cache.absent()
             computed = len(absent)
-            self._on_all_ranks(lambda: cache.check_room(sum(len(cache.rows_of(n)) for n in absent)))
+            on_all_ranks(self.trainer, lambda: cache.check_room(sum(len(cache.rows_of(n)) for n in absent)), "cache")
             if absent:
                 self._announce(cache, computed, why)
             # without a common disk, the second round computes on each node what the first computed on the others
             for rank, ranks in (trainer.global_rank, trainer.world_size), (trainer.local_rank, trainer.num_devices):
-                self._on_all_ranks(partial(self._compute, stored, absent[rank::ranks]))
+                on_all_ranks(self.trainer, partial(self._compute, stored, absent[rank::ranks]), "cache")
                 absent = [] if self._any_rank(cache.too_large) else cache.absent()
         finally:
             if lock is not None:
@@ -311,8 +312,8 @@ class _CacheFill:
     def _differs(self, stored: StoredOutputs, sample: _Sample, chunks: Iterable[int]) -> str:
         """Compare the sample's rows in these chunks on all processes. Return what differs; empty if nothing does."""
         found: list[str] = []
-        self._on_all_ranks(lambda: found.append(self._compare(stored, sample, [*chunks])))
-        return next(filter(None, self._gather(found[0])), "")
+        on_all_ranks(self.trainer, lambda: found.append(self._compare(stored, sample, [*chunks])), "cache")
+        return next(filter(None, gather(self.trainer, found[0])), "")
 
     def _compare(self, stored: StoredOutputs, sample: _Sample, chunks: list[int]) -> str:
         rows = np.flatnonzero(np.isin(sample.numbers // stored.cache.chunk, chunks))
@@ -340,28 +341,8 @@ class _CacheFill:
             near = near and float(((then != now) & ~then.isnan()).float().mean()) < 0.2
         return near
 
-    def _on_all_ranks(self, action: Callable[[], None]) -> None:
-        """Run an action on every process. An error on one of them is raised on all."""
-        message = ""
-        try:
-            action()
-        except InputError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"cache: {error}"
-        if first := next(filter(None, self._gather(message)), None):
-            raise InputError(first)
-
     def _any_rank(self, condition: bool) -> bool:
-        return any(self._gather(condition))
-
-    def _gather(self, value: Any) -> list[Any]:
-        """Return the value of every process."""
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
+        return any(gather(self.trainer, condition))
 
 
 def _largest(logits: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from kd_lightning.data.transforms.buffers import empty_batch
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.errors import InputError
 
@@ -166,4 +167,4 @@ def stack(images: Sequence[Tensor], what: str = "images of a batch") -> Tensor:
         shapes = [*dict.fromkeys(shape for shape, _ in kinds)]
         got = shapes[:3] if len(shapes) > 1 else [dtype for _, dtype in kinds]
         raise InputError(f"{what} must have one shape and type, got {got}; a resize or a crop brings them to one size")
-    return torch.stack([*images])
+    return torch.stack([*images], out=empty_batch(len(images), images[0]))

@@ -25,3 +25,13 @@ def empty_like(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_like(images, dtype=dtype)
     strides = torch.empty_like(images, device="meta").stride()
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).as_strided(images.shape, strides)
+
+
+def empty_batch(count: int, image: Tensor) -> Tensor:
+    """Return an uninitialised tensor (B, C, H, W) for images of one size, see :func:`empty_like`.
+
+    Args:
+        count: B.
+        image: One of them, (C, H, W).
+    """
+    return empty_like(image.new_empty(1).expand(count, *image.shape))

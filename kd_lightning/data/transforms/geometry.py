@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
 from kd_lightning.data.transforms.base import BatchTransform
+from kd_lightning.data.transforms.buffers import empty_like
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.errors import InputError
 
@@ -21,6 +22,7 @@ Fill = float | Sequence[float]
 
 PaddingMode = Literal["constant", "edge", "reflect", "symmetric"]
 
+_IN_CACHE = 2**20  # bytes
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -90,9 +92,17 @@ class RandomHorizontalFlip(BatchTransform):
         """Return images (B, C, H, W)."""
         bits = images.view(_INTEGERS[images.element_size()])
         chosen = draws.coin(self.p).to(bits.dtype).neg_().view(-1, 1, 1, 1)  # all bits, or none
-        # image ^ ((image ^ mirror image) & chosen) takes a fifth of the time of torch.where
-        mirrored = bits.flip(self._dim).bitwise_xor_(bits).bitwise_and_(chosen).bitwise_xor_(bits)
+        if images.device.type != "cpu" or images.nbytes <= 2 * _IN_CACHE:
+            return self._mirror(bits, chosen).view(images.dtype)
+        mirrored = empty_like(bits)
+        few = max(1, _IN_CACHE * len(images) // images.nbytes)
+        for rows, mask, result in zip(*(torch.split(part, few) for part in (bits, chosen, mirrored)), strict=True):
+            result.copy_(self._mirror(rows, mask))
         return mirrored.view(images.dtype)
+
+    def _mirror(self, bits: Tensor, chosen: Tensor) -> Tensor:
+        # image ^ ((image ^ mirror image) & chosen) takes a fifth of the time of torch.where
+        return bits.flip(self._dim).bitwise_xor_(bits).bitwise_and_(chosen).bitwise_xor_(bits)
 
 
 class RandomVerticalFlip(RandomHorizontalFlip):

@@ -28,8 +28,8 @@ Key = int | tuple[int, int]
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 _MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
 _ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
-_CHUNK = 8
-"""Number of images of different sizes that are in memory at a time."""
+_CHUNK = 2**25
+"""Bytes of images of different sizes that are in memory at a time, and one image more."""
 _AT_ONCE = 2**19
 """Bytes of small images that are augmented together: more do not stay in a processor's cache."""
 _STRONG = -1
@@ -152,14 +152,18 @@ class ViewDataset(Dataset[Batch]):
     def _heads(self, index: Tensor, draws: Draws) -> dict[int, Tensor]:
         """Read images of different sizes, a few at a time, and run the first steps, which bring them to one size."""
         heads = {number: head for number, (head, _) in self._whole.items() if head is not None}
-        parts: dict[int, list[Tensor]] = {number: [] for number in heads}
-        for start in range(0, len(index), _CHUNK):
-            rows = torch.arange(start, min(start + _CHUNK, len(index)))
-            images = [read_pixels(self.images, number) for number in index[rows].tolist()]
-            for number, head in heads.items():
-                done = _run(head, images, _stream(draws, number).select(rows))
-                parts[number] += done if isinstance(done, list) else [*done]
-        return {number: stack(part) for number, part in parts.items()}
+        parts: dict[int, list[Tensor | list[Tensor]]] = {number: [] for number in heads}
+        images: list[Tensor] = []
+        size = 0
+        for row, sample in enumerate(index.tolist(), 1):
+            images.append(read_pixels(self.images, sample))
+            size += images[-1].nbytes
+            if size >= _CHUNK or row == len(index):
+                rows = torch.arange(row - len(images), row)
+                for number, head in heads.items():
+                    parts[number].append(_run(head, images, _stream(draws, number).select(rows)))
+                images, size = [], 0
+        return {number: _join(part) for number, part in parts.items()}
 
     # Any other transform.
 
@@ -206,6 +210,13 @@ def _split(transform: BatchTransform | None) -> tuple[BatchTransform | None, Bat
     if isinstance(transform, Compose):
         return tuple(part if len(part.transforms) else None for part in transform.split())  # type: ignore[return-value]
     return (transform, None) if transform is not None and transform.takes_lists else (None, transform)
+
+
+def _join(parts: list[Tensor | list[Tensor]]) -> Tensor:
+    """Stack the images of all parts."""
+    if len(parts) == 1 and isinstance(parts[0], Tensor):
+        return parts[0]
+    return stack([image for part in parts for image in part])
 
 
 def _run(transform: BatchTransform | None, images: Any, draws: Draws) -> Any:

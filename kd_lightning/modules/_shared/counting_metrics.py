@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.ranks import is_distributed
+
 _BINS = 15
 _SCALE = 2**24  # probabilities are summed in these units, as integers: exact in any order
 _MOST = 2**20  # probabilities at a time: 100,000 labels of 64 rows would take a quarter of a gigabyte
@@ -36,7 +38,7 @@ class Sums(nn.Module):
     def of_all_processes(self) -> dict[str, Tensor]:
         """Return the sums over all processes, which must all call this, by name."""
         sums = {name: self.get_buffer(name) for name in self._names}
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not is_distributed():
             return sums
         found: dict[str, Tensor] = {}
         for dtype in dict.fromkeys(value.dtype for value in sums.values()):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_lightning.data.transforms.buffers import empty_like
+from kd_lightning.data.transforms.buffers import empty_batch, empty_like
 
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
@@ -28,4 +28,14 @@ def test_memory_as_pytorch_lays_it_out(layout, dtype):
 def test_any_size(shape):
     made = empty_like(torch.zeros(shape))
     assert (made.shape, made.dtype) == (shape, torch.float32)
+    assert made.fill_(3).sum() == 3 * made.numel()
+
+
+@pytest.mark.parametrize("count", [0, 2, 400])
+def test_a_batch_of_images_is_contiguous(count):
+    """The layout of one image is not that of the batch."""
+    image = torch.zeros(70, 60, 3, dtype=torch.int16).permute(2, 0, 1)
+    made = empty_batch(count, image)
+    assert (made.shape, made.dtype) == ((count, 3, 70, 60), torch.int16)
+    assert made.is_contiguous()
     assert made.fill_(3).sum() == 3 * made.numel()

@@ -259,8 +259,9 @@ class TestRandomCrop:
 class TestFlips:
     @pytest.mark.parametrize(("flip", "dim"), [(RandomHorizontalFlip, 2), (RandomVerticalFlip, 1)])
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
-    def test_mirrors_half_of_the_images(self, flip, dim, dtype):
-        images = noise(1000, 2, 4, 5, dtype=dtype)
+    @pytest.mark.parametrize("shape", [(2, 4, 5), (3, 36, 40)])  # the second takes more than a processor's cache
+    def test_mirrors_half_of_the_images(self, flip, dim, dtype, shape):
+        images = noise(1000, *shape, dtype=dtype)
         made = flip()(images, draws(1000))
         flipped = [torch.equal(new, image.flip(dim)) for image, new in zip(images, made, strict=True)]
         same = [torch.equal(new, image) for image, new in zip(images, made, strict=True)]

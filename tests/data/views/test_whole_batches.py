@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from kd_lightning import Batch, Digits, InputError, SemiSupervisedDataModule
+from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms import BatchTransform, Compose, Draws
 from kd_lightning.data.views import dataset as module
 from kd_lightning.data.views.dataset import ViewDataset, collate
@@ -130,9 +131,18 @@ def test_few_pictures_are_in_memory_at_a_time(monkeypatch):
 
     dataset = ViewDataset([Pictures()], torch.arange(30), Compose([Counting(), Noise()]), 3)
     whole = dataset.__getitems__([(n, 0) for n in range(30)]).x
-    assert lengths == [8, 8, 8, 6]
-    monkeypatch.setattr(module, "_CHUNK", 30)
-    assert torch.equal(dataset.__getitems__([(n, 0) for n in range(30)]).x, whole)
+    assert lengths == [30]
+    sizes = [read_pixels(dataset.images, n).nbytes for n in range(30)]
+    for most in (1, 3000, sum(sizes)):
+        lengths.clear()
+        monkeypatch.setattr(module, "_CHUNK", most)
+        assert torch.equal(dataset.__getitems__([(n, 0) for n in range(30)]).x, whole)
+        ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+        assert ends[-1] == 30
+        # the limit is reached by the last image of each part, never before
+        assert all(sum(sizes[end - length : end - 1]) < most for end, length in zip(ends, lengths, strict=True))
+        assert all(sum(sizes[end - length : end]) >= most for end, length in zip(ends[:-1], lengths[:-1], strict=True))
+    assert lengths == [30]
 
 
 @pytest.mark.parametrize("kind", ["rows", "items", "lists", "strong", "strong lists"])

@@ -1,0 +1,62 @@
+"""What the processes of a fit tell one another, and how they end."""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed
+
+from kd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gather(trainer: Trainer | None, value: Any) -> list[Any]:
+    """Return the value of every process, by rank. All of them must call this."""
+    if trainer is None or trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: str) -> None:
+    """Run an action on every process. What is wrong with the input on one of them is raised on all.
+
+    Args:
+        trainer: The trainer, None for a single process.
+        action: What to run.
+        option: Name of the option that an error of the file system is about.
+
+    Raises:
+        InputError: If the action raises one or an OSError on any process: that of the lowest rank.
+    """
+    message = ""
+    try:
+        action()
+    except InputError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{option}: {error}"
+    if first := next(filter(None, gather(trainer, message)), None):
+        raise InputError(first)
+
+
+@atexit.register
+def _let_gloo_finish() -> None:
+    """Wait until the threads of gloo have dropped their last tensor.
+
+    They need the interpreter for it, and abort the process (exit status -6) where the interpreter is ending:
+    measured in 14 of 80 processes that end right after an all_reduce, in none of 80 that wait.
+    """
+    if is_distributed() and torch.distributed.get_backend() == "gloo":
+        time.sleep(0.1)

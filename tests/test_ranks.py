@@ -1,0 +1,76 @@
+"""What processes tell one another, and how they end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from kd_lightning.errors import InputError
+from kd_lightning.ranks import gather, is_distributed, on_all_ranks
+
+# a reduction right before the end: without the wait at exit, about one process in four aborts
+SCRIPT = """
+import sys
+import torch
+from kd_lightning.errors import InputError
+from kd_lightning.ranks import gather, is_distributed, on_all_ranks
+
+class Trainer:
+    world_size = 2
+
+def wrong():
+    if rank == 1:
+        raise OSError("no room")
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+assert is_distributed()
+assert gather(Trainer, f"of {rank}") == ["of 0", "of 1"]
+on_all_ranks(Trainer, lambda: None, "cache")
+try:
+    on_all_ranks(Trainer, wrong, "cache")
+except InputError as error:
+    assert str(error) == "cache: no room"
+else:
+    raise AssertionError("the other process does not hear of it")
+for _ in range(30):
+    torch.distributed.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hear_of_one_another_and_end_well(tmp_path):
+    for attempt in range(8):
+        command = [sys.executable, "-c", SCRIPT]
+        ranks = [
+            subprocess.Popen([*command, str(rank), str(tmp_path / str(attempt))], stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        for process in ranks:
+            _, message = process.communicate(timeout=120)
+            assert process.returncode == 0, message
+
+
+def test_a_single_process():
+    assert not is_distributed()
+    assert gather(None, 3) == [3]
+    done = []
+    on_all_ranks(None, lambda: done.append(1), "cache")
+    assert done == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(OSError("no room"), "cache: no room"), (InputError("y: is missing"), "y: is missing")]
+)
+def test_what_is_wrong_with_the_input_is_one_line(error, message):
+    def action():
+        raise error
+
+    with pytest.raises(InputError) as caught:
+        on_all_ranks(None, action, "cache")
+    assert str(caught.value) == message
+
+
+def test_a_fault_of_the_program_stays_one():
+    with pytest.raises(ZeroDivisionError):
+        on_all_ranks(None, lambda: 1 / 0, "cache")
