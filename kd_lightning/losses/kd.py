@@ -11,9 +11,7 @@ from kd_lightning.losses.base import (
     check_reduction,
     check_task,
     check_temperature,
-    kl_divergence,
     pair_logits,
-    reduce_rows,
     standardize_logits,
 )
 
@@ -83,9 +81,12 @@ class KDLoss(nn.Module):
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
         if self.standardize:
             student, teacher = standardize_logits(student), standardize_logits(teacher)
-        divergence = kl_divergence(self._log_probabilities(student), self._log_probabilities(teacher))
-        rows = divergence if self.task == "multiclass" else divergence.mean(dim=1)
-        return reduce_rows(self.temperature**2 * rows, self.reduction)
+        student_log, teacher_log = self._log_probabilities(student), self._log_probabilities(teacher)
+        parts = teacher_log.exp() * (teacher_log - student_log)  # as F.kl_div, but in less time
+        outputs = 1 if self.task == "multiclass" else student.shape[1]  # each with a distribution of its own
+        if self.reduction == "none":
+            return parts.flatten(1).sum(dim=1) * (self.temperature**2 / outputs)
+        return parts.sum() * (self.temperature**2 / max(len(parts) * outputs, 1))
 
     @property
     def supports_top_k(self) -> bool:

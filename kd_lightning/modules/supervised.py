@@ -363,10 +363,11 @@ class SupervisedModule(LeanModule):
 
 def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
     """Return the sum of weight * value, a scalar."""
-    parts = [value if weight == 1.0 else weight * value for weight, value in terms.values()]
-    loss, *others = [part.sum() if part.ndim else part for part in parts]
-    for part in others:
-        loss = loss + part
+    (first_weight, first), *others = terms.values()
+    loss = first.sum() if first.ndim else first
+    loss = loss if first_weight == 1.0 else first_weight * loss
+    for weight, value in others:
+        loss = torch.add(loss, value.sum() if value.ndim else value, alpha=weight)
     return loss
 
 
