@@ -1,33 +1,29 @@
 """Students of low precision: without a teacher, and in the Apprentice's schemes A, B and C.
 
-Run: python benchmarks/apprentice.py [--seeds 5]      (about 40 minutes on two cores)
-     python benchmarks/apprentice.py --settings       (selects the settings, on validation images alone)
+Run: python benchmarks/apprentice.py [--seeds 5] [--store FILE] [--processes 2]      (about 15 minutes)
+     python benchmarks/apprentice.py --settings [--store FILE] [--processes 2]       (selects the settings; 4)
 
 The student is DigitsCNN of width 8, the teacher one of width 32. There are two settings: all labels, and 10 labels per
 class with the other training images unlabeled. Every run takes the same number of steps (those of 40 epochs). All
 methods of a setting see the same views of the same images. The fixed teacher of B and C is trained on all training
 labels. A's teacher sees the labels that the student sees. C starts from the seed's fp32 student without a teacher. A
-seed sets split, networks and order. --settings selects learning rate and temperature. Test images select nothing:
-"best" is the scheme of the highest mean validation accuracy at that precision.
+seed sets split, networks and order. --settings selects learning rate and temperature on validation images alone. Test
+images select nothing: "best" is the scheme of the highest mean validation accuracy at that precision.
 """
 
-import argparse
 import copy
 import itertools
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from ensemble import STEPS, accuracy, interval, optimised
-from lightning.pytorch import Trainer, seed_everything
+from ensemble import STEPS, both
 from torch import nn
 from torch.optim import SGD, AdamW
+from training import Fits, in_parallel, interval, make_parser, quiet, spread, train, versions
 
 from kd_lightning import (
     ActivationCalibration,
@@ -50,88 +46,78 @@ PRECISIONS = {
     "8A-2W": {"weight_bits": 2},
     "8A-ternary": {"weight_bits": "ternary"},
 }
-SETTINGS = {"10 labels per class": {"labeled": 10}, "all labels": {}}
+FEW = "10 labels per class"
+SETTINGS = {FEW: {"labeled": 10}, "all labels": {}}
 SCHEMES = {"A": "joint", "B": "fixed_teacher", "C": "finetune"}
 EXPORTED = ("8A-4W", "8A-ternary")
 FLOAT_RATE = 0.03  # of the fp32 student alone, selected by benchmarks/digits_settings.py
 RATE, TEMPERATURE = 0.01, 1.0  # the best, or level with the best, for every method
 
 
-def fit(module, data):
-    """Train to the last step. Return validation and test accuracy in percent."""
-    trainer = Trainer(
-        max_steps=STEPS,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ActivationCalibration()],
-    )
-    trainer.fit(module, datamodule=data)
-    assert trainer.global_step == STEPS
-    return [100 * accuracy(module.student, loader) for loader in (data.val_dataloader(), data.test_dataloader())]
-
-
 class Seed:
     """All trainings of one seed in one setting."""
 
     def __init__(self, seed, setting, val_size=0.1):
-        torch.set_num_threads(1)
         self.seed = seed
         self.labels = SETTINGS[setting]
         self.make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed, val_size=val_size)
-        self.folder = tempfile.TemporaryDirectory()
-        self.teacher = DigitsCNN(32)
-        seed_everything(seed, verbose=False)
-        fit(SupervisedModule(self.teacher, **optimised(0.005)), self.make_data())
 
-    def student(self, precision):
-        """A new student, always with the same initial weights."""
-        seed_everything(self.seed, verbose=False)
-        network = DigitsCNN(8)
-        return network if PRECISIONS[precision] is None else quantize(network, **PRECISIONS[precision])
+    @cached_property
+    def teacher(self):
+        """The fixed teacher of B and C."""
+        return train(STEPS, self.seed, partial(DigitsCNN, 32), SupervisedModule, self.make_data(), lr=0.005).student
 
-    def alone(self, precision, lr):
-        """Train without a teacher, on the labeled images."""
-        few = {"unlabeled": "none", "views_per_epoch": 11} if self.labels else {}
-        module = SupervisedModule(self.student(precision), **optimised(lr))
-        found = fit(module, self.make_data(**self.labels, **few))
-        if precision == "fp32":
-            torch.save(module.student.state_dict(), Path(self.folder.name, "fp32.pt"))
-        return module.student, found
+    @cached_property
+    def first_weights(self):
+        """The weights that C starts from."""
+        return self._alone("fp32", FLOAT_RATE)[0].state_dict()
 
-    def distilled(self, precision, scheme, lr, temperature):
-        """Train by one of the schemes."""
-        student = self.student(precision)
-        arguments = {"soft_loss": KDLoss(temperature), **optimised(lr)}
-        teacher = self.teacher
-        if scheme == "A":
-            teacher = DigitsCNN(32)
+    def fit(self, precision, method, lr, temperature):
+        """Train a student. Return it, and its validation and test accuracy in percent."""
+        if method == "no teacher":
+            return self._alone(precision, lr)
+        arguments, fixed = {"soft_loss": KDLoss(temperature)}, None if method == "A" else self.teacher
+
+        def make(student, **options):
+            teacher = DigitsCNN(32) if fixed is None else fixed
+            return ApprenticeModule(student, teacher, SCHEMES[method], **arguments, **options)
+
+        if method == "A":
             arguments["teacher_optimizer"] = partial(AdamW, lr=0.005, weight_decay=0.01)
-        if scheme == "C":
-            arguments["initial_weights"] = Path(self.folder.name, "fp32.pt")
-        module = ApprenticeModule(student, teacher, SCHEMES[scheme], **arguments)
-        return module.student, fit(module, self.make_data(**self.labels))
+        with tempfile.TemporaryDirectory() as folder:
+            if method == "C":
+                arguments["initial_weights"] = Path(folder, "fp32.pt")
+                torch.save(self.first_weights, arguments["initial_weights"])
+            return self._train(precision, make, lr)
+
+    def _alone(self, precision, lr):
+        few = {"unlabeled": "none", "views_per_epoch": 11} if self.labels else {}
+        return self._train(precision, SupervisedModule, lr, **few)
+
+    def _train(self, precision, method, lr, **data):
+        options, data = PRECISIONS[precision], self.make_data(**self.labels, **data)
+
+        def make():
+            return DigitsCNN(8) if options is None else quantize(DigitsCNN(8), **options)
+
+        student = train(STEPS, self.seed, make, method, data, [ActivationCalibration()], lr).student
+        return student, both(student, data)
 
 
-def run(case):
-    """One seed and setting: {(precision, method): (validation, test accuracy)}, and exports compared with PyTorch."""
+def run(fits, case):
+    """One seed and setting: {(precision, method): accuracies on validation and test images, and exports compared}."""
     seed, setting = case
-    here, found, agreed = Seed(seed, setting), {}, {}
-    for precision in PRECISIONS:
-        for method in ("no teacher", *SCHEMES):
-            if precision == "fp32" and method != "no teacher":
-                continue
-            if method == "no teacher":
-                student, found[precision, method] = here.alone(precision, FLOAT_RATE if precision == "fp32" else RATE)
-            else:
-                student, found[precision, method] = here.distilled(precision, method, RATE, TEMPERATURE)
-            if precision in EXPORTED:
-                agreed[precision, method] = exported(student, here.make_data().test_dataloader())
-            print(f"seed {seed}, {setting}, {precision}, {method}: {found[precision, method][1]:.2f}", flush=True)
-    return found, agreed
+    here = Seed(seed, setting)
+
+    def fit(precision, method):
+        rate = FLOAT_RATE if precision == "fp32" else RATE
+        student, found = here.fit(precision, method, rate, TEMPERATURE)
+        same = exported(student, here.make_data().test_dataloader()) if precision in EXPORTED else None
+        return {"accuracy": found, "exported": same}
+
+    plan = [("fp32", "no teacher")]
+    plan += itertools.product([name for name in PRECISIONS if name != "fp32"], ("no teacher", *SCHEMES))
+    return {key: fits.get([seed, setting, *key], partial(fit, *key)) for key in plan}
 
 
 def exported(student, loader):
@@ -141,12 +127,8 @@ def exported(student, loader):
         path = Path(folder, "student.onnx")
         export_student(student.eval(), batches[0], path, "onnx", {})
         found = collect_logits(load_exported(path, "onnx", nn.Identity), batches)
-    return compare_logits(collect_logits(student, batches), found, partial(predicted_labels, task="multiclass"))
-
-
-def spread(values):
-    """Mean and sample standard deviation."""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    predict = partial(predicted_labels, task="multiclass")
+    return compare_logits(collect_logits(student, batches), found, predict)._asdict()
 
 
 GRID = {  # learning rate and temperature
@@ -157,40 +139,30 @@ GRID = {  # learning rate and temperature
 }
 
 
-def try_settings(case):
+def try_settings(fits, seed):
     """Validation accuracies of one seed over the grid."""
-    seed, setting = case
-    here, found = Seed(seed, setting, val_size=0.25), {}
-    here.alone("fp32", FLOAT_RATE)
-    for method, grid in GRID.items():
-        for lr, temperature in grid:
-            if method == "no teacher":
-                _, (found[method, lr, temperature], _) = here.alone("8A-ternary", lr)
-            else:
-                _, (found[method, lr, temperature], _) = here.distilled("8A-ternary", method, lr, temperature)
-            print(f"seed {seed}, {method}, {lr}, {temperature}: {found[method, lr, temperature]:.2f}", flush=True)
+    here, found = Seed(seed, FEW, val_size=0.25), {}
+    for key in ((method, *values) for method, grid in GRID.items() for values in grid):
+        found[key] = fits.get([seed, *key], lambda key=key: here.fit("8A-ternary", *key)[1][0])
     return found
 
 
-def settings(seeds, setting="10 labels per class"):
+def settings(fits, processes):
     """Print the table of the search."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        results = list(pool.map(try_settings, [(100 + seed, setting) for seed in range(seeds)]))
-    print(f"\n| 8A-ternary, {setting} | learning rate | temperature | validation accuracy % |\n|---|---|---|---|")
-    for method, grid in GRID.items():
-        for lr, temperature in grid:
-            print(
-                f"| {method} | {lr} | {temperature or ''} | {spread([r[method, lr, temperature] for r in results])} |"
-            )
+    results = in_parallel(partial(try_settings, fits), range(100, 104), processes)
+    print(f"| 8A-ternary, {FEW} | learning rate | temperature | validation accuracy % |\n|---|---|---|---|")
+    for method, lr, temperature in results[0]:
+        values = [found[method, lr, temperature] for found in results]
+        print(f"| {method} | {lr} | {temperature or ''} | {spread(values)} |")
 
 
-def compare(seeds):
+def compare(fits, seeds, processes):
     """Print the tables of accuracies."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        results = dict(zip(cases := [*itertools.product(range(seeds), SETTINGS)], pool.map(run, cases), strict=True))
+    cases = [*itertools.product(range(seeds), SETTINGS)]
+    results = dict(zip(cases, in_parallel(partial(run, fits), cases, processes), strict=True))
     for setting in SETTINGS:
-        found = [results[seed, setting][0] for seed in range(seeds)]
-        column = {key: list(zip(*(one[key] for one in found), strict=True)) for key in found[0]}
+        found = [results[seed, setting] for seed in range(seeds)]
+        column = {key: list(zip(*(one[key]["accuracy"] for one in found), strict=True)) for key in found[0]}
         base = column["fp32", "no teacher"][1]
         print(
             f"\n| {setting}: test accuracy % | weights KB | no teacher | A | B | C | best, by validation | "
@@ -215,15 +187,15 @@ def compare(seeds):
     print("\n| ONNX Runtime against PyTorch | files | images | agree % | largest difference, of the largest logit |")
     print("|---|---|---|---|---|")
     for precision in EXPORTED:
-        each = [c for _, agreed in results.values() for key, c in agreed.items() if key[0] == precision]
-        images, changed = sum(c.predictions for c in each), sum(c.changed for c in each)
-        largest = max(c.relative for c in each)
-        print(f"| {precision} | {len(each)} | {images} | {100 - 100 * changed / images:.3f} | {largest:.1e} |")
+        each = [one["exported"] for found in results.values() for key, one in found.items() if key[0] == precision]
+        images, changed, largest = ([one[name] for one in each] for name in ("predictions", "changed", "relative"))
+        images, same = sum(images), 100 - 100 * sum(changed) / sum(images)
+        print(f"| {precision} | {len(each)} | {images} | {same:.3f} | {max(largest):.1e} |")
 
 
 def speed(repeats=11):
     """Print the milliseconds of a training step, as a ratio to those of the same network in float, in turns."""
-    torch.set_num_threads(1)
+    quiet()
     torch.manual_seed(0)
     nets = {
         "DigitsCNN of width 8, 64 digits": (DigitsCNN(8), torch.rand(64, 1, 8, 8)),
@@ -258,14 +230,14 @@ def speed(repeats=11):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--settings", action="store_true")
     options = parser.parse_args()
+    fits = Fits(options.store)
     if options.settings:
-        settings(4)
+        settings(fits, options.processes)
     else:
-        compare(options.seeds)
+        compare(fits, options.seeds, options.processes)
         speed()
-    names = ("torch", "torchvision", "lightning", "scikit-learn", "brevitas", "onnxruntime")
-    print(", ".join(f"{name} {version(name)}" for name in names))
+    print(versions("scikit-learn", "brevitas", "onnxruntime"))

@@ -11,23 +11,15 @@ difference must hold 0, and lie within ±0.5 points. Exit status 1 means that it
 ``DIR/FashionMNIST/raw`` holds the files of Fashion-MNIST, such as those of Debian's package dataset-fashion-mnist.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import recipes
-from few_labels import quiet
-from measuring import code_hash
-from scipy import stats
 from torchvision.transforms import v2
-from training import measure, train
+from training import Fits, difference, in_parallel, make_parser, measure, spread, train, versions
 
 from kd_lightning import Digits, PseudoLabelModule, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.data import TorchvisionDataset
@@ -54,7 +46,6 @@ SETTINGS = {
 
 def fit(setting, way, seed, repeat, fashion):
     """Train one network. Return its test accuracy in %."""
-    quiet()
     width, lr, _, steps, options = SETTINGS[setting]
     strong = "FixMatch" in setting
     if setting.startswith("digits"):
@@ -73,8 +64,7 @@ def fit(setting, way, seed, repeat, fashion):
         path = Path(folder) / "split.json"
         make_data(seed=seed).save_split(path)
         data = make_data(seed=1000 * seed + repeat, **transforms, **({"labeled": path} if "labeled" in options else {}))
-        trained = train(steps, 1000 * seed + repeat, partial(module, DigitsCNN(width)), data, lr=lr)
-        return measure(trained, data)
+        return measure(train(steps, 1000 * seed + repeat, partial(DigitsCNN, width), module, data, lr=lr), data)
 
 
 def _select(way, new, old):
@@ -83,44 +73,18 @@ def _select(way, new, old):
     return new if way == "new" else old
 
 
-def run(jobs, store, processes, fashion):
-    """Train what the store lacks: {(setting, way, seed, repeat): accuracy}."""
-    found, code = {}, code_hash()
-    if store is not None and store.exists():
-        for line in store.read_text().splitlines():
-            of, job, value = json.loads(line)
-            if of == code:
-                found[tuple(job)] = value
-    left = [job for job in jobs if job not in found]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        running = {pool.submit(fit, *job, fashion): job for job in left}
-        for number, future in enumerate(as_completed(running), 1):
-            job = running[future]
-            found[job] = future.result()
-            print(f"{number} of {len(left)}: {', '.join(map(str, job))}: {found[job]:.2f}", file=sys.stderr, flush=True)
-            if store is not None:
-                with store.open("a") as file:
-                    file.write(json.dumps([code, job, found[job]]) + "\n")
-    return found
-
-
-def difference(values, others):
-    """Mean of the paired differences, and its 95 % interval."""
-    gaps = [one - other for one, other in zip(values, others, strict=True)]
-    mean = statistics.mean(gaps)
-    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    return mean, mean - half, mean + half
+def run(fits, fashion, job):
+    """The test accuracy of one network, from the file if it has it."""
+    return fits.get(job, partial(fit, *job, fashion))
 
 
 def main():
     """Print the table. Return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--repeats", type=int, help="networks of each seed and way, instead of each setting's own")
     parser.add_argument("--only", choices=SETTINGS, nargs="+", default=[name for name in SETTINGS if "digits" in name])
     parser.add_argument("--fashion", help="folder of Fashion-MNIST")
-    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--store", type=Path, help="file of finished fits: an interrupted run of the same code goes on")
     options = parser.parse_args()
     names = options.only
     if options.fashion is not None:
@@ -133,7 +97,8 @@ def main():
         for repeat in range(repeats[name])
         for way in WAYS
     ]
-    found = run(jobs, options.store, options.processes, options.fashion)
+    of_job = partial(run, Fits(options.store), options.fashion)
+    found = dict(zip(jobs, in_parallel(of_job, jobs, options.processes), strict=True))
     missed = 0
     print("| test accuracy % | networks | single images | whole batches | difference [95 %] | to reach | |")
     print("|---|---|---|---|---|---|---|")
@@ -148,11 +113,11 @@ def main():
         middle, low, high = difference(new, old)
         reached = low <= 0 <= high and max(-low, high) <= WITHIN
         missed += not reached
-        cells = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in (old, new)]
+        cells = [spread(values) for values in (old, new)]
         gap = f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
         goal = f"holds 0, within ±{WITHIN} | {'' if reached else 'missed'}"
         print(f"| {name} | {options.seeds} x {repeats[name]} | {' | '.join(cells)} | {gap} | {goal} |")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")))
+    print(versions())
     return int(missed > 0)
 
 

@@ -1,24 +1,16 @@
 """The effect of a cache on the student's accuracy: its formats, and a limited number of views.
 
-Run: python benchmarks/cached_accuracy.py [--seeds 10]      (about 12 minutes on two cores)
+Run: python benchmarks/cached_accuracy.py [--seeds 10] [--store FILE] [--processes 2]      (about 4 minutes)
 
 Digits, 10 labels per class, all training images, the settings of configs/distill_digits.yaml. The teacher is trained on
 all training labels. A seed sets split, networks and order. Differences from the live run with as many views are paired
 by seed. Noise is the standard deviation of the live run's accuracy over seeds. Test images select nothing.
 """
 
-import argparse
-import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
+from functools import cache, partial
 
-from ensemble import accuracy as test_accuracy
-from ensemble import interval
-from few_labels import quiet
-from training import train
+from training import Fits, accuracy, in_parallel, interval, make_parser, spread, train, versions
 
 from kd_lightning import Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule, Teacher
 from kd_lightning.losses import KDLoss
@@ -32,44 +24,42 @@ CACHES = {
 }
 
 
-def run(seed):
+def run(fits, seed):
     """One seed: {way: test accuracy}, with 8 views; also live with endless views, and live with one."""
-    quiet()
     make_data = partial(SemiSupervisedDataModule, Digits(), batch_size=64, seed=seed)
-    expert = train(STEPS, 1000 + seed, partial(SupervisedModule, DigitsCNN(32)), make_data(), lr=0.01).student
     loss = {"soft_loss": KDLoss(4.0), "soft_weight": 0.5}
 
-    def accuracy(views, **cache):
+    @cache
+    def expert():
+        return train(STEPS, 1000 + seed, partial(DigitsCNN, 32), SupervisedModule, make_data()).student
+
+    def fit(views, **options):
         data = make_data(labeled=10, num_views=views)
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = Teacher(expert(), **({"cache": folder} | options if options else {}))
+            method = partial(DistillModule, teacher=teacher, **loss)
+            student = train(STEPS, seed, partial(DigitsCNN, 8), method, data, lr=0.03).student
+            return accuracy(student, data.test_dataloader())
 
-        def make(**options):
-            return DistillModule(DigitsCNN(8), Teacher(expert, **cache), **loss, **options)
-
-        return 100 * test_accuracy(train(STEPS, seed, make, data, lr=0.03).student, data.test_dataloader())
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = {"8 views, live": accuracy(8)}
-        found |= {f"8 views, {way}": accuracy(8, cache=folder, **options) for way, options in CACHES.items()}
-    found |= {"endless views, live": accuracy(None), "1 view, live": accuracy(1)}
-    print(seed, found, flush=True)
-    return found
+    plan = {"8 views, live": partial(fit, 8)}
+    plan |= {f"8 views, {way}": partial(fit, 8, **options) for way, options in CACHES.items()}
+    plan |= {"endless views, live": partial(fit, None), "1 view, live": partial(fit, 1)}
+    return {way: fits.get([seed, way], function) for way, function in plan.items()}
 
 
 def main():
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     options = parser.parse_args()
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        found = list(pool.map(run, range(options.seeds)))
+    found = in_parallel(partial(run, Fits(options.store)), range(options.seeds), options.processes)
     live = [one["8 views, live"] for one in found]
     print("| test accuracy % | mean ± std | over 8 views, live |\n|---|---|---|")
     for name in found[0]:
         values = [one[name] for one in found]
-        mean = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-        difference = interval(values, live) if values != live else "the same in every seed"
-        print(f"| {name} | {mean} | {difference if name != '8 views, live' else ''} |")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning")))
+        gap = interval(values, live) if values != live else "the same in every seed"
+        print(f"| {name} | {spread(values)} | {gap if name != '8 views, live' else ''} |")
+    print(versions())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Few labels and many images: every mode of self-training against the labels alone, and against scikit-learn.
 
-Run: python benchmarks/few_labels.py [--splits 5]
-     python benchmarks/few_labels.py --settings        (selects the settings, on validation images)
+Run: python benchmarks/few_labels.py [--splits 5] [--store FILE] [--processes 2]     (about 8 minutes)
+     python benchmarks/few_labels.py --settings [--store FILE] [--processes 2]       (selects the settings; 6)
 
 Digits: 1197 training images and 600 test images. Of the training images, 20, 40 or 100 have a label; the rest are the
 pool. All modes have one network of 6274 weights, DigitsCNN(8), the same number of steps, the same schedule, and the
@@ -10,25 +10,14 @@ labels. So the last weights are tested. The settings come from other splits, wit
 validation and without the test images. A seed sets split, network and order. Differences are paired by split.
 """
 
-import argparse
 import itertools
-import logging
 import statistics
-import tempfile
-import warnings
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 
-import torch
-from ensemble import accuracy, interval
-from lightning.pytorch import Trainer, seed_everything
 from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 from sklearn.svm import SVC
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms import InterpolationMode
+from training import Fits, in_parallel, interval, make_parser, measure, spread, train, versions
 
 from kd_lightning import (
     Digits,
@@ -60,15 +49,6 @@ def make_digits(**arguments):
     return SemiSupervisedDataModule(Digits(), **{"train_transform": weak_digits()} | arguments)
 
 
-def optimised(lr):
-    """The optimiser and the schedule of all trainings."""
-    return {
-        "optimizer": partial(AdamW, lr=lr, weight_decay=0.01),
-        "lr_scheduler": partial(CosineAnnealingLR, T_max=STEPS),
-        "lr_interval": "step",
-    }
-
-
 class Split:
     """The training of each mode, on one split."""
 
@@ -78,29 +58,12 @@ class Split:
         self.val_size = val_size
         self.make_data = partial(make_digits, labeled=labels // 10, val_size=val_size, seed=seed)
 
-    def fit(self, make_module, callbacks=(), **data):
+    def fit(self, method, lr, callbacks=(), **data):
         """Train to the last step, and measure on validation images if there are some, else on test images."""
         streams = {"batch_size": LABELED + UNLABELED, "labeled_batch_size": LABELED}
         data = self.make_data(**(streams | data))
-        seed_everything(self.seed, verbose=False)
-        module = make_module(DigitsCNN(8))
-        trainer = Trainer(
-            max_steps=STEPS,
-            max_epochs=-1,
-            limit_val_batches=0,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[*callbacks],
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            trainer._default_root_dir = folder
-            trainer.fit(module, datamodule=data)
-        assert trainer.global_step == STEPS
-        measured = data.val_dataloader() or data.test_dataloader()
-        found = {"accuracy": 100 * accuracy(module.student, measured)}
+        module = train(STEPS, self.seed, partial(DigitsCNN, 8), method, data, callbacks, lr)
+        found = {"accuracy": measure(module, data)}
         refresh = next((c for c in callbacks if isinstance(c, PseudoLabelRefresh)), None)
         if refresh is not None:
             found |= {name: 100 * value for name, value in refresh.report.items()}
@@ -116,29 +79,29 @@ class Split:
             "batch_size": LABELED,
             "views_per_epoch": views_per_epoch,
         }
-        return self.fit(lambda student: SupervisedModule(student, **optimised(lr)), **many, **one)
+        return self.fit(SupervisedModule, lr, **many, **one)
 
     def lee(self, lr=0.01, weight=3.0, begin=10, end=30, strong=False, **data):
         """Lee's pseudo-labels of each step, without a threshold. The refresh only reports on them."""
         data |= {"strong_transform": strong_digits()} if strong else {}
         ramp = SoftWeightAnnealing(0.0, weight, begin, end, attribute="unsupervised_weight")
-        make = partial(PseudoLabelModule, unsupervised_weight=0.0, **optimised(lr))
-        return self.fit(make, [ramp, PseudoLabelRefresh(every_n_epochs=EPOCHS)], **data)
+        make = partial(PseudoLabelModule, unsupervised_weight=0.0)
+        return self.fit(make, lr, [ramp, PseudoLabelRefresh(every_n_epochs=EPOCHS)], **data)
 
     def fixmatch(self, lr=0.03, threshold=0.8, adaptive=False, **data):
         """Labels from the weak view, and the loss on the strong one; FlexMatch's thresholds if adaptive."""
         options = {"threshold": threshold, "adaptive_thresholds": adaptive}
         shown = PseudoLabelRefresh(every_n_epochs=EPOCHS, threshold=threshold)
-        make = partial(PseudoLabelModule, **options, **optimised(lr))
-        return self.fit(make, [shown], strong_transform=strong_digits(), **data)
+        make = partial(PseudoLabelModule, **options)
+        return self.fit(make, lr, [shown], strong_transform=strong_digits(), **data)
 
     def refresh(self, lr=0.03, threshold=0.8, every=1, warmup=10, fair=True, source="student", **data):
         """New labels for the whole pool every few epochs; if fair, no more of a class than its share of the pool."""
         pool = make_digits(labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
         options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
         options["top_k_per_class"] = len(pool) // 10 if fair else None
-        make = partial(PseudoLabelModule, pseudo_labels="refreshed", **optimised(lr))
-        return self.fit(make, [PseudoLabelRefresh(**options)], strong_transform=strong_digits(), **data)
+        make = partial(PseudoLabelModule, pseudo_labels="refreshed")
+        return self.fit(make, lr, [PseudoLabelRefresh(**options)], strong_transform=strong_digits(), **data)
 
     def graph(self, threshold=0.75, **options):
         """The same, with labels that spread over a graph of the student's features."""
@@ -171,34 +134,25 @@ GRID = {
 }
 
 
-def quiet():
-    """One thread, and no messages of Lightning."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-
-
-def try_settings(seed):
+def try_settings(fits, seed):
     """Every setting of every mode at 40 labels, on one split: {(mode, setting): figures on validation images}."""
-    quiet()
     split, found = Split(seed, 40, val_size=0.25), {}
     for mode, grid in GRID.items():
         for values in itertools.product(*grid.values()):
             setting = dict(zip(grid, values, strict=True))
-            result = getattr(split, mode)(**setting)
+            result = fits.get([seed, mode, setting], partial(getattr(split, mode), **setting))
             found[mode, ", ".join(f"{name} {value}" for name, value in setting.items())] = result
-            print(seed, mode, setting, {name: round(value, 2) for name, value in result.items()}, flush=True)
     return found
 
 
-def settings(pool, seeds):
+def settings(fits, processes):
     """Print the table of every setting of every mode, on validation images of splits that serve nothing else."""
-    found = list(pool.map(try_settings, seeds))
+    found = in_parallel(partial(try_settings, fits), range(100, 100 + SETTING_SPLITS), processes)
     print("| mode | setting | validation accuracy % | worst split | precision, accepted % |\n|---|---|---|---|---|")
     for mode, setting in found[0]:
         results = [of_split[mode, setting] for of_split in found]
         values = [result["accuracy"] for result in results]
-        cells = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}", f"{min(values):.2f}"]
+        cells = [spread(values), f"{min(values):.2f}"]
         precisions = [result["accepted_precision"] for result in results if "accepted_precision" in result]
         cells.append(f"{statistics.mean(precisions):.2f}" if precisions else "")
         print(f"| {mode} | {setting} | {' | '.join(cells)} |")
@@ -219,31 +173,28 @@ MODES = {
 }
 
 
-def run(seed):
-    """All modes on one split: {(mode, labels): figures on test images}."""
-    quiet()
-    found = {}
-    for labels in LABELS:
-        split = Split(seed, labels)
-        for mode, (method, setting) in MODES.items():
-            found[mode, labels] = method(split, **setting)
-            print(seed, labels, mode, {k: round(v, 2) for k, v in found[mode, labels].items()}, flush=True)
-        found |= {(mode, labels): result for mode, result in split.sklearn().items()}
-    return found
+def run(fits, case):
+    """All modes on one split with so many labels: {mode: figures on test images}."""
+    seed, labels = case
+    split, found = Split(seed, labels), {}
+    for mode, (method, setting) in MODES.items():
+        found[mode] = fits.get([seed, labels, mode], partial(method, split, **setting))
+    return found | fits.get([seed, labels, "scikit-learn"], split.sklearn)
 
 
-def compare(found):
+def compare(fits, splits, processes):
     """Print the tables of test accuracies, of differences, and of the precision of the labels."""
-    modes = [*dict.fromkeys(mode for mode, _ in found[0])]
+    cases = [*itertools.product(range(splits), LABELS)]
+    found = dict(zip(cases, in_parallel(partial(run, fits), cases, processes), strict=True))
+    modes = [*found[0, 40]]
 
     def values(mode, labels, what="accuracy"):
-        return [of_split[mode, labels][what] for of_split in found]
+        return [found[seed, labels][mode][what] for seed in range(splits)]
 
     print("| test accuracy % | " + " | ".join(f"{labels} labels" for labels in LABELS) + " |")
     print("|---" * (1 + len(LABELS)) + "|")
     for mode in modes:
-        cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for v in (values(mode, n) for n in LABELS)]
-        print(f"| {mode} | {' | '.join(cells)} |")
+        print(f"| {mode} | {' | '.join(spread(values(mode, labels)) for labels in LABELS)} |")
     alone = max(("labels alone", "labels alone, strong views"), key=lambda mode: statistics.mean(values(mode, 40)))
     print(
         f"\n| at 40 labels | over {alone} | worst split | its least gain | over LabelSpreading |\n|---|---|---|---|---|"
@@ -256,7 +207,7 @@ def compare(found):
     print("\n| at the end | labels | accepted % | precision, accepted % | worst split | precision, all % |")
     print("|---|---|---|---|---|---|")
     for mode in modes:
-        if "coverage" in found[0][mode, 40]:
+        if "coverage" in found[0, 40][mode]:
             for labels in LABELS:
                 names = ("coverage", "accepted_precision", "precision")
                 coverage, accepted, everyone = (values(mode, labels, name) for name in names)
@@ -265,13 +216,13 @@ def compare(found):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--settings", action="store_true", help="select the settings, on validation images")
     options = parser.parse_args()
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        if options.settings:
-            settings(pool, range(100, 100 + SETTING_SPLITS))
-        else:
-            compare(list(pool.map(run, range(options.splits))))
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn")))
+    fits = Fits(options.store)
+    if options.settings:
+        settings(fits, options.processes)
+    else:
+        compare(fits, options.splits, options.processes)
+    print(versions("scikit-learn"))

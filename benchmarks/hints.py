@@ -1,7 +1,7 @@
 """FitNets' two stages against labels, distillation, and joint training, on a thin student of 18 layers.
 
-Run: python benchmarks/hints.py [--seeds 10]             the tables (about 30 minutes on two cores)
-     python benchmarks/hints.py --search [--seeds 4]     selects the settings (about 40 minutes)
+Run: python benchmarks/hints.py [--seeds 10] [--store FILE] [--processes 2]             (the tables; about 15 minutes)
+     python benchmarks/hints.py --search [--seeds 4] [--store FILE] [--processes 2]     (selects the settings; 30)
 
 The student has 17 convolutions of 8 channels with ReLU and a linear layer, no shortcuts, no BatchNorm, and torch's
 default initial weights. Digits, all training labels, no augmentation. All methods get the same images and the same
@@ -10,22 +10,18 @@ the training images), with seeds that serve nothing else. The tables have the ac
 all training images. A seed sets split, teacher, initial weights and order, and is the same for all methods.
 """
 
-import argparse
 import copy
 import itertools
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
+from functools import cache, partial
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from scipy import stats
+from lightning.pytorch import seed_everything
 from torch import nn
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from training import Fits, in_parallel, interval, make_parser, make_trainer, measure, quiet, spread, versions
 
 from kd_lightning import (
     Digits,
@@ -89,59 +85,33 @@ def make_module(method, teacher, *, lr, hint_lr=None, hint_weight=0.0, init="def
 
 
 def fit(module, data, epochs=EPOCHS):
-    """Train to the last step."""
+    """Train to the last step. Return the accuracy."""
     annealing = [SoftWeightAnnealing(**ANNEALED)] if isinstance(module, DistillModule) else []
-    trainer = Trainer(
-        max_epochs=epochs,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=annealing,
-    )
-    trainer.fit(module, datamodule=data)
+    make_trainer(max_epochs=epochs, callbacks=annealing).fit(module, datamodule=data)
+    return measure(module, data)
 
 
-@torch.no_grad()
-def accuracy(network, loader):
-    """The percentage of samples that the network predicts right."""
-    network.eval()
-    right = torch.cat([network(batch.x).argmax(dim=1) == batch.y for batch in loader])
-    return 100 * float(right.double().mean())
-
-
-def run(seed, plan, *, val_size):
+def run(seed, plan, *, fits, val_size):
     """All runs of a plan on one split: {name: accuracy}, on validation images if there are any, else on test images."""
-    torch.set_num_threads(1)
     plain = {"train_transform": nn.Identity()}  # no augmentation
     make_data = partial(SemiSupervisedDataModule, Digits(), val_size=val_size, batch_size=32, seed=seed, **plain)
-    teacher, data = DigitsCNN(32), make_data()
-    seed_everything(seed, verbose=False)
-    options = {"optimizer": partial(AdamW, lr=0.005, weight_decay=0.01)}
-    fit(SupervisedModule(teacher, lr_scheduler=partial(CosineAnnealingLR, T_max=40), **options), data, epochs=40)
-    found = {"teacher": accuracy(teacher, data.val_dataloader() if val_size else data.test_dataloader())}
-    for name, (method, settings) in plan.items():
+
+    @cache
+    def teacher():
         seed_everything(seed, verbose=False)
-        module, data = make_module(method, teacher, **settings), make_data()
-        fit(module, data)
-        found[name] = accuracy(module.student, data.val_dataloader() if val_size else data.test_dataloader())
-        print(f"seed {seed} {name}: {found[name]:.1f}", flush=True)
+        optimizer, schedule = partial(AdamW, lr=0.005, weight_decay=0.01), partial(CosineAnnealingLR, T_max=40)
+        module = SupervisedModule(DigitsCNN(32), optimizer=optimizer, lr_scheduler=schedule)
+        return module.student, fit(module, make_data(), epochs=40)
+
+    def student(method, settings):
+        network, _ = teacher()
+        seed_everything(seed, verbose=False)
+        return fit(make_module(method, network, **settings), make_data())
+
+    found = {"teacher": fits.get([seed, val_size, "teacher"], lambda: teacher()[1])}
+    for name, (method, settings) in plan.items():
+        found[name] = fits.get([seed, val_size, method, settings], partial(student, method, settings))
     return found
-
-
-def spread(values):
-    """Mean and sample standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def interval(mine, others):
-    """Paired difference with its 95 % interval."""
-    gaps = [one - other for one, other in zip(mine, others, strict=True)]
-    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    mean = statistics.mean(gaps)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def step_times(module, x, y, steps):
@@ -158,7 +128,7 @@ def step_times(module, x, y, steps):
 
 def steps_table(repeats=15):
     """Print the cost of a step of stage 1 and of stage 2, in turns, on the same batch."""
-    torch.set_num_threads(1)
+    quiet()
     digits, images = torch.rand(32, 1, 8, 8), torch.rand(16, 3, 32, 32)
     cases = {
         "digits, the middle layer alone": (make_student("default"), DigitsCNN(32), {"stage2.2": "9"}, digits, 20),
@@ -179,57 +149,51 @@ def steps_table(repeats=15):
         print(f"| {name} | {first:.1f} | {second:.1f} | {spread_of} |")
 
 
-def search(seeds):
+def search(fits, seeds, processes):
     """Print the validation accuracies of all settings."""
     plan = {}
     for method, grid in GRID.items():
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             plan[", ".join([method, *(f"{key} {value:g}" for key, value in settings.items())])] = (method, settings)
-    results = in_parallel(partial(run, plan=plan, val_size=0.25), range(100, 100 + seeds))
-    print("\n| method and settings | validation accuracy % | each seed |\n|---|---|---|")
+    of_seed = partial(run, plan=plan, fits=fits, val_size=0.25)
+    results = in_parallel(of_seed, range(100, 100 + seeds), processes)
+    print("| method and settings | validation accuracy % | each seed |\n|---|---|---|")
     for name in results[0]:
         values = [found[name] for found in results]
-        print(f"| {name} | {spread(values)} | {' '.join(f'{value:.1f}' for value in values)} |")
+        print(f"| {name} | {spread(values, 1)} | {' '.join(f'{value:.1f}' for value in values)} |")
 
 
-def compare(seeds):
+def compare(fits, seeds, processes):
     """Print the test accuracies of the selected settings, and the cost of a step."""
     plan = {name: (name, settings) for name, settings in SELECTED.items()}
     others = {"two-stage, ReLU behind the projectors": ("two-stage", SELECTED["two-stage"] | {"relu": True})}
     he = {"lr": 0.003, "init": "He"}  # one rate for all, without a search
     others |= {f"{name}, He's initial weights": (name, he) for name in ("labels", "distillation")}
     others |= {"two-stage, He's initial weights": ("two-stage", he | {"hint_lr": 0.007})}
-    results = in_parallel(partial(compare_seed, plan=plan, others=others), range(seeds))
-    print("\n| method | seeds | accuracy % | each seed | two-stage is ahead by [95 %] |\n|---|---|---|---|---|")
+    results = in_parallel(partial(compare_seed, plan=plan, others=others, fits=fits), range(seeds), processes)
+    print("| method | seeds | accuracy % | each seed | two-stage is ahead by [95 %] |\n|---|---|---|---|---|")
     for name in results[0]:
         values = [found[name] for found in results if name in found]
         best = "two-stage, He's initial weights" if name.endswith("weights") else "two-stage"
-        gap = "" if name in ("teacher", best) else interval([found[best] for found in results if name in found], values)
+        mine = [found[best] for found in results if name in found]
+        gap = "" if name in ("teacher", best) else interval(mine, values, 1)
         each = " ".join(f"{value:.1f}" for value in values)
-        print(f"| {name} | {len(values)} | {spread(values)} | {each} | {gap} |")
+        print(f"| {name} | {len(values)} | {spread(values, 1)} | {each} | {gap} |")
     print()
     steps_table()
 
 
-def compare_seed(seed, plan, others):
+def compare_seed(seed, plan, others, fits):
     """Run one seed; the variants run on the first five seeds alone."""
-    return run(seed, plan | others if seed < 5 else plan, val_size=0)
-
-
-def in_parallel(function, seeds):
-    """Run the seeds in two processes."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return list(pool.map(function, seeds))
+    return run(seed, plan | others if seed < 5 else plan, fits=fits, val_size=0)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--search", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.search:
-        search(arguments.seeds or 4)
-    else:
-        compare(arguments.seeds or 10)
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn")))
+    options = parser.parse_args()
+    table, seeds = (search, 4) if options.search else (compare, 10)
+    table(Fits(options.store), options.seeds or seeds, options.processes)
+    print(versions("scikit-learn"))

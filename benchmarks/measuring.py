@@ -41,10 +41,14 @@ def middle_and_spread(values):
     return statistics.median(values), low, high
 
 
-def code_hash():
-    """Hash of the sources of the package and of the benchmarks: what was measured with other code does not count."""
+def code_hash(scripts=None):
+    """Hash of the sources: what was measured with other code does not count.
+
+    Args:
+        scripts: Files beside the package's. Default: None, which means all benchmarks.
+    """
     package = Path(importlib.util.find_spec("kd_lightning").origin).parent
-    files = sorted([*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+    files = sorted([*package.rglob("*.py"), *(scripts or Path(__file__).parent.glob("*.py"))])
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Hinton's omitted digit: a student distilled without a single 3 predicts 3s once its bias for class 3 is raised.
 
-Run: python benchmarks/omitted_digit.py [--seeds 5]      (about 5 minutes on two cores)
+Run: python benchmarks/omitted_digit.py [--seeds 5] [--store FILE] [--processes 2]      (about a minute)
 
 A teacher is trained on training images of all digits. Then two students are trained on the same images without the 3s:
 one by the teacher's soft targets alone, and one, as the control, by hard targets alone. Then the bias of class 3 is
@@ -13,18 +13,15 @@ A seed sets split, initial weights, order and augmentation. Networks, temperatur
 are the demo's. Nothing was tuned here.
 """
 
-import argparse
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
+from training import Fits, in_parallel, make_parser, make_trainer, versions
 
 from kd_lightning import DatasetSource, Digits, DistillModule, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.losses import KDLoss
@@ -51,20 +48,6 @@ PAPER = {
         "offset": 3.5,
     },
 }
-
-
-def fit(module, data, epochs):
-    """Train to the last step."""
-    trainer = Trainer(
-        max_epochs=epochs,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=data)
 
 
 def optimised(lr, epochs):
@@ -134,11 +117,11 @@ def raised(logits, offset):
 
 def run_seed(seed, epochs=EPOCHS):
     """A teacher and its students on one split: {who: {column: figure}}."""
-    torch.set_num_threads(1)
+    trainer = partial(make_trainer, max_epochs=epochs)
     data = SemiSupervisedDataModule(Digits(), val_size=0.25, batch_size=64, seed=seed)
     seed_everything(seed, verbose=False)
     teacher = DigitsCNN(32)
-    fit(SupervisedModule(teacher, **optimised(0.005, epochs)), data, epochs)
+    trainer().fit(SupervisedModule(teacher, **optimised(0.005, epochs)), datamodule=data)
     students = {}
     for name, soft_weight in {"soft targets": 1.0, "hard targets": 0.0}.items():
         seed_everything(seed, verbose=False)
@@ -150,7 +133,7 @@ def run_seed(seed, epochs=EPOCHS):
             soft_weight=soft_weight,
             **optimised(0.03, epochs),
         )
-        fit(module, transfer_set(data), epochs)
+        trainer().fit(module, datamodule=transfer_set(data))
     offsets = {name: best_offset(*outputs(student, data.val_dataloader())) for name, student in students.items()}
 
     results = {"teacher": figures(*outputs(teacher, data.test_dataloader()), "before")}
@@ -207,14 +190,20 @@ def remark(results):
     )
 
 
+def run(fits, seed):
+    """The results of a seed, from the file if it has them."""
+    return fits.get([seed], partial(run_seed, seed))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    seeds = range(parser.parse_args().seeds)
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        results = dict(zip(seeds, pool.map(run_seed, seeds), strict=True))
+    options = parser.parse_args()
+    seeds = range(options.seeds)
+    found = in_parallel(partial(run, Fits(options.store)), seeds, options.processes)
+    results = dict(zip(seeds, found, strict=True))
     print("\n".join(table(results)))
     test = Digits().load().test
     print(f"\n{len(test.targets)} test images, {int((test.targets == OMITTED).sum())} of them 3s.")
     print(remark(results))
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn")))
+    print(versions("scikit-learn"))

@@ -1,5 +1,7 @@
 """Transfer from the digits 0 to 4 to 5 to 9, for benchmarks/weak_labels.py."""
 
+from functools import partial
+
 from few_labels import make_digits
 from torchvision.transforms import InterpolationMode
 from training import measure, train
@@ -33,20 +35,20 @@ class Transfer:
     def __init__(self, seed, val_size=0):
         self.seed = seed
         self.val_size = val_size
-        digits = ClassSubset(Digits(), [0, 1, 2, 3, 4])
-        rotated = RotatedClasses(digits)
-        self.weights = {"0 to 4": self.pretrain(digits, 5, STEPS)}
-        self.weights["0 to 4, rotated"] = self.pretrain(rotated, 20, 1000, train_transform=strong_moves())
+        self._first = {}
 
-    def pretrain(self, source, classes, steps, **data):
+    def first(self, origin):
         """Weights of a network of the first digits, and the number of its classes."""
-        images = make_digits(val_size=0, seed=self.seed, batch_size=64, **data)
-        images.source = source
-
-        def make(**options):
-            return SupervisedModule(DigitsCNN(32, num_classes=classes), **options)
-
-        return train(steps, self.seed, make, images, lr=0.005).student.state_dict(), classes
+        if origin not in self._first:
+            source, classes, steps, data = ClassSubset(Digits(), [0, 1, 2, 3, 4]), 5, STEPS, {}
+            if origin == "0 to 4, rotated":
+                source, classes, steps, data = RotatedClasses(source), 20, 1000, {"train_transform": strong_moves()}
+            images = make_digits(val_size=0, seed=self.seed, batch_size=64, **data)
+            images.source = source
+            make = partial(DigitsCNN, 32, num_classes=classes)
+            module = train(steps, self.seed, make, SupervisedModule, images, lr=0.005)
+            self._first[origin] = module.student.state_dict(), classes
+        return self._first[origin]
 
     def fit(self, origin, lr=0.01, **callback):
         """Accuracy on the new digits, from weights that were trained on the first ones, or from scratch."""
@@ -60,17 +62,18 @@ class Transfer:
         )
         data.source = ClassSubset(Digits(), [5, 6, 7, 8, 9])
 
-        def make(**options):
-            weights, classes = self.weights[origin] if origin else (None, 5)
+        weights, classes = self.first(origin) if origin else (None, 5)
+
+        def make():
             student = DigitsCNN(32, num_classes=classes)
-            if weights is not None:
-                student.load_state_dict(weights)
-                student = reset_classifier(student, 5)
-            return SupervisedModule(student, **options)
+            if weights is None:
+                return student
+            student.load_state_dict(weights)
+            return reset_classifier(student, 5)
 
         callbacks = [LayerwiseFinetuning(**callback)] if callback else []
-        return measure(train(STEPS, self.seed, make, data, callbacks, lr=lr), data)
+        return measure(train(STEPS, self.seed, make, SupervisedModule, data, callbacks, lr), data)
 
-    def all(self):
-        """Run every method: {name: accuracy}."""
-        return {name: self.fit(**setting) for name, setting in SETTINGS.items()}
+    def plan(self):
+        """Every method: {name: function that trains, and returns the accuracy}."""
+        return {name: partial(self.fit, **setting) for name, setting in SETTINGS.items()}

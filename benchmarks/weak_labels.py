@@ -1,7 +1,9 @@
 """Weak labels (noisy, coarse, few and actively selected, or of other classes): each method against its baseline.
 
-Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer]      (all four if none is named)
-     python benchmarks/weak_labels.py --settings [PART ...]       (selects the settings, on validation images)
+Run: python benchmarks/weak_labels.py [noise] [coarse] [active] [transfer] [--store FILE] [--processes 2]
+     python benchmarks/weak_labels.py --settings [PART ...] [--store FILE] [--processes 2]
+
+All four parts run if none is named (about 25 minutes). --settings selects the settings on validation images (20).
 
 Digits: 1197 training images and 600 test images; for transfer, those of 5 to 9. Test images select nothing. There is no
 validation part, so the last weights are tested. The settings come from other splits, with 25 % of the training images
@@ -10,25 +12,20 @@ schedule and augmentation. Those for noise have one learning rate, the best one 
 noise, network and order. Differences are paired by split.
 """
 
-import argparse
-import statistics
-from concurrent.futures import ProcessPoolExecutor
+import itertools
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from cleanlab.filter import find_label_issues
-from ensemble import interval
-from few_labels import make_digits, quiet
+from few_labels import make_digits
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
-from training import make_trainer, measure, train
+from training import Fits, in_parallel, interval, make_parser, make_trainer, measure, spread, train, versions
 from transfer import Transfer
 
 from kd_lightning import (
@@ -52,7 +49,9 @@ from kd_lightning.losses import (
 from kd_lightning.models import DigitsCNN
 
 STEPS = {"noise": 760, "coarse": 760, "active": 400}
-FOLDS = 5
+SPLITS, FOLDS = 5, 5
+EDITED = "confident learning, dropped"
+STRATEGIES = ("random", "least-confidence", "margin", "entropy", "k-centre", "badge")
 TRANSFER_SPLITS = 30  # the gain is smaller than the scatter between splits
 NOISE = {"40 % symmetric": SymmetricNoise(0.4), "40 % pair": PairNoise(0.4)}
 COARSE = {f"{c}-{c + 1}": [c, c + 1] for c in range(0, 10, 2)}
@@ -70,19 +69,15 @@ class Noise:
         """Train with a loss."""
         data = data or self.make_data(label_noise=self.noise)
 
-        def make(**options):
+        def make(student, **options):
             extra = {"peer": DigitsCNN(32)} if method is CoTeachingModule else {}
-            return method(DigitsCNN(32), **extra, **arguments, hard_loss=hard_loss, **options)
+            return method(student, **extra, **arguments, hard_loss=hard_loss, **options)
 
-        return train(STEPS["noise"], self.seed, make, data, lr=lr)
+        return train(STEPS["noise"], self.seed, partial(DigitsCNN, 32), make, data, lr=lr)
 
     def score(self, *arguments, **options):
         """Accuracy of a training with a loss."""
         return measure(self.fit(*arguments, **options), self.make_data())
-
-    def clean(self, lr=0.01):
-        """Accuracy of a training on the true labels, an upper bound."""
-        return self.score(lr=lr, data=self.make_data())
 
     def out_of_fold(self, lr):
         """Labels, out-of-fold probabilities, true labels and indices of the labeled samples."""
@@ -103,9 +98,9 @@ class Noise:
                     probabilities[batch.index[mine]] = student(batch.x[mine]).double().softmax(1)
         return data.visible_labels()[labeled], probabilities[labeled], data.hidden_truth(labeled), labeled
 
-    def edit(self, lr=0.01, found=None):
+    def edit(self, lr, found):
         """Confident learning: train without the suspects of other folds. Return accuracy, precision and recall."""
-        labels, probabilities, truth, labeled = found or self.out_of_fold(lr)
+        labels, probabilities, truth, labeled = found
         suspect = torch.from_numpy(np.asarray(find_label_issues(labels.numpy(), probabilities.numpy(), n_jobs=1)))
         data = self.make_data(label_noise=self.noise)
         data.setup("")
@@ -115,20 +110,23 @@ class Noise:
         precision, recall = 100 * right / max(float(suspect.sum()), 1.0), 100 * right / float(wrong.sum())
         return self.score(lr=lr, data=data), precision, recall
 
-    def all(self):
-        """Run every method: {name: accuracy}, and the precision and recall of the suspects."""
-        lr, found = SETTINGS["noise"], {}
-        found["cross-entropy"] = self.score(lr=lr)
-        found["label smoothing"] = self.score(nn.CrossEntropyLoss(label_smoothing=0.2), lr)
-        for name, loss in LOSSES.items():
-            found[name] = self.score(loss(), lr)
-        folds = self.out_of_fold(lr)
-        for name, matrix in (("true T", self.noise.matrix(10)), ("T from anchors", estimate_transition(folds[1]))):
-            found[f"forward correction, {name}"] = self.score(ForwardCorrectionLoss(matrix.tolist()), lr)
-        found["co-teaching"] = self.score(lr=lr, method=CoTeachingModule, forget_rate=0.4, **SETTINGS["co-teaching"])
-        found["confident learning, dropped"], precision, recall = self.edit(lr, folds)
-        found["true labels"] = self.clean(lr)
-        return found, (precision, recall)
+    def plan(self):
+        """Every method: {name: function that trains, and returns the accuracy}. EDITED returns a list."""
+        lr, folds = SETTINGS["noise"], cache(partial(self.out_of_fold, SETTINGS["noise"]))
+
+        def corrected(matrix):
+            return self.score(ForwardCorrectionLoss(matrix().tolist()), lr)
+
+        plan = {"cross-entropy": partial(self.score, lr=lr)}
+        plan["label smoothing"] = partial(self.score, nn.CrossEntropyLoss(label_smoothing=0.2), lr)
+        plan |= {name: lambda loss=loss: self.score(loss(), lr) for name, loss in LOSSES.items()}
+        plan["forward correction, true T"] = partial(corrected, lambda: self.noise.matrix(10))
+        plan["forward correction, T from anchors"] = partial(corrected, lambda: estimate_transition(folds()[1]))
+        co_teaching = {"method": CoTeachingModule, "forget_rate": 0.4, **SETTINGS["co-teaching"]}
+        plan["co-teaching"] = partial(self.score, lr=lr, **co_teaching)
+        plan[EDITED] = lambda: self.edit(lr, folds())
+        plan["true labels"] = partial(self.score, lr=lr, data=self.make_data())  # an upper bound
+        return plan
 
 
 class Coarse:
@@ -141,10 +139,8 @@ class Coarse:
     def fine(self, lr=0.01, student=None):
         """Accuracy of a training on the fine labels alone."""
         data = self.make_data(unlabeled="none", batch_size=32, views_per_epoch=20)
-        student = student or partial(DigitsCNN, 8)
-        return measure(
-            train(STEPS["coarse"], self.seed, lambda **o: SupervisedModule(student(), **o), data, lr=lr), data
-        )
+        make = student or partial(DigitsCNN, 8)
+        return measure(train(STEPS["coarse"], self.seed, make, SupervisedModule, data, lr=lr), data)
 
     def head(self, lr=0.01):
         """Train a network on all coarse labels; then train it with a new head on the fine labels."""
@@ -155,40 +151,34 @@ class Coarse:
         coarse.setup("")
         used = sorted([*data.split.labeled, *data.split.unlabeled])
         coarse.split = replace(coarse.split, labeled=used, unlabeled=[], left_out=data.split.val)
-        make = partial(SupervisedModule, DigitsCNN(8, num_classes=5))
-        network = train(STEPS["coarse"], self.seed, lambda **o: make(**o), coarse, lr=lr).student
+        make = partial(DigitsCNN, 8, num_classes=5)
+        network = train(STEPS["coarse"], self.seed, make, SupervisedModule, coarse, lr=lr).student
         return self.fine(lr, lambda: reset_classifier(network, 10))
 
     def loss(self, lr=0.01, labeled=32):
         """Train on fine and coarse labels at once, with the loss of coarse labels."""
         streams = {"batch_size": 96, "labeled_batch_size": labeled}
         data = self.make_data(coarse=CoarseLabels(COARSE), **streams)
-        make = lambda **options: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731
-        return measure(train(STEPS["coarse"], self.seed, make, data, lr=lr), data)
+        make = partial(DigitsCNN, 8)
+        return measure(train(STEPS["coarse"], self.seed, make, SupervisedModule, data, lr=lr), data)
 
-    def all(self):
-        """Run every method: {name: accuracy}."""
-        found = {"fine labels alone": self.fine(SETTINGS["fine"])}
-        found["coarse head first"] = self.head(SETTINGS["head"])
-        found["coarse-label loss"] = self.loss(**SETTINGS["coarse"])
-        return found
+    def plan(self):
+        """Every method: {name: function that trains, and returns the accuracy}."""
+        plan = {"fine labels alone": partial(self.fine, SETTINGS["fine"])}
+        plan["coarse head first"] = partial(self.head, SETTINGS["head"])
+        plan["coarse-label loss"] = partial(self.loss, **SETTINGS["coarse"])
+        return plan
 
 
-def active(seed):
-    """Run every strategy from 20 to 100 labels in rounds of 20: {strategy: [accuracy of each round]}."""
-    quiet()
-    found = {}
-    for strategy in ("random", "least-confidence", "margin", "entropy", "k-centre", "badge"):
-        make_data = partial(make_digits, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
-        schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
-        optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
-        options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
-        make_module = lambda: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731, B023
-        trainer = partial(make_trainer, STEPS["active"])
-        loop = ActiveLearningLoop(make_module, make_data, trainer, strategy, queries=20, rounds=4, seed=seed)
-        found[strategy] = loop.run()
-        print(seed, strategy, [round(100 * r["accuracy"], 2) for r in found[strategy]], flush=True)
-    return found
+def active(strategy, seed):
+    """Run a strategy from 20 to 100 labels in rounds of 20: results of each round."""
+    make_data = partial(make_digits, labeled=2, val_size=0, seed=seed, batch_size=96, labeled_batch_size=32)
+    optimizer = partial(AdamW, lr=SETTINGS["fine"], weight_decay=0.01)
+    schedule = partial(CosineAnnealingLR, T_max=STEPS["active"])
+    options = {"optimizer": optimizer, "lr_scheduler": schedule, "lr_interval": "step"}
+    trainer = partial(make_trainer, max_steps=STEPS["active"], max_epochs=-1)
+    make_module = lambda: SupervisedModule(DigitsCNN(8), **options)  # noqa: E731
+    return ActiveLearningLoop(make_module, make_data, trainer, strategy, queries=20, rounds=4, seed=seed).run()
 
 
 SETTINGS = {
@@ -207,91 +197,90 @@ LOSSES = {
 }
 
 
-def try_transfer(seed, record):
-    """Try the start and the learning rates of transfer."""
-    transfer = Transfer(seed, val_size=0.9)
+def transfer_trials(seed):
+    """The start and the learning rates of transfer: {(method, setting): function that trains}."""
+    transfer, plan = Transfer(seed, val_size=0.9), {}
     for lr in (0.003, 0.01):
-        record("from scratch", {"lr": lr}, transfer.fit(None, lr))
+        plan["from scratch", f"lr: {lr}"] = partial(transfer.fit, None, lr)
         for origin in ("0 to 4", "0 to 4, rotated"):
-            record(f"{origin}, all layers alike", {"lr": lr}, transfer.fit(origin, lr))
+            plan[f"{origin}, all layers alike", f"lr: {lr}"] = partial(transfer.fit, origin, lr)
             for options in (
                 {"frozen_epochs": 5, "lr_decay": 0.5},
                 {"frozen_epochs": 0, "lr_decay": 0.5},
                 {"frozen_epochs": 0, "batch_norm": "freeze"},
             ):
-                record(f"{origin}, by layer", {"lr": lr, **options}, transfer.fit(origin, lr, **options))
+                setting = _text({"lr": lr, **options})
+                plan[f"{origin}, by layer", setting] = partial(transfer.fit, origin, lr, **options)
+    return plan
 
 
-def try_noise(seed, record):
-    """Try losses and methods with symmetric noise."""
-    noise = Noise(seed, NOISE["40 % symmetric"], val_size=0.25)
+def noise_trials(seed):
+    """Losses and methods with symmetric noise: {(method, setting): function that trains}."""
+    noise, plan = Noise(seed, NOISE["40 % symmetric"], val_size=0.25), {}
+
+    def add(name, setting, make_loss=lambda: None, **options):
+        plan[name, _text(setting)] = lambda: noise.score(make_loss(), setting["lr"], **options)
+
     for lr in (0.003, 0.01):
-        record("cross-entropy", {"lr": lr}, noise.score(lr=lr))
+        add("cross-entropy", {"lr": lr})
         for q in (0.5, 0.7, 0.9):
-            record("GCE", {"lr": lr, "q": q}, noise.score(GeneralizedCrossEntropyLoss(q), lr))
+            add("GCE", {"lr": lr, "q": q}, partial(GeneralizedCrossEntropyLoss, q))
         for alpha, beta in ((0.1, 1.0), (0.1, 0.3), (1.0, 1.0)):
-            loss = SymmetricCrossEntropyLoss(alpha, beta)
-            record("symmetric CE", {"lr": lr, "alpha": alpha, "beta": beta}, noise.score(loss, lr))
+            loss = partial(SymmetricCrossEntropyLoss, alpha, beta)
+            add("symmetric CE", {"lr": lr, "alpha": alpha, "beta": beta}, loss)
         for weight, momentum in ((1.0, 0.7), (3.0, 0.7), (3.0, 0.9)):
-            loss = EarlyLearningLoss(weight, momentum)
-            record("ELR", {"lr": lr, "weight": weight, "momentum": momentum}, noise.score(loss, lr))
+            loss = partial(EarlyLearningLoss, weight, momentum)
+            add("ELR", {"lr": lr, "weight": weight, "momentum": momentum}, loss)
         for epochs in (5, 10, 20):
-            options = {"forget_rate": 0.4, "ramp_epochs": epochs}
-            record("co-teaching", {"lr": lr, "ramp": epochs}, noise.score(lr=lr, method=CoTeachingModule, **options))
-        record("forward", {"lr": lr}, noise.score(ForwardCorrectionLoss(noise.noise.matrix(10).tolist()), lr))
+            options = {"method": CoTeachingModule, "forget_rate": 0.4, "ramp_epochs": epochs}
+            add("co-teaching", {"lr": lr, "ramp": epochs}, **options)
+        add("forward", {"lr": lr}, lambda: ForwardCorrectionLoss(noise.noise.matrix(10).tolist()))
+    return plan
 
 
-def try_coarse(seed, record):
-    """Try the methods for coarse labels."""
-    coarse = Coarse(seed, val_size=0.25)
+def coarse_trials(seed):
+    """The methods for coarse labels: {(method, setting): function that trains}."""
+    coarse, plan = Coarse(seed, val_size=0.25), {}
     for lr in (0.003, 0.01, 0.03):
-        record("fine labels alone", {"lr": lr}, coarse.fine(lr))
-        record("coarse head first", {"lr": lr}, coarse.head(lr))
+        plan["fine labels alone", f"lr: {lr}"] = partial(coarse.fine, lr)
+        plan["coarse head first", f"lr: {lr}"] = partial(coarse.head, lr)
         for labeled in (16, 32):
-            record("coarse-label loss", {"lr": lr, "labeled in a batch": labeled}, coarse.loss(lr, labeled))
+            setting = _text({"lr": lr, "labeled in a batch": labeled})
+            plan["coarse-label loss", setting] = partial(coarse.loss, lr, labeled)
+    return plan
 
 
-TRIALS = {"noise": (try_noise, 4), "coarse": (try_coarse, 4), "transfer": (try_transfer, 10)}  # on so many splits
+def _text(setting):
+    return ", ".join(f"{name}: {value}" for name, value in setting.items())
 
 
-def try_settings(part, seed):
+TRIALS = {"noise": (noise_trials, 4), "coarse": (coarse_trials, 4), "transfer": (transfer_trials, 10)}  # so many splits
+PARTS = {
+    **{name: lambda seed, noise=noise: Noise(seed, noise).plan() for name, noise in NOISE.items()},
+    "coarse": lambda seed: Coarse(seed).plan(),
+    "transfer": lambda seed: Transfer(seed).plan(),
+    **{strategy: lambda seed, s=strategy: {s: partial(active, s, seed)} for strategy in STRATEGIES},
+}
+
+
+def run_trials(fits, case):
     """Try the settings of a part on one split: {(method, setting): validation accuracy}."""
-    quiet()
-    found = {}
-
-    def record(method, setting, value):
-        found[method, str(setting)] = value
-        print(seed, method, setting, round(value, 2), flush=True)
-
-    TRIALS[part][0](seed, record)
-    return found
+    part, seed = case
+    return {key: fits.get([part, seed, *key], function) for key, function in TRIALS[part][0](seed).items()}
 
 
-def settings(part, pool):
+def run(fits, case):
+    """Run all methods of a part on one split: {name: figures}."""
+    part, seed = case
+    return {name: fits.get([part, seed, name], function) for name, function in PARTS[part](seed).items()}
+
+
+def settings(part, call):
     """Print the table of every setting, on validation images of splits that serve nothing else."""
-    found = list(pool.map(partial(try_settings, part), range(100, 100 + TRIALS[part][1])))
+    found = call(run_trials, [(part, 100 + split) for split in range(TRIALS[part][1])])
     print("\n| method | setting | validation accuracy % |\n|---|---|---|")
     for method, setting in found[0]:
-        values = [of_split[method, setting] for of_split in found]
-        print(f"| {method} | {setting} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |")
-
-
-def run_noise(seed):
-    """Run all methods with both kinds of noise on one split."""
-    quiet()
-    found = {}
-    for name, noise in NOISE.items():
-        found[name] = Noise(seed, noise).all()
-        print(seed, name, found[name], flush=True)
-    return found
-
-
-def run_all(part, seed):
-    """Run all methods of a part on one split."""
-    quiet()
-    found = part(seed).all()
-    print(seed, found, flush=True)
-    return found
+        print(f"| {method} | {setting} | {spread([of_split[method, setting] for of_split in found])} |")
 
 
 def table(found, base):
@@ -299,60 +288,69 @@ def table(found, base):
     print(f"| test accuracy % | mean ± std | over {base} |\n|---|---|---|")
     for name in found[0]:
         values, others = ([of_split[method] for of_split in found] for method in (name, base))
-        mean = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-        print(f"| {name} | {mean} | {interval(values, others) if name != base else ''} |")
+        print(f"| {name} | {spread(values)} | {interval(values, others) if name != base else ''} |")
 
 
-def report_noise(pool):
+def report_noise(call):
     """Print the tables of both kinds of noise."""
-    found = list(pool.map(run_noise, range(5)))
-    for name in NOISE:
+    found = call(run, [*itertools.product(NOISE, range(SPLITS))])
+    for number, name in enumerate(NOISE):
+        mine = found[SPLITS * number : SPLITS * (number + 1)]
+        _, *suspects = zip(*(of_split[EDITED] for of_split in mine), strict=True)
         print(f"\n{name} noise")
-        table([of_split[name][0] for of_split in found], "cross-entropy")
-        for number, what in enumerate(("precision", "recall")):
-            values = [of_split[name][1][number] for of_split in found]
-            print(f"{what} of the suspects: {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %")
+        table([of_split | {EDITED: of_split[EDITED][0]} for of_split in mine], "cross-entropy")
+        for what, values in zip(("precision", "recall"), suspects, strict=True):
+            print(f"{what} of the suspects: {spread(values, 1)} %")
 
 
-def report_coarse(pool):
+def report_coarse(call):
     """Print the table of coarse labels."""
     print()
-    table(list(pool.map(partial(run_all, Coarse), range(5))), "fine labels alone")
+    table(call(run, [("coarse", seed) for seed in range(SPLITS)]), "fine labels alone")
 
 
-def report_active(pool):
+def report_active(call):
     """Print accuracy by number of labels and strategy, and save a picture."""
-    found = list(pool.map(active, range(5)))
-    counts = [result["labels"] for result in found[0]["random"]]
+    cases = [*itertools.product(STRATEGIES, range(SPLITS))]
+    results = {strategy: [] for strategy in STRATEGIES}
+    for (strategy, _), found in zip(cases, call(run, cases), strict=True):
+        results[strategy].append(found[strategy])
+    counts = [result["labels"] for result in results["random"][0]]
     print("\n| test accuracy % | " + " | ".join(f"{count} labels" for count in counts) + " |")
     print("|---" * (1 + len(counts)) + "|")
-    for strategy in found[0]:
-        rounds = zip(*([100 * r["accuracy"] for r in of_split[strategy]] for of_split in found), strict=True)
-        cells = [f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" for values in rounds]
-        print(f"| {strategy} | {' | '.join(cells)} |")
-    figure = plot({strategy: [of_split[strategy] for of_split in found] for strategy in found[0]})
-    figure.savefig(Path(__file__).with_name("active.png"), dpi=100)
+    for strategy, found in results.items():
+        rounds = zip(*([100 * result["accuracy"] for result in of_split] for of_split in found), strict=True)
+        print(f"| {strategy} | {' | '.join(spread(values) for values in rounds)} |")
+    plot(results).savefig(Path(__file__).with_name("active.png"), dpi=100)
 
 
-def report_transfer(pool):
+def report_transfer(call):
     """Print the table of transfer."""
     print()
-    table(list(pool.map(partial(run_all, Transfer), range(TRANSFER_SPLITS))), "from scratch")
+    table(call(run, [("transfer", seed) for seed in range(TRANSFER_SPLITS)]), "from scratch")
 
 
 REPORTS = {"noise": report_noise, "coarse": report_coarse, "active": report_active, "transfer": report_transfer}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    """Print the tables."""
+    parser = make_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="|".join(REPORTS), help="the parts to run; default: all")
     parser.add_argument("--settings", action="store_true", help="select the settings, on validation images")
     options = parser.parse_args()
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for part in options.parts or REPORTS:
-            if not options.settings:
-                REPORTS[part](pool)
-            elif part in TRIALS:
-                settings(part, pool)
-    packages = ("torch", "torchvision", "lightning", "cleanlab", "scikit-activeml")
-    print(", ".join(f"{name} {version(name)}" for name in packages))
+    fits = Fits(options.store)
+
+    def call(function, cases):
+        return in_parallel(partial(function, fits), cases, options.processes)
+
+    for part in options.parts or REPORTS:
+        if not options.settings:
+            REPORTS[part](call)
+        elif part in TRIALS:
+            settings(part, call)
+    print(versions("cleanlab", "scikit-activeml"))
+
+
+if __name__ == "__main__":
+    main()

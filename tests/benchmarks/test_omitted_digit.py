@@ -1,6 +1,6 @@
 """Hinton's omitted digit: no 3 teaches, and no test image chooses the bias."""
 
-import importlib.util
+import importlib
 
 import pytest
 import torch
@@ -13,10 +13,9 @@ from kd_lightning.data.sources.source import Part
 @pytest.fixture(scope="module")
 def benchmark(root):
     """The script, which lies in no package."""
-    spec = importlib.util.spec_from_file_location("omitted_digit", root / "benchmarks/omitted_digit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root / "benchmarks"))
+        return importlib.import_module("omitted_digit")
 
 
 class Blanked(Digits):
