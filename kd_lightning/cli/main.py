@@ -214,6 +214,9 @@ class DistillCLI(LightningCLI):
             config["checkpoint"].save_last = None
             settings = self._own_config.checkpoint
             callbacks.append(LastCheckpoint(**{name: settings[name] for name in _SETTINGS_OF_LAST}))
+            best = config["checkpoint"]
+            if best.monitor is best.filename is None and best.save_top_k == 1 and not best.save_weights_only:
+                callbacks.remove(best)  # it would write the same a second time
         if trainer["enable_checkpointing"] is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         built = self._instantiate_trainer(trainer, callbacks)

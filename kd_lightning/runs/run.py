@@ -274,16 +274,19 @@ class Run:
         return next((path for path in found if path.stem.startswith("last")), found[0])
 
     def best_checkpoint(self) -> Path:
-        """The checkpoint with the best value of the monitored metric; without a monitor the last but ``last.ckpt``."""
+        """The checkpoint with the best value of the monitored metric; without a monitor the last one."""
         found = self.checkpoints()
         others = [path for path in found if not path.stem.startswith("last")]
-        states = (read_checkpoint(found[0]).get("callbacks") or {}) if found else {}
-        for state in states.values():
-            if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path"):
+        callbacks = (read_checkpoint(found[0]).get("callbacks") or {}) if found else {}
+        states = [state for state in callbacks.values() if isinstance(state, dict) and "monitor" in state]
+        for state in states:
+            if state["monitor"] and state.get("best_model_path"):
                 return self._moved(Path(state["best_model_path"]), state.get("dirpath"), others)
+        if not others and states and not any(state["monitor"] for state in states):
+            return self.last_checkpoint()
         if not others:
             raise InputError(f"ckpt_path: best, but {self.folder} has no checkpoint of a best value")
-        if states or len(others) == 1:
+        if callbacks or len(others) == 1:
             return others[0]
         deployed = self.deployed_checkpoint()  # checkpoints of weights alone do not hold the best value
         if deployed is None:
