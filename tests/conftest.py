@@ -1,9 +1,12 @@
 """What many tests share."""
 
+import gc
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -12,6 +15,18 @@ from kd_lightning.data import Digits
 from kd_lightning.models import DigitsCNN
 
 torch.set_num_threads(1)  # the networks are tiny
+gc.disable()  # until all tests are collected
+for devices in (torch.cuda, torch.xpu, torch.mtia):
+    if not devices.is_available():  # torch.manual_seed formats the call stack for them, which takes half a millisecond
+        devices.manual_seed_all = lambda seed: None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Let the garbage collector leave out the libraries and the tests, and run seldom: it took a sixth of a fit."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture
@@ -116,6 +131,31 @@ def config(tmp_path, monkeypatch):
             "init_args": {"source": {"class_path": "Digits"}, "labeled": 5, "batch_size": 32},
         },
     }
+
+
+@pytest.fixture(scope="session")
+def runs_of_configs():
+    """The folders of runs, by their config."""
+    return {}
+
+
+@pytest.fixture
+def fit_or_copy(runs_of_configs, tmp_path_factory):
+    """Fits a config in a folder that has no run yet; the same config is trained once, and its run is copied then."""
+
+    def run(config, path="config.yaml"):
+        text = yaml.safe_dump(config)
+        Path(path).write_text(text)
+        assert not Path("runs").exists()
+        if text not in runs_of_configs:
+            main(["fit", "--config", path])
+            runs_of_configs[text] = tmp_path_factory.mktemp("run")
+            shutil.copytree("runs", runs_of_configs[text], dirs_exist_ok=True)
+        else:
+            shutil.copytree(runs_of_configs[text], "runs")
+        return path
+
+    return run
 
 
 @pytest.fixture

@@ -79,15 +79,15 @@ class TestStory:
             assert yaml.safe_load(file.metadata()["classes"]) == list("0123456789")
             assert yaml.safe_load(file.metadata()["input_shape"]) == [1, 8, 8]
 
-    def test_saved_config_reruns_to_the_same_weights(self, config):
-        main(["fit", "--config", write(config)])
+    def test_saved_config_reruns_to_the_same_weights(self, config, fit_or_copy):
+        fit_or_copy(config)
         main(["fit", "--config", "runs/tiny/version_0/config.yaml"])
         first, second = (weights(f"runs/tiny/version_{k}/checkpoints/last.ckpt") for k in (0, 1))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
 
-    def test_student_is_tested_without_the_teachers_file(self, config):
-        main(["fit", "--config", write(config)])
+    def test_student_is_tested_without_the_teachers_file(self, config, fit_or_copy):
+        fit_or_copy(config)
         Path("teacher.pt").unlink()
         main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
         main(["predict", "--config", "config.yaml", "--ckpt_path", "last"])
@@ -146,8 +146,23 @@ class TestResume:
         steps = [(row["step"], row["train/loss_step"]) for row in before if row["train/loss_step"]]
         assert [(row["step"], row["train/loss_step"]) for row in rows(run) if row["train/loss_step"]] == steps
 
-    def test_command_line_wins_over_the_checkpoints_hyperparameters(self, config):
+    @pytest.mark.parametrize(
+        ("more", "written"),
+        [
+            ({}, ["last.ckpt"]),
+            ({"filename": "own"}, ["last.ckpt", "own.ckpt"]),
+            ({"save_last": False}, ["epoch=1-step=8.ckpt"]),
+        ],
+    )
+    def test_without_a_monitor_the_last_weights_are_written_once(self, more, written, config):
+        config["checkpoint"] = {"monitor": None, **more}
         main(["fit", "--config", write(config)])
+        assert sorted(path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir()) == written
+        cli = DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "best"])  # nothing is left to train
+        assert (cli.trainer.global_step, cli.run_folder) == (8, Path("runs/tiny/version_0"))
+
+    def test_command_line_wins_over_the_checkpoints_hyperparameters(self, config, fit_or_copy):
+        fit_or_copy(config)
         args = ["fit", "--config", "config.yaml", "--model.init_args.soft_weight", "0.75", "--trainer.max_epochs", "3"]
         cli = DistillCLI([*args, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt"])
         assert cli.run_folder == Path("runs/tiny/version_1")  # with another config it is another run

@@ -2,8 +2,8 @@
 
 import csv
 import gzip
-import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -63,8 +63,8 @@ class TestFolders:
         assert "gone.pt" in fails("fit", "--config", write(config))
         assert not Path("runs/tiny").exists()
 
-    def test_nor_one_that_starts_from_the_checkpoint_of_another(self, config):
-        main(["fit", "--config", write(config)])
+    def test_nor_one_that_starts_from_the_checkpoint_of_another(self, config, fit_or_copy):
+        fit_or_copy(config)
         path = str(RUN / "checkpoints/last.ckpt")
         longer = failing(config, {"init_args": {"step": 8}})
         longer["trainer"]["max_epochs"] = 3
@@ -107,8 +107,8 @@ class TestResume:
             (["--data.init_args.seed", "7"], "data.init_args.seed: 7, not 0"),
         ],
     )
-    def test_another_config_is_not_resumed(self, override, key, config, fails):
-        main(["fit", "--config", write(config)])
+    def test_another_config_is_not_resumed(self, override, key, config, fails, fit_or_copy):
+        fit_or_copy(config)
         before = sorted(path.stat().st_mtime_ns for path in Path("runs").rglob("*"))
         for which in ("last", "best"):
             message = fails("fit", "--config", "config.yaml", "--ckpt_path", which, *override)
@@ -116,14 +116,14 @@ class TestResume:
             assert str(RUN) in message
         assert sorted(path.stat().st_mtime_ns for path in Path("runs").rglob("*")) == before
 
-    def test_nor_one_with_another_teacher(self, config, fails):
-        main(["fit", "--config", write(config)])
+    def test_nor_one_with_another_teacher(self, config, fails, fit_or_copy):
+        fit_or_copy(config)
         torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
         message = fails("fit", "--config", "config.yaml", "--ckpt_path", "last")
         assert "model.init_args.teacher.init_args.path" in message
 
-    def test_what_changes_no_weight_may_differ(self, config):
-        main(["fit", "--config", write(config)])
+    def test_what_changes_no_weight_may_differ(self, config, fit_or_copy):
+        fit_or_copy(config)
         args = ["--trainer.log_every_n_steps", "3", "--data.init_args.num_workers", "1"]
         assert DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "last", *args]).run_folder == RUN
         assert Run(RUN).finished
@@ -136,16 +136,16 @@ class TestResume:
         main(["fit", "--config", "config.yaml", "--trainer.max_epochs", "1"])
         assert "trainer.max_epochs: 2, not 1" in fails("fit", "--config", "config.yaml", "--ckpt_path", "last")
 
-    def test_another_path_of_the_same_teacher(self, config):
-        main(["fit", "--config", write(config)])
+    def test_another_path_of_the_same_teacher(self, config, fit_or_copy):
+        fit_or_copy(config)
         path = "--model.init_args.teacher.init_args.path"
         for command in (["fit", "--ckpt_path", "last"], ["test"]):
             command += ["--config", "config.yaml", path, str(Path("teacher.pt").resolve())]
             assert DistillCLI(command).run_folder == RUN
 
-    def test_nothing_is_left_to_train(self, config):
+    def test_nothing_is_left_to_train(self, config, fit_or_copy):
         """The deployed file stays the same, so that its figures hold."""
-        main(["fit", "--config", write(config)])
+        fit_or_copy(config)
         before = (RUN / "student.safetensors").read_bytes()
         main(["fit", "--config", "config.yaml", "--ckpt_path", "last"])
         assert (RUN / "student.safetensors").read_bytes() == before
@@ -252,6 +252,7 @@ class Foreign(LightningModule):
 
 def test_figures_of_a_foreign_module_end_with_its_next_step(config):
     config["model"] = {"class_path": f"{__name__}.Foreign"}
+    config["checkpoint"] = {"save_top_k": -1}  # without a monitor there would be the last one alone
     main(["fit", "--config", write(config)])
     main(["test", "--config", "config.yaml"])
     assert Run(RUN).result("test").figures == {"accuracy": 0.5}
@@ -291,16 +292,15 @@ class TestDirection:
 
 class TestDeployedWeights:
     @pytest.fixture
-    def best(self, config):
+    def best(self, config, fit_or_copy):
         """A run whose best checkpoint is not its last one."""
         config["checkpoint"] = NESTING | {"monitor": "val/loss", "save_top_k": 1}
         config["trainer"]["max_epochs"] = 4
         config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Worsen"}]
-        cli = DistillCLI(["fit", "--config", write(config)])
+        fit_or_copy(config)
         last = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         deployed = load_file(RUN / "student.safetensors")
         assert not all(torch.equal(deployed[key], last[f"student.{key}"]) for key in deployed)
-        return cli
 
     def test_they_are_tested_and_predicted_by_default(self, best, capsys):
         cli = DistillCLI(["test", "--config", "config.yaml"])
@@ -347,8 +347,8 @@ class TestDeployedWeights:
         main(["test", "--config", "config.yaml", "--ckpt_path", "last"])
         assert Run(RUN).result("test") == result
 
-    def test_of_the_newest_run_of_this_config(self, config, fails):
-        main(["fit", "--config", write(config)])
+    def test_of_the_newest_run_of_this_config(self, config, fails, fit_or_copy):
+        fit_or_copy(config)
         main(["fit", "--config", "config.yaml", "--trainer.max_epochs", "1"])
         assert DistillCLI(["test", "--config", "config.yaml"]).run_folder == RUN
         message = fails("test", "--config", "config.yaml", "--trainer.max_epochs", "5")
@@ -364,8 +364,8 @@ class TestDeployedWeights:
         assert "test/accuracy" in cli.trainer.callback_metrics
         assert not (RUN / "config.yaml").exists()
 
-    def test_data_of_another_config_does_not_count(self, config):
-        main(["fit", "--config", write(config)])
+    def test_data_of_another_config_does_not_count(self, config, fit_or_copy):
+        fit_or_copy(config)
         args = ["--ckpt_path", str(RUN / "student.safetensors"), "--data.init_args.labeled", "7"]
         cli = DistillCLI(["test", "--config", "config.yaml", *args])
         assert cli.run_folder != RUN
@@ -387,28 +387,6 @@ class TestDeployedWeights:
 @pytest.mark.slow
 @pytest.mark.dist
 class TestProcesses:
-    def test_started_together_each_has_its_folder(self, config):
-        """Ten command lines of one name at once."""
-        import subprocess
-        import sys
-
-        config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2}
-        command = [sys.executable, "-m", "kd_lightning", "fit", "--config", write(config), "--seed_everything"]
-        started = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE, text=True) for seed in range(10)]
-        errors = [process.communicate(timeout=300)[1] for process in started]
-        assert [process.returncode for process in started] == [0] * 10, errors
-        seeds = set()
-        for folder in Path("runs/tiny").iterdir():
-            run = Run(folder)
-            last = torch.load(run.last_checkpoint(), weights_only=True)["state_dict"]
-            deployed = load_file(run.weights)
-            assert all(torch.equal(deployed[key], last[f"student.{key}"]) for key in deployed)
-            assert run.finished
-            assert len(run.rows()) > 1
-            assert json.loads((folder / "split.json").read_text())["seed"] == 0
-            seeds.add(run.seed)
-        assert seeds == set(range(10))
-
     @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
     def test_ranks_share_one(self, launcher, config):
         import subprocess
@@ -444,14 +422,23 @@ def contents(part):
 class TestDataThatChanged:
     """Files are added, removed and renamed after the fit."""
 
-    @pytest.fixture
-    def fitted(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        pixels = torch.randint(256, (200, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    PIXELS = torch.randint(256, (200, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, tmp_path_factory):
+        """The folder of a fit that has been validated."""
+        folder = tmp_path_factory.mktemp("trained")
+        with chdir(folder):
+            cls.fit_and_validate()
+        return folder
+
+    @classmethod
+    def fit_and_validate(cls):
         for number in range(60):
             part, name = ("train", "test")[number >= 40], ("cats", "dogs")[number % 2]
             Path(part, name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[number]).save(f"{part}/{name}/{number:02}.png")
+            Image.fromarray(cls.PIXELS[number]).save(f"{part}/{name}/{number:02}.png")
         source = {"train": "train", "test": "test", "image_size": 8}
         data = {"source": {"class_path": "ImageFolder", "init_args": source}, "labeled": 5, "val_size": 0.25}
         config = {
@@ -463,11 +450,16 @@ class TestDataThatChanged:
         }
         main(["fit", "--config", write(config)])
         main(["validate", "--config", "config.yaml"])
+
+    @pytest.fixture
+    def fitted(self, trained, tmp_path, monkeypatch):
+        shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+        monkeypatch.chdir(tmp_path)
         before = contents("val")
         assert len(before) == 10
         for number in range(60, 68):
-            Image.fromarray(pixels[number]).save(f"train/cats/{number - 60:02}_new.png")
-        Image.fromarray(pixels[70]).save("test/cats/00_new.png")
+            Image.fromarray(self.PIXELS[number]).save(f"train/cats/{number - 60:02}_new.png")
+        Image.fromarray(self.PIXELS[70]).save("test/cats/00_new.png")
         first = next(path for path in before.values() if "cats" in path)
         Path("train", first).rename("train/cats/zz.png")
         Path("train", next(path for path in before.values() if "dogs" in path)).unlink()

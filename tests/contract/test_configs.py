@@ -294,11 +294,12 @@ def metrics(folder):
 
 
 KILLS = [  # the step before which each attempt ends, of three epochs of four steps: the first is an epoch's boundary
-    pytest.param((4, 9), False, id="twice", marks=pytest.mark.slow),
+    pytest.param((4, 9), False, id="twice"),
     pytest.param((4, 8, 11), True, id="three times, averaged weights"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kills", "averaged"), KILLS)
 def test_killed_again_and_again(each_module, kills, averaged, tmp_path, monkeypatch, contract):
     """Each attempt resumes from the last checkpoint of the one before. Averaged weights are the deployed ones."""

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from kd_lightning.__main__ import main
+from kd_lightning.runs.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 ROWS = 32  # of the global batch
@@ -253,3 +254,23 @@ def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypa
         ends.append((last["global_step"], torch.cat([t.flatten() for t in last["state_dict"].values()])))
     assert ends[0][0] == ends[1][0] == 32
     assert (ends[0][1] - ends[1][1]).abs().max() < 1e-5
+
+
+def test_started_together_each_has_its_folder(config, processes):
+    """Ten command lines of one name at once."""
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    command = ["fit", "--config", "config.yaml", "--seed_everything"]
+    codes, outputs = processes.run(*(([*command, str(seed)], {}) for seed in range(10)))
+    assert codes == [0] * 10, outputs
+    seeds = set()
+    for folder in Path("runs/tiny").iterdir():
+        run = Run(folder)
+        last = torch.load(run.last_checkpoint(), weights_only=True)["state_dict"]
+        deployed = load_file(run.weights)
+        assert all(torch.equal(deployed[key], last[f"student.{key}"]) for key in deployed)
+        assert run.finished
+        assert len(run.rows()) > 1
+        assert json.loads((folder / "split.json").read_text())["seed"] == 0
+        seeds.add(run.seed)
+    assert seeds == set(range(10))

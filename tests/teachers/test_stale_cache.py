@@ -187,11 +187,16 @@ KINDS |= {"code of the dataset": change_code("shift"), "attribute of the teacher
 KINDS |= {"buffer that is not saved": change_net("buffer"), "extra state": change_net("extra")}
 
 
+SOME = range(2 * len(KINDS))  # each kind twice
+PARTS = [pytest.param(SOME, id="some"), pytest.param(range(SOME.stop, 104), id="the others", marks=pytest.mark.slow)]
+
+
 @pytest.mark.filterwarnings("ignore:cache. . of . images of a batch")
-def test_a_hundred_changes(tmp_path):
-    rng, names = random.Random(0), [*KINDS]
+@pytest.mark.parametrize("numbers", PARTS)
+def test_a_hundred_changes(tmp_path, numbers):
+    rng, names = random.Random(numbers.start), [*KINDS]
     found_after = 0
-    for number in range(104):
+    for number in numbers:
         root = tmp_path / str(number)
         root.mkdir()
         setting = Setting(root, tmp_path / f"cache {number}", rng.choice([*WAYS]))
@@ -205,7 +210,7 @@ def test_a_hundred_changes(tmp_path):
             stale, found = setting.fit()
             assert stale == 0, name
             found_after += found
-    assert found_after > 104 * COUNT  # the cache is of use after a change, too
+    assert found_after > len(numbers) * COUNT  # the cache is of use after a change, too
 
 
 # Whole fits.

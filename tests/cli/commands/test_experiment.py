@@ -138,8 +138,8 @@ class TestRunsThatAreThere:
         assert (again == first) == (part == "test")
         assert [args[0] for args in commands] == done
 
-    def test_an_untested_run_is_tested_and_not_trained(self, plan, commands):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_an_untested_run_is_tested_and_not_trained(self, config, plan, commands, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         [run] = find_fits(plan)
         before = run.weights.stat().st_mtime_ns
         for _ in range(2):
@@ -148,15 +148,15 @@ class TestRunsThatAreThere:
         assert run.weights.stat().st_mtime_ns == before
         assert [args[0] for args in commands] == ["test"]
 
-    def test_figures_of_other_weights_are_measured_again(self, plan, commands):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_figures_of_other_weights_are_measured_again(self, config, plan, commands, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         path = fit_and_test(plan) / "test.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 64}))
         fit_and_test(plan)
         assert [args[0] for args in commands] == ["test", "test"]
 
-    def test_a_stopped_run_is_resumed_from_its_last_checkpoint(self, plan, commands, capsys):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_a_stopped_run_is_resumed_from_its_last_checkpoint(self, config, plan, commands, capsys, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         [run] = find_fits(plan)
         run.weights.unlink()
         Run.write_state(run.folder, finished=False)
@@ -166,24 +166,24 @@ class TestRunsThatAreThere:
         assert run.finished
         assert run.result("test") is not None
 
-    def test_a_run_that_left_no_checkpoint_begins_anew(self, plan, commands):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_a_run_that_left_no_checkpoint_begins_anew(self, config, plan, commands, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         [run] = find_fits(plan)
         shutil.rmtree(run.folder / "checkpoints")
         Run.write_state(run.folder, finished=False)
         assert fit_and_test(plan).name == "version_1"
 
     @pytest.mark.parametrize("key", ["seed_everything", "max_epochs"])
-    def test_a_run_of_another_config_or_seed_does_not_count(self, plan, key):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_a_run_of_another_config_or_seed_does_not_count(self, config, plan, key, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         other = deepcopy(plan)
         (other if key in other else other["trainer"])[key] = 5
         assert find_fits(other) == []
         plan["trainer"]["enable_model_summary"] = True  # changes no weight
         assert len(find_fits(plan)) == 1
 
-    def test_nor_one_with_another_teacher(self, plan):
-        main(["fit", "--config", "tiny.yaml"])
+    def test_nor_one_with_another_teacher(self, config, plan, fit_or_copy):
+        fit_or_copy(config, "tiny.yaml")
         torch.save(DigitsCNN(8).state_dict(), "teacher.pt")
         assert find_fits(plan) == []
 
