@@ -619,7 +619,11 @@ def stop(args, number, when, group=False, twice=False):
     ) as process:
         try:
             end = time.monotonic() + 120
-            while not when() and process.poll() is None and time.monotonic() < end:
+            while (
+                not (_catches(process.pid, signal.SIGTERM) and when())
+                and process.poll() is None
+                and time.monotonic() < end
+            ):
                 time.sleep(0.05)
             for _ in range(1 + twice):
                 (os.killpg if group else os.kill)(process.pid, number)
@@ -629,6 +633,13 @@ def stop(args, number, when, group=False, twice=False):
                 os.killpg(process.pid, signal.SIGKILL)
     status = process.returncode
     return (128 - status if status < 0 else status), output  # as a shell shows a process that ends by a signal
+
+
+def _catches(pid, number):
+    """Whether a process handles a signal: before, Python itself is loading, which takes long on a busy machine."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def after(seconds):
