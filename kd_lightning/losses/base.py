@@ -156,9 +156,14 @@ def gather_target(values: Tensor, target: Tensor) -> Tensor:
     return values.gather(1, target.long().unsqueeze(1)).squeeze(1)
 
 
+def kl_terms(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    """Terms of KL(teacher || student) of log-probabilities, in their shape."""
+    return teacher_log.exp() * (teacher_log - student_log)  # as F.kl_div, but in less time
+
+
 def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities, summed over the last dimension."""
-    return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)  # as F.kl_div, but in less time
+    return kl_terms(student_log, teacher_log).sum(dim=-1)
 
 
 def to_probabilities(logits: Tensor, task: Task) -> Tensor:

@@ -11,6 +11,7 @@ from kd_lightning.losses.base import (
     check_reduction,
     check_task,
     check_temperature,
+    kl_terms,
     pair_logits,
     standardize_logits,
 )
@@ -81,9 +82,8 @@ class KDLoss(nn.Module):
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
         if self.standardize:
             student, teacher = standardize_logits(student), standardize_logits(teacher)
-        student_log, teacher_log = self._log_probabilities(student), self._log_probabilities(teacher)
-        parts = teacher_log.exp() * (teacher_log - student_log)  # as F.kl_div, but in less time
-        outputs = 1 if self.task == "multiclass" else student.shape[1]  # each with a distribution of its own
+        parts = kl_terms(self._log_probabilities(student), self._log_probabilities(teacher))
+        outputs = 1 if self.task == "multiclass" else max(student.shape[1], 1)  # each with a distribution of its own
         if self.reduction == "none":
             return parts.flatten(1).sum(dim=1) * (self.temperature**2 / outputs)
         return parts.sum() * (self.temperature**2 / max(len(parts) * outputs, 1))
