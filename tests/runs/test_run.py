@@ -297,6 +297,17 @@ class TestCheckpoints:
         with pytest.raises(InputError, match=r"best.*a.ckpt.*is gone"):
             run.best_checkpoint()
 
+    def test_the_last_one_is_the_best_without_a_monitor_alone(self, tmp_path):
+        """A monitored value that was never measured has no best checkpoint; ``last.ckpt`` itself has no monitor."""
+        last, best = {"monitor": None, "best_model_path": "last.ckpt"}, {"monitor": "val/loss", "best_model_path": ""}
+        run = make(tmp_path / "run")
+        path = run.folder / "checkpoints" / "last.ckpt"
+        self.save(path, DigitsCNN(4), {"LastCheckpoint": last})
+        assert run.best_checkpoint() == path
+        self.save(path, DigitsCNN(4), {"ModelCheckpoint": best, "LastCheckpoint": last})
+        with pytest.raises(InputError, match="has no checkpoint of a best value"):
+            run.best_checkpoint()
+
     def test_none(self, tmp_path):
         run = make(tmp_path / "run")
         for find in (run.last_checkpoint, run.best_checkpoint):
