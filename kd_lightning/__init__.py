@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         PseudoLabelModule,
         SupervisedModule,
     )
+    from kd_lightning.modules.teaching import teach
     from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
     from kd_lightning.runs.weights import load_weights
     from kd_lightning.teachers.teacher import Teacher
@@ -89,6 +90,7 @@ __all__ = [
     "TransitionNoise",
     "load_weights",
     "reset_classifier",
+    "teach",
 ]
 
 _HOMES = {
@@ -130,6 +132,7 @@ _HOMES = {
     "TransitionNoise": "data",
     "load_weights": "runs.weights",
     "reset_classifier": "features.heads",
+    "teach": "modules.teaching",
 }
 """The module of each public name."""
 

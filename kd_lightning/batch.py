@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, describe, device_of, map_inputs, rows_of, tensors_of
 
 IGNORE_INDEX = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
+LABEL_KEYS = ("labels", "label", "target", "targets", "mask", "y")
+"""Keys under which a mapping may hold its labels. The first one that it has counts."""
 
 
 class LabelKind(IntEnum):
@@ -56,7 +59,7 @@ class TeacherOutputs:
         self.inputs = inputs
         self.changed = changed
         self.of_images = of_images
-        self._x: tuple[Tensor, int] | None = None  # the tensor of which ``inputs`` are the hashes, and its version
+        self._x: list[tuple[Tensor, int]] | None = None  # the tensors that ``inputs`` are of, and their versions
 
     def __getitem__(self, name: str) -> Tensor:
         return self.outputs[name]
@@ -75,13 +78,20 @@ class TeacherOutputs:
         inputs = None if self.inputs is None else change(self.inputs)
         return TeacherOutputs(outputs, self.sources, inputs, self.changed, self.of_images)
 
-    def note_inputs(self, x: Tensor) -> None:
+    def note_inputs(self, x: Inputs) -> None:
         """Note that ``inputs`` are the hashes of ``x``. As long as it is unchanged, nothing has to be hashed again."""
-        self._x = None if x.is_inference() else (x, x._version)  # inference tensors have no version
+        tensors = [*tensors_of(x)]
+        inference = any(tensor.is_inference() for tensor in tensors)  # inference tensors have no version
+        self._x = None if inference else [(tensor, tensor._version) for tensor in tensors]
 
-    def are_of(self, x: Tensor) -> bool:
-        """Whether ``x`` is the noted tensor, and torch has not changed it in place. False if that is not known."""
-        return self._x is not None and self._x[0] is x and self._x[1] == x._version
+    def are_of(self, x: Inputs) -> bool:
+        """Whether ``x`` has the noted tensors, and torch has not changed them in place. False if that is not known."""
+        if self._x is None:
+            return False
+        noted, tensors = self._x, [*tensors_of(x)]
+        return len(noted) == len(tensors) and all(
+            one is other and version == one._version for one, (other, version) in zip(tensors, noted, strict=True)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_x": None}  # in a copy, the tensor is another one
@@ -94,10 +104,13 @@ class Batch:
     The data loader fills it. Modules and losses read it: they write neither its fields nor into its tensors. (It is no
     frozen dataclass, since Lightning could not move it to a device.)
 
+    It unpacks as ``x, y = batch``, for modules that expect pairs.
+
     Attributes:
-        x: Inputs, (B, ...).
-        y: Labels: (B,) class indices, or (B, L) zeros and ones for the multilabel task. A missing label is ``-100``
-            (``NaN`` where labels are floats).
+        x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. A network is called as ``network(x)``,
+            ``network(**x)`` or ``network(*x)``.
+        y: Labels: (B,) class indices, (B, L) zeros and ones for the multilabel task, or (B, C) probabilities of the
+            multiclass task as floats (soft labels). A missing label is ``-100`` (``NaN`` where labels are floats).
         index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it. It is -1 in the
             batch of a process without samples (see :attr:`is_padding`).
         view: The view (augmentation of the sample) of each row, (B,) integers.
@@ -114,11 +127,13 @@ class Batch:
         mean_rows: Mean number of rows of these batches. If None, it is B.
         labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step searches ``y`` or
             synchronises with the device. If None, ``y`` is searched. Where other labels replace ``y``, set it to None.
+        teacher_inputs: Inputs of teachers, where they differ from ``x`` (a higher resolution, other tokens): a tensor
+            (B, ...), or a mapping or tuple of such tensors. If None, teachers get ``x``.
         teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
             ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
     """
 
-    x: Tensor
+    x: Any
     y: Tensor | None = None
     index: Tensor | None = None
     view: Tensor | None = None
@@ -126,12 +141,13 @@ class Batch:
     weight: Tensor | None = None
     candidates: Tensor | None = None
     soft: Tensor | None = None
-    x_strong: Tensor | None = None
+    x_strong: Any = None
     mean_labels: float | Tensor | None = None
     mean_pseudo: float = 0.0
     mean_coarse: float = 0.0
     mean_rows: float | None = None
     labeled: Tensor | None = None
+    teacher_inputs: Any = None
     teacher: TeacherOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -140,22 +156,67 @@ class Batch:
 
     @classmethod
     def from_any(cls, batch: Any) -> Batch:
-        """Convert ``(x, y)``, ``(x,)`` or ``x`` to a ``Batch``; a ``Batch`` is returned unchanged.
+        """Convert a batch of any data loader.
+
+        Args:
+            batch: One of these:
+
+                - a ``Batch``, which is returned unchanged;
+                - ``x``, a tensor;
+                - ``(x, y)`` or ``(x, y, ...)``, of which only ``x`` and ``y`` count; ``x`` may be a mapping or tuple;
+                - a mapping, whose labels are under the first of ``LABEL_KEYS`` that it has. Its ``teacher_inputs`` are
+                  those of the batch. All other tensors are ``x``: one tensor alone as it is, several as a mapping.
 
         Raises:
-            InputError: If ``batch`` is anything else.
+            InputError: If ``batch`` is anything else, or if two readings are possible: two images of one kind are no
+                pair ``(x, y)``, and of two equal arrays of integers with a third one after them, either may be ``y``.
         """
         if isinstance(batch, Batch):
             return batch
         if isinstance(batch, Tensor):
             return cls(batch)
-        if isinstance(batch, Sequence) and len(batch) in (1, 2) and all(isinstance(part, Tensor) for part in batch):
-            return cls(*batch)
-        got = [type(part).__name__ for part in batch] if isinstance(batch, Sequence) else type(batch).__name__
-        raise InputError(f"a batch must be a Batch, a tensor x, or a pair of tensors (x, y), got {got}")
+        if isinstance(batch, Mapping):
+            return cls._from_mapping(batch)
+        if isinstance(batch, tuple | list) and len(batch):
+            if len(batch) == 1 and isinstance(batch[0], Mapping):
+                return cls._from_mapping(batch[0])
+            x, y = _inputs(batch[0]), batch[1] if len(batch) > 1 else None
+            if x is not None and (y is None or isinstance(y, Tensor)):
+                _check_pair(x, y, batch)
+                return cls(x, y)
+        raise InputError(
+            "a batch must be a Batch, a tensor x, (x, y, ...), or a mapping with labels under "
+            f"{', '.join(LABEL_KEYS[:-1])} or {LABEL_KEYS[-1]}; got {_kind(batch)}; the module's unpack(batch) can "
+            "convert it"
+        )
+
+    @classmethod
+    def _from_mapping(cls, batch: Mapping[Any, Any]) -> Batch:
+        key = next((key for key in LABEL_KEYS if key in batch), None)
+        y = None if key is None else batch[key]
+        x = _inputs({name: part for name, part in batch.items() if name not in (key, "teacher_inputs")})
+        if not x or not (y is None or isinstance(y, Tensor)):
+            what = f"{key} is {_kind(y)}, no tensor" if x else "no input is a tensor"
+            raise InputError(f"a batch is {_kind(batch)}, but {what}; the module's unpack(batch) can convert it")
+        x = next(iter(x.values())) if len(x) == 1 else x
+        return cls(x, y, teacher_inputs=_inputs(batch.get("teacher_inputs")))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.x
+        yield self.y
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.x) if isinstance(self.x, Tensor) else rows_of(self.x)
+
+    @property
+    def teacher_x(self) -> Any:
+        """The inputs of teachers: ``teacher_inputs``, or ``x`` if there are none."""
+        return self.x if self.teacher_inputs is None else self.teacher_inputs
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        return device_of(self.x)
 
     @property
     def is_padding(self) -> bool:
@@ -177,10 +238,12 @@ class Batch:
             k: part for k, part in vars(self).items() if isinstance(part, Tensor) and part.ndim and len(part) == count
         }
         own.pop("labeled", None)
+        nested = [name for name in _INPUTS if isinstance(getattr(self, name), Mapping | tuple)]
         pieces = {name: torch.split(part, sizes) for name, part in own.items()}
         for number, size in enumerate(sizes):
             parts: dict[str, Any] = {**vars(self), **{name: piece[number] for name, piece in pieces.items()}}
             rows = slice(first, first + size)
+            parts |= {name: _take(getattr(self, name), rows, count) for name in nested}
             if self.labeled is not None and len(self.labeled) == count:
                 parts["labeled"] = self.labeled[:size]
             elif self.labeled is not None:
@@ -196,8 +259,8 @@ class Batch:
         count = len(self)
         parts: dict[str, Any] = {**vars(self), "labeled": None}
         for name, part in parts.items():
-            if isinstance(part, Tensor) and part.ndim and len(part) == count:
-                parts[name] = part[rows]
+            if isinstance(part, Tensor) or name in _INPUTS:
+                parts[name] = _take(part, rows, count)
         if self.teacher is not None:
             parts["teacher"] = self.teacher.map(lambda tensor: tensor[rows])
         return self._with_same_inputs(self._with(parts))
@@ -211,8 +274,11 @@ class Batch:
         return self._with_same_inputs(self.map(lambda tensor: tensor.to(device, non_blocking=not blocking)))
 
     def _is_on(self, device: torch.device) -> bool:
-        for part in vars(self).values():
-            if isinstance(part, Tensor) and part.device != device:
+        for name, part in vars(self).items():
+            if isinstance(part, Tensor):
+                if part.device != device:
+                    return False
+            elif part is not None and name in _INPUTS and any(t.device != device for t in tensors_of(part)):
                 return False
         return self.teacher is None or self.teacher.is_on(device)
 
@@ -222,7 +288,10 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return a copy with all tensors changed."""
-        parts = {name: change(part) if isinstance(part, Tensor) else part for name, part in vars(self).items()}
+        parts = {
+            name: change(part) if isinstance(part, Tensor) else map_inputs(change, part) if name in _INPUTS else part
+            for name, part in vars(self).items()
+        }
         if self.teacher is not None:
             parts["teacher"] = self.teacher.map(change)
         return self._with(parts)
@@ -238,6 +307,69 @@ class Batch:
         if self.teacher is not None and batch.teacher is not None and self.teacher.are_of(self.x):
             batch.teacher.note_inputs(batch.x)
         return batch
+
+
+_INPUTS = ("x", "x_strong", "teacher_inputs")
+"""Fields that may be mappings or tuples of tensors."""
+
+
+def _take(part: Any, rows: Tensor | slice, count: int) -> Any:
+    """Return some rows of all tensors that have ``count`` rows."""
+    return map_inputs(lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == count else tensor, part)
+
+
+def _inputs(value: Any) -> Any:
+    """Return a tensor as it is, of a mapping or row what is a tensor or holds one; None if nothing is."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        parts = {name: _inputs(part) for name, part in value.items()}
+        return {name: part for name, part in parts.items() if part is not None} or None
+    if isinstance(value, tuple | list) and value and all(_inputs(part) is not None for part in value):
+        return tuple(map(_inputs, value))
+    return None
+
+
+def _check_pair(x: Any, y: Tensor | None, batch: Sequence[Any]) -> None:
+    """Raise InputError if ``(x, y, ...)`` may mean something else than inputs and their labels."""
+    if not isinstance(x, Tensor) or y is None:
+        return
+    if min(x.ndim, y.ndim) > 2 and x.dtype == y.dtype and x.ndim == y.ndim and x.shape[:2] == y.shape[:2]:
+        raise InputError(
+            f"a batch holds images {describe(x)} and {describe(y)} of one kind, which are no inputs and labels; if "
+            "they are, return Batch(x, y); the module's unpack(batch) can convert it"
+        )
+    integers = not (x.is_floating_point() or y.is_floating_point())
+    if len(batch) > 2 and integers and x.ndim > 1 and x.shape == y.shape:
+        raise InputError(
+            f"a batch holds integers {describe(x)}, {describe(y)} and more, so that its labels are not known; return a "
+            "mapping such as {input_ids, attention_mask, labels}; the module's unpack(batch) can convert it"
+        )
+
+
+def _kind(value: Any) -> str:
+    """Describe what a value holds by its types."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_kind(part)}" for name, part in value.items()) + "}"
+    return str([_kind(part) for part in value]) if isinstance(value, tuple | list) else type(value).__name__
+
+
+def unpack(module: Any, batch: Any) -> Batch:
+    """Convert a batch by the module's own ``unpack``, as all modules of this package have; else by ``from_any``.
+
+    Raises:
+        InputError: If the batch is of a kind that is not known.
+    """
+    own = getattr(module, "unpack", None)
+    found = own(batch) if callable(own) and not isinstance(batch, Batch) else None
+    return found if isinstance(found, Batch) else Batch.from_any(batch)
+
+
+def class_labels(y: Tensor) -> Tensor:
+    """Return class indices (B,) as they are; of probabilities (B, C) the most likely class, or -100 for a NaN row."""
+    if y.ndim != 2 or not y.is_floating_point():
+        return y
+    return torch.where(y.isnan().any(dim=1), IGNORE_INDEX, y.argmax(dim=1))
 
 
 def is_labeled(y: Tensor) -> Tensor:

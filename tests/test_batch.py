@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from dataclasses import replace
 
 import pytest
@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import LabelKind, TeacherOutputs, is_labeled
+from kd_lightning.batch import LabelKind, TeacherOutputs, class_labels, is_labeled
+from kd_lightning.inputs import tensors_of
 
 X, Y = torch.randn(4, 3), torch.arange(4)
+NAN = float("nan")
 Pair = namedtuple("Pair", "image label")
 
 
@@ -52,19 +54,106 @@ def test_takes_a_plain_loaders_batches():
     assert torch.equal(batch.y, Y)
 
 
+IDS, MASK = torch.ones(4, 7, dtype=torch.long), torch.ones(4, 7, dtype=torch.long)
+IMAGES = torch.zeros(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("key", ["labels", "label", "target", "targets", "mask", "y"])
+def test_takes_a_mapping_with_labels_under_the_usual_keys(key):
+    batch = Batch.from_any({"image": IMAGES, key: Y, "path": ["a", "b", "c", "d"], "crs": None})
+    assert batch.x is IMAGES  # one tensor stays a tensor
+    assert batch.y is Y
+
+
 @pytest.mark.parametrize(
-    ("given", "got"),
+    ("given", "x", "y"),
     [
-        ({"x": X}, "got dict"),
-        ((X, Y, Y), r"got \['Tensor', 'Tensor', 'Tensor'\]"),
-        ((X, "a"), r"got \['Tensor', 'str'\]"),
+        ({"input_ids": IDS, "attention_mask": MASK, "labels": Y}, {"input_ids": IDS, "attention_mask": MASK}, Y),
+        (UserDict(input_ids=IDS, attention_mask=MASK, labels=Y), {"input_ids": IDS, "attention_mask": MASK}, Y),
+        ({"x": IDS, "mask": MASK, "label": Y}, {"x": IDS, "mask": MASK}, Y),
+        ({"input_ids": IDS, "attention_mask": MASK, "labels": None}, {"input_ids": IDS, "attention_mask": MASK}, None),
+        ([{"image": IMAGES, "label": Y}], IMAGES, Y),
+        (({"ids": IDS, "mask": MASK}, Y), {"ids": IDS, "mask": MASK}, Y),
+        (((IMAGES, IDS), Y), (IMAGES, IDS), Y),
+        ([[IMAGES, IDS], Y], (IMAGES, IDS), Y),
+        ((X, Y, ["a", "b", "c", "d"], {"rate": 16000}), X, Y),
+        ((X, None), X, None),
+        ((IDS, IDS.clone()), IDS, IDS),  # labels of tokens
+        ((IMAGES, IMAGES[:, 0].long()), IMAGES, IMAGES[:, 0].long()),  # a mask of a segmentation
+    ],
+    ids=lambda value: str(type(value).__name__),
+)
+def test_takes_nested_inputs(given, x, y):
+    batch = Batch.from_any(given)
+    assert type(batch.x) is type(x)
+    same = [torch.equal(one, other) for one, other in zip(tensors_of(batch.x), tensors_of(x), strict=True)]
+    assert same
+    assert all(same)
+    assert batch.y is y or torch.equal(batch.y, y)
+    assert len(batch) == 4
+
+
+def test_takes_the_inputs_of_teachers_out_of_a_mapping():
+    batch = Batch.from_any({"image": IMAGES, "teacher_inputs": {"ids": IDS}, "label": Y})
+    assert batch.x is IMAGES
+    assert batch.teacher_inputs == {"ids": IDS}
+    assert batch.teacher_x == {"ids": IDS}
+    assert Batch(X).teacher_x is X
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((X, "a"), r"got \['Tensor', 'str'\]; the module's unpack"),
+        ((X, {"boxes": X}), r"got \['Tensor', '\{boxes: Tensor\}'\]"),
         ((), r"got \[\]"),
         (None, "got NoneType"),
+        ({"label": Y}, r"a batch is \{label: Tensor\}, but no input is a tensor"),
+        ({"x": X, "label": [0, 1]}, r"but label is .*, no tensor"),
+        (
+            [IMAGES, IMAGES.clone()],
+            r"images \[4, 3, 8, 8\] and \[4, 3, 8, 8\] of one kind, which are no inputs and labels",
+        ),
+        ([IMAGES, IMAGES[..., :4]], r"images \[4, 3, 8, 8\] and \[4, 3, 8, 4\] of one kind"),
+        ((IDS, MASK, Y), r"integers \[4, 7\], \[4, 7\] and more, so that its labels are not known"),
     ],
 )
-def test_refuses_the_rest(given, got):
-    with pytest.raises(InputError, match=rf"must be a Batch, a tensor x, or a pair of tensors \(x, y\), {got}"):
+def test_refuses_the_rest(given, message):
+    with pytest.raises(InputError, match=message):
         Batch.from_any(given)
+
+
+def test_inputs_of_different_lengths_have_no_number_of_rows():
+    with pytest.raises(InputError, match=r"one number of rows, got \{a: \[4, 3\], b: \[3, 3\]\}"):
+        len(Batch({"a": X, "b": X[:3]}))
+
+
+def test_unpacks_as_a_pair():
+    x, y = Batch(X, Y, index=Y)
+    assert x is X
+    assert y is Y
+
+
+@pytest.mark.parametrize("form", [lambda x: {"a": x, "b": (x + 1, x + 2)}, lambda x: (x, {"a": x + 1})])
+def test_rows_of_nested_inputs_stay_together(form):
+    batch = Batch(form(X), Y, index=Y, teacher_inputs=form(X), labeled=Y)
+    expected = [*tensors_of(form(X))]
+    for part, rows in [(batch.select(torch.tensor([2, 0])), [2, 0]), (batch.select(Y > 1), [2, 3])]:
+        assert all(torch.equal(t, e[rows]) for t, e in zip(tensors_of(part.x), expected, strict=True))
+        assert all(torch.equal(t, e[rows]) for t, e in zip(tensors_of(part.teacher_inputs), expected, strict=True))
+        assert part.y.tolist() == rows
+    parts = [*batch.split([1, 3])]
+    assert [len(part) for part in parts] == [1, 3]
+    assert all(torch.equal(t, e[1:]) for t, e in zip(tensors_of(parts[1].x), expected, strict=True))
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert {t.device.type for t in [*tensors_of(moved.x), *tensors_of(moved.teacher_inputs)]} == {"meta"}
+    assert type(moved.x) is type(batch.x)
+
+
+def test_class_labels_of_probabilities():
+    y = torch.tensor([[0.1, 0.9], [NAN, NAN], [0.6, 0.4]])
+    assert class_labels(y).tolist() == [1, -100, 0]
+    assert class_labels(Y) is Y
 
 
 def test_lightning_moves_every_tensor():

@@ -20,6 +20,7 @@ ORDER = [
     {"runs"},
     {"cache", "quantization", "features", "losses", "models"},
     {"batch", "ranks"},
+    {"inputs"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

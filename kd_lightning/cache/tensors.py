@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, tensors_of
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 _PARTS_OF_LAYOUTS = {
@@ -22,18 +24,33 @@ _PARTS_OF_LAYOUTS = {
 }
 
 
-def hash_rows(x: Tensor) -> Hashes:
-    """Hash each row of a batch: its values, its type and its shape.
+def hash_rows(x: Inputs) -> Hashes:
+    """Hash each row of inputs: its values, its type and its shape. Names of a mapping count, too.
 
     Args:
-        x: (B, ...), on any device.
+        x: A tensor (B, ...), or a mapping or tuple of such tensors, on any device.
 
     Returns:
         (B,) unsigned integers of 64 bits.
 
     Raises:
-        InputError: If the batch is sparse, nested or without values.
+        InputError: If a tensor is sparse, nested or without values.
     """
+    if isinstance(x, Tensor):
+        return _hash_tensor(x)
+    columns = np.stack([_hash_tensor(part) for part in tensors_of(x)], axis=1)
+    form = xxhash.xxh3_64_intdigest(_form(x).encode())
+    return np.array([xxhash.xxh3_64_intdigest(row.tobytes(), seed=form) for row in columns], dtype=np.uint64)
+
+
+def _form(x: Any) -> str:
+    """Describe how inputs hold their tensors."""
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_form(part)}" for name, part in x.items()) + "}"
+    return "(" + ", ".join(map(_form, x)) + ")" if isinstance(x, tuple | list) else type(x).__name__
+
+
+def _hash_tensor(x: Tensor) -> Hashes:
     kind = xxhash.xxh3_64_intdigest(f"{x.dtype} {[*x.shape[1:]]}".encode())
     data = values_of(x)
     if data is None:

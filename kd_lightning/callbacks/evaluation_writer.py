@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import class_labels, is_labeled, unpack
 from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.errors import InputError
 from kd_lightning.ranks import gather
@@ -98,11 +98,12 @@ class EvaluationWriter(Callback):
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         try:
-            batch = Batch.from_any(batch)
+            batch = unpack(pl_module, batch)
+            size = len(batch)
         except InputError:  # another library's batch
             self._labeled += _count(batch)
             return
-        y, size = batch.y, len(batch)
+        y = None if batch.y is None else class_labels(batch.y)
         index = batch.index
         if index is None:  # in the order in which Lightning's sampler distributes samples to processes
             index = (self._seen + torch.arange(size)) * trainer.world_size + trainer.global_rank

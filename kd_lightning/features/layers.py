@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.features.capture import evaluating
+from kd_lightning.inputs import Inputs, call, map_inputs
 
 
 class Layer(NamedTuple):
@@ -31,14 +32,14 @@ class Layer(NamedTuple):
     macs: int
 
 
-def list_layers(network: nn.Module, x: Tensor) -> list[Layer]:
+def list_layers(network: nn.Module, x: Inputs) -> list[Layer]:
     """List all layers in the order of ``named_modules``, from one forward pass in eval mode.
 
     Random generators, modes and BatchNorm statistics stay unchanged.
 
     Args:
         network: The network.
-        x: Inputs (B, ...). Only the first one is used.
+        x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Only the first row is used.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -55,7 +56,7 @@ def list_layers(network: nn.Module, x: Tensor) -> list[Layer]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not count fused attention kernels
         with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            network(x[:1])
+            call(network, map_inputs(lambda tensor: tensor[:1], x))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:

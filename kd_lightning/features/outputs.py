@@ -14,8 +14,13 @@ def logits_of(output: Any, owner: str) -> Tensor:
     """Take the logits out of a network's output.
 
     Args:
-        output: A tensor; a mapping, named tuple or dataclass with ``logits`` (as returned in training by torchvision's
-            Inception and the models of Hugging Face); or a mapping, tuple or list with exactly one tensor.
+        output: One of these:
+
+            - a tensor;
+            - a mapping, named tuple or dataclass with ``logits`` (as returned in training by torchvision's Inception
+              and the models of Hugging Face), or a mapping with ``out`` (torchvision's segmentation models);
+            - a mapping, tuple or list with one tensor that is no scalar, such as ``(loss, logits)``;
+            - a tuple or list with several, ``(logits, features, ...)``: the first.
         owner: Name of the network in the error message.
 
     Raises:
@@ -27,18 +32,35 @@ def logits_of(output: Any, owner: str) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named
+    names = ("logits", "out")
     parts = dict(output) if isinstance(output, Mapping) else dict(enumerate(output)) if _is_row(output) else {}
-    tensors = [part for part in parts.values() if isinstance(part, Tensor)]
-    if len(tensors) == 1:
+    named = [parts.get(name) for name in names] if isinstance(output, Mapping) else [getattr(output, "logits", None)]
+    if found := [part for part in named if isinstance(part, Tensor)]:
+        return found[0]
+    tensors = [part for part in parts.values() if isinstance(part, Tensor) and part.ndim]
+    if len(tensors) == 1 or (tensors and _is_row(output)):
         return tensors[0]
     held = ", ".join(f"{name}: {_describe(part)}" for name, part in parts.items())
     raise InputError(
-        f"{owner} must return logits: a tensor, an object with a part named logits, or a tuple or mapping with one "
-        f"tensor; got {type(output).__name__}{f' with {held}' if held else ''}"
+        f"{owner} must return logits: a tensor, an object with a part named logits or out, a tuple whose first tensor "
+        f"they are, or a mapping with one tensor; got {type(output).__name__}{f' with {held}' if held else ''}"
     )
+
+
+def auxiliary_logits_of(output: Any) -> list[Tensor]:
+    """Take the logits of auxiliary heads out of a network's output.
+
+    Args:
+        output: As of torchvision's Inception and GoogLeNet in training, or a mapping with ``aux``.
+
+    Returns:
+        The logits of each head; an empty list if there are none.
+    """
+    if isinstance(output, Mapping):
+        found = [output.get("aux")]
+    else:
+        found = [getattr(output, name, None) for name in ("aux_logits", "aux_logits1", "aux_logits2")]
+    return [part for part in found if isinstance(part, Tensor)]
 
 
 def _is_row(output: Any) -> bool:

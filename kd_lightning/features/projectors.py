@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture, evaluating, find_layer
+from kd_lightning.inputs import Inputs, call, device_of
 
 Shape = Sequence[int]
 ShapePair = tuple[list[int], list[int]]
@@ -52,12 +53,12 @@ class Projectors(nn.ModuleDict):
                 except InputError as error:
                     raise InputError(f"hints: {error}") from error
 
-    def build_from_networks(self, student: nn.Module, x: Tensor, teacher: nn.Module, teacher_x: Tensor) -> None:
+    def build_from_networks(self, student: nn.Module, x: Inputs, teacher: nn.Module, teacher_x: Inputs) -> None:
         """Find all shapes by one forward pass of each network, and build the missing projectors.
 
         Args:
             student: The student.
-            x: The student's inputs (B, ...).
+            x: The student's inputs.
             teacher: The teacher's network, in eval mode.
             teacher_x: The same samples, preprocessed for the teacher.
 
@@ -78,16 +79,17 @@ class Projectors(nn.ModuleDict):
     def _build_from_networks(
         self,
         student: nn.Module,
-        x: Tensor,
+        x: Inputs,
         teacher: nn.Module,
-        teacher_x: Tensor,
+        teacher_x: Inputs,
         parameters: dict[str, nn.Parameter],
     ) -> None:
-        with evaluating(student), evaluating(self), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        device = device_of(x)
+        with evaluating(student), evaluating(self), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             with capture(student, [*self.hints]) as guided:
-                student(x)
+                call(student, x)
             with torch.no_grad(), capture(teacher, [*self.hints.values()]) as hints:
-                teacher(teacher_x)
+                call(teacher, teacher_x)
             outputs = [
                 (_output("student", guided, name), _output("teacher", hints, layer))
                 for name, layer in self.hints.items()
@@ -97,7 +99,7 @@ class Projectors(nn.ModuleDict):
             if total.requires_grad and parameters:
                 found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
             self.guided_parameters = frozenset(n for n, g in zip(parameters, found, strict=True) if g is not None)
-            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], x.device, outputs[0][0].dtype)
+            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], device, outputs[0][0].dtype)
             try:
                 pairs = self.pairs(guided, hints)
             except Exception as error:  # the user's own projector may raise anything

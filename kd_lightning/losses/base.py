@@ -240,8 +240,10 @@ def class_weights(loss: nn.Module, target: Tensor) -> Tensor | None:
 
     Args:
         loss: A hard loss.
-        target: (B,) class indices.
+        target: (B,) class indices, or (B, C) probabilities, for which torch does not divide by weights.
     """
+    if target.is_floating_point():
+        return None
     # a subclass with a forward of its own may divide by anything
     if getattr(type(loss), "forward", None) not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
         return None

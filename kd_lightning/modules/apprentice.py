@@ -131,7 +131,7 @@ class ApprenticeModule(DistillModule):
         """Return the teacher's logits, in scheme A with a gradient."""
         if self.teacher is None or isinstance(self.teacher, Teacher):
             return super().teacher_logits(batch)
-        return logits_of(self.teacher(batch.x), "the teacher")
+        return logits_of(self.call(self.teacher, batch.x), "the teacher")
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """Compute the logits each time in scheme A, where the teacher changes."""

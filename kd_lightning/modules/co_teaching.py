@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -54,6 +54,8 @@ class CoTeachingModule(SupervisedModule):
             stateful; if the peer is the student, or has its weights.
     """
 
+    trains_auxiliary_heads: ClassVar[bool] = False  # they would learn all rows
+
     def __init__(
         self,
         student: nn.Module,
@@ -92,10 +94,12 @@ class CoTeachingModule(SupervisedModule):
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return each student's hard term, on the rows that the other has selected."""
-        both = self(batch.x), logits_of(self.peer(batch.x), "the peer")
+        both = self(batch.x), logits_of(self.call(self.peer, batch.x), "the peer")
         if both[0].shape != both[1].shape:
             raise InputError(f"student and peer must have one shape, got {[*both[0].shape]} and {[*both[1].shape]}")
-        y = torch.full((len(batch),), IGNORE_INDEX, device=batch.x.device) if batch.y is None else batch.y
+        y = torch.full((len(batch),), IGNORE_INDEX, device=batch.device) if batch.y is None else batch.y
+        if y.shape != (len(batch),):
+            raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*y.shape]}")
         labels = self.compute_hard_loss(both[0], batch)[1]  # also checks the labels
         mean = batch.mean_labels
         self._mean_labels = mean = self._mean_over_processes(labels, both[0]) if mean is None else mean

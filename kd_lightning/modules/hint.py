@@ -20,9 +20,10 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture, evaluating
 from kd_lightning.features.projectors import Projectors, first_line
+from kd_lightning.inputs import describe
 from kd_lightning.losses import HintLoss
 from kd_lightning.losses.base import check_weight
-from kd_lightning.modules._shared.first_inputs import first_inputs, run_once
+from kd_lightning.modules._shared.first_inputs import first_inputs, first_rows, run_once
 from kd_lightning.modules._shared.frozen_statistics import batch_norms_without, frozen_statistics
 from kd_lightning.modules._shared.hint_figure import hint_figure
 from kd_lightning.modules._shared.optimizers import build_optimizers
@@ -113,11 +114,12 @@ class HintModule(DistillModule):
         self.hint_loss = HintLoss()
         self._joint = hint_weight > 0
         self._uses_hints = self._joint or hint_epochs > 0  # else this is plain distillation
-        self._figure_inputs: Tensor | None = None
+        self._figure_inputs: Batch | None = None
         self._hint_means: dict[str, MeanMetric] = {}
         self._reset_stage()
         if input_shape is not None:
-            self._build_projectors(torch.randn(_SAMPLES, *input_shape, generator=torch.Generator().manual_seed(0)))
+            x = torch.randn(_SAMPLES, *input_shape, generator=torch.Generator().manual_seed(0))
+            self._build_projectors(Batch(x))
 
     def _reset_stage(self) -> None:
         """Go back to the start of the first stage."""
@@ -126,18 +128,18 @@ class HintModule(DistillModule):
         self._best_hint_loss, self._wait_count = math.inf, 0
         self._norms_above: list[nn.Module] | None = None  # BatchNorm layers above the guided ones
 
-    def _build_projectors(self, x: Tensor) -> None:
-        """Build the projectors from inputs (B, ...)."""
+    def _build_projectors(self, batch: Batch) -> None:
+        """Build the projectors from the inputs of a batch."""
         if self.teacher is None or not self._uses_hints:
             return
         try:
-            x = x.to(self.device)
-            no_autocast = torch.autocast(x.device.type, enabled=False)
+            batch = batch.to(self.device)
+            no_autocast = torch.autocast(self.device.type, enabled=False)
             with torch.no_grad(), no_autocast, torch.random.fork_rng(devices=[]):
-                teacher_x = self.teacher.prepare(x)
-            self.projectors.build_from_networks(self.student, x, self.teacher.network, teacher_x)
+                teacher_x = self.teacher.prepare(batch.teacher_x)
+            self.projectors.build_from_networks(self.student, batch.x, self.teacher.network, teacher_x)
         except RuntimeError as error:
-            reason = f"the networks cannot take inputs of shape {[*x.shape]}: {first_line(error)}"
+            reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
             raise InputError(f"hints: {reason}") from error
 
     # The objective.
@@ -147,7 +149,7 @@ class HintModule(DistillModule):
         if self.teacher is None:
             raise InputError("training needs the teacher; teacher=None is for test and predict alone")
         if not self.projectors.shapes:
-            self._build_projectors(batch.x)
+            self._build_projectors(batch)
         if not self.distilling:
             hints = self._compute_hints(batch)  # first: the student's activations would take memory meanwhile
             layers = [*self.projectors.hints]
@@ -278,9 +280,9 @@ class HintModule(DistillModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Runs before each training batch. Stores the first inputs for figures, and checks the student's outputs."""
         if self._figure_inputs is None and self._uses_hints:
-            self._figure_inputs = Batch.from_any(batch).x[:_SAMPLES].detach()
+            self._figure_inputs = first_rows(self.unpack(batch), _SAMPLES).map(Tensor.detach)
         if not self._outputs_are_checked and not self.distilling:  # stage 1 does not compute them
-            run_once(self, self.student, Batch.from_any(batch).x[:_SAMPLES])
+            run_once(self, self.student, first_rows(self.unpack(batch), _SAMPLES).x)
 
     def on_train_epoch_start(self) -> None:
         """Runs at the start of each training epoch. Begins stage 2 when stage 1 is over."""
@@ -321,10 +323,10 @@ class HintModule(DistillModule):
         for guided, hint in self.projectors.hints.items():
             log_figure(self, f"hints/{guided}/{stage}", partial(draw, guided, hint))
 
-    def _figure_pairs(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def _figure_pairs(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the projected and the hint features of some inputs, by guided layer."""
         precision = self.trainer.precision_plugin
-        batch = Batch(precision.convert_input(x.to(self.device)))
+        batch = precision.convert_input(batch.to(self.device))
         with torch.no_grad(), evaluating(self.student), evaluating(self.projectors), precision.forward_context():
             with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
@@ -335,7 +337,7 @@ class HintModule(DistillModule):
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         if not self.is_fitting or (self.distilling and not self._joint):
             return super()._evaluate(stage, batch, batch_idx, dataloader_idx)
-        batch = Batch.from_any(batch)
+        batch = self.unpack(batch)
         with capture(self.student, [*self.projectors.hints]) as guided:
             predicted = super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         distances = self._distances(guided, self._compute_hints(batch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class PseudoLabelModule(SupervisedModule):
             if the task is another one; if there are no unlabeled samples, or a class has no labeled one; if thresholds
             are adaptive and batches have no index.
     """
+
+    trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class PseudoLabelModule(SupervisedModule):
     def _has_fine_label(batch: Batch) -> Tensor:
         """Return which rows have a label (of one class) that is no pseudo-label: booleans (B,)."""
         if batch.y is None:
-            return torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
+            return torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
         if batch.y.shape != (len(batch),):
             raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*batch.y.shape]}")
         known = is_labeled(batch.y)

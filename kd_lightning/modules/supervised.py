@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,7 +19,15 @@ from torch.optim import Adam
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import Task, check_row_fields, reset_state, to_probabilities
+from kd_lightning.inputs import Inputs, call
+from kd_lightning.losses.base import (
+    Task,
+    check_row_fields,
+    check_weight,
+    reset_state,
+    to_probabilities,
+)
+from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
 from kd_lightning.modules._shared.epoch_means import EpochMeans
 from kd_lightning.modules._shared.evaluation import Evaluation
@@ -46,8 +54,13 @@ class LossTerm(NamedTuple):
 class SupervisedModule(LeanModule):
     """Train a student on hard targets: the baseline, the training of teachers, and the base of every method.
 
-    A method adds its constructor and :meth:`losses`, and passes the arguments below on as ``**kwargs``. A batch is a
-    ``Batch``, or ``(x, y)`` of any DataLoader.
+    A method adds its constructor and :meth:`losses`, and passes the arguments below on as ``**kwargs``. A batch is what
+    :meth:`~kd_lightning.Batch.from_any` takes: a ``Batch``, ``x``, ``(x, y, ...)``, or a mapping with labels. A project
+    with other batches overrides :meth:`unpack`, one with networks that are called in another way :meth:`call`.
+
+    Outputs of the student may be logits, ``(logits, features)``, ``(loss, logits)``, a mapping with ``logits`` or
+    ``out``, or an object with ``logits``. Auxiliary heads (of Inception, GoogLeNet, or ``aux`` of a mapping) train on
+    the hard loss.
 
     Logs ``train/loss`` and each term as ``train/<name>``, as means over the epoch. Validation and test log ``loss``
     (hard), ``accuracy``, ``f1`` (macro), ``calibration_error`` and, with a teacher, ``teacher_accuracy``,
@@ -55,8 +68,8 @@ class SupervisedModule(LeanModule):
 
     Args:
         student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary.
-        task: ``"multiclass"`` (y holds class indices), ``"multilabel"`` (zeros and ones, (B, L)) or ``"binary"``.
-            A missing label is -100, or NaN if y is floating point.
+        task: ``"multiclass"`` (y holds class indices, or as floats probabilities (B, C)), ``"multilabel"`` (zeros and
+            ones, (B, L)) or ``"binary"``. A missing label is -100, or NaN if y is floating point.
         hard_loss: Loss with reduction "mean" or "none", called as ``(logits, target)`` with the labeled rows. It always
             gets whole rows. If labels of a multilabel row are missing, it is called with reduction "none", and must
             return one value for each label (B, L); those of missing labels are left out of the mean. It may declare
@@ -71,11 +84,16 @@ class SupervisedModule(LeanModule):
         lr_interval: When the scheduler steps: each ``"epoch"`` or each optimiser ``"step"``.
         num_classes: Number of outputs that the student must have. Default: None, which means the number of the
             datamodule's classes, where it is known (``class_names``).
+        auxiliary_weight: Weight of the hard loss of each auxiliary head, at least 0 (Szegedy et al. 2015, section 5,
+            https://arxiv.org/abs/1409.4842, take 0.3). Logged as ``train/auxiliary_hard``.
 
     Raises:
         InputError: If the task or the interval is unknown. In a fit, if the student has another number of outputs or
             nothing to train, if a label is no class, or if OneCycleLR ends before training does.
     """
+
+    trains_auxiliary_heads: ClassVar[bool] = True
+    """Whether auxiliary heads can learn from the hard loss of the whole batch."""
 
     def __init__(
         self,
@@ -87,6 +105,7 @@ class SupervisedModule(LeanModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
         num_classes: int | None = None,
+        auxiliary_weight: float = 0.3,
     ) -> None:
         super().__init__()
         check_choice("task", task, ("multiclass", "multilabel", "binary"))
@@ -105,6 +124,9 @@ class SupervisedModule(LeanModule):
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
+        check_weight("auxiliary_weight", auxiliary_weight)
+        self.auxiliary_weight = auxiliary_weight
+        self._auxiliary_heads = AuxiliaryHeads()
         self._outputs_are_checked = True  # until a fit begins
         # One for each data loader, made at the first batch, whose logits have the number of classes.
         self._evaluations: dict[int, Evaluation] = {}
@@ -114,10 +136,24 @@ class SupervisedModule(LeanModule):
         self._epoch_means = EpochMeans()
         self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def unpack(self, batch: Any) -> Batch:
+        """Convert a batch of the data loader. A project with batches of another kind overrides this."""
+        return Batch.from_any(batch)
+
+    def call(self, network: nn.Module, x: Inputs) -> Any:
+        """Call the student, or another network that trains, with inputs. Returns what the network returns.
+
+        A project whose networks are called in another way overrides this. A frozen teacher's ``preprocess`` may do so.
+        """
+        return call(network, x)
+
+    def forward(self, x: Inputs) -> Tensor:
         """Return the student's logits."""
         try:
-            logits = logits_of(self.student(x), "the student")
+            output = self.call(self.student, x)
+            logits = logits_of(output, "the student")
+            if not isinstance(output, Tensor) and torch.is_grad_enabled():
+                self._auxiliary_heads.record(x, output)
         except RuntimeError as error:
             explain_shapes(error, x)
             raise
@@ -205,17 +241,20 @@ class SupervisedModule(LeanModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
-        batch = Batch.from_any(batch)
+        batch = self.unpack(batch)
         self._mean_labels = batch.mean_labels
+        self._auxiliary_heads.clear()
         try:
             terms = self.losses(batch)
+            if (value := self._auxiliary_heads.hard_term(self, batch)) is not None:
+                terms["auxiliary_hard"] = LossTerm(self.auxiliary_weight, value)
         except ValueError as error:
             explain_single_row(error, len(batch))
             raise
         loss = _weighted_sum(terms)
         if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
             self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
-        if self._may_synchronize(batch.x):
+        if self._may_synchronize(loss):
             self._finite_check.check()
         if self._trainer is not None:
             rows, mean = len(batch), self._mean_labels
@@ -234,9 +273,9 @@ class SupervisedModule(LeanModule):
     # Lightning inspects the signature in each step, unless it is stored
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
-    def _may_synchronize(self, x: Tensor) -> bool:
+    def _may_synchronize(self, tensor: Tensor) -> bool:
         """Whether reading a value costs little: on the CPU, and where the logger reads values anyway."""
-        return not must_synchronize(x) or self._trainer is None or self._is_logging_step()
+        return not must_synchronize(tensor) or self._trainer is None or self._is_logging_step()
 
     def _is_logging_step(self) -> bool:
         """Whether a logger logs after this step, or the epoch ends with it."""
@@ -273,10 +312,10 @@ class SupervisedModule(LeanModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Runs for each batch of predict. Returns probabilities (B, C), or (B,) for the binary task."""
-        return to_probabilities(self(Batch.from_any(batch).x), self.task)
+        return to_probabilities(self(self.unpack(batch).x), self.task)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
-        batch = Batch.from_any(batch)
+        batch = self.unpack(batch)
         batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
         logits = self(batch.x)
         teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
@@ -299,7 +338,7 @@ class SupervisedModule(LeanModule):
         index, logits = self._teacher_logits_cache.get(key, (None, None))
         if index is not None and batch.index is not None and torch.equal(index, batch.index.cpu()):
             assert logits is not None
-            return logits.to(batch.x.device)
+            return logits.to(batch.device)
         logits = self.teacher_logits(batch)
         if logits is not None and batch.index is not None:
             stored = sum(part.nbytes for _, part in self._teacher_logits_cache.values())

@@ -87,7 +87,7 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
     return Finding("teacher", text)
 
 
-def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | None = None) -> Finding:
+def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None] | None = None) -> Finding:
     """Check whether another order of the classes raises the accuracy sharply.
 
     The order is found on one half of the samples and tested on the other half. So many classes and few samples do not
@@ -126,7 +126,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int] | Non
         return Finding(name, "no other order of the classes is much better")
     order = _best_order(teacher, task)
     after = match_labels(_reorder(teacher.logits, order), teacher.y, task)
-    given = order if present is None else [order[student_class] for student_class in present]
+    given = order if present is None else [None if c is None else order[c] for c in present]
     change = f"from {teacher.accuracy:.1%} to {after.accuracy:.1%} of {len(teacher.correct)} labels"
     text = f"another order of the classes raises it {change}"
     return Finding(name, text, f"Teacher(network, classes={given})")
@@ -156,7 +156,8 @@ def normalisation(
     chance, _ = _chance(matched, task)
     if chance == 1 or (matched.accuracy - chance) / (1 - chance) >= POOR:
         return Finding(name, "not checked: the teacher is good enough"), matched
-    if batches[0].x.ndim != 4 or (present is None and min(batch.x.min() for batch in batches) < 0):
+    is_image = isinstance(batches[0].x, Tensor) and batches[0].x.ndim == 4
+    if not is_image or (present is None and min(batch.x.min() for batch in batches) < 0):
         return Finding(
             name, "not checked: inputs are neither plain pixels nor normalised by a known transform"
         ), matched
@@ -195,7 +196,7 @@ def normalisation(
 def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
     """Check that the teacher's logits of an image depend neither on the call nor on the rest of the batch."""
     name = "eval mode"
-    batch = Batch(batch.x[:8])
+    batch = batch.select(torch.arange(min(len(batch), 8)))
     before = {key: buffer.clone() for key, buffer in teacher.network.named_buffers()}
     together = teacher(batch)
     buffers = dict(teacher.network.named_buffers())
@@ -214,7 +215,7 @@ def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
     cause = f"{', '.join(norms[:3])} with track_running_stats=False" if norms else "normalisation over the batch"
     hint = f"it uses the statistics of the batch in eval mode: {cause}"
     try:
-        alone = torch.cat([teacher(Batch(row)) for row in batch.x.unsqueeze(1)])
+        alone = torch.cat([teacher(row) for row in batch.split([1] * len(batch))])
     except (ValueError, RuntimeError) as error:  # such as BatchNorm with a single value
         if isinstance(error, InputError):
             raise

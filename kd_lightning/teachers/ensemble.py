@@ -18,6 +18,7 @@ from torch.func import functional_call, stack_module_state
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import describe
 from kd_lightning.losses.base import Task, at_least_float32, standardize_logits
 from kd_lightning.teachers.teacher import Teacher
 
@@ -118,7 +119,7 @@ class Ensemble(nn.Module):
         if (logits.shape[-1], classes) in self._fits:
             return
         for number, teacher in enumerate(self):
-            if teacher.classes is not None and max(teacher.classes) >= classes:
+            if max(teacher.known_classes or [-1]) >= classes:
                 raise InputError(
                     f"teachers[{number}]: its classes {teacher.classes} exceed the student's, 0 ... {classes - 1}"
                 )
@@ -193,7 +194,7 @@ class Ensemble(nn.Module):
             classes: The student's number C; 1 for the binary task.
         """
         present = sorted(set(selected.tolist()))
-        parts = [(selected == number).to(batch.x.device) for number in present]
+        parts = [(selected == number).to(batch.device) for number in present]
         alone = len(present) == 1
         outputs: list[Tensor] = [
             self[number](batch if alone else batch.select(part)) for number, part in zip(present, parts, strict=True)
@@ -227,6 +228,8 @@ class Ensemble(nn.Module):
         if y is None:
             return own
         y = y.reshape(rows, -1)
+        if self.task == "multiclass" and y.shape[1] != 1:
+            raise InputError(f"teacher_weights: confidence needs class indices (B,), got labels {[*y.shape]}")
         labeled = is_labeled(y)
         if self.task == "multiclass":
             target = torch.where(labeled, y, 0).long()
@@ -254,7 +257,7 @@ class Ensemble(nn.Module):
         if classes not in self._known:
             known = torch.zeros(len(self), classes, dtype=torch.bool)
             for number, teacher in enumerate(self):
-                named = range(classes) if teacher.classes is None else teacher.classes
+                named = range(classes) if teacher.known_classes is None else teacher.known_classes
                 known[number, [c for c in named if c < classes]] = True
             self._known[classes] = known
         return self._known[classes]
@@ -275,7 +278,9 @@ class Ensemble(nn.Module):
 
     def _as_one(self, batch: Batch) -> list[Tensor]:
         """Compute every teacher's outputs in one forward pass."""
-        inputs = [teacher.prepare(batch.x) for teacher in self]
+        inputs: list[Any] = [teacher.prepare(batch.teacher_x) for teacher in self]
+        if not all(isinstance(x, Tensor) for x in inputs):
+            raise InputError(f"use_vmap needs inputs of one tensor, got {describe(batch.teacher_x)}; set it to false")
         if len({x.shape for x in inputs}) > 1:
             sizes = [[*x.shape[1:]] for x in inputs]
             raise InputError(f"use_vmap needs inputs of one shape, but the teachers' preprocess gives {sizes}")
@@ -291,7 +296,7 @@ class Ensemble(nn.Module):
             outputs = compute_all(weights, inputs[0] if shared else torch.stack(inputs))
         except RuntimeError as error:
             raise InputError(f"use_vmap: these teachers cannot be computed as one: {error}") from error
-        logits = [teacher.arrange(z.to(batch.x.device)) for teacher, z in zip(self, outputs, strict=True)]
+        logits = [teacher.arrange(z.to(batch.device)) for teacher, z in zip(self, outputs, strict=True)]
         if first_use:  # networks of one architecture may still differ in attributes that are no tensors
             for number, (teacher, stacked) in enumerate(zip(self, logits, strict=True)):
                 alone = teacher.arrange(teacher.compute(batch))  # never what is stored, which may be rounded

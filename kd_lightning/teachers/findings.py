@@ -11,8 +11,9 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import Batch, class_labels, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import describe
 from kd_lightning.losses.base import Task
 
 
@@ -75,7 +76,7 @@ def collect_logits(network: Callable[[Batch], Tensor], batches: Sequence[Batch],
         logits = torch.cat([network(batch).cpu() for batch in batches])
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"a network cannot take inputs of shape {[*batches[0].x.shape]}: {reason}") from error
+        raise InputError(f"a network cannot take inputs of shape {describe(batches[0].x)}: {reason}") from error
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if task == "multiclass" else logits.reshape(len(logits), -1)
 
@@ -88,7 +89,7 @@ def match_labels(logits: Tensor, y: Tensor | None, task: Task) -> LabeledLogits:
     """
     if y is None:
         return LabeledLogits(logits[:0], torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-    y = y.cpu() if task == "multiclass" else y.cpu().reshape(len(y), -1)
+    y = class_labels(y).cpu() if task == "multiclass" else y.cpu().reshape(len(y), -1)
     if logits.ndim != 2 or y.shape != logits.shape[: y.ndim] or (y.ndim == 1) != (task == "multiclass"):
         raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
     known = is_labeled(y)

@@ -84,7 +84,7 @@ class TeacherFingerprint:
         """Whether it has been computed."""
         return bool(self._first)
 
-    def compute(self, classes: list[int] | None, anew: bool = False) -> str:
+    def compute(self, classes: list[int | None] | None, anew: bool = False) -> str:
         """Return the fingerprint. It is computed if it never was.
 
         Args:
@@ -104,7 +104,7 @@ class TeacherFingerprint:
             self._texts = (_VERSION + text, earlier)
         return self._texts[0]
 
-    def matches(self, fingerprint: str, classes: list[int] | None) -> bool:
+    def matches(self, fingerprint: str, classes: list[int | None] | None) -> bool:
         """Whether a fingerprint of this or the earlier version is this teacher's. The earlier one covers less."""
         self.compute(classes)
         return fingerprint == self._texts[0 if fingerprint.startswith(_VERSION) else 1]

@@ -18,6 +18,7 @@ from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs, tensors_of
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
 
 CHECK_EVERY = 500
@@ -35,7 +36,8 @@ class Teacher(nn.Module):
         network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
         preprocess: Applied to the student's inputs before the network, if the teacher was trained on inputs of another
             normalisation or size.
-        classes: For each output of the network, the student's class, each class at most once. A teacher may know only
+        classes: For each output of the network, the student's class, each class at most once, or None for a class that
+            the student does not have. Then probabilities are those among the student's classes. A teacher may know only
             some of the classes; ``EnsembleDistillModule`` combines such teachers. Default: None, which means the
             student's class order.
         device: Device that the teacher computes on, such as ``"cpu"`` or ``"cuda:1"``. Its logits are moved to the
@@ -51,8 +53,9 @@ class Teacher(nn.Module):
             all logits.
 
     Shapes:
-        Input: a ``Batch`` with x (B, ...). Output: logits (B, C) in the student's class order. With ``classes``, C is
-        the largest of them plus 1, and logits of classes that the teacher does not know are minus infinity.
+        Input: a ``Batch``, or inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Output: logits (B, C)
+        in the student's class order. With ``classes``, C is the largest of them plus 1, and logits of classes that the
+        teacher does not know are minus infinity.
 
     Raises:
         InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs, and for
@@ -64,7 +67,7 @@ class Teacher(nn.Module):
         network: nn.Module,
         *,
         preprocess: nn.Module | None = None,
-        classes: list[int] | None = None,
+        classes: list[int | None] | None = None,
         device: str | None = None,
         cache: str | Path | None = None,
         cache_dtype: Literal["float16", "float32"] = "float16",
@@ -77,11 +80,12 @@ class Teacher(nn.Module):
             raise InputError(f"cache_top_k must be at least 1, got {cache_top_k}")
         if cache is not None and not str(cache).strip():
             raise InputError("cache must name a folder, got an empty name")
-        if classes is not None and (len(set(classes)) < len(classes) or min(classes, default=-1) < 0):
-            raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
         # in a tuple, so that nn.Module does not register them
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
         self.classes = classes
+        known = self.known_classes
+        if known is not None and (len({*known}) < len(known) or min(known, default=-1) < 0):
+            raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
         self.device = device
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
@@ -90,6 +94,7 @@ class Teacher(nn.Module):
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
         self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
         self._inputs_changed = False
+        self._copies_inputs: bool | None = None  # None until the first pass
         self._architecture: str | None = None
         self._identity = TeacherFingerprint(self._hidden)
         for module in self._hidden:
@@ -104,27 +109,58 @@ class Teacher(nn.Module):
         """The frozen network."""
         return self._hidden[-1]
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Preprocess the student's inputs (B, ...) for the network, on the teacher's device."""
-        for module in self._hidden:
-            if any(part.training for part in layers_of(module)):  # another module may hold it and call .train()
-                module.eval()  # slower than the check above
-        x = x if self.device is None else x.to(self.device)
+    def prepare(self, x: Inputs) -> Inputs:
+        """Preprocess the student's inputs for the network, on the teacher's device."""
+        self._set_eval()
+        if self.device is not None:
+            x = map_inputs(lambda tensor: tensor.to(self.device), x)
         for preprocess in self._hidden[:-1]:
-            x = preprocess(x)
+            x = call(preprocess, x)
         return x
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return logits (B, C) in the student's class order. They are computed unless the batch holds them."""
+    def forward(self, batch: Batch | Inputs) -> Tensor:
+        """Return logits (B, C) in the student's class order. They are computed unless the batch holds them.
+
+        Args:
+            batch: A batch, or inputs alone.
+        """
+        batch = batch if isinstance(batch, Batch) else Batch(batch)
         stored = self.stored(batch)
         return self.arrange(self.compute(batch) if stored is None else stored)
 
-    @torch.no_grad()
     def compute(self, batch: Batch) -> Tensor:
-        """Compute the network's logits (B, M)."""
-        logits = logits_of(self.network(self.prepare(batch.x)), "the teacher").to(batch.x.device)
+        """Compute the network's logits (B, M) for the batch's ``teacher_inputs``, or for ``x`` if there are none."""
+        args, kwargs = arguments_of(batch.teacher_x)
+        return logits_of(self.run(*args, **kwargs), "the teacher").to(batch.device)
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Preprocess the arguments of a call, and return what the network returns for them, without a gradient.
+
+        A network that changes its inputs in place gets a copy of them: they are the student's, too.
+        """
+        self._set_eval()
+        given: Any = (args, kwargs)
+        if self._copies_inputs is not False:
+            given = map_inputs(torch.clone, given)
+        versions = [*map(_version, tensors_of(given))]
+        args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
+        try:
+            for preprocess in self._hidden[:-1]:
+                args, kwargs = arguments_of(preprocess(*args, **kwargs))
+            output = self.network(*args, **kwargs)
+        finally:
+            is_changed = versions != [*map(_version, tensors_of(given))]
+            if is_changed and self._copies_inputs is False:
+                raise InputError("teacher: it changes its inputs in place in some passes alone; they are the student's")
+            self._copies_inputs = is_changed or bool(self._copies_inputs)
         self._identity.note_forward()
-        return logits
+        return output
+
+    def _set_eval(self) -> None:
+        for module in self._hidden:
+            if any(part.training for part in layers_of(module)):  # another module may hold it and call .train()
+                module.eval()  # slower than the check above
 
     def stored(self, batch: Batch) -> Tensor | None:
         """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
@@ -134,19 +170,19 @@ class Teacher(nn.Module):
         wait, in one of ``CHECK_EVERY`` batches. So are those of the loader's tensor.
         """
         held, name = batch.teacher, self.output_name
-        if held is None or name is None or name not in held:
+        if held is None or name is None or name not in held or batch.teacher_inputs is not None:
             return None
         source = held.sources.get(name, "")
         if source and all(source != str(folder) for folder in self.cache_folders.values()):
             return None  # outputs of another teacher of this name
         if held.inputs is not None:
             is_due = self._lookups[0] % CHECK_EVERY == 0 or self._inputs_changed
-            is_due = is_due or (not held.are_of(batch.x) and batch.x.device.type == "cpu")
+            is_due = is_due or (not held.are_of(batch.x) and batch.device.type == "cpu")
             self._lookups[0] += 1
             if is_due and not np.array_equal(hash_rows(batch.x), held.inputs.cpu().numpy().view(np.uint64)):
                 self._warn_of_inputs()
                 return None
-        logits, device = held[name], batch.x.device
+        logits, device = held[name], batch.device
         return logits if logits.device == device else logits.to(device, non_blocking=True)
 
     def start_fit(self, name: str, views: str) -> None:
@@ -176,15 +212,21 @@ class Teacher(nn.Module):
             return logits
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
             raise InputError(f"classes has {len(self.classes)} entries, but the teacher's output is {[*logits.shape]}")
-        ordered = logits.new_full((len(logits), max(self.classes) + 1), -torch.inf)
-        ordered[:, self.classes] = logits
+        known = {number: column for column, number in enumerate(self.classes) if number is not None}
+        ordered = logits.new_full((len(logits), max(known) + 1), -torch.inf)
+        ordered[:, [*known]] = logits[:, [*known.values()]]
         return ordered
 
     @property
     def missing_classes(self) -> list[int]:
         """Classes below the largest of ``classes`` that the teacher does not know."""
-        classes = self.classes or []
-        return sorted(set(range(max(classes, default=0))) - set(classes))
+        known = self.known_classes or []
+        return sorted({*range(max(known, default=0))} - {*known})
+
+    @property
+    def known_classes(self) -> list[int] | None:
+        """The student's classes that the teacher knows, in the order of its outputs. None means all in their order."""
+        return None if self.classes is None else [number for number in self.classes if number is not None]
 
     def fingerprint(self, *, anew: bool = False) -> str:
         """Return a hash that identifies the teacher: of weights, attributes, extra state, preprocessing and class map.
@@ -238,6 +280,11 @@ class Teacher(nn.Module):
         copied = copy(self)  # copies of a module, as of weight averaging, share the frozen network
         memo[id(self)] = copied
         return copied
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that increases with each change in place; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:

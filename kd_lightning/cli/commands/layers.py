@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import unpack
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.errors import InputError
 from kd_lightning.features.layers import Layer, list_layers
@@ -44,13 +44,13 @@ class LayersCLI(InspectCLI):
         data: Any = model if datamodule is None else datamodule
         data.prepare_data()
         data.setup("fit")
-        x = Batch.from_any(next(iter(data.train_dataloader()))).x
+        batch = unpack(model, next(iter(data.train_dataloader())))
         student, teacher = getattr(model, "student", None), getattr(model, "teacher", None)
         if not isinstance(student, nn.Module):
             raise InputError(f"model: layers needs a module with a student, {type(model).__name__} has none")
-        self.networks = {"student": list_layers(student, x)}
+        self.networks = {"student": list_layers(student, batch.x)}
         if isinstance(teacher, Teacher):
-            self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(x))
+            self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(batch.teacher_x))
 
 
 def _cells(layer: Layer | None) -> list[str]:

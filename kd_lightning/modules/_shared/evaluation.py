@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import ConfusionMatrix
 
-from kd_lightning.batch import IGNORE_INDEX, is_labeled
+from kd_lightning.batch import IGNORE_INDEX, class_labels, is_labeled
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import Task, to_probabilities
 from kd_lightning.modules._shared.checks import check_at_least_two
@@ -114,7 +114,7 @@ class Evaluation(Sums):
         weight = labels if class_weights is None else class_weights
         self.add("loss", loss * weight)
         self.add("loss_weight", weight)
-        y = y.flatten() if self.task == "binary" else y
+        y = y.flatten() if self.task == "binary" else class_labels(y) if one_of_many else y
         known = is_labeled(y)
         if self.confusion is not None:
             self.confusion.update(probabilities, torch.where(known, y, IGNORE_INDEX).long())

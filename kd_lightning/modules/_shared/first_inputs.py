@@ -8,16 +8,23 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.features.capture import evaluating
+from kd_lightning.inputs import Inputs
 
 
-def first_inputs(module: LightningModule, count: int) -> Tensor:
-    """Return up to ``count`` training inputs (B, ...), as a step gets them. Call it while the trainer sets up a fit.
+def first_rows(batch: Batch, count: int) -> Batch:
+    """Return a batch of the first inputs alone, without labels."""
+    rows = torch.arange(min(count, len(batch)), device=batch.device)
+    return Batch(batch.x, teacher_inputs=batch.teacher_inputs).select(rows)
+
+
+def first_inputs(module: LightningModule, count: int) -> Batch:
+    """Return up to ``count`` training inputs, as a step gets them. Call it while the trainer sets up a fit.
 
     Random generators stay as they are. A loader with a batch sampler starts no workers.
     """
@@ -35,11 +42,11 @@ def first_inputs(module: LightningModule, count: int) -> Tensor:
         else:
             batch = next(iter(loader))
         batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
-    return Batch.from_any(batch).x[:count]
+    return first_rows(unpack(module, batch), count)
 
 
-def run_once(module: LightningModule, student: nn.Module, x: Tensor) -> None:
-    """Run a module's forward pass on inputs (B, ...) that a training step gets. The student is in eval mode.
+def run_once(module: LightningModule, student: nn.Module, x: Inputs) -> None:
+    """Run a module's forward pass on inputs that a training step gets. The student is in eval mode.
 
     Random generators and the student stay as they are.
     """

@@ -79,8 +79,9 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
         return _without_labels(loss, task, logits)
     if task == "binary":
         logits, y = logits.flatten(), y.flatten()
-    classes = task == "multiclass"
-    if y.shape != logits.shape[: 1 if classes else 2] or (classes and logits.ndim != 2):
+    soft = task == "multiclass" and y.ndim == 2 and y.is_floating_point()  # probabilities
+    classes = task == "multiclass" and not soft
+    if y.shape != logits.shape[: 1 if classes else 2] or (task == "multiclass" and logits.ndim != 2):
         raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
     fields = row_values(loss, batch)
     weight = batch.weight
@@ -88,6 +89,7 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     if rows is None:
         known = is_labeled(y)
         rows = known if known.ndim == 1 else known.any(dim=1)
+        known = rows if soft else known  # a row that is NaN in part is refused below
         if known.all():
             known = rows = None
     elif len(rows) == len(y):
@@ -97,16 +99,19 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
         weight = None if weight is None else weight[rows]
         logits, y = logits[rows], y[rows]
     if y.numel() == 0 and not is_stateful(loss):
-        return HardLoss(logits.sum(), 0, _sum(class_weights(loss, y.long())))
+        return HardLoss(logits.sum(), 0, None if soft else _sum(class_weights(loss, y.long())))
     if known is not None and (known := known[rows]).all():
         known = None
-    if not must_synchronize(y):
+    if soft:
+        _check_probabilities(y)
+    elif not must_synchronize(y):
         _check_labels(task, y if known is None else y[known], logits)
     if known is not None:  # some labels of a row are missing
         value = mean_of_known(loss, logits, y.to(logits.dtype), known, **fields)
         return HardLoss(value, int(known.sum()), None)
     y = y.long() if classes else y.to(logits.dtype)
-    return HardLoss(mean_loss(loss, logits, y, weight, **fields), y.numel(), _sum(class_weights(loss, y)))
+    labels = len(y) if soft else y.numel()
+    return HardLoss(mean_loss(loss, logits, y, weight, **fields), labels, _sum(class_weights(loss, y)))
 
 
 def _without_labels(loss: nn.Module, task: Task, logits: Tensor) -> HardLoss:
@@ -122,6 +127,19 @@ def _without_labels(loss: nn.Module, task: Task, logits: Tensor) -> HardLoss:
 
 def _sum(weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.sum()
+
+
+def _check_probabilities(y: Tensor) -> None:
+    """Raise InputError unless rows (N, C) are probabilities, to the precision of their type."""
+    if must_synchronize(y) or not y.numel():
+        return
+    off = (y.float().sum(dim=1) - 1).abs()
+    if not (float(y.min()) >= 0 and float(off.max()) <= 1e-2):  # NaN is neither
+        bad = y[(off.nan_to_num(1) > 1e-2) | (y.amin(dim=1) < 0)][0].tolist()
+        raise InputError(
+            "labels (B, C) that are floats must be probabilities, with a sum of 1 in each row, or NaN in a whole row "
+            f"without a label; got a row {bad}"
+        )
 
 
 def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:

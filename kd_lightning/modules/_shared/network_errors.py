@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
-
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, describe
 
 # torch's messages about inputs that do not fit a layer
 _SHAPES = re.compile(r"shapes? |channels|expected .*(input|dim)|size of tensor|sizes? mismatch", re.IGNORECASE)
 
 
-def explain_shapes(error: RuntimeError, x: Tensor) -> None:
+def explain_shapes(error: RuntimeError, x: Inputs) -> None:
     """Raise InputError if the error is torch's about inputs that do not fit the student.
 
     Args:
@@ -21,7 +20,7 @@ def explain_shapes(error: RuntimeError, x: Tensor) -> None:
     """
     if _SHAPES.search(str(error)):
         reason = str(error).splitlines()[0]
-        raise InputError(f"the student cannot take inputs of shape {[*x.shape]}: {reason}") from error
+        raise InputError(f"the student cannot take inputs of shape {describe(x)}: {reason}") from error
 
 
 def explain_single_row(error: ValueError, rows: int) -> None:

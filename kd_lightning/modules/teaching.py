@@ -1,0 +1,465 @@
+"""Teach a LightningModule that is not ours: it keeps its own loss, and learns from a teacher, too."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
+from kd_lightning.features.capture import find_layer
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import arguments_of
+from kd_lightning.losses import KDLoss
+from kd_lightning.losses.rows import to_rows
+from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.finite_check import FiniteCheck
+from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.teachers.cache_fill import fill_caches
+from kd_lightning.teachers.teacher import Teacher
+
+Mask = str | Callable[[Any], Tensor]
+Output = str | int | Callable[[Any], Tensor]
+
+
+class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a class so that configs can name it)
+    r"""Let any LightningModule learn from a frozen teacher: ``module = teach(MyModule(), teacher)``.
+
+    The loss of ``training_step`` becomes ``(1 - soft_weight) * hard + soft_weight * soft``. The hard loss is what the
+    module's own ``training_step`` returns. For the soft loss, the teacher gets whatever the module's network was called
+    with (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). The module itself comes back: its class, metrics,
+    batches, optimisers, logs and checkpoints stay its own, and validation and test are as before. Modules of
+    ``pytorch_lightning`` work, too.
+
+    The teacher is in no checkpoint, no optimiser and no reducer. A checkpoint holds its fingerprint: to resume with
+    another teacher is an error. With several calls of the network in a step, each row of each call counts the same.
+    With manual optimisation, each ``manual_backward`` of a loss that depends on calls of the network gets their soft
+    loss. Calls without a gradient are no training, and are left out.
+
+    Logs ``teach/hard``, ``teach/soft`` and, with ``unlabeled``, ``teach/unlabeled``: the share of batches without a
+    hard loss. ``SoftWeightAnnealing()`` anneals the module's new attribute ``soft_weight``.
+
+    Args:
+        module: The LightningModule. It is changed in place.
+        teacher: The trained network, or a :class:`~kd_lightning.Teacher` around it.
+        network: Dotted path of the module's network; "" for the module itself, where ``training_step`` calls
+            ``self(...)``.
+        soft_loss: Loss called as ``(student_output, teacher_output)``, or with a third argument as
+            ``(student_logits, teacher_logits, None)``. Default: None, which means ``KDLoss`` at temperature 4.
+        soft_weight: Weight of the soft loss, in [0, 1].
+        class_dim: The dimension of the outputs that holds classes: -1 for tokens (B, T, C), 1 for maps (B, C, H, W).
+            The soft loss gets rows (N, C) then. Default: None, which means that it gets outputs as they are, such as
+            (B, C).
+        mask: Which positions of dense outputs count: a key of the batch (such as "attention_mask": not 0 where a
+            position counts), or a function of the batch. Default: None, which means all.
+        output: What picks the logits out of an output: a key, an attribute, a number, or a function. Default: None,
+            which means what :func:`~kd_lightning.features.outputs.logits_of` finds: the tensor itself, ``logits`` or
+            ``out``, or the first tensor of a tuple that is no scalar.
+        unlabeled: Train on the soft loss alone where the module's own loss is not finite, is None, or cannot be
+            computed (its ``training_step`` raises an error after it has called the network), as for a batch without
+            labels.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: If an argument is out of range, the module already has a teacher or a ``soft_weight``, or shares
+            trained parameters with the teacher. In training, if the network is never called, its outputs have no
+            gradient, or outputs, mask and teacher do not fit.
+    """
+
+    def __new__(
+        cls,
+        module: LightningModule,
+        teacher: nn.Module,
+        network: str = "net",
+        *,
+        soft_loss: nn.Module | None = None,
+        soft_weight: float = 0.9,
+        class_dim: int | None = None,
+        mask: Mask | None = None,
+        output: Output | None = None,
+        unlabeled: bool = False,
+    ) -> Any:
+        """Return the module, changed."""
+        if not isinstance(module, nn.Module) or not callable(getattr(module, "training_step", None)):
+            raise InputError(f"module must be a LightningModule, got {type(module).__name__}")
+        if isinstance(getattr(module, "teaching", None), Teaching):
+            raise InputError("module has a teacher already; teach it once")
+        for name in ("soft_weight", "teaching"):
+            if hasattr(module, name):
+                raise InputError(f"module: {type(module).__name__} has an attribute {name} of its own; rename it")
+        check_soft_weight(soft_weight)
+        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        if teacher.cache is not None and output is not None:
+            raise InputError(
+                "output must be left out with a teacher that has a cache, which holds what it finds itself"
+            )
+        if teacher.missing_classes:
+            raise InputError(f"teacher does not know the classes {teacher.missing_classes}, but must know all")
+        teaching = Teaching(module, teacher, network, soft_loss, class_dim, mask, output, unlabeled)
+        module.soft_weight = soft_weight  # type: ignore[assignment]
+        module.teaching = teaching
+        for name, function in teaching.wrappers().items():
+            own = getattr(module, name)
+            setattr(module, name, update_wrapper(partial(function, own), own))
+        return module
+
+    def __init__(
+        self,
+        module: LightningModule,
+        teacher: nn.Module,
+        network: str = "net",
+        *,
+        soft_loss: nn.Module | None = None,
+        soft_weight: float = 0.9,
+        class_dim: int | None = None,
+        mask: Mask | None = None,
+        output: Output | None = None,
+        unlabeled: bool = False,
+    ) -> None:
+        """Declare the arguments. It never runs, since ``__new__`` returns an object of another class."""
+
+
+class Teaching(nn.Module):
+    """The teacher of a taught module, and what a training step does with it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        teacher: Teacher,
+        network: str,
+        soft_loss: nn.Module | None,
+        class_dim: int | None,
+        mask: Mask | None,
+        output: Output | None,
+        unlabeled: bool,
+    ) -> None:
+        super().__init__()
+        if isinstance(mask, str) and "padding" in mask:
+            raise InputError(
+                f"mask must name positions that count, but {mask!r} seems to name padding; use a function of the "
+                f"batch, such as lambda batch: ~batch[{mask!r}]"
+            )
+        self._module = (module,)  # in a tuple: it is no part of this one
+        self.teacher = teacher
+        self.network = network
+        self.soft_loss = KDLoss() if soft_loss is None else soft_loss
+        self.class_dim = class_dim
+        self.mask = mask
+        self.output = output
+        self.unlabeled = unlabeled
+        self._takes_target = _takes_target(self.soft_loss)
+        self._hooked: tuple[nn.Module, ...] = ()  # in a tuple, as above
+        self._handles: list[Any] = []
+        self._batch: Any = None
+        self._is_watching = False
+        self._targets: list[Tensor] = []  # the teacher's logits for calls that have begun
+        self._calls: list[tuple[Any, Tensor]] = []  # the network's output, and the teacher's logits
+        self._is_used = False  # whether a manual_backward of this step had a soft loss
+        self._warned = False
+        self._finite_check = FiniteCheck()
+        self._find_network(required=False)
+
+    def wrappers(self) -> dict[str, Callable[..., Any]]:
+        """Return what replaces methods of the module, by name. Each gets the module's own method first."""
+        wrappers: dict[str, Callable[..., Any]] = {
+            "training_step": self._training_step,
+            "setup": self._setup,
+            "on_fit_start": self._on_fit_start,
+            "on_train_epoch_end": self._on_train_epoch_end,
+            "on_save_checkpoint": self._on_save_checkpoint,
+            "on_load_checkpoint": self._on_load_checkpoint,
+        }
+        if not self._owner.automatic_optimization:
+            wrappers["manual_backward"] = self._manual_backward
+        return wrappers
+
+    @property
+    def _owner(self) -> Any:
+        return self._module[0]
+
+    # The calls of the network.
+
+    def _find_network(self, required: bool = True) -> None:
+        """Find the network, which the module may build late or replace, and hook it."""
+        owner = self._owner
+        try:
+            network = find_layer(owner, self.network) if self.network else owner
+        except InputError as error:
+            if not required:
+                return
+            raise InputError(f"network: {error}") from error
+        if (network,) == self._hooked:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            network.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            network.register_forward_hook(self._after_call),
+        ]
+        self._hooked = (network,)
+        if network is not owner:  # else the teacher could be compared with this very object
+            check_two_networks("teacher", self.teacher, network)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_call(self, _network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give the teacher what the network is called with: now, since the network may change it in place."""
+        if self._is_watching and torch.is_grad_enabled():
+            self._is_watching = False  # the teacher may hold layers of the network
+            try:
+                self._targets.append(self._teach(args, kwargs))
+            finally:
+                self._is_watching = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_call(self, _network: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watching and torch.is_grad_enabled():
+            self._calls.append((output, self._targets.pop()))
+
+    def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the teacher's logits for a call."""
+        batch, inputs = self._batch, None
+        if isinstance(batch, Batch) and len(args) == 1 and not kwargs and args[0] is batch.x:
+            if (stored := self.teacher.stored(batch)) is not None:
+                return stored
+            inputs = batch.teacher_inputs
+        elif isinstance(batch, Mapping):
+            inputs = batch.get("teacher_inputs")
+        if inputs is not None:
+            if self._calls or self._targets:
+                raise InputError("teacher_inputs of a batch are for one call of the network in a step, got several")
+            args, kwargs = arguments_of(inputs)
+        return self._pick(self.teacher.run(*args, **kwargs), "the teacher")
+
+    # The loss.
+
+    def _soft_term(self, calls: list[tuple[Any, Tensor]]) -> tuple[Tensor, int]:
+        """Return the mean soft loss over the rows of some calls, and the number of these rows."""
+        mask = self._find_mask()
+        parts, counts = [], []
+        for student, teacher in calls:
+            rows = to_rows(self._pick(student, "the network"), self.class_dim, mask)
+            if not rows.requires_grad:
+                raise InputError(
+                    f"network: the outputs of {self.network or 'the module'} have no gradient, so that it cannot learn "
+                    "from a teacher; does its forward pass detach them, or is it frozen?"
+                )
+            target = to_rows(teacher.to(rows.device), self.class_dim, mask)
+            target = self.teacher.arrange(target)
+            self._check_shapes(rows, target)
+            counts.append(len(rows) if rows.ndim else 1)
+            parts.append(self._compare(rows, target) if counts[-1] else rows.sum())
+        total = sum(counts)
+        value = torch.stack([part * count for part, count in zip(parts, counts, strict=True)]).sum() / max(total, 1)
+        mean = self._mean_over_processes(total, value) if mask is not None else total
+        return value if mean == total else value * (total / mean), total
+
+    def _compare(self, rows: Tensor, target: Tensor) -> Tensor:
+        loss = self.soft_loss(rows, target, None) if self._takes_target else self.soft_loss(rows, target)
+        if loss.ndim:
+            raise InputError(f"soft_loss must give one number, got {[*loss.shape]}; its reduction must be mean")
+        return loss  # type: ignore[no-any-return]
+
+    def _pick(self, output: Any, owner: str) -> Tensor:
+        """Pick the logits out of an output."""
+        pick = self.output
+        if pick is None:
+            return logits_of(output, owner)
+        try:
+            if callable(pick):
+                found = pick(output)
+            elif isinstance(output, Tensor):
+                found = output
+            else:
+                found = output[pick] if isinstance(pick, int) or isinstance(output, Mapping) else getattr(output, pick)
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"output: {pick!r} picks nothing out of what {owner} returns, {type(output).__name__}"
+            ) from error
+        if not isinstance(found, Tensor):
+            raise InputError(f"output must pick a tensor, got {type(found).__name__} from {owner}")
+        return found
+
+    def _check_shapes(self, rows: Tensor, target: Tensor) -> None:
+        if self.class_dim is None and rows.ndim > 2 and hasattr(self.soft_loss, "task"):
+            raise InputError(
+                f"class_dim must be set, since the network gives outputs {[*rows.shape]}: -1 for tokens (B, T, C), 1 "
+                "for maps (B, C, H, W)"
+            )
+        if rows.shape != target.shape:
+            raise InputError(
+                f"teacher and network must give outputs of one shape, got {[*target.shape]} from the teacher and "
+                f"{[*rows.shape]} from the network; Teacher(classes=...) maps another class order, and output a part"
+            )
+
+    def _find_mask(self) -> Tensor | None:
+        if self.mask is None:
+            return None
+        if callable(self.mask):
+            mask = self.mask(self._batch)
+        else:
+            held = self._batch if isinstance(self._batch, Mapping) else {}
+            if self.mask not in held:
+                raise InputError(f"mask: the batch has no {self.mask!r}, got {[*held] or type(self._batch).__name__}")
+            mask = held[self.mask]
+        if not isinstance(mask, Tensor):
+            raise InputError(f"mask must be a tensor, got {type(mask).__name__}")
+        return mask
+
+    def _mean_over_processes(self, count: int, like: Tensor) -> float:
+        """Return the mean of a count over all processes, so that one process and two give the same gradient."""
+        trainer = getattr(self._owner, "_trainer", None)
+        if trainer is None or trainer.world_size == 1:
+            return count
+        return max(
+            float(trainer.strategy.reduce(torch.tensor(float(count), device=like.device), reduce_op="mean")), 1e-9
+        )
+
+    # What replaces the module's methods.
+
+    def _training_step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own training step, and add the soft loss to what it returns."""
+        self._find_network()
+        self._batch = args[0] if args else next(iter(kwargs.values()), None)
+        self._calls, self._targets, self._is_used, self._is_watching = [], [], False, True
+        try:
+            returned, problem = self._run_own(own, *args, **kwargs)
+            self._is_watching = False
+            if not self._owner.automatic_optimization:
+                self._check_use()
+                return returned
+            if not self._calls:
+                raise InputError(
+                    f"network: training_step never called {self.network or 'the module itself'} with a gradient; "
+                    "network must be the dotted path of what it calls"
+                )
+            return self._add_soft(returned, problem)
+        finally:
+            self._is_watching = False
+            self._calls, self._targets, self._batch = [], [], None
+
+    def _run_own(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
+        """Return what the module's step returns; or None and the reason why it has no loss, if that is allowed."""
+        try:
+            return own(*args, **kwargs), ""
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of their step, for a batch without labels
+            if not self.unlabeled or not self._calls or not self._owner.automatic_optimization:
+                raise
+            return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+    def _add_soft(self, returned: Any, problem: str) -> Any:
+        hard = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if hard is None and not self.unlabeled:
+            self._warn_once("training_step returned no loss, so its batch is left out; unlabeled: true trains on it")
+            return returned
+        soft, rows = self._soft_term(self._calls)
+        has_hard = hard is not None and (not self.unlabeled or bool(torch.isfinite(hard).all()))
+        if not has_hard:
+            self._warn_once(f"a batch has no hard loss ({problem or 'it is missing or not finite'}): soft loss alone")
+        loss = self._weighted(hard if has_hard else None, soft, rows)
+        return {**returned, "loss": loss} if isinstance(returned, Mapping) else loss
+
+    def _weighted(self, hard: Tensor | None, soft: Tensor, rows: int) -> Tensor:
+        """Return the weighted sum, and log its parts."""
+        owner = self._owner
+        weight = owner.soft_weight
+        check_soft_weight(weight)  # a callback may have set it
+        trainer = getattr(owner, "_trainer", None)
+        self._finite_check.record({"soft": soft}, 0 if trainer is None else trainer.global_step)
+        if trainer is not None:
+            values = {"soft": soft} if hard is None else {"soft": soft, "hard": hard}
+            values |= {"unlabeled": soft.new_tensor(float(hard is None))} if self.unlabeled else {}
+            for name, value in values.items():
+                size = 1 if name == "unlabeled" else max(rows, 1)
+                owner.log(f"teach/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
+        return weight * soft if hard is None else (1.0 - weight) * hard + weight * soft
+
+    def _manual_backward(self, own: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the soft loss of the calls that this loss depends on, with manual optimisation."""
+        calls = self._calls
+        if calls:
+            reached = _nodes_of(loss)
+            mine = [call for call in calls if self._pick(call[0], "the network").grad_fn in reached]
+            self._calls = [call for call in calls if not any(call is one for one in mine)]
+            if mine:
+                self._is_used = True
+                loss = self._weighted(loss, *self._soft_term(mine))
+        self._is_watching = False  # a checkpointed network runs again in the backward pass
+        try:
+            own(loss, *args, **kwargs)
+        finally:
+            self._is_watching = True
+
+    def _check_use(self) -> None:
+        if not self._is_used:
+            raise InputError(
+                f"network: no manual_backward of this step had a loss that depends on {self.network or 'the module'}; "
+                "network must be the dotted path of what learns, and the step must call self.manual_backward"
+            )
+
+    def _setup(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        self._finite_check = FiniteCheck()
+        if self._is_fitting:
+            require_whole_weights(self._owner.trainer, "teach")
+            self.teacher.fingerprint(anew=True)  # before a plugin casts its weights
+
+    def _on_fit_start(self, own: Callable[..., Any]) -> None:
+        own()
+        self._find_network()
+        fill_caches(self.teacher, self._owner.trainer)
+
+    def _on_train_epoch_end(self, own: Callable[..., Any]) -> None:
+        self._finite_check.check()
+        own()
+
+    def _on_save_checkpoint(self, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        self._finite_check.check()
+        own(checkpoint)
+        checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
+
+    def _on_load_checkpoint(self, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        own(checkpoint)
+        fingerprint = checkpoint.get("teacher_fingerprint")
+        if self._is_fitting and fingerprint:
+            check_same_teacher("teacher", self.teacher, fingerprint)
+
+    @property
+    def _is_fitting(self) -> bool:
+        trainer = getattr(self._owner, "_trainer", None)
+        return trainer is not None and trainer.state.fn == "fit"
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            rank_zero_warn(f"teach: {text}")
+        self._warned = True
+
+
+def _takes_target(loss: nn.Module) -> bool:
+    """Whether a soft loss takes a third argument, the target."""
+    try:
+        parameters = [*inspect.signature(loss.forward).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2
+
+
+def _nodes_of(loss: Tensor) -> set[Any]:
+    """Return all nodes of a loss's graph."""
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return seen
