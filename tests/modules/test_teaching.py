@@ -1,7 +1,12 @@
 """teach: any LightningModule learns from a teacher. The step by hand, and the kinds of modules that projects have."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import InputError, SoftWeightAnnealing, Teacher, teach
+from kd_lightning import DatasetSource, InputError, SemiSupervisedDataModule, SoftWeightAnnealing, Teacher, teach
 from kd_lightning.losses import KDLoss
 
 W, T = 0.7, 4.0  # soft weight and temperature
@@ -584,3 +589,95 @@ def test_modules_of_pytorch_lightning(tmp_path):
             default_root_dir=tmp_path,
         ).fit(one, loader)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), ours.parameters(), strict=True))
+
+
+# With our own data, and on two processes.
+
+
+def samples():
+    x = torch.randn(24, 4, generator=generator(9))
+    parts = TensorDataset(x[:16], torch.arange(16) % 3), TensorDataset(x[16:], torch.arange(8) % 3)
+    return SemiSupervisedDataModule(
+        DatasetSource(*parts), train_transform=nn.Identity(), batch_size=4, val_size=0, num_views=2, seed=1
+    )
+
+
+def test_a_cached_teacher_and_batches_of_our_datamodule(quiet_trainer, tmp_path):
+    weights, computed = [], []
+    for cache in (None, tmp_path / "cache"):
+        counting = network(width=9, seed=1)
+        counting.register_forward_hook(lambda *_: computed.append(1))
+        module = teach(Classifier(), Teacher(counting, cache=cache, cache_dtype="float32"), soft_weight=W)
+        computed.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet_trainer(max_epochs=4).fit(module, samples())
+        weights.append(module.state_dict())
+        if cache is None:
+            assert len(computed) == 16
+    assert_same(module, weights[0])  # to rounding, since the place of a row in the batch counts in a linear layer
+    assert len(computed) < 16 + 3  # each view once, and a sample for checks
+
+
+_SCRIPT = """
+import json, sys, warnings
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from lightning.pytorch import LightningModule, Trainer
+from kd_lightning import teach
+
+warnings.simplefilter("ignore")
+processes = int(sys.argv[1])
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch["x"]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+def samples():
+    x = torch.randn(16, 5, 4, generator=torch.Generator().manual_seed(1))
+    # a batch holds all samples, since Lightning shuffles those of several processes; their masks differ
+    return [{"x": one, "mask": torch.arange(5) < (5 if n < 4 else 1)} for n, one in enumerate(x)]
+
+
+torch.manual_seed(1)
+module = teach(Module(), nn.Linear(4, 3), soft_weight=1.0, class_dim=-1, mask="mask")
+trainer = Trainer(
+    accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=4, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(module, DataLoader(samples(), 16 // processes))
+with open(f"{trainer.global_rank}_of_{processes}.json", "w") as file:
+    json.dump([p.tolist() for p in module.parameters()], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(_SCRIPT)
+    for processes in "12":
+        end = subprocess.run(
+            [sys.executable, "train.py", processes],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert not end.returncode, end.stderr[-3000:]
+    one, first, second = (json.loads(Path(f"{name}.json").read_text()) for name in ("0_of_1", "0_of_2", "1_of_2"))
+    assert first == second
+    for expected, found in zip(one, first, strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
