@@ -98,9 +98,9 @@ class CoTeachingModule(SupervisedModule):
         if both[0].shape != both[1].shape:
             raise InputError(f"student and peer must have one shape, got {[*both[0].shape]} and {[*both[1].shape]}")
         y = torch.full((len(batch),), IGNORE_INDEX, device=batch.device) if batch.y is None else batch.y
-        if y.shape != (len(batch),):
-            raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*y.shape]}")
         labels = self.compute_hard_loss(both[0], batch)[1]  # also checks the labels
+        if y.shape != (len(batch),):  # probabilities
+            raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*y.shape]}")
         mean = batch.mean_labels
         self._mean_labels = mean = self._mean_over_processes(labels, both[0]) if mean is None else mean
         known = is_labeled(y)

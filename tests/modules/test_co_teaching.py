@@ -273,7 +273,7 @@ def test_constructor_checks(arguments, message):
     ("batch", "message"),
     [
         (Batch(torch.zeros(2, 1), torch.tensor([0, 4])), "labels must be 0 ... 3 .* got 4"),
-        (Batch(torch.zeros(2, 1), torch.zeros(2, 4)), r"multiclass labels of shape \[2, 4\] do not fit"),
+        (Batch(torch.zeros(2, 1), torch.zeros(2, 4).long()), r"multiclass labels of shape \[2, 4\] do not fit"),
         (Batch(torch.zeros(2, 1), weight=torch.ones(2, 1)), r"weights must be one a row, \(B,\) = \[2\].* \[2, 1\]"),
         (
             Batch(torch.zeros(2, 1), candidates=torch.ones(2, 3, dtype=torch.bool)),

@@ -581,13 +581,15 @@ def test_modules_of_pytorch_lightning(tmp_path):
         teach(one, network(width=9, seed=1))
         trainer(
             accelerator="cpu",
-            max_epochs=1,
+            max_epochs=2,
+            callbacks=[SoftWeightAnnealing(1.0, 0.0)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=tmp_path,
         ).fit(one, loader)
+    assert module.soft_weight == 0.0
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), ours.parameters(), strict=True))
 
 
