@@ -12,21 +12,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.features.capture import find_layer
-from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import arguments_of
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.rows import to_rows
-from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
+from kd_lightning.modules._shared.network_calls import Call, NetworkCalls, Output
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
 
 Mask = str | Callable[[Any], Tensor]
-Output = str | int | Callable[[Any], Tensor]
 
 
 class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a class so that configs can name it)
@@ -148,25 +144,18 @@ class Teaching(nn.Module):
                 f"mask must name positions that count, but {mask!r} seems to name padding; use a function of the "
                 f"batch, such as lambda batch: ~batch[{mask!r}]"
             )
-        self._module = (module,)  # in a tuple: it is no part of this one
         self.teacher = teacher
         self.network = network
         self.soft_loss = KDLoss() if soft_loss is None else soft_loss
         self.class_dim = class_dim
         self.mask = mask
-        self.output = output
         self.unlabeled = unlabeled
+        self._calls = NetworkCalls(module, network, teacher, output)
         self._takes_target = _takes_target(self.soft_loss)
-        self._hooked: tuple[nn.Module, ...] = ()  # in a tuple, as above
-        self._handles: list[Any] = []
-        self._batch: Any = None
-        self._is_watching = False
-        self._targets: list[Tensor] = []  # the teacher's logits for calls that have begun
-        self._calls: list[tuple[Any, Tensor]] = []  # the network's output, and the teacher's logits
-        self._is_used = False  # whether a manual_backward of this step had a soft loss
+        # in this epoch: training steps, losses with a soft term, and with a hard one
+        self._steps = self._soft_losses = self._hard_losses = 0
         self._warned = False
         self._finite_check = FiniteCheck()
-        self._find_network(required=False)
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """Return what replaces methods of the module, by name. Each gets the module's own method first."""
@@ -184,75 +173,22 @@ class Teaching(nn.Module):
 
     @property
     def _owner(self) -> Any:
-        return self._module[0]
-
-    # The calls of the network.
-
-    def _find_network(self, required: bool = True) -> None:
-        """Find the network, which the module may build late or replace, and hook it."""
-        owner = self._owner
-        try:
-            network = find_layer(owner, self.network) if self.network else owner
-        except InputError as error:
-            if not required:
-                return
-            raise InputError(f"network: {error}") from error
-        if (network,) == self._hooked:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
-            network.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            network.register_forward_hook(self._after_call),
-        ]
-        self._hooked = (network,)
-        if network is not owner:  # else the teacher could be compared with this very object
-            check_two_networks("teacher", self.teacher, network)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _before_call(self, _network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Give the teacher what the network is called with: now, since the network may change it in place."""
-        if self._is_watching and torch.is_grad_enabled():
-            self._is_watching = False  # the teacher may hold layers of the network
-            try:
-                self._targets.append(self._teach(args, kwargs))
-            finally:
-                self._is_watching = True
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after_call(self, _network: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if self._is_watching and torch.is_grad_enabled():
-            self._calls.append((output, self._targets.pop()))
-
-    def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the teacher's logits for a call."""
-        batch, inputs = self._batch, None
-        if isinstance(batch, Batch) and len(args) == 1 and not kwargs and args[0] is batch.x:
-            if (stored := self.teacher.stored(batch)) is not None:
-                return stored
-            inputs = batch.teacher_inputs
-        elif isinstance(batch, Mapping):
-            inputs = batch.get("teacher_inputs")
-        if inputs is not None:
-            if self._calls or self._targets:
-                raise InputError("teacher_inputs of a batch are for one call of the network in a step, got several")
-            args, kwargs = arguments_of(inputs)
-        return self._pick(self.teacher.run(*args, **kwargs), "the teacher")
+        return self._calls.module
 
     # The loss.
 
-    def _soft_term(self, calls: list[tuple[Any, Tensor]]) -> tuple[Tensor, int]:
+    def _soft_term(self, calls: list[Call]) -> tuple[Tensor, int]:
         """Return the mean soft loss over the rows of some calls, and the number of these rows."""
         mask = self._find_mask()
         parts, counts = [], []
-        for student, teacher in calls:
-            rows = to_rows(self._pick(student, "the network"), self.class_dim, mask)
+        for call in calls:
+            rows = to_rows(call.logits, self.class_dim, mask)
             if not rows.requires_grad:
                 raise InputError(
-                    f"network: the outputs of {self.network or 'the module'} have no gradient, so that it cannot learn "
+                    f"network: the outputs of {self._calls.name} have no gradient, so that it cannot learn "
                     "from a teacher; does its forward pass detach them, or is it frozen?"
                 )
-            target = to_rows(teacher.to(rows.device), self.class_dim, mask)
+            target = to_rows(call.target.to(rows.device), self.class_dim, mask)
             target = self.teacher.arrange(target)
             self._check_shapes(rows, target)
             counts.append(len(rows) if rows.ndim else 1)
@@ -267,26 +203,6 @@ class Teaching(nn.Module):
         if loss.ndim:
             raise InputError(f"soft_loss must give one number, got {[*loss.shape]}; its reduction must be mean")
         return loss  # type: ignore[no-any-return]
-
-    def _pick(self, output: Any, owner: str) -> Tensor:
-        """Pick the logits out of an output."""
-        pick = self.output
-        if pick is None:
-            return logits_of(output, owner)
-        try:
-            if callable(pick):
-                found = pick(output)
-            elif isinstance(output, Tensor):
-                found = output
-            else:
-                found = output[pick] if isinstance(pick, int) or isinstance(output, Mapping) else getattr(output, pick)
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"output: {pick!r} picks nothing out of what {owner} returns, {type(output).__name__}"
-            ) from error
-        if not isinstance(found, Tensor):
-            raise InputError(f"output must pick a tensor, got {type(found).__name__} from {owner}")
-        return found
 
     def _check_shapes(self, rows: Tensor, target: Tensor) -> None:
         if self.class_dim is None and rows.ndim > 2 and hasattr(self.soft_loss, "task"):
@@ -304,11 +220,12 @@ class Teaching(nn.Module):
         if self.mask is None:
             return None
         if callable(self.mask):
-            mask = self.mask(self._batch)
+            mask = self.mask(self._calls.batch)
         else:
-            held = self._batch if isinstance(self._batch, Mapping) else {}
+            batch = self._calls.batch
+            held = batch if isinstance(batch, Mapping) else {}
             if self.mask not in held:
-                raise InputError(f"mask: the batch has no {self.mask!r}, got {[*held] or type(self._batch).__name__}")
+                raise InputError(f"mask: the batch has no {self.mask!r}, got {[*held] or type(batch).__name__}")
             mask = held[self.mask]
         if not isinstance(mask, Tensor):
             raise InputError(f"mask must be a tensor, got {type(mask).__name__}")
@@ -327,24 +244,19 @@ class Teaching(nn.Module):
 
     def _training_step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module's own training step, and add the soft loss to what it returns."""
-        self._find_network()
-        self._batch = args[0] if args else next(iter(kwargs.values()), None)
-        self._calls, self._targets, self._is_used, self._is_watching = [], [], False, True
-        try:
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        self._steps += 1
+        with self._calls.watch(batch):
             returned, problem = self._run_own(own, *args, **kwargs)
-            self._is_watching = False
             if not self._owner.automatic_optimization:
-                self._check_use()
                 return returned
-            if not self._calls:
+            if not self._calls.recorded:
                 raise InputError(
-                    f"network: training_step never called {self.network or 'the module itself'} with a gradient; "
-                    "network must be the dotted path of what it calls"
+                    f"network: training_step never called {self._calls.name} with a gradient; network must be the "
+                    "dotted path of what it calls (forward() and reentrant checkpointing hide a call)"
                 )
-            return self._add_soft(returned, problem)
-        finally:
-            self._is_watching = False
-            self._calls, self._targets, self._batch = [], [], None
+            with self._calls.pause():
+                return self._add_soft(returned, problem)
 
     def _run_own(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
         """Return what the module's step returns; or None and the reason why it has no loss, if that is allowed."""
@@ -353,7 +265,7 @@ class Teaching(nn.Module):
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of their step, for a batch without labels
-            if not self.unlabeled or not self._calls or not self._owner.automatic_optimization:
+            if not self.unlabeled or not self._calls.recorded or not self._owner.automatic_optimization:
                 raise
             return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -362,7 +274,7 @@ class Teaching(nn.Module):
         if hard is None and not self.unlabeled:
             self._warn_once("training_step returned no loss, so its batch is left out; unlabeled: true trains on it")
             return returned
-        soft, rows = self._soft_term(self._calls)
+        soft, rows = self._soft_term(self._calls.recorded)
         has_hard = hard is not None and (not self.unlabeled or bool(torch.isfinite(hard).all()))
         if not has_hard:
             self._warn_once(f"a batch has no hard loss ({problem or 'it is missing or not finite'}): soft loss alone")
@@ -372,7 +284,9 @@ class Teaching(nn.Module):
     def _weighted(self, hard: Tensor | None, soft: Tensor, rows: int) -> Tensor:
         """Return the weighted sum, and log its parts."""
         owner = self._owner
-        weight = owner.soft_weight
+        self._soft_losses += 1
+        self._hard_losses += hard is not None
+        weight: float = owner.soft_weight
         check_soft_weight(weight)  # a callback may have set it
         trainer = getattr(owner, "_trainer", None)
         self._finite_check.record({"soft": soft}, 0 if trainer is None else trainer.global_step)
@@ -382,30 +296,20 @@ class Teaching(nn.Module):
             for name, value in values.items():
                 size = 1 if name == "unlabeled" else max(rows, 1)
                 owner.log(f"teach/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
-        return weight * soft if hard is None else (1.0 - weight) * hard + weight * soft
+        loss = weight * soft
+        return loss if hard is None else (1.0 - weight) * hard + loss
 
     def _manual_backward(self, own: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the soft loss of the calls that this loss depends on, with manual optimisation."""
-        calls = self._calls
+        calls = self._calls.recorded
         if calls:
             reached = _nodes_of(loss)
-            mine = [call for call in calls if self._pick(call[0], "the network").grad_fn in reached]
-            self._calls = [call for call in calls if not any(call is one for one in mine)]
+            mine = [call for call in calls if call.nodes & reached]
+            self._calls.recorded = [call for call in calls if not call.nodes & reached]
             if mine:
-                self._is_used = True
                 loss = self._weighted(loss, *self._soft_term(mine))
-        self._is_watching = False  # a checkpointed network runs again in the backward pass
-        try:
+        with self._calls.pause():  # a checkpointed network runs again in the backward pass
             own(loss, *args, **kwargs)
-        finally:
-            self._is_watching = True
-
-    def _check_use(self) -> None:
-        if not self._is_used:
-            raise InputError(
-                f"network: no manual_backward of this step had a loss that depends on {self.network or 'the module'}; "
-                "network must be the dotted path of what learns, and the step must call self.manual_backward"
-            )
 
     def _setup(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         own(*args, **kwargs)
@@ -416,11 +320,20 @@ class Teaching(nn.Module):
 
     def _on_fit_start(self, own: Callable[..., Any]) -> None:
         own()
-        self._find_network()
+        self._calls.find_network()
         fill_caches(self.teacher, self._owner.trainer)
 
     def _on_train_epoch_end(self, own: Callable[..., Any]) -> None:
         self._finite_check.check()
+        steps, soft, hard = self._steps, self._soft_losses, self._hard_losses
+        self._steps = self._soft_losses = self._hard_losses = 0
+        if steps and not soft and not self._owner.automatic_optimization:
+            raise InputError(
+                f"network: no manual_backward of this epoch had a loss that depends on {self._calls.name}; "
+                "network must be the dotted path of what learns, and the step must call self.manual_backward"
+            )
+        if soft and not hard:
+            rank_zero_warn("teach: no batch of this epoch had a hard loss; the soft loss alone trained the network")
         own()
 
     def _on_save_checkpoint(self, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import DatasetSource, InputError, SemiSupervisedDataModule, SoftWeightAnnealing, Teacher, teach
@@ -118,11 +119,11 @@ def test_the_teacher_is_no_part_of_the_module(quiet_trainer, tmp_path):
     keys = Classifier().state_dict().keys()
     assert module.state_dict().keys() == keys
     assert {*module.net.parameters()} == {*module.parameters()}
-    checkpoint = ModelCheckpoint(tmp_path)
-    fit(module, pairs(), quiet_trainer, enable_checkpointing=True, callbacks=[checkpoint])
-    saved = torch.load(checkpoint.best_model_path, weights_only=True)
+    saver = ModelCheckpoint(tmp_path)
+    fit(module, pairs(), quiet_trainer, enable_checkpointing=True, callbacks=[saver])
+    saved = torch.load(saver.best_model_path, weights_only=True)
     assert saved["state_dict"].keys() == keys
-    alone = Classifier.load_from_checkpoint(checkpoint.best_model_path)
+    alone = Classifier.load_from_checkpoint(saver.best_model_path)
     assert_same(alone, module.state_dict(), 0)
 
 
@@ -354,6 +355,57 @@ def test_manual_optimisation(quiet_trainer):
     assert_same(module, expected)
 
 
+def test_manual_optimisation_with_a_part_of_the_output(quiet_trainer):
+    modules = [Manual(), Manual()]
+    for module, output in zip(modules, (None, lambda output: output[:, [0, 1, 2]]), strict=True):
+        fit(teach(module, network(width=9, seed=1), output=output), pairs(), quiet_trainer)
+    assert_same(modules[1], modules[0].state_dict(), 0)
+
+
+class Alternating(Manual):
+    """As a GAN: the network is called without a gradient of its own in every other step."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        first, second = self.optimizers()
+        if batch_idx % 2:
+            logits = self.net(x).detach()
+            self.manual_backward(F.cross_entropy(self.other(logits.sum(1, keepdim=True).expand(-1, 4)), y))
+            second.step()
+        else:
+            self.manual_backward(F.cross_entropy(self.net(x), y))
+            first.step()
+
+
+def test_steps_that_do_not_train_the_network(quiet_trainer):
+    taught, alone = Alternating(), Alternating()
+    fit(alone, pairs(), quiet_trainer)
+    trainer = fit(teach(taught, network(width=9, seed=1), soft_weight=W), pairs(), quiet_trainer)
+    assert "teach/soft" in trainer.callback_metrics
+    by_name = dict(alone.named_parameters())
+    changed = {name.split(".")[0] for name, p in taught.named_parameters() if not torch.equal(p, by_name[name])}
+    assert "net" in changed
+
+
+class Late(Classifier):
+    """Builds its network when the fit begins."""
+
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = network()
+
+
+def test_a_network_that_is_built_late(quiet_trainer):
+    early, late = Classifier(), Late()
+    for module in (early, late):
+        fit(teach(module, network(width=9, seed=1)), pairs(), quiet_trainer)
+    assert_same(late, early.state_dict(), 0)
+
+
 class Itself(Classifier):
     """Calls itself."""
 
@@ -403,6 +455,15 @@ def test_batches_without_labels(how, quiet_trainer):
     assert trainer.callback_metrics["teach/unlabeled"] == 0.5
 
 
+def test_a_warning_if_no_batch_has_a_hard_loss(quiet_trainer):
+    module = Unlabeled()
+    module.how = "raises"
+    trainer = quiet_trainer()
+    with pytest.warns(UserWarning, match="no batch of this epoch had a hard loss"):
+        trainer.fit(teach(module, network(seed=1), unlabeled=True), DataLoader([(x, -100) for x, _ in pairs()], ROWS))
+    assert trainer.callback_metrics["teach/unlabeled"] == 1.0
+
+
 def test_an_error_of_the_step_is_no_missing_label_unless_asked(quiet_trainer):
     module = Unlabeled()
     module.how = "raises"
@@ -449,7 +510,7 @@ class OwnBackward(Manual):
     [
         (NeverCalled, {}, "training_step never called net with a gradient"),
         (WithHead, {}, "outputs of net have no gradient"),
-        (OwnBackward, {}, "no manual_backward of this step had a loss that depends on net"),
+        (OwnBackward, {}, "no manual_backward of this epoch had a loss that depends on net"),
         (Classifier, {"network": "nat"}, "network: layer 'nat': Classifier has none of that name; nearest: net"),
         (Classifier, {"teacher": network(4)}, r"outputs of one shape, got \[6, 4\] from the teacher and \[6, 3\]"),
         (Classifier, {"mask": "attention_mask"}, "mask: the batch has no 'attention_mask'"),
@@ -502,11 +563,9 @@ def test_shared_parameters_and_a_second_teacher_are_refused():
 def test_resumes_with_the_same_teacher_alone(quiet_trainer, tmp_path):
     whole, part = Classifier(), Classifier()
     fit(teach(whole, network(width=9, seed=1)), pairs(), quiet_trainer, max_epochs=2)
-    checkpoint = ModelCheckpoint(tmp_path)
-    fit(
-        teach(part, network(width=9, seed=1)), pairs(), quiet_trainer, enable_checkpointing=True, callbacks=[checkpoint]
-    )
-    path = checkpoint.best_model_path
+    saver = ModelCheckpoint(tmp_path)
+    fit(teach(part, network(width=9, seed=1)), pairs(), quiet_trainer, enable_checkpointing=True, callbacks=[saver])
+    path = saver.best_model_path
     resumed = teach(Classifier(), network(width=9, seed=1))
     quiet_trainer(max_epochs=2).fit(resumed, DataLoader(pairs(), ROWS), ckpt_path=path)
     assert_same(resumed, whole.state_dict(), 0)
@@ -549,6 +608,30 @@ def test_copies_are_modules_of_their_own(quiet_trainer):
     assert_same(module, before, 0)
     fit(module, pairs(), quiet_trainer)
     assert_same(copied, module.state_dict(), 0)
+
+
+def test_a_compiled_module(quiet_trainer):
+    plain, module = Classifier(), Classifier()
+    fit(teach(plain, network(width=9, seed=1)), pairs(), quiet_trainer)
+    fit(torch.compile(teach(module, network(width=9, seed=1)), backend="eager"), pairs(), quiet_trainer)
+    assert_same(module, plain.state_dict(), 0)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "non-reentrant"])
+def test_gradient_checkpointing(how, quiet_trainer):
+    class Checkpointed(Classifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(checkpoint(self.net, x.requires_grad_(), use_reentrant=how == "reentrant"), y)
+
+    plain, module = Classifier(), Checkpointed()
+    fit(teach(plain, network(width=9, seed=1)), pairs(), quiet_trainer)
+    if how == "reentrant":
+        with pytest.raises(InputError, match="never called net with a gradient"):
+            fit(teach(module, network(width=9, seed=1)), pairs(), quiet_trainer)
+        return
+    fit(teach(module, network(width=9, seed=1)), pairs(), quiet_trainer)
+    assert_same(module, plain.state_dict(), 0)
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapper"])
