@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs, describe, device_of, map_inputs, rows_of, tensors_of
+from kd_lightning.inputs import (
+    Inputs,
+    describe,
+    device_of,
+    map_inputs,
+    named_tensors_of,
+    rows_of,
+    take_rows,
+    tensors_of,
+)
 
 IGNORE_INDEX = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
@@ -59,7 +68,7 @@ class TeacherOutputs:
         self.inputs = inputs
         self.changed = changed
         self.of_images = of_images
-        self._x: list[tuple[Tensor, int]] | None = None  # the tensors that ``inputs`` are of, and their versions
+        self._x: dict[str, tuple[Tensor, int]] | None = None  # the tensors that ``inputs`` are of, and their versions
 
     def __getitem__(self, name: str) -> Tensor:
         return self.outputs[name]
@@ -80,17 +89,17 @@ class TeacherOutputs:
 
     def note_inputs(self, x: Inputs) -> None:
         """Note that ``inputs`` are the hashes of ``x``. As long as it is unchanged, nothing has to be hashed again."""
-        tensors = [*tensors_of(x)]
-        inference = any(tensor.is_inference() for tensor in tensors)  # inference tensors have no version
-        self._x = None if inference else [(tensor, tensor._version) for tensor in tensors]
+        tensors = dict(named_tensors_of(x))
+        inference = any(tensor.is_inference() for tensor in tensors.values())  # inference tensors have no version
+        self._x = None if inference else {name: (tensor, tensor._version) for name, tensor in tensors.items()}
 
     def are_of(self, x: Inputs) -> bool:
         """Whether ``x`` has the noted tensors, and torch has not changed them in place. False if that is not known."""
         if self._x is None:
             return False
-        noted, tensors = self._x, [*tensors_of(x)]
-        return len(noted) == len(tensors) and all(
-            one is other and version == one._version for one, (other, version) in zip(tensors, noted, strict=True)
+        noted, tensors = self._x, dict(named_tensors_of(x))
+        return noted.keys() == tensors.keys() and all(
+            tensors[name] is one and version == one._version for name, (one, version) in noted.items()
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,7 +113,7 @@ class Batch:
     The data loader fills it. Modules and losses read it: they write neither its fields nor into its tensors. (It is no
     frozen dataclass, since Lightning could not move it to a device.)
 
-    It unpacks as ``x, y = batch``, for modules that expect pairs.
+    It unpacks as ``x, y = batch``, for modules that expect pairs. Without labels ``y`` is then -100 in all rows.
 
     Attributes:
         x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. A network is called as ``network(x)``,
@@ -203,7 +212,8 @@ class Batch:
 
     def __iter__(self) -> Iterator[Any]:
         yield self.x
-        yield self.y
+        # never None: Lightning reads the size of a batch from what it yields, and would warn
+        yield torch.full((len(self),), IGNORE_INDEX, device=self.device) if self.y is None else self.y
 
     def __len__(self) -> int:
         return len(self.x) if isinstance(self.x, Tensor) else rows_of(self.x)
@@ -243,7 +253,7 @@ class Batch:
         for number, size in enumerate(sizes):
             parts: dict[str, Any] = {**vars(self), **{name: piece[number] for name, piece in pieces.items()}}
             rows = slice(first, first + size)
-            parts |= {name: _take(getattr(self, name), rows, count) for name in nested}
+            parts |= {name: take_rows(getattr(self, name), rows, count) for name in nested}
             if self.labeled is not None and len(self.labeled) == count:
                 parts["labeled"] = self.labeled[:size]
             elif self.labeled is not None:
@@ -260,7 +270,7 @@ class Batch:
         parts: dict[str, Any] = {**vars(self), "labeled": None}
         for name, part in parts.items():
             if isinstance(part, Tensor) or name in _INPUTS:
-                parts[name] = _take(part, rows, count)
+                parts[name] = take_rows(part, rows, count)
         if self.teacher is not None:
             parts["teacher"] = self.teacher.map(lambda tensor: tensor[rows])
         return self._with_same_inputs(self._with(parts))
@@ -303,19 +313,14 @@ class Batch:
         return batch
 
     def _with_same_inputs(self, batch: Batch) -> Batch:
-        """Return a batch of the same values of ``x``, or of some rows; what is known of its inputs stays known."""
-        if self.teacher is not None and batch.teacher is not None and self.teacher.are_of(self.x):
-            batch.teacher.note_inputs(batch.x)
+        """Return a batch of the same inputs, or of some rows; what is known of its inputs stays known."""
+        if self.teacher is not None and batch.teacher is not None and self.teacher.are_of(self.teacher_x):
+            batch.teacher.note_inputs(batch.teacher_x)
         return batch
 
 
 _INPUTS = ("x", "x_strong", "teacher_inputs")
 """Fields that may be mappings or tuples of tensors."""
-
-
-def _take(part: Any, rows: Tensor | slice, count: int) -> Any:
-    """Return some rows of all tensors that have ``count`` rows."""
-    return map_inputs(lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == count else tensor, part)
 
 
 def _inputs(value: Any) -> Any:
@@ -361,7 +366,12 @@ def unpack(module: Any, batch: Any) -> Batch:
         InputError: If the batch is of a kind that is not known.
     """
     own = getattr(module, "unpack", None)
-    found = own(batch) if callable(own) and not isinstance(batch, Batch) else None
+    try:
+        found = own(batch) if callable(own) else None  # of a Batch, too: a training step does the same
+    except InputError:
+        raise
+    except Exception:  # of another project's method of this name
+        found = None
     return found if isinstance(found, Batch) else Batch.from_any(batch)
 
 

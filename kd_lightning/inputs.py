@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_lightning.errors import InputError
 
-Inputs = Tensor | Mapping[str, Any] | tuple[Any, ...]
+Inputs = Tensor | Mapping[Any, Any] | tuple[Any, ...]
 """A tensor (B, ...), or a mapping or tuple of such tensors. Mappings and tuples may hold further ones."""
 
 
@@ -41,6 +41,16 @@ def tensors_of(x: Inputs) -> Iterator[Tensor]:
             yield from tensors_of(part)  # type: ignore[arg-type]
 
 
+def named_tensors_of(x: Inputs, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the tensor of each of the inputs. The name is a path such as ``['a'][0]``; empty for one."""
+    if isinstance(x, Tensor):
+        yield name, x
+        return
+    for key, part in x.items() if isinstance(x, Mapping) else enumerate(x):
+        if isinstance(part, Tensor | Mapping | tuple | list):
+            yield from named_tensors_of(part, f"{name}[{key!r}]")  # type: ignore[arg-type]
+
+
 def map_inputs(change: Callable[[Tensor], Tensor], x: Any) -> Any:
     """Return inputs of the same form with all tensors changed. Anything else stays as it is."""
     if isinstance(x, Tensor):
@@ -65,6 +75,36 @@ def rows_of(x: Inputs) -> int:
     if len(found) != 1:
         raise InputError(f"x must hold tensors of one number of rows, got {describe(x)}")
     return found.pop()
+
+
+def take_rows(x: Any, rows: Tensor | slice, count: int) -> Any:
+    """Return some rows of all tensors that have ``count`` rows; others stay as they are.
+
+    >>> take_rows((torch.arange(3), torch.tensor(7)), torch.tensor([True, False, True]), 3)
+    (tensor([0, 2]), tensor(7))
+    """
+    return map_inputs(lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == count else tensor, x)
+
+
+def join_rows(first: Any, second: Any) -> Any:
+    """Return the rows of two inputs of one form, one after the other. Tensors without rows are those of the first.
+
+    Raises:
+        InputError: If the inputs have other names.
+
+    >>> join_rows({"a": torch.ones(2), "b": torch.ones(2)}, {"b": torch.zeros(1), "a": torch.zeros(1)})["b"]
+    tensor([1., 1., 0.])
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second]) if first.ndim else first
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {name: join_rows(part, second[name]) for name, part in first.items()}
+    row = (tuple, list)
+    if isinstance(first, row) and isinstance(second, row) and len(first) == len(second):
+        return tuple(map(join_rows, first, second))
+    if isinstance(first, (Tensor, Mapping, *row)) or isinstance(second, (Tensor, Mapping, *row)):
+        raise InputError(f"inputs must have one form, got {describe(first)} and {describe(second)}")
+    return first
 
 
 def device_of(x: Inputs) -> torch.device:

@@ -111,9 +111,8 @@ class ActiveLearningLoop:
         module.to(device)
         teacher = find_teacher(module) if self.strategy == "disagreement" else None
         passes = DROPOUT_PASSES if self.strategy == "bald" else 0
-        index, pool = collect_pool_outputs(
-            module.student, data, self.strategy, teacher=teacher, passes=passes, seed=self.seed, device=device
-        )
+        options: dict[str, Any] = {"teacher": teacher, "passes": passes, "seed": self.seed, "device": device}
+        index, pool = collect_pool_outputs(module.student, data, self.strategy, run=module.call, **options)
         selected: list[int] = index[select_samples(self.strategy, pool, self.queries).rows].tolist()
         return selected
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -18,6 +19,7 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
 from kd_lightning.teachers.ensemble import Ensemble
@@ -26,6 +28,7 @@ from kd_lightning.teachers.teacher import Teacher, check_outputs
 DROPOUT_PASSES = 20
 """Number of forward passes with dropout for BALD."""
 _NEEDS_FEATURES = ("k-centre", "badge")
+Run = Callable[[nn.Module, Inputs], Any]
 
 
 @torch.no_grad()
@@ -38,6 +41,7 @@ def collect_pool_outputs(
     passes: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    run: Run = call,
 ) -> tuple[Tensor, PoolOutputs]:
     """Collect a student's outputs for all samples without a label.
 
@@ -51,6 +55,7 @@ def collect_pool_outputs(
         passes: Number of forward passes with dropout, at least 0, whose outputs become ``member_probabilities``.
         seed: Seed of dropout, and of the strategy.
         device: Device of the computation.
+        run: Function that calls the student with the inputs of a batch, such as ``call`` of its module.
 
     Returns:
         The samples' indices (N,), ascending, and their outputs.
@@ -75,19 +80,19 @@ def collect_pool_outputs(
             batch = Batch.from_any(data.on_after_batch_transfer(batch, 0))
             assert batch.index is not None
             assert batch.y is not None
-            logits = logits_of(student(batch.x), "the student")
+            logits = logits_of(run(student, batch.x), "the student")
             outputs["index"].append(batch.index.cpu())
             outputs["unlabeled"].append(~is_labeled(batch.y).cpu())
             outputs["probabilities"].append(_probabilities(logits, batch))
             if strategy in _NEEDS_FEATURES:
-                outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x).cpu().double())
+                outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x, run).cpu().double())
             if teacher is not None:
                 check_outputs(logits, teacher_logits := teacher(batch))
                 outputs["teacher_probabilities"].append(_probabilities(teacher_logits, batch))
             for layer in dropout if passes else ():
                 layer.train()
             if passes:
-                outputs["member_probabilities"].append(_dropout_passes(student, batch, passes))
+                outputs["member_probabilities"].append(_dropout_passes(run, student, batch, passes))
             student.eval()
     columns = {name: torch.cat(parts) for name, parts in outputs.items()}
     members = columns.get("member_probabilities")
@@ -107,12 +112,12 @@ def collect_pool_outputs(
     return index[unlabeled], PoolOutputs(**columns, labeled_features=labeled, seed=seed)
 
 
-def _dropout_passes(student: nn.Module, batch: Batch, passes: int) -> Tensor:
+def _dropout_passes(run: Run, student: nn.Module, batch: Batch, passes: int) -> Tensor:
     """Return the probabilities of several passes, (B, K, C)."""
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # attention's fused kernels skip dropout
-        outputs = [_probabilities(logits_of(student(batch.x), "the student"), batch) for _ in range(passes)]
+        outputs = [_probabilities(logits_of(run(student, batch.x), "the student"), batch) for _ in range(passes)]
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return torch.stack(outputs, dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs, tensors_of
+from kd_lightning.inputs import Inputs, rows_of, tensors_of
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 _PARTS_OF_LAYOUTS = {
@@ -25,7 +25,7 @@ _PARTS_OF_LAYOUTS = {
 
 
 def hash_rows(x: Inputs) -> Hashes:
-    """Hash each row of inputs: its values, its type and its shape. Names of a mapping count, too.
+    """Hash each row of inputs: its values, its type and its shape. Names of a mapping count, too, not their order.
 
     Args:
         x: A tensor (B, ...), or a mapping or tuple of such tensors, on any device.
@@ -38,9 +38,17 @@ def hash_rows(x: Inputs) -> Hashes:
     """
     if isinstance(x, Tensor):
         return _hash_tensor(x)
-    columns = np.stack([_hash_tensor(part) for part in tensors_of(x)], axis=1)
+    x, count = _in_order(x), rows_of(x)
+    columns = np.stack([np.broadcast_to(_hash_tensor(part), count) for part in tensors_of(x)], axis=1)
     form = xxhash.xxh3_64_intdigest(_form(x).encode())
     return np.array([xxhash.xxh3_64_intdigest(row.tobytes(), seed=form) for row in columns], dtype=np.uint64)
+
+
+def _in_order(x: Any) -> Any:
+    """Return inputs with all names in one order."""
+    if isinstance(x, Mapping):
+        return {name: _in_order(part) for name, part in sorted(x.items(), key=lambda item: str(item[0]))}
+    return tuple(map(_in_order, x)) if isinstance(x, tuple | list) else x
 
 
 def _form(x: Any) -> str:
@@ -55,6 +63,8 @@ def _hash_tensor(x: Tensor) -> Hashes:
     data = values_of(x)
     if data is None:
         raise InputError(f"cache: a transform must return dense tensors with values, got {x.layout} on {x.device}")
+    if not x.ndim:  # one value for all rows
+        return np.array([xxhash.xxh3_64_intdigest(data.data, seed=kind)], dtype=np.uint64)
     size = len(data) // max(len(x), 1)
     rows = (data[number * size : (number + 1) * size].data for number in range(len(x)))
     return np.array([xxhash.xxh3_64_intdigest(row, seed=kind) for row in rows], dtype=np.uint64)

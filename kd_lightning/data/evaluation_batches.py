@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import Batch, is_labeled, unpack
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
@@ -70,7 +70,7 @@ def batches_of(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
     for batch in loader:
         batch = data.on_before_batch_transfer(batch, 0)
         batch = move_data_to_device(batch, device)
-        yield Batch.from_any(data.on_after_batch_transfer(batch, 0))
+        yield unpack(data, data.on_after_batch_transfer(batch, 0))
 
 
 def count_labels(batch: Batch) -> int:

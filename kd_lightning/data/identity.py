@@ -23,7 +23,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.data.file_hashes import hash_files, letters
-from kd_lightning.data.sources.images import Images, path_of, read_image
+from kd_lightning.data.sources.images import Images, has_several_inputs, path_of, read_image
+from kd_lightning.data.sources.items import content_of
 
 _MANY = 20_000
 """Number of samples from which on the reading is announced."""
@@ -207,6 +208,8 @@ def _describe(images: Images, numbers: Sequence[int]) -> tuple[list[str], list[s
             for place, number in enumerate(numbers):
                 if number in variants:
                     contents[place] = hash_item((contents[place], variants[number]))
+        if has_several_inputs(images, numbers[0]) and any(items := _read(images, numbers)):
+            contents = [*map(hash_item, zip(contents, items, strict=True))]  # not the file alone
         return relative, contents
     return relative, _read(images, numbers)
 
@@ -247,8 +250,8 @@ def _read(images: Images, numbers: Sequence[int]) -> list[str]:
     """Hash items that are read one by one; all hashes are empty if the dataset itself is random."""
     some = np.linspace(0, len(numbers) - 1, min(len(numbers), _CHECKED)).astype(int).tolist()
     with isolate_rng(include_cuda=False):
-        contents = [hash_item(read_image([images], number)) for number in numbers]
-        same = all(hash_item(read_image([images], numbers[place])) == contents[place] for place in some)
+        contents = [hash_item(content_of(read_image([images], number))) for number in numbers]
+        same = all(hash_item(content_of(read_image([images], numbers[place]))) == contents[place] for place in some)
     return contents if same else [""] * len(numbers)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.data.sources.items import picture_of
 from kd_lightning.errors import InputError
 
 SIZE = 32
@@ -116,7 +117,7 @@ class _HashDataset(Dataset[int | str | None]):
 
     def __getitem__(self, position: int) -> int | str | None:
         try:
-            picture = to_grey(read_image(self.images, self.numbers[position]))
+            picture = to_grey(picture_of(read_image(self.images, self.numbers[position])))
         except InputError as error:  # an error of a worker would have several lines
             return str(error)
         return None if picture is None else perceptual_hash(picture)

@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.identity import Identities, identify
 from kd_lightning.data.sources.images import Images, path_of, read_image
+from kd_lightning.data.sources.items import picture_of
 from kd_lightning.data.sources.source import Parts
 from kd_lightning.data.splits import Split, hash_targets
 from kd_lightning.errors import InputError
@@ -88,8 +89,8 @@ class Samples:
         return torch.cat(known)[index]
 
     def image(self, index: int) -> Any:
-        """An image before any transform."""
-        return read_image(self.images, index)
+        """An image before any transform; of several inputs all, if none of them is named as an image."""
+        return picture_of(read_image(self.images, index))
 
     def path(self, index: int) -> str | None:
         """The path of an image's file; None if it has none."""

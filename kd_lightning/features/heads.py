@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
+from kd_lightning.inputs import Inputs, call, rows_of
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -154,14 +155,15 @@ class _Tracer(fx.Tracer):
             return None
 
 
-def input_of_head(network: nn.Module, x: Tensor) -> Tensor:
+def input_of_head(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any] = call) -> Tensor:
     """Features (B, D) that go into the last linear or convolutional layer that the network calls.
 
     Takes one forward pass in the network's present mode. Features with tokens or positions are averaged over them.
 
     Args:
         network: Any network.
-        x: Inputs (B, ...).
+        x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors.
+        run: Function that calls the network with inputs, such as ``call`` of a module.
 
     Raises:
         InputError: If the network calls no such layer, or the last one does not get a row for each input.
@@ -182,7 +184,7 @@ def input_of_head(network: nn.Module, x: Tensor) -> Tensor:
             if isinstance(layer, _LAYERS):
                 handles.append(layer.register_forward_pre_hook(record, with_kwargs=True))
         with capture(network, []):  # runs a compiled network uncompiled, so that hooks are called
-            network(x)
+            run(network, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -191,9 +193,9 @@ def input_of_head(network: nn.Module, x: Tensor) -> Tensor:
         raise InputError(
             f"{kind} calls no linear or convolutional layer to take features from; give layer, a dotted path"
         )
-    if found[0].ndim != 2 or len(found[0]) != len(x):
+    if found[0].ndim != 2 or len(found[0]) != rows_of(x):
         raise InputError(
-            f"the last layer of {kind} gets {tuple(found[0].shape)}, no row for each of {len(x)} inputs; "
+            f"the last layer of {kind} gets {tuple(found[0].shape)}, no row for each of {rows_of(x)} inputs; "
             "give layer, a dotted path"
         )
     return found[0]

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import join_rows, take_rows
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules.supervised import LossTerm, SupervisedModule
@@ -115,7 +116,8 @@ class PseudoLabelModule(SupervisedModule):
             mean_labels, mean_coarse = None, self._mean_over_processes(int(coarse.sum()), logits)
         else:
             mean_labels, mean_coarse = batch.mean_labels - batch.mean_pseudo, batch.mean_coarse
-        rest = replace(batch, x=fine, x_strong=None, teacher=None)  # no copies of images: x only has as many rows
+        # no copies of images: x only has as many rows
+        rest = replace(batch, x=fine, x_strong=None, teacher_inputs=None, teacher=None)
         labeled_batch = replace(rest.select(labeled), mean_labels=mean_labels)
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
         unlabeled_batch = rest.select(unlabeled)
@@ -159,8 +161,11 @@ class PseudoLabelModule(SupervisedModule):
             unlabeled_logits = logits[unlabeled]
         else:
             # pseudo-labels from the student itself need the weak views, too
-            weak = batch.x if self.pseudo_labels == "online" and self.ema is None else batch.x[labeled]
-            logits, unlabeled_logits = self(torch.cat([weak, batch.x_strong[unlabeled]])).tensor_split([len(weak)])
+            count, all_weak = len(batch), self.pseudo_labels == "online" and self.ema is None
+            weak = batch.x if all_weak else take_rows(batch.x, labeled, count)
+            first = count if all_weak else int(labeled.sum())
+            both = self(join_rows(weak, take_rows(batch.x_strong, unlabeled, count)))
+            logits, unlabeled_logits = both.tensor_split([first])
         if logits.ndim != 2:
             raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}")
         return logits, unlabeled_logits.float() if unlabeled_logits.dtype != torch.float64 else unlabeled_logits
@@ -172,7 +177,9 @@ class PseudoLabelModule(SupervisedModule):
         if self.ema is None:
             predicted = logits[unlabeled]
         else:
-            predicted = logits_of(self.ema.eval()(batch.x[unlabeled]), "the averaged student")
+            self.ema.eval()
+            output = self.call(self.ema.module, take_rows(batch.x, unlabeled, len(batch)))
+            predicted = logits_of(output, "the averaged student")
         allowed = None if batch.candidates is None else batch.candidates[unlabeled]
         confidence, label = mask_candidates(predicted.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:

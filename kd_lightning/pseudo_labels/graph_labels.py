@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
 from kd_lightning.features.heads import input_of_head
+from kd_lightning.inputs import Inputs, call, rows_of
 
 
 class GraphPseudoLabels:
@@ -51,10 +53,15 @@ class GraphPseudoLabels:
         self.alpha = alpha
         self.layer = layer
 
-    def features_of(self, network: nn.Module, x: Tensor) -> Tensor:
+    def features_of(self, network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any] = call) -> Tensor:
         """Features (B, D) of inputs (B, ...), by one forward pass in the current mode of the network.
 
         Maps (B, C, ...) are averaged over positions, tokens (B, T, D) over tokens.
+
+        Args:
+            network: The network.
+            x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors.
+            run: Function that calls the network with inputs, such as ``call`` of a module.
 
         Raises:
             InputError: Without ``layer``: if the network calls no linear or convolutional layer, or the input of the
@@ -62,16 +69,17 @@ class GraphPseudoLabels:
                 call it, or its output has another shape than those above.
         """
         if self.layer is None:
-            return input_of_head(network, x)
+            return input_of_head(network, x, run)
+        rows = rows_of(x)
         with capture(network, [self.layer]) as outputs:
-            network(x)
+            run(network, x)
         if self.layer not in outputs:
             raise InputError(f"layer {self.layer}: the network does not call this layer; name another")
         output = outputs[self.layer]
-        if output.ndim < 2 or len(output) != len(x):
+        if output.ndim < 2 or len(output) != rows:
             raise InputError(
-                f"layer {self.layer} must return features ({len(x)}, D), maps ({len(x)}, C, ...) or tokens "
-                f"({len(x)}, T, D), got {tuple(output.shape)}"
+                f"layer {self.layer} must return features ({rows}, D), maps ({rows}, C, ...) or tokens "
+                f"({rows}, T, D), got {tuple(output.shape)}"
             )
         return output.mean(dim=1) if output.ndim == 3 else output.flatten(2).mean(dim=2) if output.ndim > 3 else output
 

@@ -124,6 +124,13 @@ def test_a_dataset_of_all_kinds(workers):
     assert "\n" not in str(error.value)
 
 
+def test_a_picture_among_several_inputs():
+    items = [{"image": scene(0), "tokens": torch.ones(3)}, (torch.rand(3, 8, 8), torch.rand(3, 8, 8))]
+    hashes = hash_pictures([Items(items)], [0, 1])
+    assert hashes.known.tolist() == [True, False]
+    assert hashes.bits.tolist() == [perceptual_hash(to_grey(scene(0))), 0]
+
+
 def test_no_samples():
     hashes = hash_pictures([], [])
     assert find_pairs([], [], hashes, 6, 10).rows == []

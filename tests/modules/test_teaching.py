@@ -704,6 +704,36 @@ def test_a_cached_teacher_and_batches_of_our_datamodule(quiet_trainer, tmp_path)
     assert len(computed) < 16 + 3  # each view once, and a sample for checks
 
 
+class Named(Classifier):
+    """Calls its network with a mapping, as our datamodule gives it."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(**x), y)
+
+
+class Sum(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.layers = network(seed=seed)
+
+    def forward(self, a, b):
+        return self.layers(a + b)
+
+
+def test_a_cached_teacher_of_mappings(quiet_trainer, tmp_path):
+    x = torch.randn(16, 4, generator=generator(9))
+    items = [({"a": one, "b": 2 * one}, n % 3) for n, one in enumerate(x)]
+    data = SemiSupervisedDataModule(DatasetSource(items, items[:4]), batch_size=4, val_size=0, num_views=1, seed=1)
+    computed, teacher = [], Sum(1)
+    teacher.register_forward_hook(lambda *_: computed.append(1))
+    module = teach(Named(Sum()), Teacher(teacher, cache=tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet_trainer(max_epochs=4).fit(module, data)
+    assert len(computed) < 4 + 3  # each view once, and a sample for checks
+
+
 _SCRIPT = """
 import json, sys, warnings
 import torch

@@ -33,6 +33,7 @@ from kd_lightning.data.near_duplicates import (
     to_grey,
 )
 from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.data.sources.items import picture_of
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
@@ -223,7 +224,7 @@ def _print_pictures(hashes: Hashes, parts: Sequence[Images], places: Sequence[in
         return
     if hashes.blank.any():
         print(f"{hashes.blank.sum()} pictures are blank: compared by content only")
-    picture = to_grey(read_image(parts, places[int(hashes.known.argmax())]))
+    picture = to_grey(picture_of(read_image(parts, places[int(hashes.known.argmax())])))
     if picture is not None and min(picture.size) < SIZE:
         width, height = picture.size
         print(f"pictures of {width} x {height} pixels are small: similar ones may have nothing in common")
@@ -237,7 +238,7 @@ def _write_sheet(
     for pair in pairs:
         for position in (pair.a, pair.b):
             sample = samples[position]
-            pictures.append(read_image(parts, places[position]))
+            pictures.append(picture_of(read_image(parts, places[position])))
             name = Path(sample.path).name or sample.label
             how = "equal" if pair.exact else f"distance {pair.distance}"
             captions.append(f"{sample.part} {sample.index}\n{name}\n{how}")

@@ -94,6 +94,8 @@ def _read_labels(dataset: Any) -> Labels:
     if _is_plain(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
             raise InputError("a labeled part must be a dataset of (image, label), got a TensorDataset of one tensor")
+        if len(dataset):
+            label_of(dataset[0], f"item 0 of {type(dataset).__name__}")  # refuses two inputs in place of a label
         labels: Tensor = dataset.tensors[1]
         return labels
     if _is_plain(dataset, ConcatDataset) and not any(hasattr(dataset, name) for name in _ATTRIBUTES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from kd_lightning.data.sources.items import image_of
+from kd_lightning.data.sources.items import Entries, image_of
 from kd_lightning.errors import InputError
 
 
 class Images(Protocol):
-    """Any map-style dataset whose items have an image, see :func:`~kd_lightning.data.sources.items.image_of`."""
+    """Any map-style dataset whose items have inputs, see :func:`~kd_lightning.data.sources.items.image_of`."""
 
     def __getitem__(self, index: int, /) -> Any: ...
     def __len__(self) -> int: ...
@@ -74,7 +74,7 @@ def part_of(parts: Sequence[Images], index: int) -> tuple[Images, int]:
 
 
 def read_image(parts: Sequence[Images], index: int) -> Any:
-    """Read the image of an item; the index counts through all parts.
+    """Read the image of an item, or its inputs if there are several; the index counts through all parts.
 
     A PIL image with a palette becomes RGB: its values are numbers of colours, which transforms would take for greys.
 
@@ -82,7 +82,20 @@ def read_image(parts: Sequence[Images], index: int) -> Any:
         InputError: If it cannot be read, or if the item has no image. The message names the item.
     """
     part, index = part_of(parts, index)
-    image = image_of(read_item(part, index), f"item {index} of {type(part).__name__}")
+    return inputs_of(read_item(part, index), part, index)
+
+
+def inputs_of(item: Any, part: Images, index: int) -> Any:
+    """Return the image of an item that was read, or its inputs if there are several, as :func:`read_image` does."""
+    return _decode(image_of(item, f"item {index} of {type(part).__name__}"), part, index)
+
+
+def _decode(image: Any, part: Images, index: int) -> Any:
+    if isinstance(image, Mapping):
+        decoded = {name: _decode(value, part, index) for name, value in image.items()}
+        return Entries(decoded) if isinstance(image, Entries) else decoded
+    if type(image) is tuple:
+        return tuple(_decode(value, part, index) for value in image)
     if not isinstance(image, Image.Image):
         return image
     try:
@@ -90,6 +103,17 @@ def read_image(parts: Sequence[Images], index: int) -> Any:
         return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image
     except Exception as error:
         raise unreadable(part, index, error) from error
+
+
+def has_several_inputs(images: Images, index: int) -> bool:
+    """Whether an item of a user's dataset has a mapping or tuple of inputs. Other datasets have one image."""
+    if isinstance(images, Subset):
+        return has_several_inputs(images.dataset, int(images.indices[index]))  # type: ignore[arg-type]
+    if isinstance(images, ConcatDataset):
+        return has_several_inputs(*part_of(images.datasets, index))  # type: ignore[arg-type]
+    if isinstance(images, TensorDataset) or type(images).__module__.startswith(("kd_lightning.", "torchvision.")):
+        return False
+    return isinstance(read_image([images], index), Mapping | tuple | list)
 
 
 def path_of(parts: Sequence[Images], index: int) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,8 @@ from kd_lightning.data.sources.image_loader import decode_image, load_image
 from kd_lightning.data.sources.images import Images, part_of, path_of, read_image, unreadable
 from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
 from kd_lightning.data.transforms.base import to_tensor
+from kd_lightning.errors import InputError
+from kd_lightning.inputs import describe
 
 
 class DecodedImages(ABC):
@@ -50,7 +52,8 @@ def read_pixels(parts: Sequence[Images], index: int) -> Tensor:
         :func:`~kd_lightning.data.sources.image_loader.decode_image`.
 
     Raises:
-        InputError: If it cannot be read, or if the item has no image. The message names the item.
+        InputError: If it cannot be read, if the item has no image, or if it has several inputs. The message names the
+            item.
     """
     part, index = part_of(parts, index)
     if isinstance(part, DecodedImages):
@@ -59,6 +62,11 @@ def read_pixels(parts: Sequence[Images], index: int) -> Tensor:
     if path is not None:
         return decode_image(path)
     image = read_image([part], index)
+    if isinstance(image, Mapping | tuple | list):
+        raise InputError(
+            f"whole-batch transforms take images alone, but the inputs of item {index} of {type(part).__name__} are "
+            f"{describe(image)}; a transform of one sample, such as an nn.Module of yours, takes all of them"
+        )
     try:
         return to_tensor(image)
     except Exception as error:  # no image at all

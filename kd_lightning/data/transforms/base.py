@@ -152,12 +152,17 @@ def plain(image: Tensor) -> Tensor:
     return image if type(image) is Tensor else image.as_subclass(Tensor)
 
 
-def stack(images: Sequence[Tensor], what: str = "images of a batch") -> Tensor:
+def stack(
+    images: Sequence[Tensor],
+    what: str = "images of a batch",
+    remedy: str = "a resize or a crop brings them to one size",
+) -> Tensor:
     """Stack images of one size.
 
     Args:
         images: B images (C, H, W).
         what: What they are, for the message.
+        remedy: What brings them to one size, for the message.
 
     Raises:
         InputError: If their sizes or types differ.
@@ -166,5 +171,5 @@ def stack(images: Sequence[Tensor], what: str = "images of a batch") -> Tensor:
     if len(kinds) != 1:
         shapes = [*dict.fromkeys(shape for shape, _ in kinds)]
         got = shapes[:3] if len(shapes) > 1 else [dtype for _, dtype in kinds]
-        raise InputError(f"{what} must have one shape and type, got {got}; a resize or a crop brings them to one size")
+        raise InputError(f"{what} must have one shape and type, got {got}; {remedy}")
     return torch.stack([*images], out=empty_batch(len(images), images[0]))

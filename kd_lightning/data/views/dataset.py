@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
 from kd_lightning.batch import Batch
-from kd_lightning.data.sources.images import Images, read_image
+from kd_lightning.data.sources.images import Images, has_several_inputs, part_of, read_image
 from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
 from kd_lightning.data.transforms.draws import Draws
+from kd_lightning.data.views.nested import shapes_of, split_teacher_inputs, stack_inputs, to_inputs
 from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, describe, map_inputs, tensors_of
 
 Key = int | tuple[int, int]
 Keys = np.ndarray[Any, np.dtype[np.int64]]
@@ -39,6 +41,9 @@ _STRONG = -1
 class ViewDataset(Dataset[Batch]):
     """Views of samples by key (position, view). The same (seed, index, view) always gives the same pixels.
 
+    The inputs of a sample may also be a mapping or tuple. A transform gets all of them; without one, tensors are
+    stacked name by name. The entry ``teacher_inputs`` of a mapping becomes that of the batch.
+
     It holds no labels, so none can leak into training. A key without a view means view 0. A whole-batch transform
     (:class:`~kd_lightning.data.transforms.BatchTransform`) runs once for all views of a batch; any other transform runs
     for each view, with all generators seeded.
@@ -46,7 +51,8 @@ class ViewDataset(Dataset[Batch]):
     Args:
         images: Parts of the source. Indices count through all of them.
         indices: Index of the sample at each position, (N,).
-        transform: Augmentation from an image to a tensor. None if images are tensors and stay as they are.
+        transform: Augmentation from a sample to a tensor, or to a mapping or tuple of tensors. None if samples are
+            tensors and stay as they are.
         seed: Seed of the augmentation.
         strong_transform: Augmentation for a second view of each sample, of the same shape. Default: None, which means
             no second view.
@@ -89,6 +95,13 @@ class ViewDataset(Dataset[Batch]):
             return 1
         return max(1, _AT_ONCE // (4 * max(1, self._rows.values[0].numel())))
 
+    @property
+    def more_tensors(self) -> int:
+        """Number of tensors of a view beyond one for each transform, by the first sample as the source returns it."""
+        several = self._single and len(self) and has_several_inputs(*part_of(self.images, int(self.indices[0])))
+        count = len([*tensors_of(read_image(self.images, int(self.indices[0])))]) if several else 1
+        return (count - 1) * (1 + (self.strong_transform is not None))
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -107,7 +120,9 @@ class ViewDataset(Dataset[Batch]):
         index = self.indices[torch.from_numpy(pairs[:, 0])]
         view = torch.from_numpy(np.ascontiguousarray(pairs[:, 1]))
         views = self._read_whole(index, view) | self._read_single(index, view)
-        batch = Batch(views[0], index=index, view=view, x_strong=views.get(1))
+        x, teacher_inputs = split_teacher_inputs(views[0])
+        strong = split_teacher_inputs(views[1])[0] if 1 in views else None
+        batch = Batch(x, index=index, view=view, x_strong=strong, teacher_inputs=teacher_inputs)
         return batch if self.device is not None else self._checked(batch)
 
     def finish(self, batch: Batch) -> Batch:
@@ -123,9 +138,11 @@ class ViewDataset(Dataset[Batch]):
         return self._checked(replace(batch, x=views[0], x_strong=views.get(1)))
 
     def _checked(self, batch: Batch) -> Batch:
-        if batch.x_strong is not None and batch.x_strong.shape != batch.x.shape:
-            shapes = f"{[*batch.x_strong.shape[1:]]} and {[*batch.x.shape[1:]]}"
-            raise InputError(f"strong_transform must return the shape that train_transform returns, got {shapes}")
+        if batch.x_strong is not None and shapes_of(batch.x_strong) != shapes_of(batch.x):
+            strong, weak = (describe(map_inputs(lambda tensor: tensor[0], x)) for x in (batch.x_strong, batch.x))
+            raise InputError(
+                f"strong_transform must return the shape that train_transform returns, got {strong} and {weak}"
+            )
         return batch
 
     # Whole-batch transforms.
@@ -167,16 +184,16 @@ class ViewDataset(Dataset[Batch]):
 
     # Any other transform.
 
-    def _read_single(self, index: Tensor, view: Tensor) -> dict[int, Tensor]:
-        """Return the views of transforms that take one image, (B, ...) each."""
-        views: dict[int, list[Tensor]] = {number: [] for number in self._single}
+    def _read_single(self, index: Tensor, view: Tensor) -> dict[int, Any]:
+        """Return the views of transforms that take one sample, (B, ...) each."""
+        views: dict[int, list[Inputs]] = {number: [] for number in self._single}
         with self._kept_generators():
             for sample, name in zip(index.tolist(), view.tolist(), strict=True) if views else ():
                 image = read_image(self.images, sample)
                 for number, transform in self._single.items():
                     key = struct.pack("<3q", self.seed, sample, name) + (struct.pack("<q", 1) if number else b"")
                     views[number].append(self._apply(transform, image, sample, key))
-        return {number: stack(parts, "samples after their transform") for number, parts in views.items()}
+        return {number: stack_inputs(parts) for number, parts in views.items()}
 
     @contextmanager
     def _kept_generators(self) -> Iterator[None]:
@@ -191,7 +208,7 @@ class ViewDataset(Dataset[Batch]):
             random.setstate(other_states[0])
             np.random.set_state(other_states[1])
 
-    def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Tensor:
+    def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Inputs:
         if transform is not None:
             seed = zlib.crc32(key)
             # torch.manual_seed also queues a call for every accelerator
@@ -199,10 +216,9 @@ class ViewDataset(Dataset[Batch]):
             if not self._torch_rng_only:  # these two are the most expensive part of a replay
                 random.seed(seed)
                 np.random.seed(seed)
-            image = transform(image)
-        if not isinstance(image, Tensor):
-            raise InputError(f"a transform must return a tensor, got {type(image).__name__} for sample {index}")
-        return plain(image)
+            # a copy of its own: the strong view begins with the same entries
+            image = transform({**image} if isinstance(image, Mapping) else image)
+        return plain(image) if isinstance(image, Tensor) else to_inputs(image, index)
 
 
 def _split(transform: BatchTransform | None) -> tuple[BatchTransform | None, BatchTransform | None]:
@@ -253,10 +269,10 @@ def collate(samples: Batch | Sequence[Batch]) -> Batch:
     """Return the batch of a dataset, in memory that processes share. Single views are stacked."""
     if isinstance(samples, Batch):
         return samples if get_worker_info() is None else samples.map(share)
-    strong = [sample.x_strong for sample in samples if sample.x_strong is not None]
     index, view = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("index", "view"))
-    x = stack([sample.x for sample in samples], "samples after their transform")
-    return collate(Batch(x, index=index, view=view, x_strong=stack(strong) if strong else None))
+    inputs = {name: [getattr(sample, name) for sample in samples] for name in ("x", "x_strong", "teacher_inputs")}
+    stacked: dict[str, Any] = {n: None if parts[0] is None else stack_inputs(parts) for n, parts in inputs.items()}
+    return collate(Batch(**stacked, index=index, view=view))
 
 
 def shorten_worker_errors(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -115,7 +115,9 @@ class ViewLoader(DataLoader[Batch]):
         return super()._index_sampler if self._training_batches is None else self._training_batches
 
     def _batches(self) -> Iterator[Batch]:
-        check_open_files(self, 0 if self.view_table is None else self.view_table.outputs.tensors)
+        if self.num_workers and self._iterator is None:  # else its workers run already
+            more = self.dataset.more_tensors  # type: ignore[attr-defined]
+            check_open_files(self, more + (0 if self.view_table is None else self.view_table.outputs.tensors))
         batches = shorten_worker_errors(super().__iter__())
         return batches if self.view_table is None else self.view_table.outputs.watch(batches)
 

@@ -54,7 +54,7 @@ class ViewOutputs:
         """Put the outputs into a batch on the CPU. A teacher's outputs are left out if they are of other images."""
         if not self._stored or batch.index is None or batch.view is None:
             return batch
-        numbers, views = self.rows(batch), hash_rows(batch.x)
+        numbers, views = self.rows(batch), hash_rows(batch.teacher_x)
         found, inputs, changed = {}, None, 0
         for name, stored in self._stored.items():
             rows = stored.read(numbers.clip(min=0))
@@ -74,7 +74,7 @@ class ViewOutputs:
             if not self._stored:  # a worker process may still have some
                 batch.teacher = None
             if batch.teacher is not None and batch.teacher.of_images:
-                batch.teacher.note_inputs(batch.x)  # here, since tensors of worker processes are copies
+                batch.teacher.note_inputs(batch.teacher_x)  # here, since tensors of worker processes are copies
             changed = 0 if batch.teacher is None else batch.teacher.changed
             if changed and not self._warned:
                 self._warned = True

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kd_lightning.batch import is_labeled
+from kd_lightning.batch import class_labels, is_labeled
 from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.teachers.ensemble import Ensemble
@@ -70,6 +70,7 @@ class EnsembleEvaluation(Evaluation):
         self.add("agreements", _hits(predictions, student, counted))
         self.add("ensemble_agreements", _hits(predictions, average, counted))
         if y is not None and labels:
+            y = class_labels(y) if self.task == "multiclass" else y
             known = counted & is_labeled(y).view_as(student)
             self.add("accuracies", _hits(predictions, y.view_as(student), known))
         if len(ensemble) > 1:

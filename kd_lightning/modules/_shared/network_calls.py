@@ -13,7 +13,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import find_layer
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import arguments_of, tensors_of
+from kd_lightning.inputs import Inputs, arguments_of, tensors_of
 from kd_lightning.modules._shared.checks import check_two_networks
 from kd_lightning.teachers.teacher import Teacher
 
@@ -126,7 +126,7 @@ class NetworkCalls:
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for a call."""
         batch, inputs = self.batch, None
-        if isinstance(batch, Batch) and len(args) == 1 and not kwargs and args[0] is batch.x:
+        if isinstance(batch, Batch) and _is_call_of(batch.x, args, kwargs):
             if (stored := self.teacher.stored(batch)) is not None:
                 return stored
             inputs = batch.teacher_inputs
@@ -157,3 +157,14 @@ class NetworkCalls:
         if not isinstance(found, Tensor):
             raise InputError(f"output must pick a tensor, got {type(found).__name__} from {owner}")
         return found
+
+
+def _is_call_of(x: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a call are these very inputs."""
+    own_args, own_kwargs = arguments_of(x)
+    return (
+        len(own_args) == len(args)
+        and own_kwargs.keys() == kwargs.keys()
+        and all(own is given for own, given in zip(own_args, args, strict=True))
+        and all(own is kwargs[name] for name, own in own_kwargs.items())
+    )
