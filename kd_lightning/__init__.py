@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from kd_lightning.modules.teaching import teach
     from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
     from kd_lightning.runs.weights import load_weights
+    from kd_lightning.schedules import ChainedSchedule, SequentialSchedule
     from kd_lightning.teachers.teacher import Teacher
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "ApprenticeModule",
     "BaselineMonitor",
     "Batch",
+    "ChainedSchedule",
     "ClassSubset",
     "CoTeachingModule",
     "CoarseLabels",
@@ -81,6 +83,7 @@ __all__ = [
     "RotatedClasses",
     "SeedEveryStep",
     "SemiSupervisedDataModule",
+    "SequentialSchedule",
     "SoftWeightAnnealing",
     "StudentWriter",
     "SupervisedModule",
@@ -99,6 +102,7 @@ _HOMES = {
     "ApprenticeModule": "modules",
     "BaselineMonitor": "callbacks",
     "Batch": "batch",
+    "ChainedSchedule": "schedules",
     "ClassSubset": "data",
     "CoTeachingModule": "modules",
     "CoarseLabels": "data",
@@ -123,6 +127,7 @@ _HOMES = {
     "RotatedClasses": "data",
     "SeedEveryStep": "callbacks",
     "SemiSupervisedDataModule": "data",
+    "SequentialSchedule": "schedules",
     "SoftWeightAnnealing": "callbacks",
     "StudentWriter": "callbacks",
     "SupervisedModule": "modules",

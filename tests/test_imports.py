@@ -18,7 +18,7 @@ ORDER = [
     {"data"},
     {"teachers", "pseudo_labels"},
     {"runs"},
-    {"cache", "quantization", "features", "losses", "models"},
+    {"cache", "quantization", "features", "losses", "models", "schedules"},
     {"batch", "ranks"},
     {"inputs"},
     {"errors"},

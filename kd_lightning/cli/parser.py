@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning.cli.config_check import known_keys
 from kd_lightning.errors import InputError
+from kd_lightning.modules import SupervisedModule
+from kd_lightning.runs.argument_types import ArgumentTypes
+from kd_lightning.runs.class_paths import find_class, name_of
 from kd_lightning.runs.parser_errors import explain_parser_error
 
+_COMPLETED = ("lr_scheduler", "hint_lr_scheduler")  # arguments of this package's modules, see schedules.takes_length
 
-class Parser(LightningArgumentParser):
+
+class Parser(ArgumentTypes, LightningArgumentParser):
     """A parser whose errors are InputErrors of one line.
 
     Attributes:
@@ -40,3 +46,21 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""
         raise explain_parser_error(message, ex, Parser.config, known_keys(self)) from ex
+
+
+def check_length(place: str, key: str, value: Any, owner: Any) -> None:
+    """Raise InputError for a schedule without its length, unless the module that has it completes the length.
+
+    Args:
+        place: The path of a key.
+        key: Its last part.
+        value: Its value.
+        owner: The class path of the object whose argument it is.
+    """
+    kind = find_class(value.get("class_path")) if isinstance(value, dict) else None
+    if not isinstance(kind, type) or not issubclass(kind, CosineAnnealingLR):
+        return
+    arguments, module = value.get("init_args") or {}, find_class(owner)
+    completes = isinstance(module, type) and issubclass(module, SupervisedModule) and key in _COMPLETED
+    if not completes and arguments.get("T_max", 0) is None:
+        raise InputError(f"{place}.init_args.T_max: missing, but {name_of(kind)} needs it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,14 +10,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
-from kd_lightning.modules._shared.optimizers import build_optimizers
+from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.supervised import LossTerm
@@ -162,19 +160,17 @@ class ApprenticeModule(DistillModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds one optimiser of all trainable parameters, or one of each network."""
-        teacher, teacher_optimizer = self.teacher, self.teacher_optimizer
-        if teacher_optimizer is None or teacher is None:
+        teacher = self.teacher
+        if self.teacher_optimizer is None or teacher is None:
             return super().configure_optimizers()
-        try:
-            second = teacher_optimizer([p for p in teacher.parameters() if p.requires_grad])
-        except (TypeError, ValueError) as error:
-            raise InputError(f"teacher_optimizer: {error}") from error
         of_teacher = {id(p) for p in teacher.parameters()}
-
-        def pair(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            return PairedOptimizer(self.optimizer([p for p in parameters if id(p) not in of_teacher]), second)
-
-        return build_optimizers(self.parameters(), pair, self.lr_scheduler, self.lr_interval)
+        first = build_optimizer(self, [p for p in self.parameters() if id(p) not in of_teacher])
+        second = build_optimizer(self, teacher.parameters(), "teacher_optimizer", prefix="teacher_")
+        try:
+            pair = PairedOptimizer(first, second)
+        except InputError as error:
+            raise InputError(f"optimizer: {error}") from error
+        return build_optimizers(self, pair)
 
 
 def _check_trainable(teacher: nn.Module, student: nn.Module) -> nn.Module:

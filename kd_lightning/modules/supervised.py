@@ -34,8 +34,10 @@ from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.hard_loss import hard_loss_of, must_synchronize
 from kd_lightning.modules._shared.lean_module import LeanModule
+from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
-from kd_lightning.modules._shared.optimizers import build_optimizers
+from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
+from kd_lightning.modules._shared.parameter_groups import check_groups
 from kd_lightning.modules._shared.schedules import check_schedules
 from kd_lightning.runs.report.log_figure import log_figure
 from kd_lightning.runs.resume import prepare_resume, store_position
@@ -80,16 +82,22 @@ class SupervisedModule(LeanModule):
             other two tasks).
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
-            none. Default: None, which means a constant learning rate.
+            none. Default: None, which means a constant learning rate. CosineAnnealingLR without ``T_max``, OneCycleLR
+            without ``total_steps``, and the last part of a :class:`~kd_lightning.schedules.SequentialSchedule` take
+            the length of the run, in the unit of ``lr_interval``.
         lr_interval: When the scheduler steps: each ``"epoch"`` or each optimiser ``"step"``.
         num_classes: Number of outputs that the student must have. Default: None, which means the number of the
             datamodule's classes, where it is known (``class_names``).
         auxiliary_weight: Weight of the hard loss of each auxiliary head, at least 0 (Szegedy et al. 2015, section 5,
             https://arxiv.org/abs/1409.4842, take 0.3). Logged as ``train/auxiliary_hard``.
+        weight_decay_exclude_1d: Whether biases and other parameters of at most 1 dimension, as of norms, have no weight
+            decay, as timm's ``param_groups_weight_decay`` does; nor those that a network's ``no_weight_decay()`` names.
+            The optimiser then has the groups ``decay`` and ``no_decay``.
 
     Raises:
         InputError: If the task or the interval is unknown. In a fit, if the student has another number of outputs or
-            nothing to train, if a label is no class, or if OneCycleLR ends before training does.
+            nothing to train, if a label is no class, if ``hard_loss`` has another number of weights than there are
+            outputs, if OneCycleLR ends before training does, or if the length of the run is needed and not known.
     """
 
     trains_auxiliary_heads: ClassVar[bool] = True
@@ -106,6 +114,7 @@ class SupervisedModule(LeanModule):
         lr_interval: str = "epoch",
         num_classes: int | None = None,
         auxiliary_weight: float = 0.3,
+        weight_decay_exclude_1d: bool = False,
     ) -> None:
         super().__init__()
         check_choice("task", task, ("multiclass", "multilabel", "binary"))
@@ -126,6 +135,7 @@ class SupervisedModule(LeanModule):
         self.num_classes = num_classes
         check_weight("auxiliary_weight", auxiliary_weight)
         self.auxiliary_weight = auxiliary_weight
+        self.weight_decay_exclude_1d = weight_decay_exclude_1d
         self._auxiliary_heads = AuxiliaryHeads()
         self._outputs_are_checked = True  # until a fit begins
         # One for each data loader, made at the first batch, whose logits have the number of classes.
@@ -160,6 +170,7 @@ class SupervisedModule(LeanModule):
         if not self._outputs_are_checked and self.is_fitting:
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             check_number_of_outputs(logits, self.task, self.num_classes, names)
+            check_loss_weights(self.hard_loss, logits, self.task)
             self._outputs_are_checked = True
         return logits
 
@@ -237,7 +248,7 @@ class SupervisedModule(LeanModule):
         self._log_means_of_whole_epoch()  # of an epoch that was interrupted after its last batch
 
     def _check_schedules(self) -> None:
-        check_schedules(self.trainer)
+        check_schedules(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
@@ -392,12 +403,13 @@ class SupervisedModule(LeanModule):
             state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
             check_fit(state, self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
         if self.is_fitting:
+            check_groups(checkpoint, self.weight_decay_exclude_1d)
             prepare_resume(self.trainer, checkpoint)
             self._epoch_means.restore(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
-        return build_optimizers(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return build_optimizers(self, build_optimizer(self, self.parameters()))
 
 
 def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:

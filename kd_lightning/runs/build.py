@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.argument_types import ArgumentTypes
 from kd_lightning.runs.parser_errors import explain_error, explain_parser_error
 
 T = TypeVar("T")
 _ROOT = "object"
 
 
-class ObjectParser(LightningArgumentParser):
+class ObjectParser(ArgumentTypes, LightningArgumentParser):
     """A parser that raises InputError with a message of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from kd_lightning.runs.argument_types import ArgumentTypes
+
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a mapping that describes an object."""
 _MODULES_OF_SHORT_NAMES = (
@@ -119,7 +121,7 @@ def takes_none(owner: Any, name: str) -> bool:
 _PREFIX = "arguments"
 
 
-class _SignatureParser(ArgumentParser):
+class _SignatureParser(ArgumentTypes, ArgumentParser):
     """A parser of one class's or function's arguments."""
 
     arguments: tuple[str, ...] = ()

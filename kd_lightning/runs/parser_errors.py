@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.argument_types import WRITTEN_AS
 from kd_lightning.runs.class_paths import (
     SPEC_KEYS,
     arguments_of,
@@ -169,6 +170,9 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
         if is_object:  # its constructor's message counts
             refused = [entry for entry in re.split(r"\n\s*- ", text) if not entry.startswith("Expected a ")]
             text = refused[0] if refused else text
+        if text.startswith(WRITTEN_AS):  # a list for a tensor, unless it is an object that returns one
+            entries = re.split(r"\n\s*- ", text)
+            text = entries["Given value: {'class_path'" in message]
     text = re.sub(r"\n\s*- Expected a ", " or a ", text)
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return partial(_wrong_class, found[1])

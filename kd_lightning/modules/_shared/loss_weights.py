@@ -1,0 +1,52 @@
+"""A check of the weights of classes and labels in torch's losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.label_kind import LabelKindLoss
+
+_BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
+_BY_LABEL = (nn.BCEWithLogitsLoss, nn.BCELoss)
+
+
+def check_loss_weights(loss: nn.Module, logits: Tensor, task: Task) -> None:
+    """Raise InputError if ``weight`` or ``pos_weight`` of a loss of torch does not fit the outputs. Reads shapes alone.
+
+    Torch refuses only some of these, within a step. Weights of the wrong number can also meet the rows of a batch.
+
+    Args:
+        loss: The hard loss, or a LabelKindLoss of such losses. A subclass with a ``forward`` of its own may use its
+            weights for anything.
+        logits: The student's logits.
+        task: The module's task.
+    """
+    parts = loss.named_modules(prefix="hard_loss") if isinstance(loss, LabelKindLoss) else [("hard_loss", loss)]
+    for place, part in parts:
+        _check_weights(place, part, logits, task)
+
+
+def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task) -> None:
+    forward: Any = getattr(type(loss), "forward", None)
+    by_label = forward in [kind.forward for kind in _BY_LABEL]
+    if not by_label and forward not in [kind.forward for kind in _BY_CLASS]:
+        return
+    outputs = 1 if task == "binary" else logits.shape[-1]
+    for name in ("weight", "pos_weight"):
+        weight: Tensor | None = getattr(loss, name, None)
+        if weight is None:
+            continue
+        allowed: set[tuple[int, ...]] = {(outputs,)}
+        if by_label:  # also one number for all
+            allowed |= {(), (1,), (1, 1), (1, outputs)}
+        if tuple(weight.shape) not in allowed:
+            raise InputError(
+                f"{place}.{name} must hold one number for each of the student's {outputs} outputs, got the shape "
+                f"{[*weight.shape]}"
+            )
+        if not weight.is_floating_point():
+            raise InputError(f"{place}.{name} must hold floating point numbers, got {weight.dtype}")
