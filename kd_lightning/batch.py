@@ -25,8 +25,8 @@ from kd_lightning.inputs import (
 
 IGNORE_INDEX = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
-LABEL_KEYS = ("labels", "label", "target", "targets", "mask", "y")
-"""Keys under which a mapping may hold its labels. The first one that it has counts."""
+LABEL_KEYS = ("labels", "label", "target", "targets", "y", "mask")
+"""Keys under which a mapping may hold its labels. The first one that it has counts: a mask beside y is an input."""
 
 
 class LabelKind(IntEnum):

@@ -71,6 +71,7 @@ def test_takes_a_mapping_with_labels_under_the_usual_keys(key):
         ({"input_ids": IDS, "attention_mask": MASK, "labels": Y}, {"input_ids": IDS, "attention_mask": MASK}, Y),
         (UserDict(input_ids=IDS, attention_mask=MASK, labels=Y), {"input_ids": IDS, "attention_mask": MASK}, Y),
         ({"x": IDS, "mask": MASK, "label": Y}, {"x": IDS, "mask": MASK}, Y),
+        ({"x": IDS, "mask": MASK, "y": Y}, {"x": IDS, "mask": MASK}, Y),
         ({"input_ids": IDS, "attention_mask": MASK, "labels": None}, {"input_ids": IDS, "attention_mask": MASK}, None),
         ([{"image": IMAGES, "label": Y}], IMAGES, Y),
         (({"ids": IDS, "mask": MASK}, Y), {"ids": IDS, "mask": MASK}, Y),

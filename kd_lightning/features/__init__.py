@@ -4,7 +4,7 @@ from kd_lightning.features.capture import capture, evaluating, find_layer
 from kd_lightning.features.heads import find_head, input_of_head, reset_classifier
 from kd_lightning.features.layers import list_layers
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.features.projectors import build_projector
+from kd_lightning.features.regressors import build_projector
 
 __all__ = [
     "capture",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import tensors_of
 
 
 class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
@@ -21,8 +22,10 @@ class _Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass)
 def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Capture the outputs of layers during the forward passes inside the ``with`` block.
 
-    A layer that is not called is absent from the result. Inside the block, a network under ``torch.compile`` runs
-    uncompiled. All hooks are removed at the end.
+    A layer that is not called is absent from the result. Passes inside a backward pass, in which gradient checkpointing
+    computes layers again, are not captured. Inside the block, a network under ``torch.compile`` runs uncompiled. All
+    hooks are removed at the end. :func:`features_of` describes layers that return a tuple or a mapping. A nested tensor
+    is padded with 0.
 
     Args:
         network: The network.
@@ -34,9 +37,9 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
         The outputs by name, with their autograd graph.
 
     Raises:
-        InputError: If the network has no layer of a name (the message names similar ones), if an output is no tensor or
-            is changed in place by a later layer, and if a layer is called more than once (with ``stop``, the pass may
-            end before the second call).
+        InputError: If the network has no layer of a name (the message names similar ones), if an output holds no tensor
+            of features or more than one, if it is changed in place by a later layer, and if a layer is called more than
+            once (with ``stop``, the pass may end before the second call).
 
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with capture(network, ["1"], stop=True) as outputs:
@@ -51,10 +54,13 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     handles = []
 
     def record(name: str) -> Any:
-        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:  # in a backward pass: gradient checkpointing
+                return
             if not isinstance(output, Tensor):
-                kind = type(output).__name__
-                raise InputError(f"layer {name} must return a tensor, got {kind}; use a layer inside it or after it")
+                output = features_of(layer, (args, kwargs), output, name)
+            if output.is_nested:  # nn.TransformerEncoder in eval mode, with a padding mask
+                output = output.to_padded_tensor(0.0)
             if name in outputs:
                 raise InputError(f"layer {name} is called more than once in a pass; use a layer around it")
             outputs[name] = output
@@ -71,7 +77,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for name, layer in zip(names, layers, strict=True):
-                handles.append(layer.register_forward_hook(record(name)))
+                handles.append(layer.register_forward_hook(record(name), with_kwargs=True))
             yield outputs
         except _Reached:
             pass
@@ -81,6 +87,36 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     for name, version in versions.items():
         if outputs[name]._version != version:
             raise InputError(f"layer {name}: its output is changed in place by a later layer; use that layer")
+
+
+def features_of(layer: nn.Module, inputs: Any, output: Any, name: str) -> Tensor:
+    """Take the features out of a layer's output that is a tuple, list or mapping.
+
+    They are the first tensor. It must be the only one of floating point with as many rows as the layer's inputs; parts
+    that are tuples themselves, such as a state, do not count. Recurrent layers of torch and ``nn.MultiheadAttention``
+    may return further ones: these are their states and attention weights.
+
+    Args:
+        layer: The layer.
+        inputs: Its inputs: the first tensor in them has the rows. With one row, any first tensor has as many.
+        output: What the layer returned.
+        name: Name of the layer in the error message.
+
+    Raises:
+        InputError: For any other output.
+    """
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    found = [part for part in parts if isinstance(part, Tensor) and part.ndim and part.is_floating_point()]
+    rows = next((len(part) for part in tensors_of(inputs) if part.ndim), None)
+    same = [part for part in found if rows in (None, len(part))]
+    is_known = isinstance(layer, nn.RNNBase | nn.MultiheadAttention) or (rows == 1 and same)
+    if same and same[0] is found[0] and (len(same) == 1 or is_known):
+        return found[0]
+    held = f" with {len(found)} tensors" if found else ""
+    raise InputError(
+        f"layer {name} must return a tensor, or a tuple or mapping whose first tensor alone has a row for each sample, "
+        f"got {type(output).__name__}{held}; use a layer inside it or after it"
+    )
 
 
 @contextmanager

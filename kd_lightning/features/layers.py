@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_lightning.features.capture import evaluating
-from kd_lightning.inputs import Inputs, call, map_inputs
+from kd_lightning.errors import InputError
+from kd_lightning.features.capture import evaluating, features_of
+from kd_lightning.inputs import Inputs, call, rows_of, take_rows
 
 
 class Layer(NamedTuple):
@@ -19,8 +21,9 @@ class Layer(NamedTuple):
     Attributes:
         name: Dotted path.
         kind: Name of its class.
-        shape: Shape of its output for one sample, without the batch dimension. None if the layer is not called, or
-            returns no tensor.
+        shape: Shape of its output for one sample, without the batch dimension. Of a tuple or mapping, shape of what
+            :func:`~kd_lightning.features.capture.features_of` takes. None if it takes nothing, or if the layer is not
+            called.
         parameters: Number of parameters, including inner layers.
         macs: Multiply-accumulates for one sample, including inner layers.
     """
@@ -32,31 +35,37 @@ class Layer(NamedTuple):
     macs: int
 
 
-def list_layers(network: nn.Module, x: Inputs) -> list[Layer]:
+def list_layers(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any] = call) -> list[Layer]:
     """List all layers in the order of ``named_modules``, from one forward pass in eval mode.
 
     Random generators, modes and BatchNorm statistics stay unchanged.
 
     Args:
         network: The network.
-        x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Only the first row is used.
+        x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Only the first row is used; tensors without
+            B rows stay as they are.
+        run: Function that calls the network with inputs, such as ``call`` of a module.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(name: str) -> Any:
-        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape[1:])
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                try:
+                    output = features_of(layer, (args, kwargs), output, name)
+                except InputError:
+                    return
+            shapes[name] = tuple(output.shape[1:])
 
         return hook
 
-    handles = [layer.register_forward_hook(record(name)) for name, layer in network.named_modules()]
+    handles = [layer.register_forward_hook(record(name), with_kwargs=True) for name, layer in network.named_modules()]
     counter = FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not count fused attention kernels
         with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            call(network, map_inputs(lambda tensor: tensor[:1], x))
+            run(network, take_rows(x, slice(1), rows_of(x)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:

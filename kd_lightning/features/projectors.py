@@ -1,20 +1,23 @@
-"""Projectors (FitNets: regressors) map a student's features to the shape of a teacher's; tokens as maps."""
+"""Projectors (FitNets: regressors): one for each pair of a student's layer and a teacher's."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture, evaluating, find_layer
-from kd_lightning.inputs import Inputs, call, device_of
+from kd_lightning.features.channels import ChannelTrace, Layout
+from kd_lightning.features.regressors import Regressor, build_projector, target_of, usual_layout
+from kd_lightning.inputs import Inputs, call, device_of, rows_of
 
-Shape = Sequence[int]
 ShapePair = tuple[list[int], list[int]]
 """Output shapes of a guided layer and a hint layer for one sample."""
+LayoutPair = tuple[Layout | None, Layout | None]
+"""Where the outputs of a guided layer and a hint layer have their channels. None where no operation shows it."""
 
 
 class Projectors(nn.ModuleDict):
@@ -29,6 +32,7 @@ class Projectors(nn.ModuleDict):
 
     Attributes:
         shapes: Output shapes of each pair of layers, for one sample. Empty until the projectors are built.
+        layouts: Where each pair of outputs has its channels. Empty until the projectors are built.
         guided_parameters: Names of the student's parameters that the guided layers depend on.
 
     Raises:
@@ -43,6 +47,7 @@ class Projectors(nn.ModuleDict):
         super().__init__({str([*hints].index(name)): module for name, module in (given or {}).items()})
         self.hints = {str(guided): str(hint) for guided, hint in hints.items()}
         self.shapes: list[ShapePair] = []
+        self.layouts: list[LayoutPair] = []
         self.guided_parameters: frozenset[str] = frozenset()
 
     def _check_names(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -53,65 +58,70 @@ class Projectors(nn.ModuleDict):
                 except InputError as error:
                     raise InputError(f"hints: {error}") from error
 
-    def build_from_networks(self, student: nn.Module, x: Inputs, teacher: nn.Module, teacher_x: Inputs) -> None:
-        """Find all shapes by one forward pass of each network, and build the missing projectors.
-
-        Args:
-            student: The student.
-            x: The student's inputs.
-            teacher: The teacher's network, in eval mode.
-            teacher_x: The same samples, preprocessed for the teacher.
-
-        Raises:
-            InputError: If a layer is not called, if no built-in projector fits a pair, or if a given projector does not
-                fit.
-        """
-        self._check_names(student, teacher)
-        parameters = dict(student.named_parameters())
-        frozen = [p for p in parameters.values() if not p.requires_grad]
-        student.requires_grad_(True)  # guided_parameters include frozen ones
-        try:
-            self._build_from_networks(student, x, teacher, teacher_x, parameters)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-
-    def _build_from_networks(
+    def build_from_networks(
         self,
         student: nn.Module,
         x: Inputs,
         teacher: nn.Module,
         teacher_x: Inputs,
-        parameters: dict[str, nn.Parameter],
+        run: Callable[[nn.Module, Inputs], Any] = call,
     ) -> None:
-        device = device_of(x)
-        with evaluating(student), evaluating(self), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            with capture(student, [*self.hints]) as guided:
-                call(student, x)
-            with torch.no_grad(), capture(teacher, [*self.hints.values()]) as hints:
-                call(teacher, teacher_x)
-            outputs = [
-                (_output("student", guided, name), _output("teacher", hints, layer))
-                for name, layer in self.hints.items()
-            ]
-            total = torch.stack([output.float().sum() for output, _ in outputs]).sum()
-            found: Sequence[Tensor | None] = [None] * len(parameters)
-            if total.requires_grad and parameters:
-                found = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
-            self.guided_parameters = frozenset(n for n, g in zip(parameters, found, strict=True) if g is not None)
-            self.build([([*g.shape[1:]], [*h.shape[1:]]) for g, h in outputs], device, outputs[0][0].dtype)
-            try:
-                pairs = self.pairs(guided, hints)
-            except Exception as error:  # the user's own projector may raise anything
-                raise InputError(f"projectors: one does not fit its layer: {first_line(error)}") from error
-        for name, (projected, hint) in pairs.items():
-            if projected.shape != hint.shape:
-                raise InputError(
-                    f"projectors: that of {name} gives {[*projected.shape[1:]]} for one sample, but the hint of "
-                    f"{self.hints[name]} is {[*hint.shape[1:]]}"
-                )
+        """Find all shapes by one forward pass of each network, and build the missing projectors.
 
-    def build(self, shapes: Iterable[ShapePair], device: torch.device, dtype: torch.dtype) -> None:
+        Where an output has its channels follows from the layers that give and use it, see
+        :class:`~kd_lightning.features.channels.ChannelTrace`.
+
+        Args:
+            student: The student.
+            x: The student's inputs: a tensor (B, ...), or a mapping or tuple of such tensors.
+            teacher: The teacher's network, in eval mode.
+            teacher_x: The same samples, preprocessed for the teacher.
+            run: Function that calls the student with inputs, such as ``call`` of a module.
+
+        Raises:
+            InputError: If a layer is not called; if an output does not have a row for each sample; if a guided output
+                has no gradient; if no built-in projector fits a pair, or it is not known where the channels are; or if
+                a given projector does not fit.
+        """
+        self._check_names(student, teacher)
+        parameters = dict(student.named_parameters())
+        before = [(p, p.requires_grad, p.grad) for p in parameters.values()]
+        student.requires_grad_(True)  # guided_parameters include frozen ones
+        device = device_of(x)
+        try:
+            with evaluating(student), evaluating(self), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                with capture(student, [*self.hints]) as guided, ChannelTrace() as student_trace:
+                    run(student, x)
+                with torch.no_grad(), capture(teacher, [*self.hints.values()]) as hints, ChannelTrace() as trace:
+                    call(teacher, teacher_x)
+                outputs = self._outputs(guided, hints, rows_of(x))
+                check_gradients([(name, output) for name, (output, _) in zip(self.hints, outputs, strict=True)])
+                self.guided_parameters = _parameters_below([output for output, _ in outputs], parameters)
+                layouts = [(student_trace.layout_of(output), trace.layout_of(hint)) for output, hint in outputs]
+                shapes = [([*output.shape[1:]], [*hint.shape[1:]]) for output, hint in outputs]
+                self.build(shapes, device, outputs[0][0].dtype, layouts)
+                self._check_pairs(guided, hints, rows_of(x))
+        finally:
+            for parameter, requires_grad, gradient in before:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+
+    def _check_pairs(self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int) -> None:
+        """Raise InputError if a projector does not fit its layer, or its hint."""
+        try:
+            self.pairs(guided, hints, rows)
+        except InputError:
+            raise
+        except Exception as error:  # the user's own projector may raise anything
+            raise InputError(f"projectors: one does not fit its layer: {first_line(error)}") from error
+
+    def build(
+        self,
+        shapes: Iterable[ShapePair],
+        device: torch.device,
+        dtype: torch.dtype,
+        layouts: Iterable[LayoutPair] | None = None,
+    ) -> None:
         """Build the missing projectors.
 
         Their weights depend on torch's initial seed alone, so they are the same on every process. The state of torch's
@@ -121,38 +131,82 @@ class Projectors(nn.ModuleDict):
             shapes: Output shapes of each pair of layers, for one sample.
             device: Of the projectors.
             dtype: Of the projectors.
+            layouts: Where each pair of outputs has its channels. Default: None, which means the usual places.
+
+        Raises:
+            InputError: If no built-in projector fits a pair, or it is not known where the channels are.
         """
         self.shapes = [*shapes]
+        usual = [(usual_layout(guided), usual_layout(hint)) for guided, hint in self.shapes]
+        self.layouts = [*(usual if layouts is None else layouts)]
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which also seeds accelerators
             torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)
             self._build(device, dtype)
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> None:
-        for number, ((name, layer), (guided, hint)) in enumerate(zip(self.hints.items(), self.shapes, strict=True)):
+        pairs = zip(self.hints.items(), self.shapes, self.layouts, strict=True)
+        for number, ((name, layer), shapes, layouts) in enumerate(pairs):
             if str(number) in self:
                 continue
+            for who, of, shape, layout in zip(("student", "teacher"), (name, layer), shapes, layouts, strict=True):
+                if len(shape) > 1 and layout is None:
+                    raise InputError(
+                        f"hints: no layer around the {who}'s {of} {shape} (for one sample) shows which dimension holds "
+                        "the channels; set another layer, or your own projector for this pair"
+                    )
             try:
-                self[str(number)] = build_projector(guided, hint).to(device, dtype)
+                self[str(number)] = build_projector(*shapes, *layouts).to(device, dtype)
             except InputError as error:
+                guided, hint = shapes
                 raise InputError(
                     f"hints: no built-in projector maps {name} {guided} to {layer} {hint} (for one sample): {error}; "
                     "set other layers, or your own projectors"
                 ) from error
 
-    def pairs(self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def pairs(
+        self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the student's projected outputs and the hints, of one shape, by guided layer.
 
         Args:
             guided: Outputs of the student's layers, by name.
             hints: Outputs of the teacher's layers, by name.
+            rows: Number of samples B.
+
+        Raises:
+            InputError: If an output does not have a row for each sample, or if a projected output and its hint have
+                different shapes.
         """
         pairs = {}
-        for number, (name, layer) in enumerate(self.hints.items()):
-            projected = self[str(number)](_output("student", guided, name))
-            hint = _output("teacher", hints, layer).to(projected.device)
-            pairs[name] = projected, target_of(hint, projected)
+        outputs = self._outputs(guided, hints, rows)
+        for number, ((name, layer), (output, hint)) in enumerate(zip(self.hints.items(), outputs, strict=True)):
+            projector = self[str(number)]
+            hint = hint.to(output.device)
+            if isinstance(projector, Regressor):
+                try:
+                    target = projector.arrange(hint)
+                    projected = projector(output, target.shape[2:])
+                except InputError as error:
+                    raise InputError(f"hints: {name} -> {layer}: {error}") from error
+            else:
+                projected = projector(output)
+                target = target_of(hint, projected) if self.layouts[number][1] == "last" else hint
+            if projected.shape != target.shape:
+                raise InputError(
+                    f"projectors: that of {name} gives {[*projected.shape[1:]]} for one sample, but the hint of "
+                    f"{layer} is {[*target.shape[1:]]}"
+                )
+            pairs[name] = projected, target
         return pairs
+
+    def _outputs(
+        self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (_output("student", guided, name, rows), _output("teacher", hints, layer, rows))
+            for name, layer in self.hints.items()
+        ]
 
     def describe(self) -> str:
         """Describe the pairs, their shapes, and the number of parameters."""
@@ -170,86 +224,37 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _output(who: str, outputs: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in outputs:
-        raise InputError(f"hints: the {who}'s layer {name} is never called in its forward pass")
-    return outputs[name]
-
-
-def build_projector(guided: Shape, hint: Shape) -> nn.Module:
-    """Build a projector from a guided layer's output to a hint.
-
-    This is the regressor of FitNets (Romero et al. 2014, section 2.2, https://arxiv.org/abs/1412.6550):
-
-    - Maps (C, H, W), if the guided map is at least as large along each side: a valid convolution with kernel size
-      k = N_guided - N_hint + 1 along each side, as in the paper. If it is smaller along a side: a 1x1 convolution and
-      bilinear resizing.
-    - Vectors (C,), and tokens (N, C) of equal number: a linear layer.
-    - Other tokens: first arranged as maps, see :func:`to_map`.
-
-    All of them are linear. The paper's regressors end in the hint's non-linearity, which takes your own projector
-    (benchmarks/RESULTS.md compares both).
+def check_gradients(outputs: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise InputError if the output of a guided layer has no gradient.
 
     Args:
-        guided: Shape of the guided layer's output for one sample.
-        hint: Shape of the hint layer's output for one sample.
-
-    Raises:
-        InputError: If none of these fits the two shapes.
+        outputs: Names of guided layers, and their outputs in a pass with gradients.
     """
-    layers: list[nn.Module] = []
-    if len(guided) == len(hint) == 1 or (len(guided) == len(hint) == 2 and guided[0] == hint[0]):
-        layers.append(nn.Linear(guided[-1], hint[-1]))
-    else:
-        (channels, *size), (hint_channels, *hint_size) = map_shape(guided), map_shape(hint)
-        if len(guided) == 2:
-            layers.append(TokensToMap())
-        if all(one >= other for one, other in zip(size, hint_size, strict=True)):
-            kernel = tuple(one - other + 1 for one, other in zip(size, hint_size, strict=True))
-            layers.append(nn.Conv2d(channels, hint_channels, kernel))  # type: ignore[arg-type]
-        else:
-            layers += [nn.Conv2d(channels, hint_channels, 1), nn.Upsample(tuple(hint_size), mode="bilinear")]
-    return nn.Sequential(*layers)
+    for name, output in outputs:
+        if not output.requires_grad:
+            raise InputError(
+                f"hints: the output of the student's layer {name} has no gradient, so that nothing below it learns; "
+                "all parameters below it are frozen, it is detached, or it lies in gradient checkpointing with "
+                "use_reentrant=True (use_reentrant=False works)"
+            )
 
 
-def map_shape(shape: Shape) -> Shape:
-    """Return the shape (C, H, W) of a sample's map, or of its tokens (N, C) after :func:`to_map`.
-
-    Raises:
-        InputError: If it is neither a map nor tokens of a square grid.
-    """
-    if len(shape) == 3:
-        return tuple(shape)
-    if len(shape) != 2:
-        raise InputError(f"{[*shape]} is neither a map (C, H, W) nor tokens (N, C)")
-    tokens, channels = shape
-    for grid in (tokens, tokens - 1):
-        side = math.isqrt(max(grid, 0))
-        if side and side * side == grid:
-            return channels, side, side
-    raise InputError(f"the grid of {tokens} tokens is not square, with or without a class token")
+def _parameters_below(outputs: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Return the names of the parameters that outputs depend on. Changes their ``grad``."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    # not torch.autograd.grad, which reentrant gradient checkpointing refuses
+    torch.stack([output.float().sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+    return frozenset(name for name, parameter in parameters.items() if parameter.grad is not None)
 
 
-def to_map(tokens: Tensor) -> Tensor:
-    """Arrange tokens (B, N, C) as a map (B, C, g, g), with N = g * g, or N = g * g + 1 with a class token first.
-
-    The class token is left out.
-
-    Raises:
-        InputError: If the grid is not square.
-    """
-    channels, height, width = map_shape(tokens.shape[1:])
-    return tokens[:, -height * width :].transpose(1, 2).reshape(len(tokens), channels, height, width)
-
-
-class TokensToMap(nn.Module):
-    """Arranges tokens as a map, by :func:`to_map`."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the map (B, C, g, g) of tokens (B, N, C)."""
-        return to_map(tokens)
-
-
-def target_of(hint: Tensor, projected: Tensor) -> Tensor:
-    """Return the hint for a projector's output. If that output is a map, a hint of tokens is arranged as a map."""
-    return to_map(hint) if (hint.ndim, projected.ndim) == (3, 4) else hint
+def _output(who: str, outputs: Mapping[str, Tensor], name: str, rows: int) -> Tensor:
+    if name not in outputs:
+        raise InputError(f"hints: the {who}'s layer {name} is never called in its forward pass")
+    output = outputs[name]
+    if not output.ndim or len(output) != rows:
+        raise InputError(
+            f"hints: the {who}'s layer {name} must return a row for each of {rows} samples, got {[*output.shape]}; "
+            "use another layer (one with batch_first=True)"
+        )
+    return output

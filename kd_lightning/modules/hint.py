@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture, evaluating
-from kd_lightning.features.projectors import Projectors, first_line
-from kd_lightning.inputs import describe
+from kd_lightning.features.projectors import Projectors, check_gradients, first_line
+from kd_lightning.inputs import describe, map_inputs
 from kd_lightning.losses import HintLoss
 from kd_lightning.losses.base import check_weight
 from kd_lightning.modules._shared.first_inputs import first_inputs, first_rows, run_once
 from kd_lightning.modules._shared.frozen_statistics import batch_norms_without, frozen_statistics
 from kd_lightning.modules._shared.hint_figure import hint_figure
-from kd_lightning.modules._shared.optimizers import build_optimizers
+from kd_lightning.modules._shared.hint_means import HintMeans
+from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.schedules import check_schedule, check_schedules
-from kd_lightning.modules._shared.stage_callbacks import pause_early_stopping, reset_best
+from kd_lightning.modules._shared.stage_callbacks import check_monitors, pause_early_stopping, reset_best
+from kd_lightning.modules._shared.stage_gradients import check_first_gradients, with_all_gradients
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.supervised import LossTerm
 from kd_lightning.runs.report.log_figure import log_figure
@@ -55,9 +55,10 @@ class HintModule(DistillModule):
     Args:
         student: Network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a ``Teacher`` around it. None is for ``test`` and ``predict`` alone.
-        hints: Guided layer (student) to hint layer (teacher), by dotted path. Their outputs must be tensors: maps
-            (B, C, H, W), tokens (B, N, C) or vectors (B, C). Maps (B, H, W, C), as Swin's, need a given projector.
-            ``python -m kd_lightning layers`` lists the layers.
+        hints: Guided layer (student) to hint layer (teacher), by dotted path. Their outputs must be maps (B, C, L),
+            (B, C, H, W) or (B, C, D, H, W), the same with the channels last, tokens (B, N, C) or vectors (B, C), or a
+            tuple or mapping whose first tensor is one. Where the channels are follows from the layers around, see
+            :class:`~kd_lightning.features.channels.ChannelTrace`. ``python -m kd_lightning layers`` lists the layers.
         hint_epochs: Number of epochs of stage 1, at least 0. With 0 this is plain distillation.
         hint_optimizer: Optimiser of stage 1, called with the parameters. Default: None, which means ``optimizer``.
         hint_lr_scheduler: Scheduler of stage 1, called with the optimiser. ReduceLROnPlateau follows ``val/hint``.
@@ -68,16 +69,17 @@ class HintModule(DistillModule):
             stage, as in most libraries. The paper reports that this fails for thin, deep students. The term is a sum
             over all entries of a map: a weight of about 1 over their number makes it as large as the other terms.
         projectors: Projectors by guided layer, from its output to the hint's shape. The missing ones are built, see
-            :func:`~kd_lightning.features.projectors.build_projector`. They train with the student, and are not
+            :func:`~kd_lightning.features.regressors.build_projector`. They train with the student, and are not
             deployed.
-        input_shape: Shape of one input, without the batch dimension, to build the projectors from. Default: None,
-            which means that the first training inputs are used when the fit begins.
+        input_shape: Shape of one input, without the batch dimension, to build the projectors from, if the inputs are
+            one tensor. Default: None, which means that the first training inputs are used when the fit begins.
         **kwargs: The other arguments of :class:`DistillModule`.
 
     Raises:
         InputError: If there are no hints; if a network does not have a layer, or never reaches it; if no built-in
-            projector joins two shapes; if a given projector's output has another shape than the hint; if
-            ``hint_epochs`` leaves no epoch for stage 2; and as of :class:`DistillModule`.
+            projector joins two shapes, or no layer shows where the channels are; if a given projector's output has
+            another shape than the hint; if a guided output has no gradient; if ``hint_epochs`` leaves no epoch for
+            stage 2; and as of :class:`DistillModule`.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class HintModule(DistillModule):
         self._joint = hint_weight > 0
         self._uses_hints = self._joint or hint_epochs > 0  # else this is plain distillation
         self._figure_inputs: Batch | None = None
-        self._hint_means: dict[str, MeanMetric] = {}
+        self._hint_means = HintMeans()
         self._reset_stage()
         if input_shape is not None:
             x = torch.randn(_SAMPLES, *input_shape, generator=torch.Generator().manual_seed(0))
@@ -127,6 +129,7 @@ class HintModule(DistillModule):
         self.distill_from_epoch = self.hint_epochs  # hint_patience may lower it
         self._best_hint_loss, self._wait_count = math.inf, 0
         self._norms_above: list[nn.Module] | None = None  # BatchNorm layers above the guided ones
+        self._gradients_are_checked = False
 
     def _build_projectors(self, batch: Batch) -> None:
         """Build the projectors from the inputs of a batch."""
@@ -136,9 +139,9 @@ class HintModule(DistillModule):
             batch = batch.to(self.device)
             no_autocast = torch.autocast(self.device.type, enabled=False)
             with torch.no_grad(), no_autocast, torch.random.fork_rng(devices=[]):
-                teacher_x = self.teacher.prepare(batch.teacher_x)
-            self.projectors.build_from_networks(self.student, batch.x, self.teacher.network, teacher_x)
-        except RuntimeError as error:
+                teacher_x = self.teacher.prepare(map_inputs(torch.clone, batch.teacher_x))  # it may change them
+            self.projectors.build_from_networks(self.student, batch.x, self.teacher.network, teacher_x, self.call)
+        except (RuntimeError, TypeError) as error:
             reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
             raise InputError(f"hints: {reason}") from error
 
@@ -150,24 +153,22 @@ class HintModule(DistillModule):
             raise InputError("training needs the teacher; teacher=None is for test and predict alone")
         if not self.projectors.shapes:
             self._build_projectors(batch)
+        layers, teacher_layers = [*self.projectors.hints], [*self.projectors.hints.values()]
         if not self.distilling:
             hints = self._compute_hints(batch)  # first: the student's activations would take memory meanwhile
-            layers = [*self.projectors.hints]
             with frozen_statistics(self._norms()), capture(self.student, layers, stop=True) as guided:
                 self(batch.x)
             value = self._hint_term(guided, hints, len(batch))
-            return {"hint": LossTerm(1.0, self._with_all_gradients(value))}
+            return {"hint": LossTerm(1.0, with_all_gradients(self, value, partial(self._stage_parameters, False)))}
         if self._joint:
-            layers = [*self.projectors.hints.values()]
-            with (
-                capture(self.student, [*self.projectors.hints]) as guided,
-                capture(self.teacher.network, layers) as hints,
-            ):
+            with capture(self.student, layers) as guided, capture(self.teacher.network, teacher_layers) as hints:
                 terms = super().losses(batch)
             return terms | {"hint": LossTerm(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
         terms = super().losses(batch)
         weight, value = terms["soft"]
-        return terms | {"soft": LossTerm(weight, self._with_all_gradients(value))}
+        return terms | {
+            "soft": LossTerm(weight, with_all_gradients(self, value, partial(self._stage_parameters, True)))
+        }
 
     def _compute_hints(self, batch: Batch) -> dict[str, Tensor]:
         """Return the outputs of the teacher's hint layers, by name; the layers above are not computed."""
@@ -185,15 +186,17 @@ class HintModule(DistillModule):
 
     def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> Tensor:
         """Return the sum of the pairs' hint losses."""
-        values = self._distances(guided, hints)
+        if torch.is_grad_enabled():
+            check_gradients(guided.items())
+        values = self._distances(guided, hints, rows)
         if self._trainer is not None and self.trainer.training:
             for name, value in values.items():
                 self._record_mean(f"train/hint/{name}", value, rows)
         return torch.stack([*values.values()]).sum()
 
-    def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
         """Return the hint loss of each pair, by guided layer."""
-        return {name: self.hint_loss(*pair) for name, pair in self.projectors.pairs(guided, hints).items()}
+        return {name: self.hint_loss(*pair) for name, pair in self.projectors.pairs(guided, hints, rows).items()}
 
     def _stage_parameters(self, distilling: bool) -> list[nn.Parameter]:
         """Return the parameters that a stage trains."""
@@ -202,13 +205,13 @@ class HintModule(DistillModule):
         below = [p for name, p in self.student.named_parameters() if name in self.projectors.guided_parameters]
         return [*below, *self.projectors.parameters()]
 
-    def _with_all_gradients(self, value: Tensor) -> Tensor:
-        """Add 0 times each parameter that the stage does not train: DDP waits for a gradient of every parameter."""
-        if self._trainer is None or not isinstance(self.trainer.strategy, DDPStrategy):
-            return value
-        reached = {id(p) for p in self._stage_parameters(self.distilling)}
-        rest = [(p * 0).sum().to(value.dtype) for p in self.parameters() if p.requires_grad and id(p) not in reached]
-        return torch.stack([value, *rest]).sum()
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Runs for each loss. In stage 1, checks that the first pass gives gradients to the guided layers."""
+        with frozen_statistics([] if self.distilling else self._norms()):  # gradient checkpointing may compute them
+            super().backward(loss, *args, **kwargs)
+        if not (self.distilling or self._gradients_are_checked):
+            check_first_gradients(self.student, self.projectors.guided_parameters)
+            self._gradients_are_checked = True
 
     # The run.
 
@@ -219,11 +222,9 @@ class HintModule(DistillModule):
         if stage != TrainerFn.FITTING:
             return
         self._reset_stage()
-        for callback in self.trainer.early_stopping_callbacks:
-            monitor = str(getattr(callback, "monitor", ""))
-            if "/hint" in monitor and not self._joint:
-                raise InputError(f"EarlyStopping on {monitor} would end the run; use hint_patience to end stage 1")
         stoppers = self.trainer.early_stopping_callbacks
+        if not self._joint:
+            check_monitors(stoppers, "/hint", "use hint_patience to end stage 1")
         pause_early_stopping(stoppers, lambda trainer: trainer.lightning_module is self and not self.distilling)
         last = self.trainer.max_epochs
         if last is not None and 0 <= last <= self.hint_epochs and not getattr(self.trainer, "fast_dev_run", False):
@@ -236,26 +237,28 @@ class HintModule(DistillModule):
         if not self.is_fitting or not self._uses_hints or self.projectors.guided_parameters:
             return
         try:
-            self._figure_inputs = first_inputs(self, _SAMPLES)
+            inputs = first_inputs(self, _SAMPLES).to("cpu")
         except Exception as error:
             reason = f"cannot read the first training inputs ({first_line(error)}); set input_shape"
             raise InputError(f"hints: {reason}") from error
+        self._figure_inputs = self.trainer.strategy.broadcast(inputs)  # sizes may differ between processes
         self._build_projectors(self._figure_inputs)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit and of stage 2. Builds the optimiser and scheduler of the current stage."""
         if self.distilling:
-            return self._build_stage_2()
+            return self._build_stage_2(self.distill_from_epoch)
         parameters = self._stage_parameters(distilling=False)
         if not self.projectors.guided_parameters:
             raise InputError("hints: the projectors are not built yet; set input_shape, or use Trainer.fit")
         if not any(p.requires_grad for p in parameters[: len(self.projectors.guided_parameters)]):
             raise InputError("hints: no parameter below the guided layers requires a gradient")
-        optimizer = self.hint_optimizer or self.optimizer
-        return build_optimizers(parameters, optimizer, self.hint_lr_scheduler, self.lr_interval, monitor="val/hint")
+        name = "optimizer" if self.hint_optimizer is None else "hint_optimizer"
+        built = build_optimizer(self, parameters, name)
+        return build_optimizers(self, built, "hint_lr_scheduler", monitor="val/hint", end=self.hint_epochs)
 
-    def _build_stage_2(self) -> OptimizerLRScheduler:
-        return build_optimizers(self._stage_parameters(True), self.optimizer, self.lr_scheduler, self.lr_interval)
+    def _build_stage_2(self, first: int) -> OptimizerLRScheduler:
+        return build_optimizers(self, build_optimizer(self, self._stage_parameters(True)), first=first)
 
     def on_train_start(self) -> None:
         """Runs before the first epoch, or the rest of a resumed one. Reports the projectors, and enters the stage."""
@@ -268,13 +271,13 @@ class HintModule(DistillModule):
 
     def _check_schedules(self) -> None:
         if self.distilling:
-            check_schedules(self.trainer, first=self.distill_from_epoch)
+            check_schedules(self, first=self.distill_from_epoch)
             return
-        check_schedules(self.trainer, "hint_lr_scheduler", end=self.distill_from_epoch)
+        check_schedules(self, "hint_lr_scheduler", end=self.hint_epochs)
         if self.lr_scheduler is not None:
             # hint_patience may end stage 1 after its first epoch
             first = 1 if self.hint_patience is not None and not self._boundary_is_known else self.distill_from_epoch
-            stage_2: Any = self._build_stage_2()
+            stage_2: Any = self._build_stage_2(first)
             check_schedule("lr_scheduler", stage_2["lr_scheduler"]["scheduler"], self.lr_interval, self.trainer, first)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -330,7 +333,7 @@ class HintModule(DistillModule):
         with torch.no_grad(), evaluating(self.student), evaluating(self.projectors), precision.forward_context():
             with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
-            return self.projectors.pairs(guided, self._compute_hints(batch))
+            return self.projectors.pairs(guided, self._compute_hints(batch), len(batch))
 
     # Validation: the hint loss, and the end of stage 1 by it.
 
@@ -340,19 +343,14 @@ class HintModule(DistillModule):
         batch = self.unpack(batch)
         with capture(self.student, [*self.projectors.hints]) as guided:
             predicted = super()._evaluate(stage, batch, batch_idx, dataloader_idx)
-        distances = self._distances(guided, self._compute_hints(batch))
-        values = {f"val/hint/{name}": value for name, value in distances.items()}
-        for name, value in {"val/hint": torch.stack([*values.values()]).sum(), **values}.items():
-            if name not in self._hint_means:
-                self._hint_means[name] = MeanMetric().to(value.device)
-            self._hint_means[name].update(value, 0 if batch.is_padding else len(batch))
+        distances = self._distances(guided, self._compute_hints(batch), len(batch))
+        self._hint_means.update(distances, 0 if batch.is_padding else len(batch))
         return predicted
 
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs the metrics; ends stage 1 after ``hint_patience``."""
         super().on_validation_epoch_end()
-        values = {name: mean.compute() for name, mean in self._hint_means.items()}
-        self._hint_means.clear()
+        values = self._hint_means.compute()
         self.log_dict(values, sync_dist=True)
         if self.distilling or self.trainer.sanity_checking or not self.is_fitting:
             return
@@ -372,6 +370,7 @@ class HintModule(DistillModule):
         checkpoint["hints"] = {
             "pairs": self.projectors.hints,
             "shapes": self.projectors.shapes,
+            "layouts": self.projectors.layouts,
             "distilling": self.distilling,
             "distill_from_epoch": self.distill_from_epoch if self._boundary_is_known else None,
             "best": self._best_hint_loss,
@@ -391,7 +390,7 @@ class HintModule(DistillModule):
                     f"hints: the checkpoint was trained with {saved['pairs']}, got {self.projectors.hints}"
                 )
             if saved["shapes"]:
-                self.projectors.build(saved["shapes"], self.device, torch.float32)
+                self.projectors.build(saved["shapes"], self.device, torch.float32, saved.get("layouts"))
             self.distilling = saved["distilling"]
             self._best_hint_loss, self._wait_count = saved["best"], saved["waited"]
             if saved["distill_from_epoch"] is not None:

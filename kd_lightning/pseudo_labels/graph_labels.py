@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
+from kd_lightning.features.channels import layout_of_layer
 from kd_lightning.features.heads import input_of_head
 from kd_lightning.inputs import Inputs, call, rows_of
 
@@ -56,7 +57,8 @@ class GraphPseudoLabels:
     def features_of(self, network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any] = call) -> Tensor:
         """Features (B, D) of inputs (B, ...), by one forward pass in the current mode of the network.
 
-        Maps (B, C, ...) are averaged over positions, tokens (B, T, D) over tokens.
+        Maps (B, C, ...) are averaged over positions, tokens (B, T, D) over tokens. With ``layer``, the layers around it
+        show where the channels are; where none does, three dimensions are tokens, and more are maps.
 
         Args:
             network: The network.
@@ -81,7 +83,10 @@ class GraphPseudoLabels:
                 f"layer {self.layer} must return features ({rows}, D), maps ({rows}, C, ...) or tokens "
                 f"({rows}, T, D), got {tuple(output.shape)}"
             )
-        return output.mean(dim=1) if output.ndim == 3 else output.flatten(2).mean(dim=2) if output.ndim > 3 else output
+        if output.ndim == 2:
+            return output
+        layout = layout_of_layer(network, self.layer, x, run) or ("last" if output.ndim == 3 else "first")
+        return output.flatten(1, -2).mean(dim=1) if layout == "last" else output.flatten(2).mean(dim=2)
 
     def __call__(self, features: Tensor, y: Tensor, classes: int) -> Tensor:
         """Probabilities (N, C) of all samples, including labeled ones, in float32 on the CPU.

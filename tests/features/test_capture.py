@@ -1,11 +1,13 @@
 """Layers by name: what is captured, that nothing stays behind, and costs counted by hand."""
 
 import copy
+from collections import namedtuple
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.models import vit_b_16
 
 from kd_lightning.errors import InputError
@@ -94,10 +96,185 @@ class TestCapture:
         assert list(outputs) == ["0"]
 
     def test_output_that_is_no_tensor(self):
-        attention = nn.Sequential(nn.Identity(), nn.LSTM(4, 3))
-        with pytest.raises(InputError, match="layer 1 must return a tensor, got tuple"), capture(attention, ["1"]):
-            attention(X)
-        assert not attention[1]._forward_hooks
+        network = nn.Sequential(nn.Identity(), Returns(lambda x: (x, x * 2)))
+        message = (
+            "^layer 1 must return a tensor, or a tuple or mapping whose first tensor alone has a row for each sample, "
+            "got tuple with 2 tensors; use a layer inside it or after it$"
+        )
+        with pytest.raises(InputError, match=message), capture(network, ["1"]):
+            network(X)
+        assert not network[1]._forward_hooks
+
+
+class Returns(nn.Module):
+    """Returns what a function makes of its inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+TWO = torch.zeros(2, 3, 4, dtype=torch.long)
+
+
+class TestTuplesAndMappings:
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: (x + 1,),
+            lambda x: [x + 1],
+            lambda x: (x + 1, None),
+            lambda x: (x + 1, (x, x)),  # a state
+            lambda x: (x + 1, TWO),
+            lambda x: (TWO, x + 1),
+            lambda x: (x.sum(), x + 1),  # a loss
+            lambda x: (x + 1, torch.zeros(1, 4, 3, 3), torch.zeros(6, 2)),  # a bias, and logits of a router
+            lambda x: {"last_hidden_state": x + 1, "loss": x.sum()},
+            lambda x: namedtuple("Output", "hidden state")(x + 1, None),
+        ],
+    )
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_the_only_tensor_with_rows(self, function, by_name):
+        network = Returns(function)
+        outer = nn.ModuleDict({"layer": network})
+        x = X.clone().requires_grad_()
+        with capture(outer, ["layer"]) as outputs:
+            network(x=x) if by_name else network(x)
+        assert torch.equal(outputs["layer"], X + 1)
+        outputs["layer"].sum().backward()
+        assert torch.equal(x.grad, torch.ones(2, 4))
+
+    @pytest.mark.parametrize(
+        ("function", "held"),
+        [
+            (lambda x: (x, x), "tuple with 2 tensors"),
+            (lambda x: (torch.zeros(1, 3), x), "tuple with 2 tensors"),  # the first one has other rows
+            (lambda x: {"last_hidden_state": x, "pooler_output": x[:, 0]}, "dict with 2 tensors"),
+            (lambda x: (TWO, None), "tuple;"),
+            (lambda x: (), "tuple;"),
+            (lambda x: ((x, x), None), "tuple;"),
+            (lambda x: x.sum().item(), "float;"),
+            (lambda x: None, "NoneType;"),
+            (lambda x: (x[0],), "tuple with 1 tensors"),
+        ],
+    )
+    def test_refused(self, function, held):
+        network = nn.Sequential(Returns(function))
+        with pytest.raises(InputError, match=f"^layer 0 must return a tensor, .* got {held}"), capture(network, ["0"]):
+            network(X)
+
+    def test_one_row_is_read_as_many_are(self):
+        """A bias of one row has as many rows as a batch of one sample; the last batch of an epoch may be one."""
+        network = nn.Sequential(Returns(lambda x: (x + 1, torch.zeros(1, 4, 3, 3))))
+        for rows in (2, 1):
+            with capture(network, ["0"]) as outputs:
+                network(X[:rows])
+            assert torch.equal(outputs["0"], X[:rows] + 1)
+        network = nn.Sequential(Returns(lambda x: (torch.zeros(1, 4, 3, 3), x + 1)))
+        for rows in (2, 1):
+            with pytest.raises(InputError) if rows == 2 else nullcontext(), capture(network, ["0"]) as outputs:
+                network(X[:rows])
+        assert outputs["0"].shape == (1, 4, 3, 3)  # always the first one, or none
+
+    @pytest.mark.parametrize("rows", [1, 2, 3])
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    def test_recurrent_layers(self, kind, first, rows):
+        """The states have as many rows as layers, which may be as many as samples."""
+        layer = kind(4, 3, num_layers=2, batch_first=first)
+        network = nn.ModuleDict({"layer": layer})
+        x = torch.randn(rows, 2, 4)
+        with capture(network, ["layer"]) as outputs:
+            out, _ = layer(x)
+        assert outputs["layer"] is out
+
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_attention(self, weights):
+        layer = nn.MultiheadAttention(4, 2, batch_first=True)
+        network, x = nn.ModuleDict({"layer": layer}), torch.randn(2, 5, 4)
+        with capture(network, ["layer"]) as outputs:
+            out, found = layer(query=x, key=x, value=x, need_weights=weights)
+        assert outputs["layer"] is out and (found is None) != weights
+
+    def test_blocks_of_hugging_face(self):
+        transformers = pytest.importorskip("transformers")
+        size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        bert = transformers.BertModel(transformers.BertConfig(vocab_size=20, **size)).eval()
+        names = ["encoder.layer.0", "encoder", "encoder.layer.0.attention", "encoder.layer.1.output"]
+        with capture(bert, names) as outputs:
+            out = bert(torch.arange(14).reshape(2, 7), output_hidden_states=True)
+        assert torch.equal(outputs["encoder"], out.last_hidden_state)
+        assert torch.equal(outputs["encoder.layer.0"], out.hidden_states[1])
+        assert torch.equal(outputs["encoder.layer.1.output"], out.hidden_states[2])
+
+
+def test_a_nested_tensor_is_padded():
+    """In eval mode and without gradients, a padding mask makes nn.TransformerEncoder compute with nested tensors."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 6, 4), torch.arange(6) >= torch.tensor([6, 2, 4])[:, None]
+    with capture(encoder, ["layers.0"]) as with_graph:
+        encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad(), capture(encoder, ["layers.0", "layers.1"]) as outputs:
+        expected = encoder(x, src_key_padding_mask=padding)
+    assert not outputs["layers.0"].is_nested
+    torch.testing.assert_close(outputs["layers.1"], expected)
+    torch.testing.assert_close(outputs["layers.0"], with_graph["layers.0"].masked_fill(padding[:, :, None], 0.0))
+
+
+class TestGradientCheckpointing:
+    """A backward pass computes the layers again, which calls their hooks again."""
+
+    @pytest.fixture
+    def networks(self):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)), Counting(), nn.Linear(3, 2))
+        stored = copy.deepcopy(plain)
+        block = stored[1]
+        stored[1] = nn.ModuleList(block)  # the same names
+        stored[1].forward = lambda x: checkpoint(block, x, use_reentrant=False)
+        return plain, stored
+
+    def test_a_backward_pass_inside_the_block(self, networks):
+        gradients = []
+        for network in networks:
+            with capture(network, ["0", "1.0", "1.1"]) as outputs:
+                network(X)
+                first = dict(outputs)
+                (outputs["1.1"].square().sum() + outputs["1.0"].sum()).backward()
+            assert outputs.keys() == first.keys() and all(outputs[name] is first[name] for name in first)
+            gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() == {"0.weight", "0.bias", "1.1.weight", "1.1.bias"}
+        assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+    @pytest.mark.parametrize("layer", ["1.0", "1.1"])
+    @pytest.mark.parametrize("early_stop", [True, False])
+    def test_a_pass_that_stops_inside_the_checkpointed_block(self, networks, layer, early_stop):
+        gradients = []
+        for network in networks:
+            with set_checkpoint_early_stop(early_stop), capture(network, [layer], stop=True) as outputs:
+                network(X)
+            assert network[2].calls == 0
+            outputs[layer].square().sum().backward()
+            assert [*outputs] == [layer]
+            gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+        assert len(gradients[0]) == len(gradients[1]) == (2 if layer == "1.0" else 4)
+        assert all(map(torch.equal, *gradients))
+        x = X.clone().requires_grad_()  # nothing stays behind: the next tensors are stored, not computed again
+        y = x.exp()
+        assert y.grad_fn._saved_result is y or torch.equal(y.grad_fn._saved_result, y)
+        y.sum().backward()
+        assert torch.equal(x.grad, X.exp())
+
+    def test_reentrant_gives_no_graph(self, networks):
+        network = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        x = X.clone().requires_grad_()
+        with capture(network, ["0"]) as outputs:
+            checkpoint(network, x, use_reentrant=True).sum().backward()
+        assert not outputs["0"].requires_grad and network[0].weight.grad is not None
 
 
 class TestChangedInPlace:
@@ -324,7 +501,30 @@ class TestList:
         block = layers["encoder.layers.encoder_layer_3"]
         assert block.shape == (tokens, width)
         assert block.macs == attention + 2 * tokens * width * hidden
-        assert layers["encoder.layers.encoder_layer_3.self_attention"].shape is None  # a pair
+        assert layers["encoder.layers.encoder_layer_3.self_attention"].shape == (tokens, width)  # the first of a pair
+
+    def test_inputs_that_are_a_mapping_or_a_tuple(self):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mix, self.pair = nn.Linear(4, 3, bias=False), Returns(lambda x: (x, None))
+                self.head = nn.Linear(3, 2, bias=False)
+
+            def forward(self, image, scale):
+                x, _ = self.pair(self.mix(image) * scale)
+                return {"logits": self.head(x), "features": x}
+
+        inputs = {"image": torch.ones(5, 4), "scale": torch.tensor(2.0)}
+        expected = [("mix", "Linear", (3,), 12, 12), ("pair", "Returns", (3,), 0, 0), ("head", "Linear", (2,), 6, 6)]
+        assert list_layers(Scaled(), inputs) == list_layers(Scaled(), (*inputs.values(),)) == expected
+        swapped = (inputs["scale"], inputs["image"])
+        assert list_layers(Scaled(), swapped, lambda network, x: network(x[1], x[0])) == expected
+
+    def test_shapes_of_tuples_and_mappings(self):
+        network = nn.Sequential(Returns(lambda x: (x, (x, x))), Returns(lambda pair: {"a": pair[0], "n": 3}))
+        assert [layer.shape for layer in list_layers(network, torch.zeros(2, 5))] == [(5,), (5,)]
+        network = nn.Sequential(Returns(lambda x: ((x, x), None)))
+        assert list_layers(network, torch.zeros(2, 5))[0].shape is None
 
     def test_leaves_everything_as_it_was(self):
         network = DigitsCNN(4, dropout=0.5)

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torch import nn
-from torchvision.models import resnet18, vit_b_16
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18, swin_t, vit_b_16
 from torchvision.models.vision_transformer import VisionTransformer
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
-from kd_lightning.features.projectors import Projectors, TokensToMap, build_projector, map_shape, target_of, to_map
+from kd_lightning.features.projectors import Projectors
+from kd_lightning.features.regressors import TokensToMap, build_projector, map_shape, target_of, to_map
 from kd_lightning.losses import HintLoss
 from kd_lightning.modules._shared.hint_figure import hint_figure
 from kd_lightning.teachers.teacher import Teacher
@@ -146,11 +148,13 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("guided", "hint", "message"),
         [
-            ((4,), (4, 3, 3), "[4] is neither a map (C, H, W) nor tokens (N, C)"),
+            ((4,), (4, 3, 3), "[4] is neither a map (C, ...) nor tokens (N, C)"),
             ((4, 3, 3), (4,), "[4] is neither a map"),
             ((9, 4), (4,), "[4] is neither a map"),
-            ((4, 3, 3, 3), (4, 3, 3), "[4, 3, 3, 3] is neither a map"),
-            ((4, 3, 3), (4, 2, 3, 3), "[4, 2, 3, 3] is neither a map"),
+            ((4, 3, 3, 3), (4, 3, 3), "one is a map of 3 sides, the other of 2"),
+            ((4, 3, 3), (4, 2, 3, 3), "one is a map of 2 sides, the other of 3"),
+            ((9, 4), (4, 2, 3, 3), "one is a map of 2 sides, the other of 3"),
+            ((4, 3, 3, 3, 3), (4, 3, 3), "[4, 3, 3, 3, 3] is neither a map"),
             ((), (4,), "[] is neither a map"),
             ((7, 4), (4, 3, 3), "the grid of 7 tokens is not square, with or without a class token"),
             ((9, 4), (12, 4), "the grid of 12 tokens"),
@@ -159,6 +163,121 @@ class TestBuild:
     def test_shapes_that_do_not_join(self, guided, hint, message):
         with pytest.raises(InputError, match=re.escape(message)):
             build_projector(guided, hint)
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+SIDES = [
+    ((4, 9), (5, 7), (3,)),
+    ((4, 6), (5, 6), (1,)),
+    ((3, 5, 6, 7), (2, 3, 6, 4), (3, 1, 4)),
+    ((2, 4, 4, 4), (3, 4, 4, 4), (1, 1, 1)),
+]
+
+
+class TestSequencesAndVolumes:
+    """Maps (C, L) and (C, D, H, W), and maps whose channels come last."""
+
+    @pytest.mark.parametrize(("guided", "hint", "kernel"), SIDES)
+    def test_larger_map_is_a_valid_convolution(self, guided, hint, kernel):
+        x, projector = random_tensor(3, *guided), build_projector(guided, hint, "first", "first").double()
+        weight, bias = weights_of(projector, CONVOLUTIONS[len(kernel)])
+        assert tuple(weight.shape) == (hint[0], guided[0], *kernel)
+        windows = x
+        for side, size in enumerate(kernel):
+            windows = windows.unfold(2 + side, size, 1)
+        dims = [*range(1, 2 + len(kernel))]
+        expected = torch.tensordot(windows, weight, ([1, *range(-len(kernel), 0)], dims)).movedim(-1, 1)
+        expected = expected + bias.reshape(-1, *[1] * len(kernel))
+        assert expected.shape == (3, *hint)
+        torch.testing.assert_close(projector(x), expected)
+
+    @pytest.mark.parametrize(
+        ("guided", "hint"), [((4, 3), (5, 7)), ((2, 3, 4, 5), (3, 6, 4, 4)), ((2, 1, 1, 1), (3, 2, 2, 2))]
+    )
+    def test_smaller_map_is_resized(self, guided, hint):
+        """Linear along one side after the other."""
+        x, projector = random_tensor(3, *guided), build_projector(guided, hint, "first", "first").double()
+        weight, bias = weights_of(projector, CONVOLUTIONS[len(guided) - 1])
+        assert parameters(projector) == (guided[0] + 1) * hint[0]
+        expected = torch.tensordot(x, weight.reshape(hint[0], guided[0]), ([1], [1])) + bias
+        for side, (size, new) in enumerate(zip(guided[1:], hint[1:], strict=True)):
+            places = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new - 0.5).clamp(0, size - 1)
+            low = places.floor().long()
+            high, part = (low + 1).clamp(max=size - 1), places - low
+            line = expected.movedim(1 + side, -1)
+            expected = (line[..., low] * (1 - part) + line[..., high] * part).movedim(-1, 1 + side)
+        torch.testing.assert_close(projector(x), expected.movedim(-1, 1))
+
+    @pytest.mark.parametrize(("guided", "hint", "kernel"), [*SIDES[2:], ((4, 8, 9), (5, 5, 7), (4, 3))])
+    @pytest.mark.parametrize("layouts", [("first", "last"), ("last", "first"), ("last", "last")], ids=str)
+    def test_channels_last(self, guided, hint, kernel, layouts):
+        """The same as with channels first, of what is moved there."""
+        x, target = random_tensor(3, *guided), random_tensor(3, *hint, seed=1)
+        plain = build_projector(guided, hint, "first", "first").double()
+        shapes = [(*s[1:], s[0]) if layout == "last" else s for s, layout in zip((guided, hint), layouts, strict=True)]
+        projector = build_projector(*shapes, *layouts).double()
+        assert weights_of(projector, CONVOLUTIONS[len(kernel)])[0].shape[2:] == kernel
+        assert parameters(projector) == parameters(plain)
+        for one, other in zip(projector.parameters(), plain.parameters(), strict=True):
+            other.data = one.data
+        moved = x.movedim(1, -1) if layouts[0] == "last" else x
+        torch.testing.assert_close(projector(moved), plain(x))
+        assert torch.equal(projector.arrange(target.movedim(1, -1) if layouts[1] == "last" else target), target)
+
+    @pytest.mark.parametrize(("size", "kernel"), [(7, (1,)), (5, (3,)), (9, None)])
+    def test_tokens_and_a_sequence(self, size, kernel):
+        """Seven tokens, which are no square: as the map (C, 7)."""
+        tokens, maps = random_tensor(3, 7, 4), random_tensor(3, 5, size, seed=1)
+        projector = build_projector((7, 4), (5, size), "last", "first").double()
+        weight, bias = weights_of(projector, nn.Conv1d)
+        assert tuple(weight.shape[2:]) == (kernel or (1,))
+        expected = F.conv1d(tokens.transpose(1, 2), weight, bias)
+        expected = expected if kernel else F.interpolate(expected, size, mode="linear")
+        torch.testing.assert_close(projector(tokens), expected)
+        assert torch.equal(projector.arrange(maps), maps)
+        back = build_projector((5, size), (7, 4), "first", "last")
+        assert back(maps.float()).shape == (3, 4, 7) and torch.equal(back.arrange(tokens), tokens.transpose(1, 2))
+
+    def test_equal_sides_do_not_decide(self):
+        """(8, 8) as tokens is a linear layer over the last dimension, as a map a convolution over the first."""
+        x = random_tensor(2, 8, 8)
+        tokens, maps = (build_projector((8, 8), (8, 8), layout, layout).double() for layout in ("last", "first"))
+        weight, bias = weights_of(tokens, nn.Linear)
+        torch.testing.assert_close(tokens(x), torch.einsum("bnc,oc->bno", x, weight) + bias)
+        weight, bias = weights_of(maps, nn.Conv1d)
+        torch.testing.assert_close(maps(x), torch.einsum("bcl,oc->bol", x, weight[..., 0]) + bias[:, None])
+
+
+class TestOtherSizes:
+    """Inputs of another size than those that the projectors were built from."""
+
+    @pytest.mark.parametrize("dimensions", [1, 2, 3])
+    def test_resized_to_the_hint_of_each_batch(self, dimensions):
+        conv = CONVOLUTIONS[dimensions]
+        larger = build_projector((2, *[6] * dimensions), (3, *[4] * dimensions), "first", "first").double()
+        smaller = build_projector((2, *[3] * dimensions), (3, *[6] * dimensions), "first", "first").double()
+        mode = ("linear", "bilinear", "trilinear")[dimensions - 1]
+        for projector, size, hint in (
+            (larger, 9, 6),
+            (larger, 4, 3),
+            (larger, 6, 4),
+            (smaller, 5, 10),
+            (smaller, 3, 7),
+        ):
+            x = random_tensor(2, 2, *[size] * dimensions)
+            weight, bias = weights_of(projector, conv)
+            expected = getattr(F, f"conv{dimensions}d")(x, weight, bias)
+            sizes = (hint,) * dimensions
+            expected = F.interpolate(expected, sizes, mode=mode) if expected.shape[2:] != sizes else expected
+            torch.testing.assert_close(projector(x, sizes), expected)
+
+    def test_smaller_than_the_kernel(self):
+        projector = build_projector((2, 6, 6), (3, 2, 2))
+        message = (
+            "a map of [4, 6] is smaller than the projector's kernel [5, 5]; give larger inputs, or your own projector"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            projector(torch.zeros(1, 2, 4, 6), (2, 2))
 
 
 class TestTokens:
@@ -188,9 +307,9 @@ class TestTokens:
     def test_maps_stay(self):
         assert map_shape([4, 3, 2]) == (4, 3, 2)
 
-    @pytest.mark.parametrize("shape", [(), (4,), (4, 3, 2, 1)])
+    @pytest.mark.parametrize("shape", [(), (4,), (4, 3, 2, 1, 1)])
     def test_neither_map_nor_tokens(self, shape):
-        with pytest.raises(InputError, match=re.escape(f"{[*shape]} is neither a map (C, H, W) nor tokens (N, C)")):
+        with pytest.raises(InputError, match=re.escape(f"{[*shape]} is neither a map (C, ...) nor tokens (N, C)")):
             map_shape(shape)
 
     @pytest.mark.parametrize(("hint", "projected"), [((2, 9, 4), (2, 9, 4)), ((2, 4), (2, 4)), ((2, 4, 3, 3),) * 2])
@@ -255,7 +374,7 @@ def run(projectors, student, teacher, x=X):
         student(x)
     with capture(teacher.network, [*projectors.hints.values()], stop=True) as hints:
         teacher(Batch(x))
-    return projectors.pairs(guided, hints)
+    return projectors.pairs(guided, hints, len(x))
 
 
 def built(student, teacher, hints, given=None, x=X):
@@ -399,6 +518,218 @@ class TestBuildFromNetworks:
         torch.testing.assert_close(run(projectors, student, teacher)["mid"][1], expected)
 
 
+class Sequences(nn.Module):
+    """Convolutions over time, then a transformer; ``cut`` is applied to the maps."""
+
+    def __init__(self, width, length=8, cut=lambda layer, x: layer(x)):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv1d(3, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU())
+        self.pool = nn.AdaptiveAvgPool1d(length)
+        self.block = nn.TransformerEncoderLayer(width, 1, 4, batch_first=True)
+        self.head = nn.Linear(width, 5)
+        self.cut = cut
+
+    def forward(self, x):
+        tokens = self.pool(self.cut(self.conv, x)).transpose(1, 2)
+        return self.head(self.block(tokens).mean(1))
+
+
+WAVES = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def sequences(*args, **kwargs):
+    torch.manual_seed(0)
+    return Sequences(*args, **kwargs)
+
+
+class TestLayersTell:
+    """What a feature is follows from the layers: the shapes (8, 8) here are those of maps and of tokens alike."""
+
+    def test_maps_and_tokens_of_one_shape(self):
+        student, teacher = sequences(8), Teacher(sequences(6))
+        projectors = built(student, teacher, {"conv": "conv", "conv.2": "block", "block": "block"}, x=WAVES)
+        assert projectors.shapes == [([8, 8], [6, 8]), ([8, 8], [8, 6]), ([8, 8], [8, 6])]
+        assert projectors.layouts == [("first", "first"), ("first", "last"), ("last", "last")]
+        kinds = [type(layer).__name__ for projector in projectors.values() for layer in projector]
+        assert kinds == ["Conv1d", "Conv1d", "Linear"]
+        with capture(student.eval(), ["conv", "conv.2", "block"]) as guided:
+            student(WAVES)
+        with capture(teacher.network, ["conv", "block"]) as hints:
+            teacher(Batch(WAVES))
+        pairs = projectors.pairs(guided, hints, 3)
+        weight, bias = projectors["1"][0].weight, projectors["1"][0].bias
+        torch.testing.assert_close(pairs["conv.2"][0], F.conv1d(guided["conv.2"], weight, bias))
+        assert torch.equal(pairs["conv.2"][1], hints["block"].transpose(1, 2))
+        assert torch.equal(pairs["block"][1], hints["block"]) and torch.equal(pairs["conv"][1], hints["conv"])
+
+    def test_swin_teaches_with_its_channels_last(self, student):
+        torch.manual_seed(0)
+        swin, images = Teacher(swin_t()), torch.randn(2, 3, 32, 32)
+        projectors = built(student, swin, {"mid": "features.1"}, x=images)
+        assert projectors.shapes == [([5, 16, 16], [8, 8, 96])] and projectors.layouts == [("first", "last")]
+        pairs = run(projectors, student, swin, images)
+        with torch.no_grad():
+            assert torch.equal(pairs["mid"][1], swin.network.features[:2](images).movedim(-1, 1))
+        assert pairs["mid"][0].shape == (2, 96, 8, 8)
+
+    @pytest.mark.parametrize("of", ["student", "teacher"])
+    def test_refused_where_no_layer_tells(self, of):
+        class Opaque(nn.Module):
+            def forward(self, x):
+                return torch.einsum("bcl,cd->bdl", x.cumsum(1), torch.eye(3))
+
+        class Sums(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(()))
+                self.mix, self.head = Opaque(), nn.Linear(3, 5)
+
+            def forward(self, x):
+                return self.head(self.mix(x * self.scale).sum(2))
+
+        pair = (Sums(), sequences(6)) if of == "student" else (sequences(8), Sums())
+        hints = {"mix": "conv"} if of == "student" else {"conv": "mix"}
+        message = (
+            f"hints: no layer around the {of}'s mix [3, 8] (for one sample) shows which dimension holds the channels; "
+            "set another layer, or your own projector for this pair"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            built(pair[0], Teacher(pair[1]), hints, x=WAVES)
+        own = nn.Conv1d(*((3, 6) if of == "student" else (8, 3)), 1)
+        teacher = Teacher(pair[1])
+        projectors = built(pair[0], teacher, hints, {next(iter(hints)): own}, x=WAVES)
+        assert len(run(projectors, pair[0], teacher, WAVES)) == 1
+
+    def test_a_map_is_no_tokens_for_a_given_projector(self):
+        """A map (C, 9) is not arranged as a grid of nine tokens."""
+        student, teacher = sequences(8), Teacher(sequences(4, 9))
+        own = nn.Sequential(nn.Flatten(), nn.Linear(64, 4 * 9), nn.Unflatten(1, (9, 2, 2)))
+        message = "projectors: that of conv gives [9, 2, 2] for one sample, but the hint of pool is [4, 9]"
+        with pytest.raises(InputError, match=re.escape(message)):
+            built(student, teacher, {"conv": "pool"}, {"conv": own}, x=WAVES)
+
+    def test_a_checkpoint_without_layouts_has_the_usual_ones(self):
+        projectors = Projectors({"a": "b", "c": "d"})
+        projectors.build([([9, 4], [3, 2, 2]), ([4, 6, 6], [5, 9, 9])], torch.device("cpu"), torch.float32)
+        assert projectors.layouts == [("last", "first"), ("first", "first")]
+
+    def test_layouts_survive_a_checkpoint(self, tmp_path):
+        projectors = built(sequences(8), Teacher(sequences(6)), {"conv": "conv", "block": "block"}, x=WAVES)
+        torch.save([projectors.shapes, projectors.layouts], tmp_path / "p.pt")
+        shapes, layouts = torch.load(tmp_path / "p.pt", weights_only=True)
+        again = Projectors(projectors.hints)
+        again.build(shapes, torch.device("cpu"), torch.float32, layouts)
+        again.load_state_dict(projectors.state_dict())
+        assert repr(again) == repr(projectors) and again.layouts == projectors.layouts
+
+
+class TestRows:
+    @pytest.mark.parametrize("of", ["student", "teacher"])
+    def test_an_output_without_a_row_for_each_sample(self, of):
+        class Tokens(nn.Module):
+            def __init__(self, batch_first):
+                super().__init__()
+                self.lstm, self.head = nn.LSTM(3, 4, batch_first=batch_first), nn.Linear(4, 5)
+                self.batch_first = batch_first
+
+            def forward(self, x):
+                x = x.transpose(1, 2)
+                out = self.lstm(x if self.batch_first else x.transpose(0, 1))[0]
+                return self.head(out.mean(1 if self.batch_first else 0))
+
+        student, teacher = Tokens(of != "student"), Teacher(Tokens(of != "teacher"))
+        message = (
+            f"hints: the {of}'s layer lstm must return a row for each of 3 samples, got [8, 3, 4]; use another layer"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            built(student, teacher, {"lstm": "lstm"}, x=WAVES)
+        right = built(Tokens(True), Teacher(Tokens(True)), {"lstm": "lstm"}, x=WAVES)
+        assert right.layouts == [("last", "last")]
+
+    def test_of_each_batch(self, student, teacher):
+        projectors = built(student, teacher, {"mid": "top"})
+        guided, hints = {"mid": torch.zeros(4, 5, 4, 4)}, {"top": torch.zeros(4, 8, 4, 4)}
+        projectors.pairs(guided, hints, 4)
+        with pytest.raises(InputError, match="layer mid must return a row for each of 2 samples, got"):
+            projectors.pairs(guided, hints, 2)
+
+
+class TestOtherSizesOfNetworks:
+    """Images of another size than those that the projectors were built from."""
+
+    @pytest.mark.parametrize("size", [4, 8, 12, 9])
+    def test_maps_are_resized_to_the_hint(self, student, teacher, size):
+        projectors = built(student, teacher, {"mid": "body", "stem": "top"})
+        images = torch.randn(2, 3, size, size)
+        if size == 4:  # the kernel for stem is 5 x 5
+            with pytest.raises(
+                InputError, match=r"^hints: stem -> top: a map of \[4, 4\] is smaller than the projector's"
+            ):
+                run(projectors, student, teacher, images)
+            return
+        for projected, hint in run(projectors, student, teacher, images).values():
+            assert projected.shape == hint.shape
+
+    def test_tokens_of_another_number(self):
+        student, teacher = sequences(8, length=8), Teacher(sequences(6, length=8))
+        projectors = built(student, teacher, {"block": "block"}, x=WAVES)
+        with capture(student, ["block"]) as guided:
+            student(WAVES)
+        hints = {"block": torch.zeros(3, 9, 6)}
+        with pytest.raises(
+            InputError, match=r"that of block gives \[8, 6\] for one sample, but the hint of block is \[9, 6"
+        ):
+            projectors.pairs(guided, hints, 3)
+
+    def test_tokens_that_are_no_square_then(self):
+        projectors = Projectors({"a": "b"})
+        projectors.build([([9, 4], [5, 3, 3])], torch.device("cpu"), torch.float32)
+        assert projectors.pairs({"a": torch.zeros(2, 16, 4)}, {"b": torch.zeros(2, 5, 6, 6)}, 2)["a"][0].shape[2] == 6
+        with pytest.raises(InputError, match="hints: a -> b: the grid of 12 tokens is not square"):
+            projectors.pairs({"a": torch.zeros(2, 12, 4)}, {"b": torch.zeros(2, 5, 6, 6)}, 2)
+
+
+class TestGradients:
+    MESSAGE = "hints: the output of the student's layer conv has no gradient, so that nothing below it learns"
+
+    def test_inside_gradient_checkpointing(self):
+        teacher = Teacher(sequences(6))
+        student = sequences(8, cut=lambda layer, x: checkpoint(layer, x.requires_grad_(), use_reentrant=True))
+        with pytest.raises(InputError, match=self.MESSAGE.replace("conv", "conv.1")):
+            built(student, teacher, {"conv.1": "conv"}, x=WAVES.clone())
+        student = sequences(8, cut=lambda layer, x: checkpoint(layer, x, use_reentrant=False))
+        projectors = built(student, teacher, {"conv.1": "conv"}, x=WAVES)
+        assert projectors.guided_parameters == {"conv.0.weight", "conv.0.bias", "conv.1.weight", "conv.1.bias"}
+
+    def test_detached_above_the_layer(self):
+        student = sequences(8, cut=lambda layer, x: layer(x).detach())
+        assert "conv.0.weight" in built(student, Teacher(sequences(6)), {"conv": "conv"}, x=WAVES).guided_parameters
+
+    def test_reentrant_below_the_layer(self):
+        """As in a network that always checkpoints its blocks; its parameters count."""
+        student = sequences(8, cut=lambda layer, x: checkpoint(layer, x.requires_grad_(), use_reentrant=True))
+        plain, teacher = sequences(8), Teacher(sequences(6))
+        for network in (student, plain):
+            for n, parameter in enumerate(network.parameters()):
+                parameter.grad = torch.full_like(parameter, n)
+        projectors = built(student, teacher, {"block": "block"}, x=WAVES.clone())
+        assert projectors.guided_parameters == built(plain, teacher, {"block": "block"}, x=WAVES).guided_parameters
+        assert all((p.grad == n).all() for n, p in enumerate(student.parameters()))
+
+    def test_detached_below_or_nothing_to_train(self):
+        class Cut(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Identity())
+                self.pool, self.head = nn.AdaptiveAvgPool1d(1), nn.Linear(8, 5)
+
+            def forward(self, x):
+                return self.head(self.pool(self.conv(x).detach()).flatten(1))
+
+        with pytest.raises(InputError, match=self.MESSAGE.replace("conv", "pool")):
+            built(Cut(), Teacher(sequences(6)), {"conv": "conv", "pool": "conv"}, x=WAVES)
+
+
 class TestProjectors:
     HINTS = {"stem.0": "body.0", "mid": "top.1", "deep": "body.2"}
 
@@ -469,7 +800,7 @@ class TestProjectors:
     def test_pair_that_does_not_join(self, student, teacher):
         message = (
             "hints: no built-in projector maps head [5] to body.0 [7, 8, 8] (for one sample): [5] is neither a map "
-            "(C, H, W) nor tokens (N, C); set other layers, or your own projectors"
+            "(C, ...) nor tokens (N, C); set other layers, or your own projectors"
         )
         with pytest.raises(InputError, match=re.escape(message)):
             built(student, teacher, {"mid": "top", "head": "body.0"})

@@ -2,7 +2,11 @@
 
 import copy
 import csv
+import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,9 +20,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kd_lightning import DistillModule, HintModule, InputError, SoftWeightAnnealing, SupervisedModule, Teacher
+from kd_lightning import (
+    Batch,
+    DistillModule,
+    HintModule,
+    InputError,
+    SeedEveryStep,
+    SoftWeightAnnealing,
+    SupervisedModule,
+    Teacher,
+)
 from kd_lightning.losses import KDLoss
 from kd_lightning.models import DigitsCNN, FitNet
 
@@ -290,7 +304,7 @@ class TestEndOfStageOne:
         def on_validation_start(self, trainer, pl_module):
             if not trainer.sanity_checking:
                 value = next(self.values, 0.0)
-                pl_module._distances = lambda guided, hints: {"5": torch.tensor(value)}
+                pl_module._distances = lambda guided, hints, rows: {"5": torch.tensor(value)}
 
         def on_validation_end(self, trainer, pl_module):
             pl_module.__dict__.pop("_distances", None)
@@ -564,9 +578,9 @@ class TestResume:
 class Rows(DataLoader):
     """Twelve rows in batches of four that go on where a run stopped in mid-epoch."""
 
-    def __init__(self):
+    def __init__(self, rows=None):
         x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-        super().__init__(TensorDataset(x, torch.arange(12) % 10), 4)
+        super().__init__(TensorDataset(x, torch.arange(12) % 10) if rows is None else rows, 4)
         self.done, self.start = 0, 0
 
     def state_dict(self):
@@ -660,7 +674,7 @@ def test_building_projectors_leaves_the_generator_with_a_random_preprocess(stude
 
     module = HintModule(student, Teacher(teacher, preprocess=Noise()), HINTS, 1)
     before = torch.get_rng_state()
-    module._build_projectors(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)))
+    module._build_projectors(Batch(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))))
     assert module.projectors.shapes
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -709,4 +723,378 @@ def test_thin_and_deep(quiet_trainer, loader, teacher):
     student = FitNet(((4,) * 2, (4,) * 2, (4,) * 2), hidden=None, in_channels=1)
     module = HintModule(student, teacher, {"stage3": "5", "pool1": "9"}, 1)
     quiet_trainer(max_epochs=2).fit(module, loader())
-    assert [type(layer).__name__ for layer in module.projectors["0"]] == ["Conv2d", "Upsample"]
+    assert [layer.kernel_size for layer in module.projectors["0"]] == [(1, 1)]
+
+
+class Waves(nn.Module):
+    """A network for (B, 1, L), (B, 1, H, W) or (B, 1, D, H, W)."""
+
+    def __init__(self, width, dimensions, norm=True):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dimensions]
+        self.body = nn.Sequential(conv(1, width, 3, padding=1), kind(width) if norm else nn.Identity(), nn.ReLU())
+        self.down = conv(width, width, 2, stride=2)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.down(self.body(x)).flatten(2).mean(2))
+
+
+def waves(width, dimensions, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return Waves(width, dimensions, **kwargs)
+
+
+class TestMapsOfAnyDimension:
+    @pytest.mark.parametrize("dimensions", [1, 3])
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    def test_both_stages_with_figures(self, quiet_trainer, tmp_path, dimensions, precision):
+        """A larger, an equal and a smaller map, without projectors of the user."""
+        x = torch.randn(8, 1, *(4,) * dimensions, generator=torch.Generator().manual_seed(0))
+        board = TensorBoardLogger(tmp_path)
+        student = waves(3, dimensions)
+        module = HintModule(student, waves(5, dimensions, 1), {"body": "down", "body.2": "body.0", "down": "body"}, 1)
+        trainer = quiet_trainer(max_epochs=2, logger=board, precision=precision)
+        trainer.fit(
+            module, DataLoader(TensorDataset(x, torch.arange(8)), 4), DataLoader(TensorDataset(x, torch.arange(8)))
+        )
+        sizes = [[*projector[0].kernel_size] for projector in module.projectors.values()]
+        assert sizes == [[3] * dimensions, [1] * dimensions, [1] * dimensions]
+        assert trainer.callback_metrics["val/hint"].isfinite()
+        found = set(EventAccumulator(board.log_dir).Reload().Tags()["images"])
+        assert found >= {f"hints/{name}/stage_{n}" for name in ("body", "body.2", "down") for n in (1, 2)}
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        other = HintModule.load_from_checkpoint(tmp_path / "end.ckpt", student=waves(3, dimensions), teacher=None)
+        assert repr(other.projectors) == repr(module.projectors)
+        assert other.projectors.layouts == [("first", "first")] * 3
+
+    def test_stage_one_by_hand(self):
+        student, teacher = waves(3, 1, norm=False), waves(5, 1, 1, norm=False)
+        module = HintModule(student, teacher, {"body": "body"}, 1, input_shape=[1, 6])
+        x = torch.randn(4, 1, 6)
+        loss = module.training_step((x, torch.zeros(4, dtype=torch.long)), 0)
+        weight, bias = (p.double() for p in module.projectors["0"].parameters())
+        projected = torch.einsum("bcl,oc->bol", student.body(x).double(), weight[..., 0]) + bias[:, None]
+        expected = ((projected - teacher.body(x)) ** 2).sum() / 2 / 4
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class TestBatchesOfSeveralSizes:
+    def test_each_batch_is_compared_at_the_size_of_its_hint(self, quiet_trainer):
+        student, teacher = waves(3, 2, norm=False), waves(5, 2, 1, norm=False)
+        batches = [(torch.randn(2, 1, size, size + 2), torch.arange(2)) for size in (8, 12, 6, 9)]
+        module = HintModule(student, teacher, {"body": "down", "down": "body"}, 1, hint_optimizer=partial(SGD, lr=0.0))
+        module.projectors.build_from_networks(student, batches[0][0], module.teacher.network, batches[0][0])
+        for x, y in batches:
+            loss = module.training_step((x, y), 0)
+            expected = 0.0
+            for number, (guided, hint) in enumerate([("body", "down"), ("down", "body")]):
+                own = {"body": student.body(x), "down": student.down(student.body(x))}[guided]
+                target = {"body": teacher.body(x), "down": teacher.down(teacher.body(x))}[hint]
+                maps = nn.functional.conv2d(own, *module.projectors[str(number)][0].parameters())
+                if maps.shape[2:] != target.shape[2:]:
+                    maps = nn.functional.interpolate(maps, target.shape[2:], mode="bilinear")
+                expected += ((maps - target) ** 2).sum().item() / 2 / 2
+            assert loss.item() == pytest.approx(expected, rel=1e-5)
+        quiet_trainer(max_epochs=2).fit(module, DataLoader(batches, batch_size=None))
+        assert module.distilling
+
+    def test_a_map_smaller_than_the_kernel_is_refused(self, quiet_trainer):
+        batches = [(torch.randn(2, 1, size, size), torch.arange(2)) for size in (8, 4)]
+        module = HintModule(waves(3, 2), waves(5, 2, 1), {"body": "down"}, 1)
+        message = r"hints: body -> down: a map of \[4, 4\] is smaller than the projector's kernel \[5, 5\]"
+        with pytest.raises(InputError, match=message):
+            quiet_trainer(max_epochs=2).fit(module, DataLoader(batches, batch_size=None))
+
+
+class Blocks(nn.Module):
+    """Convolutions in two blocks, which ``run`` calls in training."""
+
+    def __init__(self, width=4, run=lambda block, x: block(x)):
+        super().__init__()
+
+        def block(inputs):
+            return nn.Sequential(
+                nn.Conv2d(inputs, width, 3, padding=1),
+                nn.Tanh(),
+                nn.Conv2d(width, width, 1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            )
+
+        self.first, self.second, self.run = block(1), block(width), run
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        run = self.run if self.training else lambda block, x: block(x)
+        return self.head(run(self.second, run(self.first, x)).mean((2, 3)))
+
+
+def blocks(run=None, width=4, seed=0):
+    torch.manual_seed(seed)
+    return Blocks(width) if run is None else Blocks(width, run)
+
+
+def recompute(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+def without_gradient(block, x):
+    return block(x.detach())
+
+
+class TestGradientsOfGuidedLayers:
+    @pytest.mark.parametrize("early_stop", [True, False])
+    @pytest.mark.parametrize("layer", ["second", "second.1", "second.2", "first.2"])
+    @pytest.mark.parametrize("joint", [True, False])
+    def test_gradient_checkpointing_equals_none(self, quiet_trainer, loader, layer, joint, early_stop):
+        """Also BatchNorm above the guided layer, which the recomputation could reach, stays as it is in stage 1."""
+        ends = []
+        for run in (None, recompute):
+            student = blocks(run)
+            for norm in (student.first[3], student.second[3]):
+                norm.momentum = 1.0  # a recomputation below gives the same statistics
+            options = {"hint_epochs": 0, "hint_weight": 0.01} if joint else {"hint_epochs": 2}
+            module = HintModule(student, blocks(width=6, seed=1), {layer: "second.2"}, **options)
+            watch = Watch()
+            with set_checkpoint_early_stop(early_stop):
+                quiet_trainer(max_epochs=3, callbacks=[watch]).fit(module, loader())
+            ends.append([{k: v for k, v in state.items() if "num_batches" not in k} for state in watch.students])
+        for one, other in zip(*ends, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    @pytest.mark.parametrize("joint", [True, False])
+    @pytest.mark.parametrize(
+        ("run", "layer"), [(reentrant, "second.2"), (without_gradient, "second.1")], ids=["reentrant", "detached"]
+    )
+    def test_a_layer_without_a_gradient_is_named(self, quiet_trainer, loader, run, layer, joint):
+        """In eval mode, in which the projectors are built, there is one."""
+        student = blocks(run)
+        if run is without_gradient:
+            student.second[0].requires_grad_(False)
+        options = {"hint_epochs": 0, "hint_weight": 0.01} if joint else {"hint_epochs": 1}
+        module = HintModule(student, blocks(width=6, seed=1), {layer: "second.2"}, **options)
+        message = f"hints: the output of the student's layer {layer} has no gradient, so that nothing below it learns"
+        with pytest.raises(InputError, match=message):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_frozen_below_one_of_two_guided_layers(self, quiet_trainer, loader):
+        student = blocks()
+        student.first.requires_grad_(False)
+        module = HintModule(student, blocks(width=6, seed=1), {"first": "first", "second": "second"}, 1)
+        with pytest.raises(InputError, match="hints: the output of the student's layer first has no gradient"):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_blocks_below_that_get_no_gradient(self, quiet_trainer, loader):
+        """Images need no gradient, so reentrant checkpointing gives none to the first block."""
+
+        def first_alone(block, x):
+            return reentrant(block, x) if x.shape[1] == 1 else block(x)
+
+        module = HintModule(blocks(first_alone), blocks(width=6, seed=1), {"second.2": "second.2"}, 1)
+        message = (
+            "hints: 6 of 10 parameters below .* got no gradient in the first step of stage 1, such as first.0.weight"
+        )
+        with pytest.warns(UserWarning, match=message):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+    def test_none_of_them(self, quiet_trainer, loader):
+        module = HintModule(blocks(), blocks(width=6, seed=1), {"second": "second"}, 1)
+        # the projector needs a gradient, so that the backward pass runs
+        module.student.second[4].register_forward_hook(
+            lambda m, i, out: out.detach().requires_grad_() if m.training else out
+        )
+        with pytest.raises(
+            InputError, match="hints: 12 of 12 parameters below the guided layers got no gradient in the"
+        ):
+            quiet_trainer(max_epochs=2).fit(module, loader())
+
+
+class Named(nn.Module):
+    """Called with names; returns ``(logits, features)`` or a mapping, of which the first stage computes neither."""
+
+    def __init__(self, width, output, key="image"):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2))
+        self.deep, self.head = nn.Conv2d(width, width, 3), nn.Linear(width + 1, 10)
+        self.output, self.key = output, key
+
+    def forward(self, *args, **kwargs):
+        image, age = args if args else (kwargs[self.key], kwargs["age"])
+        features = self.deep(self.body(image)).mean((2, 3))
+        logits = self.head(torch.cat([features, age[:, None]], dim=1))
+        if self.output == "tuple":
+            return logits, features
+        return {"features": features, "logits": logits} if self.output == "mapping" else logits
+
+
+def named(width, output="tensor", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return Named(width, output, **kwargs)
+
+
+class NamedRows(Rows):
+    """Twelve samples as mappings or tuples."""
+
+    def __init__(self, form):
+        generator = torch.Generator().manual_seed(5)
+        rows = []
+        for n in range(12):
+            image, age = torch.randn(1, 6, 6, generator=generator), torch.rand((), generator=generator)
+            if form == "mapping":
+                rows.append({"image": image, "age": age, "label": n % 10, "name": "ab"})
+            elif form == "tuple":
+                rows.append(((image, age), n % 10))
+            else:  # the teacher has other inputs
+                large = torch.randn(1, 9, 9, generator=generator)
+                rows.append(
+                    {"image": image, "age": age, "label": n % 10, "teacher_inputs": {"pixels": large, "age": age}}
+                )
+        super().__init__(rows)
+
+
+class TestBatchesOfManyTensors:
+    @pytest.mark.parametrize(
+        ("form", "output"), [("mapping", "tuple"), ("tuple", "mapping"), ("teacher_inputs", "mapping")]
+    )
+    @pytest.mark.parametrize("joint", [True, False])
+    def test_both_stages_and_a_resume_in_either(self, quiet_trainer, tmp_path, form, output, joint):
+        key = "pixels" if form == "teacher_inputs" else "image"
+        teacher = named(6, "tensor" if form == "tuple" else "mapping", 1, key=key)
+        options = {"hint_epochs": 0, "hint_weight": 0.01} if joint else {"hint_epochs": 2}
+
+        def run(**kwargs):
+            torch.manual_seed(0)
+            hints = {"body": "deep", "deep": "body.2"}
+            module = HintModule(named(4, output), teacher, hints, optimizer=partial(Adam, lr=0.01), **options)
+            checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+            board = TensorBoardLogger(tmp_path)
+            trainer = quiet_trainer(
+                max_epochs=4,
+                enable_checkpointing=True,
+                logger=False if kwargs else board,
+                callbacks=[checkpoints, SeedEveryStep(0)],
+            )
+            trainer.fit(module, NamedRows(form), NamedRows(form), **kwargs)
+            if not kwargs:
+                assert all(trainer.callback_metrics[name].isfinite() for name in ("train/hint", "val/loss"))
+                figures = set(EventAccumulator(board.log_dir).Reload().Tags()["images"])
+                stages = ("stage_2",) if joint else ("stage_1", "stage_2")
+                assert figures >= {f"hints/{layer}/{stage}" for layer in hints for stage in stages}
+            return module
+
+        whole = run()
+        size = 7 if form == "teacher_inputs" else 4
+        assert whole.projectors.shapes == [([4, 6, 6], [6, size, size]), ([4, 4, 4], [6, size + 2, size + 2])]
+        for step in (2, 6, 8):  # the boundary is at 6
+            again = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), weights_only=True)
+            assert not changed(snapshot(whole), again), step
+
+    @pytest.mark.parametrize("form", ["mapping", "tuple"])
+    def test_stage_one_by_hand(self, form):
+        student, teacher = named(4), named(6, seed=1)
+        module = HintModule(student, teacher, {"deep": "deep"}, 1).eval()
+        batch = next(iter(NamedRows(form)))
+        loss = module.training_step(batch, 0)
+        image = batch["image"] if form == "mapping" else batch[0][0]
+        mine = module.projectors["0"](student.deep(student.body(image)))
+        expected = ((mine - teacher.eval().deep(teacher.body(image))) ** 2).sum().item() / 2 / 4
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+    def test_a_module_that_calls_its_student_in_another_way(self, quiet_trainer):
+        class Own(HintModule):
+            def call(self, network, x):
+                return network(**{"picture": x["image"], "age": x["age"]})
+
+        student = named(4, key="picture")
+        module = Own(student, named(6, seed=1), {"body": "body"}, 1)
+        quiet_trainer(max_epochs=2).fit(module, NamedRows("mapping"))
+        assert module.distilling
+
+    def test_a_teacher_that_changes_its_inputs_leaves_those_of_the_student(self, quiet_trainer):
+        class Greedy(Named):
+            def forward(self, image, age):
+                return super().forward(image.mul_(0), age.add_(9))
+
+        torch.manual_seed(1)
+        module, seen = HintModule(named(4), Greedy(6, "tensor"), {"body": "body"}, 1), []
+        module.student.body[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0].abs().sum().item()))
+        quiet_trainer(max_epochs=2, limit_train_batches=1).fit(module, NamedRows("mapping"))
+        assert len(seen) > 3 and min(seen) > 0
+
+    def test_texts_of_hugging_face(self, quiet_trainer):
+        """A classifier called with a mapping; its layers return tuples or tensors, by version."""
+        transformers = pytest.importorskip("transformers")
+
+        def bert(size, seed):
+            torch.manual_seed(seed)
+            sizes = {"hidden_size": size, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 3}
+            config = transformers.BertConfig(vocab_size=20, num_hidden_layers=2, **sizes)
+            return transformers.BertForSequenceClassification(config)
+
+        student, teacher = bert(8, 0), bert(12, 1)
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            {
+                "input_ids": torch.randint(20, (7,), generator=generator),
+                "attention_mask": torch.ones(7).long(),
+                "labels": n % 3,
+            }
+            for n in range(8)
+        ]
+        hints = {"bert.encoder.layer.0": "bert.encoder.layer.1", "bert.encoder": "bert.embeddings"}
+        module = HintModule(student, teacher, hints, 1)
+        trainer = quiet_trainer(max_epochs=2, logger=True)
+        trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 4))
+        assert module.projectors.shapes == [([7, 8], [7, 12])] * 2
+        assert module.projectors.layouts == [("last", "last")] * 2
+        assert trainer.callback_metrics["val/accuracy"].isfinite()
+
+
+_SIZES_BY_RANK = """
+import json, os
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from kd_lightning import HintModule
+
+rank = int(os.environ.get("LOCAL_RANK", 0))
+
+class Images(IterableDataset):
+    def __iter__(self):
+        for size in ((8, 10), (12, 6))[rank]:
+            yield torch.ones(2, 1, size, size), torch.tensor([0, 1])
+
+def net(width, seed):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, 3))
+
+module = HintModule(net(3, 0), net(4, 1), {"0": "1"}, 1)
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False, **quiet)
+trainer.fit(module, DataLoader(Images(), batch_size=None))
+values = [value for p in module.parameters() for value in p.flatten().tolist()]
+with open(f"{rank}.json", "w") as file:
+    json.dump([module.projectors.shapes, values], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_processes_whose_first_images_have_other_sizes(tmp_path, monkeypatch):
+    """All build the projectors of the first process."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(_SIZES_BY_RANK)
+    command, threads = [sys.executable, "train.py"], os.environ | {"OMP_NUM_THREADS": "1"}
+    end = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=300, check=False)
+    assert not end.returncode, end.stderr[-3000:]
+    first, second = (json.loads(Path(f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first[0] == [[[3, 8, 8], [4, 4, 4]]]

@@ -224,6 +224,11 @@ def hooks(network):
     return [h for layer in network.modules() for h in (*layer._forward_hooks, *layer._forward_pre_hooks)]
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
 class TestFeatures:
     @pytest.mark.parametrize("change", [False, True])
     def test_what_goes_into_the_linear_layer_called_last(self, change):
@@ -271,6 +276,18 @@ class TestFeatures:
             assert torch.allclose(GraphPseudoLabels(layer=layer).features_of(network, tokens), tokens.mean(dim=1))
         places = tokens.reshape(2, 2, 4, 3)  # a linear layer's channels come last
         assert torch.allclose(GraphPseudoLabels().features_of(network, places), tokens.mean(dim=1))
+
+    def test_a_layer_shows_where_its_channels_are(self):
+        """Each shape would be read in the other way."""
+        torch.manual_seed(0)
+        waves = nn.Sequential(nn.Conv1d(1, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2))
+        x = torch.randn(2, 1, 5)
+        found = GraphPseudoLabels(layer="1").features_of(waves, x)
+        assert torch.allclose(found, waves[:2](x).mean(dim=2)) and found.shape == (2, 6)
+        swin = nn.Sequential(nn.Linear(3, 6), nn.GELU(), nn.LayerNorm(6), nn.Flatten(), nn.Linear(120, 2))
+        x = torch.randn(2, 4, 5, 3)
+        found = GraphPseudoLabels(layer="1").features_of(swin, x)
+        assert torch.allclose(found, swin[:2](x).mean(dim=(1, 2)), atol=1e-6) and found.shape == (2, 6)
 
     @pytest.mark.parametrize(
         ("make", "layer", "shape", "width"),
@@ -334,7 +351,7 @@ class TestFeatures:
             (Layers(), "bodyy", "none of that name; nearest: body"),
             (Layers(), "unused", "layer unused: the network does not call this layer"),
             (Reshaped((20,), nn.Tanh()), "layer", r"layer layer must return features \(5, D\).*got \(20,\)"),
-            (nn.Sequential(nn.LSTM(4, 3)), "0", "layer 0 must return a tensor, got tuple"),
+            (nn.Sequential(Pair()), "0", "layer 0 must return a tensor, .* got tuple with 2 tensors"),
         ],
     )
     def test_bad_input(self, network, layer, message):

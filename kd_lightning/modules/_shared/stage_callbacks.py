@@ -8,7 +8,17 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from kd_lightning.errors import InputError
+
 _REPLACED = ("_should_skip_check", "on_exception", "teardown")
+
+
+def check_monitors(callbacks: Sequence[EarlyStopping], part: str, advice: str) -> None:
+    """Raise InputError if one of the callbacks monitors a metric whose name has a part that a stage alone logs."""
+    for callback in callbacks:
+        monitor = str(getattr(callback, "monitor", ""))
+        if part in monitor:
+            raise InputError(f"EarlyStopping on {monitor} would end the run; {advice}")
 
 
 def pause_early_stopping(callbacks: Sequence[EarlyStopping], is_paused: Callable[[Trainer], bool]) -> None:

@@ -1,10 +1,16 @@
 """``layers``: the table, and what it needs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import yaml
 
+from kd_lightning import SupervisedModule
 from kd_lightning.__main__ import main
+from kd_lightning.cli.commands.layers import LayersCLI
+from kd_lightning.features.layers import list_layers
+from kd_lightning.models import DigitsCNN
 
 
 def test_both_networks_side_by_side(config, capsys):
@@ -39,3 +45,15 @@ def test_teacher_behind_preprocessing(config, capsys):
     Path("config.yaml").write_text(yaml.safe_dump(config))
     main(["layers", "--config", "config.yaml"])
     assert "8 x 16 x 16" in capsys.readouterr().out
+
+
+def test_a_mapping_and_a_module_that_calls_its_student_in_another_way():
+    class Own(SupervisedModule):
+        def call(self, network, x):
+            return network(x["image"] * x["scale"].view(-1, 1, 1, 1))
+
+    batch = {"image": torch.zeros(4, 1, 8, 8), "scale": torch.ones(4), "label": torch.arange(4)}
+    data = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, train_dataloader=lambda: [batch])
+    found = SimpleNamespace()
+    LayersCLI.fit(found, Own(DigitsCNN(4)), data)
+    assert found.networks == {"student": list_layers(DigitsCNN(4), batch["image"])}
