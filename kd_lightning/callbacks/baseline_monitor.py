@@ -14,9 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.callbacks.any_batch import count_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.runs.csv_logger import read_metrics, validations
 from kd_lightning.runs.metric_direction import direction_of
@@ -88,7 +87,7 @@ class BaselineMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Runs after each validation batch. Counts its labeled samples."""
-        self._samples += _count(batch)
+        self._samples += count_labeled(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of each validation epoch. Logs the baseline's accuracy."""
@@ -253,15 +252,3 @@ def _score_interval(share: float, samples: int, z: float = 1.959964) -> tuple[fl
     centre = (share + z * z / (2 * samples)) / scale
     half = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples)) / scale
     return centre - half, centre + half
-
-
-def _count(batch: Any) -> int:
-    """Return the number of labeled samples of a batch, or of all if their labels are unknown; 0 if that is unknown."""
-    try:
-        batch = Batch.from_any(batch)
-    except InputError:  # another library's batch
-        try:
-            return extract_batch_size(batch)
-        except RuntimeError:
-            return 0
-    return len(batch) if batch.y is None else int(is_labeled(batch.y).reshape(len(batch), -1).any(dim=1).sum())

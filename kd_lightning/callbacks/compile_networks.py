@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.runs.student import STUDENT, find_network
 from kd_lightning.teachers.teacher import Teacher
 
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -17,7 +16,7 @@ _SHAPES = 64  # that torch compiles for one class of networks
 
 
 class CompileNetworks(Callback):
-    """Compile a module's student and its teachers with ``torch.compile``, in place. Weight names do not change.
+    """Compile a module's network and its teachers with ``torch.compile``, in place. Weight names do not change.
 
     Compilation pays in fits of thousands of steps of one shape: the first step of each shape takes up to minutes. Each
     shape has code of its own, whichever came first, so that a resumed run computes what an unbroken one does. Networks
@@ -32,12 +31,19 @@ class CompileNetworks(Callback):
             alone.
         channels_last: Also store the weights of convolutions in channels-last format. This is faster on GPUs in half
             precision, and on many CPUs.
+        network: Dotted path of the network in the module; "" for the module itself, whose ``forward`` is compiled.
 
     Raises:
-        InputError: If torch does not have the mode or the backend, or the module has neither student nor teacher.
+        InputError: If torch does not have the mode or the backend, or the module does not have the network.
     """
 
-    def __init__(self, mode: str | None = None, backend: str | None = "inductor", channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        mode: str | None = None,
+        backend: str | None = "inductor",
+        channels_last: bool = False,
+        network: str = STUDENT,
+    ) -> None:
         if mode not in _MODES:
             raise InputError(f"mode must be one of {', '.join(map(str, _MODES))}, got {mode!r}")
         if backend not in (None, "inductor") and backend not in torch.compiler.list_backends(()):
@@ -45,16 +51,14 @@ class CompileNetworks(Callback):
         self.mode = mode
         self.backend = backend
         self.channels_last = channels_last
+        self.network = network
         self._compiled: list[nn.Module] = []
         self._limit: int | None = None  # of torch, before this callback raised it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Compiles the networks that are not compiled yet."""
         require_whole_weights(trainer, "CompileNetworks")
-        networks = find_networks(pl_module)
-        if not networks:
-            raise InputError(f"CompileNetworks: {type(pl_module).__name__} has neither student nor teacher")
-        for network in networks:
+        for network in find_networks(pl_module, self.network):
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)
             is_compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
@@ -83,8 +87,14 @@ class CompileNetworks(Callback):
             self._limit = None
 
 
-def find_networks(module: nn.Module) -> list[nn.Module]:
-    """Return a module's student, its teacher if that one is trained, and the networks of its frozen teachers."""
-    candidates: list[Any] = [getattr(module, name, None) for name in ("student", "teacher")]
-    trained = [found for found in candidates if isinstance(found, nn.Module) and not isinstance(found, Teacher)]
-    return trained + [part.network for part in module.modules() if isinstance(part, Teacher)]
+def find_networks(module: nn.Module, path: str = STUDENT) -> list[nn.Module]:
+    """Return a module's network, its teacher if that one is trained, and the networks of its frozen teachers.
+
+    Raises:
+        InputError: If the module does not have the network.
+    """
+    networks = [find_network(module, path, "CompileNetworks")]
+    teacher = getattr(module, "teacher", None)
+    if isinstance(teacher, nn.Module) and not isinstance(teacher, Teacher):
+        networks.append(teacher)
+    return networks + [part.network for part in module.modules() if isinstance(part, Teacher)]

@@ -13,18 +13,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.data import extract_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from kd_lightning.batch import class_labels, is_labeled, unpack
+from kd_lightning.batch import class_labels, is_labeled
+from kd_lightning.callbacks.any_batch import count_labeled, read_batch
 from kd_lightning.callbacks.sample_names import sample_names
-from kd_lightning.errors import InputError
 from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.results import Prediction, Result, read_result, write_result
 from kd_lightning.runs.run import CONFIG, WEIGHTS, Run, same_weights
+from kd_lightning.runs.student import find_student
 
 # the end of the name of a metric of another data loader than the first
 _OTHER_LOADER = re.compile(r"/(dataloader_idx_)?[1-9]\d*$")
@@ -97,20 +97,16 @@ class EvaluationWriter(Callback):
             self._write(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        try:
-            batch = unpack(pl_module, batch)
-            size = len(batch)
-        except InputError:  # another library's batch
-            self._labeled += _count(batch)
+        self._labeled += count_labeled(pl_module, batch)
+        known = read_batch(pl_module, batch)
+        if known is None:  # another library's batch
             return
-        y = None if batch.y is None else class_labels(batch.y)
-        index = batch.index
+        y, size = None if known.y is None else class_labels(known.y), len(known)
+        index = known.index
         if index is None:  # in the order in which Lightning's sampler distributes samples to processes
             index = (self._seen + torch.arange(size)) * trainer.world_size + trainer.global_rank
             self._has_index = False
         self._seen += size
-        if y is not None:
-            self._labeled += int(is_labeled(y).reshape(size, -1).any(dim=1).sum())
         task = getattr(pl_module, "task", "multiclass")
         if not isinstance(outputs, Tensor) or outputs.is_floating_point() or outputs.shape[:1] != (size,):
             return
@@ -138,8 +134,8 @@ class EvaluationWriter(Callback):
         if not writes_files(trainer) or not figures:
             return
         weights = None
-        student = getattr(pl_module, "student", None)
-        if isinstance(student, nn.Module):
+        student = find_student(pl_module)
+        if student is not None:
             weights = _hash_if_deployed(folder / WEIGHTS, student)
             if weights is None:
                 rank_zero_info(
@@ -242,13 +238,6 @@ def _selected_instead(folder: Path, trainer: Trainer) -> Path | None:
         return None
     selected = Run(folder).selected_checkpoint()
     return None if Path(trainer.ckpt_path).resolve() == selected.resolve() else selected
-
-
-def _count(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except RuntimeError:
-        return 0
 
 
 def _size_of_first(loaders: Any) -> int | None:

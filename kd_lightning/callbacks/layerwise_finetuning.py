@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from kd_lightning.errors import InputError
 from kd_lightning.features.heads import find_head, layers_of, logits_from
 from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.runs.student import STUDENT, find_network
 
 
 class LayerwiseFinetuning(Callback):
@@ -40,7 +41,7 @@ class LayerwiseFinetuning(Callback):
             their weights train with their layer.
         head: Dotted name of the head in the network. Default: None, which means the last linear or convolutional
             layer that the network calls.
-        network: Dotted name of the network in the module.
+        network: Dotted path of the network in the module; "" for the module itself.
 
     Raises:
         InputError: If a value is out of range, the module does not have the network, the network has no layer below
@@ -54,7 +55,7 @@ class LayerwiseFinetuning(Callback):
         lr_decay: float = 1.0,
         batch_norm: Literal["thaw", "freeze", "adapt"] = "thaw",
         head: str | None = None,
-        network: str = "student",
+        network: str = STUDENT,
     ) -> None:
         if frozen_epochs < 0:
             raise InputError(f"frozen_epochs must be at least 0, got {frozen_epochs}")
@@ -82,11 +83,7 @@ class LayerwiseFinetuning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of a fit, after ``configure_model`` and the conversion to SyncBatchNorm. Finds layers."""
         self._reset()
-        try:
-            network = pl_module.get_submodule(self.network)
-        except AttributeError as error:
-            name = type(pl_module).__name__
-            raise InputError(f"LayerwiseFinetuning: {name} has no network {self.network!r}") from error
+        network = find_network(pl_module, self.network, "LayerwiseFinetuning")
         name = find_head(network, self.head)
         head = network.get_submodule(name)
         layers = layers_of(network, head)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import IGNORE_INDEX, Batch
+from kd_lightning.batch import IGNORE_INDEX, Batch, unpack
+from kd_lightning.callbacks.label_sources import (
+    Source,
+    find_average,
+    find_teacher,
+    predict_batch,
+    run,
+    student_of,
+    weight_averaging,
+)
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
-from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels, make_pseudo_labels
 from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
@@ -27,11 +33,8 @@ from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.report.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.runs.student import student_path
 from kd_lightning.teachers.cache_fill import fill_caches, move_batch
-from kd_lightning.teachers.ensemble import Ensemble
-from kd_lightning.teachers.teacher import Teacher
-
-Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
 
 
 class PseudoLabelRefresh(Callback):
@@ -136,13 +139,12 @@ class PseudoLabelRefresh(Callback):
             raise InputError(f"PseudoLabelRefresh: task must be multiclass, got {task}")
         names = self._class_names(trainer)
         if self.source == "teacher":
-            self._find_teacher(pl_module)
+            find_teacher(pl_module)
         elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
             check_classes(visible(), len(names), data, "PseudoLabelRefresh")
         if self.source == "ema":
-            self._find_average(trainer, pl_module)
-        needs_student = self.restart_student or not isinstance(self.source, str)
-        if needs_student and not isinstance(getattr(pl_module, "student", None), nn.Module):
+            find_average(trainer, pl_module)
+        if (self.restart_student or not isinstance(self.source, str)) and student_path(pl_module) is None:
             option = "restart_student" if self.restart_student else "GraphPseudoLabels"
             raise InputError(f"{option} needs a module with a student, {type(pl_module).__name__} has none")
 
@@ -160,12 +162,12 @@ class PseudoLabelRefresh(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of a fit. Fills the cache of a cached teacher, and stores the student's first weights."""
         if self.source == "teacher":
-            teacher = self._find_teacher(pl_module)
+            teacher = find_teacher(pl_module)
             with _validating(trainer):
                 fill_caches(teacher, trainer, "pool_views")
         if self.restart_student and self._first_weights is None:
-            student: nn.Module = pl_module.student  # type: ignore[assignment]
-            self._first_weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+            state = student_of(pl_module).state_dict()
+            self._first_weights = {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of training. Passes a checkpoint's table to the datamodule, and refreshes it if it is due.
@@ -222,10 +224,9 @@ class PseudoLabelRefresh(Callback):
             self._restart(trainer, module)
 
     def _restart(self, trainer: Trainer, module: LightningModule) -> None:
-        student: nn.Module = module.student  # type: ignore[assignment]
         assert self._first_weights is not None
-        student.load_state_dict(self._first_weights)
-        for averaged in (getattr(module, "ema", None), getattr(_weight_averaging(trainer), "_average_model", None)):
+        student_of(module).load_state_dict(self._first_weights)
+        for averaged in (getattr(module, "ema", None), getattr(weight_averaging(trainer), "_average_model", None)):
             if isinstance(averaged, AveragedModel):
                 averaged.n_averaged.zero_()  # the next step starts a new average
         for parameter in module.parameters():
@@ -277,17 +278,19 @@ class PseudoLabelRefresh(Callback):
         # a loader samples a seed for its workers; the random state of the training must not change
         with isolate_rng(include_cuda=False), torch.no_grad(), evaluating(module), _validating(trainer):
             for loaded in trainer.datamodule.pool_dataloader():  # type: ignore[attr-defined]
-                batch = move_batch(trainer, Batch.from_any(loaded))
-                if batch.index is None or batch.y is None:
+                moved = move_batch(trainer, loaded)
+                batch = unpack(module, moved)
+                known = moved if isinstance(moved, Batch) else batch  # an unpack need not care for index and labels
+                if known.index is None or known.y is None:
                     raise InputError("pool_dataloader must return Batches with index and y (-100: unlabeled)")
                 with trainer.precision_plugin.forward_context():
-                    output = self._predict_batch(trainer, module, batch, source)
+                    output = predict_batch(trainer, module, batch, source)
                     if not classes:
                         is_graph = not isinstance(source, str)
-                        logits = logits_of(module(batch.x), "the student") if is_graph else output
+                        logits = run(module, batch.x) if is_graph else output
                         classes = logits.shape[-1]
-                if not batch.is_padding:
-                    parts.append((batch.index.cpu(), batch.y.cpu(), output.float().cpu()))
+                if not known.is_padding:
+                    parts.append((known.index.cpu(), known.y.cpu(), output.float().cpu()))
         if trainer.world_size > 1:
             gathered = gather(trainer, (parts, classes))
             parts = [part for share, _ in gathered for part in share]
@@ -304,41 +307,6 @@ class PseudoLabelRefresh(Callback):
         first[1:] = index[order][1:] != index[order][:-1]  # samplers repeat samples to make shares equal
         order = order[first]
         return index[order], y[order].long(), outputs[order], classes
-
-    def _predict_batch(self, trainer: Trainer, module: LightningModule, batch: Batch, source: Source) -> Tensor:
-        """Return probabilities (B, C), or for a graph features (B, D)."""
-        if not isinstance(source, str):
-            return source.features_of(module.student, batch.x)  # type: ignore[arg-type]
-        if source == "student":
-            logits = logits_of(module(batch.x), "the student")
-        elif source == "ema":
-            logits = logits_of(self._find_average(trainer, module).eval()(batch.x), "the averaged student")
-        else:
-            teacher = self._find_teacher(module)
-            if isinstance(teacher, Ensemble):
-                logits = teacher.pool(teacher(batch))
-            else:
-                inputs = batch if isinstance(teacher, Teacher) else batch.x
-                logits = logits_of(teacher.eval()(inputs), "the teacher")
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            raise InputError(f"pseudo-labels need logits (B, C) of at least two classes, got {[*logits.shape]}")
-        return mask_candidates(logits.float(), batch.candidates).softmax(dim=1)
-
-    def _find_teacher(self, module: LightningModule) -> nn.Module:
-        for name in ("teacher", "ensemble"):
-            if isinstance(found := getattr(module, name, None), nn.Module):
-                return found
-        raise InputError(f"source: teacher, but {type(module).__name__} has no teacher")
-
-    def _find_average(self, trainer: Trainer, module: LightningModule) -> nn.Module:
-        if isinstance(found := getattr(module, "ema", None), nn.Module):
-            return found
-        averaging = _weight_averaging(trainer)
-        if averaging is None:
-            raise InputError(
-                "source: ema needs PseudoLabelModule(ema_decay=...), or Lightning's EMAWeightAveraging as a callback"
-            )
-        return averaging._average_model or module  # it has no average before its own setup
 
     def _check_pool(self, index: Tensor) -> None:
         if self.table is not None and not torch.equal(self.table.index, index.sort().values):
@@ -375,10 +343,6 @@ def _optional_method(data: Any, name: str) -> Any:
     """Return a datamodule's method, or None. An attribute that is not callable counts as missing."""
     found = getattr(data, name, None)
     return found if callable(found) else None
-
-
-def _weight_averaging(trainer: Trainer) -> WeightAveraging | None:
-    return next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging)), None)
 
 
 @contextmanager

@@ -13,33 +13,51 @@ from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import weight_levels
 from kd_lightning.runs.report.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.runs.student import STUDENT, find_network
 
 
 class QuantizedWeightHistograms(Callback):
-    """Log the weights of a quantised student's layers, in units of their quantisation levels.
+    """Log the weights of a quantised network's layers, in units of their quantisation levels.
 
     Logs to TensorBoard a histogram of each layer after every epoch (``weight_levels/<layer>``; each level is an
     integer), and to each logger that takes figures one figure with the levels marked at the end of a fit
-    (``weight_levels``). Does nothing for a float student. Works on any LightningModule with a ``student``. The command
-    line adds this callback to every fit.
+    (``weight_levels``). Does nothing for a float network. Works on any LightningModule. The command line adds this
+    callback to every fit of a module with a student.
+
+    Args:
+        network: Dotted path of the network in the module; "" for the module itself.
+
+    Raises:
+        InputError: In a fit, if the module does not have the network.
     """
+
+    def __init__(self, network: str = STUDENT) -> None:
+        self.network = network
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Checks that the strategy leaves the weights whole."""
         require_whole_weights(trainer, "QuantizedWeightHistograms")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the start of a fit, after ``configure_model``. Checks that the module has the network."""
+        self._find(pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of each training epoch. Logs the histograms."""
         for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            for name, layer in quantized_layers(_student(pl_module)).items():
+            for name, layer in quantized_layers(self._find(pl_module)).items():
                 with only_warn(f"histogram weight_levels/{name}"):
                     weights, _ = weight_levels(layer)
                     logger.experiment.add_histogram(f"weight_levels/{name}", weights.flatten(), trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of training. Logs the figure."""
-        if quantized_layers(_student(pl_module)):
-            log_figure(trainer, "weight_levels", lambda: plot_levels(_student(pl_module)))
+        network = self._find(pl_module)
+        if quantized_layers(network):
+            log_figure(trainer, "weight_levels", lambda: plot_levels(network))
+
+    def _find(self, module: LightningModule) -> nn.Module:
+        return find_network(module, self.network, "QuantizedWeightHistograms")
 
 
 def plot_levels(network: nn.Module) -> Figure:
@@ -61,8 +79,3 @@ def plot_levels(network: nn.Module) -> Figure:
     for panel in list(panels):  # the panels that are left
         panel.set_axis_off()
     return figure
-
-
-def _student(module: LightningModule) -> nn.Module:
-    student = getattr(module, "student", None)
-    return student if isinstance(student, nn.Module) else nn.Identity()

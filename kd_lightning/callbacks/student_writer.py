@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import unpack
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import tensors_of
 from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.runs.folder import run_folder
 from kd_lightning.runs.strategies import require_whole_weights
+from kd_lightning.runs.student import STUDENT, find_network, inputs_of_call
 from kd_lightning.runs.weights import check_fit, metadata_texts, plain_key, read_state, save_weights
 
 
@@ -30,44 +33,86 @@ class StudentWriter(Callback):
     holds their origin, the task, the input shape of one sample, the precision, the size of the weights at that
     precision in bytes, and the datamodule's class names and evaluation transforms. The origin ``weights`` is the path
     of the checkpoint in the folder of checkpoints, or ``step N``. Metadata that cannot be determined are left out, with
-    a warning. Works on any LightningModule with a ``student``. The command line adds this callback to every fit.
+    a warning. Works on any LightningModule. The command line adds this callback to every fit of a module with a
+    student.
+
+    Where the network is called with several tensors, ``input_shape`` holds the shape of each: as a mapping by the names
+    of arguments, or as a list of shapes. Where they are not floats, ``input_dtype`` holds their types in the same form.
+
+    Args:
+        network: Dotted path of the student in the module; "" for the module itself.
 
     Raises:
-        InputError: If the module has no ``student``, or the file cannot be written.
+        InputError: If the module does not have the network, or the file cannot be written.
     """
 
-    def __init__(self) -> None:
-        self.input_shape: list[int] | None = None
+    def __init__(self, network: str = STUDENT) -> None:
+        self.network = network
+        self.input_shape: Any = None
+        self.input_dtype: Any = None
+        self._handle: RemovableHandle | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Runs when a checkpoint is saved. Returns the input shape: a resumed fit may have no batch left."""
-        return {"input_shape": self.input_shape}
+        return {"input_shape": self.input_shape, "input_dtype": self.input_dtype}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Runs when a fit is resumed. Restores the input shape."""
         self.input_shape = state_dict["input_shape"]
+        self.input_dtype = state_dict.get("input_dtype")  # checkpoints of older versions have none
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs at the start of each stage. Checks that the module has a student."""
-        if not isinstance(getattr(pl_module, "student", None), torch.nn.Module):
-            raise InputError(f"StudentWriter needs a module with a student, {type(pl_module).__name__} has none")
+        """Runs at the start of each stage. Checks that the strategy leaves the weights whole."""
         require_whole_weights(trainer, "StudentWriter")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the start of a fit, after ``configure_model``. Checks that the module has the network."""
+        find_network(pl_module, self.network, "StudentWriter")
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Runs before each training batch. Records the input shape from the first one."""
-        if self.input_shape is None:
-            try:
-                self.input_shape = [*Batch.from_any(batch).x.shape[1:]]
-            except (InputError, AttributeError):  # a batch of another kind
-                return
+        """Runs before each training batch. Records the input shape from the first one.
+
+        A module without ``unpack(batch)`` may call its network with other tensors than the batch's: they are recorded
+        when the training step calls it.
+        """
+        if self.input_shape is not None or self._handle is not None:
+            return
+        network = find_network(pl_module, self.network, "StudentWriter")
+        plain = network._compiled_call_impl is None and not hasattr(network, "_orig_mod")
+        if network is not pl_module and plain and not callable(getattr(pl_module, "unpack", None)):
+            self._handle = network.register_forward_pre_hook(self._record_call, with_kwargs=True)
+            return
+        try:
+            self._record(unpack(pl_module, batch).x)
+        except InputError:  # a batch of another kind
+            return
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the end of training. Removes the hook of a network that was never called."""
+        self._remove_hook()
+
+    def _record_call(self, network: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._remove_hook()
+        self._record(inputs_of_call(network, args, kwargs))
+
+    def _record(self, x: Any) -> None:
+        self.input_shape = _of_each(x, lambda tensor: [*tensor.shape[1:]])
+        self.input_dtype = None
+        if not all(tensor.is_floating_point() for tensor in tensors_of(x)):
+            self.input_dtype = _of_each(x, lambda tensor: str(tensor.dtype).removeprefix("torch."))
+
+    def _remove_hook(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of a fit. Writes the file."""
         folder = run_folder(trainer)
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        student: torch.nn.Module = pl_module.student  # type: ignore[assignment]
-        state, origin = _select_weights(trainer, student)
+        student = find_network(pl_module, self.network, "StudentWriter")
+        state, origin = _select_weights(trainer, student, f"{self.network}." if self.network else "")
         path = folder / "student.safetensors"
         metadata = self._metadata(trainer, pl_module, student) | {"weights": origin}
         part = path.with_name(f".{path.name}.part")
@@ -91,6 +136,7 @@ class StudentWriter(Callback):
             "kd_lightning": lambda: version("kd-lightning"),
             "task": lambda: getattr(module, "task", None),
             "input_shape": lambda: self.input_shape,
+            **({} if self.input_dtype is None else {"input_dtype": lambda: self.input_dtype}),
             "precision": lambda: precision_of(student),
             "size_bytes": lambda: math.ceil(size_of(student).stored),
             "classes": lambda: getattr(data, "class_names", None),
@@ -109,9 +155,28 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _select_weights(trainer: Trainer, student: torch.nn.Module) -> tuple[dict[str, Any], str]:
-    """Return the state of the student in the best checkpoint, else its present one, and the origin of the state."""
+def _of_each(x: Any, find: Callable[[Tensor], Any]) -> Any:
+    """Return inputs with what a function finds in place of each tensor, without what is no tensor."""
+    if isinstance(x, Tensor):
+        return find(x)
+    if isinstance(x, Mapping):
+        return {name: found for name, part in x.items() if (found := _of_each(part, find)) is not None}
+    if isinstance(x, tuple | list):
+        return [found for part in x if (found := _of_each(part, find)) is not None]
+    return None
+
+
+def _select_weights(trainer: Trainer, student: torch.nn.Module, prefix: str) -> tuple[dict[str, Any], str]:
+    """Return the state of the student in the best checkpoint, else its present one, and the origin of the state.
+
+    Args:
+        trainer: The trainer.
+        student: The student.
+        prefix: The text before the names of its weights in a checkpoint.
+    """
     own: dict[str, Any] = student.state_dict()
+    if not prefix:  # the module itself: what teaches it is not deployed
+        own = {key: value for key, value in own.items() if not key.startswith("teaching.")}
     problems = []
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.monitor or not callback.best_model_path:
@@ -122,7 +187,7 @@ def _select_weights(trainer: Trainer, student: torch.nn.Module) -> tuple[dict[st
             continue
         try:
             saved = {plain_key(key): value for key, value in read_state(path).items()}
-            state = {key: saved[name] for key in own if (name := f"student.{plain_key(key)}") in saved}
+            state = {key: saved[name] for key in own if (name := f"{prefix}{plain_key(key)}") in saved}
             check_fit(state, own, f"{path} does not fit the student")
         except InputError as error:
             problems.append(str(error))

@@ -32,6 +32,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run, find_runs, run_of
+from kd_lightning.runs.student import is_taught
 
 Config = dict[str, Any]
 _CALLBACK = "kd_lightning.CompileNetworks"
@@ -175,7 +176,8 @@ def _pick_networks(plain: Config, device: str, picks: _Picks) -> None:
         return
     kind = find_class(plain["model"]["class_path"])
     if not (isinstance(kind, type) and issubclass(kind, SupervisedModule)):
-        picks.reasons.append(f"not channels last, not compiled: {plain['model']['class_path']} is not of kd_lightning")
+        theirs = plain["model"]["init_args"]["module"] if is_taught(plain["model"]) else plain["model"]
+        picks.reasons.append(f"not channels last, not compiled: {theirs['class_path']} is not of kd_lightning")
         return
     if why := _why_uncompiled(plain, device):
         picks.reasons.append(f"not compiled: {why}")
@@ -185,7 +187,7 @@ def _pick_networks(plain: Config, device: str, picks: _Picks) -> None:
 
 def _networks_of(compiled: bool) -> Config:
     """Return the arguments of CompileNetworks that are picked."""
-    return {"mode": None, "backend": "inductor" if compiled else None, "channels_last": True}
+    return {"mode": None, "backend": "inductor" if compiled else None, "channels_last": True, "network": "student"}
 
 
 def _why_uncompiled(plain: Config, device: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -31,7 +31,8 @@ from kd_lightning.callbacks import (
 from kd_lightning.cli.claim_folder import claim_folder_of_run
 from kd_lightning.cli.config_check import check_configs, nulls_of, read_configs
 from kd_lightning.cli.fast import add_fast, evaluate_uncompiled, pick_settings
-from kd_lightning.cli.parser import Parser
+from kd_lightning.cli.own_hyperparameters import OwnHyperparameters
+from kd_lightning.cli.parser import Parser, check_length
 from kd_lightning.cli.record_run import RecordRun, dump_config
 from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
@@ -46,6 +47,7 @@ from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_f
 from kd_lightning.runs.guard_loggers import guard_loggers
 from kd_lightning.runs.metric_direction import check_callbacks, check_direction, direction_of
 from kd_lightning.runs.parser_errors import explain_error
+from kd_lightning.runs.student import find_network, student_path
 from kd_lightning.runs.weights import load_weights
 
 # the class that the parser takes for an empty mapping: of a network, a model, a scheduler of either kind
@@ -118,12 +120,18 @@ class DistillCLI(LightningCLI):
         check_configs(command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
         nulls = nulls_of(command_line)
-        for path, key, value, _ in walk_config(self.config.as_dict()):
+        for path, key, value, owner in walk_config(self.config.as_dict()):
             place = path.removeprefix(f"{self.config.get('subcommand')}.")
             if key == "class_path" and value in _BASE_CLASSES:
                 raise InputError(f"{place} is missing: it names what to build")
             if value == "None" and place.replace(".init_args", "") in nulls:
                 self.config[path] = None  # for an argument of an argument the parser turns null into a text
+            check_length(place, key, value, owner)
+
+    def _add_instantiators(self) -> None:
+        """Build modules and data with their own hyperparameters, also where one holds another."""
+        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
+            self.parser.add_instantiator(OwnHyperparameters(self, key), kind, subclasses=True)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line counts, not the hyperparameters in the checkpoint."""
@@ -199,8 +207,8 @@ class DistillCLI(LightningCLI):
             trainer["logger"] = [self._continue_logger(logger) for logger in given]
         callbacks: list[Callback] = [config["checkpoint"], SeedEveryStep(), ExactResume()]
         callbacks += [EvaluationWriter(), PredictionWriter(), SameClasses(self.selection)]
-        if isinstance(getattr(self.model, "student", None), torch.nn.Module):
-            callbacks += [StudentWriter(), ActivationCalibration(), QuantizedWeightHistograms()]
+        if (path := student_path(self.model)) is not None:
+            callbacks += [kind(path) for kind in (StudentWriter, ActivationCalibration, QuantizedWeightHistograms)]
         if not self._validates(trainer):
             config["checkpoint"].monitor = None
         if config["early_stopping"] is not None:
@@ -356,10 +364,10 @@ def _set_direction(checkpoint: Any) -> None:
 
 def _load_student(model: LightningModule, weights: Path) -> None:
     """Load deployed weights into a module's student; all else of the module stays as it was built."""
-    student = getattr(model, "student", None)
-    if not isinstance(student, torch.nn.Module):
+    path = student_path(model)
+    if path is None:
         raise InputError(f"ckpt_path: {weights} holds a student, and {type(model).__name__} has none")
-    load_weights(student, weights)
+    load_weights(find_network(model, path, "ckpt_path"), weights)
     teacher = getattr(model, "teacher", None)
     if isinstance(teacher, torch.nn.Module) and any(p.requires_grad for p in teacher.parameters()):
         raise InputError(

@@ -44,7 +44,8 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
 
     Args:
         module: The LightningModule. It is changed in place.
-        teacher: The trained network, or a :class:`~kd_lightning.Teacher` around it.
+        teacher: The trained network, or a :class:`~kd_lightning.Teacher` around it. None is for ``test`` and
+            ``predict`` alone.
         network: Dotted path of the module's network; "" for the module itself, where ``training_step`` calls
             ``self(...)``.
         soft_loss: Loss called as ``(student_output, teacher_output)``, or with a third argument as
@@ -74,7 +75,7 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
     def __new__(
         cls,
         module: LightningModule,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         network: str = "net",
         *,
         soft_loss: nn.Module | None = None,
@@ -93,12 +94,12 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
             if hasattr(module, name):
                 raise InputError(f"module: {type(module).__name__} has an attribute {name} of its own; rename it")
         check_soft_weight(soft_weight)
-        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        if teacher.cache is not None and output is not None:
+        teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
+        if teacher is not None and teacher.cache is not None and output is not None:
             raise InputError(
                 "output must be left out with a teacher that has a cache, which holds what it finds itself"
             )
-        if teacher.missing_classes:
+        if teacher is not None and teacher.missing_classes:
             raise InputError(f"teacher does not know the classes {teacher.missing_classes}, but must know all")
         teaching = Teaching(module, teacher, network, soft_loss, class_dim, mask, output, unlabeled)
         module.soft_weight = soft_weight  # type: ignore[assignment]
@@ -111,7 +112,7 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
     def __init__(
         self,
         module: LightningModule,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         network: str = "net",
         *,
         soft_loss: nn.Module | None = None,
@@ -123,6 +124,11 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
     ) -> None:
         """Declare the arguments. It never runs, since ``__new__`` returns an object of another class."""
 
+    @classmethod
+    def load_from_checkpoint(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Raise InputError: a checkpoint is one of the module's own class."""
+        raise InputError("teach: load a checkpoint by the module's own class, as MyModule.load_from_checkpoint(path)")
+
 
 class Teaching(nn.Module):
     """The teacher of a taught module, and what a training step does with it."""
@@ -130,7 +136,7 @@ class Teaching(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | None,
         network: str,
         soft_loss: nn.Module | None,
         class_dim: int | None,
@@ -144,13 +150,13 @@ class Teaching(nn.Module):
                 f"mask must name positions that count, but {mask!r} seems to name padding; use a function of the "
                 f"batch, such as lambda batch: ~batch[{mask!r}]"
             )
-        self.teacher = teacher
+        self.teacher: Any = teacher  # or None
         self.network = network
         self.soft_loss = KDLoss() if soft_loss is None else soft_loss
         self.class_dim = class_dim
         self.mask = mask
         self.unlabeled = unlabeled
-        self._calls = NetworkCalls(module, network, teacher, output)
+        self._calls = NetworkCalls(module, network, teacher, output)  # type: ignore[arg-type]
         self._takes_target = _takes_target(self.soft_loss)
         # in this epoch: training steps, losses with a soft term, and with a hard one
         self._steps = self._soft_losses = self._hard_losses = 0
@@ -159,6 +165,8 @@ class Teaching(nn.Module):
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """Return what replaces methods of the module, by name. Each gets the module's own method first."""
+        if self.teacher is None:
+            return {"setup": self._setup}
         wrappers: dict[str, Callable[..., Any]] = {
             "training_step": self._training_step,
             "setup": self._setup,
@@ -315,6 +323,8 @@ class Teaching(nn.Module):
         own(*args, **kwargs)
         self._finite_check = FiniteCheck()
         if self._is_fitting:
+            if self.teacher is None:
+                raise InputError("training needs the teacher; teacher=None is for test and predict alone")
             require_whole_weights(self._owner.trainer, "teach")
             self.teacher.fingerprint(anew=True)  # before a plugin casts its weights
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, call, map_inputs
 from kd_lightning.quantization.layers import INITIAL_RANGE, quantized_layers
 
 _RANGE_KEY = "input_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Inputs], Any] = call) -> nn.Module:
     """Set the range of each quantised activation to its largest magnitude on the given batches.
 
     The network runs in its current mode. In training mode BatchNorm uses the statistics of the batch, which is right
@@ -25,7 +26,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Args:
         model: From :func:`~kd_lightning.quantization.quantize`; changed in place.
-        batches: Inputs (B, ...), ``(x, y)`` or ``Batch``. A few hundred samples are enough.
+        batches: Inputs (B, ...), or batches as :meth:`~kd_lightning.Batch.from_any` takes them: ``(x, y)``, mappings, a
+            ``Batch``. A few hundred samples are enough.
+        run: Function that calls the network with inputs, such as ``call`` of a module.
 
     Returns:
         The same network.
@@ -56,7 +59,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             )
             stack.callback(hook.remove)
         for batch in batches:
-            model((batch if isinstance(batch, Tensor) else Batch.from_any(batch).x).to(device))
+            run(model, map_inputs(lambda tensor: tensor.to(device), Batch.from_any(batch).x))
     if not largest:
         raise InputError("batches: calibration needs at least one sample, got none")
     for name, value in largest.items():

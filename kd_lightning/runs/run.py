@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.checkpoints import read_checkpoint
-from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.config_identity import differing_keys, hash_files, identity_of, seeds_of
 from kd_lightning.runs.csv_logger import read_metrics, validations
 from kd_lightning.runs.results import Result, read_result
-from kd_lightning.runs.weights import class_names_of, load_weights, read_metadata
+from kd_lightning.runs.student import build_student, has_student, student_prefix
+from kd_lightning.runs.weights import class_names_of, load_weights, plain_key, read_metadata
 from kd_lightning.runs.yaml_file import load_yaml
 
 CONFIG, STATE, SPLIT, METRICS, WEIGHTS = "config.yaml", "run.json", "split.json", "metrics.csv", "student.safetensors"
@@ -234,15 +234,15 @@ class Run:
 
     @property
     def has_student(self) -> bool:
-        """Whether its module has a student in the config."""
-        return isinstance(self.model_arguments.get("student"), dict)
+        """Whether its module has a student in the config, or is taught."""
+        return has_student(self.config["model"])
 
     def build_student(self) -> nn.Module:
         """Build its student with new weights. The files of ``load_weights`` in the config are not read."""
         if not self.has_student:
             raise InputError(f"{self.folder}: {self.config['model'].get('class_path')} has no student")
         try:
-            return build(nn.Module, _without_weights(self.model_arguments["student"]))
+            return build_student(self.config["model"])
         except InputError as error:
             raise InputError(f"the student of {self.folder} cannot be built: {error}") from error
 
@@ -312,13 +312,14 @@ class Run:
         if not self.weights.is_file():
             return None
         deployed, origin = load_file(self.weights), self.metadata.get("weights", "")
-        for path in sorted(self.checkpoints(), key=lambda path: not str(path).endswith(origin)):
+        prefix = student_prefix(self.config["model"])
+        for checkpoint in sorted(self.checkpoints(), key=lambda path: not str(path).endswith(origin)):
             try:
-                state = read_checkpoint(path)["state_dict"]
+                state = read_checkpoint(checkpoint)["state_dict"]
             except InputError:
                 continue
-            if same_weights(deployed, {key.removeprefix("student."): v for key, v in state.items()}):
-                return path
+            if same_weights(deployed, {plain_key(key).removeprefix(prefix): v for key, v in state.items()}):
+                return checkpoint
         return None
 
 
@@ -379,14 +380,3 @@ def run_of(path: Path) -> Run | None:
 
 def _by_version(folder: Path) -> tuple[int, str]:
     return len(folder.name), folder.name
-
-
-def _without_weights(node: Any) -> Any:
-    """Return the config of a network with each ``load_weights`` replaced by the network inside."""
-    if isinstance(node, list):
-        return [_without_weights(child) for child in node]
-    if not isinstance(node, dict):
-        return node
-    if find_class(node.get("class_path")) is load_weights:
-        return _without_weights(node["init_args"]["model"])
-    return {key: _without_weights(child) for key, child in node.items()}

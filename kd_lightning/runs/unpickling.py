@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import io
 import pickle
 import types
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ class Stub:
     """
 
     name = ""
+    dump_patches = False  # torch reads it of classes in files of its older format
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Ignore all arguments."""
@@ -100,15 +103,16 @@ def read_tensors(file: str | Path | IO[bytes], *, mmap: bool = False) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        if not isinstance(file, str | Path):
-            file.seek(0)
-        if not zipfile.is_zipfile(file):
-            raise
+        is_zip = zipfile.is_zipfile(file)
     if not isinstance(file, str | Path):
         file.seek(0)
-    reader = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler)
+    if not is_zip:  # the older format; torch would unpack a file of the oldest, an archive of files
+        file = io.BytesIO(Path(file).read_bytes() if isinstance(file, str | Path) else file.read())
+    reader = types.SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=_load)
     try:
-        return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap, pickle_module=reader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the source code of classes is not compared
+            return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap, pickle_module=reader)
     except Exception as error:  # what an odd file raises can be anything
         raise pickle.UnpicklingError(str(error)) from error
 
@@ -140,6 +144,11 @@ def find_stub(content: Any, place: str = "") -> tuple[str, str] | None:
     return None
 
 
+def _load(file: IO[bytes], **kwargs: Any) -> Any:
+    """Read the next of several pickles in a file of the older format."""
+    return Unpickler(file, **kwargs).load()
+
+
 def _stub_class(name: str) -> type[Stub]:
     return type(name.rsplit(".", 1)[-1], (Stub,), {"name": name})
 
@@ -149,6 +158,17 @@ def _encode(text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
         raise TypeError
     return text.encode("latin1")
+
+
+def _rebuild_from_type(rebuild: Any, kind: Any, arguments: Any, state: Any) -> torch.Tensor:
+    """Return a tensor without its attributes, or one of a class that adds no state, as a plain tensor."""
+    is_tensor = getattr(kind, "name", "") in ("torch.Tensor", "torch._tensor.Tensor")
+    if not isinstance(rebuild, _Allowed) or (state and not is_tensor):
+        raise TypeError
+    tensor = rebuild(*arguments)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError
+    return tensor
 
 
 def _bytearray(content: Any = b"") -> bytearray:
@@ -165,6 +185,7 @@ _FUNCTIONS = {
     "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": torch._utils._rebuild_parameter_with_state,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.serialization._get_layout": torch.serialization._get_layout,
     "torch.Size": torch.Size,
     "torch.device": torch.device,

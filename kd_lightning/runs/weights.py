@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kd_lightning.errors import InputError
 from kd_lightning.quantization.calibration import is_range_key
@@ -30,14 +32,15 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
         model: The network. It is changed in place. A quantised network accepts float weights; its ranges stay then.
         path: A checkpoint of any LightningModule, a plain state dict (``.pt``), or ``.safetensors``.
         prefix: The text before the network's own names in the file, such as ``"student."``. Default: None, which means
-            the prefix under which most names fit; if several do, ``"student."``.
+            the prefix under which most names and shapes fit; if several do, ``"student."``, or none.
 
     Returns:
         The same network.
 
     Raises:
-        InputError: If the file is missing, is no weights file, would run code, or if its keys or shapes do not fit;
-            the message has the first few of them.
+        InputError: If the file is missing, is no weights file, would run code, if its keys or shapes do not fit (the
+            message has the first few of them), or if other weights fit under another prefix. The network stays as it
+            was.
     """
     file = Path(path)
     if not file.is_file():
@@ -45,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) 
     state = {plain_key(key): value for key, value in read_state(file).items()}
     own = model.state_dict()
     wanted = {plain_key(key): value for key, value in own.items()}
-    prefix = _find_prefix(list(wanted), state) if prefix is None else plain_key(prefix)
+    prefix = _find_prefix(wanted, state, file) if prefix is None else plain_key(prefix)
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     stays = {key: value for key, value in wanted.items() if not isinstance(value, Tensor)}  # safetensors lack them
     if not any(map(is_range_key, found)):  # float weights: the ranges of a quantised network stay
@@ -98,8 +101,17 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str)
             for key, tensor in wanted.items()
             if isinstance(tensor, Tensor)
             and isinstance(found.get(key), Tensor)
+            and _kind_of(found[key]) == _kind_of(tensor) != "nested"
+            and not is_lazy(tensor)
             and found[key].shape != tensor.shape
             and not key.endswith("_extra_state")  # which may have any shape
+        ],
+        "of another kind": [
+            f"{key} {_kind_of(found[key])} in the file, {_kind_of(tensor)} in the model"
+            for key, tensor in wanted.items()
+            if isinstance(tensor, Tensor)
+            and isinstance(found.get(key), Tensor)
+            and _kind_of(found[key]) != _kind_of(tensor)
         ],
     }
     if any(problems.values()):
@@ -109,6 +121,17 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str)
             if keys
         ]
         raise InputError(f"{message}: " + "; ".join(lines))
+
+
+def _kind_of(tensor: Tensor) -> str:
+    """Return the kind of a tensor: torch cannot copy one kind to another, or not without a loss."""
+    if is_lazy(tensor):  # it takes the shape of what is loaded
+        return "plain"
+    kinds = {"nested": tensor.is_nested, "meta": tensor.is_meta, "quantised": tensor.is_quantized}
+    found = next((name for name, holds in kinds.items() if holds), "")
+    if found or tensor.layout != torch.strided:
+        return found or str(tensor.layout).removeprefix("torch.")
+    return "complex" if tensor.is_complex() else "plain"
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -129,33 +152,80 @@ def read_state(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} was refused: it is no plain weights file, {_REFUSED}") from error
     except Exception as error:  # a damaged file can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if "TorchScript" in reason:
+            reason = "it is a TorchScript program, which torch.jit.load reads"
         raise InputError(f"{file} cannot be read as weights: {reason}") from error
-    place = ""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content, place = content[key], key
-            break
+    content, place = _find_state(content, file)
     if stub := find_stub(content, place):
         raise InputError(f"{file} was refused: {stub[0] or 'it'} holds an object of {stub[1]}, {_REFUSED}")
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
         for key, value in content.items()
     ):
-        raise InputError(f"{file} holds no state dict, but {type(content).__name__}")
+        held = f" with {', '.join(map(str, [*content][:5]))}" if isinstance(content, Mapping) and content else ""
+        raise InputError(f"{file} holds no state dict, but {type(content).__name__}{held}")
     return dict(content)
 
 
-def _find_prefix(wanted: list[str], state: dict[str, Any]) -> str:
-    """Return the prefix under which most of the wanted names are found."""
+def _find_state(content: Any, file: Path) -> tuple[Any, str]:
+    """Return the state dict in the content of a file and its key; the content itself if it holds none."""
+    if not isinstance(content, Mapping):
+        return content, ""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            return content[key], key
+    states = [key for key, value in content.items() if _is_state(value)]
+    if len(states) > 1:
+        names = ", ".join(map(str, states[:5]))
+        raise InputError(f"{file} holds several state dicts, {names}; save one of them to a file of its own")
+    return (content[states[0]], str(states[0])) if states else (content, "")
+
+
+def _is_state(value: Any) -> bool:
+    is_mapping = isinstance(value, Mapping) and bool(value)
+    return is_mapping and all(isinstance(key, str) and isinstance(part, Tensor) for key, part in value.items())
+
+
+def _find_prefix(wanted: Mapping[str, Any], state: dict[str, Any], file: Path) -> str:
+    """Return the prefix under which most of the wanted names are found, with the wanted shapes.
+
+    Raises:
+        InputError: If it is not certain which: other weights are found under another prefix.
+    """
     if not wanted:
         return ""
-    first = next((name for name in wanted if not name.endswith("_extra_state")), wanted[0])
+    first = next((name for name in wanted if not name.endswith("_extra_state")), next(iter(wanted)))
     candidates = {key.removesuffix(first) for key in state if key.endswith(first)}
     candidates = {p for p in candidates if p == "" or p.endswith(".")} | {""}
-    return max(
-        sorted(candidates),
-        key=lambda p: (sum(p + name in state for name in wanted), p == "student.", p == ""),
+    fits = {p: (sum(p + name in state for name in wanted), _fits(wanted, state, p)) for p in sorted(candidates)}
+    best = [p for p, fit in fits.items() if fit == max(fits.values())]
+    for usual in ("student.", ""):
+        if usual in best:
+            return usual
+    tensors = [name for name, value in wanted.items() if isinstance(value, Tensor)]
+    if any(not _is_same(state.get(p + name), state.get(best[0] + name)) for p in best[1:] for name in tensors):
+        raise InputError(
+            f"{file} holds several networks that fit, under {', '.join(best[:5])}; set prefix to one of them"
+        )
+    return best[0]
+
+
+def _fits(wanted: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> int:
+    """Return the number of tensors that have the wanted shape under a prefix."""
+    pairs = ((value, state.get(prefix + name)) for name, value in wanted.items())
+    return sum(
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and not other.is_nested
+        and (is_lazy(one) or one.shape == other.shape)
+        for one, other in pairs
     )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return _kind_of(one) == _kind_of(other) == "plain" and torch.equal(one, other)
 
 
 def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:

@@ -303,11 +303,11 @@ class _CacheFill:
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> OutputRows:
         """Compute the logits (B, ...) of a batch from the data loader, as a training step does."""
-        trainer, views = self.trainer, hash_rows(batch.x)
+        trainer, views = self.trainer, hash_rows(batch.teacher_x)
         batch = move_batch(trainer, self.table.finish(batch))
         with trainer.precision_plugin.forward_context():
             logits = self.teacher.compute(batch).cpu()
-        return OutputRows(views, hash_rows(batch.x), logits)
+        return OutputRows(views, hash_rows(batch.teacher_x), logits)
 
     def _differs(self, stored: StoredOutputs, sample: _Sample, chunks: Iterable[int]) -> str:
         """Compare the sample's rows in these chunks on all processes. Return what differs; empty if nothing does."""

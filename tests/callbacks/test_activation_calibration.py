@@ -133,7 +133,9 @@ def test_anybodys_module(quiet_trainer, loader, student):
     lowered = quantize(student, 4)
     quiet_trainer(callbacks=[ActivationCalibration()]).fit(Theirs(lowered, "student"), loader())
     assert is_calibrated(lowered)
-    with pytest.raises(InputError, match="ActivationCalibration needs a module with a student, Theirs has none"):
+    with pytest.raises(
+        InputError, match="ActivationCalibration: network: Theirs has no network 'student'; nearest: net"
+    ):
         quiet_trainer(callbacks=[ActivationCalibration()]).fit(Theirs(lowered, "net"), loader())
 
 

@@ -165,7 +165,7 @@ def test_inductor_agrees(fitted):
 
 
 def test_a_module_without_networks(quiet_trainer):
-    with pytest.raises(InputError, match="LightningModule has neither student nor teacher"):
+    with pytest.raises(InputError, match="CompileNetworks: network: LightningModule has no network 'student'"):
         CompileNetworks().setup(quiet_trainer(), LightningModule(), "fit")
 
 

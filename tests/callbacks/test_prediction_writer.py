@@ -157,7 +157,7 @@ def test_step_with_a_dataloader_iter(quiet_trainer, tmp_path):
 
     quiet_trainer(callbacks=[PredictionWriter()]).predict(Theirs(), DataLoader(TensorDataset(X), batch_size=5))
     rows = read(tmp_path / "predictions.csv")
-    assert [float(row["1"]) for row in rows] == pytest.approx(X.flatten(1)[:, 1].tolist(), rel=1e-5)
+    assert [float(row["output_1"]) for row in rows] == pytest.approx(X.flatten(1)[:, 1].tolist(), rel=1e-5)
 
 
 def test_loader_without_a_sampler(quiet_trainer, tmp_path, module):
@@ -197,7 +197,7 @@ def test_several_processes_write_one_file(tmp_path, monkeypatch, with_index):
                 batch,
                 0,
             )
-    gather = [writer.rows for writer in writers]
+    gather = [(writer.rows, writer._kinds, writer._problem) for writer in writers]
     monkeypatch.setattr(
         torch.distributed, "all_gather_object", lambda parts, rows: parts.__setitem__(slice(None), gather)
     )

@@ -115,15 +115,18 @@ def test_weights_that_are_not_finite_are_left_out(student, tmp_path, value):
     lowered, board = quantize(student, 4), TensorBoardLogger(tmp_path, "", "")
     next(iter(quantized_layers(lowered).values())).weight.data.fill_(value)
     trainer = SimpleNamespace(loggers=[board], global_step=0, is_global_zero=True)
-    module = SimpleNamespace(student=lowered, _trainer=trainer)
+    module = SupervisedModule(lowered)
     with pytest.warns(UserWarning, match=r"histogram weight_levels/3 is left out, and the run goes on"):
         QuantizedWeightHistograms().on_train_epoch_end(trainer, module)
     board.save()
     assert set(EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"]) == {"weight_levels/7"}
 
 
-def test_modules_without_a_student():
-    trainer = SimpleNamespace(loggers=[], global_step=0)
-    for module in (SimpleNamespace(), SimpleNamespace(student="none"), SimpleNamespace(student=DigitsCNN(4))):
-        QuantizedWeightHistograms().on_train_epoch_end(trainer, module)
-        QuantizedWeightHistograms().on_train_end(trainer, module)
+def test_a_float_network_has_none(tmp_path):
+    board = TensorBoardLogger(tmp_path, "", "")
+    trainer = SimpleNamespace(loggers=[board], global_step=0)
+    for module, path in ((SupervisedModule(DigitsCNN(4)), "student"), (DigitsCNN(4), "")):
+        QuantizedWeightHistograms(path).on_train_epoch_end(trainer, module)
+        QuantizedWeightHistograms(path).on_train_end(trainer, module)
+    board.save()
+    assert not EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"]

@@ -258,10 +258,20 @@ NAMED = DataLoader([{"x": torch.ones(3, 2), "name": "a"}], batch_size=None)
 
 
 def test_batches_of_another_kind(quiet_trainer, tmp_path):
-    """Any LightningModule gets its file; only the shape of its inputs is not known."""
-
+    """Any LightningModule gets its file, with the shape of what its network is called with."""
     quiet_trainer(callbacks=[StudentWriter()]).fit(Theirs(nn.Linear(2, 2)), NAMED)
+    assert metadata(tmp_path / "student.safetensors")["input_shape"] == "[2]"
+
+
+def test_a_network_that_is_never_called(quiet_trainer, tmp_path):
+    class Beside(Theirs):
+        def training_step(self, batch, batch_idx):
+            return self.student.weight.sum()
+
+    module = Beside(nn.Linear(2, 2))
+    quiet_trainer(callbacks=[StudentWriter()]).fit(module, NAMED)
     assert metadata(tmp_path / "student.safetensors")["input_shape"] == "null"
+    assert not module.student._forward_pre_hooks
 
 
 def test_extra_state_that_is_left_out_is_named(quiet_trainer, loader, tmp_path):
@@ -315,5 +325,5 @@ def test_needs_a_student(quiet_trainer, loader, student):
     module = Theirs()
     if student:
         module.student = student
-    with pytest.raises(InputError, match="StudentWriter needs a module with a student, Theirs has none"):
+    with pytest.raises(InputError, match="StudentWriter: network: Theirs has no network 'student'"):
         quiet_trainer(callbacks=[StudentWriter()]).fit(module, loader())

@@ -87,7 +87,7 @@ def fused(picked):
     return picked["model"]["init_args"]["optimizer"]["init_args"].get("fused")
 
 
-UNCOMPILED = {"mode": None, "backend": None, "channels_last": True}
+UNCOMPILED = {"mode": None, "backend": None, "channels_last": True, "network": "student"}
 COMPILED = UNCOMPILED | {"backend": "inductor"}
 
 
@@ -140,7 +140,7 @@ class TestPicks:
         assert pick(config)["trainer"]["precision"] is None
 
     def test_own_compilation_stays(self, config, bf16):
-        own = {"mode": None, "backend": "eager", "channels_last": False}
+        own = {"mode": None, "backend": "eager", "channels_last": False, "network": "student"}
         config["trainer"]["callbacks"] = [{"class_path": "CompileNetworks", "init_args": own}]
         assert networks(pick(config)) == [own]
 

@@ -23,6 +23,7 @@ from kd_lightning.teachers.teacher import Teacher
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # configs name classes of parts.py, in processes of their own too
 CONFIGS = sorted((HERE.parent.parent / "configs").glob("*.yaml"))
+TEXTS = sorted(HERE.glob("texts_*.yaml"))  # batches whose inputs are a mapping
 EPOCHS, STEPS = 2, 4
 TRAINER = {
     "max_epochs": EPOCHS,
@@ -170,6 +171,8 @@ def without_batch_statistics(config):
                 plain = {"channels": channels, "num_classes": classes} | width
                 if node[role]["class_path"].endswith(".quantize"):
                     node[role]["init_args"]["skip"] = ["last"]  # of two layers
+                elif node[role]["class_path"] == "parts.WordNetwork":
+                    node[role]["init_args"].pop("dropout", None)
                 elif node[role]["class_path"].rsplit(".", 1)[-1] not in ("load_weights", "Teacher"):
                     node[role] = {"class_path": "parts.Plain", "init_args": plain}
     for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
@@ -233,7 +236,7 @@ def teachers_of(model):
     return {f"teachers[{number}]": teacher for number, teacher in enumerate(getattr(model, "ensemble", None) or ())}
 
 
-@pytest.fixture(scope="module", params=cases(CONFIGS, VARIANTS | PRECISIONS))
+@pytest.fixture(scope="module", params=cases([*CONFIGS, *TEXTS], VARIANTS | PRECISIONS))
 def story(request, tmp_path_factory):
     """Each config, run once for all tests that only look at what it left."""
     path, arguments = request.param
@@ -241,11 +244,11 @@ def story(request, tmp_path_factory):
         yield Story(path, folder, **arguments)
 
 
-@pytest.fixture(params=cases(one_of_each_module(), VARIANTS))
+@pytest.fixture(params=cases([*one_of_each_module(), *TEXTS], VARIANTS))
 def each_module(request):
     """One config of each module, and its arguments."""
     path, arguments = request.param
-    return HERE.parent.parent / "configs" / f"{Path(path).stem}.yaml", arguments
+    return next(one for one in [*CONFIGS, *TEXTS] if one.stem == Path(path).stem), arguments
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from kd_lightning.batch import is_labeled
 
@@ -94,3 +95,46 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Texts(Dataset):
+    """Texts of six words: several inputs of each sample, as a mapping."""
+
+    def __init__(self, size: int = 480, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(40, (size, 6), generator=generator)
+        self.lengths = torch.randint(2, 7, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int):
+        mask = (torch.arange(6) < self.lengths[index]).long()
+        ids = self.ids[index] * mask
+        return {"path": f"texts/{index}", "input_ids": ids, "attention_mask": mask, "labels": int(ids.sum()) % 4}
+
+
+class DropWords(nn.Module):
+    """A random transform of one sample, which gets all of its inputs."""
+
+    def __init__(self, rate: float = 0.2):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, inputs):
+        kept = torch.rand(len(inputs["input_ids"])) >= self.rate
+        return {"input_ids": inputs["input_ids"] * kept, "attention_mask": inputs["attention_mask"]}
+
+
+class WordNetwork(nn.Module):
+    """Called with several inputs by name. A row's logits depend on that row alone."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.0, num_classes: int = 4):
+        super().__init__()
+        self.words = nn.Embedding(40, width)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        words = self.words(input_ids).tanh() * attention_mask.unsqueeze(-1)
+        return self.head(self.dropout(words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)))

@@ -4,6 +4,8 @@ import functools
 import os
 import pickle
 import posix
+import tarfile
+import tempfile
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from enum import Enum
@@ -246,6 +248,28 @@ def test_an_open_file(tmp_path):
 def test_older_format(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(read_tensors(tmp_path / "a.pt", mmap=True)["a"], torch.ones(1))
-    torch.save({"a": Path("a")}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(pickle.UnpicklingError):
+    content = {"a": torch.arange(3), "odd": Path("a"), "b": torch.ones(2, 2)[0]}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with (tmp_path / "a.pt").open("rb") as file:
+        for found in (read_tensors(tmp_path / "a.pt", mmap=True), read_tensors(file)):
+            assert torch.equal(found["a"], torch.arange(3))
+            assert torch.equal(found["b"], torch.ones(2))
+            assert find_stub(found) == ("odd", "pathlib.PosixPath")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": torch.ones(1)}), pickle.dumps(Path("a"))])
+def test_files_of_another_kind(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises((pickle.UnpicklingError, EOFError, RuntimeError, IndexError)):
         read_tensors(tmp_path / "a.pt")
+
+
+def test_an_archive_of_the_oldest_format_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+    (tmp_path / "storages").write_bytes(pickle.dumps(Path("a")))
+    with tarfile.open(tmp_path / "a.pt", "w") as archive:
+        archive.add(tmp_path / "storages", "storages")
+    with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+        read_tensors(tmp_path / "a.pt")
+    assert not list((tmp_path / "temp").iterdir())

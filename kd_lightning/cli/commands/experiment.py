@@ -19,6 +19,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.comparison import compare_runs
 from kd_lightning.runs.run import Run, run_of
+from kd_lightning.runs.student import has_student, is_taught
 
 _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
 """Callbacks that the baseline does without: it learns from labels alone."""
@@ -78,13 +79,8 @@ def baseline_of(method: Config) -> Config:
     arguments = method["model"]["init_args"]
     if arguments.get("hint_epochs") and arguments.get("lr_scheduler"):
         rank_zero_warn("lr_scheduler is meant for stage 2; the baseline follows it over all epochs")
-    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval", "num_classes")
     baseline["name"] = f"{method['name']}_alone"
-    shared_arguments = {name: arguments[name] for name in shared if name in arguments}
-    if start := arguments.get("initial_weights"):  # the first weights are no part of the method
-        loaded = {"model": arguments["student"], "path": start}
-        shared_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
-    baseline["model"] = {"class_path": "kd_lightning.SupervisedModule", "init_args": shared_arguments}
+    baseline["model"] = _model_alone(method["model"])
     baseline["data"]["init_args"] |= {"unlabeled": "none", "labeled_batch_size": None, "strong_transform": None}
     alone = build(LightningDataModule, baseline["data"])  # its samples have fine or coarse labels
     alone.prepare_data()
@@ -96,6 +92,22 @@ def baseline_of(method: Config) -> Config:
         c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in _METHOD_CALLBACKS
     ]
     return baseline
+
+
+def _model_alone(model: Config) -> Config:
+    """Return the config of a module without its teacher."""
+    arguments = model["init_args"]
+    if is_taught(model):
+        alone: Config = deepcopy(arguments["module"])
+        return alone
+    if not has_student(model):
+        raise InputError(f"experiment needs a model with a student, {model['class_path']} has none")
+    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval", "num_classes")
+    shared_arguments = {name: deepcopy(arguments[name]) for name in shared if name in arguments}
+    if start := arguments.get("initial_weights"):  # the first weights are no part of the method
+        loaded = {"model": shared_arguments["student"], "path": start}
+        shared_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
+    return {"class_path": "kd_lightning.SupervisedModule", "init_args": shared_arguments}
 
 
 def _fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:

@@ -162,8 +162,9 @@ def _evaluation_images(data: Any, run: Run) -> tuple[list[Tensor], str]:
 
 
 def _infer_task(run: Run, logits: Tensor) -> Task:
-    """Return the task of the config, or if it has none, the one that fits the shape of the logits."""
-    task: Task | None = run.model_arguments.get("task")
+    """Return the task of the run's module, or if it has none, the one that fits the shape of the logits."""
+    tasks: dict[str, Task] = {"multiclass": "multiclass", "multilabel": "multilabel", "binary": "binary"}
+    task = tasks.get(run.model_arguments.get("task") or run.metadata.get("task", ""))  # a taught module has its own
     return task or ("binary" if logits[0].numel() == 1 else "multiclass")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,6 +20,8 @@ from rich.table import Table
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from kd_lightning.errors import InputError
+from kd_lightning.inputs import arguments_of, call
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.runs.report.run_groups import Group, LeftOut, find_groups
@@ -30,6 +33,7 @@ from kd_lightning.runs.report.statistics import (
     difference,
 )
 from kd_lightning.runs.run import CONFIG, Run
+from kd_lightning.runs.student import example_inputs
 
 _COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
 
@@ -214,7 +218,7 @@ class Comparison:
         for number, group in enumerate(self.groups):
             color = f"C{number}"
             values = [100 * value for value in group.values("accuracy")]
-            if group.costs and values:
+            if key in group.costs and values:
                 spread = statistics.stdev(values) if len(values) > 1 else 0
                 at = group.costs[key]
                 cost.errorbar(at, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
@@ -266,30 +270,40 @@ def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
     """
     timers: list[tuple[Group, Timer, list[float]]] = []
     for group in groups:
-        runs = [
-            run for run in group.runs.values() if run.has_student and run.metadata.get("input_shape", "null") != "null"
-        ]
+        runs = [run for run in group.runs.values() if run.has_student and run.weights.is_file()]
         if not runs:
             continue
         run = max(runs, key=lambda run: run.started)
-        student = run.student().eval()
+        try:
+            student = run.student().eval()
+        except InputError as error:  # as of a taught module that builds its network from its data
+            rank_zero_warn(f"the cost of {run.folder} is unknown: {error}")
+            continue
         student.requires_grad_(False)  # with no_grad alone the counter fails on quantised weights
-        x = torch.zeros(1, *json.loads(run.metadata["input_shape"]))
-        with FlopCounterMode(display=False) as counter:
-            student(x)
         size = size_of(student)
         group.costs = {
             "parameters": sum(p.numel() for p in student.parameters()),
-            "macs": counter.get_total_flops() / 2,
             "precision": precision_of(student),
             "size_kb": size.stored / 1000,
         }
         if quantized_layers(student):
             group.costs["coded_kb"] = size.coded / 1000
+        x = example_inputs(run.metadata)
+        if x is None:
             continue
-        timers.append(
-            (group, Timer("with no_grad(): net(x)", globals={"net": student, "x": x, "no_grad": torch.no_grad}), [])
-        )
+        try:
+            with FlopCounterMode(display=False) as counter:
+                call(student, x)
+        except Exception as error:  # of a network that does not run on zeros, or in eval mode, can be anything
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            rank_zero_warn(f"MACs and latency of {run.folder} are unknown: its student fails on zeros: {reason}")
+            continue
+        group.costs["macs"] = counter.get_total_flops() / 2
+        if quantized_layers(student):
+            continue
+        args, kwargs = arguments_of(x)
+        names = {"net": student, "args": args, "kwargs": kwargs, "no_grad": torch.no_grad}
+        timers.append((group, Timer("with no_grad(): net(*args, **kwargs)", globals=names), []))
     for _ in range(rounds):
         for _, timer, times in timers:
             times.append(timer.blocked_autorange(min_run_time=0.05).median * 1000)

@@ -304,7 +304,7 @@ def test_network_that_cannot_be_exported(tmp_path):
 
 
 def test_task():
-    run = SimpleNamespace(model_arguments={"task": "multilabel"})
+    run = SimpleNamespace(model_arguments={"task": "multilabel"}, metadata={})
     assert _infer_task(run, torch.zeros(2, 1)) == "multilabel"
     run.model_arguments = {}
     assert [_infer_task(run, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
@@ -312,6 +312,8 @@ def test_task():
         "binary",
         "multiclass",
     ]
+    for metadata, task in (({"task": "multilabel"}, "multilabel"), ({"task": "null"}, "multiclass")):
+        assert _infer_task(SimpleNamespace(model_arguments={}, metadata=metadata), torch.zeros(2, 3)) == task
 
 
 def test_checkpoint_and_format(run, tmp_path, capsys):
