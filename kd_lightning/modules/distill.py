@@ -59,6 +59,8 @@ class DistillModule(SupervisedModule):
         check_two_networks("teacher", teacher, student)
         self.save_hyperparameters("soft_weight")
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
+        if self.teacher is not None:
+            self.teacher.share_layers(student)
         if self.teacher is not None and self.teacher.missing_classes:
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
         self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)

@@ -106,6 +106,7 @@ class EnsembleDistillModule(SupervisedModule):
         )
         for number, teacher in enumerate(self.ensemble or ()):
             check_two_networks(f"teachers[{number}]", teacher, student)
+            teacher.share_layers(student)
         self.strategy = strategy
         self.weights_by_confidence = isinstance(teacher_weights, str)
         self.draw_per = draw_per

@@ -138,9 +138,10 @@ class HintModule(DistillModule):
         try:
             batch = batch.to(self.device)
             no_autocast = torch.autocast(self.device.type, enabled=False)
-            with torch.no_grad(), no_autocast, torch.random.fork_rng(devices=[]):
-                teacher_x = self.teacher.prepare(map_inputs(torch.clone, batch.teacher_x))  # it may change them
-            self.projectors.build_from_networks(self.student, batch.x, self.teacher.network, teacher_x, self.call)
+            with self.teacher.evaluating():
+                with torch.no_grad(), no_autocast, torch.random.fork_rng(devices=[]):
+                    teacher_x = self.teacher.prepare(map_inputs(torch.clone, batch.teacher_x))  # it may change them
+                self.projectors.build_from_networks(self.student, batch.x, self.teacher.network, teacher_x, self.call)
         except (RuntimeError, TypeError) as error:
             reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
             raise InputError(f"hints: {reason}") from error

@@ -156,7 +156,7 @@ class Teaching(nn.Module):
         self.class_dim = class_dim
         self.mask = mask
         self.unlabeled = unlabeled
-        self._calls = NetworkCalls(module, network, teacher, output)  # type: ignore[arg-type]
+        self._calls = NetworkCalls(module, network, teacher, output)
         self._takes_target = _takes_target(self.soft_loss)
         # in this epoch: training steps, losses with a soft term, and with a hard one
         self._steps = self._soft_losses = self._hard_losses = 0

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -278,6 +279,12 @@ class Ensemble(nn.Module):
 
     def _as_one(self, batch: Batch) -> list[Tensor]:
         """Compute every teacher's outputs in one forward pass."""
+        with ExitStack() as stack:
+            for teacher in self:
+                stack.enter_context(teacher.evaluating())
+            return self._compute_as_one(batch)
+
+    def _compute_as_one(self, batch: Batch) -> list[Tensor]:
         inputs: list[Any] = [teacher.prepare(batch.teacher_x) for teacher in self]
         if not all(isinstance(x, Tensor) for x in inputs):
             raise InputError(f"use_vmap needs inputs of one tensor, got {describe(batch.teacher_x)}; set it to false")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs, tensors_of
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
+from kd_lightning.teachers.preprocess import Preprocess
 
 CHECK_EVERY = 500
 """Number of batches of which one is always compared with the inputs of its stored outputs."""
@@ -34,8 +36,8 @@ class Teacher(nn.Module):
 
     Args:
         network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
-        preprocess: Applied to the student's inputs before the network, if the teacher was trained on inputs of another
-            normalisation or size.
+        preprocess: Applied to the student's inputs (B, ...) before the network, if the teacher was trained on inputs of
+            another normalisation or size: a network, a transform of torchvision (v1 or v2), or any function.
         classes: For each output of the network, the student's class, each class at most once, or None for a class that
             the student does not have. Then probabilities are those among the student's classes. A teacher may know only
             some of the classes; ``EnsembleDistillModule`` combines such teachers. Default: None, which means the
@@ -66,7 +68,7 @@ class Teacher(nn.Module):
         self,
         network: nn.Module,
         *,
-        preprocess: nn.Module | None = None,
+        preprocess: nn.Module | Callable[..., Any] | None = None,
         classes: list[int | None] | None = None,
         device: str | None = None,
         cache: str | Path | None = None,
@@ -80,6 +82,8 @@ class Teacher(nn.Module):
             raise InputError(f"cache_top_k must be at least 1, got {cache_top_k}")
         if cache is not None and not str(cache).strip():
             raise InputError("cache must name a folder, got an empty name")
+        if preprocess is not None and not isinstance(preprocess, nn.Module):
+            preprocess = Preprocess(preprocess)
         # in a tuple, so that nn.Module does not register them
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
         self.classes = classes
@@ -95,12 +99,14 @@ class Teacher(nn.Module):
         self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
         self._inputs_changed = False
         self._copies_inputs: bool | None = None  # None until the first pass
+        self._shared_layers: tuple[nn.Module, ...] = ()  # with the student
         self._architecture: str | None = None
         self._identity = TeacherFingerprint(self._hidden)
+        self._first_modes = {layer: layer.training for module in self._hidden for layer in module.modules()}
         for module in self._hidden:
             module.eval()
             for parameter in module.parameters():  # nn.Module.requires_grad_ does not work for TorchScript
-                parameter.requires_grad_(False)
+                freeze(parameter)
             if device is not None:
                 module.to(device)
 
@@ -110,8 +116,7 @@ class Teacher(nn.Module):
         return self._hidden[-1]
 
     def prepare(self, x: Inputs) -> Inputs:
-        """Preprocess the student's inputs for the network, on the teacher's device."""
-        self._set_eval()
+        """Preprocess the student's inputs for the network, on the teacher's device; see :meth:`evaluating`."""
         if self.device is not None:
             x = map_inputs(lambda tensor: tensor.to(self.device), x)
         for preprocess in self._hidden[:-1]:
@@ -139,16 +144,16 @@ class Teacher(nn.Module):
 
         A network that changes its inputs in place gets a copy of them: they are the student's, too.
         """
-        self._set_eval()
         given: Any = (args, kwargs)
         if self._copies_inputs is not False:
             given = map_inputs(torch.clone, given)
         versions = [*map(_version, tensors_of(given))]
         args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
         try:
-            for preprocess in self._hidden[:-1]:
-                args, kwargs = arguments_of(preprocess(*args, **kwargs))
-            output = self.network(*args, **kwargs)
+            with self.evaluating():
+                for preprocess in self._hidden[:-1]:
+                    args, kwargs = arguments_of(preprocess(*args, **kwargs))
+                output = self.network(*args, **kwargs)
         finally:
             is_changed = versions != [*map(_version, tensors_of(given))]
             if is_changed and self._copies_inputs is False:
@@ -157,10 +162,25 @@ class Teacher(nn.Module):
         self._identity.note_forward()
         return output
 
-    def _set_eval(self) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the block in eval mode. Layers that the student has, too, have their own mode again after it."""
+        modes = [layer.training for layer in self._shared_layers]
         for module in self._hidden:
             if any(part.training for part in layers_of(module)):  # another module may hold it and call .train()
                 module.eval()  # slower than the check above
+        try:
+            yield
+        finally:
+            for layer, training in zip(self._shared_layers, modes, strict=True):
+                layer.training = training
+
+    def share_layers(self, student: nn.Module) -> None:
+        """Note which layers the student has, too: outside this teacher's passes they have the student's mode."""
+        own = {layer for module in self._hidden for layer in module.modules()}
+        self._shared_layers = tuple(layer for layer in student.modules() if layer in own)
+        for layer in self._shared_layers:
+            layer.training = self._first_modes.get(layer, layer.training)
 
     def stored(self, batch: Batch) -> Tensor | None:
         """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
@@ -285,6 +305,18 @@ class Teacher(nn.Module):
 def _version(tensor: Tensor) -> int:
     """Return a number that increases with each change in place; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def freeze(parameter: Tensor) -> None:
+    """Freeze a parameter, and note on it if it was trained before, see :func:`was_trained`."""
+    if parameter.requires_grad:
+        parameter.requires_grad_(False)
+        parameter._is_frozen_by_teacher = True  # type: ignore[attr-defined]
+
+
+def was_trained(parameter: Tensor) -> bool:
+    """Whether a parameter is trained, or was until a teacher froze it."""
+    return parameter.requires_grad or getattr(parameter, "_is_frozen_by_teacher", False)
 
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:

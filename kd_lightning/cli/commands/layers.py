@@ -61,7 +61,8 @@ class LayersCLI(InspectCLI):
         self.networks = {"student": list_layers(student, x, run)}
         teacher = getattr(model, "teacher", getattr(getattr(model, "teaching", None), "teacher", None))
         if isinstance(teacher, Teacher):
-            self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(teacher_x))
+            with teacher.evaluating():
+                self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(teacher_x))
 
 
 class _Called(Exception):  # noqa: N818  (not an error: it ends a training step)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
 from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.ensemble import Ensemble
-from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.teacher import Teacher, was_trained
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -66,7 +67,9 @@ def check_start(student: nn.Module, trainer: Trainer | None, stage: str) -> None
 
 
 def check_two_networks(name: str, network: nn.Module | None, student: nn.Module) -> None:
-    """Raise InputError if a network is the student, or has parameters of it.
+    """Raise InputError if a network is the student, or shares with it what training changes.
+
+    Both may have parameters that were frozen before: the student may be the frozen network with adapters of its own.
 
     Args:
         name: Name of the network in the message.
@@ -77,14 +80,23 @@ def check_two_networks(name: str, network: nn.Module | None, student: nn.Module)
     if network is None:
         return
     names = {id(parameter): key for key, parameter in student.named_parameters()}
-    shared = [names[id(parameter)] for parameter in network.parameters() if id(parameter) in names]
+    shared = {names[id(p)]: p for p in network.parameters() if id(p) in names}
     if network is student or (shared and len(shared) == len(names)):
         raise InputError(f"{name} and student must be two networks, got the same network twice")
-    if shared:
+    trained = [key for key, parameter in shared.items() if was_trained(parameter)]
+    if trained:
         raise InputError(
-            f"{name} and student must have parameters of their own, got {len(shared)} that are in both, such as "
-            f"{shared[0]}; give one of them a copy (copy.deepcopy)"
+            f"{name} and student must have parameters of their own, got {len(trained)} that are in both, such as "
+            f"{', '.join(trained[:3])}; give one of them a copy (copy.deepcopy), or freeze them first "
+            "(requires_grad_(False)) if the student is the frozen network with adapters"
         )
+    own = {*network.modules()}
+    for key, layer in student.named_modules():
+        if layer in own and isinstance(layer, _BatchNorm) and layer.track_running_stats:
+            raise InputError(
+                f"{name} and student must not share BatchNorm, got {key} in both: the student's passes would change "
+                "its statistics; give the student a copy (copy.deepcopy)"
+            )
 
 
 def check_different_teachers(ensemble: Ensemble) -> None:

@@ -48,10 +48,10 @@ class NetworkCalls:
         batch: The batch of the step.
     """
 
-    def __init__(self, module: nn.Module, path: str, teacher: Teacher, output: Output | None) -> None:
+    def __init__(self, module: nn.Module, path: str, teacher: Teacher | None, output: Output | None) -> None:
         self.module = module
         self.path = path
-        self.teacher = teacher
+        self.teacher: Any = teacher  # or None
         self.output = output
         self.recorded: list[Call] = []
         self.batch: Any = None
@@ -88,6 +88,8 @@ class NetworkCalls:
         ]
         self._network = network
         check_two_networks("teacher", self.teacher, network)
+        if self.teacher is not None:  # as it is for test and predict
+            self.teacher.share_layers(network)
 
     @contextmanager
     def watch(self, batch: Any) -> Iterator[None]:
@@ -127,7 +129,8 @@ class NetworkCalls:
         """Return the teacher's logits for a call."""
         batch, inputs = self.batch, None
         if isinstance(batch, Batch) and _is_call_of(batch.x, args, kwargs):
-            if (stored := self.teacher.stored(batch)) is not None:
+            stored: Tensor | None = self.teacher.stored(batch)
+            if stored is not None:
                 return stored
             inputs = batch.teacher_inputs
         elif isinstance(batch, Mapping):
