@@ -1,7 +1,7 @@
 """Few labels and many images: every mode of self-training against the labels alone, and against scikit-learn.
 
-Run: python benchmarks/few_labels.py [--splits 5] [--store FILE] [--processes 2]     (about 8 minutes)
-     python benchmarks/few_labels.py --settings [--store FILE] [--processes 2]       (selects the settings; 6)
+Run: python benchmarks/few_labels.py [--splits 5] [--store FILE] [--processes 2]     (about 20 minutes)
+     python benchmarks/few_labels.py --settings [--store FILE] [--processes 2]       (selects the settings; 4)
 
 Digits: 1197 training images and 600 test images. Of the training images, 20, 40 or 100 have a label; the rest are the
 pool. All modes have one network of 6274 weights, DigitsCNN(8), the same number of steps, the same schedule, and the
