@@ -1,12 +1,13 @@
 """The training modules: one method, one file, one class."""
 
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.co_teaching import CoTeachingModule
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.hint import HintModule
 from kd_lightning.modules.pseudo_label import PseudoLabelModule
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.modules.supervised import SupervisedModule
 
 __all__ = [
     "SupervisedModule",

@@ -16,10 +16,10 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.modules.supervised import LossTerm
 from kd_lightning.runs.report.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
 from kd_lightning.teachers.teacher import Teacher, check_outputs

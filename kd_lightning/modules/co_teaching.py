@@ -23,7 +23,8 @@ from kd_lightning.losses.base import (
 )
 from kd_lightning.losses.coarse import coarse_rows
 from kd_lightning.modules._shared.checks import check_trainable, check_two_networks
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules.supervised import SupervisedModule
 
 
 class CoTeachingModule(SupervisedModule):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe

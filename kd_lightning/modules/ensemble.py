@@ -25,9 +25,10 @@ from kd_lightning.modules._shared.checks import (
 )
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
 from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.ensemble import Ensemble, weighted_choice
 from kd_lightning.teachers.findings import Finding

@@ -25,12 +25,12 @@ from kd_lightning.modules._shared.first_inputs import first_inputs, first_rows, 
 from kd_lightning.modules._shared.frozen_statistics import batch_norms_without, frozen_statistics
 from kd_lightning.modules._shared.hint_figure import hint_figure
 from kd_lightning.modules._shared.hint_means import HintMeans
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.schedules import check_schedule, check_schedules
 from kd_lightning.modules._shared.stage_callbacks import check_monitors, pause_early_stopping, reset_best
 from kd_lightning.modules._shared.stage_gradients import check_first_gradients, with_all_gradients
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.modules.supervised import LossTerm
 from kd_lightning.runs.report.log_figure import log_figure
 
 _SAMPLES = 4  # that the projectors are built from and the figures are drawn of

@@ -18,7 +18,8 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.modules._shared.checks import check_choice
-from kd_lightning.modules.supervised import LossTerm, SupervisedModule
+from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
 from kd_lightning.pseudo_labels.table import check_classes, check_threshold
 

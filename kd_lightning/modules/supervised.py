@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -34,6 +34,7 @@ from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.hard_loss import hard_loss_of, must_synchronize
 from kd_lightning.modules._shared.lean_module import LeanModule
+from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
@@ -44,13 +45,6 @@ from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
 
 _MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
-
-
-class LossTerm(NamedTuple):
-    """One term of the objective, ``weight * value``. The logged value is unweighted."""
-
-    weight: float
-    value: Tensor
 
 
 class SupervisedModule(LeanModule):
@@ -262,7 +256,7 @@ class SupervisedModule(LeanModule):
         except ValueError as error:
             explain_single_row(error, len(batch))
             raise
-        loss = _weighted_sum(terms)
+        loss = weighted_sum(terms)
         if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
             self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_synchronize(loss):
@@ -410,16 +404,6 @@ class SupervisedModule(LeanModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
         return build_optimizers(self, build_optimizer(self, self.parameters()))
-
-
-def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
-    """Return the sum of weight * value, a scalar."""
-    (first_weight, first), *others = terms.values()
-    loss = first.sum() if first.ndim else first
-    loss = loss if first_weight == 1.0 else first_weight * loss
-    for weight, value in others:
-        loss = torch.add(loss, value.sum() if value.ndim else value, alpha=weight)
-    return loss
 
 
 def _metric_name(prefix: str, name: str, loader: int) -> str:
