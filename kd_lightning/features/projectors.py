@@ -208,6 +208,11 @@ class Projectors(nn.ModuleDict):
             for name, layer in self.hints.items()
         ]
 
+    def are_frozen_below(self, student: nn.Module) -> bool:
+        """Whether no parameter that the guided layers depend on requires a gradient."""
+        parameters = student.named_parameters()
+        return not any(p.requires_grad for name, p in parameters if name in self.guided_parameters)
+
     def describe(self) -> str:
         """Describe the pairs, their shapes, and the number of parameters."""
         pairs = zip(self.hints.items(), self.shapes, strict=True)
@@ -224,14 +229,16 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_gradients(outputs: Iterable[tuple[str, Tensor]]) -> None:
+def check_gradients(outputs: Iterable[tuple[str, Tensor]], are_frozen: Callable[[], bool] = lambda: False) -> None:
     """Raise InputError if the output of a guided layer has no gradient.
 
     Args:
         outputs: Names of guided layers, and their outputs in a pass with gradients.
+        are_frozen: Whether all parameters below are frozen at present, as a callback does for some epochs. Then there
+            is no error.
     """
     for name, output in outputs:
-        if not output.requires_grad:
+        if not output.requires_grad and not are_frozen():
             raise InputError(
                 f"hints: the output of the student's layer {name} has no gradient, so that nothing below it learns; "
                 "all parameters below it are frozen, it is detached, or it lies in gradient checkpointing with "

@@ -188,7 +188,7 @@ class HintModule(DistillModule):
     def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> Tensor:
         """Return the sum of the pairs' hint losses."""
         if torch.is_grad_enabled():
-            check_gradients(guided.items())
+            check_gradients(guided.items(), partial(self.projectors.are_frozen_below, self.student))
         values = self._distances(guided, hints, rows)
         if self._trainer is not None and self.trainer.training:
             for name, value in values.items():
