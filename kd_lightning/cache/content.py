@@ -50,7 +50,7 @@ _BOOKKEEPING = {kind: ({*vars(kind())} | _COMPILED) - _CONTENT for kind in (Ligh
 # attributes of classes that do not count
 _OF_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__slots__", "__firstlineno__", "_abc_impl"}
 _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
-_OF_CLASSES |= {"__static_attributes__", "__conditional_annotations__"}
+_OF_CLASSES |= {"__slotnames__", "__static_attributes__", "__conditional_annotations__"}
 
 
 def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: bool = True) -> str:

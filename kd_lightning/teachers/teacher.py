@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from kd_lightning.batch import Batch
 from kd_lightning.cache.content import fingerprint
@@ -20,6 +21,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs, tensors_of
+from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
 from kd_lightning.teachers.preprocess import Preprocess
 
@@ -35,7 +37,8 @@ class Teacher(nn.Module):
     ``.to(...)``.
 
     Args:
-        network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place.
+        network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place. A
+            program of ``torch.export`` becomes an :class:`~kd_lightning.teachers.ExportedNetwork`.
         preprocess: Applied to the student's inputs (B, ...) before the network, if the teacher was trained on inputs of
             another normalisation or size: a network, a transform of torchvision (v1 or v2), or any function.
         classes: For each output of the network, the student's class, each class at most once, or None for a class that
@@ -66,7 +69,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | ExportedProgram,
         *,
         preprocess: nn.Module | Callable[..., Any] | None = None,
         classes: list[int | None] | None = None,
@@ -76,6 +79,10 @@ class Teacher(nn.Module):
         cache_top_k: int | None = None,
     ) -> None:
         super().__init__()
+        if is_exported(network):
+            network = ExportedNetwork(network)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"teacher must be a network, got {type(network).__name__}")
         if cache_dtype not in ("float16", "float32"):
             raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
         if cache_top_k is not None and cache_top_k < 1:
