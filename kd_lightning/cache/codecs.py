@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,23 +58,30 @@ class DenseCodec:
 class TopKCodec:
     """Stores the k largest logits and their classes. The other classes share the rest of the probability evenly.
 
+    Outputs that are none of the student's classes do not count: they are not stored, and have no share.
+
     At temperature 1 the probabilities of the k classes are exact, and so is the sum of the others. At T > 1 the sum of
     the others is too small (Jensen's inequality), the more so the more their logits differ.
 
     Args:
         classes: C.
         dtype: ``"float16"`` or ``"float32"``.
-        k: Number of logits to store, at least 1 and below C.
+        k: Number of logits to store, at least 1 and below the number of outputs that count.
+        kept: Numbers of the outputs that count. Logits of others are minus infinity when they are read. Default: None,
+            which means all.
 
     Raises:
         InputError: If k is out of range.
     """
 
-    def __init__(self, classes: int, dtype: str, k: int) -> None:
-        if not 1 <= k < classes:
-            raise InputError(f"cache_top_k must be at least 1 and below the number of classes, {classes}, got {k}")
+    def __init__(self, classes: int, dtype: str, k: int, kept: Sequence[int] | None = None) -> None:
+        count = classes if kept is None else len(kept)
+        if not 1 <= k < count:
+            raise InputError(f"cache_top_k must be at least 1 and below the number of classes, {count}, got {k}")
         self.name = f"{dtype} logits of the {k} likeliest of {classes} classes"
+        self.name += "" if kept is None else f", among {[*kept]}"
         self.classes = classes
+        self.kept = None if kept is None else torch.tensor(kept)
         self.k = k
         value = np.dtype(dtype).newbyteorder("<")
         self.record = np.dtype([("values", value, (k,)), ("rest", value), ("classes", "<u4", (k,))])
@@ -81,9 +89,10 @@ class TopKCodec:
 
     def encode(self, logits: Tensor) -> Bytes | None:
         """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
-        logits = logits.float()
+        logits = logits.float() if self.kept is None else logits.float()[:, self.kept]
         top, classes = logits.topk(self.k, dim=1)
-        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(self.classes - self.k)
+        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(logits.shape[1] - self.k)
+        classes = classes if self.kept is None else self.kept[classes]
         values = _cast(torch.cat([top, rest[:, None]], dim=1), self.record["rest"])
         if values is None:
             return None
@@ -96,6 +105,8 @@ class TopKCodec:
         records = rows.view(self.record).reshape(len(rows))
         rest = torch.from_numpy(records["rest"].astype(np.float32))
         logits = rest[:, None].repeat(1, self.classes)
+        if self.kept is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy_(1, self.kept, logits[:, self.kept])
         classes = torch.from_numpy(records["classes"].astype(np.int64))
         return logits.scatter_(1, classes, torch.from_numpy(records["values"].astype(np.float32)))
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Set, ValuesView
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from kd_lightning.cache.tensors import parts_of
 from kd_lightning.errors import InputError
 
+Code = bool | Literal["functions"]
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_ATOMS, type(...), PurePath, torch.dtype, torch.device, torch.Size)
 # code that counts by its name only: of these packages, and of the standard library, which lies in these folders
@@ -53,7 +54,7 @@ _OF_CLASSES |= {"__annotations__", "__annotate__", "__annotate_func__", "__annot
 _OF_CLASSES |= {"__slotnames__", "__static_attributes__", "__conditional_annotations__"}
 
 
-def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: bool = True) -> str:
+def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: Code = True) -> str:
     """Compute the SHA-256 of an object's class, its code, and all its attributes. It is the same in every process.
 
     Functions, lambdas and methods count by their code, defaults and closure, and by the functions, classes and values
@@ -67,7 +68,7 @@ def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: bool = True) -
         without: Objects inside it that do not count.
         code: Whether code counts. If not, classes and functions count by name, and devices, types of numbers, absolute
             paths, hooks and random generators do not count: the result is the same on another machine and for another
-            version.
+            version. ``"functions"``: functions and lambdas count by their code as well.
 
     Raises:
         InputError: If the object is nested too deeply.
@@ -83,11 +84,11 @@ def fingerprint(thing: Any, without: Iterable[Any] = (), *, code: bool = True) -
     return digest.hexdigest()
 
 
-def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]], code: bool) -> None:
+def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, Any]], code: Code) -> None:
     if isinstance(thing, nn.Module):
         thing = getattr(thing, "_orig_mod", thing)  # as it is without torch.compile
     if isinstance(thing, _PLAIN) and not isinstance(thing, Enum) and _is_known(type(thing)):
-        if code or not _is_of_machine(thing):
+        if code is True or not _is_of_machine(thing):
             update(f"{type(thing).__name__}:{thing!r};".encode())
         return
     if id(thing) in seen:  # also ends cycles
@@ -120,7 +121,7 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
     elif isinstance(thing, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         go(*_program(thing))
     elif isinstance(thing, Mapping | Set | list | tuple | deque | ValuesView):
-        if code and isinstance(thing, list) and all(map(_is_row, thing)):
+        if code is True and isinstance(thing, list) and all(map(_is_row, thing)):
             update(repr([*thing]).encode())  # in one step, since lists of files are long
         else:
             go(*_items(thing, code))
@@ -144,7 +145,7 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
     elif isinstance(thing, type):
         for kind in thing.__mro__:
             go(f"{kind.__module__}.{kind.__qualname__}")
-            if code and not _is_known(kind):
+            if code is True and not _is_known(kind):
                 go({name: value for name, value in vars(kind).items() if name not in _OF_CLASSES})
     elif isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
         go(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)}")
@@ -154,14 +155,14 @@ def _feed(thing: Any, update: Callable[[Any], None], seen: dict[int, tuple[int, 
     elif isinstance(thing, types.GeneratorType):
         frame = thing.gi_frame
         go(
-            _code(thing.gi_code) if code else thing.__qualname__,
+            _code(thing.gi_code) if code is True else thing.__qualname__,
             None if frame is None else [frame.f_lasti, {**frame.f_locals}, thing.gi_yieldfrom],
         )
     elif isinstance(thing, memoryview):
         go(thing.format, thing.shape, thing.tobytes())
-    elif isinstance(thing, torch.Generator) and code:
+    elif isinstance(thing, torch.Generator) and code is True:
         go(thing.get_state())
-    elif not isinstance(thing, _SERVICES) and (code or not isinstance(thing, _GENERATORS)):
+    elif not isinstance(thing, _SERVICES) and (code is True or not isinstance(thing, _GENERATORS)):
         go(type(thing))
         reduced = _reduced(thing)
         state = {} if reduced is not None and _is_known(type(thing)) else _state(thing, code)
@@ -187,13 +188,13 @@ def _is_of_machine(thing: Any) -> bool:
     )
 
 
-def _items(thing: Any, code: bool) -> Iterable[Any]:
+def _items(thing: Any, code: Code) -> Iterable[Any]:
     if isinstance(thing, Mapping):
         return (part for item in thing.items() for part in item)
     return sorted(fingerprint(part, code=code) for part in thing) if isinstance(thing, Set) else thing
 
 
-def _state(thing: Any, code: bool) -> dict[str, Any]:
+def _state(thing: Any, code: Code) -> dict[str, Any]:
     """The attributes of an object, slots included."""
     state = {**getattr(thing, "__dict__", {})}
     for kind in type(thing).__mro__:
@@ -206,7 +207,7 @@ def _state(thing: Any, code: bool) -> dict[str, Any]:
     if isinstance(thing, nn.Module):
         hooks = [*getattr(thing, "_forward_pre_hooks", {}).values(), *getattr(thing, "_forward_hooks", {}).values()]
         state = attributes_of(thing, state)
-        state |= {"hooks": hooks} if hooks and code else {}  # without their numbers, which count all of the process
+        state |= {"hooks": hooks} if hooks and code is True else {}  # without their numbers, which count all of the process
     return state
 
 
@@ -245,11 +246,22 @@ def _reduced(thing: Any) -> list[Any] | None:
 
 
 def _program(script: Any) -> list[Any]:
-    """Code, constants and weights of a TorchScript program, without the line numbers of its source."""
+    """Code, constants and weights of a TorchScript program, without line numbers and the example inputs of a trace."""
     with zipfile.ZipFile(io.BytesIO(script.save_to_buffer())) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}  # without the archive's own name
-        kept = (key for key in sorted(names) if not key.startswith(".data/") and not key.endswith(".debug_pkl"))
-        return [(key, archive.read(names[key])) for key in kept]
+        kept = [key for key in names if not key.startswith((".data/", "traced_inputs")) and ".debug_pkl" not in key]
+        files = {key: archive.read(names[key]) for key in sorted(kept, key=lambda key: (key != "data.pkl", key))}
+    numbers: dict[bytes, bytes] = {}  # of classes of one name, which count all of the process
+
+    def numbered(text: bytes) -> bytes:
+        def replace(match: re.Match[bytes]) -> bytes:
+            return b"_mangle_" + numbers.setdefault(match[1], str(len(numbers)).encode())
+
+        return re.sub(rb"_mangle_(\d+)", replace, text)
+
+    for text in files.values():  # data.pkl comes first, which names the classes in the order of the modules
+        numbered(text)
+    return sorted((numbered(key.encode()).decode(), numbered(text)) for key, text in files.items())
 
 
 def _is_known(thing: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +16,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
+from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
@@ -22,6 +24,7 @@ from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.runs.report.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
+from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 Scheme = Literal["joint", "fixed_teacher", "finetune"]
@@ -103,6 +106,7 @@ class ApprenticeModule(DistillModule):
         self.teacher_optimizer = teacher_optimizer
         self.mutual = mutual
         self.initial_weights = initial_weights
+        self._teacher_heads = AuxiliaryHeads()
         if initial_weights is not None:
             load_weights(student, initial_weights)
 
@@ -120,6 +124,8 @@ class ApprenticeModule(DistillModule):
             "soft": LossTerm(self.soft_weight, self.soft_loss(logits, target.detach(), batch.y)),
             "teacher_hard": LossTerm(self.teacher_weight, teacher_hard),
         }
+        if (value := self._teacher_heads.hard_term(self, batch)) is not None:
+            terms["teacher_auxiliary_hard"] = LossTerm(self.teacher_weight * self.auxiliary_weight, value)
         if self.mutual:
             soft = self.soft_loss(target, logits.detach(), batch.y)
             terms["teacher_soft"] = LossTerm(self.teacher_weight * self.soft_weight, soft)
@@ -129,7 +135,10 @@ class ApprenticeModule(DistillModule):
         """Return the teacher's logits, in scheme A with a gradient."""
         if self.teacher is None or isinstance(self.teacher, Teacher):
             return super().teacher_logits(batch)
-        return logits_of(self.call(self.teacher, batch.x), "the teacher")
+        output = self.call(self.teacher, batch.teacher_x)
+        if not isinstance(output, Tensor) and torch.is_grad_enabled():
+            self._teacher_heads.record(batch.x, output)
+        return logits_of(output, "the teacher")
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """Compute the logits each time in scheme A, where the teacher changes."""
@@ -177,6 +186,8 @@ def _check_trainable(teacher: nn.Module, student: nn.Module) -> nn.Module:
     """Return the teacher of scheme A; raise InputError if it cannot train beside the student."""
     if isinstance(teacher, Teacher):
         raise InputError("teacher: scheme joint trains it; give the network itself, not a frozen Teacher around it")
+    if is_exported(teacher) or isinstance(teacher, ExportedNetwork):
+        raise InputError("teacher: scheme joint trains it, but a program of torch.export stays in eval mode")
     if not any(p.requires_grad for p in teacher.parameters()):
         raise InputError("teacher: scheme joint trains it, but none of its parameters requires a gradient")
     check_two_networks("teacher", teacher, student)

@@ -102,11 +102,12 @@ class EnsembleDistillModule(SupervisedModule):
                 raise InputError(f"teacher_weights: confidence is for strategy average, got strategy {strategy!r}")
         self.save_hyperparameters("strategy", "teacher_weights", "draw_per", "soft_weight")
         weights = None if isinstance(teacher_weights, str) else teacher_weights
+        for number, teacher in enumerate(teachers if isinstance(teachers, list | tuple | nn.ModuleList) else ()):
+            check_two_networks(f"teachers[{number}]", teacher, student)
         self.ensemble = (
             None if teachers is None else Ensemble(teachers, task=self.task, weights=weights, use_vmap=use_vmap)
         )
-        for number, teacher in enumerate(self.ensemble or ()):
-            check_two_networks(f"teachers[{number}]", teacher, student)
+        for teacher in self.ensemble or ():
             teacher.share_layers(student)
         self.strategy = strategy
         self.weights_by_confidence = isinstance(teacher_weights, str)

@@ -18,6 +18,7 @@ from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.network_calls import Call, NetworkCalls, Output
+from kd_lightning.modules._shared.soft_loss import check_top_k
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
@@ -153,6 +154,7 @@ class Teaching(nn.Module):
         self.teacher: Any = teacher  # or None
         self.network = network
         self.soft_loss = KDLoss() if soft_loss is None else soft_loss
+        check_top_k(self.soft_loss, [teacher])
         self.class_dim = class_dim
         self.mask = mask
         self.unlabeled = unlabeled

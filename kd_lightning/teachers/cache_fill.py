@@ -26,6 +26,7 @@ from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
 from kd_lightning.cache.store import OutputCache, format_size
 from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import map_inputs
 from kd_lightning.ranks import gather, on_all_ranks
 from kd_lightning.teachers.teacher import Teacher
 
@@ -189,8 +190,10 @@ class _CacheFill:
         passes = []
         for seed in (0, 1):
             torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-            (rows,) = map(self._outputs, self.table.read([numbers], seed))
-            passes.append(rows)
+            (batch,) = self.table.read([numbers], seed)
+            if self.teacher.has_preprocess and not seed:
+                self._check_preprocess(batch)
+            passes.append(self._outputs(batch))
         first, again = passes
         if (first.views != again.views).any() or (first.inputs != again.inputs).any():
             raise InputError(
@@ -203,6 +206,18 @@ class _CacheFill:
             raise InputError("cache: the teacher's outputs for the same batch differ in each pass; remove cache")
         return _Sample(numbers, first)
 
+    def _check_preprocess(self, batch: Batch) -> None:
+        """Raise InputError if the preprocessing draws random numbers, which few passes may not show."""
+        x = map_inputs(torch.clone, move_batch(self.trainer, self.table.finish(batch)).teacher_x)
+        before = _random_states()
+        with torch.no_grad(), self.teacher.evaluating():
+            self.teacher.prepare(x)
+        if before != _random_states():
+            raise InputError(
+                "cache: the teacher's preprocess draws random numbers, so that its stored outputs would belong to one "
+                "draw; remove it, or remove cache"
+            )
+
     @property
     def _noise(self) -> float:
         """Tolerance for rounding, as a share of the largest logit, since kernels differ in the order of sums."""
@@ -213,7 +228,11 @@ class _CacheFill:
             return DenseCodec(shape.numel(), dtype)
         if len(shape) != 1:
             raise InputError(f"cache_top_k needs logits (B, C), got {['B', *shape]}")
-        return TopKCodec(shape.numel(), dtype, self.teacher.cache_top_k)
+        classes = self.teacher.classes
+        kept = None
+        if classes is not None and None in classes:
+            kept = [output for output, number in enumerate(classes) if number is not None]
+        return TopKCodec(shape.numel(), dtype, self.teacher.cache_top_k, kept)
 
     def _open(self, codec: Codec, version: int, sample: _Sample) -> StoredOutputs:
         """Open a table, and drop its damaged parts. Tables of other data have other versions."""
@@ -343,6 +362,14 @@ class _CacheFill:
 
     def _any_rank(self, condition: bool) -> bool:
         return any(gather(self.trainer, condition))
+
+
+def _random_states() -> list[Any]:
+    """Return the states of the global random generators."""
+    devices = [*torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+    (_, keys, *rest) = np.random.get_state()
+    states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
+    return [*states, np.asarray(keys).tobytes(), rest, random.getstate()]
 
 
 def _largest(logits: Tensor) -> float:

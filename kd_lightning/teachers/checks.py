@@ -156,6 +156,8 @@ def normalisation(
     chance, _ = _chance(matched, task)
     if chance == 1 or (matched.accuracy - chance) / (1 - chance) >= POOR:
         return Finding(name, "not checked: the teacher is good enough"), matched
+    if any(batch.teacher_inputs is not None for batch in batches):
+        return Finding(name, "not checked: the batches have inputs of their own for the teacher"), matched
     is_image = isinstance(batches[0].x, Tensor) and batches[0].x.ndim == 4
     if not is_image or (present is None and min(batch.x.min() for batch in batches) < 0):
         return Finding(
@@ -184,7 +186,7 @@ def normalisation(
         return Finding(name, "none of the usual ones makes the teacher much better"), matched
     values = {key: [float(f"{v:.5g}") for v in getattr(best_transform, key)] for key in ("mean", "std")}
     hint = f"Teacher(network, preprocess=v2.Normalize({values['mean']}, {values['std']}))"
-    if len(teacher._hidden) > 1:
+    if teacher.has_preprocess:
         hint += " before its present preprocess"
     hint += "; in YAML preprocess: {class_path: torchvision.transforms.v2.Normalize, "
     hint += f"init_args: {{mean: {values['mean']}, std: {values['std']}}}}}"

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.utils._pytree import tree_map
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import describe
+from kd_lightning.inputs import arguments_of, describe, map_inputs
 from kd_lightning.losses.base import Task, at_least_float32, standardize_logits
+from kd_lightning.teachers.exported import is_exported
+from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -51,7 +54,7 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(teachers, list | tuple | nn.ModuleList) or not all(
-            isinstance(t, nn.Module) for t in teachers
+            isinstance(t, nn.Module) or is_exported(t) for t in teachers
         ):
             raise InputError(f"teachers must be a list of networks, got {type(teachers).__name__}")
         if not teachers:
@@ -64,6 +67,7 @@ class Ensemble(nn.Module):
         self._fits: set[tuple[int, int]] = set()  # numbers of the teachers' and the student's classes that were checked
         self._shares: tuple[Any, Tensor, bool, Tensor] | None = None  # see _log_shares
         self._stack: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._guard = InputGuard()  # with use_vmap; else each teacher has its own
         if self.use_vmap:
             self._check_alike()
 
@@ -282,25 +286,28 @@ class Ensemble(nn.Module):
         with ExitStack() as stack:
             for teacher in self:
                 stack.enter_context(teacher.evaluating())
-            return self._compute_as_one(batch)
+            x = stack.enter_context(self._guard.protect(batch.teacher_x))
+            return self._compute_as_one(batch, x)
 
-    def _compute_as_one(self, batch: Batch) -> list[Tensor]:
-        inputs: list[Any] = [teacher.prepare(batch.teacher_x) for teacher in self]
-        if not all(isinstance(x, Tensor) for x in inputs):
-            raise InputError(f"use_vmap needs inputs of one tensor, got {describe(batch.teacher_x)}; set it to false")
-        if len({x.shape for x in inputs}) > 1:
-            sizes = [[*x.shape[1:]] for x in inputs]
+    def _compute_as_one(self, batch: Batch, x: Any) -> list[Tensor]:
+        # each preprocess gets inputs of its own, which it may change in place
+        own = [map_inputs(torch.clone, x) if teacher.has_preprocess else x for teacher in self]
+        inputs = [teacher.prepare(part) for teacher, part in zip(self, own, strict=True)]
+        if len({*map(describe, inputs)}) > 1:
+            sizes = ", ".join(map(describe, inputs))
             raise InputError(f"use_vmap needs inputs of one shape, but the teachers' preprocess gives {sizes}")
-        shared = all(x is inputs[0] for x in inputs)
         first_use = self._stack is None
         weights, network = self._stacked(), self[0].network
+        given, dims = arguments_of(inputs[0]), None
+        if not all(part is inputs[0] for part in inputs):
+            dims = tree_map(lambda part: 0 if isinstance(part, Tensor) else None, given)
+            given = tree_map(_stack, *map(arguments_of, inputs))
 
-        def compute(weights: tuple[dict[str, Tensor], dict[str, Tensor]], x: Tensor) -> Tensor:
-            return logits_of(functional_call(network, weights, (x,)), "the teacher")
+        def compute(weights: tuple[dict[str, Tensor], dict[str, Tensor]], given: Any) -> Tensor:
+            return logits_of(functional_call(network, weights, *given), "the teacher")
 
         try:
-            compute_all = torch.vmap(compute, in_dims=(0, None if shared else 0))
-            outputs = compute_all(weights, inputs[0] if shared else torch.stack(inputs))
+            outputs = torch.vmap(compute, in_dims=(0, dims))(weights, given)
         except RuntimeError as error:
             raise InputError(f"use_vmap: these teachers cannot be computed as one: {error}") from error
         logits = [teacher.arrange(z.to(batch.device)) for teacher, z in zip(self, outputs, strict=True)]
@@ -346,6 +353,11 @@ def weighted_choice(key: Sequence[int], weights: Sequence[float]) -> int:
     bounds = list(accumulate(weights))
     number = bisect_right(bounds, int.from_bytes(digest, "little") / 2**64 * bounds[-1])
     return min(number, max(k for k, weight in enumerate(weights) if weight > 0))
+
+
+def _stack(*parts: Any) -> Any:
+    """Stack tensors; return the first of anything else."""
+    return torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.cache.content import attributes_of, fingerprint
+from kd_lightning.cache.content import Code, attributes_of, fingerprint
 from kd_lightning.cache.tensors import values_of
 from kd_lightning.errors import InputError
 from kd_lightning.runs.weights import plain_key
@@ -56,15 +56,16 @@ def hash_attributes(networks: Sequence[nn.Module]) -> dict[str, str]:
             attributes |= {key: buffers[key] for key in sorted(module._non_persistent_buffers_set) if key in buffers}
             for key, value in attributes.items():
                 if key not in ("_parameters", "_modules"):
-                    found[f"{name}: {key}"] = _hash(value)
+                    found[f"{name}: {key}"] = _hash(value, "functions" if number < len(networks) - 1 else False)
     return found
 
 
 class TeacherFingerprint:
     """Identifies a teacher, whatever a run does to it.
 
-    It covers weights and buffers, extra state, attributes, the preprocessing and the class map. Code does not count. A
-    cast or move, compilation, and attributes that a forward pass changes do not change it.
+    It covers weights and buffers, extra state, attributes, the preprocessing and the class map. Code does not count,
+    except that of functions in the preprocessing. A cast or move, compilation, and attributes that a forward pass
+    changes do not change it.
 
     Args:
         networks: The preprocessing, if there is one, and the network.
@@ -138,8 +139,8 @@ class TeacherFingerprint:
         return {"weights": hash_weights(self.networks), **self._hash_rest()}
 
 
-def _hash(value: object) -> str:
+def _hash(value: object, code: Code = False) -> str:
     try:
-        return fingerprint(value, code=False)
+        return fingerprint(value, code=code)
     except InputError:  # nested too deeply
         return type(value).__qualname__

@@ -32,7 +32,7 @@ class SharedLayers:
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._first_modes = {layer: layer.training for network in networks for layer in network.modules()}
+        self._first_modes = {layer: is_training(layer) for network in networks for layer in network.modules()}
         self._layers: dict[nn.Module, None] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, _Buffer] = {}
@@ -42,7 +42,7 @@ class SharedLayers:
 
     def mode_of(self, layer: nn.Module) -> bool:
         """Whether a layer is in training mode outside the teacher."""
-        return layer.training or self._first_modes.get(layer, False)
+        return is_training(layer) or self._first_modes.get(layer, False)
 
     def find(self, networks: Sequence[nn.Module], student: nn.Module) -> None:
         """Find the shared layers, parameters and buffers, and give the layers the mode that they had before."""
@@ -51,7 +51,7 @@ class SharedLayers:
         for name, layer in student.named_modules():
             if layer not in self._first_modes:
                 continue
-            layer.training = self.mode_of(layer)
+            set_training(layer, self.mode_of(layer))
             self._layers[layer] = None
             for key, value in layer._buffers.items():
                 if value is not None:
@@ -66,12 +66,12 @@ class SharedLayers:
             InputError: If the student has trained a shared parameter, or changed a shared buffer.
         """
         self._check()
-        modes = [layer.training for layer in self._layers]
+        modes = [is_training(layer) for layer in self._layers]
         try:
             yield
         finally:
             for layer, training in zip(self._layers, modes, strict=True):
-                layer.training = training
+                set_training(layer, training)
 
     def _check(self) -> None:
         trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
@@ -91,6 +91,17 @@ class SharedLayers:
             return True
         self._buffers[held.name] = held._replace(version=_version(now))
         return False
+
+
+def is_training(layer: nn.Module) -> bool:
+    """Whether a layer is in training mode. TorchScript that was frozen (``torch.jit.freeze``) has no mode."""
+    return getattr(layer, "training", False)
+
+
+def set_training(layer: nn.Module, training: bool) -> None:
+    """Set the mode of a layer alone, if that changes it."""
+    if is_training(layer) != training:
+        layer.training = training
 
 
 def _version(tensor: Tensor) -> int:

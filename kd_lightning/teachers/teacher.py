@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,13 @@ from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs, tensors_of
+from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs
 from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
+from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.preprocess import Preprocess
+from kd_lightning.teachers.scripted import check_scripts
+from kd_lightning.teachers.shared_layers import SharedLayers, is_training
 
 CHECK_EVERY = 500
 """Number of batches of which one is always compared with the inputs of its stored outputs."""
@@ -40,7 +44,8 @@ class Teacher(nn.Module):
         network: Network that returns logits (B, C), or (B,) for the binary task. Its parameters are frozen in place. A
             program of ``torch.export`` becomes an :class:`~kd_lightning.teachers.ExportedNetwork`.
         preprocess: Applied to the student's inputs (B, ...) before the network, if the teacher was trained on inputs of
-            another normalisation or size: a network, a transform of torchvision (v1 or v2), or any function.
+            another normalisation or size: a network, a transform of torchvision (v1 or v2), or any function. It is
+            called as the network is: with a mapping as named arguments. It must not be random.
         classes: For each output of the network, the student's class, each class at most once, or None for a class that
             the student does not have. Then probabilities are those among the student's classes. A teacher may know only
             some of the classes; ``EnsembleDistillModule`` combines such teachers. Default: None, which means the
@@ -63,8 +68,9 @@ class Teacher(nn.Module):
         teacher does not know are minus infinity.
 
     Raises:
-        InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs, and for
-            values of ``cache``, ``cache_dtype`` and ``cache_top_k`` that are not allowed.
+        InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs; for
+            values of ``cache``, ``cache_dtype`` and ``cache_top_k`` that are not allowed; if a TorchScript or exported
+            program is random, as one that was made in training mode.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Teacher(nn.Module):
             network = ExportedNetwork(network)
         if not isinstance(network, nn.Module):
             raise InputError(f"teacher must be a network, got {type(network).__name__}")
+        check_scripts(network)
         if cache_dtype not in ("float16", "float32"):
             raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
         if cache_top_k is not None and cache_top_k < 1:
@@ -93,10 +100,7 @@ class Teacher(nn.Module):
             preprocess = Preprocess(preprocess)
         # in a tuple, so that nn.Module does not register them
         self._hidden = tuple(module for module in (preprocess, network) if module is not None)
-        self.classes = classes
-        known = self.known_classes
-        if known is not None and (len({*known}) < len(known) or min(known, default=-1) < 0):
-            raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {classes}")
+        self.classes = None if classes is None else _checked_classes(classes)
         self.device = device
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
@@ -105,11 +109,10 @@ class Teacher(nn.Module):
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
         self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
         self._inputs_changed = False
-        self._copies_inputs: bool | None = None  # None until the first pass
-        self._shared_layers: tuple[nn.Module, ...] = ()  # with the student
+        self._guard = InputGuard()
         self._architecture: str | None = None
         self._identity = TeacherFingerprint(self._hidden)
-        self._first_modes = {layer: layer.training for module in self._hidden for layer in module.modules()}
+        self._shared = SharedLayers(self._hidden)  # with the student
         for module in self._hidden:
             module.eval()
             for parameter in module.parameters():  # nn.Module.requires_grad_ does not work for TorchScript
@@ -121,6 +124,11 @@ class Teacher(nn.Module):
     def network(self) -> nn.Module:
         """The frozen network."""
         return self._hidden[-1]
+
+    @property
+    def has_preprocess(self) -> bool:
+        """Whether the inputs are preprocessed."""
+        return len(self._hidden) > 1
 
     def prepare(self, x: Inputs) -> Inputs:
         """Preprocess the student's inputs for the network, on the teacher's device; see :meth:`evaluating`."""
@@ -151,43 +159,30 @@ class Teacher(nn.Module):
 
         A network that changes its inputs in place gets a copy of them: they are the student's, too.
         """
-        given: Any = (args, kwargs)
-        if self._copies_inputs is not False:
-            given = map_inputs(torch.clone, given)
-        versions = [*map(_version, tensors_of(given))]
-        args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
-        try:
-            with self.evaluating():
-                for preprocess in self._hidden[:-1]:
-                    args, kwargs = arguments_of(preprocess(*args, **kwargs))
-                output = self.network(*args, **kwargs)
-        finally:
-            is_changed = versions != [*map(_version, tensors_of(given))]
-            if is_changed and self._copies_inputs is False:
-                raise InputError("teacher: it changes its inputs in place in some passes alone; they are the student's")
-            self._copies_inputs = is_changed or bool(self._copies_inputs)
+        with self._guard.protect((args, kwargs)) as given, self.evaluating():
+            args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
+            for preprocess in self._hidden[:-1]:
+                args, kwargs = arguments_of(preprocess(*args, **kwargs))
+            output = self.network(*args, **kwargs)
         self._identity.note_forward()
         return output
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run the block in eval mode. Layers that the student has, too, have their own mode again after it."""
-        modes = [layer.training for layer in self._shared_layers]
-        for module in self._hidden:
-            if any(part.training for part in layers_of(module)):  # another module may hold it and call .train()
-                module.eval()  # slower than the check above
-        try:
+        with self._shared.keep_modes() if self._shared else nullcontext():
+            for module in self._hidden:
+                if any(map(is_training, layers_of(module))):  # another module may hold it and call .train()
+                    module.eval()  # slower than the check above
             yield
-        finally:
-            for layer, training in zip(self._shared_layers, modes, strict=True):
-                layer.training = training
 
     def share_layers(self, student: nn.Module) -> None:
-        """Note which layers the student has, too: outside this teacher's passes they have the student's mode."""
-        own = {layer for module in self._hidden for layer in module.modules()}
-        self._shared_layers = tuple(layer for layer in student.modules() if layer in own)
-        for layer in self._shared_layers:
-            layer.training = self._first_modes.get(layer, layer.training)
+        """Find what the student has, too: outside this teacher's passes such layers have the student's mode."""
+        self._shared.find(self._hidden, student)
+
+    def is_training_outside(self, layer: nn.Module) -> bool:
+        """Whether a layer is in training mode outside this teacher's passes."""
+        return self._shared.mode_of(layer)
 
     def stored(self, batch: Batch) -> Tensor | None:
         """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
@@ -309,9 +304,16 @@ class Teacher(nn.Module):
         return copied
 
 
-def _version(tensor: Tensor) -> int:
-    """Return a number that increases with each change in place; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _checked_classes(classes: Sequence[int | None]) -> list[int | None]:
+    """Return a class map as a list of integers and None. Raise InputError if it is none."""
+    try:
+        numbers = [None if number is None else index(number) for number in classes]
+    except TypeError:  # not a sequence, or of other entries
+        raise InputError(f"classes must be a list of class numbers and None, got {classes!r}") from None
+    known = [number for number in numbers if number is not None]
+    if len({*known}) < len(known) or min(known, default=-1) < 0:
+        raise InputError(f"classes must name at least one class, from 0 on, and none twice, got {numbers}")
+    return numbers
 
 
 def freeze(parameter: Tensor) -> None:
@@ -319,6 +321,13 @@ def freeze(parameter: Tensor) -> None:
     if parameter.requires_grad:
         parameter.requires_grad_(False)
         parameter._is_frozen_by_teacher = True  # type: ignore[attr-defined]
+
+
+def unfreeze(parameter: Tensor) -> None:
+    """Undo :func:`freeze`. A parameter that was frozen before stays frozen."""
+    if getattr(parameter, "_is_frozen_by_teacher", False):
+        parameter.requires_grad_(True)
+        del parameter._is_frozen_by_teacher  # type: ignore[attr-defined]
 
 
 def was_trained(parameter: Tensor) -> bool:
@@ -333,5 +342,6 @@ def check_outputs(student: Tensor, teacher: Tensor | None) -> None:
     if (len(teacher), teacher.numel()) != (len(student), student.numel()):
         raise InputError(
             f"teacher and student must have the same number of outputs, got {[*teacher.shape][1:]} from the teacher "
-            f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order"
+            f"and {[*student.shape][1:]} from the student; Teacher(classes=...) maps another class order, and "
+            "drops classes (None)"
         )

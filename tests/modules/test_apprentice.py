@@ -39,6 +39,7 @@ from kd_lightning.losses import EarlyLearningLoss, KDLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import activation_ranges, is_calibrated
 from kd_lightning.quantization.layers import quantize
+from kd_lightning.teachers import ExportedNetwork
 
 NAN = float("nan")
 SCHEMES = ("joint", "fixed_teacher", "finetune")
@@ -735,3 +736,54 @@ def test_own_module_with_initial_weights_of_another_kind():
     given = Namespace(model=Namespace(init_args=Namespace(initial_weights=0.5)))
     DistillCLI._drop_missing_teacher(given)
     assert given.model.init_args.initial_weights == 0.5
+
+
+class WithHead(nn.Module):
+    """A teacher with an auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.main, self.aux = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"out": self.main(x), "aux": self.aux(x)}
+
+
+class TestJointTeacher:
+    X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, -100, 1, 0])
+
+    def test_inputs_of_its_own(self):
+        """``teacher_inputs`` of a batch are those of a teacher that trains, too."""
+        torch.manual_seed(0)
+        student, teacher = nn.Linear(4, 3), nn.Linear(2, 3)
+        module = ApprenticeModule(student, teacher, soft_weight=0.5)
+        own = self.X[:, :2] + 1
+        loss = module.training_step({"x": self.X, "label": self.Y, "teacher_inputs": own}, 0)
+        z, t = student(self.X), teacher(own)
+        expected = F.cross_entropy(t, self.Y) + 0.5 * F.cross_entropy(z, self.Y) + 0.5 * KDLoss(1.0)(z, t.detach())
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert teacher.weight.grad.abs().max() > 0
+        module.eval()
+        module.validation_step({"x": self.X, "label": self.Y, "teacher_inputs": own}, 0)
+
+    @pytest.mark.parametrize("weight", [0.0, 0.25])
+    def test_auxiliary_heads_learn(self, weight):
+        torch.manual_seed(0)
+        student, teacher = nn.Linear(4, 3), WithHead()
+        module = ApprenticeModule(student, teacher, teacher_weight=2.0, soft_weight=0.5, auxiliary_weight=weight)
+        loss = module.training_step((self.X, self.Y), 0)
+        z, t = student(self.X), teacher.main(self.X)
+        expected = 2 * F.cross_entropy(t, self.Y) + 0.5 * (F.cross_entropy(z, self.Y) + KDLoss(1.0)(z, t.detach()))
+        expected = expected + 2 * weight * F.cross_entropy(teacher.aux(self.X), self.Y)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert (teacher.aux.weight.grad is None) == (weight == 0)
+
+    def test_programs_cannot_train(self):
+        program = torch.export.export(nn.Linear(4, 3), (self.X,))
+        for form in (program, program.module(), ExportedNetwork(program)):
+            with pytest.raises(InputError, match="scheme joint trains it, but a program of torch.export stays in eval"):
+                ApprenticeModule(nn.Linear(4, 3), form)
+        ApprenticeModule(nn.Linear(4, 3), program, "fixed_teacher")

@@ -108,7 +108,7 @@ REFUSED = {  # module and kind of labels: what the module says
     ("PseudoLabel, averaged", "soft"): r"labels must be one class a sample, \(B,\) = \[6\], got \[6, 3\]",
     ("CoTeaching", "soft"): r"labels must be one class a sample, \(B,\) = \[6\], got \[6, 3\]",
 }
-TRAINS_BOTH = {"Apprentice A", "CoTeaching"}  # on the student's inputs
+TRAINS_BOTH = {"CoTeaching"}  # on the student's inputs
 
 
 def steps(module, batch):

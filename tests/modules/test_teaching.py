@@ -796,3 +796,10 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     assert first == second
     for expected, found in zip(one, first, strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_needs_all_logits_is_refused_with_a_cache_of_few(tmp_path):
+    few = Teacher(network(), cache=tmp_path, cache_top_k=2)
+    teach(Classifier(), few, soft_loss=KDLoss())
+    with pytest.raises(InputError, match="soft_loss: .* needs all logits, but a teacher's cache_top_k"):
+        teach(Classifier(), few, soft_loss=nn.MSELoss())

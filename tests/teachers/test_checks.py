@@ -545,3 +545,41 @@ def test_severity_follows_from_the_hint():
         "teachers[1]", "bad", "train it", "error"
     )
     assert with_teacher_name(Finding("eval mode", "good"), "teachers[1]").name == "teachers[1], eval mode"
+
+
+class Sum(nn.Module):
+    """Of two inputs; may be random, or depend on the batch."""
+
+    def __init__(self, change=lambda z: z):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.change = nn.Linear(4, 3), change
+
+    def forward(self, a, b):
+        return self.change(self.layer(a * b))
+
+
+@pytest.mark.parametrize("form", [dict, lambda x: tuple(x.values())])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda z: z, "the same in two passes, alone and in a batch"),
+        (lambda z: F.dropout(z, 0.5), "two passes give different logits"),
+        (lambda z: z - z.mean(dim=0), "differ alone and in a batch"),
+    ],
+)
+def test_eval_mode_of_several_inputs(form, change, text):
+    batch = Batch(form({"a": torch.rand(9, 4), "b": torch.rand(9, 1)}))
+    assert text in eval_mode(Teacher(Sum(change)), batch).text
+
+
+def test_normalisation_is_for_the_students_own_images(plain):
+    """Of inputs of its own, or of several tensors, it is not known how they were normalised."""
+    teacher = Teacher(plain)
+    labeled = [Batch(batch.x, batch.y, teacher_inputs=batch.x) for batch in VAL]
+    finding, _ = normalisation(teacher, labeled, matched(teacher, labeled), "multiclass", None)
+    assert finding.text == "not checked: the batches have inputs of their own for the teacher" and finding.hint is None
+    assert normalisation(teacher, VAL, matched(teacher), "multiclass", None)[0].hint is not None
+    named = [Batch({"x": batch.x}, batch.y) for batch in VAL]
+    finding, _ = normalisation(teacher, named, matched(teacher, named), "multiclass", None)
+    assert "not checked: inputs are neither plain pixels" in finding.text

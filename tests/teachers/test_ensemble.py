@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -324,6 +325,22 @@ def digits_networks(count=3, outputs=10):
     return networks
 
 
+class Several(nn.Module):
+    """Needs two inputs; one may be in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(40, 3)
+
+    def forward(self, ids, factor):
+        ids = ids[0] if isinstance(ids, list) else ids
+        return (self.words(ids) * factor.unsqueeze(-1)).sum(dim=1)
+
+
+def change_of(times, ids, factor):
+    return {"factor": times * factor, "ids": ids}
+
+
 class TestBatched:
     def check(self, make, x):
         """Equal to the loop over copies that nothing has touched, also after the module has moved."""
@@ -381,6 +398,29 @@ class TestBatched:
     def test_inputs_of_several_sizes(self):
         teachers = [Teacher(n, preprocess=v2.Resize(8 * k + 8)) for k, n in enumerate(digits_networks(2))]
         self.refused_or_as_the_loop(teachers, torch.randn(3, 1, 8, 8))
+
+    @pytest.mark.parametrize("kind", ["mapping", "tuple", "nested", "teacher_inputs"])
+    @pytest.mark.parametrize("preprocess", [False, True])
+    def test_inputs_of_each_form(self, kind, preprocess):
+        def make():
+            networks = []
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                networks.append(Several())
+            if not preprocess:
+                return networks
+            return [Teacher(n, preprocess=partial(change_of, k + 2)) for k, n in enumerate(networks)]
+
+        ids, factor = torch.arange(12).reshape(3, 4), torch.rand(3, 1)
+        x = {"mapping": {"ids": ids, "factor": factor}, "tuple": (ids, factor)}.get(
+            kind, {"ids": [ids], "factor": factor}
+        )
+        batch = Batch(x)
+        if kind == "teacher_inputs":
+            batch = Batch(torch.zeros(3, 2), teacher_inputs={"ids": ids, "factor": factor})
+        loop, batched = Ensemble(make()), Ensemble(make(), use_vmap=True)
+        for _ in range(2):
+            assert torch.allclose(batched(batch), loop(batch), atol=1e-6)
 
     def test_networks_that_differ_in_a_plain_number(self):
         """Their repr and their weights' shapes are the same, their forwards are not."""

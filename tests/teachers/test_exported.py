@@ -13,8 +13,9 @@ from torch import nn
 from torch.export import Dim, export
 from torch.utils.data import TensorDataset
 
-from kd_lightning import DatasetSource, Digits, DistillModule, InputError, SemiSupervisedDataModule, Teacher
+from kd_lightning import Batch, DatasetSource, Digits, DistillModule, InputError, SemiSupervisedDataModule, Teacher
 from kd_lightning.models import DigitsCNN
+from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 
 DYNAMIC = ({0: Dim.DYNAMIC},)
@@ -322,6 +323,7 @@ def test_fingerprints_are_equal_for_equal_programs_alone(exported, file):
 def test_the_fingerprint_is_the_same_in_another_process(file):
     code = f"""
 from kd_lightning import Teacher
+from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.exported import ExportedNetwork
 teacher = Teacher(ExportedNetwork({str(file)!r}))
 
@@ -366,3 +368,26 @@ def test_distillation_and_cache_equal_those_of_the_network(quiet_trainer, tmp_pa
 
 def assert_same(one, other):
     assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_programs_in_an_ensemble():
+    """As they are, wrapped, and computed as one."""
+    networks = [Net(seed).eval() for seed in (0, 1)]
+    expected = torch.stack([network(X) for network in networks])
+    for forms in ([program(n) for n in networks], [program(n).module() for n in networks]):
+        assert torch.equal(Ensemble(forms)(Batch(X)), expected)
+        try:
+            found = Ensemble(forms, use_vmap=True)(Batch(X))
+        except InputError as error:
+            assert "cannot be computed as one" in str(error)
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_program_that_shares_weights_with_the_student_is_refused():
+    network = nn.Linear(4, 3)
+    shared = export(network, (torch.rand(2, 4),))
+    for form in (shared, shared.module(), Teacher(shared)):
+        with pytest.raises(InputError, match="teacher and student must"):
+            DistillModule(nn.Sequential(network, nn.Linear(3, 3)), form)
+    assert network.weight.requires_grad

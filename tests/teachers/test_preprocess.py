@@ -1,16 +1,29 @@
 """Functions and torchvision's v1 transforms as a teacher's preprocessing."""
 
 import functools
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from kd_lightning import DistillModule, Teacher
+from kd_lightning import (
+    Batch,
+    DatasetSource,
+    DistillModule,
+    EnsembleDistillModule,
+    InputError,
+    SemiSupervisedDataModule,
+    Teacher,
+)
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -22,6 +35,19 @@ def network():
 
 def shrink(x, size=6):
     return v2.functional.resize(x, [size, size])
+
+
+class Scale:
+    """A callable object."""
+
+    def __init__(self, factor: float = 2.0):
+        self.factor = factor
+
+    def __call__(self, x):
+        return x * self.factor
+
+    def apply(self, x):
+        return x + self.factor
 
 
 @pytest.mark.parametrize(
@@ -56,6 +82,13 @@ def test_fingerprints_identify_functions():
         v1.Compose([v1.Resize(5)]),
         v1.Compose([v1.Lambda(lambda x: x / 2)]),
         v1.Compose([v1.Lambda(lambda x: x / 3)]),
+        v2.Lambda(lambda x: x / 2),
+        v2.Lambda(lambda x: x / 3),
+        v2.Compose([v2.Lambda(lambda x: x / 2)]),
+        v2.Compose([lambda x: x / 3]),
+        Scale(2),
+        Scale(3),
+        Scale(2).apply,
     ]
     found = [Teacher(network(), preprocess=function).fingerprint() for function in functions]
     assert len({*found}) == len(found)
@@ -84,3 +117,89 @@ def test_another_process_finds_the_same(tmp_path):
         end = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
         prints.append(end.stdout.split()[-1])
     assert prints[0] == prints[1] != prints[2]
+
+
+def student():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, v1.Lambda, v2.Lambda, lambda f: v2.Compose([f])])
+def test_to_resume_with_another_lambda_is_refused(wrap, quiet_trainer, tmp_path):
+    loader = DataLoader([(one, number % 3) for number, one in enumerate(X)], 2)
+    functions = {
+        "first": lambda x: x[..., 1:7, 1:7],
+        "same": lambda x: x[..., 1:7, 1:7],
+        "other": lambda x: x[..., 2:8, 1:7],
+    }
+
+    def module(name):
+        return DistillModule(student(), Teacher(network(), preprocess=wrap(functions[name])))
+
+    saver = ModelCheckpoint(tmp_path)
+    quiet_trainer(enable_checkpointing=True, callbacks=[saver]).fit(module("first"), loader)
+    resumed = module("same")
+    quiet_trainer(max_epochs=2).fit(resumed, loader, ckpt_path=saver.best_model_path)
+    assert resumed.global_step == 4
+    with pytest.raises(InputError, match="trained with another teacher"):
+        quiet_trainer(max_epochs=2).fit(module("other"), loader, ckpt_path=saver.best_model_path)
+
+
+def test_inputs_by_name():
+    """A function gets them as the network does."""
+    teacher = Teacher(network(), preprocess=lambda image, scale: shrink(image) * scale)
+    x = {"image": X, "scale": torch.full((4, 1, 1, 1), 0.5)}
+    for _ in range(2):
+        assert torch.equal(teacher(Batch(x)), network()(shrink(X) / 2))
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "expected"),
+    [
+        (f"{__name__}.shrink", shrink(X)),
+        ({"class_path": f"{__name__}.Scale", "init_args": {"factor": 0.5}}, X / 2),
+        ({"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [6, 6]}}, v2.Resize([6, 6])(X)),
+    ],
+    ids=["function", "callable", "transform"],
+)
+def test_in_yaml(preprocess, expected):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--teacher", type=nn.Module)
+    init_args = {"network": {"class_path": "torch.nn.Flatten"}, "preprocess": preprocess}
+    config = parser.parse_object({"teacher": {"class_path": "kd_lightning.Teacher", "init_args": init_args}})
+    config = parser.parse_string(parser.dump(config))
+    assert torch.equal(parser.instantiate_classes(config).teacher(X), expected.flatten(1))
+
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return X[index % 4], index % 3
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5])
+@pytest.mark.parametrize("kind", ["distill", "ensemble"])
+@pytest.mark.parametrize("version", [v1, v2])
+def test_random_transforms_are_refused_with_a_cache(version, kind, p, quiet_trainer, tmp_path):
+    """Also if they draw the same in the passes that are compared."""
+    teacher = Teacher(network(), preprocess=version.RandomHorizontalFlip(p), cache=tmp_path)
+    module = (
+        DistillModule(student(), teacher)
+        if kind == "distill"
+        else EnsembleDistillModule(student(), [network(), teacher])
+    )
+    data = SemiSupervisedDataModule(DatasetSource(Pictures()), labeled=2, val_size=2, num_views=1, batch_size=6)
+    with pytest.raises(InputError, match="cache: the teacher's preprocess draws random numbers"):
+        quiet_trainer().fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("source", ["numpy", "random"])
+def test_each_global_generator_is_seen(source, quiet_trainer, tmp_path):
+    def jitter(x):
+        return x + (np.random.rand() if source == "numpy" else random.random()) * 1e-9
+
+    teacher = Teacher(network(), preprocess=jitter, cache=tmp_path)
+    data = SemiSupervisedDataModule(DatasetSource(Pictures()), labeled=2, val_size=2, num_views=1, batch_size=6)
+    with pytest.raises(InputError, match="cache: the teacher's preprocess draws random numbers"):
+        quiet_trainer().fit(DistillModule(student(), teacher), datamodule=data)

@@ -10,7 +10,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kd_lightning import DistillModule, EnsembleDistillModule, HintModule, InputError, Teacher, teach
+from kd_lightning import (
+    ApprenticeModule,
+    CoTeachingModule,
+    DistillModule,
+    EnsembleDistillModule,
+    HintModule,
+    InputError,
+    Teacher,
+    teach,
+)
 
 
 def base(seed=0):
@@ -153,5 +162,183 @@ def test_a_shared_layer_without_parameters_has_the_students_mode(quiet_trainer):
 
 def test_shared_batch_norm_is_refused():
     network = frozen(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
-    with pytest.raises(InputError, match="must not share BatchNorm, got 1 in both"):
+    with pytest.raises(InputError, match="must not share BatchNorm in training mode, got 1 in both"):
         DistillModule(with_adapters(network), network)
+
+
+@pytest.mark.parametrize("kind", ["network", "Teacher", "ensemble", "ensemble of Teachers", "teach"])
+@pytest.mark.parametrize("norm", [False, True], ids=["parameters", "BatchNorm"])
+def test_what_is_refused_stays_as_it_was(kind, norm):
+    """So that the copy that the message advises can learn."""
+    if norm:
+        network = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+        student = nn.Sequential(*network[:2], nn.Linear(8, 3))
+    else:
+        network = base()
+        student = nn.Sequential(*network[:3], nn.Linear(8, 3))
+    before = [p.requires_grad for p in student.parameters()]
+    with pytest.raises(InputError, match="share BatchNorm" if norm else "parameters of their own"):
+        if kind in ("network", "Teacher"):
+            DistillModule(student, Teacher(network) if kind == "Teacher" else network)
+        elif kind == "teach":
+            teach(Own(student), network)
+        else:
+            EnsembleDistillModule(student, [base(3), Teacher(network) if "of" in kind else network])
+    assert [p.requires_grad for p in student.parameters()] == before
+    assert all(layer.training for layer in student.modules())
+    copied = copy.deepcopy(student)
+    DistillModule(copied, network)
+    assert [p.requires_grad for p in copied.parameters()] == before
+    assert all(layer.training for layer in copied.modules())
+
+
+def test_frozen_after_a_refusal_is_frozen_before_the_next():
+    network = base()
+    teacher = Teacher(network)
+    with pytest.raises(InputError, match="in both, such as 0.layer.weight"):
+        DistillModule(with_adapters(network), teacher)
+    DistillModule(with_adapters(frozen(network)), teacher)
+
+
+def test_a_teacher_that_holds_the_student():
+    student = base()
+    with pytest.raises(InputError, match="got 4 that are in both, such as 0.weight"):
+        DistillModule(student, nn.Sequential(student, nn.Linear(3, 3)))
+    with pytest.raises(InputError, match="got the same network twice"):
+        DistillModule(student, nn.Sequential(student))
+
+
+class Holder(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.base = network
+        self.adapter = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.adapter(self.base(x))
+
+
+def test_a_student_that_holds_the_teacher(quiet_trainer):
+    with pytest.raises(InputError, match="got 4 that are in both, such as base.0.weight"):
+        DistillModule(Holder(network := base()), network)
+    network = frozen(base())
+    module = DistillModule(Holder(network), network)
+    quiet_trainer().fit(module, loader())
+    assert network.training and network[2].training
+
+
+def test_weights_of_two_layers_that_are_one_tensor():
+    student, network = base(), base(1)
+    student[3].weight = network[3].weight
+    with pytest.raises(InputError, match="got 1 that are in both, such as 3.weight"):
+        DistillModule(student, network)
+
+
+def test_adapters_in_the_base_itself():
+    """As peft does: the student is the base. The message names what trains in the teacher."""
+    network = frozen(base())
+    network[0], network[3] = Adapted(network[0]), Adapted(network[3])
+    with pytest.raises(
+        InputError, match="got 4 that are in both, such as 0.0.down.weight, .* without them, frozen before"
+    ):
+        DistillModule(nn.Sequential(network), network)
+
+
+@pytest.mark.parametrize("make", [lambda s, t: ApprenticeModule(s, t), lambda s, t: CoTeachingModule(s, t, 0.2)])
+def test_two_networks_that_train(make, quiet_trainer):
+    network = base()
+    student = nn.Sequential(*network[:3], nn.Linear(8, 3))
+    with pytest.raises(InputError, match="such as 0.weight, 0.bias"):
+        quiet_trainer().fit(make(student, network), loader())
+    network = frozen(base())
+    one, other = with_adapters(network), with_adapters(network)
+    nn.init.ones_(other[0].up.weight)
+    module = make(one, other)
+    before = copy.deepcopy(network.state_dict())
+    quiet_trainer(max_epochs=2).fit(module, loader())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(one[0].up.weight, other[0].up.weight) and network[2].training
+
+
+@pytest.mark.parametrize("order", ["teacher first", "student first"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_the_students(training, order):
+    """Pretrained networks are often in eval mode, and so are then the layers of a student that holds them."""
+    network = frozen(base())
+    network.train(training)
+    if order == "teacher first":
+        teacher = Teacher(network)
+        student = with_adapters(network)
+    else:
+        student = with_adapters(network)
+        teacher = Teacher(network)
+    DistillModule(student, teacher)
+    assert student[2].training is training
+    other = with_adapters(network)
+    other.train()
+    DistillModule(other, teacher)
+    assert other[2].training
+    teacher(torch.randn(2, 4))
+    assert other[2].training
+
+
+def test_layers_that_are_trained_later_are_named(quiet_trainer):
+    network = frozen(base())
+    student = with_adapters(network)
+    module = DistillModule(student, network)
+    quiet_trainer().fit(module, loader())
+    student[0].layer.requires_grad_(True)  # as callbacks do that train more and more layers
+    with pytest.raises(InputError, match=r"share 0.layer.weight, 0.layer.bias, which the student trains"):
+        quiet_trainer().fit(module, loader())
+
+
+class Counter(nn.Module):
+    """Has a buffer that each pass in training mode changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("positions", torch.arange(8))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.add_(x.detach().mean(0))
+        return x - self.mean
+
+
+def test_a_shared_buffer_that_the_student_changes_is_named(quiet_trainer):
+    network = frozen(nn.Sequential(nn.Linear(4, 8), Counter(), nn.Linear(8, 3)))
+    with pytest.raises(InputError, match="share 1.mean, which the student changes"):
+        quiet_trainer().fit(DistillModule(with_adapters(network), network), loader())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), Counter()])
+def test_shared_buffers_that_stay(norm, quiet_trainer, tmp_path):
+    """In eval mode, statistics stay. To load their values again is no change."""
+    network = frozen(nn.Sequential(nn.Linear(4, 8), norm, nn.Linear(8, 3)))
+    network.eval()
+    module = DistillModule(with_adapters(network), network)
+    saver = ModelCheckpoint(tmp_path)
+    quiet_trainer(enable_checkpointing=True, callbacks=[saver]).fit(module, loader(), loader())
+    quiet_trainer(max_epochs=2).fit(module, loader(), ckpt_path=saver.best_model_path)
+    quiet_trainer().test(module, loader(), ckpt_path=saver.best_model_path, verbose=False)
+    norm.train()
+    with pytest.raises(InputError, match="which the student changes"):
+        quiet_trainer().fit(module, loader())
+
+
+def test_shared_instance_norm_is_refused():
+    network = frozen(nn.Sequential(nn.Conv1d(4, 8, 1), nn.InstanceNorm1d(8, track_running_stats=True)))
+    student = nn.Sequential(*network, nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(InputError, match="must not share BatchNorm in training mode, got 1 in both"):
+        DistillModule(student, network)
+
+
+def test_a_shared_trace_is_named():
+    part = torch.jit.script(nn.Linear(4, 8))
+    student, network = nn.Sequential(part, nn.Linear(8, 3)), nn.Sequential(part, nn.Linear(8, 3))
+    with pytest.raises(InputError, match="such as 0.weight, 0.bias"):
+        DistillModule(student, network)
+    compiled = torch.compile(base(), backend="eager")
+    with pytest.raises(InputError, match="got the same network twice"):
+        DistillModule(compiled._orig_mod, compiled)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
 from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.ensemble import Ensemble
-from kd_lightning.teachers.teacher import Teacher, was_trained
+from kd_lightning.teachers.shared_layers import is_training as mode_of
+from kd_lightning.teachers.shared_layers import set_training
+from kd_lightning.teachers.teacher import Teacher, unfreeze, was_trained
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -66,36 +69,43 @@ def check_start(student: nn.Module, trainer: Trainer | None, stage: str) -> None
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def check_two_networks(name: str, network: nn.Module | None, student: nn.Module) -> None:
+def check_two_networks(name: str, network: Any, student: nn.Module) -> None:
     """Raise InputError if a network is the student, or shares with it what training changes.
 
     Both may have parameters that were frozen before: the student may be the frozen network with adapters of its own.
+    A :class:`Teacher` has frozen parameters, and put layers in eval mode. What both have is as before again.
 
     Args:
         name: Name of the network in the message.
         network: A teacher or a peer.
         student: The student.
     """
+    is_training = network.is_training_outside if isinstance(network, Teacher) else mode_of
     network = network.network if isinstance(network, Teacher) else network
-    if network is None:
+    if not callable(getattr(network, "parameters", None)):
         return
-    names = {id(parameter): key for key, parameter in student.named_parameters()}
-    shared = {names[id(p)]: p for p in network.parameters() if id(p) in names}
-    if network is student or (shared and len(shared) == len(names)):
-        raise InputError(f"{name} and student must be two networks, got the same network twice")
+    own, names = [*network.parameters()], {id(p): key for key, p in student.named_parameters()}
+    shared = {names[id(p)]: p for p in own if id(p) in names}
     trained = [key for key, parameter in shared.items() if was_trained(parameter)]
+    layers = {*network.modules()} if isinstance(network, nn.Module) else set()
+    both = {key: layer for key, layer in student.named_modules() if layer in layers}
+    for parameter in shared.values():
+        unfreeze(parameter)
+    for layer in both.values():
+        set_training(layer, is_training(layer))
+    if network is student or len(own) == len(names) == len(shared) == len(trained) > 0:
+        raise InputError(f"{name} and student must be two networks, got the same network twice")
     if trained:
         raise InputError(
             f"{name} and student must have parameters of their own, got {len(trained)} that are in both, such as "
-            f"{', '.join(trained[:3])}; give one of them a copy (copy.deepcopy), or freeze them first "
-            "(requires_grad_(False)) if the student is the frozen network with adapters"
+            f"{', '.join(trained[:3])}; give one of them a copy (copy.deepcopy); if the student is a frozen network "
+            f"with adapters, {name} must be that network without them, frozen before (requires_grad_(False))"
         )
-    own = {*network.modules()}
-    for key, layer in student.named_modules():
-        if layer in own and isinstance(layer, _BatchNorm) and layer.track_running_stats:
+    for key, layer in both.items():
+        if isinstance(layer, _NormBase) and layer.track_running_stats and layer.training:
             raise InputError(
-                f"{name} and student must not share BatchNorm, got {key} in both: the student's passes would change "
-                "its statistics; give the student a copy (copy.deepcopy)"
+                f"{name} and student must not share BatchNorm in training mode, got {key} in both: the student's "
+                f"passes would change its statistics; give the student a copy (copy.deepcopy), or set it to eval mode"
             )
 
 

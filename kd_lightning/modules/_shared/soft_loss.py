@@ -29,10 +29,15 @@ def make_soft_loss(
     soft_loss = KDLoss(temperature=temperature, task=task) if soft_loss is None else soft_loss
     if getattr(soft_loss, "task", task) != task:
         raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+    check_top_k(soft_loss, teachers)
+    return soft_loss
+
+
+def check_top_k(soft_loss: nn.Module, teachers: Iterable[nn.Module | None]) -> None:
+    """Raise InputError if a soft loss needs all logits while a teacher's cache holds its top k alone."""
     top_k = any(isinstance(teacher, Teacher) and teacher.cache_top_k is not None for teacher in teachers)
     if top_k and not supports_top_k(soft_loss):
         raise InputError(
             f"soft_loss: {soft_loss} needs all logits, but a teacher's cache_top_k stores its highest ones alone; "
             "leave cache_top_k out, or use KDLoss or DKDLoss without standardize"
         )
-    return soft_loss

@@ -17,7 +17,7 @@ from kd_lightning.__main__ import main
 from kd_lightning.cli.commands.doctor import _normalised, examine
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.models import DigitsCNN
-from kd_lightning.modules import EnsembleDistillModule
+from kd_lightning.modules import DistillModule, EnsembleDistillModule
 from kd_lightning.teachers.teacher import Teacher
 
 IMAGES, LABELS = (Digits().load().train.images.tensors[0], Digits().load().train.targets)
@@ -262,6 +262,59 @@ def test_teachers_of_part_of_the_classes():
     assert "the same in two passes" in found["teachers[1], eval mode"].text
     assert "two passes give different logits" in found["teachers[2], eval mode"].text
     assert "right (95% interval" in found["ensemble"].text
+
+
+class Forms(LightningDataModule):
+    """The digits as a tensor, a mapping or a tuple; with ``teacher_inputs`` for the teacher."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def loader(self, part):
+        forms = {
+            "tensor": lambda x, y: (x, y),
+            "mapping": lambda x, y: {"image": x, "scale": torch.tensor(1.0), "label": y},
+            "tuple": lambda x, y: ((x, torch.tensor(1.0)), y),
+            "teacher_inputs": lambda x, y: {"image": x, "scale": torch.tensor(1.0), "label": y, "teacher_inputs": x},
+        }
+        rows = zip(IMAGES[part], LABELS[part], strict=True)
+        return DataLoader([forms[self.form](*row) for row in rows], 50)
+
+    def train_dataloader(self):
+        return self.loader(slice(0, 500))
+
+    def val_dataloader(self):
+        return self.loader(slice(500, 700))
+
+
+class Scaled(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image, scale=None):
+        return self.network(image if scale is None else image * scale.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["distill", "ensemble"])
+def test_batches_of_each_form(kind, trained):
+    """The findings are those of the same batches as tensors."""
+    found = {}
+    for form in ("tensor", "mapping", "tuple", "teacher_inputs"):
+        networks = [Scaled(DigitsCNN(8)) for _ in range(2)]
+        networks[0].network.load_state_dict(trained)
+        networks[1].network.load_state_dict({name: value * 0.5 for name, value in trained.items()})
+        torch.manual_seed(0)
+        student = Scaled(DigitsCNN(4))
+        module = (
+            DistillModule(student, networks[0]) if kind == "distill" else EnsembleDistillModule(student, networks)
+        )
+        found[form] = [(finding.name, finding.text, finding.hint) for finding in examine(module, Forms(form))]
+    assert "9" in found["tensor"][0][1] and len(found["tensor"]) == (7 if kind == "distill" else 14)
+    for form in ("mapping", "tuple", "teacher_inputs"):
+        for one, other in zip(found[form], found["tensor"], strict=True):
+            assert one == other or "normalisation" in one[0]
 
 
 def test_without_validation_part(config, capsys):
