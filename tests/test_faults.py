@@ -132,8 +132,10 @@ class TestOutputs:
             lambda z: Named(FEATURES, z),
             lambda z: (z,),
             lambda z: [None, z],
+            lambda z: (z, FEATURES),
+            lambda z: (torch.tensor(0.5), z),
         ],
-        ids=["mapping", "one entry", "named tuple", "tuple", "list"],
+        ids=["mapping", "one entry", "named tuple", "tuple", "list", "features", "loss"],
     )
     def test_plain_which_part(self, dress):
         torch.manual_seed(0)
@@ -147,7 +149,6 @@ class TestOutputs:
     @pytest.mark.parametrize(
         ("dress", "got"),
         [
-            (lambda z: (z, FEATURES), "tuple with 0: a tensor [5, 3], 1: a tensor [5, 7]"),
             (lambda z: {"a": z, "b": FEATURES}, "dict with a: a tensor [5, 3], b: a tensor [5, 7]"),
             (lambda z: {"loss": 0.5}, "dict with loss: float"),
             (lambda z: None, "got NoneType"),

@@ -47,6 +47,14 @@ def logits_of(output: Any, owner: str) -> Tensor:
     )
 
 
+def describe_choice(output: Any) -> str:
+    """Describe which tensor of a tuple is taken for the logits, where there are several; else return an empty text."""
+    if not _is_row(output) or isinstance(getattr(output, "logits", None), Tensor):
+        return ""
+    shapes = [str([*part.shape]) for part in output if isinstance(part, Tensor) and part.ndim]
+    return f"a tuple of tensors {', '.join(shapes)}; the first is taken for the logits" if len(shapes) > 1 else ""
+
+
 def auxiliary_logits_of(output: Any) -> list[Tensor]:
     """Take the logits of auxiliary heads out of a network's output.
 

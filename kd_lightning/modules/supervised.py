@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.optim import Adam
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.outputs import describe_choice, logits_of
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import (
     Task,
@@ -165,6 +166,8 @@ class SupervisedModule(LeanModule):
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             check_number_of_outputs(logits, self.task, self.num_classes, names)
             check_loss_weights(self.hard_loss, logits, self.task)
+            if text := describe_choice(output):
+                rank_zero_info(f"student: it returns {text}")
             self._outputs_are_checked = True
         return logits
 

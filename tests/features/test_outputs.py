@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from kd_lightning import InputError
-from kd_lightning.features.outputs import auxiliary_logits_of, logits_of
+from kd_lightning.features.outputs import auxiliary_logits_of, describe_choice, logits_of
 
 LOGITS, FEATURES, LOSS = torch.zeros(2, 3), torch.zeros(2, 8), torch.tensor(0.5)
 Pair = namedtuple("Pair", "features logits")
@@ -74,6 +74,14 @@ def test_auxiliary_heads_of_torchvision(build, heads):
     found = auxiliary_logits_of(output)
     assert [part.shape for part in found] == heads * [(2, 3)]
     assert all(part is not output.logits for part in found)
+
+
+def test_a_choice_among_several_tensors_is_described():
+    assert describe_choice((LOGITS, FEATURES)) == (
+        "a tuple of tensors [2, 3], [2, 8]; the first is taken for the logits"
+    )
+    for output in (LOGITS, (LOGITS,), (LOSS, LOGITS), Pair(FEATURES, LOGITS), {"logits": LOGITS, "features": FEATURES}):
+        assert not describe_choice(output)
 
 
 def test_auxiliary_heads_of_segmentation_and_none():
