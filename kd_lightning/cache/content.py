@@ -207,7 +207,8 @@ def _state(thing: Any, code: Code) -> dict[str, Any]:
     if isinstance(thing, nn.Module):
         hooks = [*getattr(thing, "_forward_pre_hooks", {}).values(), *getattr(thing, "_forward_hooks", {}).values()]
         state = attributes_of(thing, state)
-        state |= {"hooks": hooks} if hooks and code is True else {}  # without their numbers, which count all of the process
+        if hooks and code is True:
+            state["hooks"] = hooks  # without their numbers, which count all of the process
     return state
 
 
@@ -249,19 +250,8 @@ def _program(script: Any) -> list[Any]:
     """Code, constants and weights of a TorchScript program, without line numbers and the example inputs of a trace."""
     with zipfile.ZipFile(io.BytesIO(script.save_to_buffer())) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}  # without the archive's own name
-        kept = [key for key in names if not key.startswith((".data/", "traced_inputs")) and ".debug_pkl" not in key]
-        files = {key: archive.read(names[key]) for key in sorted(kept, key=lambda key: (key != "data.pkl", key))}
-    numbers: dict[bytes, bytes] = {}  # of classes of one name, which count all of the process
-
-    def numbered(text: bytes) -> bytes:
-        def replace(match: re.Match[bytes]) -> bytes:
-            return b"_mangle_" + numbers.setdefault(match[1], str(len(numbers)).encode())
-
-        return re.sub(rb"_mangle_(\d+)", replace, text)
-
-    for text in files.values():  # data.pkl comes first, which names the classes in the order of the modules
-        numbered(text)
-    return sorted((numbered(key.encode()).decode(), numbered(text)) for key, text in files.items())
+        kept = (key for key in sorted(names) if not key.startswith((".data/", "traced_inputs")))
+        return [(key, archive.read(names[key])) for key in kept if not key.endswith(".debug_pkl")]
 
 
 def _is_known(thing: Any) -> bool:

@@ -45,8 +45,9 @@ class ApprenticeModule(DistillModule):
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
-        teacher: Scheme A: a network that gives logits of the student's shape. B and C: as in :class:`DistillModule`.
-            None is for ``test`` and ``predict`` alone.
+        teacher: Scheme A: a network that gives logits of the student's shape. It gets ``teacher_inputs`` of a batch, if
+            there are any, and its auxiliary heads learn the hard loss as the student's do. B and C: as in
+            :class:`DistillModule`. None is for ``test`` and ``predict`` alone.
         scheme: ``"joint"``, ``"fixed_teacher"`` or ``"finetune"``.
         teacher_weight: Scheme A: weight of the teacher's terms, above 0.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.

@@ -38,9 +38,9 @@ class DistillModule(SupervisedModule):
 
     Raises:
         InputError: If the soft weight lies outside [0, 1]; if the soft loss is of another task, or needs more logits
-            than the teacher's cache holds; if the teacher's logits have another shape than the student's, or its
-            network has parameters of the student; if there is no teacher in training; if a run is resumed with another
-            teacher.
+            than the teacher's cache holds; if the teacher's logits have another shape than the student's; if both share
+            what training changes: parameters that are not frozen, or BatchNorm in training mode; if there is no teacher
+            in training; if a run is resumed with another teacher.
     """
 
     default_temperature: ClassVar[float] = 4.0

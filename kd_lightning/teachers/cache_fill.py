@@ -366,8 +366,8 @@ class _CacheFill:
 
 def _random_states() -> list[Any]:
     """Return the states of the global random generators."""
-    devices = [*torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
-    (_, keys, *rest) = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    _, keys, *rest = np.random.get_state()
     states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
     return [*states, np.asarray(keys).tobytes(), rest, random.getstate()]
 

@@ -309,7 +309,10 @@ class Ensemble(nn.Module):
         try:
             outputs = torch.vmap(compute, in_dims=(0, dims))(weights, given)
         except RuntimeError as error:
-            raise InputError(f"use_vmap: these teachers cannot be computed as one: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"use_vmap: these teachers cannot be computed as one; set it to false: {reason}"
+            ) from error
         logits = [teacher.arrange(z.to(batch.device)) for teacher, z in zip(self, outputs, strict=True)]
         if first_use:  # networks of one architecture may still differ in attributes that are no tensors
             for number, (teacher, stacked) in enumerate(zip(self, logits, strict=True)):

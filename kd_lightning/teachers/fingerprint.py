@@ -12,6 +12,7 @@ from kd_lightning.cache.content import Code, attributes_of, fingerprint
 from kd_lightning.cache.tensors import values_of
 from kd_lightning.errors import InputError
 from kd_lightning.runs.weights import plain_key
+from kd_lightning.teachers.preprocess import Preprocess
 
 _VERSION = "v2:"
 
@@ -51,12 +52,14 @@ def hash_attributes(networks: Sequence[nn.Module]) -> dict[str, str]:
                 found[name] = fingerprint(module)
                 continue
             found[name] = f"{type(module).__module__}.{type(module).__qualname__}"
+            code: Code = "functions" if number < len(networks) - 1 else False
+            code = isinstance(module, Preprocess) or code
             attributes = attributes_of(module)
             buffers = attributes.pop("_buffers")
             attributes |= {key: buffers[key] for key in sorted(module._non_persistent_buffers_set) if key in buffers}
             for key, value in attributes.items():
                 if key not in ("_parameters", "_modules"):
-                    found[f"{name}: {key}"] = _hash(value, "functions" if number < len(networks) - 1 else False)
+                    found[f"{name}: {key}"] = _hash(value, code)
     return found
 
 

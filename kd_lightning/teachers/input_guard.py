@@ -36,13 +36,14 @@ class InputGuard:
         tensors = [*tensors_of(given)]
         # inference tensors have no version; what a pass does to them cannot be seen
         before = None if any(tensor.is_inference() for tensor in tensors) else _versions(tensors)
-        yield given
-        if before is None:
-            return
-        is_changed = before != _versions(tensors)
-        if is_changed and self.copies is False:
-            raise InputError("teacher: it changes its inputs in place in some passes alone; they are the student's")
-        self.copies = is_changed or bool(self.copies)
+        try:
+            yield given
+        finally:  # also after a pass that ends early
+            is_changed = before is not None and before != _versions(tensors)
+            if is_changed and self.copies is False:
+                raise InputError("teacher: it changes its inputs in place in some passes alone; they are the student's")
+            if before is not None:
+                self.copies = is_changed or bool(self.copies)
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

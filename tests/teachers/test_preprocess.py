@@ -144,6 +144,30 @@ def test_to_resume_with_another_lambda_is_refused(wrap, quiet_trainer, tmp_path)
         quiet_trainer(max_epochs=2).fit(module("other"), loader, ckpt_path=saver.best_model_path)
 
 
+def test_values_that_a_function_finds_later_count():
+    """A fingerprint is taken at the start of a fit, not when the teacher is made."""
+    prints = []
+    for value in (2, 2, 3):
+        factors = []
+        teacher = Teacher(network(), preprocess=lambda x, factors=factors: x * factors[0])
+        factors.append(value)
+        prints.append(teacher.fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_a_pass_changes_does_not_count():
+    class Counting(Scale):
+        def __call__(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return shrink(x)
+
+    teacher = Teacher(network(), preprocess=Counting())
+    first = teacher.fingerprint()
+    for _ in range(2):
+        teacher(X)
+        assert teacher.fingerprint(anew=True) == first
+
+
 def test_inputs_by_name():
     """A function gets them as the network does."""
     teacher = Teacher(network(), preprocess=lambda image, scale: shrink(image) * scale)

@@ -104,8 +104,9 @@ def check_two_networks(name: str, network: Any, student: nn.Module) -> None:
     for key, layer in both.items():
         if isinstance(layer, _NormBase) and layer.track_running_stats and layer.training:
             raise InputError(
-                f"{name} and student must not share BatchNorm in training mode, got {key} in both: the student's "
-                f"passes would change its statistics; give the student a copy (copy.deepcopy), or set it to eval mode"
+                f"{name} and student must not share a {type(layer).__name__} in training mode, got {key} in both: the "
+                "student's passes would change its statistics; give the student a copy (copy.deepcopy), or set it to "
+                "eval mode"
             )
 
 

@@ -307,9 +307,7 @@ def test_batches_of_each_form(kind, trained):
         networks[1].network.load_state_dict({name: value * 0.5 for name, value in trained.items()})
         torch.manual_seed(0)
         student = Scaled(DigitsCNN(4))
-        module = (
-            DistillModule(student, networks[0]) if kind == "distill" else EnsembleDistillModule(student, networks)
-        )
+        module = DistillModule(student, networks[0]) if kind == "distill" else EnsembleDistillModule(student, networks)
         found[form] = [(finding.name, finding.text, finding.hint) for finding in examine(module, Forms(form))]
     assert "9" in found["tensor"][0][1] and len(found["tensor"]) == (7 if kind == "distill" else 14)
     for form in ("mapping", "tuple", "teacher_inputs"):
