@@ -325,8 +325,9 @@ class SupervisedModule(LeanModule):
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         batch = self.unpack(batch)
         batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
-        logits = self(batch.x)
+        # first: a student may change its inputs in place
         teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
+        logits = self(batch.x)
         if dataloader_idx not in self._evaluations:
             classes = 1 if self.task == "binary" else logits.shape[-1]
             evaluation = self.make_evaluation(classes)

@@ -240,6 +240,8 @@ def test_teacher_inputs_of_a_batch():
 
 
 class InPlace(nn.Module):
+    """Changes its inputs in place."""
+
     def __init__(self):
         super().__init__()
         self.layer = network(1)
@@ -254,3 +256,15 @@ def test_a_teacher_that_changes_its_inputs_leaves_those_of_the_student():
     for _ in range(2):
         assert torch.equal(module.training_step((x, Y), 0), F.cross_entropy(module.student(X), Y))
         assert torch.equal(x, X)
+
+
+def test_a_student_that_changes_its_inputs_leaves_those_of_the_teacher():
+    module, plain = (
+        DistillModule(student, network(2)) for student in (InPlace(), nn.Sequential(nn.ReLU(), network(1)))
+    )
+    for one in (module, plain):
+        one.validation_step((X.clone(), Y), 0)
+    sums, expected = (one._evaluations[0].of_all_processes() for one in (module, plain))
+    for name in ("teacher_correct", "agreed", "teacher_kl", "correct"):
+        assert torch.equal(sums[name], expected[name])
+    assert torch.equal(module.training_step((X.clone(), Y), 0), plain.training_step((X.clone(), Y), 0))
