@@ -101,7 +101,7 @@ def content_of(inputs: Any) -> Any:
 
 
 def _is_name(name: str, value: Any) -> bool:
-    """Whether an entry says where a sample lies: a path, or its number in the dataset."""
+    """Whether an entry names the place of a sample: a path, or its number in the dataset."""
     if isinstance(value, str):
         return "path" in name or "file" in name or os.path.isabs(value)  # noqa: PTH117  (it may be any text)
     is_number = isinstance(value, int) or getattr(value, "ndim", None) == 0
