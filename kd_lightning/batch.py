@@ -25,8 +25,10 @@ from kd_lightning.inputs import (
 
 IGNORE_INDEX = -100
 """A label that training may not see (``NaN`` where targets are floats)."""
-LABEL_KEYS = ("labels", "label", "target", "targets", "y", "mask")
-"""Keys under which a mapping may hold its labels. The first one that it has counts: a mask beside y is an input."""
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+"""Keys under which a mapping may hold its labels. The first one that it has counts."""
+DENSE_LABEL_KEY = "mask"
+"""The key of the labels where a mapping has none of ``LABEL_KEYS``: beside one of them, a mask is an input."""
 
 
 class LabelKind(IntEnum):
@@ -173,8 +175,9 @@ class Batch:
                 - a ``Batch``, which is returned unchanged;
                 - ``x``, a tensor;
                 - ``(x, y)`` or ``(x, y, ...)``, of which only ``x`` and ``y`` count; ``x`` may be a mapping or tuple;
-                - a mapping, whose labels are under the first of ``LABEL_KEYS`` that it has. Its ``teacher_inputs`` are
-                  those of the batch. All other tensors are ``x``: one tensor alone as it is, several as a mapping.
+                - a mapping, whose labels are under the first of ``LABEL_KEYS`` that it has, else under
+                  ``DENSE_LABEL_KEY``. Its ``teacher_inputs`` are those of the batch. All other tensors are ``x``: one
+                  tensor alone as it is, several as a mapping.
 
         Raises:
             InputError: If ``batch`` is anything else, or if two readings are possible: two images of one kind are no
@@ -195,13 +198,13 @@ class Batch:
                 return cls(x, y)
         raise InputError(
             "a batch must be a Batch, a tensor x, (x, y, ...), or a mapping with labels under "
-            f"{', '.join(LABEL_KEYS[:-1])} or {LABEL_KEYS[-1]}; got {_kind(batch)}; the module's unpack(batch) can "
+            f"{', '.join(LABEL_KEYS)} or {DENSE_LABEL_KEY}; got {_kind(batch)}; the module's unpack(batch) can "
             "convert it"
         )
 
     @classmethod
     def _from_mapping(cls, batch: Mapping[Any, Any]) -> Batch:
-        key = next((key for key in LABEL_KEYS if key in batch), None)
+        key = next((key for key in (*LABEL_KEYS, DENSE_LABEL_KEY) if key in batch), None)
         y = None if key is None else batch[key]
         x = _inputs({name: part for name, part in batch.items() if name not in (key, "teacher_inputs")})
         if not x or not (y is None or isinstance(y, Tensor)):

@@ -33,12 +33,7 @@ def arguments_of(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def tensors_of(x: Inputs) -> Iterator[Tensor]:
     """Yield the tensors of inputs, in their order."""
-    if isinstance(x, Tensor):
-        yield x
-        return
-    for part in x.values() if isinstance(x, Mapping) else x:
-        if isinstance(part, Tensor | Mapping | tuple | list):
-            yield from tensors_of(part)  # type: ignore[arg-type]
+    return (tensor for _, tensor in named_tensors_of(x))
 
 
 def named_tensors_of(x: Inputs, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from kd_lightning.batch import DENSE_LABEL_KEY
+from kd_lightning.batch import LABEL_KEYS as BATCH_LABEL_KEYS
 from kd_lightning.errors import InputError
 
 IMAGE_KEYS = ("image", "img", "x", "pixel_values", "input", "inputs")
-LABEL_KEYS = ("label", "labels", "target", "targets", "y", "fine_label")
-_DENSE_LABEL = "mask"  # the label where an item has no other one
+LABEL_KEYS = (*BATCH_LABEL_KEYS, "fine_label")
 TEACHER_INPUTS = "teacher_inputs"
 """The entry of a mapping that teachers get in place of the inputs."""
 
@@ -52,7 +53,7 @@ def label_of(item: Any, place: str) -> Any:
     """Return the label of an item, as it is; None for a sample without a label.
 
     Args:
-        item: ``(image, label, ...)``, or a mapping or named tuple with one of the ``LABEL_KEYS``, or else ``mask``.
+        item: ``(image, label, ...)``, or a mapping or named tuple with one of the ``LABEL_KEYS``, else ``mask``.
         place: Name of the item, for messages.
 
     Raises:
@@ -125,7 +126,7 @@ def left_out(item: Any) -> list[str]:
 
 _ALLOWED = (
     f"(image, label), or a mapping with an image ({', '.join(IMAGE_KEYS)}) or tensors by name, and a label "
-    f"({', '.join((*LABEL_KEYS, _DENSE_LABEL))}), which is None for a sample without one"
+    f"({', '.join((*LABEL_KEYS, DENSE_LABEL_KEY))}), which is None for a sample without one"
 )
 
 
@@ -140,14 +141,14 @@ def _by_name(item: Sequence[Any]) -> Mapping[str, Any] | None:
 
 
 def _label(item: Mapping[str, Any], place: str) -> Any:
-    found = [key for key in LABEL_KEYS if key in item] or [key for key in (_DENSE_LABEL,) if key in item]
+    found = [key for key in LABEL_KEYS if key in item] or [key for key in (DENSE_LABEL_KEY,) if key in item]
     if len(found) != 1:
         raise _wrong_keys(item, found, place)
     return item[found[0]]
 
 
 def _entries(item: Mapping[str, Any], place: str) -> Any:
-    labels = {*LABEL_KEYS}.intersection(item) or {_DENSE_LABEL}
+    labels = {*LABEL_KEYS}.intersection(item) or {DENSE_LABEL_KEY}
     entries = Entries({name: value for name, value in item.items() if name not in labels})
     images = [name for name in IMAGE_KEYS if name in entries]
     arrays = [name for name, value in entries.items() if _has_numbers(value)]
