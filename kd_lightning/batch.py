@@ -120,8 +120,9 @@ class Batch:
     Attributes:
         x: Inputs: a tensor (B, ...), or a mapping or tuple of such tensors. A network is called as ``network(x)``,
             ``network(**x)`` or ``network(*x)``.
-        y: Labels: (B,) class indices, (B, L) zeros and ones for the multilabel task, or (B, C) probabilities of the
-            multiclass task as floats (soft labels). A missing label is ``-100`` (``NaN`` where labels are floats).
+        y: Labels: (B,) class indices, (B, L) zeros and ones for the multilabel task, (B, C) probabilities of the
+            multiclass task as floats (soft labels), or (B,) or (B, D) targets of the regression task. Dense labels have
+            one for each position, (B, ...). A missing label is ``-100`` (``NaN`` where labels are floats).
         index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it. It is -1 in the
             batch of a process without samples (see :attr:`is_padding`).
         view: The view (augmentation of the sample) of each row, (B,) integers.
@@ -136,12 +137,16 @@ class Batch:
         mean_pseudo: Mean number of pseudo-labels among ``mean_labels``.
         mean_coarse: Mean number of coarse labels among ``mean_labels``.
         mean_rows: Mean number of rows of these batches. If None, it is B.
+        dense_means: Mean numbers of labels and of rows where each position of a dense sample is a row. The loader sets
+            them if the module has a method ``count_rows``. They take the place of the other means.
         labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step searches ``y`` or
             synchronises with the device. If None, ``y`` is searched. Where other labels replace ``y``, set it to None.
         teacher_inputs: Inputs of teachers, where they differ from ``x`` (a higher resolution, other tokens): a tensor
             (B, ...), or a mapping or tuple of such tensors. If None, teachers get ``x``.
         teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
             ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
+        mask: Which positions of dense samples exist, (B, ...) booleans, or integers that are not 0. Padding never
+            counts. If None, it is the ``attention_mask`` among the inputs, if there is one; else all positions exist.
     """
 
     x: Any
@@ -157,9 +162,11 @@ class Batch:
     mean_pseudo: float = 0.0
     mean_coarse: float = 0.0
     mean_rows: float | None = None
+    dense_means: tuple[float, float] | None = None
     labeled: Tensor | None = None
     teacher_inputs: Any = None
     teacher: TeacherOutputs | None = None
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, dict):
@@ -225,6 +232,11 @@ class Batch:
     def teacher_x(self) -> Any:
         """The inputs of teachers: ``teacher_inputs``, or ``x`` if there are none."""
         return self.x if self.teacher_inputs is None else self.teacher_inputs
+
+    @property
+    def position_mask(self) -> Tensor | None:
+        """Which positions of dense samples exist: ``mask``, else ``attention_mask`` of the inputs; None means all."""
+        return self.x.get("attention_mask") if self.mask is None and isinstance(self.x, Mapping) else self.mask
 
     @property
     def device(self) -> torch.device:

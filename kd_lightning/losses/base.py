@@ -12,7 +12,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.protocols import RowField, StatefulLoss
 
-Task = Literal["multiclass", "multilabel", "binary"]
+Task = Literal["multiclass", "multilabel", "binary", "regression"]
 Reduction = Literal["mean", "none"]
 
 
@@ -20,9 +20,9 @@ Reduction = Literal["mean", "none"]
 
 
 def check_task(task: str) -> None:
-    """Raise InputError unless ``task`` is "multiclass", "multilabel" or "binary"."""
-    if task not in get_args(Task):
-        raise InputError(f"task must be one of {get_args(Task)}, got {task!r}")
+    """Raise InputError unless ``task`` is one of logits: "multiclass", "multilabel" or "binary"."""
+    if task not in (allowed := get_args(Task)[:3]):
+        raise InputError(f"task must be one of {allowed}, got {task!r}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -167,16 +167,23 @@ def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
 
 
 def to_probabilities(logits: Tensor, task: Task) -> Tensor:
-    """Convert logits to probabilities: (B, C) that sum to 1 for multiclass, (B, L) for multilabel, (B,) for binary."""
+    """Convert logits to probabilities: (B, C) that sum to 1 for multiclass, (B, L) for multilabel, (B,) for binary.
+
+    Values of the regression task stay as they are.
+    """
     logits = logits.detach().float()
+    if task == "regression":
+        return logits
     if task == "multiclass":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if task == "multilabel" else logits.sigmoid().flatten()
 
 
 def predicted_labels(logits: Tensor, task: Task) -> Tensor:
-    """Return the predicted labels in the form of torchmetrics' targets: classes (B,), or zeros and ones."""
+    """Return the predicted labels in the form of torchmetrics' targets: classes (B,), zeros and ones, or values."""
     probabilities = to_probabilities(logits, task)
+    if task == "regression":
+        return probabilities
     return probabilities.argmax(dim=-1) if task == "multiclass" else (probabilities > 0.5).long()
 
 
@@ -273,7 +280,7 @@ def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | 
         mean: Tensor = loss(logits, target, **fields)
         return mean
     rows = per_row(loss, logits, target, **fields)
-    rows = rows if weight is None else rows * weight
+    rows = rows if weight is None else rows * weight.view(-1, *[1] * (rows.ndim - 1))
     if by_class is None:
         return rows.sum() / max(rows.numel(), 1)
     total = by_class.sum()

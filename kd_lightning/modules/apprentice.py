@@ -18,9 +18,11 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
+from kd_lightning.modules._shared.soft_loss import call_soft_loss
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.runs.report.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
@@ -117,18 +119,21 @@ class ApprenticeModule(DistillModule):
         if target is None:
             return super().losses(batch)
         logits = self(batch.x)
-        check_outputs(logits, target)
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        hard, teacher_hard = self.hard_term(logits, batch), self.hard_term(target, batch)
+        if not is_own(self.soft_loss):
+            check_outputs(logits, target)
+        rows, logits, target = self.to_rows(batch, logits, target)
+        hard, teacher_hard = self.hard_term(logits, rows), self.hard_term(target, rows)
+        soft = self.step_mean(call_soft_loss(self.soft_loss, logits, target.detach(), rows.y), rows)
         terms = {
             "hard": LossTerm(1.0 - self.soft_weight, hard),
-            "soft": LossTerm(self.soft_weight, self.soft_loss(logits, target.detach(), batch.y)),
+            "soft": LossTerm(self.soft_weight, soft),
             "teacher_hard": LossTerm(self.teacher_weight, teacher_hard),
         }
         if (value := self._teacher_heads.hard_term(self, batch)) is not None:
             terms["teacher_auxiliary_hard"] = LossTerm(self.teacher_weight * self.auxiliary_weight, value)
         if self.mutual:
-            soft = self.soft_loss(target, logits.detach(), batch.y)
+            soft = self.step_mean(call_soft_loss(self.soft_loss, target, logits.detach(), rows.y), rows)
             terms["teacher_soft"] = LossTerm(self.teacher_weight * self.soft_weight, soft)
         return terms
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import make_soft_loss
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -31,8 +32,9 @@ class DistillModule(SupervisedModule):
     Args:
         student: Network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a :class:`Teacher` around it. None is for ``test`` and ``predict`` alone.
-        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``. Default: None, which means ``KDLoss``
-            at temperature 4.
+        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``, or without the target if it takes two
+            arguments. A project's own loss may compare outputs of two shapes. Default: None, which means ``KDLoss`` at
+            temperature 4, or ``MSELoss`` for regression.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
         **kwargs: The arguments of :class:`SupervisedModule`.
 
@@ -74,16 +76,21 @@ class DistillModule(SupervisedModule):
         if target is None:
             raise InputError(_NO_TEACHER)
         logits = self(batch.x)
-        check_outputs(logits, target)
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        hard = self.hard_term(logits, batch)  # first, since it checks the labels
-        soft = self.soft_loss(logits, target, batch.y)
+        if not is_own(self.soft_loss):
+            check_outputs(logits, target)
+        rows, logits, target = self.to_rows(batch, logits, target)
+        hard = self.hard_term(logits, rows)  # first, since it checks the labels
+        soft = self.step_mean(call_soft_loss(self.soft_loss, logits, target, rows.y), rows)
         return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """Return the teacher's logits."""
         teacher = self.teacher
         return None if teacher is None else teacher(batch)
+
+    def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
+        return teacher is None or teacher.numel() == logits.numel() or not is_own(self.soft_loss)
 
     def setup(self, stage: str) -> None:
         """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them."""

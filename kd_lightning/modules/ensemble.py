@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
@@ -24,7 +26,6 @@ from kd_lightning.modules._shared.checks import (
     check_two_networks,
 )
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
-from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
@@ -207,7 +208,7 @@ class EnsembleDistillModule(SupervisedModule):
         """Return all teachers' logits (K, B, C)."""
         return None if self.ensemble is None else self.ensemble(batch)
 
-    def make_evaluation(self, classes: int) -> Evaluation:
+    def make_evaluation(self, classes: int) -> Any:
         """Make metrics that include those of each teacher."""
         if self.ensemble is None:
             return super().make_evaluation(classes)
@@ -260,7 +261,7 @@ class EnsembleDistillModule(SupervisedModule):
         """Runs at the end of each validation. Logs the metrics, and once the figure of the teachers' agreement."""
         if not self.trainer.sanity_checking and not self._logged_agreement:
             self._logged_agreement = True
-            self._log_figures("val", lambda e: e.teacher_figures() if isinstance(e, EnsembleEvaluation) else {})
+            self._evaluations.log_figures(self, "val", _teacher_figures)
         super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -281,3 +282,7 @@ class EnsembleDistillModule(SupervisedModule):
             )
         for number, (teacher, fingerprint) in enumerate(zip(self.ensemble, fingerprints, strict=True)):
             check_same_teacher(f"teachers[{number}]", teacher, fingerprint)
+
+
+def _teacher_figures(evaluation: Any) -> dict[str, Callable[[], Figure]]:
+    return evaluation.teacher_figures() if isinstance(evaluation, EnsembleEvaluation) else {}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
+from torchmetrics import Metric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
@@ -26,26 +26,32 @@ from kd_lightning.losses.base import (
     check_row_fields,
     check_weight,
     reset_state,
-    to_probabilities,
 )
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
-from kd_lightning.modules._shared.epoch_means import EpochMeans
+from kd_lightning.modules._shared.dense import (
+    check_dense,
+    count_dense,
+    dense_predictions,
+    dense_probabilities,
+    dense_to_rows,
+)
 from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.evaluations import Evaluations
 from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.hard_loss import hard_loss_of, must_synchronize
+from kd_lightning.modules._shared.hard_loss import default_loss, hard_loss_of, is_own, labels_fit, must_synchronize
 from kd_lightning.modules._shared.lean_module import LeanModule
 from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
+from kd_lightning.modules._shared.own_evaluation import OwnEvaluation
 from kd_lightning.modules._shared.parameter_groups import check_groups
+from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
 from kd_lightning.modules._shared.schedules import check_schedules
-from kd_lightning.runs.report.log_figure import log_figure
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
-
-_MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
+from kd_lightning.teachers.teacher import check_outputs
 
 
 class SupervisedModule(LeanModule):
@@ -64,17 +70,27 @@ class SupervisedModule(LeanModule):
     ``agreement`` and ``teacher_kl`` (KL at temperature 1, in nats).
 
     Args:
-        student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary.
+        student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary; for
+            regression values (B, D) or (B,). Dense outputs, such as (B, C, H, W) or (B, T, C), need ``class_dim``.
         task: ``"multiclass"`` (y holds class indices, or as floats probabilities (B, C)), ``"multilabel"`` (zeros and
-            ones, (B, L)) or ``"binary"``. A missing label is -100, or NaN if y is floating point.
+            ones, (B, L)), ``"binary"`` or ``"regression"`` (y has the outputs' shape). A missing label is -100, or NaN
+            if y is floating point.
+        class_dim: The dimension of dense outputs that holds classes: 1 for maps (B, C, H, W), -1 for tokens (B, T, C).
+            Each position is a row of losses and metrics then. It counts unless ``Batch.mask`` (or ``attention_mask``
+            among the inputs) leaves it out. In a sample that has some labels, positions without a label (void) do not
+            count; a sample without any label is unlabeled, and all of its positions count in the soft term. Default:
+            None, which means one row for each sample.
+        causal: Whether the output of token t is compared with the label of token t + 1, as in a language model whose
+            labels are its inputs. It needs ``class_dim: -1``.
         hard_loss: Loss with reduction "mean" or "none", called as ``(logits, target)`` with the labeled rows. It always
             gets whole rows. If labels of a multilabel row are missing, it is called with reduction "none", and must
             return one value for each label (B, L); those of missing labels are left out of the mean. It may declare
             ``row_fields`` to get ``kind`` or ``index`` of each row, see :mod:`kd_lightning.losses.protocols`. Coarse
             labels always use :class:`~kd_lightning.losses.CoarseLoss`, and count as much as others. The sum of
             CrossEntropyLoss with class weights is divided by the sum of its labels' weights, as in torch, over all
-            processes but for each accumulated batch. Default: None, which means cross-entropy (on logits, for the
-            other two tasks).
+            processes but for each accumulated batch. A project's own loss also takes labels of other shapes than the
+            task's. Default: None, which means cross-entropy (on logits, for multilabel and binary), or ``MSELoss`` for
+            regression.
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
             none. Default: None, which means a constant learning rate. CosineAnnealingLR without ``T_max``, OneCycleLR
@@ -103,6 +119,8 @@ class SupervisedModule(LeanModule):
         student: nn.Module,
         *,
         task: Task = "multiclass",
+        class_dim: int | None = None,
+        causal: bool = False,
         hard_loss: nn.Module | None = None,
         optimizer: OptimizerCallable = Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -112,16 +130,18 @@ class SupervisedModule(LeanModule):
         weight_decay_exclude_1d: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("task", task, ("multiclass", "multilabel", "binary"))
+        check_choice("task", task, get_args(Task))
         check_choice("lr_interval", lr_interval, ("epoch", "step"))
-        self.save_hyperparameters("task", "lr_interval")
+        self.save_hyperparameters("task", "lr_interval", "class_dim", "causal")
         self.student = student
         self.task: Task = task
-        default = nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
-        self.hard_loss = default if hard_loss is None else hard_loss
+        self.class_dim = class_dim
+        self.causal = causal
+        self.hard_loss = default_loss(task) if hard_loss is None else hard_loss
         if getattr(self.hard_loss, "reduction", "mean") not in ("mean", "none"):
             raise InputError(f"hard_loss: its reduction must be mean or none, got {self.hard_loss.reduction!r}")
         check_row_fields("hard_loss", self.hard_loss)
+        check_dense(class_dim, causal, task, self.hard_loss)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -133,13 +153,10 @@ class SupervisedModule(LeanModule):
         self.weight_decay_exclude_1d = weight_decay_exclude_1d
         self._auxiliary_heads = AuxiliaryHeads()
         self._outputs_are_checked = True  # until a fit begins
-        # One for each data loader, made at the first batch, whose logits have the number of classes.
-        self._evaluations: dict[int, Evaluation] = {}
-        # The teacher's logits on evaluation data: {(stage, loader, batch): (index, logits)}.
-        self._teacher_logits_cache: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self._evaluations = Evaluations()
         self._finite_check = FiniteCheck()
-        self._epoch_means = EpochMeans()
         self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
+        self._rows = 0  # of this batch
 
     def unpack(self, batch: Any) -> Batch:
         """Convert a batch of the data loader. A project with batches of another kind overrides this."""
@@ -164,8 +181,9 @@ class SupervisedModule(LeanModule):
             raise
         if not self._outputs_are_checked and self.is_fitting:
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-            check_number_of_outputs(logits, self.task, self.num_classes, names)
-            check_loss_weights(self.hard_loss, logits, self.task)
+            outputs = logits if self.class_dim is None else logits.movedim(self.class_dim, -1)
+            check_number_of_outputs(outputs, self.task, self.num_classes, names)
+            check_loss_weights(self.hard_loss, outputs, self.task)
             if text := describe_choice(output):
                 rank_zero_info(f"student: it returns {text}")
             self._outputs_are_checked = True
@@ -174,9 +192,8 @@ class SupervisedModule(LeanModule):
     def setup(self, stage: str) -> None:
         """Runs at the start of fit, validate, test and predict. Resets what an earlier run stored."""
         self._evaluations.clear()
-        self._teacher_logits_cache.clear()
         self._finite_check = FiniteCheck()
-        self._epoch_means = EpochMeans()
+        self._epoch_means.clear()
         self._outputs_are_checked = stage != TrainerFn.FITTING
         check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
@@ -194,15 +211,65 @@ class SupervisedModule(LeanModule):
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the terms of the objective, by name."""
-        return {"hard": LossTerm(1.0, self.hard_term(self(batch.x), batch))}
+        rows, logits = self.to_rows(batch, self(batch.x))
+        return {"hard": LossTerm(1.0, self.hard_term(logits, rows))}
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """Return the logits that validation and test compare the student with. Default: None, for no teacher."""
         return None
 
-    def make_evaluation(self, classes: int) -> Evaluation:
-        """Make the metrics of one pass over one data loader."""
-        return Evaluation(self.task, classes)
+    def configure_metrics(self) -> Mapping[str, Metric] | None:
+        """Return new metrics, by name, in place of ours. Default: None, for ours.
+
+        They are logged as ``val/<name>`` and ``test/<name>``, beside the hard loss, and updated with the probabilities
+        (or values) and the labels of the rows that have a label. Where labels do not fit the task, as a project's own
+        ``hard_loss`` may take them, the metrics get outputs and labels as they are.
+        """
+        return None
+
+    def make_evaluation(self, classes: int) -> Any:
+        """Make our metrics of one pass over one data loader."""
+        if self.task == "regression":
+            return RegressionEvaluation(classes, self.device)
+        return Evaluation(self.task, classes, self.class_dim is not None)
+
+    # Rows.
+
+    def to_rows(self, batch: Batch, *outputs: Tensor) -> tuple[Any, ...]:
+        """Return a batch and outputs of one row for each position that counts; without ``class_dim`` as they are.
+
+        Args:
+            batch: The batch.
+            outputs: Outputs of student and teachers, of one shape.
+
+        Returns:
+            A batch of N rows, which has labels, weights and totals but no inputs, and the outputs (N, C).
+        """
+        if self.class_dim is None:
+            return batch, *outputs
+        rows, parts = dense_to_rows(batch, outputs, self.task, self.class_dim, self.causal)
+        self._rows = len(rows)
+        return rows, *parts
+
+    def count_rows(self, batch: Any) -> tuple[int, int] | None:
+        """Runs in the datamodule's loader. Return the numbers of labels and rows of a dense batch; None without them.
+
+        The loader needs them of all batches of an optimiser step, before the first one is computed.
+        """
+        if self.class_dim is None or (batch := self.unpack(batch)).y is None:
+            return None
+        return count_dense(batch, self.task, self.class_dim, self.causal)
+
+    def step_mean(self, value: Tensor, rows: Batch) -> Tensor:
+        """Scale a mean over rows of :meth:`to_rows` so that processes and accumulated batches add up.
+
+        Their sum is the mean over all rows of the optimiser step then. Without ``class_dim``, each batch counts the
+        same, and the mean stays as it is.
+        """
+        if self.class_dim is None:
+            return value
+        mean = self._mean_over_processes(len(rows), value) if rows.mean_rows is None else rows.mean_rows
+        return value if mean == len(rows) else value * (len(rows) / max(mean, 1e-9))
 
     # The hard term.
 
@@ -250,7 +317,7 @@ class SupervisedModule(LeanModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
         batch = self.unpack(batch)
-        self._mean_labels = batch.mean_labels
+        self._mean_labels, self._rows = batch.mean_labels, len(batch)
         self._auxiliary_heads.clear()
         try:
             terms = self.losses(batch)
@@ -265,7 +332,7 @@ class SupervisedModule(LeanModule):
         if self._may_synchronize(loss):
             self._finite_check.check()
         if self._trainer is not None:
-            rows, mean = len(batch), self._mean_labels
+            rows, mean = max(self._rows, 1e-9), self._mean_labels
             # Hard terms are means over labels; a batch without any counts next to nothing.
             labels = rows if mean is None else max(float(mean), 1e-9)
             add = self._epoch_means.add
@@ -281,35 +348,6 @@ class SupervisedModule(LeanModule):
     # Lightning inspects the signature in each step, unless it is stored
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
-    def _may_synchronize(self, tensor: Tensor) -> bool:
-        """Whether reading a value costs little: on the CPU, and where the logger reads values anyway."""
-        return not must_synchronize(tensor) or self._trainer is None or self._is_logging_step()
-
-    def _is_logging_step(self) -> bool:
-        """Whether a logger logs after this step, or the epoch ends with it."""
-        trainer: Any = self._trainer
-        if trainer.is_last_batch:
-            return True
-        step, last, every = trainer.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
-        return bool(-1 < last <= step or (every > 0 and step % every == 0))
-
-    def _record_mean(self, name: str, value: Tensor | float, rows: float) -> None:
-        """Add a value to the epoch's mean of this name, with ``rows`` as its weight."""
-        self._epoch_means.add(name, value, rows)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Runs after each training batch. Logs the epoch's means after the last, before callbacks read them."""
-        self._log_means_of_whole_epoch()
-
-    def on_train_epoch_end(self) -> None:
-        """Runs at the end of each training epoch. Logs the epoch's means if it ended before its last batch."""
-        self._epoch_means.log(self)
-
-    def _log_means_of_whole_epoch(self) -> None:
-        trainer: Any = self._trainer
-        if trainer.is_last_batch or trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step:
-            self._epoch_means.log(self)
-
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Runs for each validation batch. Updates the metrics, and returns the predicted labels."""
         return self._evaluate("val", batch, batch_idx, dataloader_idx)
@@ -319,66 +357,69 @@ class SupervisedModule(LeanModule):
         return self._evaluate("test", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Runs for each batch of predict. Returns probabilities (B, C), or (B,) for the binary task."""
-        return to_probabilities(self(self.unpack(batch).x), self.task)
+        """Runs for each batch of predict. Returns probabilities (B, C), or (B,) for the binary task.
+
+        Those of dense outputs have the outputs' shape, without the classes for the binary task. Values of the
+        regression task stay as they are.
+        """
+        return dense_probabilities(self(self.unpack(batch).x), self.task, self.class_dim)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
         batch = self.unpack(batch)
         batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
         # first: a student may change its inputs in place
         teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
-        logits = self(batch.x)
+        logits = outputs = self(batch.x)
+        if not self._is_comparable(logits, teacher):
+            teacher = None
+        batch, logits, *taught = self._evaluation_rows(batch, logits, teacher)
         if dataloader_idx not in self._evaluations:
-            classes = 1 if self.task == "binary" else logits.shape[-1]
-            evaluation = self.make_evaluation(classes)
+            evaluation = self._new_evaluation(logits, batch)
             if stage == "test" and self.loggers:
                 evaluation.add_confusion_matrix(announce=not self._evaluations)
             self._evaluations[dataloader_idx] = evaluation.to(logits.device)
         evaluation = self._evaluations[dataloader_idx]
+        teacher = taught[0] if taught else None
         evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
         loss, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
-        return evaluation.update(logits, batch.y, loss, labels, teacher, weights)
+        predicted: Tensor = evaluation.update(logits, batch.y, loss, labels, teacher, weights)
+        return predicted if self.class_dim is None else dense_predictions(outputs, self.task, self.class_dim)
+
+    def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
+        """Whether metrics can compare student and teacher. If not, a soft loss of the project's own does."""
+        return True
+
+    def _evaluation_rows(self, batch: Batch, logits: Tensor, teacher: Tensor | None) -> tuple[Any, ...]:
+        """Return a batch, the student's logits and, if there is one, the teacher's, as :meth:`to_rows` does."""
+        if teacher is None:
+            return self.to_rows(batch, logits)
+        if self.class_dim is not None:
+            check_outputs(logits, teacher)
+        return self.to_rows(batch, logits, teacher)
+
+    def _new_evaluation(self, logits: Tensor, batch: Batch) -> Any:
+        if (metrics := self.configure_metrics()) is not None:
+            return OwnEvaluation(self.task, metrics)
+        if is_own(self.hard_loss) and batch.y is not None and not labels_fit(self.task, logits, batch.y):
+            return OwnEvaluation(self.task, {})
+        single = self.task == "binary" or (self.task == "regression" and logits.ndim == 1)
+        return self.make_evaluation(1 if single else logits.shape[-1])
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
-        """Return the teacher's logits.
-
-        They are computed once if the batch has the ``index`` of its samples, and as long as all take little memory.
-        """
-        index, logits = self._teacher_logits_cache.get(key, (None, None))
-        if index is not None and batch.index is not None and torch.equal(index, batch.index.cpu()):
-            assert logits is not None
-            return logits.to(batch.device)
-        logits = self.teacher_logits(batch)
-        if logits is not None and batch.index is not None:
-            stored = sum(part.nbytes for _, part in self._teacher_logits_cache.values())
-            if stored + logits.nbytes <= _MOST_STORED:
-                self._teacher_logits_cache[key] = (batch.index.cpu(), logits.cpu())
-        return logits
+        """Return the teacher's logits, computed once where that is possible."""
+        return self._evaluations.teacher_logits(key, batch, self.teacher_logits)
 
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs its metrics."""
-        self._log_evaluations("val")
+        self._evaluations.log(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Runs at the end of the test. Logs its metrics and figures."""
         data = getattr(self.trainer, "datamodule", None)
         prefix = "transductive/test" if getattr(data, "transductive", False) else "test"
-        self._log_figures(prefix, lambda evaluation: evaluation.figures(getattr(data, "class_names", None)))
-        self._log_evaluations(prefix)
-
-    def _log_figures(self, prefix: str, figures: Callable[[Evaluation], dict[str, Callable[[], Figure]]]) -> None:
-        """Log the figures of each data loader. Their numbers are gathered from all processes."""
-        for number, evaluation in self._evaluations.items() if self.loggers else ():
-            for name, draw in figures(evaluation).items():
-                log_figure(self, _metric_name(prefix, name, number), draw)
-
-    def _log_evaluations(self, prefix: str) -> None:
-        for number, evaluation in self._evaluations.items():
-            values = {_metric_name(prefix, name, number): value for name, value in evaluation.compute().items()}
-            # compute() has gathered all processes; sync_dist only avoids Lightning's warning
-            for name, value in values.items():
-                self.log(name, value, prog_bar="/accuracy" in name, sync_dist=True)
-        self._evaluations.clear()
+        names = getattr(data, "class_names", None)
+        self._evaluations.log_figures(self, prefix, lambda evaluation: evaluation.figures(names))
+        self._evaluations.log(self, prefix)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint is written. Raises InputError if a term or weight is not finite.
@@ -408,8 +449,3 @@ class SupervisedModule(LeanModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
         return build_optimizers(self, build_optimizer(self, self.parameters()))
-
-
-def _metric_name(prefix: str, name: str, loader: int) -> str:
-    """Return ``prefix/name``, with the number of the data loader if it is not the first."""
-    return f"{prefix}/{name}" + (f"/{loader}" if loader else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
 from typing import Any
@@ -18,7 +17,7 @@ from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.network_calls import Call, NetworkCalls, Output
-from kd_lightning.modules._shared.soft_loss import check_top_k
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, check_top_k
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
@@ -157,9 +156,9 @@ class Teaching(nn.Module):
         check_top_k(self.soft_loss, [teacher])
         self.class_dim = class_dim
         self.mask = mask
+        self.output = output
         self.unlabeled = unlabeled
         self._calls = NetworkCalls(module, network, teacher, output)
-        self._takes_target = _takes_target(self.soft_loss)
         # in this epoch: training steps, losses with a soft term, and with a hard one
         self._steps = self._soft_losses = self._hard_losses = 0
         self._warned = False
@@ -209,10 +208,10 @@ class Teaching(nn.Module):
         return value if mean == total else value * (total / mean), total
 
     def _compare(self, rows: Tensor, target: Tensor) -> Tensor:
-        loss = self.soft_loss(rows, target, None) if self._takes_target else self.soft_loss(rows, target)
+        loss = call_soft_loss(self.soft_loss, rows, target, None)
         if loss.ndim:
             raise InputError(f"soft_loss must give one number, got {[*loss.shape]}; its reduction must be mean")
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     def _check_shapes(self, rows: Tensor, target: Tensor) -> None:
         if self.class_dim is None and rows.ndim > 2 and hasattr(self.soft_loss, "task"):
@@ -368,15 +367,6 @@ class Teaching(nn.Module):
         if not self._warned:
             rank_zero_warn(f"teach: {text}")
         self._warned = True
-
-
-def _takes_target(loss: nn.Module) -> bool:
-    """Whether a soft loss takes a third argument, the target."""
-    try:
-        parameters = [*inspect.signature(loss.forward).parameters.values()]
-    except (TypeError, ValueError):
-        return False
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2
 
 
 def _nodes_of(loss: Tensor) -> set[Any]:

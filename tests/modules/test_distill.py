@@ -238,7 +238,7 @@ class TestKeptOutputs:
 
     def test_computed_anew_where_they_take_too_much_memory(self, quiet_trainer, student, teacher, monkeypatch):
         """The first of the three batches fits, 256 x 10 numbers of four bytes."""
-        monkeypatch.setattr("kd_lightning.modules.supervised._MOST_STORED", 12_000)
+        monkeypatch.setattr("kd_lightning.modules._shared.evaluations._MOST_STORED", 12_000)
         counting = Counting(teacher)
         trainer = quiet_trainer(max_epochs=3, limit_train_batches=1, num_sanity_val_steps=0)
         trainer.fit(DistillModule(student, counting), self.data())

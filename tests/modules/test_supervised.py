@@ -413,7 +413,7 @@ def test_labels_that_do_not_fit(task, shape, y, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "regression"}, "task must be one of multiclass, multilabel, binary, got 'regression'"),
+        ({"task": "ordinal"}, "task must be one of multiclass, multilabel, binary, regression, got 'ordinal'"),
         ({"lr_interval": "day"}, "lr_interval must be one of epoch, step, got 'day'"),
     ],
 )
@@ -593,7 +593,8 @@ def test_other_loggers(quiet_trainer, loader, tmp_path, student, folder):
     module = SupervisedModule(student)
     trainer.fit(module, loader(), loader())
     trainer.test(module, loader(), verbose=False)
-    assert logger.hyperparameters == {"task": "multiclass", "lr_interval": "epoch"}
+    expected = {"task": "multiclass", "lr_interval": "epoch", "class_dim": None, "causal": False}
+    assert logger.hyperparameters == expected
     logged = set().union(*logger.metrics)
     assert {"train/loss", "train/hard", "val/accuracy", "test/accuracy"} <= logged
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from kd_lightning.batch import Batch
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset, collate, shorten_worker_errors
+from kd_lightning.data.views.dense_means import with_dense_means
 from kd_lightning.data.views.samplers import ShareSampler, TrainingBatches, ViewSampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.data.views.teacher_outputs import FillingCollate
@@ -76,9 +77,14 @@ class ViewLoader(DataLoader[Batch]):
             for batch in map(self.labels.fill, self._batches()):
                 yield finish(batch.as_padding() if is_padded else batch)
             return
-        epoch = sampler.epoch
-        start = self._resume_position[1] if self._resume_position[0] == epoch else 0
+        start = self._resume_position[1] if self._resume_position[0] == sampler.epoch else 0
         self._resume_position = (-1, 0)
+        yield from with_dense_means(self._training(sampler, start), self.trainer, start, len(self))
+
+    def _training(self, sampler: ViewSampler, start: int) -> Iterator[Batch]:
+        """Yield the batches of training with their labels, from number ``start`` of the epoch on."""
+        finish = self.dataset.finish  # type: ignore[attr-defined]
+        epoch = sampler.epoch
         assert self._training_batches is not None
         self._training_batches.skip = start
         order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]

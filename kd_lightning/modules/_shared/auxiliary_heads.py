@@ -38,7 +38,8 @@ class AuxiliaryHeads:
         if not heads or not module.auxiliary_weight:
             return None
         if x is batch.x and module.trains_auxiliary_heads and not is_stateful(module.hard_loss):
-            return torch.stack([module.hard_term(logits, batch) for logits in heads]).sum()
+            terms = [module.to_rows(batch, logits) for logits in heads]
+            return torch.stack([module.hard_term(logits, rows) for rows, logits in terms]).sum()
         if not self._warned:
             rank_zero_warn(
                 f"the student's {len(heads)} auxiliary heads do not learn in {type(module).__name__} with "

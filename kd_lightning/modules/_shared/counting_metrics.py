@@ -90,6 +90,20 @@ def macro_f1(counts: Tensor, of_absent: bool = False) -> Tensor:
     return mean
 
 
+def mean_iou(counts: Tensor) -> Tensor:
+    """Return the mean intersection over union of the classes that occur or are predicted.
+
+    This is torchmetrics' JaccardIndex, with ``average="macro"`` for several classes.
+
+    Args:
+        counts: From :func:`class_counts` or :func:`label_counts`.
+    """
+    right, occurs, given = counts
+    union = occurs + given - right
+    mean: Tensor = (right / union.clamp(min=1))[union > 0].mean()
+    return mean
+
+
 def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
     """Count wrong and right decisions, and sum their confidence, in 15 bins of equal width: (3, 17).
 

@@ -29,6 +29,10 @@ class EpochMeans:
     def __bool__(self) -> bool:
         return bool(self._sums)
 
+    def clear(self) -> None:
+        """Remove all values."""
+        self._sums.clear()
+
     def add(self, name: str, value: float | Tensor, weight: float) -> None:
         """Add a value with its weight."""
         total, weights = self._sums.get(name, (0.0, 0.0))

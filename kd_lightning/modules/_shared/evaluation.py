@@ -24,6 +24,7 @@ from kd_lightning.modules._shared.counting_metrics import (
     class_counts,
     label_counts,
     macro_f1,
+    mean_iou,
 )
 from kd_lightning.teachers.teacher import check_outputs
 
@@ -38,13 +39,15 @@ class Evaluation(Sums):
     Args:
         task: The module's task.
         classes: Number of classes or labels C. A single label of the multilabel task is a binary task.
+        dense: Whether rows are positions, so that ``mean_iou`` is computed, too (not for the multilabel task).
 
     Raises:
         InputError: If there is one class alone.
     """
 
-    def __init__(self, task: Task, classes: int) -> None:
+    def __init__(self, task: Task, classes: int, dense: bool = False) -> None:
         super().__init__()
+        self.dense = dense and task != "multilabel"
         check_at_least_two(task, classes)
         task = "binary" if classes == 1 else task
         self.task = task
@@ -152,6 +155,8 @@ class Evaluation(Sums):
             found["loss"] = sums["loss"] / sums["loss_weight"]
             found["accuracy"] = sums["correct"] / sums["labels"]
             found["f1"] = macro_f1(sums["class_counts"], of_absent=self.task != "multiclass")
+            if self.dense:
+                found["mean_iou"] = mean_iou(sums["class_counts"])
             found["calibration_error"] = calibration_error(sums["calibration"])
         if teacher:
             found["agreement"] = sums["agreed"] / sums["decisions"]

@@ -41,9 +41,10 @@ def hard_loss_of(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> H
     """Compute the hard loss of a batch.
 
     Args:
-        loss: The hard loss.
+        loss: The hard loss. A project's own one gets labels that do not fit the task as they are, with the outputs of
+            all rows that have a label.
         task: The module's task.
-        logits: (B, C), or (B,) or (B, 1) for the binary task.
+        logits: (B, C), or (B,) or (B, 1) for the binary task. Of the regression task values (B, D), or (B,).
         batch: The batch.
 
     Raises:
@@ -77,12 +78,14 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     y = batch.y
     if y is None:
         return _without_labels(loss, task, logits)
-    if task == "binary":
+    if task == "binary" or (task == "regression" and {logits.shape[1:], y.shape[1:]} <= {(), (1,)}):
         logits, y = logits.flatten(), y.flatten()
     soft = task == "multiclass" and y.ndim == 2 and y.is_floating_point()  # probabilities
     classes = task == "multiclass" and not soft
-    if y.shape != logits.shape[: 1 if classes else 2] or (task == "multiclass" and logits.ndim != 2):
-        raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}")
+    if not labels_fit(task, logits, y):
+        if is_own(loss) and len(y) == len(logits):
+            return _own(loss, logits, y, batch)
+        raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}{_ADVICE}")
     fields = row_values(loss, batch)
     weight = batch.weight
     rows, known = batch.labeled, None
@@ -114,6 +117,42 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     return HardLoss(mean_loss(loss, logits, y, weight, **fields), labels, _sum(class_weights(loss, y)))
 
 
+def default_loss(task: Task) -> nn.Module:
+    """Return the hard loss of a task where the project sets none."""
+    if task == "regression":
+        return nn.MSELoss()
+    return nn.CrossEntropyLoss() if task == "multiclass" else nn.BCEWithLogitsLoss()
+
+
+def labels_fit(task: Task, logits: Tensor, y: Tensor) -> bool:
+    """Whether labels have the shape that a task needs for these outputs."""
+    if task == "binary":
+        return y.numel() == logits.numel()
+    if task == "multiclass":
+        return logits.ndim == 2 and y.shape in (logits.shape[:1], logits.shape if y.is_floating_point() else None)
+    single = task == "regression" and {logits.shape[1:], y.shape[1:]} <= {(), (1,)}
+    return y.shape == logits.shape if not single else len(y) == len(logits)
+
+
+def is_own(loss: nn.Module) -> bool:
+    """Whether a loss is a project's own: neither one of torch nor one of this package."""
+    return type(loss).__module__.partition(".")[0] not in ("torch", "kd_lightning")
+
+
+_ADVICE = "; dense outputs, such as (B, C, H, W) or (B, T, C), need class_dim"
+
+
+def _own(loss: nn.Module, outputs: Tensor, y: Tensor, batch: Batch) -> HardLoss:
+    """Return a project's own loss of the rows that have a label, with labels of any shape."""
+    rows = is_labeled(y).flatten(1).any(dim=1) if y.ndim > 1 else is_labeled(y)
+    labels = int(rows.sum())
+    if not labels and not is_stateful(loss):
+        return HardLoss(outputs.sum() * 0, 0, None)
+    weight = None if batch.weight is None else batch.weight[rows]
+    fields = {name: values[rows] for name, values in row_values(loss, batch).items()}
+    return HardLoss(mean_loss(loss, outputs[rows], y[rows], weight, **fields), labels, None)
+
+
 def _without_labels(loss: nn.Module, task: Task, logits: Tensor) -> HardLoss:
     """Return the loss of a batch that has no ``y``. A stateful loss runs on every process, also without rows."""
     none = logits[:0].flatten() if task == "binary" else logits[:0]
@@ -143,7 +182,11 @@ def _check_probabilities(y: Tensor) -> None:
 
 
 def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:
-    """Raise InputError for a label that is no class of the logits."""
+    """Raise InputError for a label that is no class of the logits; of the regression task one that is infinite."""
+    if task == "regression":
+        if y.isinf().any():
+            raise InputError(f"labels must be finite, or NaN for a missing one, got {y[y.isinf()][0].item()}")
+        return
     top = logits.shape[1] - 1 if task == "multiclass" else 1
     if not y.numel():
         return

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.optim import Optimizer
+
+from kd_lightning.modules._shared.epoch_means import EpochMeans
+from kd_lightning.modules._shared.hard_loss import must_synchronize
 
 _PLAIN = {str, float, int, bool, type(None)}
 
@@ -13,8 +17,12 @@ _PLAIN = {str, float, int, bool, type(None)}
 class LeanModule(LightningModule):
     """A LightningModule that does the same as Lightning's, in less time: a small network's step is a few milliseconds.
 
-    Subclasses may override all hooks as usual.
+    Values of training are logged as means over the epoch, at its end. Subclasses may override all hooks as usual.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._epoch_means = EpochMeans()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute.
@@ -45,3 +53,34 @@ class LeanModule(LightningModule):
         """Runs before each optimiser step. Clips gradients, if the trainer's settings ask for it."""
         if gradient_clip_val or self.trainer.gradient_clip_val:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # Means over an epoch.
+
+    def _may_synchronize(self, tensor: Tensor) -> bool:
+        """Whether reading a value costs little: on the CPU, and where the logger reads values anyway."""
+        return not must_synchronize(tensor) or self._trainer is None or self._is_logging_step()
+
+    def _is_logging_step(self) -> bool:
+        """Whether a logger logs after this step, or the epoch ends with it."""
+        trainer: Any = self._trainer
+        if trainer.is_last_batch:
+            return True
+        step, last, every = trainer.global_step + 1, trainer.max_steps, trainer.log_every_n_steps
+        return bool(-1 < last <= step or (every > 0 and step % every == 0))
+
+    def _record_mean(self, name: str, value: Tensor | float, rows: float) -> None:
+        """Add a value to the epoch's mean of this name, with ``rows`` as its weight."""
+        self._epoch_means.add(name, value, rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Runs after each training batch. Logs the epoch's means after the last, before callbacks read them."""
+        self._log_means_of_whole_epoch()
+
+    def on_train_epoch_end(self) -> None:
+        """Runs at the end of each training epoch. Logs the epoch's means if it ended before its last batch."""
+        self._epoch_means.log(self)
+
+    def _log_means_of_whole_epoch(self) -> None:
+        trainer: Any = self._trainer
+        if trainer.is_last_batch or trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step:
+            self._epoch_means.log(self)

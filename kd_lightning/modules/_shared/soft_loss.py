@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import Task, supports_top_k
+from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -18,7 +22,7 @@ def make_soft_loss(
     """Check a given soft loss, or make the default one.
 
     Args:
-        soft_loss: The given loss. If None, ``KDLoss`` of the task.
+        soft_loss: The given loss. If None, ``KDLoss`` of the task; ``MSELoss`` for regression.
         task: The module's task.
         teachers: The module's teachers.
         temperature: Temperature of the default loss, above 0.
@@ -26,7 +30,8 @@ def make_soft_loss(
     Raises:
         InputError: If the loss is of another task, or needs all logits while a teacher's cache holds its top k alone.
     """
-    soft_loss = KDLoss(temperature=temperature, task=task) if soft_loss is None else soft_loss
+    if soft_loss is None:
+        soft_loss = nn.MSELoss() if task == "regression" else KDLoss(temperature=temperature, task=task)
     if getattr(soft_loss, "task", task) != task:
         raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
     check_top_k(soft_loss, teachers)
@@ -41,3 +46,30 @@ def check_top_k(soft_loss: nn.Module, teachers: Iterable[nn.Module | None]) -> N
             f"soft_loss: {soft_loss} needs all logits, but a teacher's cache_top_k stores its highest ones alone; "
             "leave cache_top_k out, or use KDLoss or DKDLoss without standardize"
         )
+
+
+def call_soft_loss(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    """Call a soft loss with the outputs of student and teacher, and with the target if it takes a third argument."""
+    if teacher.shape != student.shape and teacher.numel() == student.numel() and not is_own(loss):
+        teacher = teacher.reshape(student.shape)  # (B,) and (B, 1) of one output; torch's losses would broadcast
+    value: Tensor = loss(student, teacher, target) if takes_target(loss) else loss(student, teacher)
+    return value
+
+
+def takes_target(loss: nn.Module) -> bool:
+    """Whether a soft loss takes a third argument, the target. The losses of torch do not."""
+    forward: Any = loss.forward
+    return _takes_three(getattr(forward, "__func__", forward), inspect.ismethod(forward))
+
+
+@lru_cache
+def _takes_three(forward: Callable[..., Any], is_method: bool) -> bool:
+    try:
+        parameters = [*inspect.signature(forward).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    kinds = [parameter.kind for parameter in parameters]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return True
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in by_position for kind in kinds) - is_method > 2

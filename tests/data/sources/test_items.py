@@ -63,7 +63,7 @@ def test_images_alone():
     ],
 )
 def test_items_without_a_label(item, got):
-    with pytest.raises(InputError, match=rf"item 4 must be \(image, label\).*label, labels, target.*{got}"):
+    with pytest.raises(InputError, match=rf"item 4 must be \(image, label\).*labels, label, target.*{got}"):
         label_of(item, "item 4")
 
 

@@ -1,0 +1,82 @@
+"""The evaluations of a module in one stage: its metrics by data loader, and the teacher's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd_lightning.batch import Batch
+from kd_lightning.runs.report.log_figure import log_figure
+
+_MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
+_IN_PROGRESS_BAR = ("/accuracy", "/rmse", "/mean_iou")
+
+
+class Evaluations(dict[int, Any]):
+    """The metrics of validation or test, by the number of the data loader.
+
+    Each is made at its loader's first batch, whose outputs have the number of classes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # the teacher's logits on evaluation data: {(stage, loader, batch): (index, logits)}
+        self._teacher_logits: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+
+    def clear(self) -> None:
+        """Remove all metrics and logits."""
+        super().clear()
+        self._teacher_logits.clear()
+
+    def teacher_logits(
+        self, key: tuple[str, int, int], batch: Batch, compute: Callable[[Batch], Tensor | None]
+    ) -> Tensor | None:
+        """Return the teacher's logits.
+
+        They are computed once if the batch has the ``index`` of its samples, and as long as all take little memory.
+
+        Args:
+            key: Stage, number of the loader, and number of the batch.
+            batch: The batch.
+            compute: What computes them.
+        """
+        index, logits = self._teacher_logits.get(key, (None, None))
+        if index is not None and batch.index is not None and torch.equal(index, batch.index.cpu()):
+            assert logits is not None
+            return logits.to(batch.device)
+        logits = compute(batch)
+        if logits is not None and batch.index is not None:
+            stored = sum(part.nbytes for _, part in self._teacher_logits.values())
+            if stored + logits.nbytes <= _MOST_STORED:
+                self._teacher_logits[key] = (batch.index.cpu(), logits.cpu())
+        return logits
+
+    def log_figures(
+        self, module: LightningModule, prefix: str, figures: Callable[[Any], dict[str, Callable[[], Figure]]]
+    ) -> None:
+        """Log the figures of each data loader. Their numbers are gathered from all processes."""
+        for number, evaluation in self.items() if module.loggers else ():
+            for name, draw in figures(evaluation).items():
+                log_figure(module, _metric_name(prefix, name, number), draw)
+
+    def log(self, module: LightningModule, prefix: str) -> None:
+        """Log the metrics of each data loader, and remove them."""
+        for name, value in self._values(prefix):
+            # compute() has gathered all processes; sync_dist only avoids Lightning's warning
+            module.log(name, value, prog_bar=any(part in name for part in _IN_PROGRESS_BAR), sync_dist=True)
+        super().clear()
+
+    def _values(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for number, evaluation in self.items():
+            for name, value in evaluation.compute().items():
+                yield _metric_name(prefix, name, number), value
+
+
+def _metric_name(prefix: str, name: str, loader: int) -> str:
+    """Return ``prefix/name``, with the number of the data loader if it is not the first."""
+    return f"{prefix}/{name}" + (f"/{loader}" if loader else "")
