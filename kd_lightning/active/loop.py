@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 
-from kd_lightning.active.pool import DROPOUT_PASSES, collect_pool_outputs, find_teacher, with_unlabeled_pool
+from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher, with_unlabeled_pool
 from kd_lightning.active.strategies import check_strategy, select_samples
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.runs.student import check_plain_logits, find_network, student_path
 
 
 class ActiveLearningLoop:
@@ -26,7 +26,8 @@ class ActiveLearningLoop:
     Each round starts with new weights of the same seed. Training sees the first labels and those of selected samples.
 
     Args:
-        make_module: Function that makes the module to train, which must have a ``student``.
+        make_module: Function that makes the module to train. It must have a ``student``, or be changed by
+            :class:`~kd_lightning.teach`, and its test must log ``test/accuracy``.
         make_data: Function that makes the datamodule. Its labeled samples are the first ones. It is called once.
         make_trainer: Function that makes the trainer of a round, for one process.
         strategy: A name of :data:`~kd_lightning.active.strategies.STRATEGIES`.
@@ -43,7 +44,7 @@ class ActiveLearningLoop:
 
     def __init__(
         self,
-        make_module: Callable[[], SupervisedModule],
+        make_module: Callable[[], LightningModule],
         make_data: Callable[[], SemiSupervisedDataModule],
         make_trainer: Callable[[], Trainer],
         strategy: str,
@@ -73,7 +74,8 @@ class ActiveLearningLoop:
 
         Raises:
             InputError: If there are too few samples without a label, labels of the pool are unknown, the pool is the
-                test images, or the trainer has several processes.
+                test images, the module has no student or does not log ``test/accuracy``, or the trainer has several
+                processes.
         """
         data = self.make_data()
         data.prepare_data()
@@ -95,8 +97,14 @@ class ActiveLearningLoop:
                 module, trainer = self.make_module(), self.make_trainer()
                 if trainer.world_size > 1:
                     raise InputError(f"ActiveLearningLoop runs on one process, got {trainer.world_size}")
+                if student_path(module) is None:
+                    raise InputError(f"make_module: {type(module).__name__} has no student")
+                check_plain_logits(module, "the scoring of samples")
                 trainer.fit(module, datamodule=data)
-                accuracy = float(trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"])
+                figures = trainer.test(module, datamodule=data, verbose=False)[0]
+                if "test/accuracy" not in figures:
+                    raise InputError(f"make_module: its test must log test/accuracy, got {', '.join(figures)}")
+                accuracy = float(figures["test/accuracy"])
                 assert data.split is not None
                 labels = len(data.split.labeled)
                 queried = self._select(module, data, trainer) if number < self.rounds else []
@@ -105,14 +113,15 @@ class ActiveLearningLoop:
             results.append({"labels": labels, "accuracy": accuracy, "queried": queried})
         return results
 
-    def _select(self, module: SupervisedModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
+    def _select(self, module: LightningModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
         """Return the indices of the samples to label next."""
         device = trainer.strategy.root_device
         module.to(device)
         teacher = find_teacher(module) if self.strategy == "disagreement" else None
         passes = DROPOUT_PASSES if self.strategy == "bald" else 0
         options: dict[str, Any] = {"teacher": teacher, "passes": passes, "seed": self.seed, "device": device}
-        index, pool = collect_pool_outputs(module.student, data, self.strategy, run=module.call, **options)
+        student = find_network(module, student_path(module) or "", "make_module")
+        index, pool = collect_pool_outputs(student, data, self.strategy, seams=Seams.of(module), **options)
         selected: list[int] = index[select_samples(self.strategy, pool, self.queries).rows].tolist()
         return selected
 

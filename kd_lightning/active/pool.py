@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,21 +16,55 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from kd_lightning.active.strategies import PoolOutputs
-from kd_lightning.batch import Batch, is_labeled
+from kd_lightning.batch import Batch, is_labeled, unpack
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.coarse import mask_candidates
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+from kd_lightning.runs.class_paths import find_class
+from kd_lightning.runs.run import Run
+from kd_lightning.runs.student import batch_of_step, build_module, check_plain_logits, is_taught
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 DROPOUT_PASSES = 20
 """Number of forward passes with dropout for BALD."""
 _NEEDS_FEATURES = ("k-centre", "badge")
-Run = Callable[[nn.Module, Inputs], Any]
+
+
+class Seams(NamedTuple):
+    """How a module reads a batch that is loaded, and calls its student with inputs."""
+
+    unpack: Callable[[Any], Batch] = Batch.from_any
+    call: Callable[[nn.Module, Inputs], Any] = call
+
+    @classmethod
+    def of(cls, module: LightningModule) -> Seams:
+        """Return those of a module.
+
+        A module that is taught gives its student what its validation step calls it with, or without such a step its
+        training step.
+
+        Raises:
+            InputError: If it is taught on a part of what its network returns, see ``check_plain_logits``.
+        """
+        check_plain_logits(module, "the scoring of samples")
+        if isinstance(getattr(module, "teaching", None), nn.Module):
+            return cls(partial(batch_of_step, module))
+        return cls(partial(unpack, module), getattr(module, "call", call))
+
+    @classmethod
+    def of_run(cls, run: Run, device: torch.device | str) -> Seams:
+        """Return those of a run's module, which is built with new weights unless its class shows that it needs none."""
+        kind, base = find_class(run.config["model"]["class_path"]), SupervisedModule
+        own = [getattr(kind, "unpack", base.unpack), getattr(kind, "call", base.call)]
+        if isinstance(kind, type) and own == [base.unpack, base.call] and not is_taught(run.config["model"]):
+            return cls()
+        return cls.of(build_module(run.config["model"]).to(device).eval())
 
 
 @torch.no_grad()
@@ -41,7 +77,7 @@ def collect_pool_outputs(
     passes: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    run: Run = call,
+    seams: Seams | None = None,
 ) -> tuple[Tensor, PoolOutputs]:
     """Collect a student's outputs for all samples without a label.
 
@@ -55,7 +91,7 @@ def collect_pool_outputs(
         passes: Number of forward passes with dropout, at least 0, whose outputs become ``member_probabilities``.
         seed: Seed of dropout, and of the strategy.
         device: Device of the computation.
-        run: Function that calls the student with the inputs of a batch, such as ``call`` of its module.
+        seams: How the student's module reads a batch and calls the student. Default: None, which means a plain call.
 
     Returns:
         The samples' indices (N,), ascending, and their outputs.
@@ -72,17 +108,20 @@ def collect_pool_outputs(
     if passes and not dropout:
         raise InputError("bald needs several runs, or a student with dropout (p above 0); this student has none")
     outputs: dict[str, list[Tensor]] = defaultdict(list)
+    read, run = seams or Seams()
     student.to(device)
     with evaluating(student):
         torch.manual_seed(seed)
         for loaded in with_unlabeled_pool(data).pool_dataloader():
             batch = move_data_to_device(data.on_before_batch_transfer(loaded, 0), torch.device(device))
-            batch = Batch.from_any(data.on_after_batch_transfer(batch, 0))
-            assert batch.index is not None
-            assert batch.y is not None
+            known = Batch.from_any(data.on_after_batch_transfer(batch, 0))
+            assert known.index is not None
+            assert known.y is not None
+            # an unpack need not care for these
+            batch = replace(read(known), y=known.y, index=known.index, candidates=known.candidates)
             logits = logits_of(run(student, batch.x), "the student")
-            outputs["index"].append(batch.index.cpu())
-            outputs["unlabeled"].append(~is_labeled(batch.y).cpu())
+            outputs["index"].append(known.index.cpu())
+            outputs["unlabeled"].append(~is_labeled(known.y).cpu())
             outputs["probabilities"].append(_probabilities(logits, batch))
             if strategy in _NEEDS_FEATURES:
                 outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x, run).cpu().double())
@@ -112,7 +151,7 @@ def collect_pool_outputs(
     return index[unlabeled], PoolOutputs(**columns, labeled_features=labeled, seed=seed)
 
 
-def _dropout_passes(run: Run, student: nn.Module, batch: Batch, passes: int) -> Tensor:
+def _dropout_passes(run: Callable[[nn.Module, Inputs], Any], student: nn.Module, batch: Batch, passes: int) -> Tensor:
     """Return the probabilities of several passes, (B, K, C)."""
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -151,9 +190,9 @@ def find_teacher(module: LightningModule) -> Callable[[Batch], Tensor]:
     Raises:
         InputError: If the module has no frozen teacher.
     """
-    teacher, ensemble = (getattr(module, name, None) for name in ("teacher", "ensemble"))
-    if isinstance(ensemble, Ensemble):
+    if isinstance(ensemble := getattr(module, "ensemble", None), Ensemble):
         return lambda batch: ensemble.pool(ensemble(batch))
-    if not isinstance(teacher, Teacher):
-        raise InputError(f"disagreement needs a module with a frozen teacher, {type(module).__name__} has none")
-    return teacher
+    for owner in (module, getattr(module, "teaching", None)):
+        if isinstance(teacher := getattr(owner, "teacher", None), Teacher):
+            return teacher
+    raise InputError(f"disagreement needs a module with a frozen teacher, {type(module).__name__} has none")

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs
+from kd_lightning.inputs import Inputs, rows_of, tensors_of
 from kd_lightning.runs.build import build
 from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.weights import load_weights
@@ -76,6 +78,78 @@ def _zeros(shapes: Any, dtypes: Any) -> Any:
     return torch.zeros(1, *shapes, dtype=getattr(torch, dtypes) if dtypes else None)
 
 
+def check_plain_logits(module: Any, owner: str) -> None:
+    """Raise InputError if a module is taught on a part of what its network returns, so that logits are not (B, C).
+
+    Args:
+        module: The module.
+        owner: What needs the logits, for the message.
+    """
+    teaching = getattr(module, "teaching", None)
+    for name in ("output", "class_dim", "mask") if isinstance(teaching, nn.Module) else ():
+        if getattr(teaching, name, None) is not None:
+            raise InputError(f"model: {owner} needs a network whose output is logits (B, C), but teach has {name}")
+
+
+def batch_of_step(module: Any, loaded: Any, step: str | None = None) -> Batch:
+    """Return a batch whose inputs are what a step of a module calls its student with.
+
+    Args:
+        module: The module.
+        loaded: A batch as the step gets it. Labels and index are those that it holds.
+        step: Name of the step. Default: None, which means ``validation_step``, or ``training_step`` without one.
+
+    Raises:
+        InputError: If the batch is of a kind that is not known, the step does not call the student, fails before, or
+            calls it with another number of rows.
+    """
+    step = step or ("validation_step" if is_overridden("validation_step", module) else "training_step")
+    x, known = inputs_of_step(module, loaded, step), unpack(module, loaded)
+    if known.y is not None and len(known.y) != rows_of(x):
+        raise InputError(f"model: {step} calls the student with {rows_of(x)} rows for {len(known.y)} labels")
+    same = [*map(id, tensors_of(x))] == [*map(id, tensors_of(known.x))]
+    # as teach does: inputs of its own are for the teacher in a mapping, or in a Batch whose x the network gets
+    own = known.teacher_inputs if isinstance(loaded, Mapping) or (isinstance(loaded, Batch) and same) else None
+    return replace(known, x=x, teacher_inputs=own, teacher=known.teacher if same else None)
+
+
+def inputs_of_step(module: Any, batch: Any, step: str = "training_step") -> Inputs:
+    """Return what a step of a module calls its student with. The step ends there.
+
+    Args:
+        module: The module.
+        batch: The batch, on the module's device.
+        step: Name of the step.
+
+    Raises:
+        InputError: If there is no student, or the step does not call it, or fails before.
+    """
+    path = student_path(module)
+    found: list[Inputs] = []
+
+    def stop(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(inputs_of_call(network, args, kwargs))
+        raise _Called
+
+    network = find_network(module, STUDENT if path is None else path, "model")
+    handle = network.register_forward_pre_hook(stop, with_kwargs=True)
+    problem = "it does not call it"
+    try:
+        with torch.no_grad():
+            getattr(module, step)(batch, 0)
+    except Exception as error:  # of a step that needs more of a fit can be anything
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+    finally:
+        handle.remove()
+    if not found:
+        raise InputError(f"model: {step} does not lead to what the student is called with: {problem}")
+    return found[0]
+
+
+class _Called(Exception):  # noqa: N818  (not an error: it ends a step)
+    """Raised when a network is called."""
+
+
 # The same of the config of a module, its ``class_path`` and ``init_args``, as a run's folder holds it.
 
 
@@ -97,6 +171,19 @@ def build_student(model: Mapping[str, Any]) -> nn.Module:
     if is_overridden("configure_model", module):
         module.configure_model()
     return find_network(module, arguments.get("network", "net"), "model")
+
+
+def build_module(model: Mapping[str, Any]) -> LightningModule:
+    """Build the module of a config, with new weights; one that is taught without its teacher.
+
+    Raises:
+        InputError: If it cannot be built.
+    """
+    arguments = {**(model.get("init_args") or {}), **({"teacher": None} if is_taught(model) else {})}
+    module = build(LightningModule, _without_weights({**model, "init_args": arguments}))
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    return module
 
 
 def student_prefix(model: Mapping[str, Any]) -> str:

@@ -360,12 +360,23 @@ class TestTaught:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (["doctor"], "error: model: doctor needs a SupervisedModule"),
             (["cache"], "error: cache: no teacher of Lit has a cache"),
         ],
     )
     def test_commands_that_cannot(self, capsys, args, message):
         assert main_fails(capsys, *args, "--config", write()).startswith(message)
+
+    @pytest.mark.parametrize(
+        ("module", "network"), [("Lit", "net"), ("DictLit", "net"), ("Late", "net"), ("Itself", "")]
+    )
+    def test_doctor(self, capsys, module, network):
+        capsys.readouterr()
+        main(["doctor", "--config", write(module, dicts=module == "DictLit", network=network)])
+        text = capsys.readouterr().out
+        assert "of 24 validation labels right" in text
+        assert "6 of 6 samples of a training batch labeled, 3 of 3 classes" in text
+        assert "gradients: norms on the student: hard " in text
+        assert "(weight 0.1), soft " in text
 
     @pytest.mark.parametrize("dicts", [False, True])
     def test_layers(self, capsys, dicts):

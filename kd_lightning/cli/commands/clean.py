@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from kd_lightning.active.pool import Seams
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.cli.cross_fitting import (
     fit_folds,
@@ -25,6 +26,7 @@ from kd_lightning.cli.cross_fitting import (
 )
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.evaluation_batches import batches_of
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
@@ -34,6 +36,7 @@ from kd_lightning.losses.forward_correction import estimate_transition, write_tr
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.student import has_student
 
 _NAME = ("index", "path", "content")  # columns that name a sample
 _SHEET_IMAGES = 60  # most suspects on the contact sheet
@@ -119,7 +122,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'") from error
     device = require_one_process(config, "clean", "--trainer.devices 1")
     arguments = config["model"].get("init_args") or {}
-    if not isinstance(arguments.get("student"), dict):
+    if not has_student(config["model"]):
         raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
     known, split, task = labeled_classes(data), data.split, arguments.get("task", "multiclass")
     if known is None or split is None or task != "multiclass":
@@ -149,7 +152,9 @@ def predict(run: Run, data: SemiSupervisedDataModule, index: Sequence[int], devi
     samples = ViewDataset(pool.images, torch.tensor(index), data.eval_transform, data.seed)
     options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers}
     loader = ViewLoader(samples, LabelTable(data.visible_labels()), **options)
-    logits = torch.cat([logits_of(student(batch.x.to(device)), "the student").cpu().double() for batch in loader])
+    unpack, call = Seams.of_run(run, device)
+    outputs = (call(student, unpack(batch).x) for batch in batches_of(loader, data, device))
+    logits = torch.cat([logits_of(output, "the student").cpu().double() for output in outputs])
     classes = len(data.class_names or ()) or int(data.visible_labels().max()) + 1
     if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
         raise InputError(f"clean needs a student with {classes} logits, one for each class, got {[*logits.shape]}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -22,8 +25,12 @@ from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task, temperature_of
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.teaching import Teaching
+from kd_lightning.runs.student import batch_of_step, check_plain_logits, find_network
 from kd_lightning.teachers.checks import (
     accuracy,
     class_order,
@@ -58,29 +65,39 @@ class DoctorCLI(InspectCLI):
 
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Called in place of ``Trainer.fit``. Runs the checks."""
-        if not isinstance(model, SupervisedModule):
-            raise InputError(f"model: doctor needs a SupervisedModule or a subclass of it, got {type(model).__name__}")
+        taught = isinstance(getattr(model, "teaching", None), Teaching)
+        if not isinstance(model, LightningModule) or not (taught or isinstance(model, SupervisedModule)):
+            raise InputError(f"model: doctor needs a SupervisedModule, or teach, got {type(model).__name__}")
         if ckpt_path is not None:
             raise InputError(f"ckpt_path: doctor checks the start of a run, so it must be left out, got {ckpt_path}")
+        if is_overridden("configure_model", model):
+            model.configure_model()
         model.to(self.trainer.strategy.root_device)
         self.findings = list(examine(model, model if datamodule is None else datamodule))
 
 
-def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
+def examine(owner: Any, data: Any) -> Iterator[Finding]:
     """Run all checks of a module on its training data. If it has teachers, they are checked first.
 
     Args:
-        module: A module with ``teacher`` or ``ensemble`` and ``soft_loss``, or without.
+        owner: A SupervisedModule with ``teacher`` or ``ensemble`` and ``soft_loss``, or without; or any LightningModule
+            that :class:`~kd_lightning.teach` has changed.
         data: A datamodule, or a module with its own loaders.
+
+    Raises:
+        InputError: If a module that is taught cannot be checked, see :class:`_Taught`.
     """
     data.prepare_data()
     data.setup("fit")
+    module: Any = _Taught(owner) if isinstance(getattr(owner, "teaching", None), Teaching) else owner
     task, teacher, ensemble = module.task, getattr(module, "teacher", None), getattr(module, "ensemble", None)
     loader = data.train_dataloader()
-    training = _training_batch(loader, data, module.device)
+    training = _training_batch(loader, _read_by(owner, data, module.unpack), owner.device)
     module.eval()
     if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
-        batches, what = evaluation_batches(data, module.device) or ([training], "labels of a training batch")
+        read = module.unpack_evaluation if isinstance(module, _Taught) else module.unpack
+        found = evaluation_batches(_read_by(owner, data, read), owner.device)
+        batches, what = found or ([training], "labels of a training batch")
         sample = _Sample(batches, what, _normalised(data))
         student = collect_logits(lambda batch: module(batch.x), batches, task)
         soft_loss = getattr(module, "soft_loss", nn.Identity())
@@ -99,6 +116,74 @@ def examine(module: SupervisedModule, data: Any) -> Iterator[Finding]:
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
     yield gradients(terms, module.student, labeled=count_labels(training) > 0)
+
+
+class _Taught:
+    """What :func:`examine` needs of a module that is taught. Its own steps show what its network is called with.
+
+    Raises:
+        InputError: If its logits are no (B, C), it has no teacher or optimises by hand, labels are no classes, or a
+            step cannot run without a trainer.
+    """
+
+    ensemble, num_classes = None, None
+
+    def __init__(self, module: LightningModule) -> None:
+        teaching: Any = module.teaching
+        check_plain_logits(module, "doctor")
+        if teaching.teacher is None or not module.automatic_optimization:
+            what = "automatic optimisation" if teaching.teacher is not None else "a teacher"
+            raise InputError(f"model: doctor needs a module with {what} to check teach")
+        self.teacher, self.soft_loss = teaching.teacher, teaching.soft_loss
+        self.task: Task = getattr(self.soft_loss, "task", "multiclass")
+        self.student = find_network(module, teaching.network, "model")
+        self.eval, self.train = module.eval, module.train
+        self._module: Any = module
+        self._loaded: list[tuple[Batch, Any]] = []  # training batches, and what they were loaded as
+
+    def __call__(self, x: Inputs) -> Tensor:
+        return logits_of(call(self.student, x), "the student")
+
+    def unpack(self, loaded: Any) -> Batch:
+        batch = self._checked(batch_of_step(self._module, loaded, "training_step"))
+        self._loaded.append((batch, loaded))
+        return batch
+
+    def unpack_evaluation(self, loaded: Any) -> Batch:
+        return self._checked(batch_of_step(self._module, loaded))
+
+    def _checked(self, batch: Batch) -> Batch:
+        if batch.y is not None and batch.y.is_floating_point() and not hasattr(self.soft_loss, "task"):
+            name = type(self.soft_loss).__name__
+            raise InputError(f"model: doctor compares classes, got labels of {batch.y.dtype} and soft_loss {name}")
+        return batch
+
+    def losses(self, batch: Batch) -> dict[str, tuple[float, Tensor]]:
+        """Return weight and value of both terms: the loss at soft weight 0, and at 1.
+
+        If one of them is not finite, the other one is not either, since 0 times it is not.
+        """
+        loaded = next(loaded for known, loaded in self._loaded if known is batch)
+        weight = self._module.soft_weight
+        return {"hard": (1 - weight, self._loss(loaded, 0.0)), "soft": (weight, self._loss(loaded, 1.0))}
+
+    def _loss(self, loaded: Any, soft_weight: float) -> Tensor:
+        before, self._module.soft_weight = self._module.soft_weight, soft_weight
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*self.log.*")  # there is no trainer
+                returned = self._module.training_step(loaded, 0)
+        except InputError:
+            raise
+        except Exception as error:  # of a step that needs more of a fit can be anything
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InputError(f"model: doctor cannot run training_step without a trainer: {reason}") from error
+        finally:
+            self._module.soft_weight = before
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if not isinstance(loss, Tensor):
+            raise InputError(f"model: training_step must return a loss, got {type(returned).__name__}")
+        return loss
 
 
 class _Sample(NamedTuple):
@@ -148,6 +233,16 @@ def _check_ensemble(
     yield replace(accuracy(pooled, match_labels(student, sample.y, task), task, sample.what), name="ensemble")
     temperature = temperature_of(soft_loss)
     yield soft_targets(ensemble.pool(together, None, temperature), soft_loss, task)
+
+
+def _read_by(module: LightningModule, data: Any, unpack: Callable[[Any], Batch]) -> Any:
+    """Return the data with batches as a module gets them: by its own hooks where the data have none."""
+    data = copy(data)
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        if not is_overridden(hook, data):
+            setattr(data, hook, getattr(module, hook))
+    data.unpack = unpack
+    return data
 
 
 def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:

@@ -14,8 +14,8 @@ from kd_lightning.batch import unpack
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.errors import InputError
 from kd_lightning.features.layers import Layer, list_layers
-from kd_lightning.inputs import Inputs, call
-from kd_lightning.runs.student import find_network, inputs_of_call, student_path
+from kd_lightning.inputs import call
+from kd_lightning.runs.student import find_network, inputs_of_step, student_path
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -57,41 +57,12 @@ class LayersCLI(InspectCLI):
             x, teacher_x = batch.x, batch.teacher_x
             run = getattr(model, "call", call)
         else:
-            x = teacher_x = _inputs_of_step(model, student, loaded)
+            x = teacher_x = inputs_of_step(model, loaded)
         self.networks = {"student": list_layers(student, x, run)}
         teacher = getattr(model, "teacher", getattr(getattr(model, "teaching", None), "teacher", None))
         if isinstance(teacher, Teacher):
             with teacher.evaluating():
                 self.networks["teacher"] = list_layers(teacher.network, teacher.prepare(teacher_x))
-
-
-class _Called(Exception):  # noqa: N818  (not an error: it ends a training step)
-    """Raised when a network is called."""
-
-
-def _inputs_of_step(model: Any, network: nn.Module, batch: Any) -> Inputs:
-    """Return what a training step calls a network with.
-
-    Raises:
-        InputError: If the step does not call it, or fails before.
-    """
-    found: list[Inputs] = []
-
-    def stop(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(inputs_of_call(network, args, kwargs))
-        raise _Called
-
-    handle = network.register_forward_pre_hook(stop, with_kwargs=True)
-    problem = "it does not call it"
-    try:
-        model.training_step(batch, 0)
-    except Exception as error:  # of a step that needs more of a fit can be anything
-        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-    finally:
-        handle.remove()
-    if not found:
-        raise InputError(f"layers: the training step does not lead to what the student is called with: {problem}")
-    return found[0]
 
 
 def _cells(layer: Layer | None) -> list[str]:

@@ -8,12 +8,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from kd_lightning.active.pool import DROPOUT_PASSES, collect_pool_outputs, find_teacher
+from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher
 from kd_lightning.active.strategies import (
     PoolOutputs,
     SelectedSamples,
@@ -137,8 +138,8 @@ def _evaluate_run(
     if strategy == "disagreement":
         teacher = find_teacher(build(LightningModule, run.config["model"]).to(device))
     passes = DROPOUT_PASSES if strategy == "bald" and single else 0
-    outputs = collect_pool_outputs(student, data, strategy, teacher=teacher, passes=passes, seed=seed, device=device)
-    return data, *outputs
+    options: dict[str, Any] = {"teacher": teacher, "passes": passes, "seed": seed, "device": device}
+    return data, *collect_pool_outputs(student, data, strategy, seams=Seams.of_run(run, device), **options)
 
 
 def _write_query(

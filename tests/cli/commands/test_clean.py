@@ -7,21 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from cleanlab.filter import find_label_issues
+from lightning.pytorch import LightningModule
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 
 import kd_lightning.cli.commands.clean as command
 from kd_lightning.batch import LabelKind
 from kd_lightning.cli.arguments import parse
 from kd_lightning.cli.commands.clean import Review, predict, write_review
 from kd_lightning.cli.parse import parse_config
-from kd_lightning.data import Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
+from kd_lightning.data import DatasetSource, Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.losses import ForwardCorrectionLoss
 from kd_lightning.models import DigitsCNN
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.run import Run
 
 PART = Digits().load().train
@@ -420,6 +424,99 @@ def test_probabilities_are_of_evaluation(data, tmp_path):
         logits = student.eval()(PART.images.tensors[0][index].flip(-1)).double()
     torch.testing.assert_close(found, logits.softmax(1), rtol=1e-5, atol=1e-9)
     assert found.dtype == torch.float64 and not found.requires_grad
+
+
+class Caller(SupervisedModule):
+    def call(self, network, x):
+        return network(1 - x)
+
+
+class Lit(LightningModule):
+    """Of another project, and changes the inputs in its step."""
+
+    def __init__(self, width: int = 2):
+        super().__init__()
+        self.net = DigitsCNN(width)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(1 - x), y)
+
+
+TEACHER = {"class_path": "kd_lightning.load_weights"}
+TEACHER["init_args"] = {"model": {"class_path": "DigitsCNN"}, "path": "gone.pt"}
+TAUGHT = {"class_path": "kd_lightning.teach"}
+TAUGHT["init_args"] = {"module": {"class_path": f"{__name__}.Lit"}, "teacher": TEACHER}
+
+
+@pytest.mark.parametrize("module", ["Caller", "Lit"])
+def test_the_student_gets_what_its_module_gives_it(data, tmp_path, module):
+    torch.manual_seed(0)
+    student = DigitsCNN(2)
+    run = save(student, tmp_path)
+    model = {**run.config["model"], "class_path": f"{__name__}.Caller"} if module == "Caller" else TAUGHT
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    found = predict(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"))
+    with torch.no_grad():
+        logits = student.eval()(1 - PART.images.tensors[0][[900, 3, 77, 5, 6]].flip(-1)).double()
+    torch.testing.assert_close(found, logits.softmax(1), rtol=1e-5, atol=1e-9)
+
+
+class Forms(Dataset):
+    """The digits as a mapping or a tuple."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __len__(self):
+        return len(TRUTH)
+
+    def __getitem__(self, index):
+        image, scale = PART.images.tensors[0][index], torch.tensor([0.5])
+        return {"mapping": {"image": image, "scale": scale}, "tuple": (image, scale)}[self.form], int(TRUTH[index])
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = DigitsCNN(2)
+
+    def forward(self, image, scale):
+        return self.network(image * scale[:, :, None, None])
+
+
+class Doubled(SemiSupervisedDataModule):
+    """Changes batches on the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x = {name: 2 * value for name, value in batch.x.items()} if isinstance(batch.x, dict) else batch.x
+        return type(batch)(**{**vars(batch), "x": x})
+
+
+@pytest.mark.parametrize(("form", "factor"), [("mapping", 4), ("tuple", 1)])
+def test_inputs_of_other_forms(tmp_path, form, factor):
+    """In the mapping, the hook of the data doubles both inputs."""
+    data = Doubled(DatasetSource(Forms(form), Forms(form)), labeled=5, batch_size=4)
+    data.setup("")
+    torch.manual_seed(0)
+    student = Scaled()
+    model = {"class_path": "SupervisedModule", "init_args": {"student": {"class_path": f"{__name__}.Scaled"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    save_file(student.state_dict(), tmp_path / "student.safetensors")
+    found = predict(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"))
+    with torch.no_grad():
+        x = PART.images.tensors[0][[900, 3, 77, 5, 6]] * 0.5 * factor
+        expected = student.network.eval()(x).double().softmax(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_module_that_is_taught(out_of_fold, capsys):
+    config = make_config(labeled=20)
+    config["model"] = TAUGHT
+    Path("gone.pt").touch()
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    main(["config.yaml"])
+    assert "are suspects" in capsys.readouterr().out
 
 
 def test_bad_students(data, tmp_path):

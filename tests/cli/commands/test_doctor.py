@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
+from kd_lightning import InputError, teach
 from kd_lightning.__main__ import main
+from kd_lightning.batch import Batch
 from kd_lightning.cli.commands.doctor import _normalised, examine
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.models import DigitsCNN
@@ -313,6 +315,188 @@ def test_batches_of_each_form(kind, trained):
     for form in ("mapping", "tuple", "teacher_inputs"):
         for one, other in zip(found[form], found["tensor"], strict=True):
             assert one == other or "normalisation" in one[0]
+
+
+class Lit(LightningModule):
+    """Of another project. Its steps change the images, which its network is called with in some form."""
+
+    def __init__(self, network, form):
+        super().__init__()
+        self.net = network
+        self.form = form
+
+    def loss(self, batch):
+        x, y = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
+        x = x[0] if isinstance(x, list | tuple) else x
+        scale = torch.full((len(x),), 0.5)
+        call = {
+            "tensor": lambda: self.net(x * 0.5),
+            "tuple": lambda: self.net(x, scale),
+            "mapping": lambda: self.net(image=x, scale=scale),
+            "teacher_inputs": lambda: self.net(x, scale=scale),
+        }
+        return F.cross_entropy(call[self.form](), y)
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", loss := self.loss(batch))
+        return {"loss": loss}
+
+
+class Hooked(Lit):
+    """Changes the images in its own hook."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 0.5, batch[1]
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "tuple", "teacher_inputs", "hook"])
+def test_a_taught_module(form, trained):
+    """The findings are those of a DistillModule, whose networks get what the module gives its network."""
+
+    def networks(halved):
+        teacher = Scaled(DigitsCNN(8))
+        teacher.network.load_state_dict(trained)
+        torch.manual_seed(0)
+        student = Scaled(DigitsCNN(4))
+        if halved:
+            student.network[0].weight.data *= 0.5
+            if form != "teacher_inputs":  # there, the teacher gets the images as they are
+                teacher.network[0].weight.data *= 0.5
+        return student, teacher
+
+    expected = [*examine(DistillModule(*networks(True), soft_weight=0.5), Forms("tensor"))]
+    student, teacher = networks(False)
+    module = Hooked(student, form) if form == "hook" else Lit(student, form)
+    found = [*examine(teach(module, teacher, soft_weight=0.5), Forms("tensor" if form == "hook" else form))]
+    assert [finding.name for finding in found] == NAMES
+    for one, other in zip(found, expected, strict=True):
+        if one.name == "gradients":  # those of halved weights differ
+            assert one.text.count("weight 0.5") == 2 and one.severity == "info"
+        else:
+            assert one == other or "normalisation" in one.name
+    assert module.soft_weight == 0.5
+
+
+def test_the_gradients_of_a_taught_module(trained):
+    """They are those of a DistillModule, at a weight that is no half."""
+    texts = []
+    for make in (DistillModule, lambda student, *args, **kwargs: teach(Plain(student), *args, **kwargs)):
+        torch.manual_seed(0)
+        student, teacher = DigitsCNN(4), DigitsCNN(8)
+        teacher.load_state_dict(trained)
+        *_, last = examine(make(student, teacher, soft_weight=0.3), Forms("tensor"))
+        texts.append(last.text)
+    assert texts[0] == texts[1] and "hard" in texts[0] and "(weight 0.3)" in texts[0]
+
+
+class Plain(LightningModule):
+    """Without any change of the images."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Manual(Plain):
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+
+class NeedsTrainer(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.trainer.current_epoch
+
+
+class Noisy(Plain):
+    """Its training step sees noise alone."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((torch.rand_like(batch[0]), batch[1]), batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+class Twice(Plain):
+    def training_step(self, batch, batch_idx):
+        logits = self.net(torch.cat([batch[0], batch[0]]))
+        return F.cross_entropy(logits, torch.cat([batch[1], batch[1]]))
+
+
+class Odd(Plain):
+    """Its loaders have batches of a kind that is not known."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch["pictures"]["a"]), batch["truth"]["of them"])
+
+
+class OddForms(Forms):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"truth": {"of them": batch[1]}, "pictures": {"a": batch[0]}, "label": "none"}
+
+
+class FloatForms(Forms):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0], F.one_hot(batch[1], 10).float()
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (lambda s, t: teach(Manual(s), t), Forms, "doctor needs a module with automatic optimisation"),
+        (lambda s, t: teach(Plain(s), None), Forms, "doctor needs a module with a teacher"),
+        (lambda s, t: teach(Plain(s), t, class_dim=1), Forms, r"doctor needs .* \(B, C\), but teach has class_dim"),
+        (lambda s, t: teach(Plain(s), t, mask="mask"), Forms, r"doctor needs .* \(B, C\), but teach has mask"),
+        (lambda s, t: teach(Plain(s), t, output=lambda o: o), Forms, r"doctor needs .*, but teach has output"),
+        (lambda s, t: teach(NeedsTrainer(s), t), Forms, "cannot run training_step without a trainer: RuntimeError"),
+        (lambda s, t: teach(Twice(s), t), Forms, "training_step calls the student with 100 rows for 50 labels"),
+        (lambda s, t: teach(Odd(s), t), OddForms, r"the module's unpack\(batch\) can convert it"),
+        (lambda s, t: teach(Plain(s), t, "net.0"), OddForms, "training_step does not lead to .*: KeyError: 0"),
+        (
+            lambda s, t: teach(Plain(s), t, soft_loss=nn.MSELoss()),
+            FloatForms,
+            "doctor compares classes, got labels of torch.float32 and soft_loss MSELoss",
+        ),
+    ],
+)
+def test_taught_modules_that_cannot_be_checked(make, data, message):
+    with pytest.raises(InputError, match=message):
+        [*examine(make(DigitsCNN(4), DigitsCNN(4)), data("tensor"))]
+
+
+def test_a_taught_module_is_judged_by_its_validation_step(trained):
+    teacher = DigitsCNN(8)
+    teacher.load_state_dict(trained)
+    first, *_ = examine(teach(Noisy(DigitsCNN(4)), teacher), Forms("tensor"))
+    assert re.match(r"9\d\.\d% of 200 validation labels", first.text)
+
+
+class Reading(DistillModule):
+    """Reads the images in its own way."""
+
+    def unpack(self, batch):
+        batch = Batch.from_any(batch)
+        return Batch(batch.x * 0.5, batch.y)
+
+
+def test_a_module_reads_batches_itself(trained):
+    """Also those of a datamodule."""
+    networks = DigitsCNN(4), DigitsCNN(8)
+    networks[1].load_state_dict(trained)
+    networks[1][0].weight.data *= 2
+    first, *_ = examine(Reading(*networks), Forms("tensor"))
+    assert re.match(r"9\d\.\d% of 200 validation labels", first.text)
+    first, *_ = examine(DistillModule(*networks), Forms("tensor"))
+    networks[1][0].weight.data /= 2
+    same, *_ = examine(DistillModule(*networks), Forms("tensor"))
+    assert first.text != same.text
 
 
 def test_without_validation_part(config, capsys):

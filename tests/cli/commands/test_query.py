@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from lightning.pytorch import LightningModule
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,6 +24,7 @@ from kd_lightning.data import Digits
 from kd_lightning.data.splits import make_split
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.run import Run
 
 DIGITS = Digits().load().train
@@ -182,6 +185,65 @@ def test_disagreement(make_run, tmp_path):
     with pytest.raises(InputError, match="no weights file at .*teacher.safetensors"):
         query([run], 4, "disagreement")
     assert len(query([run], 4, "margin")) == 4  # it needs no teacher
+
+
+class Caller(SupervisedModule):
+    """Calls its student in its own way."""
+
+    def call(self, network, x):
+        return network(1 - x)
+
+
+class Reader(SupervisedModule):
+    """Reads batches in its own way."""
+
+    def unpack(self, batch):
+        batch = super().unpack(batch)
+        return type(batch)(1 - batch.x, batch.y)
+
+
+class Lit(LightningModule):
+    """Of another project, and changes the inputs in its step."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = DigitsCNN(width)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(1 - x), y)
+
+
+def caller(student: torch.nn.Module) -> Caller:
+    return Caller(student)
+
+
+@pytest.mark.parametrize("model", ["Caller", "Reader", "caller", "Lit"])
+def test_the_student_gets_what_its_module_gives_it(make_run, tmp_path, model):
+    run = make_run()
+    teacher = tmp_path / "teacher.safetensors"
+    loaded = {"model": {"class_path": "DigitsCNN", "init_args": {"width": 4}}, "path": str(teacher)}
+    index = torch.tensor(SPLIT.unlabeled)
+    with torch.no_grad():
+        p, t = (network(number)(1 - IMAGES[index]).double().softmax(dim=1) for number in (0, 1))
+
+    def change(config):
+        config["model"]["class_path"] = f"{__name__}.{model}"
+        if model == "Lit":
+            module = {"class_path": f"{__name__}.Lit"}
+            arguments = {
+                "module": module,
+                "teacher": {"class_path": "kd_lightning.load_weights", "init_args": loaded},
+            }
+            config["model"] = {"class_path": "kd_lightning.teach", "init_args": arguments}
+
+    edit(run, change)
+    largest = p.max(dim=1).values.argsort(stable=True)
+    assert query([run], 5, "least-confidence") == index[largest[:5]].tolist()  # without the teacher's file
+    if model == "Lit":
+        save_file(network(1).state_dict(), teacher)
+        order = (t * (t / p).log()).sum(dim=1).argsort(descending=True)
+        assert query([run], 5, "disagreement") == index[order[:5]].tolist()
 
 
 def test_coarse_samples_are_in_the_pool(make_run):
