@@ -199,10 +199,15 @@ class Batch:
         if isinstance(batch, tuple | list) and len(batch):
             if len(batch) == 1 and isinstance(batch[0], Mapping):
                 return cls._from_mapping(batch[0])
-            x, y = _inputs(batch[0]), batch[1] if len(batch) > 1 else None
+            first, teacher_inputs = batch[0], None
+            if isinstance(first, Mapping) and "teacher_inputs" in first:
+                teacher_inputs = _inputs(first["teacher_inputs"])
+                first = {name: part for name, part in first.items() if name != "teacher_inputs"}
+                first = next(iter(first.values())) if len(first) == 1 else first
+            x, y = _inputs(first), batch[1] if len(batch) > 1 else None
             if x is not None and (y is None or isinstance(y, Tensor)):
                 _check_pair(x, y, batch)
-                return cls(x, y)
+                return cls(x, y, teacher_inputs=teacher_inputs)
         raise InputError(
             "a batch must be a Batch, a tensor x, (x, y, ...), or a mapping with labels under "
             f"{', '.join(LABEL_KEYS)} or {DENSE_LABEL_KEY}; got {_kind(batch)}; the module's unpack(batch) can "
@@ -263,7 +268,7 @@ class Batch:
             k: part for k, part in vars(self).items() if isinstance(part, Tensor) and part.ndim and len(part) == count
         }
         own.pop("labeled", None)
-        nested = [name for name in _INPUTS if isinstance(getattr(self, name), Mapping | tuple)]
+        nested = [name for name in _INPUTS if isinstance(getattr(self, name), Mapping | tuple | list)]
         pieces = {name: torch.split(part, sizes) for name, part in own.items()}
         for number, size in enumerate(sizes):
             parts: dict[str, Any] = {**vars(self), **{name: piece[number] for name, piece in pieces.items()}}

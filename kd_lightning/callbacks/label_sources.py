@@ -59,7 +59,8 @@ def student_of(module: LightningModule) -> nn.Module:
     Raises:
         InputError: If it has none.
     """
-    return find_network(module, student_path(module) or STUDENT, "PseudoLabelRefresh")
+    path = student_path(module)
+    return find_network(module, STUDENT if path is None else path, "PseudoLabelRefresh")
 
 
 def find_teacher(module: LightningModule) -> nn.Module:

@@ -11,18 +11,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from kd_lightning.batch import LABEL_KEYS
 from kd_lightning.errors import InputError
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.network_calls import Call, NetworkCalls, Output
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, check_top_k
+from kd_lightning.modules._shared.network_calls import Call, Mask, NetworkCalls, Output, nodes_of
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, check_takes_logits, check_top_k
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
-
-Mask = str | Callable[[Any], Tensor]
 
 
 class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a class so that configs can name it)
@@ -37,7 +36,8 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
     The teacher is in no checkpoint, no optimiser and no reducer. A checkpoint holds its fingerprint: to resume with
     another teacher is an error. With several calls of the network in a step, each row of each call counts the same.
     With manual optimisation, each ``manual_backward`` of a loss that depends on calls of the network gets their soft
-    loss. Calls without a gradient are no training, and are left out.
+    loss, at its full weight (a ``hard / n`` of micro-batches does not divide it). Calls without a gradient are no
+    training, and are left out.
 
     Logs ``teach/hard``, ``teach/soft`` and, with ``unlabeled``, ``teach/unlabeled``: the share of batches without a
     hard loss. ``SoftWeightAnnealing()`` anneals the module's new attribute ``soft_weight``.
@@ -150,10 +150,17 @@ class Teaching(nn.Module):
                 f"mask must name positions that count, but {mask!r} seems to name padding; use a function of the "
                 f"batch, such as lambda batch: ~batch[{mask!r}]"
             )
+        if isinstance(mask, str) and mask in LABEL_KEYS:
+            raise InputError(
+                f"mask must name positions that count, but {mask!r} names labels; use a function of the batch, such as "
+                f"lambda batch: batch[{mask!r}] != -100"
+            )
         self.teacher: Any = teacher  # or None
         self.network = network
         self.soft_loss = KDLoss() if soft_loss is None else soft_loss
+        check_takes_logits(self.soft_loss)
         check_top_k(self.soft_loss, [teacher])
+        self._soft_buffers = _hide_state(self.soft_loss)
         self.class_dim = class_dim
         self.mask = mask
         self.output = output
@@ -161,24 +168,24 @@ class Teaching(nn.Module):
         self._calls = NetworkCalls(module, network, teacher, output)
         # in this epoch: training steps, losses with a soft term, and with a hard one
         self._steps = self._soft_losses = self._hard_losses = 0
+        self._soft_rows = 0
         self._warned = False
-        self._finite_check = FiniteCheck()
+        self._finite_check = FiniteCheck("teach/")
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
         """Return what replaces methods of the module, by name. Each gets the module's own method first."""
         if self.teacher is None:
             return {"setup": self._setup}
-        wrappers: dict[str, Callable[..., Any]] = {
+        return {
             "training_step": self._training_step,
             "setup": self._setup,
             "on_fit_start": self._on_fit_start,
+            "on_fit_end": self._on_fit_end,
+            "manual_backward": self._manual_backward,
             "on_train_epoch_end": self._on_train_epoch_end,
             "on_save_checkpoint": self._on_save_checkpoint,
             "on_load_checkpoint": self._on_load_checkpoint,
         }
-        if not self._owner.automatic_optimization:
-            wrappers["manual_backward"] = self._manual_backward
-        return wrappers
 
     @property
     def _owner(self) -> Any:
@@ -188,9 +195,14 @@ class Teaching(nn.Module):
 
     def _soft_term(self, calls: list[Call]) -> tuple[Tensor, int]:
         """Return the mean soft loss over the rows of some calls, and the number of these rows."""
-        mask = self._find_mask()
+        mask = None if self.mask is None else self._calls.find_mask(self.mask)
         parts, counts = [], []
         for call in calls:
+            if call.logits._version != call.version:
+                raise InputError(
+                    "network: training_step changes its outputs in place after the call, so that they are no longer "
+                    "what the teacher's are compared with; write z = z / 2 in place of z /= 2"
+                )
             rows = to_rows(call.logits, self.class_dim, mask)
             if not rows.requires_grad:
                 raise InputError(
@@ -225,21 +237,6 @@ class Teaching(nn.Module):
                 f"{[*rows.shape]} from the network; Teacher(classes=...) maps another class order, and output a part"
             )
 
-    def _find_mask(self) -> Tensor | None:
-        if self.mask is None:
-            return None
-        if callable(self.mask):
-            mask = self.mask(self._calls.batch)
-        else:
-            batch = self._calls.batch
-            held = batch if isinstance(batch, Mapping) else {}
-            if self.mask not in held:
-                raise InputError(f"mask: the batch has no {self.mask!r}, got {[*held] or type(batch).__name__}")
-            mask = held[self.mask]
-        if not isinstance(mask, Tensor):
-            raise InputError(f"mask must be a tensor, got {type(mask).__name__}")
-        return mask
-
     def _mean_over_processes(self, count: int, like: Tensor) -> float:
         """Return the mean of a count over all processes, so that one process and two give the same gradient."""
         trainer = getattr(self._owner, "_trainer", None)
@@ -253,12 +250,16 @@ class Teaching(nn.Module):
 
     def _training_step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module's own training step, and add the soft loss to what it returns."""
+        if not torch.is_grad_enabled():  # a step of validation calls it
+            return own(*args, **kwargs)
         batch = args[0] if args else next(iter(kwargs.values()), None)
         self._steps += 1
         with self._calls.watch(batch):
             returned, problem = self._run_own(own, *args, **kwargs)
             if not self._owner.automatic_optimization:
                 return returned
+            if returned is None and not problem and not self._calls.recorded:
+                return None  # it skips the batch
             if not self._calls.recorded:
                 raise InputError(
                     f"network: training_step never called {self._calls.name} with a gradient; network must be the "
@@ -294,6 +295,7 @@ class Teaching(nn.Module):
         """Return the weighted sum, and log its parts."""
         owner = self._owner
         self._soft_losses += 1
+        self._soft_rows += rows
         self._hard_losses += hard is not None
         weight: float = owner.soft_weight
         check_soft_weight(weight)  # a callback may have set it
@@ -312,7 +314,7 @@ class Teaching(nn.Module):
         """Add the soft loss of the calls that this loss depends on, with manual optimisation."""
         calls = self._calls.recorded
         if calls:
-            reached = _nodes_of(loss)
+            reached = nodes_of(loss)
             mine = [call for call in calls if call.nodes & reached]
             self._calls.recorded = [call for call in calls if not call.nodes & reached]
             if mine:
@@ -322,7 +324,7 @@ class Teaching(nn.Module):
 
     def _setup(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         own(*args, **kwargs)
-        self._finite_check = FiniteCheck()
+        self._finite_check = FiniteCheck("teach/")
         if self._is_fitting:
             if self.teacher is None:
                 raise InputError("training needs the teacher; teacher=None is for test and predict alone")
@@ -331,13 +333,17 @@ class Teaching(nn.Module):
 
     def _on_fit_start(self, own: Callable[..., Any]) -> None:
         own()
-        self._calls.find_network()
+        self._calls.start_fit()
         fill_caches(self.teacher, self._owner.trainer)
+
+    def _on_fit_end(self, own: Callable[..., Any]) -> None:
+        self._calls.end_fit()
+        own()
 
     def _on_train_epoch_end(self, own: Callable[..., Any]) -> None:
         self._finite_check.check()
-        steps, soft, hard = self._steps, self._soft_losses, self._hard_losses
-        self._steps = self._soft_losses = self._hard_losses = 0
+        steps, soft, hard, rows = self._steps, self._soft_losses, self._hard_losses, self._soft_rows
+        self._steps = self._soft_losses = self._hard_losses = self._soft_rows = 0
         if steps and not soft and not self._owner.automatic_optimization:
             raise InputError(
                 f"network: no manual_backward of this epoch had a loss that depends on {self._calls.name}; "
@@ -345,18 +351,27 @@ class Teaching(nn.Module):
             )
         if soft and not hard:
             rank_zero_warn("teach: no batch of this epoch had a hard loss; the soft loss alone trained the network")
+        if soft and not rows:
+            rank_zero_warn("teach: no position of this epoch counts, so that the teacher teaches nothing; check mask")
         own()
 
     def _on_save_checkpoint(self, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         self._finite_check.check()
         own(checkpoint)
         checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
+        if self._soft_buffers:
+            checkpoint["soft_loss"] = {name: buffer.cpu() for name, buffer in self.soft_loss.named_buffers()}
 
     def _on_load_checkpoint(self, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         own(checkpoint)
         fingerprint = checkpoint.get("teacher_fingerprint")
         if self._is_fitting and fingerprint:
             check_same_teacher("teacher", self.teacher, fingerprint)
+        if self._is_fitting:
+            buffers = dict(self.soft_loss.named_buffers())
+            for name, value in checkpoint.get("soft_loss", {}).items():
+                if name in buffers and buffers[name].shape == value.shape:
+                    buffers[name].copy_(value)
 
     @property
     def _is_fitting(self) -> bool:
@@ -369,12 +384,14 @@ class Teaching(nn.Module):
         self._warned = True
 
 
-def _nodes_of(loss: Tensor) -> set[Any]:
-    """Return all nodes of a loss's graph."""
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return seen
+def _hide_state(loss: nn.Module) -> bool:
+    """Let a soft loss stay out of the module's checkpoints, which are its own. Return whether it has buffers.
+
+    Raises:
+        InputError: If it has parameters.
+    """
+    if any(True for _ in loss.parameters()):
+        raise InputError(f"soft_loss: {type(loss).__name__} has parameters, which would be in the module's checkpoints")
+    for part in loss.modules():
+        part._non_persistent_buffers_set.update(part._buffers)
+    return any(True for _ in loss.buffers())

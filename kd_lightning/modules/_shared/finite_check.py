@@ -17,9 +17,13 @@ class FiniteCheck:
     """Finds the first step at which a term was not finite.
 
     Recording does not synchronize with the device. Only a check does, one of which is made every 1000 records.
+
+    Args:
+        prefix: Text before the names of terms in messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "train/") -> None:
+        self._prefix = prefix
         self._recorded: list[tuple[int, str, Tensor]] = []
         self._bad: tuple[int, str] | None = None  # step and term
 
@@ -35,7 +39,7 @@ class FiniteCheck:
         advice = "; lower the learning rate, clip gradients (trainer.gradient_clip_val) or check the data"
         if self._bad is not None:
             step, name = self._bad
-            raise InputError(f"train/{name} is not a finite number at step {step}{advice}")
+            raise InputError(f"{self._prefix}{name} is not a finite number at step {step}{advice}")
         for name, tensor in (weights or {}).items():
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(

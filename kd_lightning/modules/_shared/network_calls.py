@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from kd_lightning.inputs import Inputs, arguments_of, tensors_of
 from kd_lightning.modules._shared.checks import check_two_networks
 from kd_lightning.teachers.teacher import Teacher
 
+Mask = str | Callable[[Any], Tensor]
 Output = str | int | Callable[[Any], Tensor]
+_TEACHER_INPUTS = "teacher_inputs"
 
 
 class Call(NamedTuple):
@@ -25,11 +28,13 @@ class Call(NamedTuple):
 
     Attributes:
         logits: The network's logits.
+        version: Number of changes in place that they had when the network returned them.
         target: The teacher's logits.
         nodes: Nodes of the graph that the network's output comes from.
     """
 
     logits: Tensor
+    version: int
     target: Tensor
     nodes: frozenset[Any]
 
@@ -45,7 +50,7 @@ class NetworkCalls:
 
     Attributes:
         recorded: The calls with a gradient since :meth:`watch` began.
-        batch: The batch of the step.
+        batch: The batch of the step, as it was when the step began.
     """
 
     def __init__(self, module: nn.Module, path: str, teacher: Teacher | None, output: Output | None) -> None:
@@ -59,7 +64,19 @@ class NetworkCalls:
         self._targets: list[Tensor] = []  # the teacher's logits for calls that have begun
         self._network: nn.Module | None = None
         self._handles: list[Any] = []
+        self._is_fitting = False
+        self.mask_is_checked = False
         self.find_network(required=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCalls:
+        """Return a copy that watches nothing. Of a network alone, as a step may copy it, a copy without the module."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        state = vars(self) | {"recorded": [], "batch": None, "_is_watching": False, "_targets": []}
+        if id(self.module) not in memo:
+            state |= {"module": None, "teacher": None, "_network": None, "_handles": []}
+        vars(copied).update({name: deepcopy(value, memo) for name, value in state.items()})
+        return copied
 
     @property
     def name(self) -> str:
@@ -67,7 +84,7 @@ class NetworkCalls:
         return self.path or "the module itself"
 
     def find_network(self, required: bool = True) -> None:
-        """Find the network, which the module may build late or replace, and hook it.
+        """Find the network, which the module may build late or replace.
 
         Raises:
             InputError: If there is none and it is required, or if it shares parameters with the teacher.
@@ -80,26 +97,51 @@ class NetworkCalls:
             raise InputError(f"network: {error}") from error
         if network is self._network:
             return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
-            network.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            network.register_forward_hook(self._after_call),
-        ]
+        self._unhook()
         self._network = network
         check_two_networks("teacher", self.teacher, network)
         if self.teacher is not None:  # as it is for test and predict
             self.teacher.share_layers(network)
 
+    def start_fit(self) -> None:
+        """Find the network, and hook it until :meth:`end_fit`.
+
+        A network may be compiled at its first call, which may be one of validation: its hooks must be there by then.
+        """
+        self.find_network()
+        self._is_fitting, self.mask_is_checked = True, False
+        self._hook()
+
+    def end_fit(self) -> None:
+        """Leave the network without hooks, as scripts, exports and files of it need it."""
+        self._is_fitting = False
+        self._unhook()
+
+    def _hook(self) -> None:
+        if self._network is not None and not self._handles:
+            self._handles = [
+                self._network.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                self._network.register_forward_hook(self._after_call),
+            ]
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
     @contextmanager
     def watch(self, batch: Any) -> Iterator[None]:
         """Record the calls in the block. What was recorded is dropped at its end."""
         self.find_network()
+        self._hook()
+        batch = copy(batch) if isinstance(batch, Mapping | Batch) else batch  # a step may take entries out of it
         self.batch, self.recorded, self._targets, self._is_watching = batch, [], [], True
         try:
             yield
         finally:
             self.batch, self.recorded, self._targets, self._is_watching = None, [], [], False
+            if not self._is_fitting:
+                self._unhook()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -109,6 +151,29 @@ class NetworkCalls:
             yield
         finally:
             self._is_watching = before
+
+    def find_mask(self, mask: Mask) -> Tensor:
+        """Return which positions of the step's batch count.
+
+        Raises:
+            InputError: If the batch has no such key, or if it is no mask.
+        """
+        if callable(mask):
+            found = mask(self.batch)
+        else:
+            batch = self.batch
+            if isinstance(batch, Batch):
+                batch = {**(batch.x if isinstance(batch.x, Mapping) else {}), "mask": batch.position_mask}
+            held = batch if isinstance(batch, Mapping) else {}
+            if mask not in held:
+                raise InputError(f"mask: the batch has no {mask!r}, got {[*held] or type(batch).__name__}")
+            found = held[mask]
+        if not isinstance(found, Tensor):
+            raise InputError(f"mask must be a tensor, got {type(found).__name__}")
+        if not self.mask_is_checked and found.numel() and not found.is_floating_point() and int(found.min()) < 0:
+            raise InputError(f"mask must be at least 0 everywhere, got {int(found.min())}; is it a tensor of labels?")
+        self.mask_is_checked = True
+        return found
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_call(self, _network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,18 +188,16 @@ class NetworkCalls:
             logits = self._pick(output, "the network")
             parts = [*tensors_of(output)] if isinstance(output, Tensor | Mapping | tuple) else []
             nodes = frozenset(part.grad_fn for part in (logits, *parts) if part.grad_fn is not None)
-            self.recorded.append(Call(logits, self._targets.pop(), nodes))
+            self.recorded.append(Call(logits, logits._version, self._targets.pop(), nodes))
 
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for a call."""
-        batch, inputs = self.batch, None
+        batch = self.batch
         if isinstance(batch, Batch) and _is_call_of(batch.x, args, kwargs):
             stored: Tensor | None = self.teacher.stored(batch)
             if stored is not None:
                 return stored
-            inputs = batch.teacher_inputs
-        elif isinstance(batch, Mapping):
-            inputs = batch.get("teacher_inputs")
+        inputs = _teacher_inputs_of(batch)
         if inputs is not None:
             if self.recorded or self._targets:
                 raise InputError("teacher_inputs of a batch are for one call of the network in a step, got several")
@@ -162,6 +225,24 @@ class NetworkCalls:
         return found
 
 
+def _teacher_inputs_of(batch: Any) -> Any:
+    """Return the ``teacher_inputs`` of a batch: a Batch, a mapping, or ``(mapping, ...)``; None if it has none."""
+    if isinstance(batch, Batch):
+        return batch.teacher_inputs
+    if isinstance(batch, Mapping) and _TEACHER_INPUTS in batch:
+        return batch[_TEACHER_INPUTS]
+    parts = [*batch.values()] if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else []
+    held = [isinstance(part, Mapping | Batch) and _teacher_inputs_of(part) is not None for part in parts]
+    if not any(held):
+        return None
+    if isinstance(batch, Mapping) or held != [True, *[False] * (len(held) - 1)]:
+        raise InputError(
+            "teacher_inputs are for one batch of a step, got them in a part of several; give each loader a step of its "
+            "own, or return a Batch or a mapping that has them"
+        )
+    return _teacher_inputs_of(parts[0])
+
+
 def _is_call_of(x: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the arguments of a call are these very inputs."""
     own_args, own_kwargs = arguments_of(x)
@@ -171,3 +252,14 @@ def _is_call_of(x: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         and all(own is given for own, given in zip(own_args, args, strict=True))
         and all(own is kwargs[name] for name, own in own_kwargs.items())
     )
+
+
+def nodes_of(loss: Tensor) -> set[Any]:
+    """Return all nodes of a loss's graph."""
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return seen

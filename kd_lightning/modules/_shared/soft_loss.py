@@ -34,8 +34,21 @@ def make_soft_loss(
         soft_loss = nn.MSELoss() if task == "regression" else KDLoss(temperature=temperature, task=task)
     if getattr(soft_loss, "task", task) != task:
         raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
+    check_takes_logits(soft_loss)
     check_top_k(soft_loss, teachers)
     return soft_loss
+
+
+_OF_PROBABILITIES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.BCELoss, nn.NLLLoss, nn.KLDivLoss)
+
+
+def check_takes_logits(soft_loss: nn.Module) -> None:
+    """Raise InputError for a loss of torch whose target is probabilities or classes: it would get logits."""
+    if type(soft_loss) in _OF_PROBABILITIES:
+        raise InputError(
+            f"soft_loss: {type(soft_loss).__name__} needs probabilities or classes as its target, but a soft loss gets "
+            "logits of student and teacher; use KDLoss, or a loss of your own"
+        )
 
 
 def check_top_k(soft_loss: nn.Module, teachers: Iterable[nn.Module | None]) -> None:
