@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,22 +18,26 @@ Layout = Literal["first", "last"]
 """Where the channels of an output are: "first" for maps (B, C, ...), "last" for tokens (B, N, C) and (B, ..., C)."""
 
 _LOCAL = re.compile(r"(?:conv(?:_transpose)?|\w*pool)([123])d(?:_with_indices)?")  # (B, C) and that many sides
-_FIRST = {"batch_norm", "group_norm", "instance_norm", "interpolate", "local_response_norm", "grid_sample"}
-_FIRST |= {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
-_LAST = {"linear", "addmm", "embedding", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+_FIRST = {"batch_norm", "channel_shuffle", "grid_sample", "group_norm", "instance_norm", "interpolate"}
+_FIRST |= {"local_response_norm"}
+_SHUFFLES = {"pixel_shuffle", "pixel_unshuffle"}  # (..., C, H, W)
+_LAST = {"embedding", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 _NORMS = {"layer_norm", "rms_norm"}
 _SAME = re.compile(
     r"abs|add|addcdiv|addcmul|alpha_dropout|bfloat16|cat|celu|chunk|clamp|clamp_max|clamp_min|clip|clone|concat|"
-    r"concatenate|contiguous|copy|cpu|cuda|detach|div|double|dropout|dropout1d|dropout2d|dropout3d|elu|exp|"
+    r"concatenate|contiguous|copy|cpu|cuda|data|detach|div|double|dropout|dropout1d|dropout2d|dropout3d|elu|exp|"
     r"feature_alpha_dropout|feature_dropout|flip|float|gelu|glu|half|hardshrink|hardsigmoid|hardswish|hardtanh|"
     r"iadd|idiv|imul|isub|itruediv|leaky_relu|lerp|log|log_softmax|logsigmoid|masked_fill|maximum|minimum|mish|"
     r"mul|nan_to_num|narrow|neg|normalize|pad|pow|prelu|radd|relu|relu6|rmul|roll|rrelu|rsqrt|rsub|rtruediv|selu|"
     r"sigmoid|silu|softmax|softplus|softshrink|softsign|split|split_with_sizes|sqrt|square|sub|tanh|tanhshrink|"
     r"tensor_split|threshold|to|true_divide|truediv|type|type_as|where"
 )
-_PERMUTED = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "get"}  # get: x.mT
+_ONE_INPUT = {"to", "type_as"} | _FIRST | _SHUFFLES | _NORMS  # the others are no features
+_JOINED = {"cat", "concat", "concatenate", "pad"}
+_PERMUTED = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "T", "mT", "H", "mH"}
 _RESHAPED = {"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"}
 _PROBE = (2, 3, 5, 7, 11, 13)  # sizes that tell dimensions apart
+_Dimension = tuple[int, int, int]  # id of a tensor; how often its shape has changed in place; number of the dimension
 
 
 class ChannelTrace(TorchFunctionMode):
@@ -40,8 +45,8 @@ class ChannelTrace(TorchFunctionMode):
 
     Convolutions, pooling and BatchNorm have their channels in dimension 1; linear layers, LayerNorm over one dimension,
     attention, embeddings and recurrent layers in the last one. Activations, dropout, sums, concatenations and slices
-    leave dimensions in their places. Transposing and reshaping move them. Other operations end the trace. The block
-    holds all tensors.
+    leave dimensions in their places; linear layers do so for all but the last. Transposing and reshaping move them.
+    Other operations end the trace, and so do those that change a tensor's shape in place. The block holds all tensors.
 
     >>> with ChannelTrace() as trace:
     ...     tokens = torch.nn.Conv1d(3, 4, 1)(torch.zeros(2, 3, 9)).relu().transpose(1, 2)
@@ -52,9 +57,10 @@ class ChannelTrace(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._tensors: list[Any] = []  # so that an id stays that of one tensor
-        self._known: dict[int, set[int]] = {}  # dimensions of channels by the tensor's id
-        # By the tensor's id: the id of another, its dimension for each of this one's, and whether dimensions moved.
-        self._links: dict[int, list[tuple[int, dict[int, int], bool]]] = {}
+        self._changes: Counter[int] = Counter()  # how often a tensor's shape has changed in place, by its id
+        self._known: set[_Dimension] = set()  # dimensions of channels
+        # A dimension to the same one of other tensors, and whether an operation that moves dimensions lies between.
+        self._links: dict[_Dimension, list[tuple[_Dimension, bool]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs in place of each operation. Notes what the operation does to dimensions."""
@@ -62,65 +68,73 @@ class ChannelTrace(TorchFunctionMode):
         output = func(*args, **kwargs)
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor) and first.ndim > 1:
-            self._note(func, getattr(func, "__name__", "").strip("_"), args, kwargs, output)
+            self._note(func, args, kwargs, output)
         return output
 
-    def _note(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, output: Any) -> None:
+    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
+        full_name = getattr(func, "__name__", "")
+        if full_name == "__get__":  # of a property
+            full_name = func.__self__.__name__  # type: ignore[attr-defined]
+        name = full_name.strip("_")
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if tensor.ndim > 1]
         outputs = [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
         self._tensors += [inputs, outputs]
         result = outputs[0]
         is_first = inputs and args and inputs[0] is args[0]  # else the operation is called in an unusual way
+        is_linear = name in ("linear", "addmm") or _is_product_with_weight(name, inputs)
         if local := _LOCAL.fullmatch(name):
             for tensor in [*inputs[:1], result]:
-                self._note_channels(tensor, 1 if tensor.ndim == int(local[1]) + 2 else None)
-        elif name in _FIRST:
+                if tensor.ndim == int(local[1]) + 2:
+                    self._known.add(self._dimension(tensor, 1))
+        elif name in _FIRST or name in _SHUFFLES:
             for tensor in [*inputs[:1], result]:
-                self._note_channels(tensor, 1)
-        elif name in _LAST or _is_linear(name, inputs) or (name in _NORMS and _is_of_one_dimension(args, kwargs)):
-            self._note_channels(result, result.ndim - 1)
-            if inputs and name != "embedding":
-                self._note_channels(inputs[0], inputs[0].ndim - 1)
-        if _SAME.fullmatch(name) or name in _FIRST or name in _NORMS or (name == "getitem" and _is_slice(args[1])):
-            for tensor in inputs[:1] if name in _FIRST or name in _NORMS else inputs:
+                self._known.add(self._dimension(tensor, 1 if name in _FIRST else tensor.ndim - 3))
+        elif is_linear or name in _LAST or (name in _NORMS and _is_of_one_dimension(args, kwargs)):
+            for tensor in [*inputs[: name != "embedding"], result]:
+                self._known.add(self._dimension(tensor, tensor.ndim - 1))
+        if is_linear and inputs:
+            self._link(inputs[0], result, {d: d for d in range(result.ndim - 1)})
+        elif _SAME.fullmatch(name) or name in _ONE_INPUT or (name == "getitem" and _is_slice(args[1])):
+            for tensor in inputs[:1] if name in _ONE_INPUT else inputs:
                 for part in outputs:
-                    self._link(tensor, part, {d: d for d in range(part.ndim)} if tensor.ndim == part.ndim else {})
-        elif name in _PERMUTED and is_first and result is not args[0] and result.ndim == args[0].ndim <= len(_PROBE):
+                    self._link(tensor, part, _equal_dimensions(tensor, part, name in _JOINED))
+        elif name in _PERMUTED | _RESHAPED and full_name == f"{name}_":
+            self._changes[id(result)] += 1
+        elif name in _PERMUTED and is_first and result.ndim == args[0].ndim <= len(_PROBE):
             probe = func(torch.empty(_PROBE[: result.ndim]), *args[1:], **kwargs)
-            if isinstance(probe, Tensor) and sorted(probe.shape) == sorted(_PROBE[: result.ndim]):
-                self._link(args[0], result, {_PROBE.index(size): d for d, size in enumerate(probe.shape)}, moved=True)
-        elif name in _RESHAPED and is_first and result is not args[0]:
+            self._link(args[0], result, {_PROBE.index(size): d for d, size in enumerate(probe.shape)}, moved=True)
+        elif name in _RESHAPED and is_first:
             self._link(args[0], result, _same_dimensions(args[0], result), moved=True)
 
-    def _note_channels(self, tensor: Tensor, dimension: int | None) -> None:
-        if dimension is not None and tensor.ndim > 1:
-            self._known.setdefault(id(tensor), set()).add(dimension)
+    def _dimension(self, tensor: Tensor, number: int) -> _Dimension:
+        return id(tensor), self._changes[id(tensor)], number
 
     def _link(self, one: Tensor, other: Tensor, dimensions: dict[int, int], moved: bool = False) -> None:
-        if one is not other and dimensions:
-            self._links.setdefault(id(one), []).append((id(other), dimensions, moved))
-            back = {there: here for here, there in dimensions.items()}
-            self._links.setdefault(id(other), []).append((id(one), back, moved))
+        for here, there in dimensions.items() if one is not other else ():
+            ends = self._dimension(one, here), self._dimension(other, there)
+            for end, opposite in (ends, ends[::-1]):
+                self._links.setdefault(end, []).append((opposite, moved))
 
     def layout_of(self, tensor: Tensor) -> Layout | None:
         """Return where a tensor's channels are; None if no operation shows it, or two show different dimensions.
 
         Operations that are nearer, by the number of transposing and reshaping operations between, count first.
         """
-        seen = {id(tensor)}
-        level = [(id(tensor), {d: d for d in range(tensor.ndim)})]  # the tensor's dimension for each of theirs
+        level = [(self._dimension(tensor, d), d) for d in range(tensor.ndim)]  # each with its place in the tensor
+        seen = {*level}
         while level:
-            further: list[tuple[int, dict[int, int]]] = []
-            for here, own in level:  # grows
-                for there, dimensions, moved in self._links.get(here, ()):
-                    theirs = {dimensions[d]: first for d, first in own.items() if d in dimensions}
-                    if theirs and there not in seen:
-                        (further if moved else level).append((there, theirs))
-                        seen |= set() if moved else {there}
-            if found := {own[d] for here, own in level for d in self._known.get(here, ()) if d in own}:
+            further: list[tuple[_Dimension, int]] = []
+            for dimension, own in level:  # grows
+                for other, moved in self._links.get(dimension, ()):
+                    if moved:
+                        further.append((other, own))
+                    elif (other, own) not in seen:
+                        seen.add((other, own))
+                        level.append((other, own))
+            if found := {own for dimension, own in level if dimension in self._known}:
                 return _layout(found, tensor.ndim)
-            level = [*{there: (there, theirs) for there, theirs in further if there not in seen}.values()]
-            seen |= {there for there, _ in level}
+            level = [*dict.fromkeys(place for place in further if place not in seen)]
+            seen.update(level)
         return None
 
 
@@ -147,7 +161,7 @@ def _layout(dimensions: set[int], ndim: int) -> Layout | None:
     return "last" if dimensions == {ndim - 1} else None
 
 
-def _is_linear(name: str, inputs: list[Tensor]) -> bool:
+def _is_product_with_weight(name: str, inputs: list[Tensor]) -> bool:
     return name in ("matmul", "mm") and len(inputs) == 2 and inputs[1].ndim == 2  # features @ weight
 
 
@@ -158,6 +172,13 @@ def _is_of_one_dimension(args: Any, kwargs: Any) -> bool:
 
 def _is_slice(index: Any) -> bool:
     return all(part is ... or isinstance(part, slice) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def _equal_dimensions(one: Tensor, other: Tensor, is_joined: bool) -> dict[int, int]:
+    """Return the dimensions of an operation that leaves them in their places, without those that it broadcasts."""
+    if one.ndim != other.ndim:
+        return {}
+    return {d: d for d in range(one.ndim) if is_joined or one.shape[d] > 1 or other.shape[d] == 1}
 
 
 def _same_dimensions(one: Tensor, other: Tensor) -> dict[int, int]:

@@ -6,8 +6,6 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx._pytree import tree_flatten_spec
 from torch.fx.graph import CodeGen
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only, tree_unflatten
 
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import describe
-
-_DYNAMIC = "{0: torch.export.Dim.DYNAMIC}"
-_DEVICES = {"cpu", "cuda", "mps", "xpu", "hpu", "mtia"}
 
 
 def is_exported(value: object) -> bool:
@@ -63,9 +56,6 @@ class ExportedNetwork(nn.Module):
             allowed = "an ExportedProgram, the module that its module() returns, or the path of a .pt2 file"
             raise InputError(f"program must be {allowed}, got {type(program).__name__}")
         module: Any = program.module() if isinstance(program, ExportedProgram) else program
-        for name, part in module.named_modules():
-            if isinstance(part, fx.GraphModule):
-                _check_mode(part.graph, f"{name}." if name else "")
         graph, info = copy.deepcopy(module.graph), module.graph._codegen.pytree_info
         self._names, self._specs = _arguments(info.orig_args, info.in_spec)
         self._positional: int = _children(info.in_spec)[0].num_children
@@ -74,12 +64,13 @@ class ExportedNetwork(nn.Module):
         for node in graph.find_nodes(op="call_module", target="_guards_fn"):
             self._guards = _of_torch(module._guards_fn.forward)
             graph.erase_node(node)
-        is_flat = all(spec.is_leaf() for spec in self._specs)
         placeholders = graph.find_nodes(op="placeholder")
-        names = self._names if is_flat and len(placeholders) == len(self._names) else [n.name for n in placeholders]
+        is_flat = all(spec.is_leaf() for spec in self._specs)
+        names = self._names if is_flat else [node.name for node in placeholders]
         self._inputs = [_input(name, node.meta.get("val")) for name, node in zip(names, placeholders, strict=True)]
-        constraints = dict(getattr(module, "range_constraints", {}))  # a deep copy of a module has none
-        self._ranges = {str(k): limits for k, v in constraints.items() if (limits := _range(v)) != (0, None)}
+        ranges = dict(getattr(module, "range_constraints", {}))  # a deep copy of a module has none
+        limits = {str(symbol): _range(values) for symbol, values in ranges.items()}
+        self._ranges = {symbol: found for symbol, found in limits.items() if found != (0, None)}
         graph.set_codegen(CodeGen())  # it takes the flat inputs
         self.program = _Steps(module, graph)
         for inner in self.modules():
@@ -100,45 +91,32 @@ class ExportedNetwork(nn.Module):
         given = dict(zip(self._names, args, strict=False)) | kwargs
         count = len(args) + len(kwargs)
         if len(args) > self._positional or count != len(given) or given.keys() != {*self._names}:
-            keywords = "".join(f", {name}=" for name in self._names[self._positional :])
-            allowed = (", ".join(self._names[: self._positional]) + keywords).removeprefix(", ")
-            came = ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
-            raise InputError(f"program: it was exported for the arguments ({allowed}), got ({came})")
+            allowed = ", ".join(f"{name}{'=' * (n >= self._positional)}" for n, name in enumerate(self._names))
+            came = describe(args) + (f" and {describe(kwargs)}" if kwargs else "")
+            raise InputError(f"program: it was exported for the arguments ({allowed}), got {came}")
         flat: list[Any] = []
         for name, spec in zip(self._names, self._specs, strict=True):
-            if spec.is_leaf():
-                flat.append(given[name])
-                continue
             try:
-                leaves = tree_flatten_spec(given[name], spec)
-                fits = len(leaves) == len(tree_leaves(given[name])) and not isinstance(given[name], Tensor)
-            except Exception:  # errors are of any class
-                fits = False
-            if not fits:
-                raise InputError(f"program: {name} must have the form {_line(spec)}, got {describe(given[name])}")
-            flat += leaves
+                flat += spec.flatten_up_to(given[name])
+            except (TypeError, ValueError) as error:
+                forms = f"{_line(spec)}, got {describe(given[name])}"
+                raise InputError(f"program: {name} must have the form {forms}") from error
         return flat
 
     def _check(self, flat: list[Any]) -> None:
         """Raise InputError unless the program was exported for such inputs."""
         lengths: dict[str, tuple[int, str]] = {}
         for value, wanted in zip(flat, self._inputs, strict=True):
-            if not wanted.is_tensor:
-                if wanted.is_fixed and value != wanted.value:
-                    raise InputError(f"program: {wanted.name} must be {wanted.value!r}, as exported, got {value!r}")
+            if wanted.dtype is None:
+                if wanted.fixed and value != wanted.fixed[0]:
+                    raise InputError(f"program: {wanted.name} must be {wanted.fixed[0]!r}, as exported, got {value!r}")
                 continue
-            if not isinstance(value, Tensor):
-                raise InputError(f"program: {wanted.name} must be a tensor of shape {wanted}, got {describe(value)}")
-            shape, allowed = [*value.shape], wanted.shape
-            if len(shape) != len(allowed) or any(
-                isinstance(size, int) and size != length for size, length in zip(allowed[1:], shape[1:], strict=True)
-            ):
-                raise InputError(f"program: {wanted.name} must have the shape {wanted}, as exported, got {shape}")
-            if shape and isinstance(allowed[0], int) and allowed[0] != shape[0]:
-                raise InputError(self._batch_message(wanted, allowed[0], shape))
-            if value.dtype != wanted.dtype:
-                raise InputError(f"program: {wanted.name} must be of {wanted.dtype}, as exported, got {value.dtype}")
-            for number, (symbol, length) in enumerate(zip(allowed, shape, strict=True)):
+            found = _input(wanted.name, value)
+            if not wanted.allows(found):
+                came = found if found.dtype else describe(value)
+                advice = self._advice(wanted.shape[0]) if wanted.allows(found, any_rows=True) else ""
+                raise InputError(f"program: {wanted.name} must be {wanted}, as exported, got {came}{advice}")
+            for number, (symbol, length) in enumerate(zip(wanted.shape, value.shape, strict=True)):
                 if isinstance(symbol, int):
                     continue
                 place = f"dimension {number} of {wanted.name}"
@@ -156,78 +134,86 @@ class ExportedNetwork(nn.Module):
                 shapes = ", ".join(map(describe, flat))
                 raise InputError(f"program: it was not exported for inputs of {shapes}: {_line(error)}") from error
 
-    def _batch_message(self, wanted: _Input, size: int, shape: list[int]) -> str:
-        fixed = [part.name for part in self._inputs if part.shape and part.shape[0] == size]
-        shapes = "{" + ", ".join(f'"{name}": {_DYNAMIC}' for name in fixed) + "}"
-        if not {*fixed} <= {*self._names}:  # the argument is a mapping or tuple
-            shapes = f"..., which must have {_DYNAMIC} for {', '.join(fixed)}"
-        example = " and an example batch of at least 2 rows" if size == 1 else ""
-        rows = f"batches of {size} row{'s' * (size != 1)}, got {wanted.name} of shape {shape}"
-        advice = f"for any number of rows, export it with dynamic_shapes={shapes}{example}"
-        return f"program: it was exported for {rows}; {advice}"
+    def _advice(self, rows: int | str) -> str:
+        names = ", ".join(part.name for part in self._inputs if part.shape[:1] == (rows,))
+        example = " and an example batch of at least 2 rows" if rows == 1 else ""
+        shapes = "dynamic_shapes that have {0: torch.export.Dim.DYNAMIC} for " + names
+        return f"; for any number of rows, export it with {shapes}{example}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExportedNetwork:
-        tensors = [*chain(self.parameters(), self.buffers())]
-        steps = [part for part in self.program.modules() if isinstance(part, _Steps)]
-        devices = {tensor.device for tensor in tensors} | {
-            getattr(s.content, name) for s in steps for name in s.devices
-        }
+        steps = [part for part in self.modules() if isinstance(part, _Steps)]
+        tensors = [*self.parameters(), *self.buffers()]
+        devices = {tensor.device for tensor in tensors} | {device for part in steps for device in part.devices()}
         dtypes = {tensor.dtype for tensor in tensors} | {part.dtype for part in self._inputs if part.dtype}
-        new = {kind: fn(torch.empty(0, dtype=kind)).dtype for kind in dtypes if kind.is_floating_point}
-        casts = next((other for kind, other in new.items() if kind != other), None)
-        moves = [(one, other) for one in devices if (other := fn(torch.empty(0, device=one)).device).type != one.type]
+        cast = {one: fn(torch.empty(0, dtype=one)).dtype for one in dtypes if one.is_floating_point}
+        moved = {one: fn(torch.empty(0, device=one)).device for one in devices}
+        new = {
+            "type of numbers": next((other for one, other in cast.items() if other != one), None),
+            "type of device": next((other for one, other in moved.items() if other.type != one.type), None),
+        }
         for part in steps:
-            if casts and part.dtype_node:
-                reason = f"its node {part.dtype_node} names a type of numbers"
-                raise InputError(f"program: it cannot be cast to {casts}, since {reason}; export the cast model")
-            if moves and part.device_node:
-                reason = f"its node {part.device_node} is for {moves[0][0].type} alone"
-                raise InputError(f"program: it cannot be moved to {moves[0][1]}, since {reason}; export it there")
+            for kind, node in part.needs.items():
+                if new[kind]:
+                    reason = f"since its node {node} names a {kind}"
+                    raise InputError(f"program: it cannot change to {new[kind]}, {reason}; export it for {new[kind]}")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._inputs = [replace(part, dtype=new.get(part.dtype, part.dtype)) for part in self._inputs]  # type: ignore[arg-type]
+        self._inputs = [replace(part, dtype=cast.get(part.dtype, part.dtype)) for part in self._inputs]  # type: ignore[arg-type]
         return self
 
 
 class _Steps(nn.Module):
     """The steps of a graph, with its tensors and without the graph. A fingerprint hashes their text.
 
+    Args:
+        module: The module that has the graph's tensors.
+        graph: The graph, which is changed.
+        place: Name of the module before the names of its nodes in error messages.
+
     Attributes:
-        content: What the steps use: parameters, buffers, and constants, which are buffers, too.
+        content: What the steps use: parameters, buffers, constants (which are buffers, too), and devices.
         text: The steps, one a line.
-        devices: Names of the attributes of the content that hold the devices of the steps.
-        dtype_node: Name of a node that names a floating type, or empty.
-        device_node: Name of a node that works on one type of device alone, or empty.
+        needs: What the graph names and cannot change ("type of numbers", "type of device"), to a node that names it.
+
+    Raises:
+        InputError: If a node computes as in training mode.
     """
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph, place: str = "") -> None:
         super().__init__()
-        self.content = nn.Module()
-        self.dtype_node = self.device_node = ""
-        values: dict[str, Any] = {name: torch.device(device) for device, name in _take_devices(graph).items()}
-        self.devices = [*values]
+        _check_mode(graph, place)
+        self.needs: dict[str, str] = {}
+        for node in graph.nodes:
+            if any(isinstance(part, torch.dtype) and part.is_floating_point for part in _leaves(node)):
+                self.needs.setdefault("type of numbers", _name_of(node.target))
+            if "autocast" in _name_of(node.target):  # for one type of device
+                self.needs.setdefault("type of device", _name_of(node.target))
+        values: dict[str, Any] = _take_devices(graph)
+        self._devices = [*values]
         for node in graph.nodes:
             if node.op in ("get_attr", "call_module") and node.target not in values:
                 value = attrgetter(node.target)(module)
-                is_graph = isinstance(value, fx.GraphModule)
-                values[node.target] = _Steps(value, copy.deepcopy(value.graph)) if is_graph else value
-            if any(isinstance(part, torch.dtype) and part.is_floating_point for part in _literals(node)):
-                self.dtype_node = self.dtype_node or node.name
-            names = {part.partition(":")[0] for part in _literals(node) if isinstance(part, str)}
-            if isinstance(node.target, torch._ops.HigherOrderOperator) and names & _DEVICES:
-                self.device_node = self.device_node or node.name
-        for name, value in values.items():
-            _place(self.content, name, value)
+                if isinstance(value, fx.GraphModule):
+                    value = _Steps(value, copy.deepcopy(value.graph), f"{place}{node.target}.")
+                values[node.target] = value
         self.text = _describe(graph)
-        self._function = _of_torch(type(fx.GraphModule(values, graph)).forward)
+        program = fx.GraphModule(values, graph)  # it makes buffers of constants
+        self._function = _of_torch(type(program).forward)
+        self.content = nn.Module()
+        for name in ("_parameters", "_buffers", "_modules", *self._devices):
+            setattr(self.content, name, getattr(program, name))
 
     def forward(self, *flat: Any) -> Any:
         """Run the steps."""
         return self._function(self.content, *flat)
 
+    def devices(self) -> list[torch.device]:
+        """The devices that the graph names."""
+        return [getattr(self.content, name) for name in self._devices]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Steps:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in self.devices:
-            setattr(self.content, name, fn(torch.empty(0, device=getattr(self.content, name))).device)
+        for name, device in zip(self._devices, self.devices(), strict=True):
+            setattr(self.content, name, fn(torch.empty(0, device=device)).device)
         return self
 
 
@@ -237,22 +223,25 @@ class _Input:
 
     Args:
         name: Name of the input.
-        is_tensor: Whether it is a tensor.
-        shape: A number for a fixed length, a text for any length. Equal texts are equal lengths.
-        dtype: Type of the tensor's numbers.
-        is_fixed: Whether it is a value that the program was exported for.
-        value: That value.
+        dtype: Type of a tensor's numbers. None for a value.
+        shape: Shape of a tensor: a number for a fixed length, a text for any length. Equal texts are equal lengths.
+        fixed: The value alone, if it is one that the program was exported for, or empty.
     """
 
     name: str
-    is_tensor: bool = True
-    shape: tuple[int | str, ...] = ()
     dtype: torch.dtype | None = None
-    is_fixed: bool = False
-    value: Any = None
+    shape: tuple[int | str, ...] = ()
+    fixed: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
-        return "[" + ", ".join(str(size) if isinstance(size, int) else "any" for size in self.shape) + "]"
+        return f"{self.dtype} [{', '.join(str(size) if isinstance(size, int) else 'any' for size in self.shape)}]"
+
+    def allows(self, other: _Input, any_rows: bool = False) -> bool:
+        """Whether another tensor has this type and shape; with any number of rows on demand."""
+        if (self.dtype, len(self.shape)) != (other.dtype, len(other.shape)):
+            return False
+        sizes = [*zip(self.shape, other.shape, strict=True)][any_rows:]
+        return all(isinstance(size, str) or size == length for size, length in sizes)
 
 
 def _of_torch(function: Any) -> Callable[..., Any]:
@@ -263,9 +252,8 @@ def _of_torch(function: Any) -> Callable[..., Any]:
 
 def _input(name: str, value: Any) -> _Input:
     if isinstance(value, Tensor):
-        return _Input(name, True, tuple(s if isinstance(s, int) else str(s) for s in value.shape), value.dtype)
-    is_fixed = isinstance(value, bool | int | float | str | None)
-    return _Input(name, False, is_fixed=is_fixed, value=value if is_fixed else None)
+        return _Input(name, value.dtype, tuple(s if isinstance(s, int) else str(s) for s in value.shape))
+    return _Input(name, fixed=(value,) if isinstance(value, bool | int | float | str | None) else ())
 
 
 def _range(values: Any) -> tuple[int, int | None]:
@@ -315,9 +303,12 @@ def _check_mode(graph: fx.Graph, place: str) -> None:
             owned[node] = node.target
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        arguments = _arguments_of(node)
-        reason = _randomness(node.target, {argument.name: value for argument, value in arguments})
-        for argument, value in arguments:
+        schema = node.target._schema.arguments
+        given = [*node.args, *(argument.default_value for argument in schema[len(node.args) :])]
+        values = {one.name: node.kwargs.get(one.name, value) for one, value in zip(schema, given, strict=True)}
+        reason = _randomness(node.target, values)
+        for argument in schema:
+            value = values[argument.name]
             name = owned.get(value, "") if isinstance(value, fx.Node) else ""
             if name and node.target.is_view:
                 owned[node] = name
@@ -327,13 +318,6 @@ def _check_mode(graph: fx.Graph, place: str) -> None:
         if reason:
             name, advice = f"{place}{node.name} ({node.target})", "call model.eval() before torch.export.export"
             raise InputError(f"program: its node {name} {reason}, as in training mode; {advice}")
-
-
-def _arguments_of(node: fx.Node) -> list[tuple[Any, Any]]:
-    """The arguments of a node's operator, with their values."""
-    target: Any = node.target
-    values = [*node.args, *(argument.default_value for argument in target._schema.arguments[len(node.args) :])]
-    return [(one, node.kwargs.get(one.name, v)) for one, v in zip(target._schema.arguments, values, strict=True)]
 
 
 def _randomness(target: Any, values: dict[str, Any]) -> str:
@@ -351,39 +335,25 @@ def _randomness(target: Any, values: dict[str, Any]) -> str:
     return "draws random numbers" if is_random and is_training and 0 not in chances else ""
 
 
-def _take_devices(graph: fx.Graph) -> dict[str, str]:
-    """Let the graph read its devices from attributes. Return the names of the attributes by device."""
-    names: dict[str, str] = {}
-    for node in [*graph.nodes]:
-        found: dict[str, fx.Node] = {}
-        for device in [str(part) for part in _literals(node) if isinstance(part, torch.device)]:
-            names.setdefault(device, f"_device_{len(names)}")
-            with graph.inserting_before(node):  # one that is named twice is read twice
-                found[device] = graph.create_node("get_attr", names[device])
-        if found:
-            swap = partial(lambda found, part: found[str(part)] if isinstance(part, torch.device) else part, found)
-            node.args, node.kwargs = map_aggregate(node.args, swap), map_aggregate(node.kwargs, swap)
-    return names
+def _take_devices(graph: fx.Graph) -> dict[str, torch.device]:
+    """Let the graph read its devices from attributes. Return these by name."""
+    devices = dict.fromkeys(p for node in graph.nodes for p in _leaves(node) if isinstance(p, torch.device))
+    with graph.inserting_before(next(iter(graph.nodes))):
+        read = {device: graph.create_node("get_attr", f"_device_{n}") for n, device in enumerate(devices)}
+    for node in graph.nodes:
+        node.args, node.kwargs = tree_map_only(torch.device, read.__getitem__, (node.args, node.kwargs))
+    return {str(node.target): device for device, node in read.items()}
 
 
-def _literals(node: fx.Node) -> list[Any]:
-    """What a node's arguments hold beside other nodes."""
-    found: list[Any] = []
-    map_aggregate((node.args, node.kwargs), lambda part: found.append(part) or part)  # type: ignore[func-returns-value]
-    return [part for part in found if not isinstance(part, fx.Node)]
+def _leaves(node: fx.Node) -> list[Any]:
+    """All that a node's arguments hold."""
+    return tree_leaves((node.args, node.kwargs))
 
 
-def _place(module: nn.Module, path: str, value: Any) -> None:
-    """Set an attribute by its dotted path. Tensors become buffers, which move with the module."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(module, parent):
-            module.add_module(parent, nn.Module())
-        module = getattr(module, parent)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(name, value)
-    else:
-        setattr(module, name, value)
+def _name_of(target: Any) -> str:
+    """What a node calls, as text that is the same in every process."""
+    is_text = isinstance(target, str | torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+    return str(target) if is_text else f"{target.__module__}.{target.__qualname__}"
 
 
 def _describe(graph: fx.Graph) -> str:
@@ -391,9 +361,6 @@ def _describe(graph: fx.Graph) -> str:
     numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
-        target: Any = node.target
-        if not isinstance(target, str | torch._ops.OpOverload | torch._ops.HigherOrderOperator):
-            target = f"{target.__module__}.{target.__qualname__}"
-        args, kwargs = map_aggregate((node.args, node.kwargs), lambda part: numbers.get(part, part))
-        lines.append(f"{numbers[node]} = {node.op} {target} {args} {dict(kwargs)}")
+        args, kwargs = tree_map_only(fx.Node, numbers.__getitem__, (node.args, node.kwargs))
+        lines.append(f"{numbers[node]} = {node.op} {_name_of(node.target)} {args} {dict(kwargs)}")
     return "\n".join(lines)

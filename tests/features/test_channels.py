@@ -141,11 +141,35 @@ def test_functions_between_layers(forward, expected):
         lambda m, x: m["out"](m["conv"](x).reshape(3, 4, 16).reshape(3, 8, 8).cumsum(1)),
         lambda m, x: m["out"](F.layer_norm(x, (8, 8))),  # over both
         lambda m, x: m["out"](x.softmax(1)),
+        lambda m, x: m["out"](m["linear"](m["conv"](x)).relu()).mean(2),  # over channels first, then over time
+        lambda m, x: m["out"]((m["conv"](x) @ m["linear"].weight).relu()).mean(2),  # a graph of places
+        lambda m, x: m["out"](m["score"](x) + m["score"](x).transpose(1, 2)),  # a score for each pair of tokens
+        lambda m, x: m["out"]((x @ x.mT).double().type_as(m["linear"](x))),
+        lambda m, x: m["out"]((x @ x.mT).double().to(m["linear"](x))),
+        lambda m, x: m["out"](F.pixel_shuffle(x.reshape(3, 2, 4, 2, 4), 2)),  # of a clip (B, T, C, H, W)
+        lambda m, x: m["out"](F.pixel_unshuffle(x, 2)),  # of an image (C, H, W)
+        lambda m, x: m["out"](torch.fft.fft(m["linear"](x)).imag),
     ],
 )
 def test_none_where_two_readings_are_possible(forward):
-    network = Run(forward, conv=nn.Conv1d(8, 8, 1), linear=nn.Linear(8, 8), out=nn.Identity())
+    layers = {"conv": nn.Conv1d(8, 8, 1), "linear": nn.Linear(8, 8), "score": nn.Linear(8, 1), "out": nn.Identity()}
+    assert layout(Run(forward, **layers), "layers.out") is None
+
+
+def test_a_gate_for_one_dimension_shows_nothing_of_the_one_that_it_is_repeated_over():
+    def forward(m, x):
+        return m["out"](m["linear"](x) * m["gate"](x.mean(1, keepdim=True)).sigmoid())  # ECA for tokens
+
+    network = Run(forward, linear=nn.Linear(8, 8), gate=nn.Conv1d(1, 1, 3, padding=1), out=nn.Identity())
+    assert layout(network, "layers.out") == "last"
+
+
+def test_a_shape_that_changes_in_place():
+    layers = {"conv": nn.Conv1d(8, 8, 1), "linear": nn.Linear(8, 8), "out": nn.Identity()}
+    network = Run(lambda m, x: m["out"](m["conv"](x).transpose_(1, 2)), **layers)
     assert layout(network, "layers.out") is None
+    network = Run(lambda m, x: m["linear"](m["out"](m["conv"](x).transpose_(1, 2))), **layers)
+    assert layout(network, "layers.out") == "last"
 
 
 def test_a_mixer_of_tokens_is_read_by_its_nearest_layers():
@@ -160,8 +184,15 @@ def test_a_mixer_of_tokens_is_read_by_its_nearest_layers():
 def of_all_layers(network, x):
     """Layouts of all outputs with two or more sides, by layer."""
     outputs = {}
+
+    def hook_of(name):
+        def hook(_layer, _inputs, output):
+            outputs.setdefault(name, output)  # nothing is returned: that would replace the output
+
+        return hook
+
     for name, layer in network.named_modules():
-        layer.register_forward_hook(lambda _m, _i, output, name=name: outputs.setdefault(name, output))
+        layer.register_forward_hook(hook_of(name))
     with evaluating(network), torch.no_grad(), ChannelTrace() as trace:
         network(x)
     outputs = {name: output for name, output in outputs.items() if isinstance(output, torch.Tensor) and output.ndim > 2}

@@ -128,7 +128,9 @@ def test_a_program_is_cast_unless_its_graph_names_a_type(exported):
     network = Net().double().eval()
     network.scale = network.scale.double()
     assert torch.equal(wrapped(X.double()), network(X.double()))
-    with pytest.raises(InputError, match="program: x must be of torch.float64, as exported, got torch.float32"):
+    with pytest.raises(
+        InputError, match=r"x must be torch.float64 \[any, 1, 8, 8\], as exported, got torch.float32 \["
+    ):
         wrapped(X)
 
     class Named(nn.Linear):
@@ -137,7 +139,9 @@ def test_a_program_is_cast_unless_its_graph_names_a_type(exported):
 
     named = ExportedNetwork(program(Named(3, 2), torch.ones(2, 3)))
     named.float()
-    with pytest.raises(InputError, match=r"cannot be cast to torch.float64, since its node \w+ names a type"):
+    with pytest.raises(
+        InputError, match=r"cannot change to torch.float64, since its node aten[.\w]+ names a type of numbers"
+    ):
         named.double()
     assert all(parameter.dtype == torch.float32 for parameter in named.parameters())
 
@@ -150,7 +154,7 @@ def test_a_program_with_autocast_inside_stays_on_its_type_of_device():
 
     wrapped = ExportedNetwork(program(Cast(3, 2), torch.ones(2, 3)))
     assert wrapped.to("cpu")(torch.ones(2, 3)).dtype == torch.bfloat16
-    with pytest.raises(InputError, match=r"cannot be moved to meta, since its node \w+ is for cpu alone"):
+    with pytest.raises(InputError, match=r"cannot change to meta, since its node \w*autocast names a type of device"):
         wrapped.to("meta")
 
 
@@ -161,8 +165,9 @@ def test_a_fixed_batch_size_is_refused_in_one_line(rows):
     with pytest.raises(InputError) as error:
         wrapped(X)
     text = str(error.value)
-    assert f"for batches of {rows} row" in text and "got x of shape [6, 1, 8, 8]" in text and "\n" not in text
-    assert 'dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}}' in text
+    assert f"must be torch.float32 [{rows}, 1, 8, 8], as exported, got torch.float32 [6, 1, 8, 8]; for any" in text
+    assert "\n" not in text
+    assert "export it with dynamic_shapes that have {0: torch.export.Dim.DYNAMIC} for x" in text
     assert ("at least 2 rows" in text) == (rows == 1)
     Teacher(ExportedNetwork(program(x=X[:rows], shapes=None)))(X[:rows])
 
@@ -171,10 +176,18 @@ def test_other_inputs_are_refused_in_one_line(exported):
     wrapped = ExportedNetwork(exported)
     limited = ExportedNetwork(program(x=X[:4], shapes=({0: Dim("batch", min=3, max=4)},)))
     cases = [
-        (wrapped, (X[..., :7],), r"x must have the shape \[any, 1, 8, 8\], as exported, got \[6, 1, 8, 7\]"),
-        (wrapped, (X[0],), r"x must have the shape \[any, 1, 8, 8\]"),
-        (wrapped, (X.double(),), "x must be of torch.float32, as exported, got torch.float64"),
-        (wrapped, ("text",), "x must be a tensor of shape"),
+        (
+            wrapped,
+            (X[..., :7],),
+            r"x must be torch.float32 \[any, 1, 8, 8\], as exported, got torch.float32 \[6, 1, 8, 7\]$",
+        ),
+        (wrapped, (X[0],), r"x must be torch.float32 \[any, 1, 8, 8\], as exported, got torch.float32 \[1, 8, 8\]$"),
+        (
+            wrapped,
+            (X.double(),),
+            r"x must be torch.float32 \[any, 1, 8, 8\], as exported, got torch.float64 \[6, 1, 8, 8\]$",
+        ),
+        (wrapped, ("text",), r"x must be torch.float32 \[any, 1, 8, 8\], as exported, got str$"),
         (wrapped, (), r"for the arguments \(x\), got \(\)"),
         (wrapped, (X, X), r"for the arguments \(x\), got \(\[6, 1, 8, 8\], \[6, 1, 8, 8\]\)"),
         (limited, (X,), "dimension 0 of x must be from 3 to 4, as exported, got 6"),
