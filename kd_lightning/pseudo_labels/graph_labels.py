@@ -85,7 +85,12 @@ class GraphPseudoLabels:
             )
         if output.ndim == 2:
             return output
-        layout = layout_of_layer(network, self.layer, x, run) or ("last" if output.ndim == 3 else "first")
+        layout = layout_of_layer(network, self.layer, x, run)
+        if layout is None:
+            raise InputError(
+                f"layer {self.layer}: no layer of the network shows which dimension of its features "
+                f"{tuple(output.shape)} holds channels; name a layer that returns (B, D)"
+            )
         return output.flatten(1, -2).mean(dim=1) if layout == "last" else output.flatten(2).mean(dim=2)
 
     def __call__(self, features: Tensor, y: Tensor, classes: int) -> Tensor:

@@ -263,11 +263,16 @@ class TestFeatures:
 
     def test_maps_are_averaged_over_places(self):
         maps = torch.arange(48.0).reshape(2, 3, 2, 4)
-        found = GraphPseudoLabels(layer="0").features_of(nn.Sequential(nn.Identity(), nn.Flatten()), maps)
+        found = GraphPseudoLabels(layer="0").features_of(nn.Sequential(nn.Identity(), nn.Conv2d(3, 2, 1)), maps)
         assert torch.allclose(found, maps.mean(dim=(2, 3)))
         volumes = maps.reshape(2, 3, 2, 2, 2)
-        found = GraphPseudoLabels(layer="0").features_of(nn.Sequential(nn.Identity(), nn.Flatten()), volumes)
+        found = GraphPseudoLabels(layer="0").features_of(nn.Sequential(nn.Identity(), nn.Conv3d(3, 2, 1)), volumes)
         assert torch.allclose(found, maps.mean(dim=(2, 3)))
+
+    def test_features_whose_channels_no_layer_shows_are_refused(self):
+        network = nn.Sequential(nn.Identity(), nn.Flatten())
+        with pytest.raises(InputError, match=r"layer 0: no layer of the network shows which dimension .* holds channels"):
+            GraphPseudoLabels(layer="0").features_of(network, torch.zeros(2, 3, 2, 4))
 
     def test_tokens_are_averaged_over_tokens(self):
         tokens = torch.arange(48.0).reshape(2, 8, 3)
