@@ -271,7 +271,7 @@ class TestFeatures:
 
     def test_features_whose_channels_no_layer_shows_are_refused(self):
         network = nn.Sequential(nn.Identity(), nn.Flatten())
-        with pytest.raises(InputError, match=r"layer 0: no layer of the network shows which dimension .* holds channels"):
+        with pytest.raises(InputError, match="no layer of the network shows which dimension .* holds channels"):
             GraphPseudoLabels(layer="0").features_of(network, torch.zeros(2, 3, 2, 4))
 
     def test_tokens_are_averaged_over_tokens(self):
