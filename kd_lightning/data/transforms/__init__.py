@@ -10,6 +10,7 @@ from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, Rand
 from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.transforms.recipes import (
     photo_transforms,
+    segmentation_transforms,
     small_image_transforms,
     strong_digits,
     strong_photos,
@@ -39,6 +40,7 @@ __all__ = [
     "ResizeToCover",
     "TrivialAugmentWide",
     "photo_transforms",
+    "segmentation_transforms",
     "small_image_transforms",
     "strong_digits",
     "strong_photos",

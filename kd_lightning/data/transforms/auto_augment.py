@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kd_lightning.data.transforms import color, geometry
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.transforms import adjustments
+from kd_lightning.data.transforms.affine import affine, read_interpolation
 from kd_lightning.data.transforms.base import BatchTransform
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.errors import InputError
@@ -56,20 +58,29 @@ class RandAugment(BatchTransform):
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.num_magnitude_bins = num_magnitude_bins
-        self.interpolation = geometry.read_interpolation(interpolation)
+        self.interpolation = read_interpolation(interpolation)
         self.fill = fill
 
     def transform(self, images: Tensor, draws: Draws) -> Tensor:
         """Augment (B, C, H, W), C = 1 or 3, uint8 or float in [0, 1]. The result has the same shape and type."""
+        for operation, magnitude in self._steps(images.shape[2], images.shape[3], draws):
+            images = apply_operations(images, operation, magnitude, self.interpolation, self.fill)
+        return images
+
+    def transform_masks(self, masks: Tensor, draws: Draws) -> Tensor:
+        """Return masks (B, H, W). Shears, shifts and rotations move them; new positions are -100."""
+        for operation, magnitude in self._steps(masks.shape[1], masks.shape[2], draws):
+            masks = move_masks(masks, operation, magnitude)
+        return masks
+
+    def _steps(self, height: int, width: int, draws: Draws) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw operation and magnitude of each step, (B,) each."""
         draws = draws.on_cpu()
-        height, width = images.shape[-2:]
         shift = 150 / 331
         table = _magnitudes(self.num_magnitude_bins, 0.3, shift * width, shift * height, 30.0, 0.9, 4)
         for _ in range(self.num_ops):
             operation = draws.integers(0, len(OPERATIONS) - 1)
-            magnitude = _with_sign(table[operation, self.magnitude], operation, draws)
-            images = apply_operations(images, operation, magnitude, self.interpolation, self.fill)
-        return images
+            yield operation, _with_sign(table[operation, self.magnitude], operation, draws)
 
 
 class TrivialAugmentWide(BatchTransform):
@@ -94,17 +105,24 @@ class TrivialAugmentWide(BatchTransform):
         super().__init__()
         _check_bins(num_magnitude_bins)
         self.num_magnitude_bins = num_magnitude_bins
-        self.interpolation = geometry.read_interpolation(interpolation)
+        self.interpolation = read_interpolation(interpolation)
         self.fill = fill
 
     def transform(self, images: Tensor, draws: Draws) -> Tensor:
         """Augment (B, C, H, W), C = 1 or 3, uint8 or float in [0, 1]. The result has the same shape and type."""
+        return apply_operations(images, *self._step(draws), self.interpolation, self.fill)
+
+    def transform_masks(self, masks: Tensor, draws: Draws) -> Tensor:
+        """Return masks (B, H, W). Shears, shifts and rotations move them; new positions are -100."""
+        return move_masks(masks, *self._step(draws))
+
+    def _step(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draw operation and magnitude, (B,) each."""
         draws = draws.on_cpu()
         table = _magnitudes(self.num_magnitude_bins, 0.99, 32.0, 32.0, 135.0, 0.99, 6)
         operation = draws.integers(0, len(OPERATIONS) - 1)
         magnitude = table[operation, draws.integers(0, self.num_magnitude_bins - 1)]
-        magnitude = _with_sign(magnitude, operation, draws)
-        return apply_operations(images, operation, magnitude, self.interpolation, self.fill)
+        return operation, _with_sign(magnitude, operation, draws)
 
 
 def apply_operations(
@@ -139,8 +157,7 @@ def apply_operations(
     if len(fills) not in (1, images.shape[1]) or not all(0 <= value <= white for value in fills):
         allowed = f"from 0 to {white}, one number or {images.shape[1]}"
         raise InputError(f"fill must be {allowed} for images of {images.dtype}, got {fill}")
-    moves = (operation >= 1) & (operation <= len(MOVES))
-    group = torch.where(moves, 1, operation)
+    group = torch.where(_moves(operation), 1, operation)
     most = max(1, _PIXELS // max(1, images.shape[1:].numel()) if images.device.type == "cpu" else len(images))
     order, parts = [], []
     for number in sorted({*group.tolist()}):
@@ -157,6 +174,24 @@ def apply_operations(
         return images.clone()
     # index_select copies whole rows; index_copy_ copies single bytes, and takes 10 times as long
     return torch.cat(parts).index_select(0, torch.cat(order).argsort().to(images.device))
+
+
+def move_masks(masks: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
+    """Move masks as :func:`apply_operations` moves images, to the nearest position. Other operations leave them.
+
+    Args:
+        masks: (B, H, W), int64.
+        operation: (B,) number of each operation, on the CPU.
+        magnitude: (B,) its strength, float64 on the CPU.
+
+    Returns:
+        (B, H, W). Positions from outside are -100.
+    """
+    rows = _moves(operation).nonzero()[:, 0]
+    there = rows.to(masks.device)
+    operation, magnitude = (values[rows].to(masks.device) for values in (operation, magnitude))
+    moved = _move(masks[there].unsqueeze(1), operation, magnitude, v2.InterpolationMode.NEAREST, IGNORE_INDEX)
+    return masks.index_copy(0, there, moved.squeeze(1))
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -193,6 +228,11 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return images ^ (bright.view(torch.uint8) * 255)
 
 
+def _moves(operation: Tensor) -> Tensor:
+    """Return which operations move pixels, (B,) booleans."""
+    return (operation >= 1) & (operation <= len(MOVES))
+
+
 def _move(
     images: Tensor,
     operation: Tensor,
@@ -210,20 +250,20 @@ def _move(
     center = torch.where((shear == 0).all(dim=1, keepdim=True), middle, 0.0)
     translate = torch.stack([right, down], dim=1).trunc()
     scale = torch.ones_like(angle)
-    return geometry.affine(images, -angle, translate, scale, shear, interpolation, fill, center)
+    return affine(images, -angle, translate, scale, shear, interpolation, fill, center)
 
 
 def _recolor(images: Tensor, name: str, magnitude: Tensor) -> Tensor:
     """Apply one operation that moves no pixels to all images, with a strength for each."""
     match name:
         case "Brightness":
-            return color.adjust_brightness(images, 1 + magnitude)
+            return adjustments.adjust_brightness(images, 1 + magnitude)
         case "Color":
-            return color.adjust_saturation(images, 1 + magnitude)
+            return adjustments.adjust_saturation(images, 1 + magnitude)
         case "Contrast":
-            return color.adjust_contrast(images, 1 + magnitude)
+            return adjustments.adjust_contrast(images, 1 + magnitude)
         case "Sharpness":
-            return color.adjust_sharpness(images, 1 + magnitude)
+            return adjustments.adjust_sharpness(images, 1 + magnitude)
         case "Posterize":
             return posterize(images, magnitude)
         case "Solarize":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from kd_lightning.data.transforms.buffers import empty_batch
 from kd_lightning.data.transforms.draws import Draws
+from kd_lightning.data.transforms.masks import Masks, check_sizes, check_type, masks_by_torchvision
 from kd_lightning.errors import InputError
 
 Images = Tensor | list[Tensor]
@@ -35,16 +36,19 @@ _OF_MODULES = vars(nn.Module())  # attributes that every module has
 class BatchTransform(nn.Module, ABC):
     """A transform of a whole batch at once. A view's pixels depend on (seed, index, view) alone.
 
-    A subclass implements :meth:`transform`. Pixels of a row must not depend on the other rows, to the bit.
+    A subclass implements :meth:`transform`. Pixels of a row must not depend on the other rows, to the bit. For images
+    with dense labels it also implements :meth:`transform_masks`, or sets ``moves_pixels = False``.
 
     Attributes:
         takes_lists: Whether :meth:`transform` takes a list of images of different sizes. It then returns a list, or
             images of one size as a tensor.
         is_random: Whether :meth:`transform` makes draws.
+        moves_pixels: Whether :meth:`transform` moves pixels or changes the size. If not, masks stay as they are.
     """
 
     takes_lists = False
     is_random = True
+    moves_pixels = True
 
     def forward(self, images: Any, draws: Draws | None = None) -> Any:
         """Transform images.
@@ -74,6 +78,77 @@ class BatchTransform(nn.Module, ABC):
         result = self.transform(images, draws)
         return result[0] if one else result
 
+    def with_masks(self, images: Images, masks: Masks, draws: Draws) -> tuple[Any, Any]:
+        """Transform images and their masks by the same draws, and check that they fit each other before and after.
+
+        Args:
+            images: (B, C, H, W), or a list of images (C, H, W).
+            masks: (B, H, W), int64, or a list of masks (H, W).
+            draws: Random numbers of the rows.
+
+        Returns:
+            Images as the transform returns them, and masks (B, H', W'), or a list of masks (H', W').
+
+        Raises:
+            InputError: If images and masks have different sizes, or if the transform has no masks, see
+                :meth:`check_masks`.
+        """
+        check_sizes(images, masks)
+        again = draws.copy()
+        images = self(images, draws)
+        masks = self.masks(masks, again)
+        name = f"masks of {type(self).__name__}"
+        if self.moves_pixels and draws.drawn != again.drawn:
+            got = f"{draws.drawn} numbers for images and {again.drawn} for masks"
+            raise InputError(f"{name} must make the draws of images, used or not, got {got}; streams separate draws")
+        check_sizes(images, masks, name)
+        return images, masks
+
+    def masks(self, masks: Masks, draws: Draws) -> Masks:
+        """Move masks as images move by the same draws, to the nearest position.
+
+        Each call makes draws. Those of the images must be a copy, see :meth:`with_masks`.
+
+        Args:
+            masks: (B, H, W), int64, or a list of masks (H, W).
+            draws: Random numbers of the rows, as the images got them.
+
+        Returns:
+            (B, H', W'), int64, or a list of masks (H', W'). Positions that come from outside of the image are -100.
+
+        Raises:
+            InputError: If masks are of another type or shape, if the draws are those of another number of masks, or if
+                the transform has no masks, see :meth:`check_masks`.
+        """
+        self.check_masks()
+        if len(draws) != len(masks):
+            raise InputError(f"draws must have a row for each of {len(masks)} masks, got {len(draws)}")
+        masks = [plain(mask) for mask in masks] if isinstance(masks, list) else plain(masks)
+        check_type(masks)
+        if isinstance(masks, list) and not self.takes_lists:
+            masks = stack(masks, "masks of a batch")
+        if self.moves_pixels:
+            masks = self.transform_masks(masks, draws)
+            check_type(masks, f"masks of {type(self).__name__}")
+        return masks
+
+    def check_masks(self) -> None:
+        """Check that the transform can move dense labels.
+
+        Raises:
+            InputError: If the class that implements :meth:`transform` neither implements :meth:`transform_masks` nor
+                sets ``moves_pixels = False``. A base class of it does not count: it may move other pixels.
+        """
+        names = [{*vars(one)} for one in type(self).__mro__]
+        moved = next(number for number, own in enumerate(names) if own & {"transform", "forward"})
+        declared = next(number for number, own in enumerate(names) if own & {"transform_masks", "moves_pixels"})
+        missing = self.moves_pixels and type(self).transform_masks is BatchTransform.transform_masks
+        if missing or declared > moved:
+            raise InputError(
+                f"{type(self).__name__} must implement transform_masks to move dense labels as it moves pixels, or set "
+                "moves_pixels = False if it changes colours only"
+            )
+
     def extra_repr(self) -> str:
         """The arguments."""
         own = {name: value for name, value in vars(self).items() if name not in _OF_MODULES and name[0] != "_"}
@@ -87,6 +162,19 @@ class BatchTransform(nn.Module, ABC):
             images: (B, C, H, W), uint8 or float; if :attr:`takes_lists`, also a list of images (C, H, W).
             draws: Random numbers of the rows. Each call makes equally many draws for each row.
         """
+
+    def transform_masks(self, masks: Any, draws: Draws) -> Any:
+        """Return masks (B, H', W'), or a list of masks (H', W'), as :meth:`transform` moves their images.
+
+        It makes the draws of :meth:`transform`, in the same order, used or not. A transform that calls others gives
+        each a stream of its own in both methods (``draws.stream(number)``). Positions from outside of the image are
+        -100.
+
+        Args:
+            masks: (B, H, W), int64; if :attr:`takes_lists`, also a list of masks (H, W).
+            draws: Random numbers of the rows, as :meth:`transform` gets them.
+        """
+        raise NotImplementedError
 
 
 class Compose(BatchTransform):
@@ -124,10 +212,52 @@ class Compose(BatchTransform):
 
     def transform(self, images: Any, draws: Draws) -> Any:
         """Each part has a stream of its own, so that its random numbers do not depend on the other parts."""
-        for number, part in enumerate(self.transforms):
-            stream = draws.stream(self._first + number)
-            images = part(images, stream) if isinstance(part, BatchTransform) else part(images)
+        for part, stream in self._streams(draws):
+            images = part(images, stream) if isinstance(part, BatchTransform) else part(_joined(images))
         return images if isinstance(images, list) else plain(images)
+
+    def transform_masks(self, masks: Any, draws: Draws) -> Any:
+        """Each part moves masks by the stream that it moves images by."""
+        for part, stream in self._streams(draws):
+            if isinstance(part, BatchTransform):
+                masks = part.masks(masks, stream)
+            else:
+                masks = masks_by_torchvision(part, _joined(masks, "masks of a batch"))
+        return masks
+
+    def with_masks(self, images: Images, masks: Masks, draws: Draws) -> tuple[Any, Any]:
+        """Transform images and masks part by part, so that each part is checked, and named in a message."""
+        if type(self) is not Compose:  # a subclass may do more
+            return super().with_masks(images, masks, draws)
+        check_sizes(images, masks)
+        check_type(masks)
+        if len(draws) != len(images):
+            raise InputError(f"draws must have a row for each of {len(images)} images, got {len(draws)}")
+        if not self.takes_lists:
+            images, masks = _joined(images), _joined(masks, "masks of a batch")
+        for part, stream in self._streams(draws):
+            if isinstance(part, BatchTransform):
+                images, masks = part.with_masks(images, masks, stream)
+            else:
+                images, masks = part(_joined(images)), masks_by_torchvision(part, _joined(masks, "masks of a batch"))
+        images = images if isinstance(images, list) else plain(images)
+        check_sizes(images, masks)
+        return images, masks
+
+    def check_masks(self) -> None:
+        """Check that each part can move dense labels.
+
+        Raises:
+            InputError: If one can not, see :meth:`BatchTransform.check_masks`.
+        """
+        super().check_masks()
+        for part in self.transforms:
+            if isinstance(part, BatchTransform):
+                part.check_masks()
+
+    def _streams(self, draws: Draws) -> Iterator[tuple[nn.Module, Draws]]:
+        for number, part in enumerate(self.transforms, self._first):
+            yield part, draws.stream(number)
 
     def split(self) -> tuple[Compose, Compose]:
         """Split into the parts that take lists of images, and the rest. Together they give what this one gives."""
@@ -150,6 +280,11 @@ def to_tensor(image: Any) -> Tensor:
 def plain(image: Tensor) -> Tensor:
     """Return a tensor without the class of torchvision's images."""
     return image if type(image) is Tensor else image.as_subclass(Tensor)
+
+
+def _joined(images: Any, what: str = "images of a batch") -> Any:
+    """Return images as one tensor: a transform of torchvision changes only the first tensor of a list."""
+    return stack(images, what) if isinstance(images, list) else images
 
 
 def stack(

@@ -18,6 +18,7 @@ class RGB(BatchTransform):
 
     takes_lists = True
     is_random = False
+    moves_pixels = False
 
     def transform(self, images: Images, draws: Draws) -> Images:
         """Return a tensor for a tensor, and a list for a list."""

@@ -47,6 +47,11 @@ class Draws:
     def __len__(self) -> int:
         return len(self._key)
 
+    @property
+    def drawn(self) -> int:
+        """Number of random numbers of each row that are used up. The next draw starts there."""
+        return self._drawn
+
     def stream(self, number: int) -> Draws:
         """Return an independent stream of the same rows, as for each part of a chain. It makes no draw."""
         other = object.__new__(Draws)
@@ -59,6 +64,10 @@ class Draws:
         other._start(self._key[rows.cpu().numpy()], self.device)
         other._drawn = self._drawn
         return other
+
+    def copy(self) -> Draws:
+        """Return the same draws once more, from the next one on."""
+        return self.select(torch.arange(len(self)))
 
     def on_cpu(self) -> Draws:
         """Return stream 0, with tensors on the CPU, so that a choice of rows does not wait for an accelerator."""

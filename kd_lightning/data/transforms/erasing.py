@@ -23,6 +23,7 @@ class RandomErasing(BatchTransform):
     """Set the pixels of a random rectangle of each image to a value (Zhong et al. 2020, arXiv:1708.04896).
 
     The first of 10 tries that is smaller than the image counts, as with torchvision. Without one the image stays.
+    Masks stay as they are, as with torchvision: the network learns to fill in what it does not see.
 
     Args:
         p: Probability, 0 to 1.
@@ -34,6 +35,8 @@ class RandomErasing(BatchTransform):
     Raises:
         InputError: If a value is out of range. In a call: if ``value`` does not fit the images.
     """
+
+    moves_pixels = False
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class Normalize(BatchTransform):
     """
 
     is_random = False
+    moves_pixels = False
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -44,6 +44,28 @@ def photo_transforms(image_size: int | Sequence[int]) -> tuple[BatchTransform, B
     )
 
 
+def segmentation_transforms(image_size: int | Sequence[int]) -> tuple[BatchTransform, BatchTransform]:
+    """Training and evaluation transforms for photographs with masks, normalised as :func:`photo_transforms` does.
+
+    Training crops a random area, half to twice as wide as the output has it, mirrors at random, and changes brightness,
+    contrast and saturation of the image alone. Evaluation resizes the whole picture to the output, so that each
+    position counts: it changes the proportions of a picture that has others. Masks get the nearest label.
+
+    Args:
+        image_size: Height and width of the output in pixels, or one number for a square; at least 1.
+
+    Raises:
+        InputError: If ``image_size`` is out of range.
+    """
+    height, width = read_size("image_size", image_size)
+    crop = RandomResizedCrop([height, width], scale=(0.25, 1.0), ratio=(width / height / 2, width / height * 2))
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return (
+        Compose([RGB(), crop, RandomHorizontalFlip(), ColorJitter(0.4, 0.4, 0.4), normalize]),
+        Compose([RGB(), Resize([height, width]), normalize]),
+    )
+
+
 def photo_side(image_size: int | Sequence[int]) -> int:
     """Return the short side in pixels that a picture needs for the evaluation transform of :func:`photo_transforms`."""
     return max(read_size("image_size", image_size)) * 8 // 7
@@ -153,6 +175,7 @@ class _ToBytes(BatchTransform):
     """Convert images to uint8, the range of RandAugment's ``fill``. Float images are in [0, 1]."""
 
     takes_lists = True
+    moves_pixels = False
 
     def transform(self, images: Images, draws: Draws) -> Images:
         """Return a tensor for a tensor, and a list for a list."""

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from kd_lightning.data.transforms.base import BatchTransform, Images, stack
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.transforms.geometry import read_size
+from kd_lightning.data.transforms.masks import Masks, center_crop_masks, resize_masks
 from kd_lightning.errors import InputError
 
 _TRIES = 10
@@ -57,6 +58,15 @@ class RandomResizedCrop(BatchTransform):
         places = self.places([image.shape[1:] for image in images], draws).tolist()
         crops = (_crop(image, *place) for image, place in zip(images, places, strict=True))
         return _stack([_resize(crop, [*self.size], self.interpolation, self.antialias) for crop in crops])
+
+    def transform_masks(self, masks: Masks, draws: Draws) -> Tensor:
+        """Return masks (B, *size)."""
+        places = self.places([mask.shape for mask in masks], draws).tolist()
+        crops = (
+            mask[top : top + height, left : left + width]
+            for mask, (top, left, height, width) in zip(masks, places, strict=True)
+        )
+        return torch.stack([resize_masks(crop, self.size, self.interpolation) for crop in crops])
 
     def places(self, shapes: Sequence[Sequence[int]], draws: Draws) -> Tensor:
         """Draw a crop for each image, as torchvision's class does: the first of 10 tries that fits, else the centre.
@@ -109,6 +119,12 @@ class Resize(BatchTransform):
             return _resize(images, self.size)
         return [_resize(image, self.size) for image in images]
 
+    def transform_masks(self, masks: Masks, draws: Draws) -> Masks:
+        """Return a tensor for a tensor, and a list for a list."""
+        if isinstance(masks, Tensor):
+            return resize_masks(masks, self.size)
+        return [resize_masks(mask, self.size) for mask in masks]
+
 
 class ResizeToCover(BatchTransform):
     """Resize images to the smallest size that covers a height and a width. Proportions stay as they are.
@@ -133,10 +149,19 @@ class ResizeToCover(BatchTransform):
             return self._cover(images)
         return [self._cover(image) for image in images]
 
+    def transform_masks(self, masks: Masks, draws: Draws) -> Masks:
+        """Return a tensor for a tensor, and a list for a list."""
+        if isinstance(masks, Tensor):
+            return resize_masks(masks, self._size_of(masks))
+        return [resize_masks(mask, self._size_of(mask)) for mask in masks]
+
     def _cover(self, image: Tensor) -> Tensor:
+        return _resize(image, self._size_of(image))
+
+    def _size_of(self, image: Tensor) -> list[int]:
         sides = image.shape[-2:]
         scale = max(wanted / side for wanted, side in zip(self.size, sides, strict=True))
-        return _resize(image, [max(wanted, round(side * scale)) for wanted, side in zip(self.size, sides, strict=True)])
+        return [max(wanted, round(side * scale)) for wanted, side in zip(self.size, sides, strict=True)]
 
 
 class CenterCrop(BatchTransform):
@@ -161,6 +186,12 @@ class CenterCrop(BatchTransform):
         if isinstance(images, Tensor):
             return self._center(images)
         return _stack([self._center(image) for image in images])
+
+    def transform_masks(self, masks: Masks, draws: Draws) -> Tensor:
+        """Return masks (B, *size). Added positions are -100."""
+        if isinstance(masks, Tensor):
+            return center_crop_masks(masks, self.size)
+        return torch.stack([center_crop_masks(mask, self.size) for mask in masks])
 
     def _center(self, images: Tensor) -> Tensor:
         cropped: Tensor = functional.center_crop(images, [*self.size])

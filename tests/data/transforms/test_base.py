@@ -99,6 +99,16 @@ def test_images_of_different_sizes():
     assert Shift()([images[0]] * 3, rows(3)).shape == (3, 3, 5, 5)
 
 
+def test_torchvision_changes_each_image_of_a_list():
+    """torchvision itself changes the first tensor of a list alone."""
+    images = [*torch.randint(0, 256, (3, 3, 6, 5), generator=torch.Generator().manual_seed(0)).byte()]
+    made = Compose([RGB(), v2.ToDtype(torch.float32, scale=True), v2.Resize(4)])(images, rows(3))
+    floats = v2.functional.to_dtype(torch.stack(images), torch.float32, scale=True)
+    assert torch.equal(made, v2.functional.resize(floats, [4]))
+    with pytest.raises(InputError, match="images of a batch must have one shape and type"):
+        Compose([RGB(), v2.Resize(4)])([images[0], images[1][:, 1:]], rows(2))
+
+
 def test_arguments_are_shown():
     """A run's files and error messages hold the text of a transform."""
     made = Compose([RandomCrop(8, padding=2), Normalize([0.5], [0.25])])

@@ -112,3 +112,13 @@ def test_draws_for_the_host():
     host = Draws(0, torch.arange(64), torch.zeros(64, dtype=torch.long), "meta").on_cpu()
     assert host.device == torch.device("cpu")
     assert torch.equal(host.uniform(), draws().stream(0).uniform())
+
+
+def test_a_copy_goes_on_where_the_draws_are():
+    made = draws()
+    made.uniform(shape=(3,))
+    other = made.copy()
+    assert made.drawn == other.drawn == 3
+    assert torch.equal(made.uniform(), other.uniform())
+    other.integers(0, 5, (2,))
+    assert (made.drawn, other.drawn) == (4, 6)

@@ -14,6 +14,7 @@ from kd_lightning.data.transforms import (
     Compose,
     Draws,
     photo_transforms,
+    segmentation_transforms,
     small_image_transforms,
     strong_digits,
     strong_photos,
@@ -21,6 +22,7 @@ from kd_lightning.data.transforms import (
     to_float,
 )
 from kd_lightning.data.transforms.auto_augment import RandAugment
+from kd_lightning.data.transforms.color import ColorJitter
 from kd_lightning.data.transforms.erasing import RandomErasing
 from kd_lightning.data.transforms.resize import RandomResizedCrop
 from kd_lightning.data.views.dataset import ViewDataset
@@ -256,6 +258,27 @@ class TestDefaults:
                 whole = [size * 8 // 7]
             wanted = tail(v2.functional.center_crop(v2.functional.resize(image, whole), side))
             assert torch.allclose(new, wanted, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [24, (24, 40), (30, 14)])
+    def test_segmentation(self, size):
+        """The colour changes that of the image alone; evaluation leaves out no position."""
+        images = [*to_bytes(3, side=50)[:, :, :37], *to_bytes(3, channels=1, side=64)]
+        train, evaluation = segmentation_transforms(size)
+        side = (size, size) if isinstance(size, int) else size
+        masks = [(image[0] > 120).long() for image in images]
+        tail = [v2.RGB(), v2.Resize([*side]), v2.ToDtype(torch.float32, scale=True)]
+        tail = v2.Compose([*tail, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+        made, moved = evaluation.with_masks(images, masks, rows(6))
+        for image, mask, new, label in zip(images, masks, made, moved, strict=True):
+            assert torch.allclose(new, tail(image), atol=1e-5)
+            exact = v2.functional.resize(mask[None], [*side], interpolation=v2.InterpolationMode.NEAREST_EXACT)
+            assert torch.equal(label, exact[0])
+        made, moved = train.with_masks(images, masks, rows(6))
+        assert made.shape == (6, 3, *side) and moved.shape == (6, *side) and moved.min() >= 0
+        assert not torch.allclose(made, without(train, ColorJitter)(images, rows(6)), atol=0.1)
+        for new, label in zip(made[:, 0], moved, strict=True):  # colours keep the order of levels, but for the blend
+            if 0 < label.double().mean() < 1:
+                assert new[label == 1].mean() > new[label == 0].mean() + 0.1
 
     @pytest.mark.parametrize(("channels", "flip"), [(3, True), (3, False), (1, False)])
     def test_small_images(self, channels, flip):
