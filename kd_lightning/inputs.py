@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,49 @@ def call(network: Callable[..., Any], x: Inputs) -> Any:
     tensor([2, 0])
     """
     args, kwargs = arguments_of(x)
-    return network(*args, **kwargs)
+    try:
+        return network(*args, **kwargs)
+    except TypeError as error:
+        explain_call(error, network, args, kwargs)
+        raise
+
+
+def explain_call(
+    error: TypeError,
+    network: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    owner: str = "network",
+) -> None:
+    """Raise InputError if the error is Python's about arguments that a network does not take.
+
+    Args:
+        error: What the call has raised.
+        network: The network.
+        args: The arguments by position.
+        kwargs: The arguments by name.
+        owner: What the network is called in the message.
+    """
+    forward = getattr(network, "forward", network)
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):  # compiled code may have none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        if f"{getattr(forward, '__name__', '')}() " not in str(error):  # raised further inside
+            return
+        given = f"the inputs {', '.join(kwargs)}" if kwargs else f"{len(args)} input{'s'[: len(args) != 1]}"
+        raise InputError(
+            f"the {owner} {type(network).__name__} takes {_without_hints(signature)}, but a batch has {given}; the "
+            "module's unpack(batch) can return other ones"
+        ) from error
+
+
+def _without_hints(signature: inspect.Signature) -> str:
+    parts = signature.parameters.values()
+    return str(inspect.Signature([part.replace(annotation=inspect.Parameter.empty) for part in parts]))
 
 
 def arguments_of(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +100,6 @@ def _with_file(value: Any, path: Path, top: bool, above: tuple[Path, ...]) -> An
             if isinstance(content, dict) and (top or "class_path" in content):
                 return content
     return _with_files(value, path, False, above)
-
-
-def nulls_of(args: Sequence[str]) -> set[str]:
-    """Return the keys, without ``init_args``, that a command line sets to null."""
-    pairs = [argument.partition("=")[::2] for argument in args]
-    pairs += pairwise(args)
-    return {key.lstrip("-").replace(".init_args", "") for key, value in pairs if value == "null"}
 
 
 def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:
@@ -229,5 +221,17 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
     for key, value in spec.get("init_args", {}).items():
         if key not in allowed_names:
             raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), allowed_names)}")
-        if value is None and not takes_none(owner, key):
-            raise InputError(f"{path}.init_args.{key}: {name_of(owner)} takes no null here; leave the key out")
+        if value is None:
+            check_null(f"{path}.init_args.{key}", owner, key)
+
+
+def check_null(place: str, owner: Any, key: str) -> None:
+    """Raise InputError if an argument cannot be None, which the parser accepts without a warning.
+
+    Args:
+        place: The path of the argument.
+        owner: The class or function whose argument it is.
+        key: Its name.
+    """
+    if not takes_none(owner, key):
+        raise InputError(f"{place}: {name_of(owner)} takes no null here; leave the key out")

@@ -29,7 +29,7 @@ from kd_lightning.callbacks import (
     StudentWriter,
 )
 from kd_lightning.cli.claim_folder import claim_folder_of_run
-from kd_lightning.cli.config_check import check_configs, nulls_of, read_configs
+from kd_lightning.cli.config_check import check_configs, check_null, read_configs
 from kd_lightning.cli.fast import add_fast, evaluate_uncompiled, pick_settings
 from kd_lightning.cli.own_hyperparameters import OwnHyperparameters
 from kd_lightning.cli.parser import Parser, check_length
@@ -41,7 +41,7 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
-from kd_lightning.runs.class_paths import walk_config
+from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
 from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_folder, writes_files
 from kd_lightning.runs.guard_loggers import guard_loggers
@@ -119,13 +119,13 @@ class DistillCLI(LightningCLI):
         Parser.config = read_configs(command_line)
         check_configs(command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
-        nulls = nulls_of(command_line)
+        nulls = any("null" in argument or "~" in argument for argument in command_line)  # check_configs has the files'
         for path, key, value, owner in walk_config(self.config.as_dict()):
             place = path.removeprefix(f"{self.config.get('subcommand')}.")
             if key == "class_path" and value in _BASE_CLASSES:
                 raise InputError(f"{place} is missing: it names what to build")
-            if value == "None" and place.replace(".init_args", "") in nulls:
-                self.config[path] = None  # for an argument of an argument the parser turns null into a text
+            if value is None and nulls:
+                check_null(place, find_class(owner), key)
             check_length(place, key, value, owner)
 
     def _add_instantiators(self) -> None:
@@ -296,6 +296,7 @@ class DistillCLI(LightningCLI):
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Predict in the folder of the evaluated run."""
+        kwargs["return_predictions"] = bool(kwargs.get("return_predictions"))  # files hold them; dense ones are large
         self._run_in_folder(self.trainer.predict, model, kwargs)
 
     def _run_in_folder(self, start: Callable[..., Any], model: LightningModule, arguments: dict[str, Any]) -> None:

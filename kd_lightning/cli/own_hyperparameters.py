@@ -8,13 +8,13 @@ from typing import Any
 from lightning.pytorch.cli import _InstantiatorFn
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 
-from kd_lightning.runs.class_paths import find_class, walk_config
+from kd_lightning.runs.class_paths import find_class, walk_config, with_tensors
 
 _PLAIN = (str, bool, int, float, type(None))
 
 
 class OwnHyperparameters(_InstantiatorFn):
-    """Builds the objects of a config. ``self.hparams`` of each holds the arguments of that object.
+    """Builds the objects of a config. ``self.hparams`` of each holds the arguments of that object, tensors as tensors.
 
     Lightning gives the arguments of the outermost object to all that are built inside it: to a teacher that is a
     LightningModule, or to a module that is taught. Their ``self.hparams.lr`` would then be missing or another one.
@@ -23,7 +23,8 @@ class OwnHyperparameters(_InstantiatorFn):
     def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
         """Build an object of a class."""
         self.cli._dump_config()
-        whole = self.cli.config_dump.get(self.key) or {}
+        # load_from_checkpoint parses hyperparameters with a parser of Lightning's, for which no list is a tensor
+        whole = self.cli.config_dump[self.key] = with_tensors(self.cli.config_dump.get(self.key) or {})
         spec = _spec_of(class_type, kwargs, whole)
         if spec is whole:
             return super().__call__(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import Action
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -15,6 +18,7 @@ from kd_lightning.runs.argument_types import ArgumentTypes
 from kd_lightning.runs.class_paths import find_class, name_of
 from kd_lightning.runs.parser_errors import explain_parser_error
 
+_WRITTEN: ContextVar[str | None] = ContextVar("written", default=None)  # text of the option that is being parsed
 _COMPLETED = ("lr_scheduler", "hint_lr_scheduler")  # arguments of this package's modules, see schedules.takes_length
 
 
@@ -32,20 +36,49 @@ class Parser(ArgumentTypes, LightningArgumentParser):
         # an abbreviated key is a misspelt one
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Parse a command line.
 
         Raises:
             InputError: If it cannot be parsed.
         """
+        args = _as_written(args, _WRITTEN.get())
+        token = _WRITTEN.set(None)
         try:
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(args, *more, **kwargs)
         except RecursionError as error:
             raise InputError("a value of the command line or of a config nests too deeply, or holds itself") from error
+        finally:
+            _WRITTEN.reset(token)
+
+    def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
+        """Note the text of a value before the option's action parses it."""
+        _WRITTEN.set(arg_strings[0] if len(arg_strings) == 1 else None)
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""
         raise explain_parser_error(message, ex, Parser.config, known_keys(self)) from ex
+
+
+def _as_written(args: Sequence[str] | None, written: Any) -> Sequence[str] | None:
+    """Return the arguments of a nested parser with the value as the command line has it.
+
+    For an argument of an argument, jsonargparse parses the text, and gives the nested parser what Python prints for the
+    value: for null the word None, for [null] the word in a list.
+
+    Args:
+        args: The arguments, such as ``["--T_max=None"]``.
+        written: The text of the option that is being parsed, such as ``"null"``. Anything else if there is none.
+    """
+    if not isinstance(written, str) or args is None or len(args) != 1:
+        return args
+    name, equals, _ = args[0].partition("=")
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError:
+        return args
+    return [f"{name}={written}"] if equals and (value is None or isinstance(value, list | dict)) else args
 
 
 def check_length(place: str, key: str, value: Any, owner: Any) -> None:

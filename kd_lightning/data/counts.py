@@ -38,7 +38,7 @@ class SampleCounts:
 
     Attributes:
         rows: One for each class, or for each of several labels. Unlabeled samples have no class here, also where their
-            label is only hidden. Empty where labels are floats other than 0 and 1.
+            label is only hidden. Empty where labels are dense, or floats other than 0 and 1.
         labeled: Training samples with a label.
         unlabeled: Training samples without one, those of the unlabeled pool and those with a coarse label.
         validation: Validation samples.
@@ -112,6 +112,7 @@ def count_parts(samples: Samples, split: Split, visible: Tensor, train: Tensor) 
         parts.train.targets[split.val],
         None if parts.test is None else parts.test.targets,
         parts.class_names,
+        dense=samples.dense,
         total=len(samples),
         files_passed_over=sum(map(passed_over, images)),
     )
@@ -124,6 +125,7 @@ def count_samples(
     test: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     *,
+    dense: bool = False,
     total: int | None = None,
     files_passed_over: int = 0,
 ) -> SampleCounts:
@@ -136,6 +138,7 @@ def count_samples(
         validation: Labels of the validation samples, (V,) or (V, L).
         test: Labels of the test samples. Default: None, which means that there is no test part.
         class_names: Names of the classes or labels. Default: None, which means their numbers.
+        dense: Whether labels are dense, so that samples are of no class.
         total: Number of samples of the source without its test part, of which those in no part are not used. Default:
             None, which means that all are used.
         files_passed_over: Number of files and folders that are no samples.
@@ -143,7 +146,7 @@ def count_samples(
     parts = [visible[train], validation] + ([] if test is None else [test])
     known = [has_label(part) for part in parts]
     counts = [part[kept] for part, kept in zip(parts, known, strict=True)]
-    names, columns = _count_classes(counts, class_names)
+    names, columns = ([], [[] for _ in parts]) if dense else _count_classes(counts, class_names)
     columns += [[None] * len(names)] * (test is None)
     rows = [ClassCount(*row) for row in zip(names, *columns, strict=True)]
     labeled = len(counts[0])

@@ -16,15 +16,16 @@ from kd_lightning.data.counts import count_parts
 from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.duplicates import DuplicatePolicy
 from kd_lightning.data.identity import Identities
-from kd_lightning.data.labels.build import build_labels, check_coarse
+from kd_lightning.data.labels.build import build_labels, check_coarse, check_label_options
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_noise import LabelNoise
-from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.labels.table import LabelTable, true_labels
 from kd_lightning.data.resume_settings import batch_settings, check_resume
 from kd_lightning.data.samples import Samples, check_pool_name
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
+from kd_lightning.data.views.build import build_views
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.data.views.samplers import ShareSampler, check_sizes, training_sampler
@@ -43,6 +44,9 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     Labels may also be noisy or coarse, simulated or from a file, in any mixture. ``kind`` in the batch holds the
     :class:`~kd_lightning.batch.LabelKind` of each row. Validation and test labels are always those of the source.
+
+    Labels may be dense: masks, or a label for each token. ``labeled`` and ``val_size`` then count samples of all
+    classes, and transforms are those of :class:`~kd_lightning.data.views.dense_dataset.DenseViewDataset`.
 
     Args:
         source: Where the images come from.
@@ -171,6 +175,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 check_same_on_ranks(ranks, [self.samples.test_hash])
             return
         if self._labels is None:
+            check_label_options(self)
             keys = ("labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file")
             groups = [] if self.coarse is None else self.coarse.names
             self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
@@ -235,7 +240,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         keys = ("batch_size", "labeled_batch_size", "views_per_epoch", "num_views", "seed")
         settings = {key: getattr(self, key) for key in keys} | {"num_replicas": world, "rank": rank}
         sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
-        dataset = self._views(self.samples.images, indices, self.train_transform, self.strong_transform)
+        dataset = self._views(self.samples.images, indices, self._labels, self.train_transform, self.strong_transform)
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -248,7 +253,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         parts, split = self._parts_and_split()
         if not split.val:
             return []
-        return self._eval_loader([parts.train.images], torch.tensor(split.val), LabelTable(parts.train.targets))
+        return self._eval_loader([parts.train.images], torch.tensor(split.val), true_labels(parts.train))
 
     def test_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -256,17 +261,16 @@ class SemiSupervisedDataModule(LightningDataModule):
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
-        return self._eval_loader([parts.test.images], indices, LabelTable(parts.test.targets))
+        return self._eval_loader([parts.test.images], indices, true_labels(parts.test))
 
     def predict_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
         return self.test_dataloader()
 
     def visible_labels(self) -> Tensor:
-        """The labels that training may see, by index; -100 or NaN for hidden, missing and coarse labels."""
+        """The labels that training may see, by index; -100 or NaN for hidden, missing and coarse labels. None dense."""
+        self.samples.check_one_label()
         return self._build_labels().visible
-
-    # The pool, for pseudo-labels.
 
     def unlabeled_indices(self) -> list[int]:
         """Indices of the unlabeled images to train on, ascending."""
@@ -276,8 +280,6 @@ class SemiSupervisedDataModule(LightningDataModule):
     def pool_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
         return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), self.pool_views())
-
-    # Views whose teacher outputs can be cached.
 
     def train_views(self) -> ViewTable | None:
         """All views of all training images; None if ``num_views`` is None."""
@@ -295,12 +297,12 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
-            dataset = self._views(self.samples.images, indices, transform)
+            dataset = self._views(self.samples.images, indices, self._build_labels(), transform)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
-        """Replace all pseudo-labels; later training batches hold the accepted ones."""
+        """Replace all pseudo-labels; later training batches hold the accepted ones. They need one class a sample."""
         self._parts_and_split()
         assert self._labels is not None
         self._labels.set_pseudo_labels(labels)
@@ -310,7 +312,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         return self.samples.absent_classes()
 
     def hidden_truth(self, index: Tensor) -> Tensor:
-        """True labels of training images (N,), for metrics alone; -100 where they are unknown."""
+        """True labels of training images (N,), for metrics alone; -100 where they are unknown. None dense."""
         return self.samples.hidden_truth(index)
 
     def image(self, index: int) -> Any:
@@ -356,7 +358,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         """The labels that training may see, without pseudo-labels."""
         parts, split = self._parts_and_split()
         options: dict[str, Any] = {"noisy": self.noisy, "noise": self.label_noise, "coarse": self.coarse}
-        return build_labels(parts.train.targets, split, len(self.samples), class_names=self.class_names, **options)
+        options |= {"class_names": self.class_names, "dense": parts.train.dense}
+        return build_labels(parts.train.targets, split, len(self.samples), **options)
 
     def _train_indices(self) -> Tensor:
         """Indices to train on: labeled ones, then ascending those of the pool and those with a coarse label."""
@@ -370,16 +373,16 @@ class SemiSupervisedDataModule(LightningDataModule):
         self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
     ) -> ViewLoader:
         world, rank = self._world_size_and_rank()
-        dataset = self._views(images, indices, self.eval_transform)
+        dataset = self._views(images, indices, labels, self.eval_transform)
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
         return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
 
-    def _views(self, images: list[Any], indices: Tensor, transform: Any, strong: Any = None) -> ViewDataset:
+    def _views(self, images: list[Any], indices: Tensor, labels: LabelTable, *transforms: Any) -> ViewDataset:
         device = None if self.trainer is None else self.trainer.strategy.root_device
-        on_gpu = device is not None and device.type == "cuda"
+        device = device if device is not None and device.type == "cuda" else None
         if self.decoded is not None:
             images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
-        return ViewDataset(images, indices, transform, self.seed, strong, device if on_gpu else None)
+        return build_views(self._load_parts(), images, indices, labels, (*transforms, None)[:2], self.seed, device)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

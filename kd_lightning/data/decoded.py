@@ -25,6 +25,7 @@ from kd_lightning.data.file_hashes import FileNotes, hash_file, hash_files, numb
 from kd_lightning.data.sources.image_files import ClassFolders, FlatFolder
 from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.images import Images, part_of, path_of, printable, read_image
+from kd_lightning.data.sources.mask_files import MaskFiles
 from kd_lightning.data.sources.pixels import DecodedImages, read_pixels
 from kd_lightning.data.sources.rotated_classes import RotatedImages
 from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
@@ -294,7 +295,7 @@ def _files(images: Images, numbers: Sequence[int]) -> list[_File]:
 
 def _loader_of(images: Any) -> Loader:
     """The function that reads the files of a dataset; a subclass may return other images."""
-    kinds = (ClassFolders, FlatFolder, TorchvisionFiles, datasets.ImageFolder, datasets.DatasetFolder)
+    kinds = (ClassFolders, FlatFolder, MaskFiles, TorchvisionFiles, datasets.ImageFolder, datasets.DatasetFolder)
     if type(images) not in kinds or getattr(images, "transforms", None) is not None:
         raise InputError(
             "decoded: images must be read from files by a loader, as by ImageFolder, and without a transform of the "

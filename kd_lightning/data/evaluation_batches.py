@@ -31,12 +31,12 @@ def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], st
         if batches:
             return batches, "validation labels"
     if isinstance(data, SemiSupervisedDataModule):
-        visible = data.visible_labels()
         assert data.split is not None
-        dataset = data.train_dataloader().dataset
+        training = data.train_dataloader()
+        dataset, labels = training.dataset, LabelTable(training.labels.visible, dense=training.labels.dense)
         assert isinstance(dataset, ViewDataset)
-        labeled = ViewDataset(dataset.images, torch.tensor(data.split.labeled), data.eval_transform, data.seed)
-        loader = ViewLoader(labeled, LabelTable(visible), batch_size=data.batch_size, num_workers=data.num_workers)
+        labeled = dataset.of(torch.tensor(data.split.labeled), data.eval_transform)
+        loader = ViewLoader(labeled, labels, batch_size=data.batch_size, num_workers=data.num_workers)
         batches = _first_labeled(loader, data, device)
     else:
         batches = _first_labeled(data.train_dataloader(), data, device)

@@ -25,6 +25,7 @@ from kd_lightning.cache.content import fingerprint
 from kd_lightning.data.file_hashes import hash_files, letters
 from kd_lightning.data.sources.images import Images, has_several_inputs, path_of, read_image
 from kd_lightning.data.sources.items import content_of
+from kd_lightning.data.sources.text_source import TokenizedTexts
 
 _MANY = 20_000
 """Number of samples from which on the reading is announced."""
@@ -192,6 +193,8 @@ def _describe(images: Images, numbers: Sequence[int]) -> tuple[list[str], list[s
         return _describe(images.dataset, [int(images.indices[number]) for number in numbers])  # type: ignore[arg-type]
     if isinstance(images, ConcatDataset):
         return _describe_parts(images, numbers)
+    if isinstance(images, TokenizedTexts):  # whatever the tokenizer
+        return [""] * len(numbers), [hash_item(images.texts[number]) for number in numbers]
     values = _values(images)
     if values is not None and numbers and path_of([images], numbers[0]) is None:
         return [""] * len(numbers), _hash_rows(values, numbers)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.file_hashes import hash_files
 from kd_lightning.data.identity import Identities, identify
+from kd_lightning.data.sources.dense_labels import LabelRules, dense_part
 from kd_lightning.data.sources.images import Images, path_of, read_image
 from kd_lightning.data.sources.items import picture_of
-from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.sources.mask_files import MaskFiles
+from kd_lightning.data.sources.source import Part, Parts
 from kd_lightning.data.splits import Split, hash_targets
 from kd_lightning.errors import InputError
 
@@ -73,12 +76,38 @@ class Samples:
             pool -= {*split.labeled, *split.left_out}
         return sorted(pool | {*split.held_out})
 
+    @property
+    def dense(self) -> bool:
+        """Whether labels are dense: one for each position."""
+        return self.parts.train.dense
+
+    @cached_property
+    def label_contents(self) -> list[str] | None:
+        """Hashes of the dense labels of the training part; None if labels are not dense."""
+        return self._label_contents(self.parts.train)
+
+    def _label_contents(self, part: Part) -> list[str] | None:
+        if not part.dense or part.label_contents is not None:
+            return part.label_contents
+        if not isinstance(part.images, MaskFiles):  # of a source that has not hashed them
+            return dense_part(part.images, LabelRules(void=self.parts.void)).label_contents
+        paths = part.images.mask_paths
+        hashes = iter(hash_files(path for path in paths if path is not None))
+        return ["" if path is None else next(hashes) for path in paths]
+
     def absent_classes(self) -> set[int]:
-        """Numbers of the classes that have a name, but no training image."""
+        """Numbers of the classes that have a name, but no training image; none where labels are dense."""
+        if self.dense:
+            return set()
         return {*range(len(self.parts.class_names or ()))} - {*self.parts.train.targets.flatten().tolist()}
 
     def hidden_truth(self, index: Tensor) -> Tensor:
-        """True labels of images (N,), for metrics alone; -100 (NaN for many labels each) where they are unknown."""
+        """True labels of images (N,), for metrics alone; -100 (NaN for many labels each) where they are unknown.
+
+        Raises:
+            InputError: If labels are dense.
+        """
+        self.check_one_label()
         known = [self.parts.train.targets]
         if self.unlabeled == "test" and self.parts.test is not None:
             known.append(self.parts.test.targets)
@@ -87,6 +116,14 @@ class Samples:
         missing = float("nan") if known[0].is_floating_point() else IGNORE_INDEX
         known.append(known[0].new_full((len(self), *known[0].shape[1:]), missing))
         return torch.cat(known)[index]
+
+    def check_one_label(self) -> None:
+        """Raise InputError if labels are dense, since these are not in memory."""
+        if self.dense:
+            raise InputError(
+                f"{self.source}: its labels are dense, one for each position, but labels of whole samples are needed "
+                "here (pseudo-labels of a table, active learning, cleaning of labels)"
+            )
 
     def image(self, index: int) -> Any:
         """An image before any transform; of several inputs all, if none of them is named as an image."""
@@ -127,13 +164,17 @@ class Samples:
         """SHA-256 of the training part's paths, contents and labels, and of the unlabeled part's paths and contents."""
         pool = self.pool_identities
         train = self.parts.train.targets
-        return _join_hashes(self.identities[0].hash, hash_targets(train), "" if pool is None else pool.hash)
+        return _join_hashes(
+            self.identities[0].hash, hash_targets(train, self.label_contents), "" if pool is None else pool.hash
+        )
 
     @cached_property
     def test_hash(self) -> str:
         """SHA-256 of the test part's paths, contents and labels; empty without a test part."""
         test = self.parts.test
-        return "" if test is None else _join_hashes(self.test_identities.hash, hash_targets(test.targets))
+        if test is None:
+            return ""
+        return _join_hashes(self.test_identities.hash, hash_targets(test.targets, self._label_contents(test)))
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ def follow_samples(
     samples: Identities,
     pool: Callable[[], Identities | None],
     class_names: Sequence[str] | None,
+    label_contents: Sequence[str] | None = None,
 ) -> Split:
     """Move the indices and class numbers of a saved split to the samples and classes that it meant.
 
@@ -39,6 +40,7 @@ def follow_samples(
         samples: Paths and contents of the training part now.
         pool: Returns those of the source's unlabeled part now; None if there is none.
         class_names: Names of the classes now. Default: None, which means their numbers.
+        label_contents: Hashes of dense labels now, see :func:`~kd_lightning.data.splits.hash_targets`.
 
     Raises:
         InputError: If less than half of the split's samples are found, or if a class that a label row names is gone.
@@ -104,7 +106,7 @@ def follow_samples(
         held_out=now(split.held_out),
         left_out=left_out,
         label_rows=sorted(rows, key=lambda row: int(row[0])),
-        data=hash_targets(targets),
+        data=hash_targets(targets, label_contents),
         samples=samples,
         pool=now_pool,
         class_names=None if class_names is None else [*class_names],

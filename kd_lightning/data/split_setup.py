@@ -46,12 +46,14 @@ def find_split(
     parts = samples.parts
     targets, names = parts.train.targets, parts.class_names
     if isinstance(labeled, str | Path):
-        split = Split.load(Path(labeled), targets)
+        split = Split.load(Path(labeled), targets, samples.label_contents)
         if split.samples is not None:
             now = samples.identities[0]
-            split = follow_samples(split, Path(labeled), targets, now, lambda: samples.pool_identities, names)
+            contents = samples.label_contents
+            split = follow_samples(split, Path(labeled), targets, now, lambda: samples.pool_identities, names, contents)
     else:
-        split = make_split(targets, labeled, val_size, seed, names, at_most=labeled_at_most)
+        contents = samples.label_contents
+        split = make_split(targets, labeled, val_size, seed, names, at_most=labeled_at_most, label_contents=contents)
     if duplicates == "together":
         split = check_duplicates(duplicates, samples, split)
     if label_file is not None:

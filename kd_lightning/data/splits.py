@@ -75,12 +75,17 @@ class Split:
         path.write_text(json.dumps(content | {"hash": _hash(content)}) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path, targets: Tensor) -> Split:
+    def load(cls, path: Path, targets: Tensor, label_contents: Sequence[str] | None = None) -> Split:
         """Read a saved split.
 
         If the file names its samples, its indices are those of the time when it was written, and
         :func:`~kd_lightning.data.split_samples.follow_samples` brings them up to date. If it does not, it must belong
         to data with these training labels.
+
+        Args:
+            path: The file.
+            targets: Training labels.
+            label_contents: Hashes of dense labels, see :func:`hash_targets`.
 
         Raises:
             InputError: If the file is missing, damaged, or belongs to other data, and if the split is no partition of
@@ -105,7 +110,7 @@ class Split:
             raise InputError(f"labeled: {path}: {problem}")
         if _hash(hashed) != written:
             raise InputError(f"labeled: {path} was changed after it was written (its hash differs)")
-        if split.samples is None and split.data != hash_targets(targets):
+        if split.samples is None and split.data != hash_targets(targets, label_contents):
             raise InputError(f"labeled: {path} belongs to other data (the hash of the source's labels differs)")
         size = len(targets) if split.samples is None else len(split.samples)
         if not new:  # these have no left_out
@@ -144,6 +149,8 @@ class Split:
 
 
 _FORMAT = 2
+_ANY = "samples with a label"
+"""Name of the only stratum of dense labels."""
 _PARTS = ("labeled", "unlabeled", "val", "held_out", "left_out")
 _LATER = ("held_out", "label_rows", "left_out", "pool")  # empty ones are not hashed, since older splits lack them
 
@@ -218,9 +225,16 @@ def _indices(split: Split) -> Iterator[tuple[str, list[Any]]]:
     yield "label_rows", [row[0] for row in split.label_rows]
 
 
-def hash_targets(targets: Tensor) -> str:
-    """SHA-256 of labels; identifies the data of a split."""
-    return hashlib.sha256(f"{targets.dtype} {[*targets.shape]}".encode() + targets.numpy().tobytes()).hexdigest()
+def hash_targets(targets: Tensor, label_contents: Sequence[str] | None = None) -> str:
+    """SHA-256 of labels; identifies the data of a split.
+
+    Args:
+        targets: Labels.
+        label_contents: Hashes of dense labels, of which ``targets`` has only which samples have some. Default: None,
+            which means that labels are not dense.
+    """
+    content = f"{targets.dtype} {[*targets.shape]}".encode() + targets.numpy().tobytes()
+    return hashlib.sha256(content + "\n".join(label_contents or ()).encode()).hexdigest()
 
 
 def make_split(
@@ -231,6 +245,7 @@ def make_split(
     class_names: Sequence[str] | None = None,
     *,
     at_most: bool = False,
+    label_contents: Sequence[str] | None = None,
 ) -> Split:
     """Sample a split at random, stratified by class. Samples without a label are unlabeled.
 
@@ -248,11 +263,14 @@ def make_split(
         class_names: Names of all classes. Default: None, which means their numbers.
         at_most: Whether a class with fewer samples than an int ``labeled`` is labeled whole. A fraction ``val_size``
             below 1 then leaves each class at least one training sample.
+        label_contents: Hashes of dense labels, see :func:`hash_targets`. Samples are then split without strata, and an
+            int is a number of samples. Default: None, which means that labels are not dense.
 
     Raises:
         InputError: For a number out of range, or more samples than a class has. The message names the class.
     """
-    single = has_one_class(targets)
+    dense, single = label_contents is not None, has_one_class(targets)
+    class_names = [_ANY] if dense else class_names
     known = has_label(targets)
     if not single and any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
         what = "many labels" if targets.ndim > 1 else "a float as label"
@@ -285,7 +303,7 @@ def make_split(
         parts["labeled"] += order[val : val + count]
         parts["unlabeled"] += order[val + count :]
     indices: Any = {name: sorted(part) for name, part in parts.items()}
-    split = Split(**indices, seed=seed, data=hash_targets(targets))
+    split = Split(**indices, seed=seed, data=hash_targets(targets, label_contents))
     if problem := wrong_sample(split, len(targets)):
         raise InputError(f"split: {problem}")
     return split
@@ -317,10 +335,9 @@ def _count(key: str, size: float, available: int, name: str, at_most: bool = Fal
             return min(size, available)
         if not least <= size <= available:
             more = ", or labeled_at_most: true" if key == "labeled" else ""
-            raise InputError(
-                f"{key}: {size} per class, but class {name!r} has {available} samples for it; allowed: {least} ... "
-                f"{available}{more}"
-            )
+            what = f" per class, but class {name!r} has {available} samples for it"
+            what = f", but {available} samples have a label for it" if name == _ANY else what
+            raise InputError(f"{key}: {size}{what}; allowed: {least} ... {available}{more}")
         return size
     if not 0.0 < size <= 1.0:
         raise InputError(f"{key}: a fraction must lie in (0, 1], an int is a count per class, got {size}")

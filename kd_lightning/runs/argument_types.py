@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
@@ -22,13 +24,14 @@ WRITTEN_AS = "a tensor must be written as"
 class ArgumentTypes:
     """A base of parsers. An argument of type Tensor takes a number, or a list of numbers or of such lists, too.
 
-    The config holds the list, as its user wrote it. Each object that is built gets a tensor of its own, of torch's
-    default float type, since weights multiply losses; of booleans alone it is a tensor of booleans. A class path of a
-    function that returns a tensor is accepted, too. ``T_max`` of CosineAnnealingLR may be left out.
+    The config holds the list, as its user wrote it. Each object that is built gets a tensor of its own. It has the type
+    of the argument's default, if that is a tensor; else torch's default float type, since weights multiply losses, or
+    booleans, if the list holds booleans alone. A class path of a function that returns a tensor is accepted, too.
+    ``T_max`` of CosineAnnealingLR may be left out.
     """
 
     def _add_signature_parameter(self, container: Any, nested_key: Any, param: Any, *args: Any, **kwargs: Any) -> Any:
-        annotation = _with_lists(param.annotation)
+        annotation = _with_lists(param.annotation, number_list(_dtype_of(param.default)))
         if param.name == "T_max" and CosineAnnealingLR in (param.parent, param.component):  # see schedules.takes_length
             annotation, param = annotation | None, replace(param, default=None)
         param = replace(param, annotation=annotation)
@@ -45,14 +48,27 @@ class NumberList:
     """The type of a number, or of lists of numbers, that stand for a tensor."""
 
 
-def to_numbers(value: Any) -> Any:
+@cache
+def number_list(dtype: torch.dtype | None) -> type[NumberList]:
+    """Return the type of lists that stand for a tensor of a type.
+
+    Args:
+        dtype: Type of the tensor. None if it follows from the numbers.
+    """
+    kind = type("NumberList", (NumberList,), {})
+    register_type(kind, partial(_to_list, dtype), partial(to_numbers, dtype=dtype), (), lambda value, kind: False)
+    return kind
+
+
+def to_numbers(value: Any, dtype: torch.dtype | None = None) -> Any:
     """Return a value that stands for a tensor, as a config holds it. While objects are built, return the tensor.
 
     Args:
         value: A number, a list of numbers, or a list of such lists of one length; or a tensor, from Python.
+        dtype: Type of the tensor. Default: None, which means booleans for booleans, and else torch's default type.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If it is anything else, or if the type cannot hold the numbers: integers must stay what they are.
     """
     if isinstance(value, Tensor):
         return value
@@ -60,8 +76,26 @@ def to_numbers(value: Any) -> Any:
     booleans = {isinstance(number, bool) for number in numbers}
     if len(booleans) != 1:
         raise ValueError(f"{WRITTEN_AS} numbers alone, or true and false alone")
-    dtype = torch.bool if booleans == {True} else torch.get_default_dtype()
+    if dtype is not None and booleans != {dtype == torch.bool}:
+        raise ValueError(f"{WRITTEN_AS} {'true and false' if dtype == torch.bool else 'numbers'}, as its default is")
+    if dtype is None:
+        dtype = torch.bool if booleans == {True} else torch.get_default_dtype()
+    for number in numbers:
+        if not _holds(dtype, number):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{WRITTEN_AS} numbers that its type {kind} can hold, which {number} is not")
     return torch.tensor(value, dtype=dtype) if _BUILDING.get() else value
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    """Return whether a type holds a number: an integer exactly, a decimal rounded."""
+    try:
+        held = torch.tensor(number, dtype=dtype).item()
+    except (RuntimeError, TypeError, ValueError, OverflowError):  # an integer out of its range
+        return False
+    if isinstance(number, int) or not (dtype.is_floating_point or dtype.is_complex):
+        return bool(held == number)
+    return math.isfinite(held) == math.isfinite(number)
 
 
 def _numbers_of(value: Any) -> Iterator[bool | int | float]:
@@ -77,11 +111,11 @@ def _numbers_of(value: Any) -> Iterator[bool | int | float]:
         raise ValueError(f"{WRITTEN_AS} a number or as lists of numbers")
 
 
-def _to_list(value: Any) -> Any:
+def _to_list(dtype: torch.dtype | None, value: Any) -> Any:
     """Return what a config file holds for a value: a list for the default of an argument, which is a tensor."""
     if not isinstance(value, Tensor):
         return value
-    if value.dtype not in (torch.bool, torch.get_default_dtype()):
+    if value.dtype not in (torch.bool, torch.get_default_dtype(), dtype):
         raise ValueError(f"a list cannot stand for a tensor of {value.dtype}")  # read again, it would be another type
     return _shortest(value.tolist()) if value.dtype == torch.float32 else value.tolist()
 
@@ -97,9 +131,6 @@ def _same_float32(one: float, other: float) -> bool:
     return torch.equal(torch.tensor(one), torch.tensor(other)) or one != one
 
 
-register_type(NumberList, _to_list, to_numbers, (), type_check=lambda value, kind: False)
-
-
 @contextmanager
 def _building() -> Iterator[None]:
     token = _BUILDING.set(True)
@@ -109,18 +140,32 @@ def _building() -> Iterator[None]:
         _BUILDING.reset(token)
 
 
-def _with_lists(hint: Any) -> Any:
+def takes_lists(hint: Any) -> bool:
+    """Return whether a list of numbers can stand for a tensor in a type hint of :class:`ArgumentTypes`."""
+    return (isinstance(hint, type) and issubclass(hint, NumberList)) or any(map(takes_lists, get_args(hint)))
+
+
+def _dtype_of(default: Any) -> torch.dtype | None:
+    """Return the type of a default that is a tensor, or that holds tensors of one type. None for any other."""
+    if isinstance(default, Tensor):
+        return default.dtype
+    inner = default.values() if isinstance(default, dict) else default if isinstance(default, list | tuple) else ()
+    dtypes = {*map(_dtype_of, inner)}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _with_lists(hint: Any, numbers: type[NumberList]) -> Any:
     """Return a type hint in which lists of numbers are allowed where a tensor is, and no float.
 
     Optimisers take ``float | Tensor`` as learning rate. All that are built would share the tensor of a list, which
     schedules change in place.
     """
     if hint is Tensor:
-        return NumberList | Tensor
+        return numbers | Tensor
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (None, Literal, type, Callable) or float in inner:
         return hint
-    widened = tuple(map(_with_lists, inner))
+    widened = tuple(_with_lists(part, numbers) for part in inner)
     if widened == inner:
         return hint
     return origin[widened] if origin in (list, dict, tuple) else Union[widened]  # noqa: UP007

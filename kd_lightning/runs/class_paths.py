@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kd_lightning.runs.argument_types import ArgumentTypes
+from kd_lightning.runs.argument_types import ArgumentTypes, takes_lists
 
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a mapping that describes an object."""
@@ -116,6 +116,32 @@ def takes_none(owner: Any, name: str) -> bool:
     except TypeError:
         return False
     return True
+
+
+def with_tensors(node: Any, owner: Any = None, name: str = "") -> Any:
+    """Return a part of a config with tensors in place of the numbers and lists that stand for them.
+
+    Args:
+        node: The part.
+        owner: The class or function whose argument it is. Default: None, which means that of no object.
+        name: The argument's name.
+    """
+    if isinstance(node, dict) and "class_path" in node:
+        found = find_class(node["class_path"])
+        return {
+            key: {inner: with_tensors(value, found, inner) for inner, value in part.items()}
+            if key in SPEC_KEYS[1:] and isinstance(part, dict)
+            else part
+            for key, part in node.items()
+        }
+    parser, path = _parser_of(owner), f"{_PREFIX}.{name}"
+    actions: list[Any] = parser._actions if parser is not None else []
+    hint = next((action._typehint for action in actions if action.dest == path), None)
+    if node is not None and takes_lists(hint) and all(key != "class_path" for _, key, _, _ in walk_config(node)):
+        return parser.instantiate(Namespace({path: node}))[path]  # type: ignore[no-untyped-call, union-attr]
+    if isinstance(node, dict):
+        return {key: with_tensors(part) for key, part in node.items()}
+    return [*map(with_tensors, node)] if isinstance(node, list) else node
 
 
 _PREFIX = "arguments"

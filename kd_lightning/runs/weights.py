@@ -19,6 +19,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.quantization.calibration import is_range_key
 from kd_lightning.runs.unpickling import find_stub, read_tensors
 
+_PLAIN = ("floats", "integers")
 _REFUSED = "and loading it could run code. Allowed: tensors saved with torch.save, Lightning checkpoints, safetensors"
 
 
@@ -93,25 +94,32 @@ def match_keys(found: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, An
 
 def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
     """Raise InputError, which begins with the message, unless one state dict has the keys and shapes of another."""
+    tensors = {
+        key: tensor
+        for key, tensor in wanted.items()
+        if isinstance(tensor, Tensor)
+        and isinstance(found.get(key), Tensor)
+        and not key.endswith("_extra_state")  # which may have any shape and type
+    }
     problems = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
         "of another shape": [
             f"{key} {[*found[key].shape]} in the file, {[*tensor.shape]} in the model"
-            for key, tensor in wanted.items()
-            if isinstance(tensor, Tensor)
-            and isinstance(found.get(key), Tensor)
-            and _kind_of(found[key]) == _kind_of(tensor) != "nested"
+            for key, tensor in tensors.items()
+            if _kind_of(found[key]) == _kind_of(tensor) != "nested"
             and not is_lazy(tensor)
             and found[key].shape != tensor.shape
-            and not key.endswith("_extra_state")  # which may have any shape
         ],
         "of another kind": [
             f"{key} {_kind_of(found[key])} in the file, {_kind_of(tensor)} in the model"
-            for key, tensor in wanted.items()
-            if isinstance(tensor, Tensor)
-            and isinstance(found.get(key), Tensor)
-            and _kind_of(found[key]) != _kind_of(tensor)
+            for key, tensor in tensors.items()
+            if _is_of_another_kind(key, found[key], tensor)
+        ],
+        "out of range": [
+            f"{key} {found[key].dtype} in the file, {tensor.dtype} in the model"
+            for key, tensor in tensors.items()
+            if not _is_of_another_kind(key, found[key], tensor) and _overflows(found[key], tensor)
         ],
     }
     if any(problems.values()):
@@ -126,12 +134,34 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Any], message: str)
 def _kind_of(tensor: Tensor) -> str:
     """Return the kind of a tensor: torch cannot copy one kind to another, or not without a loss."""
     if is_lazy(tensor):  # it takes the shape of what is loaded
-        return "plain"
+        return "floats"
     kinds = {"nested": tensor.is_nested, "meta": tensor.is_meta, "quantised": tensor.is_quantized}
     found = next((name for name, holds in kinds.items() if holds), "")
     if found or tensor.layout != torch.strided:
         return found or str(tensor.layout).removeprefix("torch.")
-    return "complex" if tensor.is_complex() else "plain"
+    return "complex" if tensor.is_complex() else "floats" if tensor.is_floating_point() else "integers"
+
+
+def _is_of_another_kind(key: str, found: Tensor, wanted: Tensor) -> bool:
+    """Return whether torch cannot copy a tensor into that of the model, or not without another meaning."""
+    before, after = _kind_of(found), _kind_of(wanted)
+    if (before, after) == ("floats", "integers"):  # such as counts, of which a mean was taken
+        return not key.endswith("num_batches_tracked") and bool((found != found.trunc()).any())
+    return before != after
+
+
+def _overflows(found: Tensor, wanted: Tensor) -> bool:
+    """Return whether the type of the model's tensor cannot hold the values of the file."""
+    if found.dtype == wanted.dtype or is_lazy(wanted) or not {_kind_of(found), _kind_of(wanted)} <= {*_PLAIN}:
+        return False
+    if not wanted.is_floating_point():
+        whole = found.trunc()
+        return bool((whole.to(wanted.dtype) != whole).any())
+    most = torch.finfo(wanted.dtype).max
+    if torch.finfo(found.dtype).max <= most:
+        return False
+    values = found.double()
+    return bool((values.isfinite() & (values.abs() > most)).any())
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -225,7 +255,7 @@ def _fits(wanted: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> i
 def _is_same(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return one is other
-    return _kind_of(one) == _kind_of(other) == "plain" and torch.equal(one, other)
+    return _kind_of(one) == _kind_of(other) in (*_PLAIN, "complex") and torch.equal(one, other)
 
 
 def save_weights(state: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:

@@ -63,6 +63,71 @@ def test_the_command_line(config, capsys):
     assert printed["model"]["init_args"]["hard_loss"]["init_args"]["weight"] == WEIGHT
 
 
+class Nulls(torch.nn.Module):
+    """A network with arguments that may be null, also in a list."""
+
+    def __init__(
+        self, sizes: list[int | None] | None = None, name: str | None = "a", inner: torch.nn.Module | None = None
+    ):
+        super().__init__()
+
+
+class TestNullsOfTheCommandLine:
+    """An argument of an argument: jsonargparse makes the text None of null."""
+
+    @pytest.fixture
+    def printed(self, config, capsys, monkeypatch):
+        module = ModuleType("project")
+        module.Nulls = Nulls
+        monkeypatch.setattr(Nulls, "__module__", "project")
+        monkeypatch.setitem(sys.modules, "project", module)
+        config["model"]["init_args"] |= {"lr_scheduler": COSINE | {"init_args": {"T_max": 3}}}
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+
+        def parse(*given):
+            with pytest.raises(SystemExit):
+                main(["fit", "--config", "config.yaml", *given, "--print_config"])
+            return yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+
+        return parse
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            ["--model.init_args.lr_scheduler.init_args.T_max=null"],
+            ["--model.lr_scheduler.T_max", "null"],
+            ["--model.lr_scheduler.init_args.T_max=~"],
+            [f"--model.lr_scheduler={COSINE | {'init_args': {'T_max': 'null'}}}".replace("'null'", "null")],
+        ],
+    )
+    def test_a_number(self, printed, given):
+        assert printed(*given)["lr_scheduler"]["init_args"]["T_max"] is None
+
+    def test_null_for_an_object(self, printed):
+        assert printed("--model.lr_scheduler=null")["lr_scheduler"] is None
+
+    def test_other_values(self, printed):
+        student = ["--model.student=project.Nulls", "--model.student.inner=project.Nulls"]
+        given = printed(
+            *student, "--model.student.init_args.inner.init_args.sizes=[1, null]", "--model.student.name=null"
+        )
+        assert given["student"]["init_args"]["name"] is None
+        assert given["student"]["init_args"]["inner"]["init_args"]["sizes"] == [1, None]
+        assert printed(*student, "--model.student.name=None")["student"]["init_args"]["name"] == "None"
+
+    def test_what_takes_no_null(self, config, fails):
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        message = fails("fit", "--config", "config.yaml", "--model.student.width=null")
+        place = "model.init_args.student.init_args.width"
+        assert message == f"error: {place}: DigitsCNN takes no null here; leave the key out"
+
+
+def test_help_of_an_argument_of_an_argument(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help=DistillModule", "--model.student.help=DigitsCNN"])
+    assert "--model.student.width WIDTH" in capsys.readouterr().out
+
+
 WEIGHT_KEY = "model.init_args.hard_loss.init_args.weight: "
 BCE = {"class_path": "torch.nn.BCEWithLogitsLoss"}
 

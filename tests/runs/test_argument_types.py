@@ -33,6 +33,27 @@ class Users(nn.Module):
         anchors.mul_(2)
 
 
+COUNTS, FLAGS = torch.tensor([1, 2]), torch.tensor([True, False])
+MEANS, SMALL = torch.tensor([0.1], dtype=torch.float64), torch.tensor([1], dtype=torch.uint8)
+SIZES = (torch.tensor([1]), torch.tensor([2]))
+
+
+class Typed(nn.Module):
+    """A module of a project, whose defaults are tensors of several types."""
+
+    def __init__(
+        self,
+        counts: Tensor = COUNTS,
+        flags: Tensor | None = FLAGS,
+        means: Tensor = MEANS,
+        small: Tensor = SMALL,
+        sizes: tuple[Tensor, ...] = SIZES,
+        ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.given = counts, flags, means, small, sizes, ids
+
+
 def make_weights(count: int = 3) -> Tensor:
     """Return tensors by a function, as configs could before."""
     return torch.full((count,), 7.0)
@@ -48,7 +69,7 @@ class Inherits(CosineAnnealingLR):
 @pytest.fixture(autouse=True)
 def project(monkeypatch):
     module = ModuleType("project")
-    for part in (Users, make_weights, Inherits):
+    for part in (Users, Typed, make_weights, Inherits):
         setattr(module, part.__name__, part)
         monkeypatch.setattr(part, "__module__", "project")
     monkeypatch.setitem(sys.modules, "project", module)
@@ -85,6 +106,65 @@ def test_modules_of_a_project():
     anchors, mask, *_ = build(nn.Module, users(anchors=0.5, mask=None)).given
     equal(anchors, 1.0)
     assert mask is None
+
+
+def typed(**arguments):
+    return build(nn.Module, {"class_path": "project.Typed", "init_args": arguments}).given
+
+
+def test_the_type_of_a_default():
+    counts, flags, means, small, sizes, ids = typed(
+        counts=[3, 2**53 + 1], flags=[False], means=[0.1], small=255, sizes=[[3], 4], ids=[0, 1]
+    )
+    equal(counts, [3, 2**53 + 1], torch.int64)
+    equal(flags, [False], torch.bool)
+    equal(means, [0.1], torch.float64)
+    equal(small, 255, torch.uint8)
+    equal(sizes[0], [3], torch.int64)
+    equal(sizes[1], 4, torch.int64)
+    equal(ids, [0.0, 1.0])
+    counts, flags, *_ = typed()
+    assert counts is COUNTS
+    assert flags is FLAGS
+
+
+def test_a_saved_default_keeps_its_type():
+    parser = ObjectParser()
+    parser.add_subclass_arguments(nn.Module, "object")
+    config = parser.parse_object({"object": {"class_path": "project.Typed"}})
+    text = parser.dump(config, skip_unset=False)
+    saved = yaml.safe_load(text)["object"]["init_args"]
+    assert saved["counts"] == [1, 2]
+    assert saved["means"] == [0.1]
+    counts, flags, means, small, *_ = parser.instantiate(parser.parse_string(text)).object.given
+    for found, default in ((counts, [1, 2]), (flags, [True, False]), (small, [1])):
+        assert found.tolist() == default
+    assert [part.dtype for part in (counts, flags, means, small)] == [
+        torch.int64,
+        torch.bool,
+        torch.float64,
+        torch.uint8,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("counts", [1, 2.5], "numbers that its type int64 can hold, which 2.5 is not"),
+        ("counts", [2**63], f"numbers that its type int64 can hold, which {2**63} is not"),
+        ("counts", [True, False], "numbers, as its default is"),
+        ("flags", [1, 0], "true and false, as its default is"),
+        ("small", [-1], "numbers that its type uint8 can hold, which -1 is not"),
+        ("small", [256], "numbers that its type uint8 can hold, which 256 is not"),
+        ("ids", [0, 1, 16777217], "numbers that its type float32 can hold, which 16777217 is not"),
+        ("ids", [10**400], f"numbers that its type float32 can hold, which {10**400} is not"),
+        ("ids", [1e39], "numbers that its type float32 can hold, which 1e+39 is not"),
+    ],
+)
+def test_numbers_that_a_type_cannot_hold(name, value, message):
+    with pytest.raises(InputError) as caught:
+        typed(**{name: value})
+    assert str(caught.value).startswith(f"{name}: a tensor must be written as {message}")
 
 
 def test_functions_that_return_a_tensor():

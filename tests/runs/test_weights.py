@@ -358,6 +358,7 @@ ODD_TENSORS = {
     "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
     "meta": lambda x: x.to("meta"),
     "complex": lambda x: torch.complex(x, x),
+    "integers": lambda x: (100 * x).int(),
     "nested": lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]),
 }
 
@@ -370,18 +371,69 @@ def test_tensors_of_another_kind(tmp_path, kind):
     torch.save({**state, "2.weight": ODD_TENSORS[kind](state["2.weight"])}, tmp_path / "a.pt")
     net = layers(1)
     with pytest.raises(
-        InputError, match=rf"1 of another kind: 2.weight {kind} in the file, plain in the model"
+        InputError, match=rf"1 of another kind: 2.weight {kind} in the file, floats in the model"
     ) as error:
         load_weights(net, tmp_path / "a.pt")
     assert "\n" not in str(error.value)
     assert is_equal(net, layers(1))
 
 
+class Counted(nn.Module):
+    """A network with tensors of several types."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("halves", torch.zeros(2, dtype=torch.float16))
+        self.register_buffer("small", torch.zeros(2, dtype=torch.int8))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weight", torch.tensor([True, False]), "1 of another kind: weight integers in the file, floats in the model"),
+        ("small", torch.tensor([1.0, 2.5]), "1 of another kind: small floats in the file, integers in the model"),
+        ("small", torch.tensor([1, 300]), "1 out of range: small torch.int64 in the file, torch.int8 in the model"),
+        ("small", torch.tensor([1.0, 300.0]), "1 out of range: small torch.float32 in the file, torch.int8"),
+        ("mask", torch.tensor([0, 2]), "1 out of range: mask torch.int64 in the file, torch.bool in the model"),
+        ("halves", torch.tensor([1.0, 7e4]), "1 out of range: halves torch.float32 in the file, torch.float16 in the"),
+        ("small", torch.tensor([1.0, torch.nan]), "1 of another kind: small floats in the file"),
+    ],
+)
+def test_values_that_torch_would_change(tmp_path, key, value, message):
+    torch.save({**Counted().state_dict(), key: value}, tmp_path / "a.pt")
+    net = Counted()
+    with pytest.raises(InputError, match=message):
+        load_weights(net, tmp_path / "a.pt")
+    assert not net.state_dict()[key].any()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight", torch.tensor([1e38, 0.1], dtype=torch.float64)),
+        ("halves", torch.tensor([0.1, torch.inf])),
+        ("halves", torch.tensor([1.0, 2.0]).to(torch.float8_e5m2)),
+        ("small", torch.tensor([1.0, -3.0])),
+        ("mask", torch.tensor([0, 1], dtype=torch.uint8)),  # as older versions of torch saved masks
+        ("num_batches_tracked", torch.tensor(6.5)),  # of a mean over checkpoints
+    ],
+)
+def test_other_types_of_one_kind(tmp_path, key, value):
+    torch.save({**Counted().state_dict(), key: value}, tmp_path / "a.pt")
+    found = load_weights(Counted(), tmp_path / "a.pt").state_dict()[key]
+    torch.testing.assert_close(
+        found.double(), value.double().trunc() if value.ndim == 0 else value.double(), rtol=1e-3, atol=0
+    )
+
+
 def test_a_network_without_memory(tmp_path):
     torch.save(layers().state_dict(), tmp_path / "a.pt")
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    with pytest.raises(InputError, match="0.weight plain in the file, meta in the model"):
+    with pytest.raises(InputError, match="0.weight floats in the file, meta in the model"):
         load_weights(net, tmp_path / "a.pt")
 
 

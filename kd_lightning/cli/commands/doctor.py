@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,20 +30,28 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task, temperature_of
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules.teaching import Teaching
 from kd_lightning.runs.student import batch_of_step, check_plain_logits, find_network
 from kd_lightning.teachers.checks import (
     accuracy,
     class_order,
     eval_mode,
-    gradients,
-    labels,
     normalisation,
     soft_targets,
 )
 from kd_lightning.teachers.ensemble import Ensemble
-from kd_lightning.teachers.findings import Finding, collect_logits, match_labels, with_teacher_name
+from kd_lightning.teachers.findings import (
+    Finding,
+    LabeledLogits,
+    Rows,
+    collect_rows,
+    join,
+    match_labels,
+    with_teacher_name,
+)
 from kd_lightning.teachers.teacher import Teacher, check_outputs
+from kd_lightning.teachers.training_checks import gradients, labels
 
 MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
 
@@ -98,21 +107,23 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
         read = module.unpack_evaluation if isinstance(module, _Taught) else module.unpack
         found = evaluation_batches(_read_by(owner, data, read), owner.device)
         batches, what = found or ([training], "labels of a training batch")
-        sample = _Sample(batches, what, _normalised(data))
-        student = collect_logits(lambda batch: module(batch.x), batches, task)
+        to_rows = getattr(module, "to_rows", None)
+        sample = _Sample(batches, what, _normalised(data), to_rows, is_own(module.hard_loss) if to_rows else False)
+        student = sample.rows(lambda batch: module(batch.x), task)
         soft_loss = getattr(module, "soft_loss", nn.Identity())
         if isinstance(teacher, Teacher):
             yield from _check_teacher(teacher, student, sample, soft_loss, task)
         elif isinstance(ensemble, Ensemble):
             yield from _check_ensemble(ensemble, student, sample, soft_loss, task)
-    classes = collect_logits(lambda batch: module(batch.x), [training], task).shape[1]
+    rows = collect_rows(lambda batch: module(batch.x), [training], task, getattr(module, "to_rows", None))
+    classes, positions = rows.logits.shape[1], None if rows.sample is None else rows.y
     y, what = training.y, "samples of a training batch"
     if isinstance(loader, ViewLoader) and isinstance(loader.dataset, ViewDataset):
         y, what = loader.labels.y[loader.dataset.indices], "training samples"
-    names = None if task == "binary" else getattr(data, "class_names", None)
+    names = None if task in ("binary", "regression") else getattr(data, "class_names", None)
     expected = module.num_classes or (len(names) if names else None)
     taught = isinstance(teacher, Teacher) or ensemble is not None
-    yield labels(y, len(training), classes, task, what, taught=taught, expected=expected)
+    yield labels(y, len(training), classes, task, what, taught=taught, expected=expected, positions=positions)
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
     yield gradients(terms, module.student, labeled=count_labels(training) > 0)
@@ -192,47 +203,74 @@ class _Sample(NamedTuple):
     batches: list[Batch]
     what: str
     normalised: tuple[Any, Any] | None
+    to_rows: Callable[..., Any] | None  # of a SupervisedModule
+    own_labels: bool  # whether the hard loss is the project's own, so that labels may have any shape
 
-    @property
-    def y(self) -> Tensor | None:
-        """All labels."""
-        labels = [batch.y for batch in self.batches if batch.y is not None]
-        return torch.cat(labels) if labels else None
+    def rows(self, network: Callable[[Batch], Tensor], task: Task) -> Rows:
+        """Compute a network's outputs."""
+        return collect_rows(network, self.batches, task, self.to_rows)
+
+    def match(self, rows: Rows, task: Task) -> LabeledLogits:
+        """Match outputs with labels; with none if these are the project's own."""
+        try:
+            return match_labels(rows.logits, rows.y, task, rows.sample)
+        except InputError:
+            if not self.own_labels:
+                raise
+            return match_labels(rows.logits, None, task)
 
 
 def _check_teacher(
-    teacher: Teacher, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
+    teacher: Teacher, student: Rows, sample: _Sample, soft_loss: nn.Module, task: Task
 ) -> Iterator[Finding]:
-    logits = collect_logits(teacher, sample.batches, task)
-    check_outputs(student, logits)
-    matched = match_labels(logits, sample.y, task)
-    yield accuracy(matched, match_labels(student, sample.y, task), task, sample.what)
-    normalised, corrected = normalisation(teacher, sample.batches, matched, task, sample.normalised)
+    rows = sample.rows(teacher, task)
+    if not is_own(soft_loss):
+        check_outputs(student.logits, rows.logits)
+    matched = sample.match(rows, task)
+    yield accuracy(matched, sample.match(student, task), task, sample.what)
+    if task == "regression":
+        yield eval_mode(teacher, sample.batches[0])
+        return
+    normalised, corrected = normalisation(teacher, sample.batches, matched, task, sample.normalised, sample.to_rows)
     yield normalised
     yield class_order(corrected, task, teacher.classes)
     yield eval_mode(teacher, sample.batches[0])
-    yield soft_targets(logits, soft_loss, task)
+    yield soft_targets(rows.logits, soft_loss, task, rows.sample)
 
 
 def _check_ensemble(
-    ensemble: Ensemble, student: Tensor, sample: _Sample, soft_loss: nn.Module, task: Task
+    ensemble: Ensemble, student: Rows, sample: _Sample, soft_loss: nn.Module, task: Task
 ) -> Iterator[Finding]:
     """Check each teacher and the whole ensemble. Teachers that lack a class have the eval mode check only."""
-    flat = collect_logits(lambda batch: ensemble(batch).transpose(0, 1), sample.batches, task)
-    together = flat.reshape(len(flat), len(ensemble), -1).transpose(0, 1)
-    ensemble.check_classes(together, 1 if task == "binary" else student.shape[-1])
+    found_rows: list[list[Rows]] = [[] for _ in ensemble]
+    first, count = 0, sum(map(len, sample.batches))
+    for batch in sample.batches:
+        outputs = ensemble(batch)
+        for parts, output in zip(found_rows, outputs, strict=True):
+            network = partial(_constant, output)
+            parts.append(collect_rows(network, [batch], task, sample.to_rows, first, count))
+        first += len(batch)
+    each = [join(parts) for parts in found_rows]
+    together, one = torch.stack([rows.logits for rows in each]), each[0]
+    single = task == "binary" or student.logits.ndim == 1
+    ensemble.check_classes(together, 1 if single else student.logits.shape[-1])
     for number, teacher in enumerate(ensemble):
-        if ensemble.known_classes(student.shape[-1])[number].all():
+        if ensemble.known_classes(student.logits.shape[-1])[number].all():
             found = _check_teacher(teacher, student, sample, soft_loss, task)
         else:
             without_classes = copy(teacher)
             without_classes.classes = None  # so that no logit is minus infinity
             found = iter([eval_mode(without_classes, sample.batches[0])])
         yield from (with_teacher_name(finding, f"teachers[{number}]") for finding in found)
-    pooled = match_labels(ensemble.pool(together), sample.y, task)
-    yield replace(accuracy(pooled, match_labels(student, sample.y, task), task, sample.what), name="ensemble")
-    temperature = temperature_of(soft_loss)
-    yield soft_targets(ensemble.pool(together, None, temperature), soft_loss, task)
+    pooled = sample.match(Rows(ensemble.pool(together), one.y, one.sample), task)
+    yield replace(accuracy(pooled, sample.match(student, task), task, sample.what), name="ensemble")
+    if task != "regression":
+        pooled_soft = ensemble.pool(together, None, temperature_of(soft_loss))
+        yield soft_targets(pooled_soft, soft_loss, task, one.sample)
+
+
+def _constant(output: Tensor, batch: Batch) -> Tensor:
+    return output
 
 
 def _read_by(module: LightningModule, data: Any, unpack: Callable[[Any], Batch]) -> Any:

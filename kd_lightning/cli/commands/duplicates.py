@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
 from kd_lightning.cli.arguments import DISTANCE
 from kd_lightning.cli.parse import parse_config
@@ -34,6 +33,7 @@ from kd_lightning.data.near_duplicates import (
 )
 from kd_lightning.data.sources.images import Images, read_image
 from kd_lightning.data.sources.items import picture_of
+from kd_lightning.data.sources.source import Part
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
@@ -164,14 +164,14 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
             index,
             identities.paths[index],
             base_content(identities.contents[index]),
-            _label(source.train.targets, index, names) if index < size else "",
+            _label(source.train, index, names) if index < size else "",
         )
         for index in sorted(used - {*split.left_out})
         if index < size + len(pool)
     ]
     if source.test is not None and test_part is not None:
         for index, (path, content) in enumerate(zip(test_part.paths, test_part.contents, strict=True)):
-            label = _label(source.test.targets, index, names)
+            label = _label(source.test, index, names)
             samples.append(Sample(SIDES.index("test"), index, path, base_content(content), label))
     if lacking := next((sample for sample in samples if not sample.content), None):
         where = f"{lacking.part} sample {lacking.index}"
@@ -179,8 +179,9 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
     return samples, (source.train.images, pool, [] if source.test is None else source.test.images)
 
 
-def _label(targets: Tensor, index: int, names: Sequence[str] | None) -> str:
-    if targets.ndim != 1 or targets.is_floating_point() or (number := int(targets[index])) < 0:
+def _label(part: Part, index: int, names: Sequence[str] | None) -> str:
+    targets = part.targets
+    if part.dense or targets.ndim != 1 or targets.is_floating_point() or (number := int(targets[index])) < 0:
         return ""
     return names[number] if names and number < len(names) else str(number)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from argparse import Namespace
 from copy import deepcopy
@@ -16,6 +17,7 @@ from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.comparison import compare_runs
 from kd_lightning.runs.run import Run, run_of
@@ -102,7 +104,7 @@ def _model_alone(model: Config) -> Config:
         return alone
     if not has_student(model):
         raise InputError(f"experiment needs a model with a student, {model['class_path']} has none")
-    shared = ("student", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval", "num_classes")
+    shared = inspect.signature(SupervisedModule.__init__).parameters
     shared_arguments = {name: deepcopy(arguments[name]) for name in shared if name in arguments}
     if start := arguments.get("initial_weights"):  # the first weights are no part of the method
         loaded = {"model": shared_arguments["student"], "path": start}

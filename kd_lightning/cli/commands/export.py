@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from kd_lightning.data.evaluation_batches import evaluation_batches
 from kd_lightning.deploy.export import (
     BATCH,
     FORMATS,
+    INPUT,
+    LENGTH,
     OPSET,
     QUANTIZED_TOLERANCE,
     TOLERANCE,
@@ -24,15 +27,21 @@ from kd_lightning.deploy.export import (
     compare_logits,
     export_student,
     load_exported,
+    named_tensors,
     package_versions,
     temporary_file,
+    token_inputs,
+    without_last_token,
 )
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import Inputs, call, rows_of, take_rows
 from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
+
+_MOST_OUTPUTS = 2**27  # numbers that a file is compared on
 
 
 def main(options: Namespace) -> None:
@@ -79,15 +88,16 @@ def export(
     check_packages(file_format, quantized=quantized)
     data = run.datamodule()
     batches, what = _evaluation_images(data, run)
-
-    # a batch of one, the rest of the first batch, and whole batches: several sizes reveal a fixed batch size
-    batches = [x for x in (batches[0][:1], batches[0][1:], *batches[1:]) if len(x)]
-    expected = collect_logits(student, batches)
-    task = _infer_task(run, expected)
+    network = partial(call, student)
+    batches = _check_batches(network, batches)
+    expected = collect_logits(network, batches)
+    task, class_dim = _infer_task(run, expected), run.model_arguments.get("class_dim")
+    shapes: dict[str, list[Any]] = {name: [*part.shape[1:]] for name, part in named_tensors(batches[0]).items()}
     origin = run.metadata.get("weights", run.weights.name) if checkpoint is None else checkpoint.name
     metadata = package_versions(file_format, quantized=quantized) | {
         "task": task,
-        "input_shape": [*batches[0].shape[1:]],
+        **({} if class_dim is None else {"class_dim": class_dim}),
+        "input_shape": shapes[INPUT] if [*shapes] == [INPUT] else shapes,
         "classes": run.class_names or getattr(data, "class_names", None),  # those of the data may have changed since
         "preprocessing": repr(getattr(data, "eval_transform", None)),
         "precision": precision_of(student),
@@ -98,7 +108,7 @@ def export(
     size = size_of(student)
     with temporary_file(out, file_format) as part:
         export_student(student, batches[0], part, file_format, metadata)
-        build_network, predict = run.build_student, partial(predicted_labels, task=task)
+        build_network, predict = run.build_student, _predictor(task, class_dim)
         logits = collect_logits(load_exported(part, file_format, build_network), batches)
         result = compare_logits(expected, logits, predict)
         limit = tolerance if tolerance is not None else QUANTIZED_TOLERANCE if quantized else TOLERANCE
@@ -113,9 +123,11 @@ def export(
             print(f"with onnxruntime's default settings, which may also round biases: {difference}")
         kilobytes = part.stat().st_size / 1000
         part.replace(out)
-    shapes = f"[{BATCH}, {', '.join(map(str, batches[0].shape[1:]))}]"
+    for name in token_inputs(batches[0]):
+        shapes[name][0] = LENGTH
+    inputs = ", ".join(f"[{', '.join(map(str, [BATCH, *shape]))}]" for shape in shapes.values())
     opset = f", opset {OPSET}" if file_format == "onnx" else ""
-    print(f"written to {out}: {file_format}{opset}, {precision_of(student)}, input {shapes}, {kilobytes:.1f} KB")
+    print(f"written to {out}: {file_format}{opset}, {precision_of(student)}, input {inputs}, {kilobytes:.1f} KB")
     which = f"the deployed ones, {run.weights} ({origin})" if checkpoint is None else f"those of {checkpoint}"
     print(f"its weights are {which}")
     if quantized:
@@ -149,7 +161,33 @@ def _load_student(run: Run, checkpoint: Path | None) -> nn.Module:
         raise InputError(f"{error}, or name one of {', '.join(map(str, found))} with --checkpoint") from error
 
 
-def _evaluation_images(data: Any, run: Run) -> tuple[list[Tensor], str]:
+def _check_batches(network: Callable[[Any], Any], batches: list[Inputs]) -> list[Inputs]:
+    """Return a batch of one, the rest of the first batch, and whole batches: several sizes reveal a fixed batch size.
+
+    One sample more has a token less, which reveals a fixed length. Large outputs, as maps, are compared on fewer
+    samples.
+    """
+    sizes = [rows_of(x) for x in batches]
+    one = take_rows(batches[0], slice(0, 1), sizes[0])
+    most = max(2, _MOST_OUTPUTS // max(collect_logits(network, [one]).numel(), 1))
+    parts, taken = [one], 1
+    for number, (x, size) in enumerate(zip(batches, sizes, strict=True)):
+        start = 1 if number == 0 else 0
+        stop = min(size, start + most - taken)
+        if stop > start:
+            parts.append(take_rows(x, slice(start, stop), size))
+            taken += stop - start
+    return [*parts, without_last_token(one)] if token_inputs(one) else parts
+
+
+def _predictor(task: Task, class_dim: int | None) -> Callable[[Tensor], Tensor] | None:
+    """Return a function from logits to predicted labels; None for the regression task."""
+    if task == "regression":
+        return None
+    return lambda logits: predicted_labels(logits if class_dim is None else logits.movedim(class_dim, -1), task)
+
+
+def _evaluation_images(data: Any, run: Run) -> tuple[list[Inputs], str]:
     """Return batches of the datamodule's evaluation images, and the name of their part."""
     try:
         sample = evaluation_batches(data, torch.device("cpu"))
@@ -163,14 +201,17 @@ def _evaluation_images(data: Any, run: Run) -> tuple[list[Tensor], str]:
 
 def _infer_task(run: Run, logits: Tensor) -> Task:
     """Return the task of the run's module, or if it has none, the one that fits the shape of the logits."""
-    tasks: dict[str, Task] = {"multiclass": "multiclass", "multilabel": "multilabel", "binary": "binary"}
+    tasks: dict[str, Task] = {name: name for name in get_args(Task)}
     task = tasks.get(run.model_arguments.get("task") or run.metadata.get("task", ""))  # a taught module has its own
     return task or ("binary" if logits[0].numel() == 1 else "multiclass")
 
 
 def _describe(result: Comparison) -> str:
-    return (
+    text = (
         f"largest difference of a logit {result.largest:.2g}, {result.relative:.2g} of the largest |logit|, the "
-        f"typical image's {result.typical:.2g}; {100 * result.agreement:.2f} % of the predictions agree "
-        f"({result.changed} of {result.predictions} differ)"
+        f"typical image's {result.typical:.2g}"
     )
+    if not result.predictions:
+        return text
+    agree = f"{100 * result.agreement:.2f} % of the predictions agree"
+    return f"{text}; {agree} ({result.changed} of {result.predictions} differ)"

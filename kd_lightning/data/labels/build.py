@@ -30,6 +30,7 @@ def build_labels(
     noise: LabelNoise | None = None,
     coarse: CoarseLabels | None = None,
     class_names: Sequence[str] | None = None,
+    dense: bool = False,
 ) -> LabelTable:
     """Build the labels that training may see.
 
@@ -41,6 +42,7 @@ def build_labels(
         noise: Simulated noise. Labels of a label file stay as they are. Default: None, which means no noise.
         coarse: Superclasses, which become labels of the split's unlabeled samples. Default: None, which means none.
         class_names: Names of the classes. Default: None, which means 0 ... max(truth).
+        dense: Whether labels are dense; ``truth`` is 0 for samples that have some then.
 
     Raises:
         InputError: For noise, coarse labels or label rows if a sample has many labels, and for a label row with a
@@ -48,7 +50,9 @@ def build_labels(
     """
     y = mask_labels(truth, split.labeled, size)
     if not noisy and noise is None and coarse is None and not split.label_rows:
-        return LabelTable(y)
+        return LabelTable(y, dense=dense)
+    if dense:
+        raise InputError("noisy, label_noise, coarse and label_file need one label for a sample; these are dense")
     if truth.ndim > 1 or truth.is_floating_point():
         raise InputError(
             "noisy, label_noise, coarse and label_file need samples of one class each; these have many labels"
@@ -145,4 +149,14 @@ def check_coarse(coarse: CoarseLabels | None, labeled: Any) -> None:
         raise InputError(
             "coarse: every image has a fine label, since labeled is not set; set labeled, or coarse.fraction: 0 if "
             "coarse labels come from a label file alone"
+        )
+
+
+def check_label_options(data: Any) -> None:
+    """Raise InputError for an option of a datamodule that needs one label for a sample, if its labels are dense."""
+    names = [name for name in ("noisy", "label_noise", "coarse", "label_file") if getattr(data, name)]
+    if names and data.samples.dense:
+        raise InputError(
+            f"{names[0]} needs one label for a sample, but those of {type(data.source).__name__} are dense, one for "
+            f"each position; remove {names[0]}"
         )

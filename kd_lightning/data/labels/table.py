@@ -7,9 +7,15 @@ import hashlib
 import torch
 from torch import Tensor
 
-from kd_lightning.batch import Batch, LabelKind, is_labeled
+from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
+from kd_lightning.data.sources.source import Part
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
+
+
+def true_labels(part: Part) -> LabelTable:
+    """The table of a part's own labels, for evaluation."""
+    return LabelTable(part.targets, dense=part.dense)
 
 
 class LabelTable:
@@ -22,6 +28,9 @@ class LabelTable:
         group: Superclass of samples of kind coarse, (N,); any number elsewhere. Default: None, which means none.
         members: Which classes each superclass holds, (G, C) booleans. Needed with ``group``.
 
+        dense: Whether labels are dense: ``visible`` is 0 for samples whose labels may be seen, and the labels
+            themselves are in the batches already.
+
     Attributes:
         version: Number of times that pseudo-labels were replaced.
     """
@@ -33,6 +42,7 @@ class LabelTable:
         weight: Tensor | None = None,
         group: Tensor | None = None,
         members: Tensor | None = None,
+        dense: bool = False,
     ) -> None:
         self.visible = visible
         self.y = visible
@@ -42,6 +52,7 @@ class LabelTable:
         self.weight = weight
         self.group = group
         self.members = members
+        self.dense = dense
         self._soft_labels: Tensor | None = None
         self._soft_rows = torch.empty(0, dtype=torch.long)
 
@@ -63,7 +74,7 @@ class LabelTable:
         Raises:
             InputError: If a sample may have several labels, and for a pseudo-label of a labeled or unknown sample.
         """
-        if self.visible.ndim > 1 or self.visible.is_floating_point():
+        if self.dense or self.visible.ndim > 1 or self.visible.is_floating_point():
             raise InputError("pseudo-labels need samples of one class each; these have many labels")
         known = is_labeled(self.visible)
         if len(labels.index) and int(labels.index.max()) >= len(known):
@@ -84,8 +95,17 @@ class LabelTable:
             self._soft_rows[accepted] = labels.accepted.nonzero().flatten()
 
     def fill(self, batch: Batch) -> Batch:
-        """Fill in the labels of a batch by its ``index``, and return the batch."""
+        """Fill in the labels of a batch by its ``index``, and return the batch.
+
+        Dense labels are in the batch already. Those that may not be seen become -100, or NaN where they are floats.
+        """
         assert batch.index is not None
+        if self.dense:
+            assert batch.y is not None
+            hidden = ~self._known[batch.index]
+            if hidden.any():
+                batch.y[hidden] = float("nan") if batch.y.is_floating_point() else IGNORE_INDEX
+            return batch
         batch.y = self.y[batch.index]
         if self.kind is not None:
             batch.kind = self.kind[batch.index]

@@ -5,8 +5,10 @@ from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
 from kd_lightning.data.sources.image_folder import ImageFolder
+from kd_lightning.data.sources.image_mask_folder import ImageMaskFolder
 from kd_lightning.data.sources.rotated_classes import RotatedClasses
 from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.data.sources.text_source import TextSource
 from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "Digits",
     "TorchvisionDataset",
     "ImageFolder",
+    "ImageMaskFolder",
     "FakeData",
     "DatasetSource",
     "ClassSubset",
     "RotatedClasses",
+    "TextSource",
 ]

@@ -42,7 +42,7 @@ class ClassSubset(Source):
     def load(self) -> Parts:
         """Load the source, and select the classes."""
         parts = check_parts(self.source.load(), type(self.source).__name__)
-        if not has_one_class(parts.train.targets):
+        if parts.train.dense or not has_one_class(parts.train.targets):
             raise InputError(
                 f"classes: images must have one class each; those of {type(self.source).__name__} have many labels"
             )

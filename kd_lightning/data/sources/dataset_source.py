@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd_lightning.data.sources._parts import check_map_style, dataset_parts
+from kd_lightning.data.sources.class_names import class_names_of
+from kd_lightning.data.sources.dense_labels import LabelRules, dense_part
 from kd_lightning.data.sources.images import inputs_of, read_item
 from kd_lightning.data.sources.items import left_out
 from kd_lightning.data.sources.source import Parts, Source
 from kd_lightning.data.transforms import to_float
+from kd_lightning.errors import InputError
 from kd_lightning.inputs import describe
 
 _WIDE = (np.int32, np.uint32, np.int64, np.uint64)
@@ -38,6 +41,14 @@ class DatasetSource(Source):
     is None, NaN, -1 or -100 where it is missing; in a row, single entries may be missing. Training samples without a
     label are in the unlabeled pool, and metrics leave out test samples without one.
 
+    With ``dense``, each sample has a label for each position: ``(image, mask)``, ``{"image": ..., "mask": ...}``, or a
+    mapping such as ``{"input_ids": ..., "attention_mask": ..., "labels": ...}`` with a label for each token. A mask is
+    a tensor or array (H, W), or a picture of class numbers, grey or with a palette. Labels are class numbers, -1 or
+    -100 where there is none, or floats, NaN where there is none. They are read with each sample, and do not stay in
+    memory. A sample whose labels are None, or all missing, is unlabeled. A transform of one sample gets a mapping of
+    ``image`` and ``mask`` (``torchvision.tv_tensors.Image`` and ``Mask``), or the entries of the item with its
+    ``labels``, and returns them.
+
     Args:
         train: The training part. Labels are read from its ``targets``, ``labels`` or ``tensors`` if these are the
             labels of the items, else from the items. The same holds for the dataset of a ``Subset``, and for the parts
@@ -46,10 +57,16 @@ class DatasetSource(Source):
         unlabeled: Images without labels. Default: None, which means none.
         class_names: Names of the classes, by index. Default: None, which means the ``classes`` of ``train``, if any,
             or the sorted labels if they are names.
+        dense: Whether labels are dense. Default: False, which means one label, or one row of labels, for each sample.
+        void: With ``dense``, the class number that means no label, such as 255. Default: None, which means none.
 
     Raises:
-        InputError: For a dataset without length or index, such as an ``IterableDataset``.
+        InputError: For ``void`` without ``dense``, and for a dataset without length or index, such as an
+            ``IterableDataset``.
     """
+
+    dense = False
+    void: int | None = None
 
     def __init__(
         self,
@@ -57,7 +74,11 @@ class DatasetSource(Source):
         test: Dataset | None = None,  # type: ignore[type-arg]
         unlabeled: Dataset | None = None,  # type: ignore[type-arg]
         class_names: list[str] | None = None,
+        dense: bool = False,
+        void: int | None = None,
     ) -> None:
+        if void is not None and not dense:
+            raise InputError(f"void: {void} needs dense: true; a sample of one class has the label -1 for none")
         for name, dataset in {"train": train, "test": test, "unlabeled": unlabeled}.items():
             if dataset is not None:
                 check_map_style(name, dataset)
@@ -65,6 +86,8 @@ class DatasetSource(Source):
         self.test = test
         self.unlabeled = unlabeled
         self.class_names = class_names
+        self.dense = dense
+        self.void = void
         images: Any = train
         item = read_item(images, 0) if len(images) else None
         first = inputs_of(item, images, 0) if len(images) else None
@@ -86,4 +109,13 @@ class DatasetSource(Source):
 
     def load(self) -> Parts:
         """Read the labels."""
+        if self.dense:
+            return self._load_dense()
         return dataset_parts(self.train, self.test, self.unlabeled, self.class_names)
+
+    def _load_dense(self) -> Parts:
+        names = [*map(str, self.class_names)] if self.class_names else class_names_of(self.train)
+        rules = LabelRules(None if names is None else len(names), self.void)
+        unlabeled: Any = self.unlabeled
+        test = None if self.test is None else dense_part(self.test, rules)
+        return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void)

@@ -114,6 +114,25 @@ def decode_image(path: str | Path) -> Tensor:
         raise _unreadable(path, error) from error
 
 
+def size_and_turn(path: str | Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Return height and width of a picture as its file stores it, and the turn by which :func:`load_image` turns it.
+
+    Args:
+        path: File of the image, whose header alone is read where that is enough.
+
+    Raises:
+        InputError: If the file is missing, damaged or no image. The message names the file.
+    """
+    try:
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            size = (image.height, image.width)
+            if image.format not in ("JPEG", "MPO"):  # the orientation of others may follow the pixels
+                image.load()
+            return size, _TURNS.get(_orientation(image))
+    except Exception as error:  # decoders raise errors of any class
+        raise _unreadable(path, error) from error
+
+
 def _decode_jpeg(content: bytearray, image: Image.Image) -> Tensor | None:
     """Pixels (3, H, W) of an open JPEG; None if torchvision refuses it, as it does if the end is missing."""
     try:

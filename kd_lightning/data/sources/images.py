@@ -112,7 +112,7 @@ def has_several_inputs(images: Images, index: int) -> bool:
     if isinstance(images, ConcatDataset):
         return has_several_inputs(*part_of(images.datasets, index))  # type: ignore[arg-type]
     if isinstance(images, TensorDataset) or type(images).__module__.startswith(("kd_lightning.", "torchvision.")):
-        return False
+        return bool(getattr(images, "has_several_inputs", False))
     return isinstance(read_image([images], index), Mapping | tuple | list)
 
 

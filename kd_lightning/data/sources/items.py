@@ -49,12 +49,14 @@ def image_of(item: Any, place: str) -> Any:
     return _entries(item, place) if isinstance(item, Mapping) else item
 
 
-def label_of(item: Any, place: str) -> Any:
+def label_of(item: Any, place: str, *, dense: bool = False) -> Any:
     """Return the label of an item, as it is; None for a sample without a label.
 
     Args:
         item: ``(image, label, ...)``, or a mapping or named tuple with one of the ``LABEL_KEYS``, else ``mask``.
         place: Name of the item, for messages.
+        dense: Whether labels are dense, and may look like inputs. Default: False, which means that such a pair is an
+            error.
 
     Raises:
         InputError: If the item has no place for a label, if a mapping has several of the keys, or if a tuple may hold
@@ -64,7 +66,8 @@ def label_of(item: Any, place: str) -> Any:
         named = _by_name(item)
         if named is not None:
             return _label(named, place)
-        check_pair(item[0], item[1], len(item), place)
+        if not dense:
+            check_pair(item[0], item[1], len(item), place)
         return item[1]
     if isinstance(item, Mapping):
         return _label(item, place)
@@ -120,7 +123,8 @@ def left_out(item: Any) -> list[str]:
     inputs = image_of(item, "the item") if isinstance(item, Mapping) else None
     if inputs is None or isinstance(inputs, Entries):
         return []
-    named = ((name, value) for name, value in item.items() if name not in LABEL_KEYS and value is not inputs)
+    labels = {*LABEL_KEYS}.intersection(item) or {DENSE_LABEL_KEY}
+    named = ((name, value) for name, value in item.items() if name not in labels and value is not inputs)
     return [str(name) for name, value in named if _has_numbers(value) or isinstance(value, list)]
 
 

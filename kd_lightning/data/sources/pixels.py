@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 from kd_lightning.data.sources.image_files import ClassFolders, FlatFolder
 from kd_lightning.data.sources.image_loader import decode_image, load_image
 from kd_lightning.data.sources.images import Images, part_of, path_of, read_image, unreadable
+from kd_lightning.data.sources.mask_files import MaskFiles
 from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
 from kd_lightning.data.transforms.base import to_tensor
 from kd_lightning.errors import InputError
@@ -61,7 +62,11 @@ def read_pixels(parts: Sequence[Images], index: int) -> Tensor:
     path = _file_of(part, index)
     if path is not None:
         return decode_image(path)
-    image = read_image([part], index)
+    return to_pixels(read_image([part], index), part, index)
+
+
+def to_pixels(image: Any, part: Images, index: int) -> Tensor:
+    """Return the image of an item that was read as a tensor (C, H, W), see :func:`read_pixels`."""
     if isinstance(image, Mapping | tuple | list):
         raise InputError(
             f"whole-batch transforms take images alone, but the inputs of item {index} of {type(part).__name__} are "
@@ -85,7 +90,7 @@ def _file_of(images: Images, index: int) -> str | None:
             return _file_of(*part_of(images.datasets, index))  # type: ignore[arg-type]
         if type(images) is TorchvisionFiles and images.transforms is not None:
             return None
-        if type(images) in (ClassFolders, FlatFolder, TorchvisionFiles) and images.loader is load_image:  # type: ignore[attr-defined]
+        if type(images) in (ClassFolders, FlatFolder, MaskFiles, TorchvisionFiles) and images.loader is load_image:  # type: ignore[attr-defined]
             return path_of([images], index)
     except IndexError:  # read_image names the item
         pass

@@ -43,7 +43,7 @@ class RotatedClasses(Source):
         """
         parts = check_parts(self.source.load(), type(self.source).__name__)
         targets = parts.train.targets
-        if not has_one_class(targets):
+        if parts.train.dense or not has_one_class(targets):
             name = type(self.source).__name__
             raise InputError(f"RotatedClasses: images must have one class each; those of {name} have many labels")
         names = parts.class_names or [str(number) for number in range(count_classes(targets, None))]

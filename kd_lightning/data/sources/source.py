@@ -20,19 +20,39 @@ class Part(NamedTuple):
 
     A source may return labels of any type of number, with -1 for missing ones; :func:`check_parts` brings them to one
     form.
+
+    Attributes:
+        images: The images, or other samples.
+        targets: Their labels. Of dense labels, 0 for a sample that has some, -100 for one without.
+        dense: Whether labels are dense: one for each position. They are read with the sample.
+        label_contents: Hashes of the dense labels of each sample; empty ones if the dataset returns others each time.
+            Default: None, which means that labels are hashed when that is needed.
     """
 
     images: Images
     targets: Tensor
+    dense: bool = False
+    label_contents: list[str] | None = None
 
 
 class Parts(NamedTuple):
-    """The parts of a source; None for those that it lacks."""
+    """The parts of a source; None for those that it lacks.
+
+    Attributes:
+        train: The training part.
+        test: The test part.
+        unlabeled: Samples without labels.
+        class_names: Names of the classes, by number.
+        void: Class number of dense labels that means no label, beside -1 and -100.
+        pad_token: Number by which ``input_ids`` of different lengths are padded.
+    """
 
     train: Part
     test: Part | None = None
     unlabeled: Images | None = None
     class_names: list[str] | None = None
+    void: int | None = None
+    pad_token: int = 0
 
     @property
     def images(self) -> list[Images]:
@@ -83,9 +103,12 @@ def check_parts(parts: Parts, source: str) -> Parts:
     if test is not None:
         place = f"the test part of {source}"
         test = _check_part(test, place)
+        if test.dense != train.dense:
+            got = ["dense" if part.dense else "one of each sample" for part in (test, train)]
+            raise InputError(f"{place}: its labels must be of the training part's kind, got {' and '.join(got)}")
         test = test._replace(targets=_as_in_training(test.targets, train.targets, place))
     for part, place in ((train, "train"), (test, "test")):
-        if part is not None and parts.class_names:
+        if part is not None and parts.class_names and not part.dense:  # dense labels are checked when they are read
             _check_names(part.targets, len(parts.class_names), place)
     names = None if parts.class_names is None else [normal_name(str(name)) for name in parts.class_names]
     return parts._replace(train=train, test=test, class_names=names)

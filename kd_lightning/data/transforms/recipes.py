@@ -10,13 +10,16 @@ from torchvision.transforms import v2
 from kd_lightning.data.transforms.auto_augment import RandAugment
 from kd_lightning.data.transforms.base import BatchTransform, Compose, Images
 from kd_lightning.data.transforms.channels import RGB
-from kd_lightning.data.transforms.color import ColorJitter
+from kd_lightning.data.transforms.color import ColorJitter, GaussianBlur, RandomGrayscale
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.transforms.erasing import RandomErasing
 from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, read_size
 from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.transforms.resize import CenterCrop, RandomResizedCrop, Resize, ResizeToCover
 from kd_lightning.errors import InputError
+
+_ROUNDING = 0.02
+"""How far values of images may lie outside of [0, 1], as after a resize or in half precision."""
 
 
 def to_float() -> BatchTransform:
@@ -160,6 +163,39 @@ def strong_photos(size: int | tuple[int, int] = 224) -> BatchTransform:
     return Compose([_ToBytes(), RGB(), *crop, *_strong_tail([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
 
+def strong_colors(
+    mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)
+) -> BatchTransform:
+    """Strong view of images with dense labels: colours and sharpness change, and no pixel moves.
+
+    It is ST++'s strong view without Cutout: brightness, contrast and saturation by up to a half, hue by up to a
+    quarter of the circle; a fifth of the images become grey; Gaussian blur of a standard deviation of 0.1 to 2 pixels.
+    ST++ leaves out some of these at random.
+
+    Source: Yang et al., "ST++: Make Self-training Work Better for Semi-supervised Semantic Segmentation" (2022),
+    https://arxiv.org/abs/2106.05095.
+
+    Args:
+        mean: Mean of each channel, as the weak view is normalised. The default is that of photographs.
+        std: Standard deviation of each channel, as the weak view is normalised, above 0.
+
+    Returns:
+        A transform from and to normalised images (B, C, H, W), C = 1 or 3, such as weak views, H and W at least 5; or
+        from one image (C, H, W).
+
+    Raises:
+        InputError: For values out of range. In a call, for images of whole numbers, which are not normalised, and on
+            the CPU for values that are none of images with this mean and std.
+    """
+    if not mean or len(mean) != len(std):
+        raise InputError(f"mean and std must have a number for each channel, got {mean} and {std}")
+    if min(std) <= 0:
+        raise InputError(f"std must be above 0, got {std}")
+    jitter = ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)
+    blur = GaussianBlur(9, sigma=(0.1, 2.0))
+    return Compose([_FromNormalized(mean, std), jitter, RandomGrayscale(0.2), blur, Normalize(mean, std)])
+
+
 def _strong_tail(mean: list[float], std: list[float]) -> list[nn.Module]:
     """Two operations of RandAugment on uint8 images, then normalised images, then Cutout of half the side."""
     augment = RandAugment(num_ops=2, magnitude=10, fill=[255 * value for value in mean])
@@ -169,6 +205,35 @@ def _strong_tail(mean: list[float], std: list[float]) -> list[nn.Module]:
 def _cutout(share: float) -> RandomErasing:
     """Set a square, whose side is this share of the image's, to 0: the mean colour of normalised images."""
     return RandomErasing(p=1.0, scale=(share**2, share**2), ratio=(1.0, 1.0), value=0)
+
+
+class _FromNormalized(BatchTransform):
+    """Convert normalised images to floats in [0, 1]."""
+
+    is_random = False
+    moves_pixels = False
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = [float(value) for value in mean]
+        self.std = [float(value) for value in std]
+
+    def transform(self, images: Tensor, draws: Draws) -> Tensor:
+        """Return new images (B, C, H, W)."""
+        if not images.is_floating_point():
+            raise InputError(f"strong_colors takes normalised images, got {images.dtype}")
+        if images.shape[1] != len(self.mean):
+            raise InputError(f"images must have {len(self.mean)} channels, as mean and std have, got {images.shape[1]}")
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        unit = images * std + mean
+        if unit.device.type == "cpu" and unit.numel():  # elsewhere it would wait for the device
+            low, high = (float(value) for value in unit.aminmax())
+            if low < -_ROUNDING or high > 1 + _ROUNDING:
+                raise InputError(
+                    f"strong_colors: mean {self.mean} and std {self.std} must be those of the weak view, but give "
+                    f"values of {low:.2f} to {high:.2f}, not 0 to 1"
+                )
+        return unit.clamp_(0, 1)
 
 
 class _ToBytes(BatchTransform):

@@ -21,7 +21,14 @@ from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
 from kd_lightning.data.transforms.draws import Draws
-from kd_lightning.data.views.nested import shapes_of, split_teacher_inputs, stack_inputs, to_inputs
+from kd_lightning.data.views.nested import (
+    pad_alike,
+    shapes_of,
+    split_teacher_inputs,
+    stack_inputs,
+    stack_labels,
+    to_inputs,
+)
 from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, describe, map_inputs, tensors_of
@@ -30,7 +37,7 @@ Key = int | tuple[int, int]
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 _MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
 _ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
-_CHUNK = 2**25
+CHUNK = 2**25
 """Bytes of images of different sizes that are in memory at a time, and one image more."""
 _AT_ONCE = 2**19
 """Bytes of small images that are augmented together: more do not stay in a processor's cache."""
@@ -44,9 +51,13 @@ class ViewDataset(Dataset[Batch]):
     The inputs of a sample may also be a mapping or tuple. A transform gets all of them; without one, tensors are
     stacked name by name. The entry ``teacher_inputs`` of a mapping becomes that of the batch.
 
-    It holds no labels, so none can leak into training. A key without a view means view 0. A whole-batch transform
-    (:class:`~kd_lightning.data.transforms.BatchTransform`) runs once for all views of a batch; any other transform runs
-    for each view, with all generators seeded.
+    Token sequences of different lengths are padded to the longest of the batch, see
+    :func:`~kd_lightning.data.views.nested.stack_inputs`.
+
+    It holds no labels, so none can leak into training; dense labels are in
+    :class:`~kd_lightning.data.views.dense_dataset.DenseViewDataset`. A key without a view means view 0. A whole-batch
+    transform (:class:`~kd_lightning.data.transforms.BatchTransform`) runs once for all views of a batch; any other
+    transform runs for each view, with all generators seeded.
 
     Args:
         images: Parts of the source. Indices count through all of them.
@@ -58,7 +69,11 @@ class ViewDataset(Dataset[Batch]):
             no second view.
         device: Device on which whole-batch transforms run, in :meth:`finish`. Default: None, which means that they run
             where the images are read.
+        pad_token: Number that pads ``input_ids``.
     """
+
+    is_dense = False
+    """Whether batches have dense labels."""
 
     def __init__(
         self,
@@ -68,12 +83,14 @@ class ViewDataset(Dataset[Batch]):
         seed: int,
         strong_transform: Any = None,
         device: torch.device | None = None,
+        pad_token: int = 0,
     ) -> None:
         self.images = images
         self.indices = indices
         self.transform = transform
         self.seed = seed
         self.strong_transform = strong_transform
+        self.pad_token = pad_token
         self._rows = rows_of(images)
         transforms = [transform] if strong_transform is None else [transform, strong_transform]
         whole = {
@@ -119,11 +136,20 @@ class ViewDataset(Dataset[Batch]):
         pairs = keys if isinstance(keys, np.ndarray) else np.array([(k, 0) if isinstance(k, int) else k for k in keys])
         index = self.indices[torch.from_numpy(pairs[:, 0])]
         view = torch.from_numpy(np.ascontiguousarray(pairs[:, 1]))
+        batch = self._read(index, view)
+        return batch if self.device is not None else self._checked(batch)
+
+    def _read(self, index: Tensor, view: Tensor) -> Batch:
         views = self._read_whole(index, view) | self._read_single(index, view)
         x, teacher_inputs = split_teacher_inputs(views[0])
         strong = split_teacher_inputs(views[1])[0] if 1 in views else None
-        batch = Batch(x, index=index, view=view, x_strong=strong, teacher_inputs=teacher_inputs)
-        return batch if self.device is not None else self._checked(batch)
+        if isinstance(strong, Mapping):
+            x, strong = pad_alike(x, strong, self.pad_token)
+        return Batch(x, index=index, view=view, x_strong=strong, teacher_inputs=teacher_inputs)
+
+    def of(self, indices: Tensor, transform: Any) -> ViewDataset:
+        """Return a dataset of other samples under another transform, without strong views, on the CPU."""
+        return ViewDataset(self.images, indices, transform, self.seed, pad_token=self.pad_token)
 
     def finish(self, batch: Batch) -> Batch:
         """Move a batch to the device, and run the whole-batch transforms there, if the dataset has a device."""
@@ -175,7 +201,7 @@ class ViewDataset(Dataset[Batch]):
         for row, sample in enumerate(index.tolist(), 1):
             images.append(read_pixels(self.images, sample))
             size += images[-1].nbytes
-            if size >= _CHUNK or row == len(index):
+            if size >= CHUNK or row == len(index):
                 rows = torch.arange(row - len(images), row)
                 for number, head in heads.items():
                     parts[number].append(_run(head, images, _stream(draws, number).select(rows)))
@@ -191,9 +217,12 @@ class ViewDataset(Dataset[Batch]):
             for sample, name in zip(index.tolist(), view.tolist(), strict=True) if views else ():
                 image = read_image(self.images, sample)
                 for number, transform in self._single.items():
-                    key = struct.pack("<3q", self.seed, sample, name) + (struct.pack("<q", 1) if number else b"")
-                    views[number].append(self._apply(transform, image, sample, key))
-        return {number: stack_inputs(parts) for number, parts in views.items()}
+                    views[number].append(self._apply(transform, image, sample, self._key(sample, name, number)))
+        return {number: stack_inputs(parts, pad_token=self.pad_token) for number, parts in views.items()}
+
+    def _key(self, sample: int, view: int, number: int) -> bytes:
+        """The key of a view's random numbers; ``number`` is 1 for the strong view."""
+        return struct.pack("<3q", self.seed, sample, view) + (struct.pack("<q", 1) if number else b"")
 
     @contextmanager
     def _kept_generators(self) -> Iterator[None]:
@@ -210,15 +239,19 @@ class ViewDataset(Dataset[Batch]):
 
     def _apply(self, transform: Any, image: Any, index: int, key: bytes) -> Inputs:
         if transform is not None:
-            seed = zlib.crc32(key)
-            # torch.manual_seed also queues a call for every accelerator
-            torch.default_generator.manual_seed(seed)
-            if not self._torch_rng_only:  # these two are the most expensive part of a replay
-                random.seed(seed)
-                np.random.seed(seed)
+            self._seed(key)
             # a copy of its own: the strong view begins with the same entries
             image = transform({**image} if isinstance(image, Mapping) else image)
         return plain(image) if isinstance(image, Tensor) else to_inputs(image, index)
+
+    def _seed(self, key: bytes) -> None:
+        """Seed the generators for a view."""
+        seed = zlib.crc32(key)
+        # torch.manual_seed also queues a call for every accelerator
+        torch.default_generator.manual_seed(seed)
+        if not self._torch_rng_only:  # these two are the most expensive part of a replay
+            random.seed(seed)
+            np.random.seed(seed)
 
 
 def _split(transform: BatchTransform | None) -> tuple[BatchTransform | None, BatchTransform | None]:
@@ -266,13 +299,15 @@ def uses_torch_rng_only(transform: Any) -> bool:
 
 
 def collate(samples: Batch | Sequence[Batch]) -> Batch:
-    """Return the batch of a dataset, in memory that processes share. Single views are stacked."""
+    """Return the batch of a dataset, in memory that processes share. Single views are stacked, and padded by 0."""
     if isinstance(samples, Batch):
         return samples if get_worker_info() is None else samples.map(share)
     index, view = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("index", "view"))
     inputs = {name: [getattr(sample, name) for sample in samples] for name in ("x", "x_strong", "teacher_inputs")}
     stacked: dict[str, Any] = {n: None if parts[0] is None else stack_inputs(parts) for n, parts in inputs.items()}
-    return collate(Batch(**stacked, index=index, view=view))
+    labels = [sample.y for sample in samples]
+    y = None if labels[0] is None else stack_labels(labels)  # type: ignore[arg-type]
+    return collate(Batch(**stacked, y=y, index=index, view=view))
 
 
 def shorten_worker_errors(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 
-Count = Callable[[Batch], tuple[int, int] | None]
+Count = Callable[[Batch], tuple[float, ...] | None]
 
 
 def with_dense_means(batches: Iterable[Batch], trainer: Trainer | None, start: int, end: int) -> Iterator[Batch]:
@@ -36,11 +36,11 @@ def with_dense_means(batches: Iterable[Batch], trainer: Trainer | None, start: i
         yield from batches
         return
     window, end = trainer.accumulate_grad_batches, int(min(end, trainer.num_training_batches))
-    step, counts, number = [first], [counted], start + 1
+    step, counts, number, none = [first], [counted], start + 1, (0.0,) * len(counted)
     while step:
         if number % window and number < end and (batch := next(batches, None)) is not None:
             step.append(batch)
-            counts.append(count(batch) or (0, 0))
+            counts.append(count(batch) or none)
             number += 1
             continue
         means = _means(trainer, counts)
@@ -49,13 +49,12 @@ def with_dense_means(batches: Iterable[Batch], trainer: Trainer | None, start: i
             yield batch
         batch = next(batches, None)
         step = [] if batch is None else [batch]
-        counts = [count(batch) or (0, 0) for batch in step]
+        counts = [count(batch) or none for batch in step]
         number += 1
 
 
-def _means(trainer: Trainer, counts: list[tuple[int, int]]) -> tuple[float, float]:
+def _means(trainer: Trainer, counts: list[tuple[float, ...]]) -> tuple[float, ...]:
     """Return the means over some batches of each process, which must all call this."""
     sums = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
     total: Tensor = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
-    labels, rows = (total / (len(counts) * trainer.world_size)).tolist()
-    return labels, rows
+    return tuple((total / (len(counts) * trainer.world_size)).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kd_lightning.data.views.samplers import ShareSampler, TrainingBatches, View
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.data.views.teacher_outputs import FillingCollate
 from kd_lightning.data.views.worker_limits import check_open_files
+from kd_lightning.errors import InputError
 
 
 class ViewLoader(DataLoader[Batch]):
@@ -46,6 +48,8 @@ class ViewLoader(DataLoader[Batch]):
         kwargs.setdefault("collate_fn", collate)
         if view_table is not None and not isinstance(kwargs["collate_fn"], FillingCollate):
             kwargs["collate_fn"] = FillingCollate(kwargs["collate_fn"], view_table.outputs)
+        if dataset.is_dense != labels.dense:
+            raise InputError("labels: dense labels need a dataset of dense labels, and others one without")
         super().__init__(dataset, **kwargs)
         self.labels = labels
         self.trainer = trainer
@@ -79,7 +83,10 @@ class ViewLoader(DataLoader[Batch]):
             return
         start = self._resume_position[1] if self._resume_position[0] == sampler.epoch else 0
         self._resume_position = (-1, 0)
-        yield from with_dense_means(self._training(sampler, start), self.trainer, start, len(self))
+        # the first of its optimiser step, since dense labels are counted when they are loaded
+        first = start if self.trainer is None else start - start % self.trainer.accumulate_grad_batches
+        batches = with_dense_means(self._training(sampler, first), self.trainer, first, len(self))
+        yield from islice(batches, start - first, None)
 
     def _training(self, sampler: ViewSampler, start: int) -> Iterator[Batch]:
         """Yield the batches of training with their labels, from number ``start`` of the epoch on."""

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.sources.items import TEACHER_INPUTS, Entries
 from kd_lightning.data.transforms.base import plain, stack
 from kd_lightning.errors import InputError
@@ -75,12 +76,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def stack_inputs(samples: Sequence[Inputs], name: str = "") -> Any:
-    """Stack the inputs of samples, name by name.
+def stack_inputs(samples: Sequence[Inputs], name: str = "", pad_token: int = 0) -> Any:
+    """Stack the inputs of samples, name by name. Token sequences are padded to the longest of them.
+
+    These are the tensors of a mapping with ``attention_mask`` (T,) whose length is that of the mask in each sample.
+    ``input_ids`` are padded by ``pad_token``, ``attention_mask`` and others by 0.
 
     Args:
         samples: Inputs of B samples, of one form.
         name: Name of the inputs within the sample, for messages.
+        pad_token: Number that pads ``input_ids``.
 
     Returns:
         A tensor (B, ...), or a mapping or tuple of such tensors. The order of names is that of the first sample.
@@ -93,16 +98,76 @@ def stack_inputs(samples: Sequence[Inputs], name: str = "") -> Any:
         what = f"{name} of {_WHAT}" if name else _WHAT
         if first.ndim > 2 and not name:
             return stack(samples, what)  # type: ignore[arg-type]
-        return stack(samples, what, "pad it to one length in the dataset, or in a transform of one sample")  # type: ignore[arg-type]
+        remedy = "pad it to one length in the dataset, or return a mapping of tensors with their attention_mask"
+        return stack(samples, what, remedy)  # type: ignore[arg-type]
     forms = {_form(sample) for sample in samples}
     if len(forms) > 1:
         where = f"{name} of {_WHAT}" if name else _WHAT
         raise InputError(f"{where} must have the same entries, got {' and '.join(sorted(forms)[:3])}")
     if isinstance(first, Mapping):
         named = {key: [sample[key] for sample in samples] for key in first}
-        stacked = {key: stack_inputs(parts, f"{name}.{key}" if name else str(key)) for key, parts in named.items()}
+        lengths = _lengths(named.get("attention_mask"))
+        stacked = {}
+        for key, parts in named.items():
+            if lengths is not None and _lengths(parts, ndim=None) == lengths:
+                parts = pad(parts, max(lengths), pad_token if str(key).endswith("input_ids") else 0)
+            stacked[key] = stack_inputs(parts, f"{name}.{key}" if name else str(key), pad_token)
         return Entries(stacked) if isinstance(first, Entries) else stacked
-    return tuple(stack_inputs(parts, f"{name}[{n}]") for n, parts in enumerate(zip(*samples, strict=True)))
+    return tuple(stack_inputs(parts, f"{name}[{n}]", pad_token) for n, parts in enumerate(zip(*samples, strict=True)))
+
+
+def _lengths(parts: Sequence[Any] | None, ndim: int | None = 1) -> list[int] | None:
+    """Return the lengths of tensors, if these differ; None if they are equal, or if some are no tensors.
+
+    Args:
+        parts: One of each sample.
+        ndim: Number of dimensions that they must have. None for any.
+    """
+    if parts is None or not all(isinstance(part, Tensor) and part.ndim for part in parts):
+        return None
+    lengths = [len(part) for part in parts]
+    ok = ndim is None or all(part.ndim == ndim for part in parts)
+    return lengths if ok and len({*lengths}) > 1 else None
+
+
+def pad(parts: Sequence[Tensor], length: int, value: float) -> list[Tensor]:
+    """Return tensors (T, ...) with rows of one value behind them, so that all have one length."""
+    return [
+        part if len(part) == length else torch.cat([part, part.new_full((length - len(part), *part.shape[1:]), value)])
+        for part in parts
+    ]
+
+
+def stack_labels(labels: Sequence[Tensor]) -> Tensor:
+    """Stack the dense labels of samples. Those of token sequences (T,) are padded by -100, or NaN if they are floats.
+
+    Raises:
+        InputError: If their shapes or types do not fit.
+    """
+    lengths = _lengths(labels)
+    if lengths is not None:
+        missing = float("nan") if labels[0].is_floating_point() else IGNORE_INDEX
+        labels = pad(labels, max(lengths), missing)
+    return stack(labels, "dense labels of a batch", "a resize or a crop of inputs and labels brings them to one size")
+
+
+def pad_alike(first: Any, second: Any, pad_token: int = 0) -> tuple[Any, Any]:
+    """Pad two batches of token sequences to the same length, where theirs differ; others stay as they are."""
+    masks = [x.get("attention_mask") if isinstance(x, Mapping) else None for x in (first, second)]
+    if any(not isinstance(mask, Tensor) or mask.ndim != 2 for mask in masks):
+        return first, second
+    lengths = [mask.shape[1] for mask in masks]  # type: ignore[union-attr]
+    if lengths[0] == lengths[1]:
+        return first, second
+    padded = []
+    for x, length in zip((first, second), lengths, strict=True):
+        long = {
+            key: pad([part.transpose(0, 1)], max(lengths), pad_token if str(key).endswith("input_ids") else 0)[0]
+            for key, part in x.items()
+            if isinstance(part, Tensor) and part.ndim > 1 and part.shape[1] == length
+        }
+        padded.append(type(x)({**x, **{key: part.transpose(0, 1).contiguous() for key, part in long.items()}}))
+    return padded[0], padded[1]
 
 
 def _form(sample: Inputs) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from kd_lightning.batch import Batch, TeacherOutputs
-from kd_lightning.cache.outputs import StoredOutputs
-from kd_lightning.cache.tensors import hash_rows
+from kd_lightning.cache.outputs import PackedOutputs, StoredOutputs
+from kd_lightning.cache.tensors import hash_rows, token_mask
 from kd_lightning.data.views.worker_limits import share
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -55,9 +55,11 @@ class ViewOutputs:
         if not self._stored or batch.index is None or batch.view is None:
             return batch
         numbers, views = self.rows(batch), hash_rows(batch.teacher_x)
+        mask = token_mask(batch.teacher_x)
+        length = None if mask is None else mask.shape[1]
         found, inputs, changed = {}, None, 0
         for name, stored in self._stored.items():
-            rows = stored.read(numbers.clip(min=0))
+            rows = stored.read_packed(numbers.clip(min=0), length)
             others = int(((rows.views != views) | (numbers < 0)).sum())
             changed = max(changed, others)
             if not others and (inputs is None or np.array_equal(inputs, rows.inputs)):
@@ -65,7 +67,9 @@ class ViewOutputs:
         sources = {name: str(self._stored[name].folder) for name in found}
         hashes = None if inputs is None else share(torch.from_numpy(inputs.view(np.int64)))
         of_images = inputs is not None and np.array_equal(inputs, views)
-        batch.teacher = TeacherOutputs(found, sources, hashes, changed, of_images)
+        unpack = {name: one for name in found if (one := self._stored[name].unpack) is not None}
+        about: dict[str, Any] = {"sources": sources, "inputs": hashes, "changed": changed, "of_images": of_images}
+        batch.teacher = PackedOutputs(found, unpack, **about) if unpack else TeacherOutputs(found, **about)
         return batch
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -8,7 +8,11 @@ from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, describe
 
 # torch's messages about inputs that do not fit a layer
-_SHAPES = re.compile(r"shapes? |channels|expected .*(input|dim)|size of tensor|sizes? mismatch", re.IGNORECASE)
+_SHAPES = re.compile(
+    r"shapes? |channels|expected .*(input|dim|scalar type)|size of tensor|sizes? mismatch|"
+    r"same dtype|input type .* same",
+    re.IGNORECASE,
+)
 
 
 def explain_shapes(error: RuntimeError, x: Inputs) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, PolynomialLR, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, OneCycleLR, PolynomialLR, SequentialLR
 
 from kd_lightning.errors import InputError
 from kd_lightning.schedules import lengths_of
@@ -138,7 +138,7 @@ def check_schedule(
     """Raise InputError if a schedule ends before training does. Call it when the trainer has its training data.
 
     Only OneCycleLR fails when it ends. Other schedules with ``total_steps`` get a warning, and OneCycleLR too if
-    ``max_time`` may end the training earlier.
+    ``max_time`` may end the training earlier; so does CosineAnnealingLR, whose learning rate rises again then.
 
     Args:
         name: Name of the argument in the message.
@@ -154,13 +154,17 @@ def check_schedule(
     unit = "epochs (lr_interval: epoch)" if interval == "epoch" else "optimiser steps (lr_interval: step)"
     _check_milestones(name, scheduler, _length(trainer, interval, first, end), trainer, unit)
     for part, steps in _parts(scheduler, planned):
+        longer = f"takes {steps:.0f} {unit}" if math.isfinite(steps) else "has neither max_epochs nor max_steps"
         if isinstance(part, PolynomialLR) and steps > part.total_iters:
-            takes = f"after total_iters {part.total_iters}, but the training takes {steps:.0f} {unit}"
+            takes = f"after total_iters {part.total_iters}, but the training {longer}"
             rank_zero_warn(f"{name}: PolynomialLR has a learning rate of 0 {takes}")
+        # the rate after the last step is not used
+        if getattr(type(part), "get_lr", None) is CosineAnnealingLR.get_lr and steps - 1 > part.T_max:
+            rises = f"its learning rate rises again after T_max {part.T_max}, but the training {longer}"
+            rank_zero_warn(f"{name}: {type(part).__name__}: {rises}")
         total = getattr(part, "total_steps", None)
         if not isinstance(total, int) or steps <= total:
             continue
-        longer = f"takes {steps:.0f} {unit}" if math.isfinite(steps) else "has neither max_epochs nor max_steps"
         text = f"{name}: {type(part).__name__} ends after total_steps {total}, but the training {longer}"
         if not isinstance(part, OneCycleLR) or any(isinstance(c, Timer) for c in _callbacks(trainer)):
             rank_zero_warn(text)

@@ -16,13 +16,14 @@ from kd_lightning.data.transforms import (
     photo_transforms,
     segmentation_transforms,
     small_image_transforms,
+    strong_colors,
     strong_digits,
     strong_photos,
     strong_small,
     to_float,
 )
 from kd_lightning.data.transforms.auto_augment import RandAugment
-from kd_lightning.data.transforms.color import ColorJitter
+from kd_lightning.data.transforms.color import ColorJitter, GaussianBlur, RandomGrayscale
 from kd_lightning.data.transforms.erasing import RandomErasing
 from kd_lightning.data.transforms.resize import RandomResizedCrop
 from kd_lightning.data.views.dataset import ViewDataset
@@ -212,6 +213,8 @@ def test_outside_is_the_mean_colour():
         (lambda: strong_small([0.5], [0.5], size=1), "size must be at least 2, got 1"),
         (lambda: strong_small([0.5], [0.5], padding=-1), "padding must be at least 0, got -1"),
         (lambda: strong_photos(0), "size must be at least 2, got 0"),
+        (lambda: strong_colors([0.5], [0.5, 0.5]), r"a number for each channel, got \[0.5\] and \[0.5, 0.5\]"),
+        (lambda: strong_colors([0.5], [0.0]), r"std must be above 0, got \[0.0\]"),
     ],
 )
 def test_bad_values(make, message):
@@ -221,11 +224,79 @@ def test_bad_values(make, message):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("strong_digits", {}), ("strong_small", {"mean": MEAN, "std": STD, "flip": False}), ("strong_photos", {})],
+    [
+        ("strong_digits", {}),
+        ("strong_small", {"mean": MEAN, "std": STD, "flip": False}),
+        ("strong_photos", {}),
+        ("strong_colors", {}),
+        ("strong_colors", {"mean": MEAN, "std": STD}),
+    ],
 )
 def test_from_yaml(name, arguments):
     config = {"class_path": f"kd_lightning.data.transforms.{name}", "init_args": arguments}
     assert isinstance(build(nn.Module, config), nn.Module)
+
+
+class TestStrongColors:
+    """The strong view of a weak, normalised one: its labels stay where they are."""
+
+    def test_without_changes_it_returns_what_it_gets(self):
+        images = Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(to_bytes(9))
+        steps = without(strong_colors(MEAN, STD), ColorJitter, RandomGrayscale, GaussianBlur)
+        torch.testing.assert_close(steps(images), images, rtol=0, atol=1e-5)
+
+    def test_by_hand(self):
+        """The steps on plain images in [0, 1], by the draws of their streams."""
+        plain, steps = to_bytes(50).float() / 255, strong_colors(MEAN, STD)
+        assert [type(step).__name__ for step in steps.transforms][1:4] == [
+            "ColorJitter",
+            "RandomGrayscale",
+            "GaussianBlur",
+        ]
+        expected = plain
+        for number in (1, 2, 3):
+            expected = steps.transforms[number](expected, rows(50).stream(number))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        found = steps((plain - mean) / std, rows(50))
+        torch.testing.assert_close(found, (expected - mean) / std, rtol=0, atol=1e-3)
+        assert ((found * std + mean - plain).abs().mean(dim=(1, 2, 3)) > 0.01).float().mean() > 0.9
+        assert ((found * std + mean).std(dim=1).amax(dim=(1, 2)) < 1e-3).sum() in range(3, 20)  # grey
+
+    def test_no_pixel_moves(self):
+        """An edge stays between its two columns, and masks stay as they are."""
+        images = torch.full((40, 3, 24, 24), 0.2)
+        images[..., 10:] = 0.8
+        weak = v2.functional.normalize(images, MEAN, STD)
+        strong = strong_colors(MEAN, STD)(weak, rows(40))
+        steepest = strong.diff(dim=3).abs().sum(dim=(1, 2)).argmax(dim=1)
+        assert (steepest == 9).all()
+        masks = torch.arange(40 * 24 * 24).view(40, 24, 24)
+        assert torch.equal(strong_colors().masks(masks, rows(40)), masks)
+
+    def test_a_row_does_not_depend_on_the_others(self):
+        images, transform = torch.rand(20, 3, 16, 16) - 0.5, strong_colors([0.5], [1.0])
+        images = images[:, :1]
+        whole = transform(images, rows(20))
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+        parts = [transform(images[part], rows(20).select(part)) for part in order.split(3)]
+        assert torch.equal(torch.cat(parts), whole[order])
+        assert whole.shape == images.shape
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            (to_bytes(2), "strong_colors takes normalised images, got torch.uint8"),
+            (torch.zeros(2, 1, 8, 8), "images must have 3 channels, as mean and std have, got 1"),
+            (
+                torch.full((2, 3, 8, 8), 3.0),
+                r"must be those of the weak view, but give values of 1.* to 1.*, not 0 to 1",
+            ),
+            (torch.full((2, 3, 8, 8), -3.0), "must be those of the weak view"),
+        ],
+    )
+    def test_other_images(self, images, message):
+        with pytest.raises(InputError, match=message):
+            strong_colors()(images)
 
 
 class TestDefaults:

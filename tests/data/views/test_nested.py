@@ -311,7 +311,7 @@ def test_whole_batch_transforms_take_images_alone():
 def test_a_strong_view_has_the_shapes_of_the_first():
     class Short(nn.Module):
         def forward(self, inputs):
-            return {name: inputs[name][:2] for name in ("input_ids", "attention_mask")}
+            return {"input_ids": inputs["input_ids"][:2], "attention_mask": inputs["attention_mask"]}
 
     with pytest.raises(InputError, match=r"returns, got \{input_ids: \[2\], .* and \{attention_mask: \[6\]"):
         next(iter(make("pair", strong_transform=Short()).train_dataloader()))

@@ -135,7 +135,7 @@ def test_few_pictures_are_in_memory_at_a_time(monkeypatch):
     sizes = [read_pixels(dataset.images, n).nbytes for n in range(30)]
     for most in (1, 3000, sum(sizes)):
         lengths.clear()
-        monkeypatch.setattr(module, "_CHUNK", most)
+        monkeypatch.setattr(module, "CHUNK", most)
         assert torch.equal(dataset.__getitems__([(n, 0) for n in range(30)]).x, whole)
         ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
         assert ends[-1] == 30

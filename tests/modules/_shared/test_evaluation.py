@@ -99,6 +99,19 @@ def test_batches_make_no_difference(case):
     assert parts == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
 
 
+@pytest.mark.parametrize("case", ["multilabel", "binary", "binary, column"])
+def test_labels_that_are_probabilities(case):
+    """They count as the likelier label: 0.9, of smoothed labels, is no 0."""
+    task, logits, teacher, y = random_outputs(case)
+    whole, smooth = (measure(task, logits, teacher, labels) for labels in (y, 0.1 + 0.8 * y))
+    assert {**smooth, "loss": 0} == {**whole, "loss": 0}
+    evaluation = Evaluation(task, 1 if task == "binary" else logits.shape[1])
+    evaluation.add_confusion_matrix()
+    logits = logits.flatten() if task == "binary" else logits
+    evaluation.update(logits, 0.1 + 0.8 * y, torch.zeros(()), 1, None)
+    assert evaluation.confusion.compute().reshape(-1, 2, 2)[:, 1].sum() == (y == 1).sum()
+
+
 @pytest.mark.parametrize("case", SHAPES)
 def test_only_what_there_is(case):
     task, logits, teacher, y = random_outputs(case)

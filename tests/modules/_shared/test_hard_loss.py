@@ -132,6 +132,48 @@ class TestMissingLabelsOfARow:
             hard_loss_of(nn.BCEWithLogitsLoss(), "multilabel", torch.zeros(1, 3), Batch(y, y))
 
 
+class TestClassNumbersAsFloats:
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize(
+        ("y", "bad"), [([0.5, 1.7, 2.0], "0.5"), ([0, NAN, 1.25], "1.25"), ([0, 1, 1.9999], "1.9999")]
+    )
+    def test_fractions_are_refused(self, y, bad):
+        y = torch.tensor(y)
+        with pytest.raises(
+            InputError, match=rf"whole class numbers, .*; got {bad}; probabilities .* \(B, C\)"
+        ) as caught:
+            hard_loss_of(nn.CrossEntropyLoss(), "multiclass", self.logits, Batch(y, y))
+        assert "\n" not in str(caught.value)
+
+    def test_whole_numbers_count_as_classes(self):
+        y = torch.tensor([2.0, NAN, 0.0])
+        found = hard_loss_of(nn.CrossEntropyLoss(), "multiclass", self.logits, Batch(y, y))
+        assert torch.equal(found.value, nn.functional.cross_entropy(self.logits[[0, 2]], torch.tensor([2, 0])))
+
+    @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+    def test_a_type_that_rounds_them(self, dtype, most):
+        """A precision plugin casts floats: as bfloat16, class 257 is 256."""
+        y = torch.tensor([most, 1.0]).to(dtype)
+        assert torch.tensor(most + 1.0).to(dtype) == most
+        found = hard_loss_of(nn.CrossEntropyLoss(), "multiclass", torch.zeros(2, most + 1), Batch(y, y))
+        assert found.value.item() == pytest.approx(np.log(most + 1), rel=1e-6)
+        with pytest.raises(InputError, match=f"has {most + 2} classes, and .*float16 cannot hold .* above {most}"):
+            hard_loss_of(nn.CrossEntropyLoss(), "multiclass", torch.zeros(2, most + 2), Batch(y, y))
+
+    @pytest.mark.parametrize(("task", "shape"), [("binary", (4,)), ("multilabel", (4, 1))])
+    def test_probabilities_of_other_tasks_stay(self, task, shape):
+        y, z = torch.tensor([0.0, 0.3, 0.9, 1.0]).view(shape), torch.randn(shape)
+        found = hard_loss_of(nn.BCEWithLogitsLoss(), task, z, Batch(z, y))
+        assert found.value.item() == pytest.approx(
+            nn.functional.binary_cross_entropy(z.sigmoid().double(), y.double()).item(), rel=1e-6
+        )
+        for bad in (-0.1, 1.5):
+            y = torch.full(shape, bad)
+            with pytest.raises(InputError, match=f"labels must be 0 ... 1 .*got {bad}"):
+                hard_loss_of(nn.BCEWithLogitsLoss(), task, z, Batch(z, y))
+
+
 CLASS_WEIGHTS = torch.tensor([0.25, 1.0, 4.0, 0.0])
 
 

@@ -1,7 +1,9 @@
 """Learning rate schedules: lengths that the run gives, and those that are refused since the run is longer."""
 
 import copy
+import itertools
 import math
+import re
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -386,6 +388,74 @@ class TestLengthLeftOut:
             quiet_trainer(fast_dev_run=True).fit(module(warm_cosine), loader())
             quiet_trainer(max_epochs=3).fit(module(warm_cosine), loader())
             quiet_trainer(max_epochs=5).fit(module(PolynomialLR), loader())
+
+
+class TestCosineThatIsTooShort:
+    """CosineAnnealingLR falls until T_max, and then rises to its first rate."""
+
+    cosine = partial(CosineAnnealingLR, T_max=3)
+
+    @pytest.mark.parametrize(
+        ("schedule", "interval", "options", "message"),
+        [
+            (cosine, "epoch", {"max_epochs": 5}, r"T_max 3, but the training takes 5 epochs \(lr_interval: epoch\)"),
+            (cosine, "epoch", {"max_epochs": 4}, None),  # the last epoch has the lowest rate
+            (cosine, "epoch", {"max_epochs": 9, "max_steps": 9}, None),
+            (cosine, "step", {"max_epochs": 2}, "T_max 3, but the training takes 6 optimiser steps"),
+            (cosine, "step", {"max_epochs": 2, "accumulate_grad_batches": 2}, None),
+            (cosine, "step", {"max_epochs": -1}, "T_max 3, but the training has neither max_epochs nor max_steps"),
+            (cosine, "epoch", {"max_epochs": 2, "fast_dev_run": True}, None),
+            (CosineAnnealingLR, "step", {"max_epochs": 3}, None),
+            (warm_cosine, "step", {"max_epochs": 3}, None),
+            (
+                partial(SequentialSchedule, schedulers=[ConstantLR, cosine], milestones=[2]),
+                "step",
+                {"max_epochs": 3},
+                "T_max 3, but the training takes 7",
+            ),
+            (
+                partial(SequentialSchedule, schedulers=[ConstantLR, cosine], milestones=[6]),
+                "step",
+                {"max_epochs": 3},
+                None,
+            ),
+            (
+                partial(SequentialSchedule, schedulers=[cosine, ConstantLR], milestones=[6]),
+                "step",
+                {"max_epochs": 3},
+                "T_max",
+            ),
+            (
+                partial(SequentialSchedule, schedulers=[cosine, ConstantLR], milestones=[3]),
+                "step",
+                {"max_epochs": 3},
+                None,
+            ),
+            (partial(ChainedSchedule, schedulers=[ConstantLR, cosine]), "step", {"max_epochs": 3}, "T_max 3, but"),
+        ],
+    )
+    def test_warning(self, quiet_trainer, loader, student, schedule, interval, options, message):
+        stop = [Timer(timedelta(microseconds=1))] if options["max_epochs"] < 0 else []
+        module = SupervisedModule(student, optimizer=SGD, lr_scheduler=schedule, lr_interval=interval)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(**options, callbacks=stop).fit(module, loader())
+        found = [str(w.message) for w in caught if "T_max" in str(w.message)]
+        assert len(found) == (message is not None)
+        if message is not None:
+            assert re.match("lr_scheduler: CosineAnnealingLR: its learning rate rises again after T_max 3", found[0])
+            assert re.search(message, found[0])
+
+    def test_the_warning_is_right(self):
+        """It comes if some step uses a higher rate than the step before it."""
+        for steps in range(1, 9):
+            optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            scheduler, rates = self.cosine(optimizer), []
+            for _ in range(steps):
+                rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                scheduler.step()
+            assert any(b > a for a, b in itertools.pairwise(rates)) == (steps - 1 > 3)
 
 
 class TestLengthOfStages:
