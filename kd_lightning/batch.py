@@ -137,10 +137,12 @@ class Batch:
         mean_pseudo: Mean number of pseudo-labels among ``mean_labels``.
         mean_coarse: Mean number of coarse labels among ``mean_labels``.
         mean_rows: Mean number of rows of these batches. If None, it is B.
-        dense_means: Mean numbers of labels and of rows where each position of a dense sample is a row. The loader sets
-            them if the module has a method ``count_rows``. They take the place of the other means.
-        labeled: Numbers (K,) of the rows whose label is known. The loader sets it, so that no step searches ``y`` or
-            synchronises with the device. If None, ``y`` is searched. Where other labels replace ``y``, set it to None.
+        dense_means: Mean numbers of labels and of rows where each position of a dense sample is a row; a third one is
+            the mean sum of the labels' class weights, if the hard loss has some. The loader sets them if the module
+            has a method ``count_rows``. They take the place of the other means.
+        labeled: Numbers (K,) of the rows whose label is known; of dense samples, those that have labels, even if a crop
+            shows none of them. The loader sets it, so that no step searches ``y`` or synchronises with the device. If
+            None, ``y`` is searched. Where other labels replace ``y``, set it to None.
         teacher_inputs: Inputs of teachers, where they differ from ``x`` (a higher resolution, other tokens): a tensor
             (B, ...), or a mapping or tuple of such tensors. If None, teachers get ``x``.
         teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
@@ -162,7 +164,7 @@ class Batch:
     mean_pseudo: float = 0.0
     mean_coarse: float = 0.0
     mean_rows: float | None = None
-    dense_means: tuple[float, float] | None = None
+    dense_means: tuple[float, ...] | None = None
     labeled: Tensor | None = None
     teacher_inputs: Any = None
     teacher: TeacherOutputs | None = None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from kd_lightning import InputError
 from kd_lightning.inputs import arguments_of, call, describe, device_of, map_inputs, rows_of, tensors_of
@@ -19,6 +20,40 @@ def test_call(x, args, kwargs):
     call(lambda *a, **k: got.append((a, k)), x)
     assert [id(part) for part in got[0][0]] == [id(part) for part in args]
     assert {name: id(part) for name, part in got[0][1].items()} == {name: id(part) for name, part in kwargs.items()}
+
+
+class Two(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        return a * scale
+
+
+@pytest.mark.parametrize(
+    ("network", "x", "message"),
+    [
+        (
+            nn.Sequential(),
+            {"image": A, "index": B},
+            "the network Sequential takes (input), but a batch has the inputs image, index",
+        ),
+        (Two(), {"a": A}, "the network Two takes (a, b, *, scale=1.0), but a batch has the inputs a"),
+        (Two(), A, "the network Two takes (a, b, *, scale=1.0), but a batch has 1 input"),
+        (nn.Linear(2, 2), (A, B), "the network Linear takes (input), but a batch has 2 inputs"),
+    ],
+)
+def test_arguments_that_a_network_does_not_take(network, x, message):
+    with pytest.raises(InputError) as caught:
+        call(network, x)
+    assert str(caught.value) == f"{message}; the module's unpack(batch) can return other ones"
+
+
+def test_other_errors_of_a_network_stay():
+    class Broken(nn.Module):
+        def forward(self, a):
+            return Two()(a)
+
+    for network, x in ((Broken(), A), (Broken(), {"a": A})):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'"):
+            call(network, x)
 
 
 @pytest.mark.parametrize("x", [A, (A, B), {"a": A, "b": (B, {"c": A})}])

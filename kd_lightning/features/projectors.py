@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
@@ -49,6 +50,7 @@ class Projectors(nn.ModuleDict):
         self.shapes: list[ShapePair] = []
         self.layouts: list[LayoutPair] = []
         self.guided_parameters: frozenset[str] = frozenset()
+        self._warned: set[int] = set()  # numbers of pairs
 
     def _check_names(self, student: nn.Module, teacher: nn.Module) -> None:
         for guided, hint in self.hints.items():
@@ -165,7 +167,7 @@ class Projectors(nn.ModuleDict):
                 ) from error
 
     def pairs(
-        self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int
+        self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int, mask: Tensor | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the student's projected outputs and the hints, of one shape, by guided layer.
 
@@ -173,6 +175,8 @@ class Projectors(nn.ModuleDict):
             guided: Outputs of the student's layers, by name.
             hints: Outputs of the teacher's layers, by name.
             rows: Number of samples B.
+            mask: Which positions exist, (B, ...). Both features are 0 at the others, if they have the mask's positions.
+                Default: None, which means that all exist.
 
         Raises:
             InputError: If an output does not have a row for each sample, or if a projected output and its hint have
@@ -197,8 +201,28 @@ class Projectors(nn.ModuleDict):
                     f"projectors: that of {name} gives {[*projected.shape[1:]]} for one sample, but the hint of "
                     f"{layer} is {[*target.shape[1:]]}"
                 )
+            if mask is not None:
+                projected, target = self._masked(number, projected, target, mask, target.ndim > hint.ndim)
             pairs[name] = projected, target
         return pairs
+
+    def _masked(
+        self, number: int, projected: Tensor, target: Tensor, mask: Tensor, is_arranged: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return both features with 0 at the positions that do not exist. Warn once if they have other positions."""
+        layout = self.layouts[number][1] or ("first" if target.ndim > 3 else "last")
+        first = isinstance(self[str(number)], Regressor) or layout == "first" or is_arranged
+        positions = target.shape[:1] + (target.shape[2:] if first else target.shape[1:-1])
+        if positions == mask.shape:
+            padding = (mask == 0).to(target.device).unsqueeze(1 if first else -1)
+            return projected.masked_fill(padding, 0), target.masked_fill(padding, 0)
+        if len(positions) == mask.ndim and number not in self._warned and not mask.all():
+            self._warned.add(number)
+            rank_zero_warn(
+                f"hints: padded positions count in that of {[*self.hints][number]}, since it has the positions "
+                f"{[*positions[1:]]}, and the mask {[*mask.shape[1:]]}"
+            )
+        return projected, target
 
     def _outputs(
         self, guided: Mapping[str, Tensor], hints: Mapping[str, Tensor], rows: int

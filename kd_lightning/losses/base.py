@@ -287,7 +287,9 @@ def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | 
     return rows.sum() / torch.where(total > 0, total, 1)
 
 
-def mean_of_known(loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor, **fields: Any) -> Tensor:
+def mean_of_known(
+    loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor, weight: Tensor | None = None, **fields: Any
+) -> Tensor:
     """Return the mean of a loss over the known labels of whole rows, a scalar.
 
     The loss gets whole rows, so that its parameters of each label (such as ``pos_weight``) meet their label. Missing
@@ -298,6 +300,7 @@ def mean_of_known(loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor
         logits: (B, L).
         target: (B, L), any value where the label is missing.
         known: Which labels are known, (B, L) booleans; at least one.
+        weight: Factor of each row's loss, (B,). Default: None, which means 1.
         fields: The row fields that the loss declares, by name.
 
     Raises:
@@ -309,6 +312,7 @@ def mean_of_known(loss: nn.Module, logits: Tensor, target: Tensor, known: Tensor
             f"hard_loss: {type(loss).__name__} with reduction 'none' must return one value for each label, "
             f"{[*target.shape]}, where labels of a row are missing, got {[*values.shape]}"
         )
+    values = values if weight is None else values * weight.unsqueeze(1)
     return values.masked_fill(~known, 0).sum() / known.sum()
 
 

@@ -70,3 +70,8 @@ class SoftLoss(Protocol):
     @property
     def supports_top_k(self) -> bool:
         """Whether the teacher's top k logits and the sum of its other probabilities are enough. Default: False."""
+
+
+def is_own(loss: object) -> bool:
+    """Whether a loss is a project's own: neither one of torch nor one of this package."""
+    return type(loss).__module__.partition(".")[0] not in ("torch", "kd_lightning")

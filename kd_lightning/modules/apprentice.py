@@ -16,9 +16,9 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
+from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
-from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
@@ -43,7 +43,8 @@ class ApprenticeModule(DistillModule):
     - C, ``"finetune"``: like B, but the apprentice starts from its trained full-precision weights, with a low learning
       rate. B with a student that already holds these weights is the same.
 
-    :func:`kd_lightning.quantization.quantize` makes students of low precision. A float student works, too.
+    :func:`kd_lightning.quantization.quantize` makes students of low precision. A float student works, too. It takes all
+    inputs, outputs and tasks of :class:`SupervisedModule`.
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
@@ -141,7 +142,7 @@ class ApprenticeModule(DistillModule):
         """Return the teacher's logits, in scheme A with a gradient."""
         if self.teacher is None or isinstance(self.teacher, Teacher):
             return super().teacher_logits(batch)
-        output = self.call(self.teacher, batch.teacher_x)
+        output = self.guarded_call("teacher", self.teacher, batch.teacher_x)
         if not isinstance(output, Tensor) and torch.is_grad_enabled():
             self._teacher_heads.record(batch.x, output)
         return logits_of(output, "the teacher")
@@ -194,6 +195,8 @@ def _check_trainable(teacher: nn.Module, student: nn.Module) -> nn.Module:
         raise InputError("teacher: scheme joint trains it; give the network itself, not a frozen Teacher around it")
     if is_exported(teacher) or isinstance(teacher, ExportedNetwork):
         raise InputError("teacher: scheme joint trains it, but a program of torch.export stays in eval mode")
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher must be a network, got {type(teacher).__name__}")
     if not any(p.requires_grad for p in teacher.parameters()):
         raise InputError("teacher: scheme joint trains it, but none of its parameters requires a gradient")
     check_two_networks("teacher", teacher, student)

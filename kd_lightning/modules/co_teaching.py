@@ -12,7 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.outputs import auxiliary_logits_of, logits_of
 from kd_lightning.losses.base import (
     at_least_float32,
     check_reducible,
@@ -38,7 +38,10 @@ class CoTeachingModule(SupervisedModule):
     sorted. (The datamodule's ``noisy: true`` marks the labels of a source as noisy; beside a label file they would be
     clean.) Weights multiply the loss, and do not change the order. Several processes sort their rows together.
 
-    The ``student`` is evaluated and deployed. The ``peer`` is in checkpoints, for a resume.
+    The ``student`` is evaluated and deployed. The ``peer`` is in checkpoints, for a resume. Auxiliary heads of neither
+    learn.
+
+    It takes all inputs, outputs (B, C) and the multiclass task.
 
     Logs what :class:`SupervisedModule` does, ``train/peer_hard``, and ``forget_rate`` (R).
 
@@ -69,6 +72,8 @@ class CoTeachingModule(SupervisedModule):
         super().__init__(student, **kwargs)
         if self.task != "multiclass":
             raise InputError(f"task must be multiclass, got {self.task!r}")
+        if self.class_dim is not None:
+            raise InputError(f"class_dim must be left out: samples are selected, not positions; got {self.class_dim}")
         if not 0.0 <= forget_rate < 1.0:
             raise InputError(f"forget_rate must lie in [0, 1), got {forget_rate}")
         if ramp_epochs < 1:
@@ -82,6 +87,7 @@ class CoTeachingModule(SupervisedModule):
         self.peer = peer
         self.forget_rate = forget_rate
         self._sorted_rows: Tensor | int = 0  # since the fit began
+        self._warned_of_heads = False
         self.ramp_epochs = ramp_epochs
 
     def forget_rate_at(self, epoch: int) -> float:
@@ -95,7 +101,9 @@ class CoTeachingModule(SupervisedModule):
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return each student's hard term, on the rows that the other has selected."""
-        both = self(batch.x), logits_of(self.call(self.peer, batch.x), "the peer")
+        logits, output = self(batch.x), self.guarded_call("peer", self.peer, batch.x)
+        self._warn_of_heads(output)
+        both = logits, logits_of(output, "the peer")
         if both[0].shape != both[1].shape:
             raise InputError(f"student and peer must have one shape, got {[*both[0].shape]} and {[*both[1].shape]}")
         y = torch.full((len(batch),), IGNORE_INDEX, device=batch.device) if batch.y is None else batch.y
@@ -121,6 +129,17 @@ class CoTeachingModule(SupervisedModule):
         if self._trainer is not None:
             self._record_mean("forget_rate", self.forget_rate_at(self.current_epoch), len(batch))
         return terms
+
+    def _warn_of_heads(self, output: Any) -> None:
+        """Warn once if the peer has auxiliary heads. Those of the student are reported where its terms are summed."""
+        if self._warned_of_heads or isinstance(output, Tensor) or not self.auxiliary_weight:
+            return
+        if heads := auxiliary_logits_of(output):
+            rank_zero_warn(
+                f"the peer's {len(heads)} auxiliary heads do not learn in CoTeachingModule; build it without them "
+                "(aux_logits=False), or set auxiliary_weight: 0"
+            )
+            self._warned_of_heads = True
 
     def _sizes(self, y: Tensor, known: Tensor) -> Tensor | None:
         """Return the class weight of each row's label, (B,), and 1 for other rows; None if there are none."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
-from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
@@ -27,7 +27,7 @@ class DistillModule(SupervisedModule):
     """Train a student on a frozen teacher's soft targets and on the labels that there are (Hinton et al. 2015).
 
     The objective is ``(1 - soft_weight) * hard + soft_weight * soft``. The hard term is over the labeled rows, the
-    soft term over all rows.
+    soft term over all rows. It takes all inputs, outputs and tasks of :class:`SupervisedModule`.
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
@@ -64,6 +64,7 @@ class DistillModule(SupervisedModule):
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         if self.teacher is not None:
             self.teacher.share_layers(student)
+            self.teacher.class_dim = self.class_dim
         if self.teacher is not None and self.teacher.missing_classes:
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
         self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)
@@ -110,7 +111,7 @@ class DistillModule(SupervisedModule):
             return
         fill_caches(self.teacher, self.trainer)
         if self.trainer.is_global_zero:
-            self._probe = TeacherProbe(self.teacher, self.soft_loss, self.task, self._report)
+            self._probe = TeacherProbe(self.teacher, self.soft_loss, self.task, self._report, self.to_rows)
 
     def _report(self, findings: list[Finding]) -> None:
         if self.is_fitting:  # the probe of an interrupted fit may still be on the teacher

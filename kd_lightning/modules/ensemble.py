@@ -25,21 +25,24 @@ from kd_lightning.modules._shared.checks import (
     check_soft_weight,
     check_two_networks,
 )
-from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation
+from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation, EnsembleRegressionEvaluation
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import make_soft_loss
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
-from kd_lightning.teachers.ensemble import Ensemble, weighted_choice
+from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe
+from kd_lightning.teachers.teacher import check_outputs
+from kd_lightning.teachers.teacher_weights import weighted_choice
 
 
 class EnsembleDistillModule(SupervisedModule):
     """Train a student on the soft targets of K frozen teachers, combined by a strategy (Fukuda et al. 2017).
 
-    - ``average``: the mean of their probabilities at the loss's temperature, q(c) = sum of w_k q_k(c).
+    - ``average``: the mean of their probabilities at the loss's temperature, q(c) = sum of w_k q_k(c); for regression
+      that of their values.
     - ``random``: one teacher is sampled for each optimiser step, or for each sample.
     - ``relabel``: each sample is K training examples an epoch, one for each teacher, each with its own augmentation,
       and all shuffled. Set the datamodule's ``views_per_epoch`` to K. The teacher of a view is its number modulo K. If
@@ -49,27 +52,31 @@ class EnsembleDistillModule(SupervisedModule):
     ``preprocess``), classes and their order (``classes``), and device (``device``). A class that a teacher does not
     know is averaged over the teachers that do, also where one teacher is sampled.
 
+    It takes all inputs, outputs and tasks of :class:`SupervisedModule`. Of dense outputs, a sample has one teacher for
+    all its positions (``random``, ``relabel``); the average, and its weights by confidence, are those of each position.
+
     Logs what :class:`DistillModule` does. The teacher of these metrics is the average of all teachers, weighted by
     numbers, but not by confidence; its ``val/teacher_accuracy`` is about what the student can reach. For each teacher
     k it also logs ``train/teacher_<k>_share`` (how often sampled, or its weight), ``val/teacher_<k>_accuracy``,
     ``val/teacher_<k>_agreement`` (with the student) and ``val/teacher_<k>_ensemble_agreement``; further
-    ``val/disagreement``, the mean KL over pairs of teachers in nats, and a figure of their pairwise agreement.
+    ``val/disagreement``, the mean KL over pairs of teachers in nats, and a figure of their pairwise agreement. For
+    regression it logs ``val/teacher_<k>_mae``, ``_rmse`` and ``_difference`` (to the student) in place of these.
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
         teachers: K trained networks, or ``Teacher``s around them. None is for ``test`` and ``predict`` alone.
         strategy: ``"average"``, ``"random"`` or ``"relabel"``.
         teacher_weights: K numbers, scaled to sum 1: weights of the average, probabilities of the sampling, or weights
-            of the soft terms for ``relabel``. ``"confidence"``, for ``average`` alone, weights the teachers of each
-            labeled sample by their cross-entropy, see :meth:`Ensemble.confidence`. Default: None, which means equal
-            weights.
+            of the soft terms for ``relabel``. ``"confidence"``, for ``average`` alone and not for regression, weights
+            the teachers of each labeled sample (or position) by their cross-entropy, see :meth:`Ensemble.confidence`.
+            Default: None, which means equal weights.
         draw_per: For ``random``: whether a teacher is sampled for each ``"batch"`` (as in the paper; the same for all
             processes and accumulated batches of an optimiser step) or each ``"sample"``. The sampling depends on the
             seed of ``seed_everything``, and on the step, or on epoch and index.
         use_vmap: Compute teachers of one architecture as one network, for ``average`` and in validation, see
             :class:`Ensemble`. The first outputs of the teachers are then not checked.
-        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``. Default: None, which means ``KDLoss``
-            at temperature 4.
+        soft_loss: Loss called as ``(student_logits, teacher_logits, target)``, or without the target if it takes two
+            arguments. Default: None, which means ``KDLoss`` at temperature 4, or ``MSELoss`` for regression.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
         **kwargs: The arguments of :class:`SupervisedModule`.
 
@@ -101,13 +108,14 @@ class EnsembleDistillModule(SupervisedModule):
             check_choice("teacher_weights", teacher_weights, ("confidence",))
             if strategy != "average":
                 raise InputError(f"teacher_weights: confidence is for strategy average, got strategy {strategy!r}")
+            if self.task == "regression":  # exp of squared errors depends on the unit of the targets
+                raise InputError("teacher_weights: confidence is for tasks with classes, got task regression")
         self.save_hyperparameters("strategy", "teacher_weights", "draw_per", "soft_weight")
         weights = None if isinstance(teacher_weights, str) else teacher_weights
         for number, teacher in enumerate(teachers if isinstance(teachers, list | tuple | nn.ModuleList) else ()):
             check_two_networks(f"teachers[{number}]", teacher, student)
-        self.ensemble = (
-            None if teachers is None else Ensemble(teachers, task=self.task, weights=weights, use_vmap=use_vmap)
-        )
+        options: dict[str, Any] = {"weights": weights, "use_vmap": use_vmap, "class_dim": self.class_dim}
+        self.ensemble = None if teachers is None else Ensemble(teachers, task=self.task, **options)
         for teacher in self.ensemble or ():
             teacher.share_layers(student)
         self.strategy = strategy
@@ -123,45 +131,91 @@ class EnsembleDistillModule(SupervisedModule):
         if self.ensemble is None:
             raise InputError("training needs the teachers; teachers=None is for test and predict alone")
         check_soft_weight(self.soft_weight)  # a callback may have set it
+        # teachers first: the student's activations would take memory meanwhile
         averaged = self.strategy == "average" and len(self.ensemble) > 1
-        # first: the student's activations would take memory meanwhile
-        outputs = self.ensemble(batch) if averaged else None
-        logits = self(batch.x)
-        hard = self.hard_term(logits, batch)  # first, since it checks the labels
-        soft = self._soft_term(self.ensemble, outputs, logits, batch)
+        selected = None if averaged else self._select_teachers(self.ensemble, batch)
+        alone, logits = selected is not None and self.ensemble.are_complete(), None
+        if alone is None:  # it depends on the student's number of classes
+            logits = self(batch.x)
+            alone = bool(self.ensemble.known_classes(self._classes_of(logits)).all())
+        if alone and selected is not None:
+            outputs = self.ensemble.selected_logits(batch, selected).unsqueeze(0)
+        else:
+            outputs = self.ensemble(batch)
+        logits = self(batch.x) if logits is None else logits
+        if alone:
+            check_outputs(logits, outputs[0])
+        rows, logits, outputs, selected = self._rows_of(batch, logits, outputs, selected)
+        hard = self.hard_term(logits, rows)  # first, since it checks the labels
+        soft = self.step_mean(self._soft_term(self.ensemble, outputs, logits, rows, selected, alone), rows)
         return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
 
-    def _soft_term(self, ensemble: Ensemble, outputs: Tensor | None, logits: Tensor, batch: Batch) -> Tensor:
+    def _rows_of(
+        self, batch: Batch, logits: Tensor, outputs: Tensor, selected: Tensor | None = None
+    ) -> tuple[Batch, Tensor, Tensor, Tensor | None]:
+        """Return all of these with one row for each position that counts; without ``class_dim`` as they are.
+
+        Args:
+            batch: The batch.
+            logits: The student's logits.
+            outputs: The teachers' logits, (K, B, C), or dense ones such as (K, B, C, H, W).
+            selected: The number of each sample's teacher, (B,).
+        """
+        if self.class_dim is None:
+            return batch, logits, outputs, selected
+        parts, dimension = [*outputs], self.class_dim % logits.ndim
+        positions, others = ([n for d, n in enumerate(z.shape) if d != dimension] for z in (logits, parts[0]))
+        if positions != others:
+            raise InputError(
+                f"teachers and student must have outputs of one shape, got {[*parts[0].shape]} from the teachers and "
+                f"{[*logits.shape]} from the student"
+            )
+        if selected is not None:  # at each position, in place of the classes
+            numbers = selected.to(logits.device).view(-1, *[1] * (logits.ndim - 1))
+            parts.append(numbers.expand_as(logits.narrow(dimension, 0, 1)))
+        rows, logits, *parts = self.to_rows(batch, logits, *parts)
+        selected = None if selected is None else parts.pop().flatten().cpu()
+        return rows, logits, torch.stack(parts), selected
+
+    def _classes_of(self, logits: Tensor) -> int:
+        """Return the number of the student's outputs for each sample or position."""
+        if self.task == "binary" or (self.task == "regression" and logits.ndim == 1):
+            return 1
+        return logits.shape[-1 if self.class_dim is None else self.class_dim]
+
+    def _soft_term(
+        self, ensemble: Ensemble, outputs: Tensor, logits: Tensor, rows: Batch, selected: Tensor | None, alone: bool
+    ) -> Tensor:
         """Return the soft loss.
 
         Args:
             ensemble: The teachers.
-            outputs: Logits of all teachers (K, B, C). If None, one teacher is selected for each row.
-            logits: The student's logits.
-            batch: The batch.
+            outputs: Logits of all teachers (K, N, C), or (1, N, C) of the selected ones alone.
+            logits: The student's logits, (N, C).
+            rows: The batch.
+            selected: The number of each row's teacher, (N,); None if teachers are averaged.
+            alone: Whether the selected teachers alone have computed.
         """
-        classes = 1 if self.task == "binary" else logits.shape[-1]
-        soft_loss, weights, selected = self.soft_loss, None, None
-        if outputs is None:
-            selected = self._select_teachers(ensemble, batch)
+        soft_loss, weights = self.soft_loss, None
+        if selected is not None:
             weights = F.one_hot(selected, len(ensemble)).double()
-        if selected is not None and ensemble.known_classes(classes).all():
-            target = ensemble.selected_logits(batch, selected, classes)
+        if alone:
+            target = outputs[0]
         else:
-            outputs = ensemble(batch) if outputs is None else outputs
-            ensemble.check_classes(outputs, classes)
-            weights = ensemble.confidence(outputs, batch.y) if self.weights_by_confidence else weights
+            single = self.task == "binary" or (self.task == "regression" and logits.ndim == 1)
+            ensemble.check_classes(outputs, 1 if single else logits.shape[-1])
+            weights = ensemble.confidence(outputs, rows.y) if self.weights_by_confidence else weights
             standardize = standardizes(soft_loss)
             if standardize:  # each teacher before the average, and not the average
                 soft_loss = copy(soft_loss)
                 soft_loss.standardize = False  # type: ignore[assignment]
                 logits = standardize_logits(logits.to(outputs.dtype))
             target = ensemble.pool(outputs, weights, temperature_of(soft_loss), standardize)
-        self._log_shares(ensemble.weights if weights is None else weights.mean(dim=0), len(batch))
+        if len(rows):
+            self._log_shares(ensemble.weights if weights is None else weights.mean(dim=0), len(rows))
         target = target.reshape(logits.shape)
-        if self.strategy != "relabel" or (ensemble.weights == ensemble.weights[0]).all():
-            soft: Tensor = soft_loss(logits, target, batch.y)
-            return soft
+        if self.strategy != "relabel" or (ensemble.weights == ensemble.weights[0]).all() or not len(rows):
+            return call_soft_loss(soft_loss, logits, target, rows.y)
         assert selected is not None
         if not hasattr(soft_loss, "reduction"):
             raise InputError(
@@ -169,7 +223,7 @@ class EnsembleDistillModule(SupervisedModule):
             )
         soft_loss = copy(soft_loss)
         soft_loss.reduction = "none"  # type: ignore[assignment]
-        soft = soft_loss(logits, target, batch.y).reshape(len(batch), -1).mean(dim=1)
+        soft = call_soft_loss(soft_loss, logits, target, rows.y).reshape(len(rows), -1).mean(dim=1)
         return (len(ensemble) * ensemble.weights[selected].to(soft) * soft).mean()
 
     def _select_teachers(self, ensemble: Ensemble, batch: Batch) -> Tensor:
@@ -205,14 +259,21 @@ class EnsembleDistillModule(SupervisedModule):
                 self._record_mean(f"train/teacher_{number}_share", share, rows)
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
-        """Return all teachers' logits (K, B, C)."""
+        """Return all teachers' logits (K, B, C); dense ones are (K, B, C, H, W), for example."""
         return None if self.ensemble is None else self.ensemble(batch)
 
     def make_evaluation(self, classes: int) -> Any:
         """Make metrics that include those of each teacher."""
         if self.ensemble is None:
             return super().make_evaluation(classes)
-        return EnsembleEvaluation(self.ensemble, self.task, classes)
+        if self.task == "regression":
+            return EnsembleRegressionEvaluation(self.ensemble, classes, self.device)
+        return EnsembleEvaluation(self.ensemble, self.task, classes, self.class_dim is not None)
+
+    def _evaluation_rows(self, batch: Batch, logits: Tensor, teacher: Tensor | None) -> tuple[Any, ...]:
+        if teacher is None:
+            return super()._evaluation_rows(batch, logits, None)
+        return self._rows_of(batch, logits, teacher)[:3]
 
     def setup(self, stage: str) -> None:
         """Runs at the start of each run. In a fit, hashes the teachers' weights before a plugin casts them."""
@@ -235,7 +296,8 @@ class EnsembleDistillModule(SupervisedModule):
         if self.trainer.is_global_zero:
             for number, teacher in enumerate(self.ensemble):
                 if not teacher.missing_classes:
-                    probe = TeacherProbe(teacher, self.soft_loss, self.task, partial(self._report, number))
+                    of_teacher = partial(self._report, number)
+                    probe = TeacherProbe(teacher, self.soft_loss, self.task, of_teacher, self.to_rows)
                     self._probes.append(probe)
 
     def _report(self, number: int, findings: list[Finding]) -> None:

@@ -52,6 +52,9 @@ class HintModule(DistillModule):
     layers each time. ``EarlyStopping`` is paused in stage 1. ``ModelCheckpoint`` searches for the best checkpoint anew
     in stage 2.
 
+    It takes all inputs, outputs and tasks of :class:`SupervisedModule`. Masked positions do not count in hints that
+    have the positions of the mask, such as tokens (B, T, C).
+
     Args:
         student: Network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a ``Teacher`` around it. None is for ``test`` and ``predict`` alone.
@@ -103,9 +106,7 @@ class HintModule(DistillModule):
                 raise InputError(f"{name} must be at least {least}, got {number}")
         check_weight("hint_weight", hint_weight)
         if hint_weight > 0 and self.teacher is not None and self.teacher.cache is not None:
-            raise InputError(
-                f"hint_weight must be 0 with a teacher that has a cache, got {hint_weight}; remove the cache"
-            )
+            raise InputError(f"hint_weight must be 0 with a teacher that has a cache, got {hint_weight}")
         self.save_hyperparameters("hints", "hint_epochs", "hint_patience", "hint_weight", "input_shape")
         self.projectors = Projectors(hints, projectors)
         self.hint_epochs = hint_epochs
@@ -159,17 +160,16 @@ class HintModule(DistillModule):
             hints = self._compute_hints(batch)  # first: the student's activations would take memory meanwhile
             with frozen_statistics(self._norms()), capture(self.student, layers, stop=True) as guided:
                 self(batch.x)
-            value = self._hint_term(guided, hints, len(batch))
+            value = self._hint_term(guided, hints, batch)
             return {"hint": LossTerm(1.0, with_all_gradients(self, value, partial(self._stage_parameters, False)))}
         if self._joint:
             with capture(self.student, layers) as guided, capture(self.teacher.network, teacher_layers) as hints:
                 terms = super().losses(batch)
-            return terms | {"hint": LossTerm(self.hint_weight, self._hint_term(guided, hints, len(batch)))}
+            return terms | {"hint": LossTerm(self.hint_weight, self._hint_term(guided, hints, batch))}
         terms = super().losses(batch)
         weight, value = terms["soft"]
-        return terms | {
-            "soft": LossTerm(weight, with_all_gradients(self, value, partial(self._stage_parameters, True)))
-        }
+        value = with_all_gradients(self, value, partial(self._stage_parameters, True))
+        return terms | {"soft": LossTerm(weight, value)}
 
     def _compute_hints(self, batch: Batch) -> dict[str, Tensor]:
         """Return the outputs of the teacher's hint layers, by name; the layers above are not computed."""
@@ -185,19 +185,20 @@ class HintModule(DistillModule):
             self._norms_above = batch_norms_without(self.student, below) if below else []
         return self._norms_above
 
-    def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> Tensor:
+    def _hint_term(self, guided: dict[str, Tensor], hints: dict[str, Tensor], batch: Batch) -> Tensor:
         """Return the sum of the pairs' hint losses."""
         if torch.is_grad_enabled():
             check_gradients(guided.items(), partial(self.projectors.are_frozen_below, self.student))
-        values = self._distances(guided, hints, rows)
+        values = self._distances(guided, hints, batch)
         if self._trainer is not None and self.trainer.training:
             for name, value in values.items():
-                self._record_mean(f"train/hint/{name}", value, rows)
+                self._record_mean(f"train/hint/{name}", value, len(batch))
         return torch.stack([*values.values()]).sum()
 
-    def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    def _distances(self, guided: dict[str, Tensor], hints: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return the hint loss of each pair, by guided layer."""
-        return {name: self.hint_loss(*pair) for name, pair in self.projectors.pairs(guided, hints, rows).items()}
+        pairs = self.projectors.pairs(guided, hints, len(batch), batch.position_mask).items()
+        return {name: self.hint_loss(*pair) for name, pair in pairs}
 
     def _stage_parameters(self, distilling: bool) -> list[nn.Parameter]:
         """Return the parameters that a stage trains."""
@@ -240,8 +241,8 @@ class HintModule(DistillModule):
         try:
             inputs = first_inputs(self, _SAMPLES).to("cpu")
         except Exception as error:
-            reason = f"cannot read the first training inputs ({first_line(error)}); set input_shape"
-            raise InputError(f"hints: {reason}") from error
+            message = f"hints: cannot read the first training inputs ({first_line(error)}); set input_shape"
+            raise InputError(message) from error
         self._figure_inputs = self.trainer.strategy.broadcast(inputs)  # sizes may differ between processes
         self._build_projectors(self._figure_inputs)
 
@@ -254,8 +255,7 @@ class HintModule(DistillModule):
             raise InputError("hints: the projectors are not built yet; set input_shape, or use Trainer.fit")
         if not any(p.requires_grad for p in parameters[: len(self.projectors.guided_parameters)]):
             raise InputError("hints: no parameter below the guided layers requires a gradient")
-        name = "optimizer" if self.hint_optimizer is None else "hint_optimizer"
-        built = build_optimizer(self, parameters, name)
+        built = build_optimizer(self, parameters, "hint_optimizer" if self.hint_optimizer is not None else "optimizer")
         return build_optimizers(self, built, "hint_lr_scheduler", monitor="val/hint", end=self.hint_epochs)
 
     def _build_stage_2(self, first: int) -> OptimizerLRScheduler:
@@ -332,9 +332,10 @@ class HintModule(DistillModule):
         precision = self.trainer.precision_plugin
         batch = precision.convert_input(batch.to(self.device))
         with torch.no_grad(), evaluating(self.student), evaluating(self.projectors), precision.forward_context():
+            hints = self._compute_hints(batch)
             with capture(self.student, [*self.projectors.hints], stop=True) as guided:
                 self(batch.x)
-            return self.projectors.pairs(guided, self._compute_hints(batch), len(batch))
+            return self.projectors.pairs(guided, hints, len(batch), batch.position_mask)
 
     # Validation: the hint loss, and the end of stage 1 by it.
 
@@ -342,10 +343,10 @@ class HintModule(DistillModule):
         if not self.is_fitting or (self.distilling and not self._joint):
             return super()._evaluate(stage, batch, batch_idx, dataloader_idx)
         batch = self.unpack(batch)
+        hints = self._compute_hints(batch)  # first: the student's activations would take memory meanwhile
         with capture(self.student, [*self.projectors.hints]) as guided:
             predicted = super()._evaluate(stage, batch, batch_idx, dataloader_idx)
-        distances = self._distances(guided, self._compute_hints(batch), len(batch))
-        self._hint_means.update(distances, 0 if batch.is_padding else len(batch))
+        self._hint_means.update(self._distances(guided, hints, batch), 0 if batch.is_padding else len(batch))
         return predicted
 
     def on_validation_epoch_end(self) -> None:

@@ -18,6 +18,8 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.modules._shared.checks import check_choice
+from kd_lightning.modules._shared.dense import labeled_samples
+from kd_lightning.modules._shared.dense_checks import check_strong_transform, check_strong_view
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
@@ -41,12 +43,17 @@ class PseudoLabelModule(SupervisedModule):
     pseudo-label is one of the classes of the coarse label. Labeled and unlabeled samples go through the student in one
     forward pass, and so share their batch statistics.
 
+    It takes all inputs, outputs (B, C) or dense, and the multiclass task. With ``class_dim`` each position of a sample
+    without any label has a pseudo-label of its own (online, with a fixed threshold), and the divisor counts these
+    positions, without masked ones. The strong view must then have the positions of the weak one: it may change colours,
+    but not crop, flip or shorten on its own.
+
     Logs what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
     the accepted share of the unlabeled samples; and for online pseudo-labels ``train/confidence``, their mean
     probability.
 
     Args:
-        student: Network that gives logits (B, C), see :class:`SupervisedModule`.
+        student: Network that gives logits, see :class:`SupervisedModule`.
         unsupervised_weight: Weight of the unsupervised term (Lee's alpha), at least 0. A callback may anneal it.
         pseudo_labels: ``"online"`` or ``"refreshed"``.
         threshold: Lowest probability of accepted online pseudo-labels, in (0, 1]. Default: None, which means that all
@@ -63,7 +70,8 @@ class PseudoLabelModule(SupervisedModule):
     Raises:
         InputError: If a value is out of range; if refreshed pseudo-labels have a threshold here (it is the callback's);
             if the task is another one; if there are no unlabeled samples, or a class has no labeled one; if thresholds
-            are adaptive and batches have no index.
+            are adaptive and batches have no index; if pseudo-labels are refreshed, or thresholds adaptive, with
+            ``class_dim``; if the strong view has other positions.
     """
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
@@ -89,6 +97,9 @@ class PseudoLabelModule(SupervisedModule):
             raise InputError("threshold is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh")
         if adaptive_thresholds and threshold is None:
             raise InputError("adaptive_thresholds needs a threshold, the highest that a class can have")
+        if self.class_dim is not None and (pseudo_labels == "refreshed" or adaptive_thresholds):
+            option = "pseudo_labels: refreshed" if pseudo_labels == "refreshed" else "adaptive_thresholds"
+            raise InputError(f"{option} is for one pseudo-label a sample, got class_dim: {self.class_dim}")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         self.save_hyperparameters(
@@ -106,10 +117,15 @@ class PseudoLabelModule(SupervisedModule):
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the hard and the unsupervised term."""
         _check_unsupervised_weight(self.unsupervised_weight)  # a callback may have set it
+        if self.class_dim is not None:
+            return self._dense_losses(batch)
         fine = self._has_fine_label(batch)
         coarse = torch.zeros_like(fine) if batch.candidates is None else batch.candidates.any(dim=1)
         labeled, unlabeled = fine | coarse, ~fine
+        averaged = self._averaged_logits(batch, unlabeled)
         logits, unlabeled_logits = self._forward(batch, unlabeled, labeled)
+        if logits.ndim != 2:
+            raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}; dense ones need class_dim")
         if self._unchecked_labels is not None:
             check_classes(self._unchecked_labels, logits.shape[-1], self._data(), type(self).__name__)
             self._unchecked_labels = None
@@ -123,7 +139,8 @@ class PseudoLabelModule(SupervisedModule):
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
         unlabeled_batch = rest.select(unlabeled)
         if self.pseudo_labels == "online":
-            label, accepted = self._pseudo_label(batch, fine, logits)
+            predicted = logits[unlabeled] if averaged is None else averaged
+            label, accepted = self._pseudo_label(batch, unlabeled, predicted)
             target = F.one_hot(label, unlabeled_logits.shape[-1]).to(unlabeled_logits.dtype)
         else:
             target, accepted = _refreshed_target(unlabeled_batch, unlabeled_logits)
@@ -167,20 +184,26 @@ class PseudoLabelModule(SupervisedModule):
             first = count if all_weak else int(labeled.sum())
             both = self(join_rows(weak, take_rows(batch.x_strong, unlabeled, count)))
             logits, unlabeled_logits = both.tensor_split([first])
-        if logits.ndim != 2:
-            raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}")
         return logits, unlabeled_logits.float() if unlabeled_logits.dtype != torch.float64 else unlabeled_logits
 
     @torch.no_grad()
-    def _pseudo_label(self, batch: Batch, fine: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pseudo-labels of the rows without a fine label, (U,), and which of them are accepted, (U,)."""
-        unlabeled = ~fine
-        if self.ema is None:
-            predicted = logits[unlabeled]
-        else:
-            self.ema.eval()
-            output = self.call(self.ema.module, take_rows(batch.x, unlabeled, len(batch)))
-            predicted = logits_of(output, "the averaged student")
+    def _averaged_logits(self, batch: Batch, unlabeled: Tensor) -> Tensor | None:
+        """Return the averaged student's logits of the samples without a fine label; None if there is no average."""
+        if self.ema is None or self.pseudo_labels != "online":
+            return None
+        self.ema.eval()
+        output = self.call(self.ema.module, take_rows(batch.x, unlabeled, len(batch)))
+        return logits_of(output, "the averaged student")
+
+    @torch.no_grad()
+    def _pseudo_label(self, batch: Batch, unlabeled: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pseudo-labels (U,), and which of them are accepted, (U,).
+
+        Args:
+            batch: The batch.
+            unlabeled: Which of its rows have no fine label, (B,).
+            predicted: Logits of these rows, (U, C).
+        """
         allowed = None if batch.candidates is None else batch.candidates[unlabeled]
         confidence, label = mask_candidates(predicted.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
         if self._trainer is not None:
@@ -210,6 +233,32 @@ class PseudoLabelModule(SupervisedModule):
             index, confident = (self.all_gather(part).flatten() for part in (index, confident))  # type: ignore[union-attr]
         self._thresholds.update(index, confident)
         return thresholds
+
+    def _dense_losses(self, batch: Batch) -> dict[str, LossTerm]:
+        """Return the terms of dense outputs. Positions of samples without any label have pseudo-labels."""
+        assert self.class_dim is not None
+        mask, count = batch.position_mask, len(batch)
+        check_strong_view(batch)
+        labeled = labeled_samples(batch, self.task, self.class_dim, self.causal)
+        averaged = None if labeled.all() else self._averaged_logits(batch, ~labeled)
+        logits, strong = self._forward(batch, ~labeled, labeled)
+        # no copies of images: x only has as many rows
+        rest = replace(batch, x=labeled, mask=mask, x_strong=None, teacher_inputs=None, teacher=None)
+        labeled_batch, labeled_logits = self.to_rows(
+            rest.select(labeled), logits[labeled] if len(logits) == count else logits
+        )
+        rows, strong = self.to_rows(rest.select(~labeled), strong)
+        predicted = self.to_rows(rest.select(~labeled), logits[~labeled] if averaged is None else averaged)[1]
+        label, accepted = self._pseudo_label(rows, torch.ones(len(rows), dtype=torch.bool), predicted)
+        means = batch.dense_means
+        mean = self._mean_over_processes(len(rows), logits) if means is None else means[1] - means[0]
+        value = F.cross_entropy(strong, label, reduction="none")
+        value = (value * accepted).sum() / max(mean, 1e-9)
+        self._record_coverage(accepted, len(rows))
+        every = len(labeled_batch) + len(rows)
+        self._rows = self._mean_over_processes(every, logits) if means is None else means[1]
+        hard = self.hard_term(labeled_logits, labeled_batch)
+        return {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
 
     def _record_coverage(self, accepted: Tensor, unlabeled: int) -> None:
         if self._trainer is not None:
@@ -245,6 +294,8 @@ class PseudoLabelModule(SupervisedModule):
                 "PseudoLabelModule: there are no unlabeled samples; set labeled to a part of the labels, or unlabeled "
                 "to rest, source or test; or train a SupervisedModule"
             )
+        if self.class_dim is not None:
+            check_strong_transform(data)
         # PseudoLabelRefresh checks this itself, since a teacher may know classes without a label
         self._unchecked_labels = (
             data.visible_labels() if self.pseudo_labels == "online" and hasattr(data, "visible_labels") else None

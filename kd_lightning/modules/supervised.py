@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -32,25 +31,25 @@ from kd_lightning.modules._shared.checks import check_choice, check_number_of_ou
 from kd_lightning.modules._shared.dense import (
     check_dense,
     count_dense,
-    dense_predictions,
     dense_probabilities,
     dense_to_rows,
 )
+from kd_lightning.modules._shared.dense_checks import DenseChecks
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.evaluations import Evaluations
 from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.hard_loss import default_loss, hard_loss_of, is_own, labels_fit, must_synchronize
+from kd_lightning.modules._shared.hard_loss import default_loss, hard_loss_of, must_synchronize
 from kd_lightning.modules._shared.lean_module import LeanModule
 from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
-from kd_lightning.modules._shared.own_evaluation import OwnEvaluation
 from kd_lightning.modules._shared.parameter_groups import check_groups
 from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
 from kd_lightning.modules._shared.schedules import check_schedules
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
+from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.teacher import check_outputs
 
 
@@ -64,6 +63,8 @@ class SupervisedModule(LeanModule):
     Outputs of the student may be logits, ``(logits, features)``, ``(loss, logits)``, a mapping with ``logits`` or
     ``out``, or an object with ``logits``. Auxiliary heads (of Inception, GoogLeNet, or ``aux`` of a mapping) train on
     the hard loss.
+
+    It takes all inputs (a tensor, or a mapping or tuple of tensors), outputs (B, C), (B,) or dense, and all four tasks.
 
     Logs ``train/loss`` and each term as ``train/<name>``, as means over the epoch. Validation and test log ``loss``
     (hard), ``accuracy``, ``f1`` (macro), ``calibration_error`` and, with a teacher, ``teacher_accuracy``,
@@ -88,9 +89,9 @@ class SupervisedModule(LeanModule):
             ``row_fields`` to get ``kind`` or ``index`` of each row, see :mod:`kd_lightning.losses.protocols`. Coarse
             labels always use :class:`~kd_lightning.losses.CoarseLoss`, and count as much as others. The sum of
             CrossEntropyLoss with class weights is divided by the sum of its labels' weights, as in torch, over all
-            processes but for each accumulated batch. A project's own loss also takes labels of other shapes than the
-            task's. Default: None, which means cross-entropy (on logits, for multilabel and binary), or ``MSELoss`` for
-            regression.
+            processes; with ``class_dim`` and our loader over all accumulated batches, too, else for each of them. A
+            project's own loss also takes labels of other shapes than the task's. Default: None, which means
+            cross-entropy (on logits, for multilabel and binary), or ``MSELoss`` for regression.
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
             none. Default: None, which means a constant learning rate. CosineAnnealingLR without ``T_max``, OneCycleLR
@@ -153,10 +154,12 @@ class SupervisedModule(LeanModule):
         self.weight_decay_exclude_1d = weight_decay_exclude_1d
         self._auxiliary_heads = AuxiliaryHeads()
         self._outputs_are_checked = True  # until a fit begins
+        self._dense_checks = DenseChecks()
+        self._guards: dict[str, InputGuard] = {}
         self._evaluations = Evaluations()
         self._finite_check = FiniteCheck()
         self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
-        self._rows = 0  # of this batch
+        self._rows: float = 0  # of this batch; with class_dim their mean over the batches of the step
 
     def unpack(self, batch: Any) -> Batch:
         """Convert a batch of the data loader. A project with batches of another kind overrides this."""
@@ -169,10 +172,21 @@ class SupervisedModule(LeanModule):
         """
         return call(network, x)
 
+    def guarded_call(self, role: str, network: nn.Module, x: Inputs) -> Any:
+        """Call a network by :meth:`call`. One that changes its inputs in place gets a copy: others get them, too.
+
+        Args:
+            role: Name of the network in this module, such as "student".
+            network: The network.
+            x: The inputs.
+        """
+        with self._guards.setdefault(role, InputGuard(role)).protect(x) as given:
+            return self.call(network, given)
+
     def forward(self, x: Inputs) -> Tensor:
         """Return the student's logits."""
         try:
-            output = self.call(self.student, x)
+            output = self.guarded_call("student", self.student, x)
             logits = logits_of(output, "the student")
             if not isinstance(output, Tensor) and torch.is_grad_enabled():
                 self._auxiliary_heads.record(x, output)
@@ -191,10 +205,12 @@ class SupervisedModule(LeanModule):
 
     def setup(self, stage: str) -> None:
         """Runs at the start of fit, validate, test and predict. Resets what an earlier run stored."""
+        self._guards.clear()
         self._evaluations.clear()
         self._finite_check = FiniteCheck()
         self._epoch_means.clear()
         self._outputs_are_checked = stage != TrainerFn.FITTING
+        self._dense_checks = DenseChecks()
         check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
             reset_state(self.hard_loss)
@@ -251,14 +267,15 @@ class SupervisedModule(LeanModule):
         self._rows = len(rows)
         return rows, *parts
 
-    def count_rows(self, batch: Any) -> tuple[int, int] | None:
+    def count_rows(self, batch: Any) -> tuple[float, ...] | None:
         """Runs in the datamodule's loader. Return the numbers of labels and rows of a dense batch; None without them.
 
-        The loader needs them of all batches of an optimiser step, before the first one is computed.
+        The loader needs them of all batches of an optimiser step, before the first one is computed. If the hard loss
+        has class weights, their sum over the labels is the third number.
         """
         if self.class_dim is None or (batch := self.unpack(batch)).y is None:
             return None
-        return count_dense(batch, self.task, self.class_dim, self.causal)
+        return count_dense(batch, self.task, self.class_dim, self.causal, self.hard_loss)
 
     def step_mean(self, value: Tensor, rows: Batch) -> Tensor:
         """Scale a mean over rows of :meth:`to_rows` so that processes and accumulated batches add up.
@@ -269,6 +286,7 @@ class SupervisedModule(LeanModule):
         if self.class_dim is None:
             return value
         mean = self._mean_over_processes(len(rows), value) if rows.mean_rows is None else rows.mean_rows
+        self._rows = mean
         return value if mean == len(rows) else value * (len(rows) / max(mean, 1e-9))
 
     # The hard term.
@@ -281,8 +299,10 @@ class SupervisedModule(LeanModule):
         weights, the processes' shares are those of the weights.
         """
         value, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
-        mean = batch.mean_labels
+        mean, of_step = batch.mean_labels, batch.dense_means or ()
         self._mean_labels = mean = self._mean_over_processes(labels, logits) if mean is None else mean
+        if weights is not None and len(of_step) > 2:
+            return value * (weights / max(of_step[2], 1e-9))
         if weights is None or not self._trains_on_several_processes():
             return value if labels in (0, mean) else value * (labels / max(mean, 1e-9))
         here = torch.stack([weights.float(), weights.new_tensor(labels).float()])
@@ -318,6 +338,8 @@ class SupervisedModule(LeanModule):
         """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
         batch = self.unpack(batch)
         self._mean_labels, self._rows = batch.mean_labels, len(batch)
+        if self.class_dim is not None:
+            self._dense_checks.check(self, batch)
         self._auxiliary_heads.clear()
         try:
             terms = self.losses(batch)
@@ -337,10 +359,12 @@ class SupervisedModule(LeanModule):
             labels = rows if mean is None else max(float(mean), 1e-9)
             add = self._epoch_means.add
             for name, (weight, value) in terms.items():
-                add(f"train/{name}", value, labels if name.endswith("hard") else rows)
+                count = len(batch) if name == "hint" else rows  # a mean over samples
+                add(f"train/{name}", value, labels if name.endswith("hard") else count)
                 if name != "hard":
                     add(f"{name}_weight", weight, rows)
-            add("train/loss", loss, rows)
+            of_labels = self.class_dim is not None and all(name.endswith("hard") for name in terms)
+            add("train/loss", loss, labels if of_labels else rows)  # processes may have other numbers of positions
             if self._is_logging_step():
                 self.log("train/loss_step", loss)  # not in the progress bar, which would synchronize each step
         return loss
@@ -365,25 +389,7 @@ class SupervisedModule(LeanModule):
         return dense_probabilities(self(self.unpack(batch).x), self.task, self.class_dim)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
-        batch = self.unpack(batch)
-        batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
-        # first: a student may change its inputs in place
-        teacher = None if batch.is_padding else self._cached_teacher_logits((stage, dataloader_idx, batch_idx), batch)
-        logits = outputs = self(batch.x)
-        if not self._is_comparable(logits, teacher):
-            teacher = None
-        batch, logits, *taught = self._evaluation_rows(batch, logits, teacher)
-        if dataloader_idx not in self._evaluations:
-            evaluation = self._new_evaluation(logits, batch)
-            if stage == "test" and self.loggers:
-                evaluation.add_confusion_matrix(announce=not self._evaluations)
-            self._evaluations[dataloader_idx] = evaluation.to(logits.device)
-        evaluation = self._evaluations[dataloader_idx]
-        teacher = taught[0] if taught else None
-        evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
-        loss, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
-        predicted: Tensor = evaluation.update(logits, batch.y, loss, labels, teacher, weights)
-        return predicted if self.class_dim is None else dense_predictions(outputs, self.task, self.class_dim)
+        return self._evaluations.evaluate(self, stage, self.unpack(batch), batch_idx, dataloader_idx)
 
     def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
         """Whether metrics can compare student and teacher. If not, a soft loss of the project's own does."""
@@ -396,14 +402,6 @@ class SupervisedModule(LeanModule):
         if self.class_dim is not None:
             check_outputs(logits, teacher)
         return self.to_rows(batch, logits, teacher)
-
-    def _new_evaluation(self, logits: Tensor, batch: Batch) -> Any:
-        if (metrics := self.configure_metrics()) is not None:
-            return OwnEvaluation(self.task, metrics)
-        if is_own(self.hard_loss) and batch.y is not None and not labels_fit(self.task, logits, batch.y):
-            return OwnEvaluation(self.task, {})
-        single = self.task == "binary" or (self.task == "regression" and logits.ndim == 1)
-        return self.make_evaluation(1 if single else logits.shape[-1])
 
     def _cached_teacher_logits(self, key: tuple[str, int, int], batch: Batch) -> Tensor | None:
         """Return the teacher's logits, computed once where that is possible."""
@@ -437,9 +435,9 @@ class SupervisedModule(LeanModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Raises InputError, in one line, if they do not fit."""
-        if self._trainer is not None and self.strict_loading:
+        state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
+        if self._trainer is not None and self.strict_loading:  # without a trainer, load_state_dict knows whether it is
             name = type(self).__name__
-            state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
             check_fit(state, self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
         if self.is_fitting:
             check_groups(checkpoint, self.weight_decay_exclude_1d)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy
-from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +19,11 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import arguments_of, describe, map_inputs
 from kd_lightning.losses.base import Task, at_least_float32, standardize_logits
+from kd_lightning.runs.class_paths import network_reader
 from kd_lightning.teachers.exported import is_exported
 from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.teacher_weights import normalised
 
 
 class Ensemble(nn.Module):
@@ -38,6 +37,8 @@ class Ensemble(nn.Module):
             equal weights.
         use_vmap: Compute all teachers in one forward pass, by ``torch.vmap`` over their stacked weights. Faster where a
             single teacher does not fill the device. The teachers must have one architecture and one device.
+        class_dim: The dimension of dense outputs, such as (B, C, H, W), that holds classes. Default: None, which means
+            outputs (B, C).
 
     Raises:
         InputError: If there is no teacher, if the weights do not fit, or if ``use_vmap`` is set for teachers that
@@ -51,18 +52,24 @@ class Ensemble(nn.Module):
         task: Task = "multiclass",
         weights: Sequence[float] | None = None,
         use_vmap: bool = False,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(teachers, list | tuple | nn.ModuleList) or not all(
             isinstance(t, nn.Module) or is_exported(t) for t in teachers
         ):
-            raise InputError(f"teachers must be a list of networks, got {type(teachers).__name__}")
+            files = [t for t in teachers if isinstance(t, str | Path)] if isinstance(teachers, list | tuple) else []
+            got = f"{files[0]!r}{network_reader(str(files[0]))}" if files else type(teachers).__name__
+            raise InputError(f"teachers must be a list of networks, got {got}")
         if not teachers:
             raise InputError("teachers must hold at least one teacher, got none")
         self.teachers = nn.ModuleList([t if isinstance(t, Teacher) else Teacher(t) for t in teachers])
         self.task = task
-        self.weights = _normalised(weights, len(teachers))
+        self.weights = normalised(weights, len(teachers))
         self.use_vmap = use_vmap and len(teachers) > 1
+        self.class_dim = class_dim
+        for teacher in self:
+            teacher.class_dim = class_dim
         self._known: dict[int, Tensor] = {}  # by number of classes
         self._fits: set[tuple[int, int]] = set()  # numbers of the teachers' and the student's classes that were checked
         self._shares: tuple[Any, Tensor, bool, Tensor] | None = None  # see _log_shares
@@ -84,38 +91,47 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Compute every teacher's logits (K, B, C), in at least float32.
+        """Compute every teacher's logits (K, B, C), in at least float32. Dense ones are (K, B, C, H, W), for example.
 
         C is 1 for the binary task. Logits of classes that a teacher does not know are minus infinity.
         """
         stored = self.use_vmap and all(teacher.stored(batch) is not None for teacher in self)
-        outputs = self._as_one(batch) if self.use_vmap and not stored else [teacher(batch) for teacher in self]
-        if self.task == "binary":
-            outputs = [output.reshape(len(output), -1) for output in outputs]
+        together = self.use_vmap and not stored
+        outputs = self._as_one(batch) if together else [teacher(batch) for teacher in self]
+        # classes last, so that one dimension before them is left where outputs are (B, C)
+        outputs = [self._with_classes_last(output) for output in outputs]
         whole = {output.shape[1:] for teacher, output in zip(self, outputs, strict=True) if teacher.classes is None}
-        if len(whole) > 1 or any(len(shape) != 1 for shape in whole):
+        positions = {output.shape[:-1] for output in outputs}
+        if len(whole) > 1 or len(positions) > 1 or (self.class_dim is None and any(len(shape) != 1 for shape in whole)):
             shapes = ", ".join(str([*output.shape][1:]) for output in outputs)
             raise InputError(
                 f"teachers must give outputs of one shape, got {shapes}; Teacher(classes=...) names the classes that a "
                 "teacher knows"
             )
-        classes = max(output.shape[1] for output in outputs)
-        if whole and whole != {(classes,)}:
-            number = [output.shape[1] for output in outputs].index(classes)
+        classes = max(output.shape[-1] for output in outputs)
+        if whole and (found := whole.pop()[-1]) != classes:
+            number = [output.shape[-1] for output in outputs].index(classes)
             raise InputError(
-                f"teachers[{number}]: its classes {self[number].classes} exceed the {whole.pop()[0]} outputs of a "
+                f"teachers[{number}]: its classes {self[number].classes} exceed the {found} outputs of a "
                 "teacher without classes"
             )
-        if any(output.shape[1] < classes for output in outputs):
+        if any(output.shape[-1] < classes for output in outputs):
             outputs = [at_least_float32(output) for output in outputs]
-            outputs = [F.pad(output, (0, classes - output.shape[1]), value=-torch.inf) for output in outputs]
-        return at_least_float32(torch.stack(outputs))
+            outputs = [F.pad(output, (0, classes - output.shape[-1]), value=-torch.inf) for output in outputs]
+        logits = at_least_float32(torch.stack(outputs))
+        return logits if self.class_dim is None else logits.movedim(-1, self.class_dim % outputs[0].ndim + 1)
+
+    def _with_classes_last(self, output: Tensor) -> Tensor:
+        if self.class_dim is not None:
+            return output.movedim(self.class_dim % output.ndim, -1)
+        single = self.task == "binary" or (self.task == "regression" and output.ndim == 1)
+        return output.reshape(len(output), -1) if single else output
 
     def check_classes(self, logits: Tensor, classes: int) -> None:
         """Check that the teachers' logits (K, B, C) fit a student.
 
         Args:
-            logits: The ensemble's logits.
+            logits: The ensemble's logits, dense ones as rows (K, N, C).
             classes: The student's number of classes.
 
         Raises:
@@ -147,10 +163,10 @@ class Ensemble(nn.Module):
         Their softened probabilities are the weighted mean of the teachers': q(c) is the sum of w_k q_k(c) over the
         teachers that know class c, divided by the sum of their w_k. For the multiclass task q is then normalised. If
         all teachers that know a class have weight 0, the ensemble's own weights count. The logits of a single teacher
-        are returned unchanged.
+        are returned unchanged. Values of the regression task are the weighted mean of the teachers' values.
 
         Args:
-            logits: (K, B, C), as the ensemble returns them.
+            logits: (K, B, C), as the ensemble returns them; dense ones as rows.
             weights: (B, K), each row of sum 1. Default: None, which means the ensemble's weights.
             temperature: T.
             standardize: First scale each teacher's logits to mean 0 and standard deviation 1 over the classes that it
@@ -162,6 +178,8 @@ class Ensemble(nn.Module):
         if len(self) == 1:
             return logits[0]
         complete, log_shares = self._log_shares(logits, weights)
+        if self.task == "regression":
+            return (log_shares.exp() * logits.masked_fill(log_shares.isneginf(), 0)).sum(dim=0)
         soft = logits / temperature
         if self.task != "multiclass":
             log_yes, log_no = (torch.logsumexp(F.logsigmoid(sign * soft) + log_shares, dim=0) for sign in (1, -1))
@@ -190,13 +208,21 @@ class Ensemble(nn.Module):
             self._shares = (key, self.weights, *result)
         return result
 
-    def selected_logits(self, batch: Batch, selected: Tensor, classes: int) -> Tensor:
-        """Compute logits (B, C) of one teacher for each row. Each teacher computes its own rows alone.
+    def are_complete(self) -> bool | None:
+        """Whether all teachers know all classes. None if it depends on their number, as :meth:`known_classes` does."""
+        named = {None if one.known_classes is None else frozenset(one.known_classes) for one in self}
+        if not all(one is None or one == {*range(len(one))} for one in named):
+            return False
+        if len(named) == 1:
+            return True
+        return None if None in named and len(named) == 2 else False  # C may be the number that is named
+
+    def selected_logits(self, batch: Batch, selected: Tensor) -> Tensor:
+        """Compute logits (B, C), or dense ones, of one teacher for each sample. Each computes its own samples alone.
 
         Args:
             batch: The batch.
             selected: (B,) numbers of teachers, on the CPU. Each of them must know all classes.
-            classes: The student's number C; 1 for the binary task.
         """
         present = sorted(set(selected.tolist()))
         parts = [(selected == number).to(batch.device) for number in present]
@@ -204,17 +230,17 @@ class Ensemble(nn.Module):
         outputs: list[Tensor] = [
             self[number](batch if alone else batch.select(part)) for number, part in zip(present, parts, strict=True)
         ]
-        for number, output in zip(present, outputs, strict=True):
-            if output.numel() != len(output) * classes:
-                raise InputError(
-                    f"teachers and student must have the same number of outputs, got {[*output.shape][1:]} from "
-                    f"teachers[{number}] and {classes} from the student; Teacher(classes=...) maps other classes"
-                )
         if alone:
             return outputs[0]
+        outputs = [output.unsqueeze(1) if output.ndim == 1 else output for output in outputs]  # of a single output
+        if len({output.shape[1:] for output in outputs}) > 1:
+            shapes = ", ".join(f"{[*z.shape][1:]} from teachers[{n}]" for n, z in zip(present, outputs, strict=True))
+            raise InputError(
+                f"teachers must give outputs of one shape, got {shapes}; Teacher(classes=...) maps other classes"
+            )
         logits = outputs[0].new_empty(len(selected), *outputs[0].shape[1:])
         for part, output in zip(parts, outputs, strict=True):
-            logits[part] = output.to(logits.dtype).view_as(logits[part])  # binary logits may be (B,) or (B, 1)
+            logits[part] = output.to(logits.dtype)
         return logits
 
     def confidence(self, logits: Tensor, y: Tensor | None) -> Tensor:
@@ -345,35 +371,9 @@ class Ensemble(nn.Module):
         return self._stack
 
 
-def weighted_choice(key: Sequence[int], weights: Sequence[float]) -> int:
-    """Sample a number below K. The same key gives the same number on every machine.
-
-    Args:
-        key: Integers, such as seed and step.
-        weights: K probabilities of sum 1.
-    """
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    bounds = list(accumulate(weights))
-    number = bisect_right(bounds, int.from_bytes(digest, "little") / 2**64 * bounds[-1])
-    return min(number, max(k for k, weight in enumerate(weights) if weight > 0))
-
-
 def _stack(*parts: Any) -> Any:
     """Stack tensors; return the first of anything else."""
     return torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0]
-
-
-def _normalised(weights: Sequence[float] | None, count: int) -> Tensor:
-    try:
-        numbers = torch.ones(count) if weights is None else torch.tensor([*weights])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"teacher_weights must be a list of numbers, got {weights!r}") from error
-    numbers = numbers.double()
-    if numbers.shape != (count,):
-        raise InputError(f"teacher_weights must be {count} numbers, one for each teacher, got {[*(weights or [])]}")
-    if not numbers.isfinite().all() or numbers.min() < 0 or not 0 < numbers.sum() < torch.inf:
-        raise InputError(f"teacher_weights must be finite, at least 0 and not all 0, got {weights}")
-    return numbers / numbers.sum()
 
 
 def _standardized(logits: Tensor, known: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inputs that a teacher must not change."""
+"""Inputs that a network must not change, since others get them, too."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from kd_lightning.inputs import map_inputs, tensors_of
 
 
 class InputGuard:
-    """Protects inputs, which are the student's, too, from a network that changes them in place.
+    """Protects inputs that several networks, or several passes, get from a network that changes them in place.
 
     The first pass gets a copy. From then on only a network that has changed its copy gets further ones.
+
+    Args:
+        owner: Name of the network in messages.
 
     Attributes:
         copies: Whether passes get copies. None as long as that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "teacher") -> None:
+        self.owner = owner
         self.copies: bool | None = None
 
     @contextmanager
@@ -41,7 +45,7 @@ class InputGuard:
         finally:  # also after a pass that ends early
             is_changed = before is not None and before != _versions(tensors)
             if is_changed and self.copies is False:
-                raise InputError("teacher: it changes its inputs in place in some passes alone; they are the student's")
+                raise InputError(f"{self.owner}: it changes its inputs in place, but in some passes alone")
             if before is not None:
                 self.copies = is_changed or bool(self.copies)
 

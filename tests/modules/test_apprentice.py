@@ -781,6 +781,10 @@ class TestJointTeacher:
         loss.backward()
         assert (teacher.aux.weight.grad is None) == (weight == 0)
 
+    def test_a_file_is_no_network(self):
+        with pytest.raises(InputError, match="teacher must be a network, got str"):
+            ApprenticeModule(nn.Linear(4, 3), "net.pt2", scheme="joint")
+
     def test_programs_cannot_train(self):
         program = torch.export.export(nn.Linear(4, 3), (self.X,))
         for form in (program, program.module(), ExportedNetwork(program)):

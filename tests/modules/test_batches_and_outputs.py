@@ -252,3 +252,18 @@ def test_two_forms_of_strong_views_are_refused(y):
         batch, message = Batch(X, y, x_strong=STRONG), r"labels must be one class a sample, .* got \[6, 3\]"
     with pytest.raises(InputError, match=f"^{message}$"):
         PseudoLabelModule(Net(0)).training_step(batch, 0)
+
+
+@pytest.mark.parametrize("who", ["network", "teacher's network"])
+def test_inputs_that_a_network_does_not_take(who):
+    class Takes(nn.Sequential):
+        def forward(self, image, index=None):
+            return super().forward(image)
+
+    student, teacher = (nn.Sequential if who == name else Takes for name in ("network", "teacher's network"))
+    module = DistillModule(student(nn.Linear(4, 3)), teacher(nn.Linear(4, 3)))
+    batch = {"image": torch.randn(3, 4), "label": torch.tensor([0, 1, 2]), "index": torch.arange(3)}
+    with pytest.raises(
+        InputError, match=rf"the {who} Sequential takes \(input\), but a batch has the inputs image, index"
+    ):
+        module.training_step(batch, 0)

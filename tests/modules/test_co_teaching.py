@@ -380,3 +380,28 @@ class TestRun:
         with safe_open(tmp_path / "student.safetensors", "pt") as file:
             assert {*file.keys()} == {*module.student.state_dict()}
             assert torch.equal(file.get_tensor("0.weight"), module.student[0].weight)
+
+
+class WithHead(nn.Module):
+    """A network with an auxiliary head."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.head = nn.Linear(1, CLASSES), nn.Linear(1, CLASSES)
+
+    def forward(self, x):
+        return {"out": self.net(x), "aux": self.head(x)}
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.0])
+def test_auxiliary_heads_of_both_are_reported_once(weight):
+    module = CoTeachingModule(WithHead(0), WithHead(1), 0.2, auxiliary_weight=weight)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            module.training_step(plain(), 0)
+    texts = sorted(str(one.message) for one in said if "auxiliary heads" in str(one.message))
+    assert [text.split(" do not")[0] for text in texts] == (
+        ["the peer's 1 auxiliary heads", "the student's 1 auxiliary heads"] if weight else []
+    )

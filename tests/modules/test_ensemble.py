@@ -279,6 +279,17 @@ class TestIdentities:
         assert all(torch.equal(value, charted[key]) for key, value in shown.items())
 
 
+@pytest.mark.parametrize("strategy", ["average", "random", "relabel"])
+def test_teachers_compute_before_the_student(strategy):
+    """Its activations would take memory meanwhile. One alone computes where one is selected."""
+    log = []
+    module = EnsembleDistillModule(Recorder(9, log), [Recorder(0, log), Recorder(1, log)], strategy)
+    module.training_step(Batch(numbered(2), torch.tensor([0, 1]), view=torch.tensor([1, 1])), 0)
+    order = [number for number, _ in log]
+    assert order[-1] == 9
+    assert len(order) == (3 if strategy == "average" else 2)
+
+
 class TestSampling:
     def by_batch(self, quiet_trainer, **kwargs):
         """The drawn teacher of each batch of an epoch of ten, two of the steps."""

@@ -454,10 +454,10 @@ class TestAdaptiveThresholds:
         rows = []
 
         class Watch(PseudoLabelModule):
-            def _pseudo_label(self, batch, fine, logits):
+            def _pseudo_label(self, batch, unlabeled, predicted):
                 before = self.student.weight.detach().double().clone()
-                label, accepted = super()._pseudo_label(batch, fine, logits)
-                rows.append((before, batch.x[~fine].double(), batch.index[~fine].tolist(), label, accepted))
+                label, accepted = super()._pseudo_label(batch, unlabeled, predicted)
+                rows.append((before, batch.x[unlabeled].double(), batch.index[unlabeled].tolist(), label, accepted))
                 return label, accepted
 
         quiet_trainer(max_epochs=3).fit(

@@ -268,7 +268,7 @@ class TestWeakLabels:
             (
                 "multilabel",
                 {"weight": torch.ones(2)},
-                r"weights must be .* multiclass or binary task; got \[2\] for multilabel",
+                r"weights must be .* and not in the multilabel task; got \[2\] for multilabel",
             ),
             ("multiclass", {"weight": torch.ones(2, 1)}, r"weights must be one a row, \(B,\) = \[2\], .* \[2, 1\]"),
             ("binary", {"weight": torch.ones(3)}, r"weights must be one a row, \(B,\) = \[2\], .* \[3\] for binary"),
@@ -633,3 +633,43 @@ def test_reload(quiet_trainer, loader, tmp_path, student):
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(again.eval()(x), module.eval()(x))
     assert (again.task, again.lr_interval) == ("multilabel", "step")
+
+
+class TestCheckpointsOutsideOfATrainer:
+    @pytest.fixture
+    def path(self, quiet_trainer, tmp_path):
+        trainer = quiet_trainer()
+        trainer.strategy.connect(SupervisedModule(nn.Linear(4, 3)))
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        return tmp_path / "c.ckpt"
+
+    @pytest.mark.parametrize(
+        ("student", "message"),
+        [
+            (nn.Linear(5, 3), r"1 of another shape: student.weight \[3, 4\] in the file, \[3, 5\] in the model"),
+            (
+                nn.Sequential(nn.Linear(4, 3)),
+                "2 missing: student.0.weight, student.0.bias; 2 unexpected: student.weight",
+            ),
+        ],
+    )
+    def test_another_student(self, path, student, message):
+        with pytest.raises(InputError, match=f"^the weights do not fit SupervisedModule: {message}") as caught:
+            SupervisedModule.load_from_checkpoint(path, student=student)
+        assert "\n" not in str(caught.value)
+
+    def test_not_strict(self, path):
+        wider = nn.Sequential()
+        wider.weight, wider.more = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(2))
+        found = SupervisedModule.load_from_checkpoint(path, student=wider, strict=False)
+        assert found.student.weight.any()
+
+    def test_compiled_names(self, path):
+        class Compiled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self._orig_mod = nn.Linear(4, 3)
+
+        state = torch.load(path, weights_only=True)["state_dict"]
+        found = SupervisedModule.load_from_checkpoint(path, student=Compiled())
+        assert torch.equal(found.student._orig_mod.weight, state["student.weight"])

@@ -1,4 +1,4 @@
-"""Ensemble: each mean in float64 by hand, class maps, batched teachers against the loop; weighted_choice."""
+"""Ensemble: each mean in float64 by hand, class maps, batched teachers against the loop."""
 
 import copy
 import re
@@ -7,13 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2, chi2_contingency
 from torch import nn
 from torchvision.transforms import v2
 
 from kd_lightning import Batch, InputError, Teacher
 from kd_lightning.models import CifarResNet, DigitsCNN
-from kd_lightning.teachers.ensemble import Ensemble, weighted_choice
+from kd_lightning.teachers.ensemble import Ensemble
 
 NAN = float("nan")
 FULL = [[0, 1, 2, 3]] * 3
@@ -225,15 +224,15 @@ class TestClasses:
         message = re.escape("teachers must give outputs of one shape, got [3], [4]; Teacher(classes=...)")
         with pytest.raises(InputError, match=message):
             teachers(batch())
-        with pytest.raises(InputError, match=re.escape("got [3] from teachers[0] and 4 from the student")):
-            teachers.selected_logits(batch(), torch.tensor([0, 1, 0, 1, 0]), 4)
+        with pytest.raises(InputError, match=re.escape("of one shape, got [3] from teachers[0], [4] from teachers[1]")):
+            teachers.selected_logits(batch(), torch.tensor([0, 1, 0, 1, 0]))
 
 
 class TestChoose:
     def test_each_computes_its_own_rows(self):
         logits, choice = outputs(FULL), torch.tensor([2, 0, 2, 2, 0])
         teachers = ensemble(logits, FULL)
-        selected = teachers.selected_logits(batch(), choice, 4)
+        selected = teachers.selected_logits(batch(), choice)
         assert torch.equal(selected, torch.stack([logits[k][row] for row, k in enumerate(choice.tolist())]))
         assert [teacher.network.rows for teacher in teachers] == [[2], [], [3]]
 
@@ -242,7 +241,7 @@ class TestChoose:
         teachers = Ensemble([Fixed(logits[0]), Fixed(logits[1][:, 0])], task="binary")
         choice = torch.tensor([1, 0, 0, 1, 1])
         expected = [logits[k][row, 0].item() for row, k in enumerate(choice.tolist())]
-        assert teachers.selected_logits(batch(), choice, 1).flatten().tolist() == pytest.approx(expected)
+        assert teachers.selected_logits(batch(), choice).flatten().tolist() == pytest.approx(expected)
 
 
 class TestTeachers:
@@ -252,6 +251,10 @@ class TestTeachers:
     def test_must_be_a_list_of_networks(self, teachers):
         with pytest.raises(InputError, match="teachers must be a list of networks, got"):
             Ensemble(teachers)
+
+    def test_a_file_names_what_reads_it(self):
+        with pytest.raises(InputError, match=r"got 'net.pt2'; kd_lightning.teachers.ExportedNetwork \(arg"):
+            Ensemble([DigitsCNN(4), "net.pt2"])
 
     def test_each_with_its_own_preprocess(self):
         torch.manual_seed(0)
@@ -272,7 +275,7 @@ class TestTeachers:
                 ]
             )
         assert torch.allclose(teachers(Batch(x)), expected, atol=1e-6)
-        selected = teachers.selected_logits(Batch(x), torch.tensor([0, 1, 2, 1]), 10)
+        selected = teachers.selected_logits(Batch(x), torch.tensor([0, 1, 2, 1]))
         assert torch.allclose(selected, expected[[0, 1, 2, 1], range(4)], atol=1e-6)
 
     @pytest.mark.parametrize("use_vmap", [True, False])
@@ -453,40 +456,3 @@ class TestBatched:
             Ensemble(networks, use_vmap=True)(Batch(x))
         networks[0].load_state_dict(copy.deepcopy(networks[1].state_dict()))
         networks[1].requires_grad_(True).train()(x).sum().backward()
-
-
-class TestDraw:
-    @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.2, 0.3, 0.5], [0.7, 0.0, 0.3], [0.0, 1 / 3, 2 / 3, 0.0]])
-    @pytest.mark.parametrize("key", [lambda i: (7, i), lambda i: (i, 0), lambda i: (7, 3, i), lambda i: (7, i, 3)])
-    def test_frequencies(self, weights, key):
-        counts = np.bincount([weighted_choice(key(i), weights) for i in range(4000)], minlength=len(weights))
-        expected = 4000 * np.array(weights)
-        assert (counts[expected == 0] == 0).all()
-        gap = ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
-        assert gap < chi2.ppf(0.999, (expected > 0).sum() - 1)
-
-    def test_follows_from_the_key(self):
-        weights = [0.25, 0.25, 0.5]
-        sampled = {
-            key: weighted_choice(key, weights)
-            for key in [(1, 2), (2, 1), (0, 0), (2**32 - 1, 2**40), (1, 2, 3), (-1, 5)]
-        }
-        assert sampled == {key: weighted_choice(list(key), weights) for key in reversed(sampled)}
-        assert weighted_choice((5,), [1.0]) == 0
-        assert {weighted_choice((i,), [1e-12, 1.0]) for i in range(100)} == {1}
-
-    @pytest.mark.parametrize(
-        "neighbour",
-        [
-            lambda s, e, i: (s + 1, e, i),
-            lambda s, e, i: (s, e + 1, i),
-            lambda s, e, i: (s, e, i + 1),
-            lambda s, e, i: (s, i),
-        ],
-        ids=["seed", "epoch", "index", "step"],
-    )
-    def test_neighbours_are_independent(self, neighbour):
-        table, weights = np.zeros((3, 3)), [0.2, 0.3, 0.5]
-        for i in range(3000):
-            table[weighted_choice((1, 0, i), weights), weighted_choice(neighbour(1, 0, i), weights)] += 1
-        assert chi2_contingency(table).pvalue > 1e-3

@@ -151,5 +151,5 @@ class Sometimes(nn.Module):
 def test_a_change_in_some_passes_alone_is_an_error():
     teacher = Teacher(Sometimes())
     teacher(inputs(2))
-    with pytest.raises(InputError, match="changes its inputs in place in some passes alone"):
+    with pytest.raises(InputError, match="changes its inputs in place, but in some passes alone"):
         teacher(inputs(3))

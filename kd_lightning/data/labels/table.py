@@ -103,6 +103,7 @@ class LabelTable:
         if self.dense:
             assert batch.y is not None
             hidden = ~self._known[batch.index]
+            batch.labeled = (~hidden).nonzero().flatten()
             if hidden.any():
                 batch.y[hidden] = float("nan") if batch.y.is_floating_point() else IGNORE_INDEX
             return batch

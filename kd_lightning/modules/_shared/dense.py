@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task, is_stateful, predicted_labels, to_probabilities
+from kd_lightning.losses.base import Task, class_weights, is_stateful, predicted_labels, to_probabilities
 from kd_lightning.losses.rows import to_rows
 
 _OF_SAMPLES = ("index", "view", "kind", "weight")
@@ -61,7 +62,7 @@ def dense_to_rows(
 
     A position counts if ``batch.position_mask`` has it, and if it has a label, or its sample has none at all: a sample
     without any label is unlabeled, and all of its positions teach; the other samples leave out their positions without
-    a label (void, padding).
+    a label (void, padding). ``batch.labeled`` names samples that have labels, also where a crop shows void alone.
 
     Args:
         batch: The batch. Class indices ``y`` have the shape of the positions (B, ...); they may have a dimension of
@@ -86,10 +87,14 @@ def dense_to_rows(
     if batch.candidates is not None or batch.soft is not None:
         raise InputError("class_dim: coarse labels and stored pseudo-labels are for one label a sample")
     classes = shape.pop(class_dim)
+    if task == "binary" and classes != 1:
+        raise InputError(
+            f"class_dim: binary outputs have one class, such as (B, 1, H, W) with 1, got {[*outputs[0].shape]}"
+        )
     y, mask = _labels(batch.y, task, class_dim, len(shape)), batch.position_mask
-    wanted = [*shape, classes] if y is not None and y.ndim > len(shape) else shape
-    if y is not None and [*y.shape] != wanted:
-        of_positions = "" if _is_like_outputs(task, y) else f", one for each position {shape}"
+    like_outputs = y is not None and _is_like_outputs(task, y)
+    if y is not None and [*y.shape] != ([*shape, classes] if like_outputs else shape):
+        of_positions = "; they must have one shape" if like_outputs else f", one for each position {shape}"
         raise InputError(
             f"{task} labels of shape {[*batch.y.shape]} do not fit outputs {[*outputs[0].shape]}{of_positions}"  # type: ignore[union-attr]
         )
@@ -99,7 +104,7 @@ def dense_to_rows(
     if causal:
         shape[1] -= 1
         outputs = [output[:, :-1] for output in outputs]
-    y, mask, keep = _positions(y, mask, len(shape), causal)
+    y, mask, keep = _positions(y, mask, len(shape), causal, batch.labeled)
     samples: dict[str, Any] = {name: getattr(batch, name) for name in _OF_SAMPLES}
     for name, value in samples.items():
         if value is not None:
@@ -107,11 +112,14 @@ def dense_to_rows(
     rows = [to_rows(output, -1, keep) for output in outputs]
     if y is not None:
         y = to_rows(y, -1, keep) if y.ndim > len(shape) else to_rows(y, None, keep).flatten()
-    labels, every = batch.dense_means or (None, None)
-    return Batch(rows[0], y, **samples, mean_labels=labels, mean_rows=every), rows
+    means = batch.dense_means
+    labels, every = (None, None) if means is None else means[:2]
+    return Batch(rows[0], y, **samples, mean_labels=labels, mean_rows=every, dense_means=means), rows
 
 
-def count_dense(batch: Batch, task: Task, class_dim: int, causal: bool = False) -> tuple[int, int]:
+def count_dense(
+    batch: Batch, task: Task, class_dim: int, causal: bool = False, hard_loss: nn.Module | None = None
+) -> tuple[float, ...]:
     """Count the known labels and the rows of a batch, as :func:`dense_to_rows` finds them, without any outputs.
 
     Args:
@@ -119,18 +127,53 @@ def count_dense(batch: Batch, task: Task, class_dim: int, causal: bool = False) 
         task: The module's task.
         class_dim: The dimension of the outputs that holds classes.
         causal: Whether outputs are compared with the label of the next position.
+        hard_loss: The hard loss. If it has class weights, their sum over the labels is the third number.
     """
+    y, known, keep, dimensions = _known(batch, task, class_dim, causal)
+    rows = y.shape[:dimensions].numel() if keep is None else int(keep.sum())
+    counts = int(known.sum()), rows
+    if task != "multiclass" or y.is_floating_point() or hard_loss is None:
+        return counts
+    target, weight = y[known].long(), getattr(hard_loss, "weight", None)
+    weights = class_weights(hard_loss, target.to(weight.device) if isinstance(weight, Tensor) else target)
+    return counts if weights is None else (*counts, float(weights.double().sum()))
+
+
+def labeled_samples(batch: Batch, task: Task, class_dim: int, causal: bool = False) -> Tensor:
+    """Return which samples of a dense batch have a label that counts, (B,) booleans.
+
+    Args:
+        batch: The batch.
+        task: The module's task.
+        class_dim: The dimension of the outputs that holds classes.
+        causal: Whether outputs are compared with the label of the next position.
+    """
+    if batch.y is None:
+        return torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
+    known = _known(batch, task, class_dim, causal)[1].flatten(1).any(dim=1)
+    if batch.labeled is not None:
+        known[batch.labeled.to(known.device)] = True
+    return known
+
+
+def _known(batch: Batch, task: Task, class_dim: int, causal: bool) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return labels, which of them are known and not masked, which positions count, and the positions' dimensions."""
     assert batch.y is not None
-    like_outputs = _is_like_outputs(task, batch.y)
-    dimensions = batch.y.ndim - like_outputs
-    y, _, keep = _positions(_labels(batch.y, task, class_dim, dimensions), batch.position_mask, dimensions, causal)
+    mask, like_outputs = batch.position_mask, _is_like_outputs(task, batch.y)
+    # class indices may have a dimension of size 1 in place of the classes, which a mask has not
+    dimensions = batch.y.ndim - (like_outputs or (mask is not None and batch.y.ndim > mask.ndim))
+    y = _labels(batch.y, task, class_dim, dimensions)
+    assert y is not None
+    if mask is not None and mask.shape != y.shape[:dimensions]:
+        raise InputError(f"mask must have one entry for each position, {[*y.shape[:dimensions]]}, got {[*mask.shape]}")
+    y, mask, keep = _positions(y, mask, dimensions, causal, batch.labeled)
     assert y is not None
     known = is_labeled(y)
     if task == "multiclass" and like_outputs:  # probabilities
         known = known.all(dim=-1)
-    if keep is None:
-        return int(known.sum()), known.flatten(0, dimensions - 1).shape[0]
-    return int(known[keep].sum()), int(keep.sum())
+    if mask is not None:
+        known = known & (mask if known.ndim == mask.ndim else mask.unsqueeze(-1))
+    return y, known, keep, dimensions
 
 
 def _is_like_outputs(task: Task, y: Tensor) -> bool:
@@ -155,9 +198,17 @@ def _labels(y: Tensor | None, task: Task, class_dim: int, dimensions: int) -> Te
 
 
 def _positions(
-    y: Tensor | None, mask: Tensor | None, dimensions: int, causal: bool
+    y: Tensor | None, mask: Tensor | None, dimensions: int, causal: bool, labeled: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return labels and mask, shifted if ``causal``, and which positions count as booleans; None if all do."""
+    """Return labels and mask, shifted if ``causal``, and which positions count as booleans; None if all do.
+
+    Args:
+        y: The labels.
+        mask: Which positions exist.
+        dimensions: Number of the positions' dimensions.
+        causal: Whether outputs are compared with the label of the next position.
+        labeled: Numbers of the samples that have labels, also where a crop shows void alone. If None, ``y`` decides.
+    """
     if causal:
         y = None if y is None else y[:, 1:]
         mask = None if mask is None else mask[:, 1:]
@@ -168,6 +219,8 @@ def _positions(
     known = known.any(dim=-1) if known.ndim > dimensions else known
     known = known if mask is None else known & mask
     unlabeled = ~known.flatten(1).any(dim=1)
+    if labeled is not None:
+        unlabeled[labeled.to(unlabeled.device)] = False
     keep = known | unlabeled.view(-1, *[1] * (dimensions - 1))
     keep = keep if mask is None else keep & mask
     return y, mask, keep

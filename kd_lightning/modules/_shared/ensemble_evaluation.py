@@ -14,6 +14,7 @@ from torch import Tensor
 from kd_lightning.batch import class_labels, is_labeled
 from kd_lightning.losses.base import Task, predicted_labels
 from kd_lightning.modules._shared.evaluation import Evaluation
+from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
 from kd_lightning.teachers.ensemble import Ensemble
 
 
@@ -24,10 +25,11 @@ class EnsembleEvaluation(Evaluation):
         ensemble: The teachers.
         task: The module's task.
         classes: Number of classes or labels C.
+        dense: Whether rows are positions, see :class:`Evaluation`.
     """
 
-    def __init__(self, ensemble: Ensemble, task: Task, classes: int) -> None:
-        super().__init__(task, classes)
+    def __init__(self, ensemble: Ensemble, task: Task, classes: int, dense: bool = False) -> None:
+        super().__init__(task, classes, dense)
         self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
         known = ensemble.known_classes(classes)
         count, least = len(ensemble), 2 if self.task == "multiclass" else 1  # a single class has probability 1
@@ -119,6 +121,71 @@ class EnsembleEvaluation(Evaluation):
         if len(sums["agreements"][0]) < 2 or not sums["teacher_rows"]:
             return {}
         return {"teachers_agreement": partial(_draw_agreement, _shares(sums["pair_agreements"]).cpu())}
+
+
+class EnsembleRegressionEvaluation(RegressionEvaluation):
+    """The metrics of a student and K teachers of the regression task. The teacher of the base's is their average.
+
+    For each teacher k also ``teacher_<k>_mae`` and ``teacher_<k>_rmse``, and ``teacher_<k>_difference``, the root of
+    the mean squared difference to the student. Outputs that a teacher does not know are left out.
+
+    Args:
+        ensemble: The teachers.
+        outputs: Number of outputs D.
+        device: The device of the sums.
+    """
+
+    def __init__(self, ensemble: Ensemble, outputs: int, device: torch.device | None = None) -> None:
+        super().__init__(outputs, device)
+        self._ensemble = (ensemble,)  # in a tuple, or it would become a submodule
+        self.known: Tensor
+        self.register_buffer("known", ensemble.known_classes(outputs), persistent=False)
+        for name in ("each_absolute", "each_squares", "each_labels", "each_differences", "each_values"):
+            self.start(name, len(ensemble), dtype=self.kind)
+
+    def check(self, values: Tensor, teacher: Tensor | None) -> None:
+        """Raise InputError if the teachers' values (K, B, D) do not fit the student's."""
+        if teacher is not None:
+            self._ensemble[0].check_classes(teacher, self.outputs)
+
+    @torch.no_grad()
+    def update(
+        self,
+        values: Tensor,
+        y: Tensor | None,
+        loss: Tensor,
+        labels: int,
+        teacher: Tensor | None,
+        class_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Add a batch; ``teacher`` holds all teachers' values (K, B, D); the rest is as of the base class."""
+        if teacher is None:
+            return super().update(values, y, loss, labels, None, class_weights)
+        predicted = super().update(values, y, loss, labels, self._ensemble[0].pool(teacher), class_weights)
+        each, known = teacher.to(self.kind), self.known.unsqueeze(1).expand_as(teacher)
+        student = values.detach().to(self.kind).view(len(values), -1)
+        self.add("each_differences", (each - student).masked_fill(~known, 0).square().flatten(1).sum(dim=1))
+        self.add("each_values", known.flatten(1).sum(dim=1))
+        if y is not None and labels and y.numel() == student.numel():
+            y = y.view_as(student)
+            known = known & is_labeled(y)
+            error = (each - y.to(self.kind)).masked_fill(~known, 0).flatten(1)
+            self.add("each_absolute", error.abs().sum(dim=1))
+            self.add("each_squares", error.square().sum(dim=1))
+            self.add("each_labels", known.flatten(1).sum(dim=1))
+        return predicted
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics by name: those that need targets or teachers only if some process had them."""
+        found, sums = super().compute(), self.of_all_processes()
+        for number in range(len(self._ensemble[0])):
+            part = {name: sums[f"each_{name}"][number].float() for name in ("absolute", "squares", "labels")}
+            if part["labels"]:
+                found[f"teacher_{number}_mae"] = part["absolute"] / part["labels"]
+                found[f"teacher_{number}_rmse"] = (part["squares"] / part["labels"]).sqrt()
+            if values := sums["each_values"][number]:
+                found[f"teacher_{number}_difference"] = (sums["each_differences"][number] / values).sqrt().float()
+        return found
 
 
 def _hits(predictions: Tensor, other: Tensor, counted: Tensor) -> Tensor:

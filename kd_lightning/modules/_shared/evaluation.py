@@ -119,9 +119,10 @@ class Evaluation(Sums):
         self.add("loss_weight", weight)
         y = y.flatten() if self.task == "binary" else class_labels(y) if one_of_many else y
         known = is_labeled(y)
+        target = y.long() if one_of_many else y > 0.5  # where labels are probabilities, the likelier one
         if self.confusion is not None:
-            self.confusion.update(probabilities, torch.where(known, y, IGNORE_INDEX).long())
-        self._count(confidence, predicted, taught, y.long() if one_of_many else y == 1, known)
+            self.confusion.update(probabilities, torch.where(known, target.long(), IGNORE_INDEX))
+        self._count(confidence, predicted, taught, target, known)
         return predicted.long()
 
     def _count(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,7 +12,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kd_lightning.batch import Batch
+from kd_lightning.losses.protocols import is_own
+from kd_lightning.modules._shared.dense import dense_predictions
+from kd_lightning.modules._shared.hard_loss import hard_loss_of, labels_fit
+from kd_lightning.modules._shared.own_evaluation import OwnEvaluation
 from kd_lightning.runs.report.log_figure import log_figure
+
+if TYPE_CHECKING:
+    from kd_lightning.modules.supervised import SupervisedModule
 
 _MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
 _IN_PROGRESS_BAR = ("/accuracy", "/rmse", "/mean_iou")
@@ -32,6 +40,35 @@ class Evaluations(dict[int, Any]):
         """Remove all metrics and logits."""
         super().clear()
         self._teacher_logits.clear()
+
+    def evaluate(self, module: SupervisedModule, stage: str, batch: Batch, batch_idx: int, loader: int) -> Tensor:
+        """Evaluate a module on a batch, and return the labels that it predicts.
+
+        Args:
+            module: The module.
+            stage: "val" or "test".
+            batch: The batch.
+            batch_idx: Number of the batch.
+            loader: Number of the data loader.
+        """
+        batch = batch if batch.candidates is None else replace(batch, candidates=None)  # metrics count fine labels
+        # first: a student's activations would take memory meanwhile
+        teacher = None if batch.is_padding else module._cached_teacher_logits((stage, loader, batch_idx), batch)
+        logits = outputs = module(batch.x)
+        if not module._is_comparable(logits, teacher):
+            teacher = None
+        batch, logits, *taught = module._evaluation_rows(batch, logits, teacher)
+        teacher = taught[0] if taught else None
+        if loader not in self:
+            evaluation = _make(module, logits, batch)
+            if stage == "test" and module.loggers:
+                evaluation.add_confusion_matrix(announce=not self)
+            self[loader] = evaluation.to(logits.device)
+        evaluation = self[loader]
+        evaluation.check(logits, teacher)  # before the labels, whose error would hide that the student does not fit
+        loss, labels, weights = hard_loss_of(module.hard_loss, module.task, logits, batch)
+        predicted: Tensor = evaluation.update(logits, batch.y, loss, labels, teacher, weights)
+        return predicted if module.class_dim is None else dense_predictions(outputs, module.task, module.class_dim)
 
     def teacher_logits(
         self, key: tuple[str, int, int], batch: Batch, compute: Callable[[Batch], Tensor | None]
@@ -75,6 +112,16 @@ class Evaluations(dict[int, Any]):
         for number, evaluation in self.items():
             for name, value in evaluation.compute().items():
                 yield _metric_name(prefix, name, number), value
+
+
+def _make(module: SupervisedModule, logits: Tensor, batch: Batch) -> Any:
+    """Make the metrics of a data loader, by its first batch."""
+    if (metrics := module.configure_metrics()) is not None:
+        return OwnEvaluation(module.task, metrics)
+    if is_own(module.hard_loss) and batch.y is not None and not labels_fit(module.task, logits, batch.y):
+        return OwnEvaluation(module.task, {})
+    single = module.task == "binary" or (module.task == "regression" and logits.ndim == 1)
+    return module.make_evaluation(1 if single else logits.shape[-1])
 
 
 def _metric_name(prefix: str, name: str, loader: int) -> str:

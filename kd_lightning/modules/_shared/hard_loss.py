@@ -20,6 +20,7 @@ from kd_lightning.losses.base import (
     row_values,
 )
 from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.losses.protocols import is_own
 
 
 class HardLoss(NamedTuple):
@@ -72,13 +73,13 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     """Return the same without the coarse labels."""
     if batch.weight is not None and (task == "multilabel" or batch.weight.shape != (len(batch),)):
         raise InputError(
-            f"weights must be one a row, (B,) = [{len(batch)}], in the multiclass or binary task; "
+            f"weights must be one a row, (B,) = [{len(batch)}], and not in the multilabel task; "
             f"got {[*batch.weight.shape]} for {task}"
         )
     y = batch.y
     if y is None:
         return _without_labels(loss, task, logits)
-    if task == "binary" or (task == "regression" and {logits.shape[1:], y.shape[1:]} <= {(), (1,)}):
+    if task in ("binary", "regression") and _is_single(logits, y):
         logits, y = logits.flatten(), y.flatten()
     soft = task == "multiclass" and y.ndim == 2 and y.is_floating_point()  # probabilities
     classes = task == "multiclass" and not soft
@@ -107,10 +108,10 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
         known = None
     if soft:
         _check_probabilities(y)
-    elif not must_synchronize(y):
-        _check_labels(task, y if known is None else y[known], logits)
+    else:
+        _check_labels(task, y if known is None or must_synchronize(y) else y[known], logits)
     if known is not None:  # some labels of a row are missing
-        value = mean_of_known(loss, logits, y.to(logits.dtype), known, **fields)
+        value = mean_of_known(loss, logits, y.to(logits.dtype), known, weight, **fields)
         return HardLoss(value, int(known.sum()), None)
     y = y.long() if classes else y.to(logits.dtype)
     labels = len(y) if soft else y.numel()
@@ -126,17 +127,16 @@ def default_loss(task: Task) -> nn.Module:
 
 def labels_fit(task: Task, logits: Tensor, y: Tensor) -> bool:
     """Whether labels have the shape that a task needs for these outputs."""
-    if task == "binary":
-        return y.numel() == logits.numel()
     if task == "multiclass":
         return logits.ndim == 2 and y.shape in (logits.shape[:1], logits.shape if y.is_floating_point() else None)
-    single = task == "regression" and {logits.shape[1:], y.shape[1:]} <= {(), (1,)}
-    return y.shape == logits.shape if not single else len(y) == len(logits)
+    if task != "multilabel" and _is_single(logits, y):
+        return len(y) == len(logits)
+    return task != "binary" and logits.ndim == 2 and y.shape == logits.shape
 
 
-def is_own(loss: nn.Module) -> bool:
-    """Whether a loss is a project's own: neither one of torch nor one of this package."""
-    return type(loss).__module__.partition(".")[0] not in ("torch", "kd_lightning")
+def _is_single(outputs: Tensor, y: Tensor) -> bool:
+    """Whether there is one output and one label a row: (B,) or (B, 1)."""
+    return {outputs.shape[1:], y.shape[1:]} <= {(), (1,)}
 
 
 _ADVICE = "; dense outputs, such as (B, C, H, W) or (B, T, C), need class_dim"
@@ -182,7 +182,14 @@ def _check_probabilities(y: Tensor) -> None:
 
 
 def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:
-    """Raise InputError for a label that is no class of the logits; of the regression task one that is infinite."""
+    """Raise InputError for a label that is no class of the logits; of the regression task one that is infinite.
+
+    Binary and multilabel labels may be probabilities.
+    """
+    if task == "multiclass" and y.is_floating_point():
+        _check_whole(y, logits.shape[1])
+    if must_synchronize(y):
+        return
     if task == "regression":
         if y.isinf().any():
             raise InputError(f"labels must be finite, or NaN for a missing one, got {y[y.isinf()][0].item()}")
@@ -196,6 +203,22 @@ def _check_labels(task: Task, y: Tensor, logits: Tensor) -> None:
         raise InputError(
             f"labels must be 0 ... {top} (the student gives {[*logits.shape][1:] or 1} logits), or -100 (NaN "
             f"where floats) for a missing one; got {bad:g}"
+        )
+
+
+def _check_whole(y: Tensor, classes: int) -> None:
+    """Raise InputError for class numbers (N,) as floats that have fractions, or that their type may have rounded."""
+    most = round(2 / torch.finfo(y.dtype).eps)  # a type with p bits counts up to 2**p
+    if classes > most + 1:
+        raise InputError(
+            f"labels of the multiclass task must be integers: the student has {classes} classes, and "
+            f"{str(y.dtype).removeprefix('torch.')} cannot hold each number above {most}"
+        )
+    # also on other devices, where floats are rare: a fraction would be cut off
+    if (fractions := y[y != y.trunc()]).numel():
+        raise InputError(
+            "labels (B,) of the multiclass task must be whole class numbers, or -100 (NaN where floats) for a missing "
+            f"one; got {fractions[0].item():g}; probabilities have the shape (B, C)"
         )
 
 

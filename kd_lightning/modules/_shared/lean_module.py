@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kd_lightning.errors import InputError
 from kd_lightning.modules._shared.epoch_means import EpochMeans
 from kd_lightning.modules._shared.hard_loss import must_synchronize
+from kd_lightning.runs.weights import check_fit
 
 _PLAIN = {str, float, int, bool, type(None)}
 
@@ -34,6 +37,17 @@ class LeanModule(LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights. Raises InputError, in one line, if they do not fit."""
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            try:
+                check_fit(state_dict, self.state_dict(), f"the weights do not fit {type(self).__name__}")
+            except InputError as explained:
+                raise explained from error
+            raise
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Runs before each backward pass. Does what ``zero_grad()`` of torch does, without its profiler."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_lightning.errors import InputError
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import Task, supports_top_k
-from kd_lightning.modules._shared.hard_loss import is_own
+from kd_lightning.losses.protocols import is_own
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -65,6 +65,8 @@ def call_soft_loss(loss: nn.Module, student: Tensor, teacher: Tensor, target: Te
     """Call a soft loss with the outputs of student and teacher, and with the target if it takes a third argument."""
     if teacher.shape != student.shape and teacher.numel() == student.numel() and not is_own(loss):
         teacher = teacher.reshape(student.shape)  # (B,) and (B, 1) of one output; torch's losses would broadcast
+    if not student.numel():  # no position counts; the mean of torch's losses would be NaN
+        return student.sum()
     value: Tensor = loss(student, teacher, target) if takes_target(loss) else loss(student, teacher)
     return value
 
