@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 
 Bytes = np.ndarray[Any, Any]  # of uint8
+_MOST = 2**25  # logits that are sorted at a time: their copies take a few times as much memory
 
 
 class Codec(Protocol):
@@ -47,7 +48,7 @@ class DenseCodec:
 
     def encode(self, logits: Tensor) -> Bytes | None:
         """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
-        values = _cast(logits.float(), self.dtype)
+        values = _cast(logits.float().cpu(), self.dtype)
         return None if values is None else values.view(np.uint8)
 
     def decode(self, rows: Bytes) -> Tensor:
@@ -83,32 +84,47 @@ class TopKCodec:
         self.classes = classes
         self.kept = None if kept is None else torch.tensor(kept)
         self.k = k
+        self.dtype: torch.dtype = getattr(torch, dtype)
         value = np.dtype(dtype).newbyteorder("<")
         self.record = np.dtype([("values", value, (k,)), ("rest", value), ("classes", "<u4", (k,))])
         self.row_bytes = self.record.itemsize
 
     def encode(self, logits: Tensor) -> Bytes | None:
-        """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
-        logits = logits.float() if self.kept is None else logits.float()[:, self.kept]
-        top, classes = logits.topk(self.k, dim=1)
-        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(logits.shape[1] - self.k)
-        classes = classes if self.kept is None else self.kept[classes]
-        values = _cast(torch.cat([top, rest[:, None]], dim=1), self.record["rest"])
+        """Return rows (B, row_bytes), or None if a finite logit is too large for them. It sorts on their device."""
+        parts = [self._largest(some) for some in torch.split(logits, max(1, _MOST // self.classes))]
+        values = _cast(torch.cat([part for part, _ in parts]), self.record["rest"])
         if values is None:
             return None
         rows = np.empty(len(values), self.record)
-        rows["values"], rows["rest"], rows["classes"] = values[:, :-1], values[:, -1], classes.numpy()
+        rows["values"], rows["rest"] = values[:, :-1], values[:, -1]
+        rows["classes"] = torch.cat([classes for _, classes in parts]).numpy()
         return rows.view(np.uint8).reshape(len(rows), -1)
+
+    def _largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest logits and the rest (B, k + 1), and the classes (B, k), on the CPU."""
+        kept = None if self.kept is None else self.kept.to(logits.device)
+        logits = logits.float() if kept is None else logits.float()[:, kept]
+        top, classes = logits.topk(self.k, dim=1)
+        rest = logits.scatter(1, classes, -torch.inf).logsumexp(dim=1) - np.log(logits.shape[1] - self.k)
+        classes = classes if kept is None else kept[classes]
+        return torch.cat([top, rest[:, None]], dim=1).cpu(), classes.cpu()
 
     def decode(self, rows: Bytes) -> Tensor:
         """Return logits (B, C) in float32."""
-        records = rows.view(self.record).reshape(len(rows))
-        rest = torch.from_numpy(records["rest"].astype(np.float32))
-        logits = rest[:, None].repeat(1, self.classes)
+        return self.unpack(torch.from_numpy(rows))
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Return logits (B, C) in float32, on the device of the rows (B, row_bytes), which are uint8."""
+        split = (self.k + 1) * self.dtype.itemsize
+        values, classes = (
+            part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :split], rows[:, split:])
+        )
+        numbers, places = values.view(self.dtype).float(), classes.view(torch.int32).long()
+        logits = numbers[:, self.k :].repeat(1, self.classes)
         if self.kept is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy_(1, self.kept, logits[:, self.kept])
-        classes = torch.from_numpy(records["classes"].astype(np.int64))
-        return logits.scatter_(1, classes, torch.from_numpy(records["values"].astype(np.float32)))
+            kept = self.kept.to(rows.device)
+            logits = torch.full_like(logits, -torch.inf).index_copy_(1, kept, logits[:, kept])
+        return logits.scatter_(1, places, numbers[:, : self.k])
 
 
 def _cast(values: Tensor, dtype: np.dtype[Any]) -> Bytes | None:

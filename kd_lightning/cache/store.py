@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ class OutputCache:
     disk. So after a crash, a chunk without a checksum is absent, and a chunk that does not match its checksum is
     damaged.
 
+    Rows that have lengths of their own lie in one file for each chunk, ``outputs-<chunk>``, which begins with the
+    places of its rows. A chunk's file is replaced as a whole.
+
     Nothing is written through a link: a cache with a link in its folder can be read, but not filled. The folder of all
     caches itself may be a link.
 
@@ -40,25 +43,36 @@ class OutputCache:
         name: First part of the folder's name.
         parts: Everything that the rows depend on, by name. Any difference gives another folder.
         rows: Number of rows.
-        row_bytes: Bytes of one row.
+        row_bytes: Bytes of one row; of rows with lengths of their own about the bytes of one.
         chunk: Number of rows that are written at a time. An existing cache has its own.
+        ragged: Whether rows have lengths of their own.
 
     Raises:
         InputError: If the folder cannot be created or written, or has a link in it.
     """
 
     def __init__(
-        self, root: Path, name: str, parts: Mapping[str, str], rows: int, row_bytes: int, *, chunk: int
+        self,
+        root: Path,
+        name: str,
+        parts: Mapping[str, str],
+        rows: int,
+        row_bytes: int,
+        *,
+        chunk: int,
+        ragged: bool = False,
     ) -> None:
         self.parts = {**parts}
         self.rows = rows
         self.row_bytes = row_bytes
-        content = json.dumps([self.parts, rows, row_bytes], sort_keys=True)
+        self.ragged = ragged
+        content = json.dumps([self.parts, rows, "ragged" if ragged else row_bytes], sort_keys=True)
         self.root = root
         self.name = name
         self.folder = root / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
         self.chunk = self._open(chunk)
         self._table: np.memmap[Any, Any] | None = None
+        self._files: dict[int, np.memmap[Any, Any]] = {}  # of ragged rows, by chunk
 
     @property
     def chunks(self) -> int:
@@ -67,7 +81,7 @@ class OutputCache:
 
     @property
     def size(self) -> int:
-        """Bytes of the table."""
+        """Bytes of the table; about, if rows have lengths of their own."""
         return self.rows * self.row_bytes
 
     def lock(self) -> FileLock:
@@ -113,7 +127,9 @@ class OutputCache:
 
     def _misfits(self, chunk: int) -> list[tuple[Path, int]]:
         """Files of a wrong size, with the right size."""
-        sizes = {self.folder / "outputs": self.size, self.folder / "chunks": -(-self.rows // chunk) * RECORD}
+        sizes = {self.folder / "chunks": -(-self.rows // chunk) * RECORD}
+        if not self.ragged:
+            sizes[self.folder / "outputs"] = self.size
         return [(file, size) for file, size in sizes.items() if not file.is_file() or file.stat().st_size != size]
 
     def _chunk_of(self, folder: Path) -> int | None:
@@ -149,15 +165,22 @@ class OutputCache:
     def damaged(self, numbers: Iterable[int]) -> list[int]:
         """Those of the given chunks that are written but do not match their checksum."""
         records = self._records()
-        found = []
+        written = (number for number in numbers if records[number].any())
+        return [number for number in written if records[number].tobytes() != _checksum(number, self._data(number))]
+
+    def _data(self, number: int) -> bytes:
+        """Return the bytes of a chunk that are on disk."""
+        if self.ragged:
+            path = self._file_of(number)
+            return path.read_bytes() if path.is_file() else b""
+        rows = self.rows_of(number)
         with (self.folder / "outputs").open("rb") as file:
-            for number in numbers:
-                rows = self.rows_of(number)
-                file.seek(rows.start * self.row_bytes)
-                data = file.read(len(rows) * self.row_bytes)
-                if records[number].any() and records[number].tobytes() != _checksum(number, data):
-                    found.append(number)
-        return found
+            file.seek(rows.start * self.row_bytes)
+            return file.read(len(rows) * self.row_bytes)
+
+    def _file_of(self, number: int) -> Path:
+        """The file of a chunk of ragged rows."""
+        return self.folder / f"outputs-{number:06d}"
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Mark chunks as absent."""
@@ -176,28 +199,36 @@ class OutputCache:
                 "free; set another folder, fewer num_views, or cache_top_k"
             )
 
-    def write(self, number: int, rows: np.ndarray[Any, Any]) -> None:
-        """Write a chunk (rows, row_bytes), and then its checksum.
+    def write(self, number: int, rows: Sequence[np.ndarray[Any, Any]] | np.ndarray[Any, Any]) -> None:
+        """Write a chunk (rows, row_bytes), or a list of ragged rows, and then its checksum.
 
         Raises:
             InputError: If the chunk cannot be written, for example on a full disk. It then stays absent.
         """
         self._refuse_links()
         place = self.rows_of(number)
-        data = np.ascontiguousarray(rows).tobytes()
-        if len(data) != len(place) * self.row_bytes:
+        if self.ragged:
+            if len(rows) != len(place):
+                raise ValueError(f"chunk {number} has {len(place)} rows, got {len(rows)}")
+            ends = np.cumsum([0, *map(len, rows)]).astype("<u8")
+            data = ends.tobytes() + b"".join(row.tobytes() for row in rows)
+        else:
+            data = np.ascontiguousarray(rows).tobytes()
+        if not self.ragged and len(data) != len(place) * self.row_bytes:
             raise ValueError(f"chunk {number} has {len(place) * self.row_bytes} bytes, got {len(data)}")
         try:
-            for file, start, content in (
-                ("outputs", place.start * self.row_bytes, data),
-                ("chunks", number * RECORD, _checksum(number, data)),
-            ):
-                with _open_to_write(self.folder / file) as opened:
-                    opened.seek(start)
-                    written = 0
-                    while written < len(content):  # a write may take a part only
-                        written += opened.write(content[written:]) or 0
-                    os.fsync(opened.fileno())
+            if self.ragged:  # a new file, since another run may have mapped the old one
+                path = self._file_of(number)
+                part = path.with_name(f"{path.name}.part")
+                part.unlink(missing_ok=True)
+                with _open_to_write(part, os.O_CREAT | os.O_EXCL) as opened:
+                    _write_all(opened, 0, data)
+                part.replace(path)
+            else:
+                with _open_to_write(self.folder / "outputs") as opened:
+                    _write_all(opened, place.start * self.row_bytes, data)
+            with _open_to_write(self.folder / "chunks") as opened:
+                _write_all(opened, number * RECORD, _checksum(number, data))
         except OSError as error:
             raise InputError(f"cache: {self.folder} cannot be written: {error}") from error
 
@@ -224,9 +255,40 @@ class OutputCache:
                 raise InputError(f"cache: {self.folder} cannot be read: {error}; start a new fit") from error
         return np.asarray(self._table[numbers])
 
+    def read_ragged(self, numbers: Iterable[int]) -> list[np.ndarray[Any, Any]]:
+        """Return ragged rows of bytes, by their numbers.
+
+        Raises:
+            InputError: If a file is gone or too short.
+        """
+        found = []
+        for number in numbers:
+            chunk, place = divmod(int(number), self.chunk)
+            try:
+                if chunk not in self._files:
+                    self._files[chunk] = np.memmap(self._file_of(chunk), np.uint8, "r")
+                file, first = self._files[chunk], 8 * (len(self.rows_of(chunk)) + 1)
+                start, stop = file[8 * place : 8 * place + 16].view("<u8").tolist()
+                if first + stop > len(file):
+                    raise ValueError("it is too short")
+            except (OSError, ValueError) as error:
+                path = self._file_of(chunk)
+                raise InputError(f"cache: {path} cannot be read: {error}; start a new fit") from error
+            found.append(np.array(file[first + start : first + stop]))
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the mapped file: each process maps it when it first reads."""
-        return self.__dict__ | {"_table": None}
+        """Leave out the mapped files: each process maps them when it first reads."""
+        return self.__dict__ | {"_table": None, "_files": {}}
+
+
+def _write_all(file: io.FileIO, start: int, content: bytes) -> None:
+    """Write to a place in a file, and wait until it is on disk."""
+    file.seek(start)
+    written = 0
+    while written < len(content):  # a write may take a part only
+        written += file.write(content[written:]) or 0
+    os.fsync(file.fileno())
 
 
 def _open_to_write(file: Path, flags: int = 0) -> io.FileIO:

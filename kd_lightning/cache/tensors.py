@@ -15,6 +15,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, rows_of, tensors_of
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
 _PARTS_OF_LAYOUTS = {
     torch.sparse_coo: ("_indices", "_values"),
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
@@ -27,6 +28,9 @@ _PARTS_OF_LAYOUTS = {
 def hash_rows(x: Inputs) -> Hashes:
     """Hash each row of inputs: its values, its type and its shape. Names of a mapping count, too, not their order.
 
+    The padding of token sequences does not count: a sample has the same hash in a batch of any length. Padding is what
+    lies after the last token of ``attention_mask``, if it is one value.
+
     Args:
         x: A tensor (B, ...), or a mapping or tuple of such tensors, on any device.
 
@@ -38,10 +42,43 @@ def hash_rows(x: Inputs) -> Hashes:
     """
     if isinstance(x, Tensor):
         return _hash_tensor(x)
-    x, count = _in_order(x), rows_of(x)
-    columns = np.stack([np.broadcast_to(_hash_tensor(part), count) for part in tensors_of(x)], axis=1)
+    x, count, mask = _in_order(x), rows_of(x), token_mask(x)
+    lengths = None if mask is None else token_lengths(mask)
+    width = 0 if mask is None else mask.shape[1]
+    columns = np.stack(
+        [
+            np.broadcast_to(_hash_tensor(part) if lengths is None else _hash_tokens(part, lengths, width), count)
+            for part in tensors_of(x)
+        ],
+        axis=1,
+    )
     form = xxhash.xxh3_64_intdigest(_form(x).encode())
     return np.array([xxhash.xxh3_64_intdigest(row.tobytes(), seed=form) for row in columns], dtype=np.uint64)
+
+
+def token_mask(x: Any) -> Tensor | None:
+    """Return the ``attention_mask`` (B, T) among inputs; None if there is none."""
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def token_lengths(mask: Tensor) -> Lengths:
+    """Return the length (B,) of each sequence: up to the last token that a mask (B, T) has."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths: Lengths = ((mask != 0) * places).amax(dim=1).cpu().numpy() if mask.shape[1] else np.zeros(len(mask), int)
+    return lengths
+
+
+def _hash_tokens(x: Tensor, lengths: Lengths, width: int) -> Hashes:
+    """Hash each row of a tensor without its padding, if it has one entry for each of ``width`` tokens."""
+    if x.ndim < 2 or x.shape[1] != width or len(x) != len(lengths) or values_of(x) is None:
+        return _hash_tensor(x)
+    rows = []
+    for row, length in zip(x.detach().cpu(), lengths.tolist(), strict=True):
+        rest = row[length:]
+        same = torch.equal(rest, rest[:1].expand_as(rest))
+        rows.append(_hash_tensor((row[:length] if same else row)[None]))
+    return np.concatenate(rows) if rows else np.zeros(0, np.uint64)
 
 
 def _in_order(x: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from kd_lightning.errors import InputError
@@ -65,6 +66,11 @@ class CompileNetworks(Callback):
             if self.backend is not None and not is_compiled:
                 network.compile(mode=self.mode, backend=self.backend, dynamic=False)
                 self._compiled.append(network)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if self._compiled and self._limit is None and self.backend == "inductor" and on_cpu:
+            rank_zero_info(
+                "CompileNetworks: the first steps compile the networks, which takes a minute or more on a CPU"
+            )
         if self._compiled and self._limit is None:
             # Beyond the limit networks run uncompiled. All networks of one class share it.
             self._limit = torch._dynamo.config.recompile_limit

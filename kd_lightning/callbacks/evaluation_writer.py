@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from kd_lightning.batch import class_labels, is_labeled
 from kd_lightning.callbacks.any_batch import count_labeled, read_batch
+from kd_lightning.callbacks.evaluated_samples import EvaluatedSamples, predictions_of, samples_of
 from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
-from kd_lightning.runs.results import Prediction, Result, read_result, write_result
+from kd_lightning.runs.results import Result, read_result, write_result
 from kd_lightning.runs.run import CONFIG, WEIGHTS, Run, same_weights
 from kd_lightning.runs.student import find_student
 
@@ -39,16 +39,18 @@ class EvaluationWriter(Callback):
 
     Figures are the logged metrics ``test/<name>`` (``transductive/test/<name>``, ``val/<name>``) of the first data
     loader. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
-    (B, L) as the batch's labels. Several processes write one file, with each sample once. If batches have no index,
-    samples are numbered in the order of the loader. Path and content of a sample are written where the datamodule
-    knows them. Works on any LightningModule. The command line adds this callback to every run.
+    (B, L) as the batch's labels; values of the regression task; or those of dense samples, whose module has
+    ``class_dim`` and ``to_rows``. A dense sample is one row, with the share of its right labels. Several processes
+    write one file, with each sample once. If batches have no index, samples are numbered in the order of the loader.
+    Path and content of a sample are written where the datamodule knows them. Works on any LightningModule. The command
+    line adds this callback to every run.
     """
 
     def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        self._batches: list[_Batch] = []
+        self._batches: list[EvaluatedSamples] = []
         self._seen = self._labeled = 0  # samples of this process
         self._has_index = True
 
@@ -101,21 +103,14 @@ class EvaluationWriter(Callback):
         known = read_batch(pl_module, batch)
         if known is None:  # another library's batch
             return
-        y, size = None if known.y is None else class_labels(known.y), len(known)
-        index = known.index
+        size, index = len(known), known.index
         if index is None:  # in the order in which Lightning's sampler distributes samples to processes
             index = (self._seen + torch.arange(size)) * trainer.world_size + trainer.global_rank
             self._has_index = False
         self._seen += size
-        task = getattr(pl_module, "task", "multiclass")
-        if not isinstance(outputs, Tensor) or outputs.is_floating_point() or outputs.shape[:1] != (size,):
-            return
-        predicted = outputs.reshape(size, -1).cpu()
-        labels = torch.full_like(predicted, -1)
-        labels = labels if y is None else torch.where(is_labeled(y), y, -1).reshape(size, -1).cpu()
-        if labels.shape != predicted.shape or (task != "multilabel" and predicted.shape[1] != 1):
-            return  # no prediction of one class for each sample
-        self._batches.append(_Batch.of(index.cpu(), labels, predicted, task == "multilabel"))
+        if isinstance(outputs, Tensor) and outputs.shape[:1] == (size,):
+            batch = samples_of(pl_module, known, outputs, index.cpu())
+            self._batches += [] if batch is None else [batch]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, part: str, loaders: Any) -> None:
         if getattr(trainer, "fast_dev_run", False):
@@ -147,11 +142,11 @@ class EvaluationWriter(Callback):
             rank_zero_info(f"the {part} figures are not those of {other}, which compare means; no result is written")
             return
         data = getattr(trainer, "datamodule", None)
-        rows = _predictions(batches, getattr(data, "class_names", None) or ())
+        rows = predictions_of(batches, getattr(data, "class_names", None) or ())
         if size is not None and not self._has_index:
             rows = {number: row for number, row in rows.items() if number < size}
         if rows:
-            labeled = sum(row.correct == row.correct for row in rows.values())  # not NaN
+            labeled = sum(not math.isnan(row.value) for row in rows.values())
         limit = trainer.limit_val_batches if part == "val" else trainer.limit_test_batches
         whole = limit == 1.0 and isinstance(limit, float)  # the integer 1 means one batch
         before = None if whole else read_result(folder, part)
@@ -169,57 +164,10 @@ class EvaluationWriter(Callback):
             named.append(replace(rows[number], path=path, content=content))
         write_result(Result(part, labeled, figures, weights, folder), named)
 
-    def _gather(self, trainer: Trainer) -> tuple[list[_Batch], int]:
+    def _gather(self, trainer: Trainer) -> tuple[list[EvaluatedSamples], int]:
         """Return the batches and the number of labeled samples of all processes, which must all call this."""
         parts = gather(trainer, (self._batches, self._labeled))
         return [batch for batches, _ in parts for batch in batches], sum(part[1] for part in parts)
-
-
-class _Batch(NamedTuple):
-    """Labels and predictions of B samples, on the CPU.
-
-    Attributes:
-        samples: (B,) indices of the samples; negative for what is no sample, see ``Batch.is_padding``.
-        correct: (B,) shares of right labels, NaN if none is known.
-        label: Pairs (N, 2) of a row and a class: one for each known label, of the multilabel task for each 1.
-        prediction: The same of the predictions.
-    """
-
-    samples: Tensor
-    correct: Tensor
-    label: Tensor
-    prediction: Tensor
-
-    @classmethod
-    def of(cls, samples: Tensor, label: Tensor, prediction: Tensor, multilabel: bool) -> _Batch:
-        """Make it of labels and predictions (B, L), where unknown labels are negative."""
-        known = label >= 0
-        correct = (known & (label == prediction)).sum(dim=1).double() / known.sum(dim=1)  # 0 / 0 is NaN
-        if multilabel:
-            return cls(samples, correct, (label == 1).nonzero(), (prediction == 1).nonzero())
-        rows = torch.arange(len(samples))
-        label, prediction = (torch.stack([rows, of[:, 0].long()], dim=1) for of in (label, prediction))
-        return cls(samples, correct, label[known[:, 0]], prediction)
-
-
-def _predictions(batches: Iterable[_Batch], names: Sequence[str]) -> dict[int, Prediction]:
-    """Return the prediction of each sample by its index."""
-    found = {}
-    for batch in batches:
-        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(batch.samples))]
-        for side, pairs in enumerate((batch.label, batch.prediction)):
-            for row, number in pairs.tolist():
-                texts[row][side].append(_name(number, names))
-        for index, correct, (label, prediction) in zip(
-            batch.samples.tolist(), batch.correct.tolist(), texts, strict=True
-        ):
-            if index >= 0:
-                found[index] = Prediction(index, ";".join(label), ";".join(prediction), correct)
-    return found
-
-
-def _name(number: int, names: Sequence[str]) -> str:
-    return "" if number < 0 else str(names[number]) if number < len(names) else str(number)
 
 
 def _hash_if_deployed(path: Path, student: nn.Module) -> str | None:

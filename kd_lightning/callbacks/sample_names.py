@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, Literal
 
 from kd_lightning.data import SemiSupervisedDataModule
@@ -35,3 +37,27 @@ def sample_names(datamodule: Any, loaders: Any, part: Literal["train", "test"]) 
         return lambda index: ("", "")
     found = identities(part)
     return lambda index: (found.paths[index], found.contents[index]) if 0 <= index < len(found) else ("", "")
+
+
+def file_stems(datamodule: Any, names: Names, part: Literal["train", "test"]) -> Callable[[int], str]:
+    """Return a function from the index of a sample to the stem of a file for it. No two samples have the same.
+
+    The stem is that of the sample's path. If two paths of the part have one stem, the index comes first in all.
+
+    Args:
+        datamodule: The datamodule that ``names`` are of.
+        names: From :func:`sample_names`.
+        part: Part that the samples are of.
+    """
+    identities = getattr(datamodule, "identities", None)
+    paths = [] if identities is None or not names(0)[0] else [*identities(part).paths]
+    stems = [PurePath(path).stem for path in paths]
+    alone = len({unicodedata.normalize("NFC", stem).casefold() for stem in stems}) == len(stems)
+
+    def stem_of(index: int) -> str:
+        number = f"{index:0{max(6, len(str(len(stems))))}d}"
+        if not 0 <= index < len(stems) or not stems[index]:
+            return number
+        return stems[index] if alone else f"{number}_{stems[index]}"
+
+    return stem_of

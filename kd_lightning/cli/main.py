@@ -40,7 +40,7 @@ from kd_lightning.cli.stop_signals import record_sigterm
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
-from kd_lightning.runs.checkpoints import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from kd_lightning.runs.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
 from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_folder, writes_files
@@ -61,6 +61,8 @@ _SETTINGS_OF_LAST = (
     "every_n_epochs",
     "save_on_train_epoch_end",
 )
+_MONITOR = "val/accuracy"
+"""The default of ``checkpoint.monitor``: a metric that all modules of this package log."""
 
 
 class DistillCLI(LightningCLI):
@@ -103,9 +105,7 @@ class DistillCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
         add_fast(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": None, "checkpoint.save_last": True}
-        )
+        parser.set_defaults({"checkpoint.monitor": _MONITOR, "checkpoint.mode": None, "checkpoint.save_last": True})
         parser.add_argument(
             "--early_stopping",
             type=int | None,
@@ -116,6 +116,8 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, without Lightning's warning about the arguments of a calling program."""
         command_line = () if isinstance(args, dict) else tuple(sys.argv[1:] if args is None else args)
+        options = {argument.partition("=")[0] for argument in command_line}
+        self._gives_seed_of_data = bool(options & {"--data.init_args.seed", "--data.seed"})
         Parser.config = read_configs(command_line)
         check_configs(command_line, parser)
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)  # type: ignore[arg-type]
@@ -146,8 +148,11 @@ class DistillCLI(LightningCLI):
         if self.subcommand is None:
             return
         plain = yaml.safe_load(dump_config(self._parser(self.subcommand), config))
-        select = select_for_fit if self.subcommand == "fit" else select_for_evaluation
-        self.selection = select(config.get("ckpt_path"), root, plain)
+        if self.subcommand == "fit":
+            self.selection = select_for_fit(config.get("ckpt_path"), root, plain)
+        else:
+            both = self._gives_seed_of_data
+            self.selection = select_for_evaluation(config.get("ckpt_path"), root, plain, both_seeds=both)
         if self.selection.checkpoint is not None:
             read_checkpoint(self.selection.checkpoint, resume=self.subcommand == "fit")
             config["ckpt_path"] = str(self.selection.checkpoint)
@@ -163,7 +168,11 @@ class DistillCLI(LightningCLI):
     def _use_split_of_run(self, config: Any) -> None:
         """Evaluate a run on the samples of its own split: a new one of data that have changed would mix its parts."""
         run, arguments = self.selection.origin, (config.data or {}).get("init_args")
-        if run is None or run.split_file is None or not self.selection.own_split:
+        if run is None or not self.selection.own_split:
+            return
+        if arguments is not None and "seed" in arguments:  # that of a run of experiment can differ
+            arguments["seed"] = run.seeds[1]
+        if run.split_file is None:
             return
         if arguments is not None and "labeled" in arguments:
             own = run.data_config()["init_args"]
@@ -211,6 +220,8 @@ class DistillCLI(LightningCLI):
             callbacks += [kind(path) for kind in (StudentWriter, ActivationCalibration, QuantizedWeightHistograms)]
         if not self._validates(trainer):
             config["checkpoint"].monitor = None
+        elif config["checkpoint"].monitor == _MONITOR and not isinstance(self.model, SupervisedModule):
+            callbacks[0] = config["checkpoint"] = BestCheckpoint(**self._own_config.checkpoint.as_dict())
         if config["early_stopping"] is not None:
             monitor = config["checkpoint"].monitor
             if monitor is None:
@@ -236,12 +247,12 @@ class DistillCLI(LightningCLI):
         return built
 
     def _validates(self, trainer: dict[str, Any]) -> bool:
-        """Return whether the checkpoint's monitor will be logged; other modules, or no validation, lack the default."""
-        if self._own_config.checkpoint.monitor != "val/accuracy":
+        """Return whether a validation can log the checkpoint's monitor; one that is not the default is not checked."""
+        if self._own_config.checkpoint.monitor != _MONITOR:
             return True
         data = self.datamodule
         no_part = isinstance(data, SemiSupervisedDataModule) and data.val_size == 0 and not _is_path(data.labeled)
-        return isinstance(self.model, SupervisedModule) and not no_part and trainer["limit_val_batches"] != 0
+        return is_overridden("validation_step", self.model) and not no_part and trainer["limit_val_batches"] != 0
 
     @property
     def _own_config(self) -> Any:

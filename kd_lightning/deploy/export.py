@@ -6,7 +6,7 @@ import gc
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.inputs import Inputs, describe, take_rows
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.runs.weights import load_weights, metadata_texts, save_weights
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 """The file suffix of each format."""
 OPSET = 17
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+INPUT, OUTPUT, BATCH, LENGTH = "input", "logits", "batch", "length"
 METADATA = "metadata.json"
 """Name of the metadata in the ``extra_files`` of a ``.pt2``."""
 TOLERANCE = 1e-4
@@ -40,7 +42,7 @@ class Comparison(NamedTuple):
         largest: Largest absolute difference of a logit.
         relative: ``largest`` divided by the largest magnitude of an expected logit.
         typical: Median over the images of an image's largest difference, divided by the same magnitude.
-        predictions: Number of predictions: one for each image, or one for each label of the multilabel task.
+        predictions: Number of predictions: one for each image, position or label; 0 for the regression task.
         changed: Number of predictions that differ.
     """
 
@@ -54,7 +56,7 @@ class Comparison(NamedTuple):
     @property
     def agreement(self) -> float:
         """Share of equal predictions."""
-        return 1 - self.changed / self.predictions
+        return 1 - self.changed / max(self.predictions, 1)
 
     def agrees(self, tolerance: float) -> bool:
         """Return whether the logits agree.
@@ -117,12 +119,26 @@ def temporary_file(path: Path, file_format: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def export_student(student: nn.Module, x: Tensor, path: Path, file_format: str, metadata: Mapping[str, Any]) -> None:
-    """Write a student to a file.
+def named_tensors(x: Inputs) -> dict[str, Tensor]:
+    """Return the tensors of inputs by the names that they have in a file, in the order of the network's arguments.
+
+    Raises:
+        InputError: If inputs are nested.
+    """
+    parts: Mapping[Any, Any] = x if isinstance(x, Mapping) else {INPUT: x}
+    if isinstance(x, tuple | list):
+        parts = {f"{INPUT}_{number}": part for number, part in enumerate(x)}
+    if not all(isinstance(part, Tensor) for part in parts.values()):
+        raise InputError(f"export needs a student that takes tensors, by position or by name, got {describe(x)}")
+    return {str(name): part for name, part in parts.items()}
+
+
+def export_student(student: nn.Module, x: Inputs, path: Path, file_format: str, metadata: Mapping[str, Any]) -> None:
+    """Write a student to a file. The number of samples, and of tokens of an ``attention_mask``, may vary.
 
     Args:
         student: The student, in eval mode.
-        x: Inputs (B, ...). The first one is used to trace the student.
+        x: Inputs (B, ...). The first sample is used to trace the student.
         path: The file.
         file_format: One of ``FORMATS``. ``onnx`` stores quantised weights as 8-bit integers with QuantizeLinear and
             DequantizeLinear. The other formats store float weights; ``torch_export`` rounds them in each call.
@@ -134,7 +150,8 @@ def export_student(student: nn.Module, x: Tensor, path: Path, file_format: str, 
     writer = {"onnx": _write_onnx, "torch_export": _write_torch_export, "safetensors": _write_safetensors}[file_format]
     try:
         # a batch of two, since torch.export treats a batch size of one as a constant
-        writer(student, x[[0, 0]], path, metadata_texts(metadata))
+        count = len(next(iter(named_tensors(x).values())))
+        writer(student, take_rows(x, torch.tensor([0, 0]), count), path, metadata_texts(metadata))
     except InputError:
         raise
     except Exception as error:  # exporters raise errors of any type
@@ -147,7 +164,7 @@ def export_student(student: nn.Module, x: Tensor, path: Path, file_format: str, 
 
 def load_exported(
     path: Path, file_format: str, build_network: Callable[[], nn.Module], *, as_written: bool = True
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Any], Tensor]:
     """Load an exported file as a function from inputs (B, ...) to logits.
 
     Args:
@@ -162,10 +179,12 @@ def load_exported(
         InputError: If the runtime cannot load the file.
     """
     if file_format == "safetensors":
-        return _Logits(load_weights(build_network(), path).eval())
+        network = load_weights(build_network(), path).eval()
+        return lambda x: logits_of(_call(network, x, named_tensors(x).values()), "the student")
     try:
         if file_format == "torch_export":
-            return torch.export.load(path).module()
+            program: Any = torch.export.load(path).module()
+            return lambda x: program(*named_tensors(x).values())
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
@@ -173,12 +192,18 @@ def load_exported(
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # runtimes raise errors of their own types
         raise InputError(f"the {file_format} file cannot be loaded: {' '.join(str(error).split())}") from error
-    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+    used = {part.name for part in session.get_inputs()}  # the exporter leaves out inputs that the graph does not use
+
+    def run(x: Inputs) -> Tensor:
+        given = {name: part.numpy() for name, part in named_tensors(x).items() if name in used}
+        return torch.from_numpy(session.run([OUTPUT], given)[0])
+
+    return run
 
 
 @torch.no_grad()
-def collect_logits(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Tensor:
-    """Return a network's logits for all batches, (N, ...).
+def collect_logits(network: Callable[[Any], Any], batches: Sequence[Inputs]) -> Tensor:
+    """Return a network's logits for all batches, (N, ...). Those of fewer tokens are padded with zeros.
 
     Raises:
         InputError: If the network fails on a batch.
@@ -191,17 +216,25 @@ def collect_logits(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) 
             raise
         except Exception as error:  # runtimes raise errors of their own types
             reason = " ".join(str(error).split())
-            raise InputError(f"the student fails on a batch of shape {[*x.shape]}: {reason}") from error
+            raise InputError(f"the student fails on a batch of shape {describe(x)}: {reason}") from error
+    if len({(part.ndim, part.shape[1:]) for part in logits}) > 1 and len({part.ndim for part in logits}) == 1:
+        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in logits), strict=True)]
+        logits = [_padded(part, largest) for part in logits]
     return torch.cat(logits)
 
 
-def compare_logits(expected: Tensor, found: Tensor, predict: Callable[[Tensor], Tensor]) -> Comparison:
+def _padded(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+    return F.pad(part, [width for count in reversed(missing) for width in (0, count)])
+
+
+def compare_logits(expected: Tensor, found: Tensor, predict: Callable[[Tensor], Tensor] | None) -> Comparison:
     """Compare the logits of a file with those of PyTorch.
 
     Args:
         expected: PyTorch's logits, (N, ...).
         found: The file's logits, of the same shape.
-        predict: Function from logits to predicted labels.
+        predict: Function from logits to predicted labels; None for the regression task, which has none.
 
     Raises:
         InputError: If the shapes differ.
@@ -211,27 +244,67 @@ def compare_logits(expected: Tensor, found: Tensor, predict: Callable[[Tensor], 
     differences = (found - expected).abs().reshape(len(found), -1).amax(1)
     largest, typical = float(differences.max()), float(differences.median())
     top = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
+    if predict is None:
+        return Comparison(len(found), largest, largest / top, typical / top, 0, 0)
     same = predict(expected) == predict(found)
     return Comparison(len(found), largest, largest / top, typical / top, same.numel(), int((~same).sum()))
 
 
 class _Logits(nn.Module):
-    """A network that returns the student's logits as a tensor."""
+    """A network that takes the student's inputs by position, and returns its logits as a tensor."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, x: Inputs) -> None:
         super().__init__()
         self.student = student
+        self.x = dict.fromkeys(x) if isinstance(x, Mapping) else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.student(x), "the student")
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return logits_of(_call(self.student, self.x, tensors), "the student")
 
 
-def _write_onnx(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, str]) -> None:
+def _call(network: nn.Module, x: Any, tensors: Iterable[Tensor]) -> Any:
+    """Call a network with tensors: by the names of ``x`` if it is a mapping."""
+    return network(**dict(zip(x, tensors, strict=True))) if isinstance(x, Mapping) else network(*tensors)
+
+
+def token_inputs(x: Inputs) -> list[str]:
+    """Return the names of inputs that have one entry for each token of an ``attention_mask`` (B, T), T above 1."""
+    tensors = named_tensors(x)
+    mask = tensors.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] < 2:
+        return []
+    return [name for name, part in tensors.items() if part.ndim > 1 and part.shape[1] == mask.shape[1]]
+
+
+def without_last_token(x: Inputs) -> Inputs:
+    """Return inputs of token sequences that are shorter by one."""
+    assert isinstance(x, Mapping)
+    tokens = token_inputs(x)
+    return {name: part[:, :-1] if name in tokens else part for name, part in x.items()}
+
+
+def _axes(student: nn.Module, x: Inputs) -> dict[str, dict[int, str]]:
+    """Return the names of the dimensions that vary, by input, and by ``OUTPUT``."""
+    tokens = token_inputs(x)
+    found = {name: {0: BATCH} if part.ndim else {} for name, part in named_tensors(x).items()} | {OUTPUT: {0: BATCH}}
+    for name in tokens:
+        found[name] |= {1: LENGTH}
+    if tokens:
+        inputs = x, without_last_token(x)
+        with torch.no_grad():
+            outputs = [logits_of(_call(student, part, named_tensors(part).values()), "the student") for part in inputs]
+        sizes = zip(*(output.shape for output in outputs), strict=True)
+        found[OUTPUT] |= {dim: LENGTH for dim, (one, other) in enumerate(sizes) if one != other}
+    return found
+
+
+def _write_onnx(student: nn.Module, x: Inputs, path: Path, metadata: dict[str, str]) -> None:
     onnx = importlib.import_module("onnx")
+    tensors = named_tensors(x)
     arguments: dict[str, Any] = {
-        "input_names": [INPUT],
+        "input_names": [*tensors],
         "output_names": [OUTPUT],
-        "dynamic_axes": {INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
+        "dynamic_axes": _axes(student, x),
         "opset_version": OPSET,
         "dynamo": False,  # the other exporter needs onnxscript, and replaces the integers by floats
         "keep_initializers_as_inputs": False,
@@ -241,27 +314,29 @@ def _write_onnx(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, s
         if quantized_layers(student):
             from brevitas.export import export_onnx_qcdq
 
-            export_onnx_qcdq(_Logits(student).eval(), args=x, export_path=str(path), **arguments)
+            given = (*tensors.values(),)
+            export_onnx_qcdq(_Logits(student, x).eval(), args=given, export_path=str(path), **arguments)
         else:
-            torch.onnx.export(_Logits(student).eval(), (x,), str(path), **arguments)
+            torch.onnx.export(_Logits(student, x).eval(), (*tensors.values(),), str(path), **arguments)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-def _write_torch_export(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, str]) -> None:
-    network = _Logits(student).eval()
-    shapes = ({0: torch.export.Dim(BATCH)},)
-    with torch.no_grad(), _as_torch_operations(network, x):
-        program = torch.export.export(network, (x,), dynamic_shapes=shapes, strict=False)
+def _write_torch_export(student: nn.Module, x: Inputs, path: Path, metadata: dict[str, str]) -> None:
+    network, tensors, axes = _Logits(student, x).eval(), named_tensors(x), _axes(student, x)
+    dims = {BATCH: torch.export.Dim(BATCH), LENGTH: torch.export.Dim.AUTO}  # a length may have a largest value
+    shapes = (tuple({d: dims[axis] for d, axis in axes[name].items()} for name in tensors),)
+    with torch.no_grad(), _as_torch_operations(network, (*tensors.values(),)):
+        program = torch.export.export(network, (*tensors.values(),), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it has paths of the local file system
     torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
 @contextmanager
-def _as_torch_operations(network: nn.Module, x: Tensor) -> Iterator[None]:
+def _as_torch_operations(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Run Brevitas layers as plain torch operations. Their own branch on values, which torch.export refuses."""
     if not quantized_layers(network):
         yield
@@ -269,9 +344,9 @@ def _as_torch_operations(network: nn.Module, x: Tensor) -> Iterator[None]:
     from brevitas.export.inference.manager import quant_inference_mode
 
     with quant_inference_mode(network):
-        network(x)  # collects the scales
+        network(*tensors)  # collects the scales
         yield
 
 
-def _write_safetensors(student: nn.Module, x: Tensor, path: Path, metadata: dict[str, str]) -> None:
+def _write_safetensors(student: nn.Module, x: Inputs, path: Path, metadata: dict[str, str]) -> None:
     save_weights(student.state_dict(), path, metadata)

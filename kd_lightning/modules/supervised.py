@@ -273,9 +273,9 @@ class SupervisedModule(LeanModule):
         The loader needs them of all batches of an optimiser step, before the first one is computed. If the hard loss
         has class weights, their sum over the labels is the third number.
         """
-        if self.class_dim is None or (batch := self.unpack(batch)).y is None:
+        if self.class_dim is None:
             return None
-        return count_dense(batch, self.task, self.class_dim, self.causal, self.hard_loss)
+        return count_dense(self.unpack(batch), self.task, self.class_dim, self.causal, self.hard_loss)
 
     def step_mean(self, value: Tensor, rows: Batch) -> Tensor:
         """Scale a mean over rows of :meth:`to_rows` so that processes and accumulated batches add up.

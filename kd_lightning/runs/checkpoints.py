@@ -14,7 +14,10 @@ import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from kd_lightning.errors import InputError
 from kd_lightning.runs.unpickling import find_stub, read_tensors
@@ -97,6 +100,32 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(filename="last", monitor=None, save_top_k=1, enable_version_counter=False, **kwargs)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes the best checkpoint if its metric is logged, for modules of which this is not known.
+
+    Lightning ends a fit whose validation does not log the metric.
+
+    Args:
+        kwargs: Arguments of ModelCheckpoint.
+    """
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the end of training. Names the metrics that were logged, if the monitored one was not."""
+        super().on_train_end(trainer, pl_module)
+        names = [*trainer.callback_metrics]
+        if not names or self.monitor in names or self.best_model_path:
+            return
+        logged = ", ".join([name for name in names if "val" in name.lower()] or names)
+        rank_zero_warn(
+            f"checkpoint.monitor: {self.monitor} was never logged, so that the last weights are deployed, not the best "
+            f"ones; set it to one of the metrics that were: {logged}"
+        )
 
 
 def follow_move(state: dict[str, Any], folder: str | Path | None) -> None:

@@ -37,6 +37,8 @@ _EXTRAS = {
     "pyarrow": "weak",
 }
 """Optional packages, and the extra of this package that installs each."""
+_EXPORTED = (".pt2",)
+_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 def walk_config(node: Any, path: str = "", owner: Any = None) -> Iterator[tuple[str, Any, Any, Any]]:
@@ -66,6 +68,22 @@ def missing_package(path: str) -> str:
             importlib.import_module(package)
         except ImportError:
             return f"{package} is not installed: pip install 'kd-lightning[{_EXTRAS[package]}]'"
+    return ""
+
+
+def network_reader(file: str) -> str:
+    """Return what makes a network of a file, as the end of a message; empty for a file of another kind.
+
+    >>> network_reader("net.pt2")
+    '; kd_lightning.teachers.ExportedNetwork (argument program: net.pt2) makes a network of an exported program'
+    """
+    if file.endswith(_EXPORTED):
+        text = (
+            f"kd_lightning.teachers.ExportedNetwork (argument program: {file}) makes a network of an exported program"
+        )
+        return f"; {text}"
+    if file.endswith(_WEIGHTS):
+        return f"; kd_lightning.load_weights (arguments model, and path: {file}) loads weights into a network"
     return ""
 
 
@@ -180,10 +198,33 @@ def name_of(owner: Any) -> str:
     return str(getattr(owner, "__name__", type(owner).__name__))
 
 
-def no_such_key(owner: Any, name: str, allowed: Iterable[str]) -> str:
-    """Return the message for an argument that a class does not have."""
+def hint_for_key(name: str, allowed: Iterable[str], config: Any, known: Iterable[str] = ()) -> str:
+    """Return the end of a message about a key that does not exist: another place that has it, or a similar key.
+
+    Args:
+        name: The key, or its path.
+        allowed: The keys, or paths, that its place has.
+        config: The whole config, whose objects are the other places.
+        known: All keys of the parser, such as ``"trainer.max_epochs"``.
+    """
+    places = [(key.rpartition(".")[0], key.rpartition(".")[2]) for key in known]
+    for path, key, value, _ in walk_config(config):
+        if key == "class_path":
+            place = path.removesuffix(key) + "init_args"
+            places += [(place, argument) for argument in arguments_of(find_class(value))]
+    last, similar = name.rpartition(".")[2], did_you_mean(name, allowed)
+    found = [argument for _, argument in places if argument == last]
+    if not found and not similar:
+        found = difflib.get_close_matches(last, [argument for _, argument in places], n=1, cutoff=0.8)
+    place = next((place or "the top level" for place, argument in places if argument in found[:1]), "")
+    return f"; {place} has the key {found[0]}" if found else similar
+
+
+def no_such_key(owner: Any, name: str, allowed: Iterable[str], config: Any = None, known: Iterable[str] = ()) -> str:
+    """Return the message for an argument that a class does not have; see :func:`hint_for_key`."""
     allowed = list(allowed)
-    message = f"{name_of(owner)} has no such key{did_you_mean(name, allowed)}; allowed: {', '.join(allowed)}"
+    hint = hint_for_key(name, allowed, config, known)
+    message = f"{name_of(owner)} has no such key{hint}; allowed: {', '.join(allowed)}"
     if takes_any_argument(owner):
         message += ", and any in dict_kwargs"
     if name.startswith("cache") and name in arguments_of(find_class("kd_lightning.Teacher")):

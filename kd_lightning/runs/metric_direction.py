@@ -13,12 +13,13 @@ from kd_lightning.errors import InputError
 Direction = Literal["min", "max"]
 
 _MIN = re.compile(
-    "loss|err|error|kld?|jsd|r?mse|mae|r?msle|nll|b?ce|ece|mce|brier|perplexity|ppl|divergence|distance|cost|"
+    "loss|err|error|kld?|jsd|r?mse|s?map?e|r?msle|nll|b?ce|ece|mce|brier|perplexity|ppl|divergence|distance|cost|"
+    "difference|"
     "flips|[wc]er|fid|lpips|f[pn]r"
 )
 _MAX = re.compile(
     "acc|accuracy|f1|fbeta|precision|recall|sensitivity|specificity|t[pn]r|auroc|auc|auprc|m?ap|agreement|coverage|"
-    "confidence|m?iou|jaccard|dice|kappa|mcc|psnr|ssim|ndcg|mrr|bleu"
+    "confidence|r2|m?iou|jaccard|dice|kappa|mcc|psnr|ssim|ndcg|mrr|bleu"
 )
 # terms of this package's objectives, also of the teacher or the peer that train beside the student
 _TERM = re.compile("(teacher_|peer_)?(hard|soft|hint|unsupervised)")
@@ -40,7 +41,7 @@ def direction_of(metric: str) -> Direction | None:
     if "hint" in parts[:-1]:  # val/hint/<layer>
         return "min"
     name = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", parts[-1]).lower()
-    words = re.findall(r"f1|[a-z]+|\d+", name)
+    words = re.findall(r"f1|r2|[a-z]+|\d+", name)
     if not words or _NEGATION.fullmatch(words[0]):
         return None
     while len(words) > 1 and _SUFFIX.fullmatch(words[-1]):

@@ -19,8 +19,10 @@ from kd_lightning.runs.class_paths import (
     class_names,
     did_you_mean,
     find_class,
+    hint_for_key,
     missing_package,
     name_of,
+    network_reader,
     no_such_key,
     walk_config,
 )
@@ -151,6 +153,8 @@ def raising_module(error: BaseException) -> str:
 def _describe(message: str, causes: list[BaseException], known: list[str]) -> Describe:
     """Find out what is wrong; jsonargparse's text is read where its exceptions have no attribute for it."""
     for cause in causes:
+        if isinstance(cause, UnicodeDecodeError) and (file := _file_of(cause)):
+            return partial(_no_text, file)
         if not isinstance(cause, AttributeError) or not inspect.ismodule(cause.obj):
             continue
         if f"{cause.obj.__name__}.{cause.name}" in message:
@@ -179,10 +183,24 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
     found = re.search(r"Problem with given class_path '([^']+)'", text)
     if found and missing_package(found[1]):
         return partial(_wrong_class, found[1])
+    if found and network_reader(found[1]):
+        return partial(_no_text, found[1])
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r"Type Callable\[.*\] expects a function or a callable class: ", "", text)
     text = re.sub(r"\.+\s+Got value: .*|\s+Subclass types expect one of:.*", "", text, flags=re.DOTALL)
     return partial(_wrong_value, text, got)
+
+
+def _file_of(error: UnicodeDecodeError) -> str:
+    """Return the file that the parser has read as a config, as the user wrote it; empty for any other error."""
+    paths = [frame.f_locals.get("cfg_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((str(path) for path in paths if path is not None), "")
+
+
+def _no_text(file: str, keys: Keys, config: Config) -> str:
+    """What is wrong with a file that stands where a config file or a class path can."""
+    text = f"must be a mapping with a class_path, got the file {file}{network_reader(file)}"
+    return f"{_place(keys, config, file) or 'an argument'} {text}"
 
 
 def _wrong_value(text: str, got: str | None, keys: Keys, config: Config) -> str:
@@ -215,9 +233,9 @@ def _unknown_key(name: str, known: list[str], keys: Keys, config: Config) -> str
     for path, spec in found or [(path, spec) for path, spec in specs if path == place]:
         owner = find_class(spec["class_path"])
         if (allowed := arguments_of(owner)) and argument not in allowed:
-            return f"{path}.init_args.{argument}: {no_such_key(owner, argument, allowed)}"
+            return f"{path}.init_args.{argument}: {no_such_key(owner, argument, allowed, config)}"
     siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
-    return f"{_join((*keys, name))}: no such key{did_you_mean(name, siblings)}"
+    return f"{_join((*keys, name))}: no such key{hint_for_key(name, siblings, config, known)}"
 
 
 def _missing(names: list[str], keys: Keys, config: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,16 @@ class Prediction:
 
     Attributes:
         index: Index of the sample in its part.
-        label: The label; of the multilabel task its labels, joined by ``;``; empty if it is not known.
-        prediction: The predicted one.
-        correct: Share of right labels: 1 or 0, in the multilabel task a fraction; NaN if no label is known.
+        label: The label; of the multilabel task its labels, of the regression task its targets, joined by ``;``; empty
+            if it is not known. Of a dense sample the number and a hash of its labels.
+        prediction: The predicted one; empty for a dense sample.
+        correct: Share of right labels: 1 or 0, in the multilabel task and of a dense sample a fraction; NaN if no label
+            is known.
         path: Path of its file relative to the folder of its part; empty if it is not known.
         content: Hash of its content; empty if it is not known. The second sample of equal content has the suffix
             ``#2``, and so on.
+        error: Mean absolute error, of the regression task; else NaN.
+        labels: Number of labels behind ``correct`` or ``error``, where figures count each of them, and not each sample.
     """
 
     index: int
@@ -35,9 +40,17 @@ class Prediction:
     correct: float
     path: str = ""
     content: str = ""
+    error: float = math.nan
+    labels: int = 1
+
+    @property
+    def value(self) -> float:
+        """What is compared: ``correct``, or ``error`` of the regression task; NaN if no label is known."""
+        return self.correct if math.isnan(self.error) else self.error
 
 
 COLUMNS = ["index", "path", "content", "label", "prediction", "correct"]
+_NAMES = COLUMNS[:-1]
 _COLUMNS_BEFORE = ["index", "label", "prediction", "correct"]  # of files that do not name their samples
 
 
@@ -67,25 +80,43 @@ class Result:
                 header, *rows = csv.reader(file)
                 if header == _COLUMNS_BEFORE:
                     rows = [[row[0], "", "", *row[1:]] for row in rows]
+                elif header in ([*_NAMES, "correct", "labels"], [*_NAMES, "error", "labels"]):
+                    return [_prediction(row, header[5] == "error", int(row[6])) for row in rows]
                 elif header != COLUMNS:
                     raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
-                return [Prediction(int(row[0]), row[3], row[4], float(row[5]), row[1], row[2]) for row in rows]
+                return [_prediction(row) for row in rows]
         except FileNotFoundError:
             return []
         except (OSError, EOFError, ValueError, IndexError) as error:
             raise InputError(f"{path} is damaged: {error}") from error
 
 
+def _prediction(row: list[str], is_error: bool = False, labels: int = 1) -> Prediction:
+    value = float(row[5])
+    correct, error = (math.nan, value) if is_error else (value, math.nan)
+    return Prediction(int(row[0]), row[3], row[4], correct, row[1], row[2], error, labels)
+
+
 def write_result(result: Result, predictions: Iterable[Prediction]) -> None:
-    """Write ``<part>.json`` and, compressed, ``<part>_predictions.csv.gz`` to the run's folder."""
+    """Write ``<part>.json`` and, compressed, ``<part>_predictions.csv.gz`` to the run's folder.
+
+    Regressed samples have ``error`` in place of ``correct``. They, and dense samples, have a last column ``labels``.
+    """
+    predictions = [*predictions]
+    is_error = any(not math.isnan(p.error) for p in predictions)
+    counts = is_error or any(p.labels != 1 for p in predictions)
     table = _path(result.folder, result.part, "_predictions.csv.gz")
     table.parent.mkdir(parents=True, exist_ok=True)
     path = _path(result.folder, result.part, ".json")
     path.unlink(missing_ok=True)  # so that no older figures stand beside new predictions
     with gzip.open(table, "wt", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows((p.index, p.path, p.content, p.label, p.prediction, f"{p.correct:g}") for p in predictions)
+        writer.writerow([*_NAMES, "error" if is_error else "correct", *["labels"] * counts])
+        digits = ".9g" if counts else "g"
+        for p in predictions:
+            value = p.error if is_error else p.correct
+            row = [p.index, p.path, p.content, p.label, p.prediction, format(value, digits)]
+            writer.writerow([*row, p.labels] if counts else row)
     content = {"part": result.part, "samples": result.samples, "weights": result.weights, "figures": result.figures}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -122,4 +153,4 @@ def _path(folder: Path, part: str, end: str) -> Path:
 
 def labeled(predictions: Sequence[Prediction]) -> dict[int, Prediction]:
     """Return {index: prediction} of the samples with a label."""
-    return {p.index: p for p in predictions if p.correct == p.correct}
+    return {p.index: p for p in predictions if not math.isnan(p.value)}

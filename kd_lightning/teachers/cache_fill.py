@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import platform
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import torchvision
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from kd_lightning.batch import Batch
-from kd_lightning.cache.codecs import Bytes, Codec, DenseCodec, TopKCodec
-from kd_lightning.cache.content import fingerprint
+from kd_lightning.cache.codecs import Bytes, Codec
 from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
 from kd_lightning.cache.store import OutputCache, format_size
-from kd_lightning.cache.tensors import hash_rows
+from kd_lightning.cache.tensors import hash_rows, token_lengths, token_mask
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import map_inputs
 from kd_lightning.ranks import gather, on_all_ranks
+from kd_lightning.teachers.cache_key import environment, key_of
+from kd_lightning.teachers.output_layout import Distance, Layout, codec_of, layout_of
 from kd_lightning.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 CHUNK = 1024  # rows that are written at a time, rounded to whole batches
+CHUNK_BYTES = 2**28  # most bytes of them, or of one batch
 
 
 class Views(Protocol):
@@ -60,6 +61,9 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
 
     Call it on every process at the start of a fit. All processes fill together. If another run fills the same cache,
     they wait for it. Outputs that are stored for other views than those of this fit are not used.
+
+    With the module's ``class_dim``, ``cache_top_k`` counts for each position, and token sequences with an
+    ``attention_mask`` are stored in their own lengths.
 
     Args:
         teachers: A teacher, or a module that contains teachers. Those without ``cache`` are skipped. Their outputs have
@@ -91,38 +95,11 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
         )
     stored: dict[str, StoredOutputs] = {}
     with isolate_rng():  # so that a run is the same whether a cache is filled or found
-        parts = table.parts() | _environment(trainer)
+        parts = table.parts() | environment(trainer)
         for name, teacher in named.items():
             stored[name] = _CacheFill(teacher, trainer, table, parts).run()
             teacher.cache_folders[views] = stored[name].folder
     table.outputs.set(stored)
-
-
-def _environment(trainer: Trainer) -> dict[str, str]:
-    """Everything but data and network that the outputs depend on, by name."""
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    owners = (type(trainer.lightning_module), type(trainer.datamodule))  # type: ignore[attr-defined]
-    found = [getattr(owner, hook, None) for owner in owners for hook in hooks]
-    own = [
-        hook for hook in found if not str(getattr(hook, "__module__", "")).startswith(("lightning.", "kd_lightning."))
-    ]
-    return {
-        "batch hooks": fingerprint(own),
-        "precision": str(trainer.precision),
-        "device": trainer.strategy.root_device.type,
-        "matmul": torch.get_float32_matmul_precision(),
-        "torch": f"{torch.__version__}, torchvision {torchvision.__version__}",
-        "Python": platform.python_version(),
-    }
-
-
-def _layout(teacher: Teacher) -> str:
-    """Hash of whether the network is compiled, and of its weights' memory layout."""
-    modules = [*teacher.network.modules()]
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules)
-    parameters = [p for module in modules for p in module.parameters(recurse=False)]
-    plain = [p.layout == torch.strided and not p.is_nested for p in parameters]
-    return fingerprint([compiled, [[*p.stride()] if ok else None for p, ok in zip(parameters, plain, strict=True)]])
 
 
 @dataclass(frozen=True)
@@ -140,12 +117,12 @@ class _CacheFill:
         self.teacher = teacher
         self.trainer = trainer
         self.table = table
-        self.parts = parts | {
-            "teacher": teacher.weights(),
-            "architecture": teacher.architecture(),
-            "compilation": _layout(teacher),
-        }
+        self.parts = parts | key_of(teacher)
         self.batch_size = int(getattr(trainer.datamodule, "batch_size", 64))  # type: ignore[attr-defined]
+        owner = getattr(trainer.lightning_module, "teaching", trainer.lightning_module)
+        self.class_dim: int | None = getattr(owner, "class_dim", None)
+        # teach counts padding, too, unless it has a mask
+        self.cuts_padding = self.class_dim is not None and getattr(owner, "mask", "attention_mask") == "attention_mask"
 
     def run(self) -> StoredOutputs:
         """Find the outputs of these views, or compute and store them."""
@@ -153,13 +130,15 @@ class _CacheFill:
         computed: list[_Sample] = []
         on_all_ranks(self.trainer, lambda: computed.append(self._compute_twice(numbers)), "cache")
         (sample,) = computed
+        layout = layout_of(self.teacher, sample.now, self.class_dim)
         for dtype in dict.fromkeys((self.teacher.cache_dtype, "float32")):
-            if stored := self._find(self._codec(sample.now.outputs.shape[1:], dtype), sample):
+            codec = codec_of(self.teacher, sample.now.outputs.shape, dtype, layout)
+            if stored := self._find(codec, layout, sample):
                 return stored
             rank_zero_warn(f"cache: a logit is too large for {dtype}, so the outputs are stored in float32")
         raise InputError("cache: a logit of the teacher is too large for float32")
 
-    def _find(self, codec: Codec, sample: _Sample) -> StoredOutputs | None:
+    def _find(self, codec: Codec, layout: Layout, sample: _Sample) -> StoredOutputs | None:
         """Find the table of these views, and compute what is missing in it. If there is none, start one.
 
         Returns:
@@ -167,7 +146,7 @@ class _CacheFill:
         """
         why = ""  # a table is of other data
         for version in count():
-            stored = self._open(codec, version, sample)
+            stored = self._open(codec, layout, version, sample)
             written = [*{*range(stored.cache.chunks)} - {*stored.cache.absent()}]
             if found := self._differs(stored, sample, written):
                 why = f"{found} are not those in {stored.folder}"
@@ -193,7 +172,8 @@ class _CacheFill:
             (batch,) = self.table.read([numbers], seed)
             if self.teacher.has_preprocess and not seed:
                 self._check_preprocess(batch)
-            passes.append(self._outputs(batch))
+            rows = self._outputs(batch)
+            passes.append(replace(rows, outputs=rows.outputs.cpu()))
         first, again = passes
         if (first.views != again.views).any() or (first.inputs != again.inputs).any():
             raise InputError(
@@ -201,8 +181,10 @@ class _CacheFill:
                 "has a random generator of its own. Use torch's, numpy's or Python's global generator in "
                 "train_transform, or remove cache"
             )
-        tolerance = self._noise * _largest(first.outputs)
-        if not torch.allclose(first.outputs, again.outputs, rtol=0, atol=tolerance, equal_nan=True):
+        distance = Distance()
+        for one, other in zip(first.outputs, again.outputs, strict=True):
+            distance.add(one, other)
+        if not distance.within(self._noise):
             raise InputError("cache: the teacher's outputs for the same batch differ in each pass; remove cache")
         return _Sample(numbers, first)
 
@@ -223,28 +205,25 @@ class _CacheFill:
         """Tolerance for rounding, as a share of the largest logit, since kernels differ in the order of sums."""
         return 0.02 if "16" in str(self.trainer.precision) else 1e-4
 
-    def _codec(self, shape: torch.Size, dtype: str) -> Codec:
-        if self.teacher.cache_top_k is None:
-            return DenseCodec(shape.numel(), dtype)
-        if len(shape) != 1:
-            raise InputError(f"cache_top_k needs logits (B, C), got {['B', *shape]}")
-        classes = self.teacher.classes
-        kept = None
-        if classes is not None and None in classes:
-            kept = [output for output, number in enumerate(classes) if number is not None]
-        return TopKCodec(shape.numel(), dtype, self.teacher.cache_top_k, kept)
-
-    def _open(self, codec: Codec, version: int, sample: _Sample) -> StoredOutputs:
+    def _open(self, codec: Codec, layout: Layout, version: int, sample: _Sample) -> StoredOutputs:
         """Open a table, and drop its damaged parts. Tables of other data have other versions."""
         root = self.teacher.cache
         assert root is not None
-        chunk = max(1, CHUNK // self.batch_size) * self.batch_size
         kind = type(self.teacher.network).__name__
         parts = self.parts | {"format": codec.name} | ({"version": str(version)} if version else {})
+        shape, size = sample.now.outputs.shape[1:], codec.row_bytes
+        if layout.class_dim is not None:
+            positions = [count for dim, count in enumerate(shape, 1) if dim != layout.class_dim]
+            parts["format"] += f" in dimension {layout.class_dim} of {'tokens' if layout.ragged else positions}"
+            size *= math.prod(positions)
+        if layout.ragged and sample.now.lengths is not None:
+            size = math.ceil(float(sample.now.lengths.mean()) * codec.row_bytes)
+        size = gather(self.trainer, size + HASH_BYTES)[0]  # ragged samples differ
+        chunk = max(1, min(CHUNK, CHUNK_BYTES // size) // self.batch_size) * self.batch_size
         opened: list[OutputCache] = []
 
         def prepare() -> None:
-            cache = OutputCache(root, kind, parts, len(self.table), codec.row_bytes + HASH_BYTES, chunk=chunk)
+            cache = OutputCache(root, kind, parts, len(self.table), size, chunk=chunk, ragged=layout.ragged)
             opened.append(cache)
             if damaged := cache.damaged(range(cache.chunks)[self.trainer.local_rank :: self.trainer.num_devices]):
                 cache.drop(damaged)
@@ -253,7 +232,7 @@ class _CacheFill:
                 )
 
         on_all_ranks(self.trainer, prepare, "cache")
-        return StoredOutputs(opened[0], codec, sample.now.outputs.shape[1:], sample.now.outputs.dtype)
+        return StoredOutputs(opened[0], codec, shape, sample.now.outputs.dtype, layout.class_dim)
 
     def _fill(self, stored: StoredOutputs, why: str) -> int | None:
         """Compute what is missing.
@@ -305,13 +284,15 @@ class _CacheFill:
         outputs = map(self._outputs, self.table.read(batches))
         shown = bool(numbers) and self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         for number in track(numbers, "teacher outputs", disable=not shown):
-            parts = [next(outputs) for _ in self._batches(cache, number)]
-            views, inputs = (np.concatenate([getattr(p, name) for p in parts]) for name in ("views", "inputs"))
-            rows = stored.encode(OutputRows(views, inputs, torch.cat([part.outputs for part in parts])))
-            if rows is None:
-                cache.mark_too_large()
-                return
-            cache.write(number, rows[: len(cache.rows_of(number))])
+            rows: list[Bytes] = []
+            for _ in self._batches(cache, number):
+                encoded = stored.encode(self._fitted(next(outputs), stored))  # at once: whole outputs may be large
+                if encoded is None:
+                    cache.mark_too_large()
+                    return
+                rows += [*encoded]
+            rows = rows[: len(cache.rows_of(number))]
+            cache.write(number, rows if cache.ragged else np.stack(rows))
 
     def _batches(self, cache: OutputCache, number: int) -> Iterator[Bytes]:
         """Yield a chunk's rows in batches of the training's size, since kernels depend on the batch size."""
@@ -321,12 +302,30 @@ class _CacheFill:
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> OutputRows:
-        """Compute the logits (B, ...) of a batch from the data loader, as a training step does."""
+        """Compute the logits (B, ...) of a batch from the data loader, as a training step does.
+
+        They have lengths if each position is a token of the inputs.
+        """
         trainer, views = self.trainer, hash_rows(batch.teacher_x)
         batch = move_batch(trainer, self.table.finish(batch))
         with trainer.precision_plugin.forward_context():
-            logits = self.teacher.compute(batch).cpu()
-        return OutputRows(views, hash_rows(batch.teacher_x), logits)
+            logits = self.teacher.compute(batch)
+        mask, lengths = token_mask(batch.teacher_x), None
+        if mask is not None and logits.ndim == 3 and self.class_dim is not None and self.cuts_padding:
+            tokens = logits.shape[2 if self.class_dim % 3 == 1 else 1]
+            lengths = token_lengths(mask) if tokens == mask.shape[1] else None
+        return OutputRows(views, hash_rows(batch.teacher_x), logits, lengths)
+
+    @staticmethod
+    def _fitted(rows: OutputRows, stored: StoredOutputs) -> OutputRows:
+        """Return rows with lengths if the table's rows have some, else without."""
+        if not stored.cache.ragged:
+            return replace(rows, lengths=None)
+        if rows.lengths is None:
+            raise InputError(
+                f"cache: the teacher's outputs {[*rows.outputs.shape]} of a batch have no output for each token"
+            )
+        return rows
 
     def _differs(self, stored: StoredOutputs, sample: _Sample, chunks: Iterable[int]) -> str:
         """Compare the sample's rows in these chunks on all processes. Return what differs; empty if nothing does."""
@@ -336,28 +335,30 @@ class _CacheFill:
 
     def _compare(self, stored: StoredOutputs, sample: _Sample, chunks: list[int]) -> str:
         rows = np.flatnonzero(np.isin(sample.numbers // stored.cache.chunk, chunks))
-        if not len(rows):
-            return ""
-        then = stored.read(sample.numbers[rows])
-        now = OutputRows(sample.now.views[rows], sample.now.inputs[rows], sample.now.outputs[torch.from_numpy(rows)])
-        for name, text in ("views", "images"), ("inputs", "inputs of the teacher"):
-            changed = int((getattr(then, name) != getattr(now, name)).sum())
-            if changed:
-                return f"{changed} of {len(rows)} compared {text}"
-        return "" if self._near(then.outputs.float(), now.outputs.float(), stored.codec) else "the teacher's outputs"
+        changed = {"images": 0, "inputs of the teacher": 0}
+        distance = Distance()
+        for number in rows.tolist():  # one by one, since outputs may be large
+            now = self._fitted(sample.now.row(number), stored)
+            then = stored.read(sample.numbers[[number]], None if now.lengths is None else int(now.lengths[0]))
+            changed["images"] += int(then.views[0] != now.views[0])
+            changed["inputs of the teacher"] += int(then.inputs[0] != now.inputs[0])
+            if not any(changed.values()):
+                rounded = stored.rounded(now)
+                if rounded is None:
+                    return "the teacher's outputs"
+                distance.add(then.outputs.float(), rounded.float())
+        for text, others in changed.items():
+            if others:
+                return f"{others} of {len(rows)} compared {text}"
+        return "" if self._near(distance, "float16" in stored.codec.name) else "the teacher's outputs"
 
-    def _near(self, then: Tensor, live: Tensor, codec: Codec) -> bool:
-        """Whether stored outputs (B, ...) are the teacher's present ones."""
-        encoded = codec.encode(live.reshape(len(live), -1))
-        if encoded is None:
-            return False
-        now = codec.decode(encoded).reshape(then.shape)
-        halves = "float16" in codec.name
+    def _near(self, distance: Distance, halves: bool) -> bool:
+        """Whether stored outputs are the teacher's present ones."""
         noise = max(self._noise, 0.02 if halves else 0)
-        near = torch.allclose(then, now, rtol=0, atol=noise * _largest(now), equal_nan=True)
+        near = distance.within(noise)
         if halves and self._noise < noise and self.parts["device"] == "cpu":
             # rounding changes few float16 values; a small change of network or data changes most of them
-            near = near and float(((then != now) & ~then.isnan()).float().mean()) < 0.2
+            near = near and distance.changed < 0.2 * max(distance.count, 1)
         return near
 
     def _any_rank(self, condition: bool) -> bool:
@@ -370,11 +371,6 @@ def _random_states() -> list[Any]:
     _, keys, *rest = np.random.get_state()
     states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
     return [*states, np.asarray(keys).tobytes(), rest, random.getstate()]
-
-
-def _largest(logits: Tensor) -> float:
-    """Largest absolute value of the finite logits."""
-    return float(logits.abs().where(logits.isfinite(), 0).max())
 
 
 def move_batch(trainer: Trainer, batch: Batch) -> Batch:

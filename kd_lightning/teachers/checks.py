@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,19 @@ from torchvision.transforms import v2
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task, standardize_logits, standardizes, temperature_of
-from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_logits, match_labels
+from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
+from kd_lightning.teachers.regression_checks import (
+    FEW,
+    LEAST,
+    SIGMAS,
+    error,
+    is_above_zero,
+    mean_of_samples,
+)
 from kd_lightning.teachers.teacher import Teacher
 
-SIGMAS = 3.0  # a difference counts from so many standard errors on
 MOST_CLASSES = 5000  # whose order is checked: the memory grows with the square
-FEW = 100  # labeled samples; with fewer a teacher is not compared with chance
-LEAST = 10  # samples; with fewer there is no warning at all
 ONE_HOT, UNIFORM = 0.01, 0.995  # shares of the largest entropy; Hinton's digits at T = 20 have about 0.98
-NEGLIGIBLE = 100.0  # ratio of two gradient norms
 POOR = 0.75  # share of the way from chance to perfect accuracy
 NORMALISATIONS: dict[str, tuple[list[float], list[float]]] = {
     "[0, 1]": ([0.0], [1.0]),
@@ -47,7 +51,8 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
     chance, and no better than predictions of the same class frequencies that ignore the input (Cohen's kappa is 0).
     It is an error if the 95 % interval of the accuracy does not exclude both. Within 3 standard errors of chance there
     is a warning. With fewer than 100 labeled samples there is no error, and a warning only if the whole interval lies
-    far below perfect accuracy.
+    far below perfect accuracy. All positions of a dense sample count as one decision. For the regression task see
+    :func:`~kd_lightning.teachers.regression_checks.error`.
 
     Args:
         teacher: The teacher's logits and the labels.
@@ -55,12 +60,15 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
         task: Of the labels.
         what: Name of the labels in the text, such as ``"validation labels"``.
     """
-    n, samples = len(teacher.correct), len(teacher.y)
+    if task == "regression":
+        return error(teacher, student, what)
+    n, samples = len(teacher.correct), teacher.samples
     if not n:
         return Finding("teacher", f"not checked: there are no {what}")
     if not teacher.logits.isfinite().all():
         rows = int((~teacher.logits.isfinite()).any(dim=1).sum())
-        text = f"its logits are not finite for {rows} of {len(teacher.logits)} samples"
+        of = "samples" if teacher.sample is None else "positions"
+        text = f"its logits are not finite for {rows} of {len(teacher.logits)} {of}"
         return Finding("teacher", text, "check its weights, and whether its inputs are finite", severity="error")
     constant, unrelated = _chance(teacher, task)
     against = "" if student is None else f", present student {student.accuracy:.1%}"
@@ -73,16 +81,17 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
         poor = samples >= LEAST and high < constant + POOR * (1 - constant)
         hint = f"it is poor on these; compare it with chance on at least {FEW} labeled samples" if poor else None
         return Finding("teacher", f"{text}; {samples} labeled samples are too few to judge", hint)
-    if constant + _error(constant, n) >= 1:
+    decisions = _decisions(teacher)
+    if constant + _error(constant, decisions) >= 1:
         return Finding("teacher", f"{text}; too few labels for a comparison with chance")
-    if teacher.accuracy <= constant + _error(constant, n):
-        if teacher.accuracy <= unrelated + _error(unrelated, n) and low <= min(constant, unrelated):
+    if teacher.accuracy <= constant + _error(constant, decisions):
+        if teacher.accuracy <= unrelated + _error(unrelated, decisions) and low <= min(constant, unrelated):
             hint = "it is no better than chance: is it trained? are its weights, class order and inputs the right ones?"
             return Finding("teacher", text, hint, severity="error")
         if low > constant:
             return Finding("teacher", text, "it is hardly better than chance; check how it was trained")
         return Finding("teacher", text, "a constant prediction is right as often; check how it was trained")
-    if student is not None and _gains(student.correct, teacher.correct):
+    if student is not None and _gains(student.correct, teacher.correct, teacher.owner):
         return Finding("teacher", text, "the student is better already; use a better teacher, or lower soft_weight")
     return Finding("teacher", text)
 
@@ -103,7 +112,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None
         return Finding(name, reason)
     if task == "binary":
         _, unrelated = _chance(teacher, task)
-        if teacher.accuracy >= unrelated - _error(unrelated, len(teacher.correct)):
+        if teacher.accuracy >= unrelated - _error(unrelated, _decisions(teacher)):
             return Finding(name, "its positive class is that of the labels")
         n = len(teacher.correct)
         text = f"its positive class is the labels' negative one: {1 - teacher.accuracy:.1%} of {n} are right if swapped"
@@ -111,18 +120,17 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None
 
     if (classes := teacher.logits.shape[1]) > MOST_CLASSES:
         return Finding(name, f"not checked: {classes} classes are too many, at most {MOST_CLASSES}")
-    first = torch.zeros(len(teacher.y), dtype=torch.bool)
-    first[torch.randperm(len(first), generator=torch.Generator().manual_seed(0))[: len(first) // 2]] = True
-    other = match_labels(teacher.logits[~first], teacher.y[~first], task)
+    first, sample = _half(teacher), teacher.sample
+    other = match_labels(teacher.logits[~first], teacher.y[~first], task, None if sample is None else sample[~first])
     order = _best_order(match_labels(teacher.logits[first], teacher.y[first], task), task)
-    mapped = match_labels(_reorder(other.logits, order), other.y, task)
+    mapped = match_labels(_reorder(other.logits, order), other.y, task, other.sample)
     gain = mapped.accuracy - other.accuracy
     # two swapped classes of C cost 2/C of the accuracy; a gain below a quarter of that is mere confusion of classes
     least = 0.5 / classes
     if task == "multilabel":
         share = teacher.y.nanmean(dim=0)
         least *= float((2 * share * (1 - share)).nanmean())
-    if gain < least or not _gains(mapped.correct, other.correct):
+    if gain < least or not _gains(mapped.correct, other.correct, other.owner):
         return Finding(name, "no other order of the classes is much better")
     order = _best_order(teacher, task)
     after = match_labels(_reorder(teacher.logits, order), teacher.y, task)
@@ -133,7 +141,12 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None
 
 
 def normalisation(
-    teacher: Teacher, batches: Sequence[Batch], matched: LabeledLogits, task: Task, present: tuple[Any, Any] | None
+    teacher: Teacher,
+    batches: Sequence[Batch],
+    matched: LabeledLogits,
+    task: Task,
+    present: tuple[Any, Any] | None,
+    to_rows: Callable[..., Any] | None = None,
 ) -> tuple[Finding, LabeledLogits]:
     """Check whether a poor teacher is much better with another usual normalisation.
 
@@ -146,6 +159,7 @@ def normalisation(
         task: Of the labels.
         present: Mean and standard deviation that the samples were normalised with. If None, they were not normalised
             and lie in [0, 1] or [0, 255].
+        to_rows: See :func:`~kd_lightning.teachers.findings.collect_rows`.
 
     Returns:
         The finding, and the teacher's logits with the best normalisation.
@@ -166,9 +180,10 @@ def normalisation(
     channels = batches[0].x.shape[1]
     raw = ([0.0], [1 / 255] if max(batch.x.max() for batch in batches) > 2 else [1.0])
     mean, std = (torch.tensor(list(v), dtype=torch.float64).expand(channels) for v in present or raw)
-    y = torch.cat([batch.y for batch in batches if batch.y is not None])
     best, best_name, best_transform = matched, "", None
-    half = torch.arange(len(matched.correct)) % 2 == 0  # selected on one half, tested on the other
+    owner = matched.owner
+    number = torch.arange(len(matched.correct)) if owner is None else owner
+    half = number % 2 == 0  # selected on one half, tested on the other
     for other, (other_mean, other_std) in NORMALISATIONS.items():
         if len(other_mean) not in (1, channels):
             continue
@@ -176,12 +191,13 @@ def normalisation(
         shift, scale = (torch.tensor(other_mean) - mean) / std, torch.tensor(other_std) / std
         transform = v2.Normalize(shift.tolist(), scale.tolist())
         # without index and rows, so that the teacher computes its outputs
-        logits = collect_logits(lambda batch, f=transform: teacher(Batch(f(batch.x.float()))), batches, task)  # type: ignore[misc]
-        found = match_labels(logits, y, task)
+        rows = collect_rows(lambda batch, f=transform: teacher(Batch(f(batch.x.float()))), batches, task, to_rows)  # type: ignore[misc]
+        found = match_labels(rows.logits, rows.y, task, rows.sample)
         if found.correct[half].sum() > best.correct[half].sum():
             best, best_name, best_transform = found, other, transform
     if best_transform is None or not (
-        _gains(best.correct[~half], matched.correct[~half]) and best.accuracy - matched.accuracy >= 0.05
+        _gains(best.correct[~half], matched.correct[~half], None if owner is None else owner[~half])
+        and best.accuracy - matched.accuracy >= 0.05
     ):
         return Finding(name, "none of the usual ones makes the teacher much better"), matched
     values = {key: [float(f"{v:.5g}") for v in getattr(best_transform, key)] for key in ("mean", "std")}
@@ -227,14 +243,21 @@ def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
     return Finding(name, "its logits of an image are the same in two passes, alone and in a batch; no buffer changes")
 
 
-def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task) -> Finding:
+def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tensor | None = None) -> Finding:
     """Check the entropy of the soft targets at the loss's temperature, as a share of the largest possible.
 
     For tasks other than multiclass, each output is a Bernoulli variable. There is a warning if the 95 % interval of the
     mean lies beyond a limit, and at least 10 samples were seen.
+
+    Args:
+        logits: The teacher's logits (N, C).
+        soft_loss: The loss.
+        task: Of the logits.
+        sample: The sample of each row, whose rows count as one. Default: None, which means that each row is a sample.
     """
     name = "soft targets"
-    logits = logits[logits.isfinite().all(dim=1)]
+    finite = logits.isfinite().all(dim=1)
+    logits, sample = logits[finite], None if sample is None else sample[finite]
     if not len(logits):
         return Finding(name, "not checked: the teacher's logits are not finite")
     temperature = temperature_of(soft_loss)
@@ -245,6 +268,7 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task) -> Finding:
         soft = torch.stack([soft, torch.zeros_like(soft)], dim=-1)
     log_p = soft.log_softmax(dim=-1)
     shares = -(log_p.exp() * log_p).sum(dim=-1).reshape(len(soft), -1).mean(dim=1) / math.log(log_p.shape[-1])
+    shares = mean_of_samples(shares, sample)
     share, n = float(shares.mean()), len(shares)
     error = float(shares.std()) / math.sqrt(n) * float(stdtrit(n - 1, 0.975)) if n > 1 else 1.0
     low, high = max(share - error, 0.0), min(share + error, 1.0)
@@ -259,82 +283,24 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task) -> Finding:
     return Finding(name, text)
 
 
-def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, labeled: bool = True) -> Finding:
-    """Compare the gradient norms of the weighted loss terms on the student.
-
-    Args:
-        terms: ``{name: (weight, value)}``, as a module's ``losses(batch)`` returns them.
-        student: The network that trains.
-        labeled: Whether the batch has labels. Without labels, a term may be 0.
-    """
-    name = "gradients"
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    if not parameters:
-        return Finding(
-            name,
-            "no parameter of the student requires a gradient",
-            "set requires_grad of its parameters",
-            severity="error",
-        )
-    norms = {}
-    for term, (weight, value) in terms.items():
-        found: Sequence[Tensor | None] = []
-        if value.requires_grad:
-            found = torch.autograd.grad(weight * value, parameters, retain_graph=True, allow_unused=True)
-        norms[term] = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
-    each = (f"{term} {norm:.3g} (weight {terms[term][0]:.3g})" for term, norm in norms.items())
-    text = f"norms on the student: {', '.join(each)}"
-    counted = {term: norm for term, norm in norms.items() if terms[term][0] != 0}
-    bad = [term for term, norm in norms.items() if not math.isfinite(norm)]
-    if bad:
-        return Finding(name, text, f"{' and '.join(bad)}: not finite, so nothing is learned", severity="error")
-    if not any(norms.values()):
-        hint = "the student gets no gradient: are its layers detached or dead, or its last weights 0?"
-        return Finding(name, text, hint, severity="error")
-    if len(counted) < 2:
-        return Finding(name, text)
-    weak, strong = min(counted, key=counted.__getitem__), max(counted, key=counted.__getitem__)
-    if counted[weak] == 0:
-        hint = f"{weak} has no gradient: does its loss depend on the student? is there something to learn from it?"
-        return Finding(name, text, hint if labeled else None)
-    ratio = counted[strong] / counted[weak]
-    text += f"; {strong} {ratio:.3g} times {weak}"
-    hint = f"{weak} is negligible beside {strong}: change their weights, or rescale a loss"
-    return Finding(name, text, hint if ratio >= NEGLIGIBLE else None)
-
-
-def labels(
-    y: Tensor | None, count: int, classes: int, task: Task, what: str, *, taught: bool, expected: int | None = None
-) -> Finding:
-    """Count the samples that are labeled for training, and their classes.
-
-    Args:
-        y: Labels; None if there are none.
-        count: Number of samples.
-        classes: Number of the student's outputs.
-        task: Of the labels.
-        what: Name of the samples in the text.
-        taught: Whether there is a teacher, so that training can do without labels.
-        expected: Number of outputs that the student must have. If None, it is unknown.
-    """
-    known = torch.zeros(count, dtype=torch.bool) if y is None else is_labeled(y).reshape(len(y), -1).any(dim=1)
-    text = f"{int(known.sum())} of {len(known)} {what} labeled"
-    if expected not in (None, classes):
-        return Finding("labels", text, f"the student has {classes} outputs, but must have {expected}", "error")
-    if y is None or not known.any():
-        hint = None if taught else "there is nothing to learn from"
-        return Finding("labels", text, hint, "info" if taught else "error")
-    if task == "multiclass":
-        text += f", {len(torch.unique(y[known]))} of {classes} classes"
-    return Finding("labels", text)
-
-
 def _too_few(matched: LabeledLogits) -> str | None:
     """Return why a check is left out, if there are too few labels."""
-    samples = len(matched.y)
+    samples = matched.samples
     if samples >= FEW:
         return None
     return f"not checked: {samples} labeled samples are too few to judge" if samples else "not checked without labels"
+
+
+def _decisions(matched: LabeledLogits) -> int:
+    """Return the number of decisions that count as independent."""
+    return len(matched.correct) if matched.sample is None else matched.samples
+
+
+def _half(matched: LabeledLogits) -> Tensor:
+    """Return the rows of one half of the samples, as booleans."""
+    numbers = torch.arange(len(matched.y)) if matched.sample is None else torch.unique(matched.sample)
+    chosen = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))[: len(numbers) // 2]]
+    return torch.isin(torch.arange(len(matched.y)) if matched.sample is None else matched.sample, chosen)
 
 
 def _chance(matched: LabeledLogits, task: Task) -> tuple[float, float]:
@@ -373,8 +339,16 @@ def _reorder(logits: Tensor, classes: Sequence[int]) -> Tensor:
     return logits[:, sorted(range(len(classes)), key=classes.__getitem__)]
 
 
-def _gains(correct: Tensor, before: Tensor) -> bool:
-    """Whether decisions on the same samples are better by more than 3 standard errors (as in McNemar's test)."""
+def _gains(correct: Tensor, before: Tensor, owner: Tensor | None = None) -> bool:
+    """Whether decisions on the same samples are better by more than 3 standard errors (as in McNemar's test).
+
+    Args:
+        correct: The decisions.
+        before: Those that they are compared with.
+        owner: The sample of each decision; None if they are independent.
+    """
+    if owner is not None:
+        return is_above_zero(mean_of_samples(correct.double() - before.double(), owner))
     won, lost = int((correct & ~before).sum()), int((before & ~correct).sum())
     return won - lost > SIGMAS * math.sqrt(won + lost)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.base import Task
 from kd_lightning.teachers.checks import accuracy, soft_targets
-from kd_lightning.teachers.findings import Finding, collect_logits, match_labels
+from kd_lightning.teachers.findings import Finding, Rows, collect_rows, join, match_labels
 from kd_lightning.teachers.teacher import Teacher
 
 
@@ -25,15 +25,24 @@ class TeacherProbe:
         soft_loss: The loss that compares the student with it.
         task: Of teacher and student.
         report: Called with the findings.
+        to_rows: Turns a batch and its dense outputs into rows, as that of a module. Default: None, which means that
+            outputs are (B, C).
     """
 
     def __init__(
-        self, teacher: Teacher, soft_loss: nn.Module, task: Task, report: Callable[[list[Finding]], Any]
+        self,
+        teacher: Teacher,
+        soft_loss: nn.Module,
+        task: Task,
+        report: Callable[[list[Finding]], Any],
+        to_rows: Callable[..., Any] | None = None,
     ) -> None:
         self.soft_loss = soft_loss
         self.task = task
         self.report = report
-        self._recorded: list[tuple[Tensor, Tensor | None]] = []  # logits and labels
+        self.to_rows = to_rows
+        self._recorded: list[Rows] = []
+        self._samples = 0
         self._handle = teacher.register_forward_hook(self._record)
 
     def close(self) -> None:
@@ -43,7 +52,9 @@ class TeacherProbe:
     @torch.no_grad()
     def _record(self, teacher: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
         try:
-            self._recorded.append((collect_logits(lambda _: logits, [inputs[0]], self.task), inputs[0].y))
+            batch = inputs[0]
+            self._recorded.append(collect_rows(lambda _: logits, [batch], self.task, self.to_rows, self._samples))
+            self._samples += len(batch)
             if len(self._recorded) < 2:
                 return
             self.close()
@@ -54,8 +65,8 @@ class TeacherProbe:
         self.report(findings)
 
     def _check(self) -> list[Finding]:
-        recorded, labels = zip(*self._recorded, strict=True)
-        logits = torch.cat(recorded)
-        y = None if any(y is None for y in labels) else torch.cat(labels)
-        matched = match_labels(logits, y, self.task)
-        return [accuracy(matched, None, self.task, "labels"), soft_targets(logits, self.soft_loss, self.task)]
+        logits, y, sample = join(self._recorded)
+        found = [accuracy(match_labels(logits, y, self.task, sample), None, self.task, "labels")]
+        if self.task != "regression":
+            found.append(soft_targets(logits, self.soft_loss, self.task, sample))
+        return found

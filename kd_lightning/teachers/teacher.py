@@ -21,7 +21,8 @@ from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import layers_of
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import Inputs, arguments_of, call, map_inputs
+from kd_lightning.inputs import Inputs, arguments_of, call, explain_call, map_inputs
+from kd_lightning.runs.class_paths import network_reader
 from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
 from kd_lightning.teachers.input_guard import InputGuard
@@ -59,13 +60,15 @@ class Teacher(nn.Module):
             are stored as float32. With float32, a run with a cache equals a run without it to the bit, provided that
             the network computes in at most 32 bits and its logits of a sample do not depend on the batch.
         cache_top_k: Number of largest logits to store, at least 1. The other classes share the rest of the probability
-            evenly. For losses that compare only probabilities: ``KDLoss`` and ``DKDLoss``. Default: None, which means
-            all logits.
+            evenly. For losses that compare only probabilities: ``KDLoss`` and ``DKDLoss``. With the module's
+            ``class_dim`` it is a number for each position. Default: None, which means all logits.
 
     Shapes:
         Input: a ``Batch``, or inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Output: logits (B, C)
         in the student's class order. With ``classes``, C is the largest of them plus 1, and logits of classes that the
-        teacher does not know are minus infinity.
+        teacher does not know are minus infinity. Dense logits, such as (B, C, H, W) or (B, T, C), stay dense; where a
+        module sets ``class_dim``, the student's order is that of this dimension. Token sequences whose inputs have an
+        ``attention_mask`` are stored in their own lengths.
 
     Raises:
         InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs; for
@@ -88,7 +91,8 @@ class Teacher(nn.Module):
         if is_exported(network):
             network = ExportedNetwork(network)
         if not isinstance(network, nn.Module):
-            raise InputError(f"teacher must be a network, got {type(network).__name__}")
+            file = network_reader(str(network)) if isinstance(network, str | Path) else ""
+            raise InputError(f"teacher must be a network, got {type(network).__name__}{file}")
         check_scripts(network)
         if cache_dtype not in ("float16", "float32"):
             raise InputError(f"cache_dtype must be float16 or float32, got {cache_dtype!r}")
@@ -105,6 +109,7 @@ class Teacher(nn.Module):
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
         self.cache_top_k = cache_top_k
+        self.class_dim: int | None = None  # of dense outputs; the module that learns from it sets it
         self.output_name: str | None = None  # name of its outputs in batches, in a fit with a cache
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
         self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
@@ -163,7 +168,11 @@ class Teacher(nn.Module):
             args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
             for preprocess in self._hidden[:-1]:
                 args, kwargs = arguments_of(preprocess(*args, **kwargs))
-            output = self.network(*args, **kwargs)
+            try:
+                output = self.network(*args, **kwargs)
+            except TypeError as error:
+                explain_call(error, self.network, args, kwargs, "teacher's network")
+                raise
         self._identity.note_forward()
         return output
 
@@ -229,9 +238,13 @@ class Teacher(nn.Module):
         self._inputs_changed = True
 
     def arrange(self, logits: Tensor) -> Tensor:
-        """Bring the network's logits (B, M) into the student's class order (B, C)."""
+        """Bring the network's logits (B, M), or dense ones, into the student's class order (B, C)."""
         if self.classes is None:
             return logits
+        if self.class_dim is not None and logits.ndim > 2:
+            rows = logits.movedim(self.class_dim, -1)
+            ordered = self.arrange(rows.flatten(0, -2))
+            return ordered.view(*rows.shape[:-1], ordered.shape[1]).movedim(-1, self.class_dim)
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
             raise InputError(f"classes has {len(self.classes)} entries, but the teacher's output is {[*logits.shape]}")
         known = {number: column for column, number in enumerate(self.classes) if number is not None}

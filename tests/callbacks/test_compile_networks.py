@@ -173,3 +173,15 @@ def test_a_module_without_networks(quiet_trainer):
 def test_what_torch_does_not_have(kwargs):
     with pytest.raises(InputError, match=f"{next(iter(kwargs))} must be one of .*, got 'fast'"):
         CompileNetworks(**kwargs)
+
+
+@pytest.mark.parametrize(("backend", "count"), [("inductor", 1), ("eager", 0), (None, 0)])
+def test_a_line_before_a_cpu_compiles(backend, count, quiet_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda *args, **kwargs: None)
+    callback, module = CompileNetworks(backend=backend), distill(nets())
+    trainer = quiet_trainer()
+    with caplog.at_level("INFO"):
+        callback.setup(trainer, module, "fit")
+        callback.setup(trainer, module, "validate")
+    callback.teardown(trainer, module, "fit")
+    assert sum("takes a minute or more on a CPU" in message for message in caplog.messages) == count

@@ -197,7 +197,7 @@ def test_several_processes_write_one_file(tmp_path, monkeypatch, with_index):
                 batch,
                 0,
             )
-    gather = [(writer.rows, writer._kinds, writer._problem) for writer in writers]
+    gather = [(writer.rows, writer._kinds, writer._problem, writer._dense) for writer in writers]
     monkeypatch.setattr(
         torch.distributed, "all_gather_object", lambda parts, rows: parts.__setitem__(slice(None), gather)
     )

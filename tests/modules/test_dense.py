@@ -1181,6 +1181,20 @@ class TestWhatDoesNotFit:
             assert len(module.to_rows(batch, module(batch.x))[0]) == rows[-1][1]
         assert rows == [(1, 9), (1, 5)]
 
+    def test_missing_labels_of_whole_samples_are_no_labels(self):
+        """As of a source of tokens without labels."""
+        outputs, mask = random(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+        batch = Batch(torch.zeros(3, 1), torch.full((3,), -100), mask=mask)
+        module = DistillModule(Table(outputs), Table(random(3, 5, 4, seed=1)), class_dim=-1)
+        assert module.count_rows(batch) == (0, 8)
+        rows, logits = module.to_rows(batch, outputs)
+        assert rows.y is None
+        assert torch.equal(logits, outputs[mask != 0])
+        assert float(module.losses(batch)["hard"].value) == 0
+        batch.mask = None
+        assert module.count_rows(batch) is None
+        assert len(module.to_rows(batch, outputs)[0]) == 15
+
     def test_labels_of_the_loader_do_not_select_pixels(self):
         """``labeled`` numbers samples; flat maps would be indexed by it."""
         batch = Batch(torch.zeros(2, 1), torch.zeros(2, 4, 4), labeled=torch.tensor([1]))

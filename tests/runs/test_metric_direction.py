@@ -108,3 +108,11 @@ def test_callbacks(tmp_path):
         check_callbacks([*right, EarlyStopping("val/accuracy")])
     with pytest.raises(InputError, match="^ModelCheckpoint: mode must be min .*val/loss"):
         check_callbacks([*right, ModelCheckpoint(tmp_path, monitor="val/loss", mode="max")])
+
+
+def test_figures_of_dense_outputs_and_of_regression():
+    least = ("mae", "rmse", "teacher_mae", "teacher_rmse", "teacher_difference", "teacher_0_difference", "mape", "MAE")
+    most = ("mean_iou", "r2", "R2Score", "r2_score", "teacher_r2", "miou")
+    assert {direction_of(f"val/{name}") for name in least} == {"min"}
+    assert {direction_of(f"test/{name}/1") for name in most} == {"max"}
+    assert direction_of("val/layer2") is None

@@ -65,6 +65,27 @@ def test_bad_input(config, fails, path, value, parts):
     assert not Path("evil").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [
+        ("net.pt2", "kd_lightning.teachers.ExportedNetwork (argument program: net.pt2)"),
+        ("gone.pt2", "kd_lightning.teachers.ExportedNetwork (argument program: gone.pt2)"),
+        ("net.safetensors", "kd_lightning.load_weights (arguments model, and path: net.safetensors)"),
+        ("net.bytes", ""),
+    ],
+)
+@pytest.mark.parametrize("key", ["model.init_args.teacher", "model.init_args.student"])
+def test_a_file_in_place_of_a_network(config, fails, key, file, reader):
+    if not file.startswith("gone"):
+        Path(file).write_bytes(b"PK\x03\x04\xa8\xf6")
+    change(config, key, file)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    expected = f"error: {key} must be a mapping with a class_path, got the file {file}"
+    for args in (["--config", "config.yaml"], ["--config", "config.yaml", f"--{key}={file}"]):
+        message = fails("fit", *args)
+        assert message.startswith(f"{expected}; {reader}" if reader else expected)
+
+
 INT = "Expected a <class 'int'>. Got value: x"
 
 

@@ -25,13 +25,12 @@ from kd_lightning.teachers.checks import (
     accuracy,
     class_order,
     eval_mode,
-    gradients,
-    labels,
     normalisation,
     soft_targets,
 )
 from kd_lightning.teachers.findings import Finding, collect_logits, match_labels, with_teacher_name
 from kd_lightning.teachers.teacher import Teacher
+from kd_lightning.teachers.training_checks import gradients, labels
 
 PARTS = Digits().load()
 X, Y = PARTS.train.images.tensors[0], PARTS.train.targets
@@ -144,6 +143,10 @@ class TestAccuracy:
             normalisation(Teacher(healthy), batches, found, task, None)[0],
         ):
             assert finding.hint is None and "99 labeled samples are too few" in finding.text
+
+    def test_labels_with_fractions(self):
+        with pytest.raises(InputError, match="labels must be whole class numbers, got 1.7"):
+            match_labels(torch.eye(3), torch.tensor([0.0, 1.7, torch.nan]), "multiclass")
 
     def test_a_constant_answer_is_an_error_however_often_right(self):
         y = torch.tensor([0] * 90 + [1] * 10)

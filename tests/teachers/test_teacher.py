@@ -27,6 +27,20 @@ def is_equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("build", [Teacher, lambda file: DistillModule(DigitsCNN(4), file)])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_in_place_of_a_network(build, kind):
+    with pytest.raises(InputError, match=r"teachers.ExportedNetwork \(argument program: a/net.pt2\)") as error:
+        build(kind("a/net.pt2"))
+    assert str(error.value).startswith(f"teacher must be a network, got {type(kind('a')).__name__}; ")
+    with pytest.raises(
+        InputError, match="must be a network, got .*; kd_lightning.load_weights .*path: net.safetensors"
+    ):
+        build(kind("net.safetensors"))
+    with pytest.raises(InputError, match="teacher must be a network, got [A-Za-z]+$"):
+        build(kind("resnet18"))
+
+
 class TestFrozen:
     @pytest.mark.parametrize("who", ["module", "teacher", "network", "a part", "all, every step"])
     def test_whoever_calls_train(self, quiet_trainer, loader, student, teacher, who):

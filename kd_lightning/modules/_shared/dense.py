@@ -91,7 +91,8 @@ def dense_to_rows(
         raise InputError(
             f"class_dim: binary outputs have one class, such as (B, 1, H, W) with 1, got {[*outputs[0].shape]}"
         )
-    y, mask = _labels(batch.y, task, class_dim, len(shape)), batch.position_mask
+    y = None if _has_no_labels(batch.y) else batch.y
+    y, mask = _labels(y, task, class_dim, len(shape)), batch.position_mask
     like_outputs = y is not None and _is_like_outputs(task, y)
     if y is not None and [*y.shape] != ([*shape, classes] if like_outputs else shape):
         of_positions = "; they must have one shape" if like_outputs else f", one for each position {shape}"
@@ -119,16 +120,22 @@ def dense_to_rows(
 
 def count_dense(
     batch: Batch, task: Task, class_dim: int, causal: bool = False, hard_loss: nn.Module | None = None
-) -> tuple[float, ...]:
+) -> tuple[float, ...] | None:
     """Count the known labels and the rows of a batch, as :func:`dense_to_rows` finds them, without any outputs.
 
     Args:
-        batch: The batch, with ``y``.
+        batch: The batch.
         task: The module's task.
         class_dim: The dimension of the outputs that holds classes.
         causal: Whether outputs are compared with the label of the next position.
         hard_loss: The hard loss. If it has class weights, their sum over the labels is the third number.
+
+    Returns:
+        The numbers. None if there is neither a label nor a mask, so that the positions are not known.
     """
+    if _has_no_labels(batch.y):
+        mask = batch.position_mask
+        return None if mask is None else (0, int(((mask[:, 1:] if causal else mask) != 0).sum()))
     y, known, keep, dimensions = _known(batch, task, class_dim, causal)
     rows = y.shape[:dimensions].numel() if keep is None else int(keep.sum())
     counts = int(known.sum()), rows
@@ -148,7 +155,7 @@ def labeled_samples(batch: Batch, task: Task, class_dim: int, causal: bool = Fal
         class_dim: The dimension of the outputs that holds classes.
         causal: Whether outputs are compared with the label of the next position.
     """
-    if batch.y is None:
+    if _has_no_labels(batch.y):
         return torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
     known = _known(batch, task, class_dim, causal)[1].flatten(1).any(dim=1)
     if batch.labeled is not None:
@@ -174,6 +181,11 @@ def _known(batch: Batch, task: Task, class_dim: int, causal: bool) -> tuple[Tens
     if mask is not None:
         known = known & (mask if known.ndim == mask.ndim else mask.unsqueeze(-1))
     return y, known, keep, dimensions
+
+
+def _has_no_labels(y: Tensor | None) -> bool:
+    """Whether there are no dense labels: none at all, or one a sample, as of a source without labels, all missing."""
+    return y is None or (y.ndim == 1 and not is_labeled(y).any())
 
 
 def _is_like_outputs(task: Task, y: Tensor) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +37,10 @@ from kd_lightning.runs.report.statistics import (
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.student import example_inputs
 
+_PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error")
+_TITLES = {"accuracy": "accuracy %", "mae": "MAE", "mean_iou": "mean IoU %", "agreement": "agreement %"}
+_TITLES |= {"calibration_error": "calib. error %", "rmse": "RMSE", "r2": "R2", "teacher_difference": "to teacher"}
+_LESS = ": less is better"
 _COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
 
 
@@ -56,7 +62,7 @@ class Comparison:
     def __post_init__(self) -> None:
         base = self.groups[0].results
         self.differences: list[Difference | None] = [
-            None if number == 0 or not (group.results and base) else difference(group.results, base)
+            None if number == 0 or not (group.results and base) else difference(group.results, base, self.figure_name)
             for number, group in enumerate(self.groups)
         ]
         self._other_samples = self._find_other_samples() if self.part == "test" else {}
@@ -77,18 +83,20 @@ class Comparison:
         """Return the table of figures and that of costs, each as rows of texts, the header first."""
         sizes = sorted({n for group in self.groups for n in group.samples})
         n = f", n = {sizes[0]}" if len(sizes) == 1 else ""
-        header = ["run", "seeds", f"accuracy % ({self.part}{n})", "difference", "95 % over seeds", "95 % over samples"]
-        figures = [[*header, "verdict", "agreement %", "calib. error %"]]
+        figure, more = self.figure_name, self._more_figures
+        title = f"{_TITLES[figure]} ({self.part}{n})"
+        header = ["run", "seeds", title, "difference", "95 % over seeds", "95 % over samples"]
+        figures = [[*header, "verdict", *(_TITLES[name] for name in more)]]
         costs = [["run", "parameters", "MACs", "precision", "size KB", "latency ms"]]
         for group, found in zip(self.groups, self.differences, strict=True):
             count = len(group.runs)
             row = [group.name + self._part_of(group) + " *" * bool(self._reasons(group, found))]
             row += [str(count) if len(group.results) == count else f"{len(group.results)} of {count}"]
-            row += [_mean_sd(group.values("accuracy"))]
+            row += [_mean_sd(group.values(figure), figure)]
             found = found or Difference()
-            row += ["-" if found.mean is None else f"{100 * found.mean:+.2f}"]
-            row += [_interval(found.over_seeds), _interval(found.over_samples), found.verdict or "-"]
-            figures.append([*row, *(_mean_sd(group.values(name)) for name in ("agreement", "calibration_error"))])
+            row += ["-" if found.mean is None else _format(found.mean, figure, "+")]
+            row += [_interval(found.over_seeds, figure), _interval(found.over_samples, figure), found.verdict or "-"]
+            figures.append([*row, *(_mean_sd(group.values(name), name) for name in more)])
             values = group.costs
             costs.append([group.name, *(format(values[key], f) if key in values else "-" for key, f in _COSTS.items())])
         if len(sizes) > 1:
@@ -96,6 +104,19 @@ class Comparison:
             for row, cell in zip(figures, cells, strict=True):
                 row.insert(3, cell)
         return [figures, costs]
+
+    @property
+    def figure_name(self) -> str:
+        """The figure that is compared: ``accuracy``, or ``mae`` of the regression task."""
+        return figure_of(self.groups)
+
+    @property
+    def _more_figures(self) -> tuple[str, ...]:
+        """The figures beside it."""
+        if self.figure_name == "mae":
+            return "rmse", "r2", "teacher_difference"
+        dense = any(group.values("mean_iou") for group in self.groups)
+        return (*["mean_iou"] * dense, "agreement", "calibration_error")
 
     def _part_of(self, group: Group) -> str:
         return "" if group.part in (self.part, None) else f" [{group.part}]"
@@ -144,9 +165,8 @@ class Comparison:
         text += (
             "(bootstrap), which holds for other samples with these seeds. Verdict: better or worse if both intervals "
         )
-        text += (
-            "lie on one side of zero. Size: weights of the newest run, each at its own number of bits, not the file."
-        )
+        text += f"lie on one side of zero{_LESS if self.figure_name == 'mae' else ''}. "
+        text += "Size: weights of the newest run, each at its own number of bits, not the file."
         if any(self._part_of(group) for group in self.groups):
             text += " [transductive/test]: the method trained on these samples, without their labels."
         coded = [
@@ -210,14 +230,16 @@ class Comparison:
         return {"part": self.part, "groups": groups, "left_out": left_out}
 
     def figure(self) -> Figure:
-        """Plot accuracy against MACs (against size if precisions differ), and the learning curves."""
+        """Plot accuracy, or the error, against MACs (size if precisions differ), and the learning curves."""
         by_size = len({group.costs["precision"] for group in self.groups if group.costs}) > 1
         key, label = ("size_kb", "KB of weights") if by_size else ("macs", "MACs for one image")
+        name = self.figure_name
+        scale, title = 100 if name in _PERCENT else 1, _TITLES[name]
         picture = Figure(figsize=(11, 4.2), layout="constrained")
         cost, curves = picture.subplots(1, 2)
         for number, group in enumerate(self.groups):
             color = f"C{number}"
-            values = [100 * value for value in group.values("accuracy")]
+            values = [scale * value for value in group.values(name)]
             if key in group.costs and values:
                 spread = statistics.stdev(values) if len(values) > 1 else 0
                 at = group.costs[key]
@@ -225,18 +247,31 @@ class Comparison:
             by_step: dict[int, list[float]] = defaultdict(list)
             for run in group.runs.values():
                 for row in run.validations():
-                    if "val/accuracy" in row:
-                        by_step[int(row["step"])].append(100 * row["val/accuracy"])
+                    if f"val/{name}" in row:
+                        by_step[int(row["step"])].append(scale * row[f"val/{name}"])
             steps = sorted(by_step)
             means = [statistics.mean(by_step[step]) for step in steps]
             curves.plot(steps, means, color=color, label=group.name)
-        cost.set(xscale="log", xlabel=label, ylabel=f"accuracy % ({self.part})", title="Accuracy against cost")
-        curves.set(xlabel="step", ylabel="validation accuracy %", title="Learning curves (mean over seeds)")
+        what = title.partition(" ")[0].capitalize() if name == "accuracy" else title
+        cost.set(xscale="log", xlabel=label, ylabel=f"{title} ({self.part})", title=f"{what} against cost")
+        curves.set(xlabel="step", ylabel=f"validation {title}", title="Learning curves (mean over seeds)")
+        _label_costs(cost, EngFormatter() if key == "macs" else StrMethodFormatter("{x:,.10g}"))
         for axes in (cost, curves):
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="lower right")
+                axes.legend(loc="upper right" if name == "mae" else "lower right")
         return picture
+
+
+def _label_costs(axes: Axes, formatter: Formatter) -> None:
+    """Label few positions of a logarithmic axis: the labels of all would overlap where its range is narrow."""
+    low, high = axes.get_xlim()
+    if high < 10 * low:
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    elif high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(formatter)
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def compare_runs(folders: Sequence[Path], out: Path | None = None, part: str = "test") -> Comparison:
@@ -318,15 +353,26 @@ def _command(run: Run, part: str) -> str:
     return shlex.join(["python", "-m", "kd_lightning", command, "--config", str(run.folder / CONFIG), *weights])
 
 
-def _mean_sd(values: list[float]) -> str:
+def figure_of(groups: Sequence[Group]) -> str:
+    """Return the name of the figure that groups are compared by."""
+    values = {name: any(group.values(name) for group in groups) for name in ("accuracy", "mae")}
+    return "mae" if values["mae"] and not values["accuracy"] else "accuracy"
+
+
+def _format(value: float, figure: str, sign: str = "") -> str:
+    """Format a figure: as percent, or with four digits."""
+    return format(100 * value, f"{sign}.2f") if figure in _PERCENT else format(value, f"{sign}.4g")
+
+
+def _mean_sd(values: list[float], figure: str) -> str:
     if not values:
         return "-"
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = _format(statistics.mean(values), figure)
+    return f"{mean} ± {_format(statistics.stdev(values), figure)}" if len(values) > 1 else mean
 
 
-def _interval(interval: Interval | None) -> str:
-    return "-" if interval is None else "[{:+.2f}, {:+.2f}]".format(*(100 * end for end in interval))
+def _interval(interval: Interval | None, figure: str) -> str:
+    return "-" if interval is None else f"[{', '.join(_format(end, figure, '+') for end in interval)}]"
 
 
 def _ends(values: list[int]) -> list[int]:

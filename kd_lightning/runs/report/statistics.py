@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student_t
 
+from kd_lightning.runs.metric_direction import direction_of
 from kd_lightning.runs.results import Prediction, Result, labeled
 
 LEAST_SAMPLES = 100
@@ -23,13 +24,15 @@ _CELLS = 5_000_000  # most numbers of resamples in memory
 
 Interval = tuple[float, float]
 Pair = tuple[Result, Result]
-Table = dict[tuple[Any, str, int], float]
-"""Correctness by content (or index), label, and number among samples of equal content and label."""
+Table = dict[tuple[Any, str, int], tuple[float, int]]
+"""Correctness (or error) and number of labels, by content (or index), label, and number among samples of equal both."""
 
 
 @dataclass
 class Difference:
-    """The difference in accuracy of a group of runs to another one, paired by seed.
+    """The difference in accuracy, or in the error of the regression task, of a group of runs to another one.
+
+    It is paired by seed.
 
     Attributes:
         mean: Mean over the common seeds. None without any, or if the two runs of a seed were measured on other samples
@@ -38,6 +41,7 @@ class Difference:
         over_seeds: 95 % interval over the seeds, by Student's t.
         over_samples: 95 % interval over the samples that all runs have, by the bootstrap, for these seeds.
         reasons: Why no verdict is drawn; empty if one is.
+        less_is_better: Whether the figure is an error.
     """
 
     mean: float | None = None
@@ -45,6 +49,7 @@ class Difference:
     over_seeds: Interval | None = None
     over_samples: Interval | None = None
     reasons: list[str] = field(default_factory=list)
+    less_is_better: bool = False
 
     @property
     def verdict(self) -> str | None:
@@ -52,8 +57,10 @@ class Difference:
         if self.reasons or self.over_seeds is None or self.over_samples is None:
             return None
         if min(self.over_seeds[0], self.over_samples[0]) > 0:
-            return "better"
-        return "worse" if max(self.over_seeds[1], self.over_samples[1]) < 0 else "no clear difference"
+            return "worse" if self.less_is_better else "better"
+        if max(self.over_seeds[1], self.over_samples[1]) < 0:
+            return "better" if self.less_is_better else "worse"
+        return "no clear difference"
 
 
 def difference(after: Mapping[Any, Result], before: Mapping[Any, Result], figure: str = "accuracy") -> Difference:
@@ -64,7 +71,7 @@ def difference(after: Mapping[Any, Result], before: Mapping[Any, Result], figure
     """
     common = [seeds for seeds, result in after.items() if seeds in before and figure in result.figures]
     pairs = [(after[seeds], before[seeds]) for seeds in common if figure in before[seeds].figures]
-    found = Difference(seeds=len(pairs))
+    found = Difference(seeds=len(pairs), less_is_better=direction_of(figure) == "min")
     if not pairs:
         found.reasons.append("no common seed")
         return found
@@ -116,8 +123,10 @@ def sample_interval(differences: npt.NDArray[np.float64]) -> Interval:
     """
     generator = np.random.default_rng(0)
     values, counts = np.unique(differences, return_counts=True)
-    if len(values) > _VALUES:  # of the multilabel task; steps of 0.001 are fine enough for a mean
-        values, counts = np.unique(np.round(differences, 3), return_counts=True)
+    if len(values) > _VALUES:  # steps of 1/2000 of the range are fine enough for a mean
+        step = float(np.ptp(differences)) / (_VALUES - 1)
+        steps, counts = np.unique(np.round(differences / step), return_counts=True)
+        values = steps * step
     size, chunk = len(differences), max(1, _CELLS // len(values))
     means = [
         generator.multinomial(size, counts / size, min(chunk, _RESAMPLES - start)) @ values / size
@@ -144,7 +153,7 @@ def _by_name(rows: Sequence[Prediction], named: bool) -> Table:
     counts: Counter[tuple[Any, str]] = Counter()
     for row in rows:
         name = (row.content.partition("#")[0] if named else row.index, row.label)
-        table[*name, counts[name]] = row.correct
+        table[*name, counts[name]] = row.value, row.labels
         counts[name] += 1
     return table
 
@@ -182,6 +191,9 @@ def _sample_differences(
     largest = max(map(len, every))
     if len(common) < (largest / 2 if named else largest):
         return None, "the runs were measured on other samples or labels"
-    totals = np.array([sum(after[key] - before[key] for after, before in tables) for key in common])
+    order = [*common]
+    labels = np.array([tables[0][0][key][1] for key in order], dtype=np.float64)  # equal in all: their hashes are
+    totals = np.array([sum(after[key][0] - before[key][0] for after, before in tables) for key in order])
+    totals *= labels / labels.mean()  # figures count each label
     few = f"only {len(common)} of {largest} samples are the same for all seeds; the interval over samples is over these"
     return totals / len(pairs), few if len(common) < largest else ""

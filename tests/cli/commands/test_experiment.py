@@ -14,7 +14,7 @@ import kd_lightning.cli.commands.experiment as command
 from kd_lightning import Digits, SemiSupervisedDataModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli import fit_once
-from kd_lightning.cli.commands.experiment import _fit_and_test, _teacher_runs, baseline_of
+from kd_lightning.cli.commands.experiment import _fit_and_test, _model_alone, _teacher_runs, baseline_of
 from kd_lightning.cli.fit_once import find_fits
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.models import DigitsCNN
@@ -238,3 +238,11 @@ def test_baseline_of_self_training_has_the_labels_alone(root, name):
     method = build(LightningDataModule, config["data"])
     assert len(method.train_dataloader()) == steps
     assert method.split.labeled == alone.split.labeled
+
+
+def test_baseline_has_every_argument_of_the_base():
+    """All that SupervisedModule takes: else the baseline of a dense student, or of another weight decay, differs."""
+    shared = {"class_dim": 1, "causal": False, "auxiliary_weight": 0.0, "weight_decay_exclude_1d": True}
+    shared |= {"task": "regression", "num_classes": 3, "lr_interval": "step"}
+    method = {"class_path": "kd_lightning.DistillModule", "init_args": shared | {"student": {}, "teacher": {}}}
+    assert _model_alone(method)["init_args"] == shared | {"student": {}}

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kd_lightning.__main__ import main
-from kd_lightning.cli.commands.export import _infer_task
+from kd_lightning.cli.commands.export import _infer_task, _predictor
 from kd_lightning.data import Digits
 from kd_lightning.data.splits import make_split
 from kd_lightning.deploy.export import (
@@ -32,6 +32,7 @@ from kd_lightning.deploy.export import (
     compare_logits,
     export_student,
     load_exported,
+    without_last_token,
 )
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import predicted_labels
@@ -444,3 +445,85 @@ def test_tolerances_are_in_the_help(capsys):
         main(["export", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"default {TOLERANCE:g}, for quantised students {QUANTIZED_TOLERANCE:g}" in text
+
+
+# Dense outputs, several inputs, and values.
+
+WORDS, TAGS = 12, 3
+FORMAT_OF = {"onnx": "onnx", "pt2": "torch_export", "safetensors": "safetensors"}
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer = nn.Embedding(WORDS, 5), nn.Conv1d(5, TAGS, 3, padding=1)
+
+    def forward(self, input_ids, attention_mask):
+        words = self.words(input_ids) * attention_mask.unsqueeze(-1)
+        return self.layer(words.transpose(1, 2)).transpose(1, 2)
+
+
+class Fixed5(Tagger):
+    """It holds a number for each of 5 tokens."""
+
+    def forward(self, input_ids, attention_mask):
+        length = int(input_ids.shape[1])
+        return super().forward(input_ids, attention_mask) + torch.arange(length).view(1, length, 1)
+
+
+def sequences(count, length):
+    ids = torch.randint(WORDS, (count, length), generator=torch.Generator().manual_seed(length))
+    mask = (torch.arange(length) < 1 + torch.arange(count)[:, None] % length).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sequences_of_any_length(tmp_path, suffix):
+    path, file_format = tmp_path / f"x.{suffix}", FORMAT_OF[suffix]
+    net = Tagger().eval()
+    export_student(net, sequences(4, 5), path, file_format, {})
+    load = load_exported(path, file_format, Tagger)
+    for count, length in ((1, 5), (3, 9), (2, 2)):
+        x = sequences(count, length)
+        with torch.no_grad():
+            torch.testing.assert_close(load(x), net(**x), rtol=1e-5, atol=1e-6)
+    if suffix == "onnx":  # an independent reader
+        x = {name: part.numpy() for name, part in sequences(3, 7).items()}
+        found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], x)[0]
+        expected = net(**sequences(3, 7)).detach().numpy()
+        torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_of_several_lengths_are_compared(tmp_path):
+    batches = [sequences(2, 5), sequences(3, 8)]
+    logits = collect_logits(lambda x: Tagger()(**x), batches)
+    assert logits.shape == (5, 8, TAGS)
+    assert (logits[:2, 5:] == 0).all()
+
+
+def test_a_length_that_is_fixed_is_found(tmp_path):
+    """A trace holds the length as a number."""
+    net, path = Fixed5().eval(), tmp_path / "x.onnx"
+    x = sequences(4, 5)
+    export_student(net, x, path, "onnx", {})
+    batches = [x, without_last_token(x)]
+    with pytest.raises(
+        InputError, match=r"fails on a batch of shape \{input_ids: \[4, 4\], attention_mask: \[4, 4\]\}"
+    ):
+        collect_logits(load_exported(path, "onnx", Fixed5), batches)
+
+
+def test_predictions_of_maps_are_in_their_dimension():
+    logits = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    other[0, :, 1, 1] = logits[0, :, 1, 1].flip(0)
+    found = compare_logits(logits, other, _predictor("multiclass", 1))
+    assert (found.predictions, found.changed) == (2 * 3 * 5, 1)
+    values = compare_logits(logits, logits + 1e-6, _predictor("regression", 1))
+    assert (values.predictions, values.changed) == (0, 0) and values.agrees(1e-4)
+
+
+def test_nested_inputs_are_refused():
+    with pytest.raises(InputError, match="export needs a student that takes tensors, by position or by name"):
+        export_student(Tagger(), {"a": {"b": torch.zeros(2, 3)}}, Path("x.onnx"), "onnx", {})

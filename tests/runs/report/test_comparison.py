@@ -2,11 +2,13 @@
 
 import json
 import statistics
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from kd_lightning.models import DigitsCNN
@@ -238,6 +240,29 @@ def test_precisions(precisions, tmp_path, capsys):
     assert "…" not in printed and f"{LONG} " in printed
 
 
+@pytest.mark.parametrize("kind", ["macs", "size_kb"])
+@pytest.mark.parametrize("ends", [(1.5e5, 2.4e6), (2.5e5, 4.5e5), (3e5, 3e5), (2.99e5, 3e5), (1e3, 5e4), (1e3, 1e9)])
+def test_labels_of_costs_do_not_overlap(precisions, kind, ends):
+    """Their boxes in the drawn picture have gaps, and a narrow range has two labels or more."""
+    comparison = compare_runs(precisions[:2])
+    for group, cost in zip(comparison.groups, ends, strict=True):
+        group.costs = {"precision": "fp32" if kind == "macs" else group.name, kind: cost}
+    picture = comparison.figure()
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    axis = picture.axes[0].xaxis
+    low, high = sorted(axis.get_view_interval())
+    shown = [
+        tick.label1
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        if tick.label1.get_text() and low <= tick.get_loc() <= high
+    ]
+    boxes = sorted((label.get_window_extent(canvas.get_renderer()) for label in shown), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
+    assert len({label.get_text() for label in shown}) == len(shown)
+
+
 def test_one_precision_is_plotted_over_macs(precisions):
     assert compare_runs(precisions[1:2]).figure().axes[0].get_xlabel() == "MACs for one image"
 
@@ -261,3 +286,41 @@ def test_a_module_without_a_student_has_no_costs(make):
     folder = make("a", spec=None, test=rows(0.5))
     comparison = compare_runs([folder])
     assert set(cells(comparison, 1)["a"].values()) == {"a", "-"}
+
+
+@pytest.fixture
+def of_figures(make):
+    """Makes runs of three seeds with the figures of a test, and errors or shares of each sample."""
+
+    def make_runs(name, key, scale, **figures):
+        for seed in range(3):
+            folder = make(name, seed, test=[True])
+            values = scale * np.random.default_rng(seed).gamma(2, size=200)
+            rows = [
+                Prediction(k, "1", "", **{"correct": np.nan, key: float(v)}, labels=2) for k, v in enumerate(values)
+            ]
+            main = {"mae" if key == "error" else "accuracy": float(values.mean())}
+            write_result(Result("test", 200, main | figures, Run(folder).weights_hash, folder), rows)
+        return folder.parent
+
+    return make_runs
+
+
+def test_regression_is_compared_by_its_error(of_figures, tmp_path):
+    folders = [of_figures(name, "error", scale, rmse=0.5, r2=0.9) for name, scale in (("base", 0.02), ("method", 0.01))]
+    comparison = compare_runs(folders, tmp_path / "out")
+    table = cells(comparison)
+    errors = [0.01 * np.random.default_rng(seed).gamma(2, size=200).mean() for seed in range(3)]
+    expected = f"{statistics.mean(errors):.4g} ± {statistics.stdev(errors):.4g}"
+    assert table["method"]["MAE (test, n = 200)"] == expected
+    assert table["method"]["verdict"] == "better" and table["method"]["difference"].startswith("-0.0")
+    assert table["method"]["R2"] == "0.9 ± 0" and table["method"]["to teacher"] == "-"
+    assert "less is better" in comparison.explanation()
+    assert not any("accuracy" in title or title.endswith("%") for title in comparison.tables()[0][0])
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+
+
+def test_dense_runs_have_mean_iou(of_figures, tmp_path):
+    folders = [of_figures(name, "correct", scale, mean_iou=0.25) for name, scale in (("base", 0.1), ("method", 0.2))]
+    table = cells(compare_runs(folders))
+    assert table["method"]["mean IoU %"] == "25.00 ± 0.00" and table["method"]["verdict"] == "better"

@@ -199,3 +199,61 @@ class TestSamplesByContent:
     def test_names_in_one_run_alone_count_by_index(self, results):
         one = results("a", group(0.9), contents=self.NAMES)
         assert difference(one, results("b", group(0.5))).verdict == "better"
+
+
+# Errors, and samples with many labels.
+
+
+def write(root, name, figure, values, labels=None, texts=None):
+    """Write the results of a group of three seeds."""
+    found = {}
+    for seed in range(3):
+        folder = root / name / str(seed)
+        folder.mkdir(parents=True)
+        mine = [float(value) for value in values(seed)]
+        counts = labels or [1] * len(mine)
+        key = "error" if figure == "mae" else "correct"
+        rows = [
+            Prediction(k, texts[k] if texts else "a", "", **{"correct": np.nan, key: value}, labels=count)
+            for k, (value, count) in enumerate(zip(mine, counts, strict=True))
+        ]
+        result = Result("test", len(mine), {figure: float(np.average(mine, weights=counts))}, None, folder)
+        write_result(result, rows)
+        read = result.predictions()
+        assert [row.value for row in read] == pytest.approx(mine) and [row.labels for row in read] == counts
+        found[seed, 0] = result
+    return found
+
+
+def test_less_error_is_better(tmp_path):
+    def errors(scale):
+        return lambda seed: scale * np.random.default_rng([seed, int(1e5 * scale)]).gamma(2, size=200)
+
+    small, large = (write(tmp_path, str(scale), "mae", errors(scale)) for scale in (1e-4, 3e-4))
+    found = difference(small, large, "mae")
+    assert found.verdict == "better" and found.mean < 0
+    assert difference(large, small, "mae").verdict == "worse"
+    by_sample = np.mean([errors(1e-4)(seed) - errors(3e-4)(seed) for seed in range(3)], axis=0)
+    low, high = found.over_samples
+    assert (low + high) / 2 == pytest.approx(by_sample.mean(), rel=0.05)
+    assert high - low == pytest.approx(2 * 1.96 * by_sample.std() / 200**0.5, rel=0.1)  # the normal approximation
+
+
+def test_samples_count_by_their_labels(tmp_path):
+    """The figure is a mean over all positions: so is the centre of the interval."""
+    labels = np.random.default_rng(1).integers(1, 50, 400).tolist()
+
+    def shares(first):
+        return lambda seed: np.random.default_rng([seed, first]).beta(first, 3, 400)
+
+    one, two = (write(tmp_path, str(first), "accuracy", shares(first), labels) for first in (6, 5))
+    found = difference(one, two)
+    assert np.mean(found.over_samples) == pytest.approx(found.mean, abs=2e-3)
+    assert found.verdict == "better"
+
+
+def test_other_masks_are_other_labels(tmp_path):
+    values, labels = np.linspace(0, 1, 200), [4] * 200
+    one = write(tmp_path, "a", "accuracy", lambda seed: values, labels)
+    two = write(tmp_path, "b", "accuracy", lambda seed: values, labels, [f"4 labels {k}" for k in range(200)])
+    assert "the runs were measured on other samples or labels" in difference(one, two).reasons
