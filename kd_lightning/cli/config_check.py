@@ -14,8 +14,8 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.class_paths import (
     SPEC_KEYS,
     arguments_of,
-    did_you_mean,
     find_class,
+    hint_for_key,
     name_of,
     no_such_key,
     takes_any_argument,
@@ -24,6 +24,9 @@ from kd_lightning.runs.class_paths import (
 from kd_lightning.runs.yaml_file import UnboundedYAMLError, compose_yaml, load_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
+Known = tuple[Any, list[str]]
+"""The whole config, and all keys of the parser."""
+_NOTHING: Known = (None, [])
 
 
 def config_files(args: Iterable[str]) -> Iterator[tuple[str, Path]]:
@@ -137,17 +140,19 @@ def check_configs(args: Iterable[str], parser: jsonargparse.ArgumentParser) -> N
     if not isinstance(config.get("model", {}), dict | str):
         raise InputError(f"model must be a mapping with a class_path, got {config['model']!r}")
     given = [argument.lstrip("-").partition("=")[0] for argument in args if argument.startswith("--")]
+    known = (config, keys)
     for key, value in config.items():
         if key not in top:
-            raise InputError(f"{key}: no such key{did_you_mean(str(key), top)}")
+            raise InputError(f"{key}: no such key{hint_for_key(str(key), top, *known)}")
         inner = [k for k in keys if k.startswith(f"{key}.")]
         if key in ("model", "data"):
-            _check_spec(value, key, given)
+            _check_spec(value, key, given, known)
         elif inner and isinstance(value, dict):
             for name in value:
                 if f"{key}.{name}" not in inner:
-                    raise InputError(f"{key}.{name}: no such key{did_you_mean(f'{key}.{name}', inner)}")
-            _check_values(value, key, given)
+                    hint = hint_for_key(f"{key}.{name}", inner, *known)
+                    raise InputError(f"{key}.{name}: no such key{hint}")
+            _check_values(value, key, given, known)
         elif inner and not isinstance(value, str):
             raise InputError(f"{key} must hold keys and their values, got {value!r}")
 
@@ -183,26 +188,29 @@ def _check_duplicates(node: yaml.Node | None, path: str, file: Path) -> None:
             _check_duplicates(child, key_path, file)
 
 
-def _check_values(node: Any, path: str, given: list[str]) -> None:
+def _check_values(node: Any, path: str, given: list[str], known: Known = _NOTHING) -> None:
     if isinstance(node, list):
         for number, child in enumerate(node):
-            _check_values(child, f"{path}[{number}]", given)
+            _check_values(child, f"{path}[{number}]", given, known)
     if isinstance(node, dict):
-        if node and all(difflib.get_close_matches(str(key), SPEC_KEYS, n=1, cutoff=0.75) for key in node):
-            _check_spec(node, path, given)
+        is_spec = find_class(node.get("class_path")) is not None
+        if is_spec or (node and all(difflib.get_close_matches(str(key), SPEC_KEYS, n=1, cutoff=0.75) for key in node)):
+            _check_spec(node, path, given, known)
         else:
             for key, child in node.items():
-                _check_values(child, f"{path}.{key}", given)
+                _check_values(child, f"{path}.{key}", given, known)
 
 
-def _check_spec(spec: Any, path: str, given: list[str]) -> None:
+def _check_spec(spec: Any, path: str, given: list[str], known: Known = _NOTHING) -> None:
     """Check a mapping that describes an object; the parser checks anything else."""
     if not isinstance(spec, dict):
         return
     for key in spec:
         if key not in SPEC_KEYS:
             allowed = ", ".join(SPEC_KEYS)
-            raise InputError(f"{path}.{key}: no such key{did_you_mean(str(key), SPEC_KEYS)}; allowed: {allowed}")
+            raise InputError(
+                f"{path}.{key}: no such key{hint_for_key(str(key), SPEC_KEYS, *known)}; allowed: {allowed}"
+            )
     class_path = spec.get("class_path")
     if "class_path" not in spec and not any(key in (path, f"{path}.class_path") for key in given):
         raise InputError(f"{path}.class_path is missing: it names what to build, such as kd_lightning.DistillModule")
@@ -213,14 +221,14 @@ def _check_spec(spec: Any, path: str, given: list[str]) -> None:
         if not isinstance(arguments, dict):
             raise InputError(f"{path}.{part} must hold arguments and their values, got {arguments!r}")
         for name, value in arguments.items():
-            _check_values(value, f"{path}.{part}.{name}", given)
+            _check_values(value, f"{path}.{part}.{name}", given, known)
     owner = find_class(class_path)
     if takes_any_argument(owner):
         return
     allowed_names = arguments_of(owner)
     for key, value in spec.get("init_args", {}).items():
         if key not in allowed_names:
-            raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), allowed_names)}")
+            raise InputError(f"{path}.init_args.{key}: {no_such_key(owner, str(key), allowed_names, *known)}")
         if value is None:
             check_null(f"{path}.init_args.{key}", owner, key)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.errors import InputError
-from kd_lightning.runs.config_identity import hash_files, identity_of
+from kd_lightning.runs.config_identity import hash_files, identity_of, seeds_of
 from kd_lightning.runs.run import Run, find_runs, run_of
 
 Config = Mapping[str, Any]
@@ -74,15 +74,17 @@ def select_for_fit(given: str | None, root: Path, config: Config) -> Selection:
     return Selection(run, path)
 
 
-def select_for_evaluation(given: str | None, root: Path, config: Config) -> Selection:
+def select_for_evaluation(given: str | None, root: Path, config: Config, *, both_seeds: bool = False) -> Selection:
     """Select the weights that are validated, tested or used for predictions.
 
     Args:
-        given: ``ckpt_path``: ``last`` or ``best`` of the newest run of this config, or the path of a checkpoint or of
-            deployed weights. None means the deployed weights of the newest run of this config, or if no run has this
-            name, the weights that the config itself builds.
+        given: ``ckpt_path``: ``last`` or ``best`` of the newest run of this config and its seeds, or the path of a
+            checkpoint or of deployed weights. None means the deployed weights of the newest run of this config and its
+            seeds, or if no run has this name, the weights that the config itself builds.
         root: The folder of all runs.
         config: The config, with the run's name.
+        both_seeds: Whether the run must have both seeds of the config. Default: False, which means that if none has,
+            the newest one counts that has ``seed_everything`` as both, as ``experiment`` sets them.
 
     Raises:
         InputError: If there is no such run or checkpoint.
@@ -101,11 +103,14 @@ def select_for_evaluation(given: str | None, root: Path, config: Config) -> Sele
         return replace(selection, origin=run)
     runs = find_runs(root, config["name"])
     same = [run for run in runs if not run.differing_keys(config)]
+    if not same and not both_seeds:
+        same = _of_experiment(runs, config)
     what = "the deployed weights" if given is None else f"ckpt_path: {given}"
     if runs and not same:
+        nearest = min(runs, key=lambda run: len(run.differing_keys(config)))  # the newest of several
         raise InputError(
-            f"{what}: no run below {root} has this config; {runs[0].folder}, the newest of this name, has another one: "
-            f"{'; '.join(runs[0].differing_keys(config))}; correct the config, or name a file with --ckpt_path"
+            f"{what}: no run below {root} has this config; {nearest.folder}, the nearest of its name, has another: "
+            f"{'; '.join(nearest.differing_keys(config))}; correct the config, or name a file with --ckpt_path"
         )
     if given is None and not same:
         rank_zero_info(f"no run {config['name']!r} lies below {root}: the weights are those that the config builds")
@@ -117,6 +122,17 @@ def select_for_evaluation(given: str | None, root: Path, config: Config) -> Sele
         raise InputError(f"{what}, but there is no run {config['name']!r} below {root}")
     run = next((run for run in same if run.checkpoints()), same[0])
     return Selection(run, run.last_checkpoint() if given == "last" else run.best_checkpoint(), origin=run)
+
+
+def _of_experiment(runs: Sequence[Run], config: Config) -> list[Run]:
+    """Return the runs of a config that differ from it in the seed of the data alone, which is that of training."""
+    seed, seed_of_data = seeds_of(config)
+    if not isinstance(seed, int):
+        return []
+    found = [run for run in runs if run.seeds == (seed, seed) and len(run.differing_keys(config)) == 1]
+    if found:
+        rank_zero_info(f"data.init_args.seed: {seed}, as experiment sets it: no run has {seed} and {seed_of_data}")
+    return found
 
 
 def _decides_split(difference: str) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_lightning.batch import LabelKind
+from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.source import passed_over
 from kd_lightning.data.sources.targets import count_classes, has_label, has_one_class
@@ -41,6 +43,7 @@ class SampleCounts:
             label is only hidden. Empty where labels are dense, or floats other than 0 and 1.
         labeled: Training samples with a label.
         unlabeled: Training samples without one, those of the unlabeled pool and those with a coarse label.
+        coarse: Those of them with a coarse label.
         validation: Validation samples.
         test: Test samples; None without a test part.
         validation_without_label: Validation samples that metrics leave out.
@@ -58,6 +61,7 @@ class SampleCounts:
     test_without_label: int = 0
     unused: int = 0
     passed_over: int = 0
+    coarse: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all counts for JSON."""
@@ -82,6 +86,8 @@ class SampleCounts:
         if self.validation_without_label or self.test_without_label:
             test = None if self.test is None else self.test_without_label
             table.append(["without a label", "", "", str(self.validation_without_label), _text(test)])
+        if self.coarse:
+            table.append(["with a coarse label", "", str(self.coarse), "", ""])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
         sizes = [(row.labeled, row.name) for row in self.rows]
@@ -93,21 +99,22 @@ class SampleCounts:
         return "\n".join(lines)
 
 
-def count_parts(samples: Samples, split: Split, visible: Tensor, train: Tensor) -> SampleCounts:
+def count_parts(samples: Samples, split: Split, labels: LabelTable, train: Tensor) -> SampleCounts:
     """Count the samples of a datamodule.
 
     Args:
         samples: The source's images by index.
         split: Which of them are for validation.
-        visible: Labels that training may see, by index.
+        labels: Labels that training may see.
         train: Indices of the samples to train on.
     """
     parts = samples.parts
     images = samples.images
     if parts.test is not None and samples.unlabeled != "test":
         images = [*images, parts.test.images]
+    coarse = 0 if labels.kind is None else int((labels.kind[train] == LabelKind.COARSE).sum())
     return count_samples(
-        visible,
+        labels.visible,
         train,
         parts.train.targets[split.val],
         None if parts.test is None else parts.test.targets,
@@ -115,6 +122,7 @@ def count_parts(samples: Samples, split: Split, visible: Tensor, train: Tensor) 
         dense=samples.dense,
         total=len(samples),
         files_passed_over=sum(map(passed_over, images)),
+        coarse=coarse,
     )
 
 
@@ -128,6 +136,7 @@ def count_samples(
     dense: bool = False,
     total: int | None = None,
     files_passed_over: int = 0,
+    coarse: int = 0,
 ) -> SampleCounts:
     """Count the samples of each class and part.
 
@@ -142,6 +151,7 @@ def count_samples(
         total: Number of samples of the source without its test part, of which those in no part are not used. Default:
             None, which means that all are used.
         files_passed_over: Number of files and folders that are no samples.
+        coarse: Number of samples to train on that have a coarse label.
     """
     parts = [visible[train], validation] + ([] if test is None else [test])
     known = [has_label(part) for part in parts]
@@ -160,6 +170,7 @@ def count_samples(
         0 if test is None else len(test) - len(counts[2]),
         0 if total is None else total - len(train) - len(validation),
         files_passed_over,
+        coarse,
     )
 
 
@@ -167,6 +178,8 @@ def _count_classes(parts: Sequence[Tensor], names: Sequence[str] | None) -> tupl
     """Names of the classes, and for each part the number of its samples of each class."""
     first = parts[0]
     if first.ndim == 2:
+        if any(((part < 0) | (part > 1)).any() for part in parts):  # values of regression; NaN is neither
+            return [], [[] for _ in parts]
         count = first.shape[1]
         columns = [(part > 0.5).sum(dim=0).tolist() for part in parts]
     elif first.ndim == 1 and (has_one_class(first) or all(((p == 0) | (p == 1)).all() for p in parts)):

@@ -201,7 +201,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         if problem := wrong_sample(self.split, self.samples.training):
             raise InputError(f"split: {problem}")
         check_same_on_ranks(self.trainer, [self.split.hash, self.samples.images_hash])
-        counts = count_parts(self.samples, self.split, self._labels.visible, self._train_indices())
+        counts = count_parts(self.samples, self.split, self._labels, self._train_indices())
         rank_zero_info(f"data: number of samples\n{counts}")
         folder = run_folder(self.trainer)
         if writes_files(self.trainer):

@@ -410,3 +410,33 @@ def test_what_is_right_is_left_alone(config, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["init_args"]["soft_weight"] == 0.25
     assert printed["data"]["init_args"]["labeled"] == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("data.init_args.source.init_args.decoded", "ImageFolder has no such key; data.init_args has the key decoded"),
+        ("data.init_args.source.init_args.decode", "ImageFolder has no such key; data.init_args has the key decoded"),
+        ("data.init_args.source.decoded", "no such key; data.init_args has the key decoded; allowed: class_path"),
+        ("decoded", "no such key; data.init_args has the key decoded"),
+        ("max_epochs", "no such key; trainer has the key max_epochs"),
+        ("checkpoint.max_epochs", "no such key; trainer has the key max_epochs"),
+        ("trainer.seed_everything", "no such key; the top level has the key seed_everything"),
+        ("model.soft_weight", "no such key; model.init_args has the key soft_weight"),
+        ("model.init_args.width", "DistillModule has no such key; model.init_args.student.init_args has the key width"),
+        ("model.init_args.zzzzzz", "DistillModule has no such key; allowed: "),
+    ],
+)
+def test_a_key_at_the_wrong_place_names_the_right_one(config, fails, path, hint):
+    config["data"]["init_args"]["source"] = {"class_path": "ImageFolder", "init_args": {"train": "x"}}
+    *parents, last = path.split(".")
+    node = config
+    for name in parents:
+        node = node.setdefault(name, {})
+    node[last] = 1
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert fails("fit", "--config", "config.yaml").startswith(f"error: {path}: {hint}")
+    if path.count(".") > 2 and last == "decoded" and "init_args" in parents[-1]:
+        del node[last]
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        assert hint in fails("fit", "--config", "config.yaml", f"--{path}=x")

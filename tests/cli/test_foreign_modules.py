@@ -125,6 +125,16 @@ class Flat(Lit):
         return F.cross_entropy(self.net(x), y % 3)
 
 
+class Judge(Lit):
+    """Logs metrics of some names, which fall."""
+
+    def __init__(self, logs: list[str], width: int = 5, lr: float = 0.1):
+        super().__init__(width, lr)
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict(dict.fromkeys(self.hparams.logs, -float(self.global_step)))
+
+
 class Silent(Lit):
     """Has no validation and no test."""
 
@@ -456,3 +466,42 @@ def main_fails(capsys, *args):
     with pytest.raises(SystemExit):
         main([*args])
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+class TestTheDefaultMonitor:
+    @pytest.fixture
+    def fit(self, recwarn):
+        def run(taught, logs, *options):
+            path = write("Judge", taught=taught)
+            config = yaml.safe_load(Path(path).read_text())
+            inner = config["model"]["init_args"]["module"] if taught else config["model"]
+            inner["init_args"] = {"logs": logs}
+            del config["checkpoint"]
+            Path(path).write_text(yaml.safe_dump(config))
+            recwarn.clear()
+            main(["fit", "--config", path, *options])
+            return [str(one.message) for one in recwarn if "checkpoint.monitor" in str(one.message)]
+
+        return run
+
+    @pytest.mark.parametrize("taught", [True, False])
+    @pytest.mark.parametrize(("logs", "names"), [(["val_acc", "val_loss"], "val_acc, val_loss"), (["score"], "score")])
+    def test_that_was_never_logged(self, fit, taught, logs, names):
+        (message,) = fit(taught, logs)
+        start = "checkpoint.monitor: val/accuracy was never logged, so that the last weights are deployed"
+        assert message.startswith(start) and f": {names}" in message
+        assert [path.name for path in RUN.rglob("*.ckpt")] == ["last.ckpt"]
+        if taught:
+            assert Run(RUN).metadata["weights"] == "step 8"
+
+    @pytest.mark.parametrize("options", [[], ["--early_stopping", "1"], ["--checkpoint.monitor", "val/accuracy"]])
+    def test_that_is_logged(self, fit, options):
+        """The first value is the best one."""
+        assert fit(True, ["val/accuracy"], *options) == []
+        assert Run(RUN).metadata["weights"] == "epoch=0-step=4.ckpt"
+        assert Run(RUN).best_checkpoint().name == "epoch=0-step=4.ckpt"
+
+    def test_that_early_stopping_needs(self, fit, capsys):
+        with pytest.raises(SystemExit):
+            fit(False, ["val_acc"], "--early_stopping", "1")
+        assert "on metric `val/accuracy` which is not available" in capsys.readouterr().err.splitlines()[-1]

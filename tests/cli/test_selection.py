@@ -17,6 +17,8 @@ from torch import nn
 
 from kd_lightning.__main__ import main
 from kd_lightning.cli.main import DistillCLI
+from kd_lightning.data import Digits
+from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.run import Run
@@ -182,6 +184,56 @@ class TestResume:
         assert after.best_model_score == before.best_model_score
         assert Path(after.best_model_path).is_file()
         assert len(after.best_k_models) == 2
+
+
+class TestSeedsOfEvaluation:
+    """Runs of one config with the seeds 0 and 1 of both kinds, as ``experiment`` sets them, and one of 2 and 0."""
+
+    @pytest.fixture
+    def runs(self, config):
+        config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1}
+        write(config)
+        for seed, seed_of_data in ((0, 0), (1, 1), (2, 0)):
+            seeds = ["--seed_everything", str(seed), "--data.init_args.seed", str(seed_of_data)]
+            main(["fit", "--config", "config.yaml", *seeds])
+        return [Run(f"runs/tiny/version_{number}") for number in range(3)]
+
+    def test_the_run_of_the_seeds(self, runs):
+        for command, which in (("validate", []), ("test", []), ("validate", ["--ckpt_path", "last"])):
+            for number, seeds in enumerate(([0], [1], [2], [0, 0], [1, 1], [2, 0])):
+                options = [f"--seed_everything={seeds[0]}", *(f"--data.init_args.seed={seed}" for seed in seeds[1:])]
+                cli = DistillCLI([command, "--config", "config.yaml", *options, *which])
+                assert cli.run_folder == runs[number % 3].folder
+                assert cli.datamodule.seed == (0, 1, 0)[number % 3]
+
+    def test_its_own_validation_part(self, runs):
+        cli = DistillCLI(["validate", "--config", "config.yaml", "--seed_everything", "1"])
+        split = Split.load(runs[1].split_file, Digits().load().train.targets)
+        assert cli.datamodule.split.val == split.val
+        assert runs[1].result("val") is not None
+
+    def test_the_newest_of_them(self, runs):
+        main(["fit", "--config", "config.yaml", "--seed_everything=1", "--data.init_args.seed=1"])
+        main(["fit", "--config", "config.yaml", "--seed_everything=0"])
+        cli = DistillCLI(["validate", "--config", "config.yaml", "--seed_everything", "1"])
+        assert cli.run_folder == Path("runs/tiny/version_3")
+
+    @pytest.mark.parametrize(
+        ("options", "number", "text"),
+        [
+            (["--seed_everything=1", "--data.init_args.seed=5"], 1, "data.init_args.seed: 5, not 1"),
+            (["--seed_everything=7"], 2, "seed_everything: 7, not 2"),
+            (["--seed_everything=1", "--data.init_args.labeled=3"], 2, "data.init_args.labeled: 3, not 5"),
+            (
+                ["--seed_everything=1", "--data.init_args.seed=1", "--model.init_args.soft_weight=0.25"],
+                1,
+                "soft_weight",
+            ),
+        ],
+    )
+    def test_the_error_names_the_nearest_run(self, runs, fails, options, number, text):
+        message = fails("validate", "--config", "config.yaml", *options)
+        assert f"{runs[number].folder}, the nearest of its name, has another: " in message and text in message
 
 
 class TestLoggersOfTheConfig:

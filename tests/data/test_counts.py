@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from kd_lightning import DatasetSource, SemiSupervisedDataModule
+from kd_lightning import CoarseLabels, DatasetSource, SemiSupervisedDataModule
+from kd_lightning.batch import LabelKind
 from kd_lightning.data.counts import count_parts, count_samples
 
 NAN = math.nan
@@ -109,6 +110,13 @@ def test_floats(labels, names, rows):
     assert counts.labeled + counts.unlabeled == len(labels)
 
 
+def test_several_values_of_regression_have_no_classes():
+    train = torch.tensor([[0.5, -2.0], [NAN, 1.0], [NAN, NAN]])
+    counts = count_samples(train, torch.arange(3), train[:2])
+    assert counts.rows == []
+    assert (counts.labeled, counts.unlabeled, counts.validation) == (2, 1, 2)
+
+
 def test_no_label_at_all():
     counts = count_samples(torch.full((3,), -100), torch.arange(3), torch.tensor([], dtype=torch.long))
     assert (counts.rows, counts.unlabeled) == ([], 3)
@@ -130,7 +138,7 @@ def test_of_a_datamodule(tmp_path, unlabeled, expected):
         DatasetSource(**datasets, class_names=["a", "b"]), labeled=4, val_size=2, unlabeled=unlabeled
     )
     train = data.train_dataloader().dataset.indices
-    counts = count_parts(data.samples, data.split, data.visible_labels(), train)
+    counts = count_parts(data.samples, data.split, data._labels, train)
     if unlabeled in ("rest", "none"):  # the source's unlabeled part is not used, but may be labeled by a file
         expected = (*expected[:2], expected[2] + 5, 7)
     assert (counts.labeled, counts.unlabeled, counts.unused, counts.passed_over) == expected
@@ -139,3 +147,20 @@ def test_of_a_datamodule(tmp_path, unlabeled, expected):
         ("a", 4, 2, 1),
         ("b", 4, 2, 2),
     ]
+
+
+@pytest.mark.parametrize("unlabeled", ["rest", "none"])
+def test_coarse_labels(unlabeled):
+    """They are counted among the unlabeled samples, in the table and in the file."""
+    labels = torch.arange(40) % 4
+    source = DatasetSource(TensorDataset(torch.rand(40, 1, 2, 2), labels), class_names=[*"abcd"])
+    coarse = CoarseLabels({"ab": ["a", "b"], "cd": ["c", "d"]}, fraction=0.5)
+    data = SemiSupervisedDataModule(source, labeled=2, val_size=0, unlabeled=unlabeled, coarse=coarse, batch_size=40)
+    data.prepare_data()
+    data.setup("fit")
+    count = int((data._labels.kind == LabelKind.COARSE).sum())
+    assert 0 < count < 32
+    counts = count_parts(data.samples, data.split, data._labels, data.train_dataloader().dataset.indices)
+    assert (counts.labeled, counts.unlabeled, counts.coarse) == (8, 32 if unlabeled == "rest" else count, count)
+    assert ["with", "a", "coarse", "label", str(count)] in [line.split() for line in str(counts).splitlines()]
+    assert counts.to_dict()["samples"]["coarse"] == count

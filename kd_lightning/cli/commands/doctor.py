@@ -29,8 +29,8 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task, temperature_of
+from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules import SupervisedModule
-from kd_lightning.modules._shared.hard_loss import is_own
 from kd_lightning.modules.teaching import Teaching
 from kd_lightning.runs.student import batch_of_step, check_plain_logits, find_network
 from kd_lightning.teachers.checks import (

@@ -33,7 +33,7 @@ from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
 from kd_lightning.runs.report.contact_sheet import write_contact_sheet
-from kd_lightning.runs.run import Run
+from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.weights import check_classes
 
 _MAX_ROWS = 30  # of classes in a table
@@ -67,7 +67,13 @@ def main(options: Namespace) -> None:
 
 
 def report(folder: Path, number: int | None = None, images: int = 36, out: Path | None = None) -> None:
-    """Print a run's ledger, and show the images of the least confident labels of a round (if None, of the last)."""
+    """Print a run's ledger, and show the images of the least confident labels of a round (if None, of the last).
+
+    A run that was made in Python has no config to build its data from: a line says that there are no images.
+
+    Raises:
+        InputError: If there is no such round, or if the data of a run with a config cannot be read.
+    """
     rounds = read_ledger(folder)
     number = max(rounds) if number is None else number
     if number not in rounds:
@@ -83,7 +89,10 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
     _print(round_table([*rounds.values()], classes))
     _print(class_table(rounds[number], classes, Counter((labeled_classes(data) or {}).values())))
     if data_error is not None:
-        raise data_error
+        if out is not None or (folder / CONFIG).exists():
+            raise data_error
+        print(f"no contact sheet: {folder} has no {CONFIG}, which the command line writes, to build its data from")
+        return
     name = f"{folder.parent.name}/{folder.name}"
     write_sheet(data, rounds[number], images, out or folder / FOLDER / "doubtful.png", name)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
@@ -30,6 +31,11 @@ class DatasetSource(Source):
     Items are ``(image, label)``, possibly with more behind, or mappings with the key ``image``, ``img``, ``x``,
     ``pixel_values``, ``input`` or ``inputs`` and the key ``label``, ``labels``, ``target``, ``targets``, ``y`` or
     ``fine_label``. Items of ``unlabeled`` may also be the image alone.
+
+    A picture is a PIL image, an array (H, W, C), or a tensor of uint8 (C, H, W) with 1, 3 or 4 channels. The default
+    transforms bring pictures to floats in [0, 1]. All other tensors stay as they are: floats, and uint8 of other
+    shapes, such as tokens (T,) or class maps (H, W). So do several inputs of a sample. The first item of ``train``
+    decides for all. A transform of yours gets each image as the dataset returns it.
 
     A sample may have several inputs: ``((a, b), label)``, ``({"input_ids": ..., "attention_mask": ...}, label)``, or a
     mapping such as ``{"input_ids": ..., "attention_mask": ..., "labels": ...}``. Networks are then called as
@@ -93,7 +99,7 @@ class DatasetSource(Source):
         first = inputs_of(item, images, 0) if len(images) else None
         if isinstance(first, Mapping | tuple | list):
             rank_zero_info(f"DatasetSource: the inputs of a sample are {describe(first)}")
-        elif not isinstance(first, Tensor):
+        elif not isinstance(first, Tensor) or _is_picture(first):
             self.train_transform = self.eval_transform = to_float()
             kind = np.asarray(first).dtype if isinstance(first, Image.Image | np.ndarray) else None
             if kind in _WIDE:
@@ -119,3 +125,8 @@ class DatasetSource(Source):
         unlabeled: Any = self.unlabeled
         test = None if self.test is None else dense_part(self.test, rules)
         return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void)
+
+
+def _is_picture(image: Tensor) -> bool:
+    """Whether a tensor that stands alone as the input of a sample is a picture of 8 bits."""
+    return image.dtype == torch.uint8 and image.ndim == 3 and len(image) in (1, 3, 4)

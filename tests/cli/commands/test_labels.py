@@ -207,12 +207,11 @@ def test_figures_are_shown_without_the_data(run, capsys):
     """The tables come first; then what is missing."""
     config = (run / "config.yaml").read_text()
     for text, message in (
-        (None, "is no run: it has no config.yaml"),
         ("a: [", "config.yaml cannot be read: "),
         ("name: tiny\nmodel: {}", "has no data"),
         (config.replace("class_path: Digits", "class_path: Numbers"), "the data of .* cannot be read: .*Numbers"),
     ):
-        (run / "config.yaml").unlink() if text is None else (run / "config.yaml").write_text(text)
+        (run / "config.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
             main([str(run)])
         text = capsys.readouterr().out
@@ -223,6 +222,20 @@ def test_figures_are_shown_without_the_data(run, capsys):
     (run / "split.json").write_text(json.dumps(split | {"seed": 1}))
     with pytest.raises(InputError, match="split.json was changed after it was written"):
         main([str(run)])
+
+
+def test_a_run_without_a_config(run, capsys, tmp_path):
+    """As one that was made in Python: the tables come, and the line that there are no images is no error."""
+    (run / "config.yaml").unlink()
+    main([str(run)])
+    text = capsys.readouterr().out
+    assert cells(text, "Pseudo-labels")[1][3] == "4 (50.0 %)"
+    assert cells(text, "Accepted labels of round 1")[0] == ["0", "2", "50.0", "0.850", "-"]
+    assert text.splitlines()[-1].startswith(f"no contact sheet: {run} has no config.yaml")
+    with pytest.raises(InputError, match="is no run: it has no config.yaml"):
+        main([str(run), "--out", str(tmp_path / "sheet.png")])
+    with pytest.raises(InputError, match="is no run: it has no config.yaml"):
+        main([str(run), "--cross-fit", "2"])
 
 
 @pytest.fixture

@@ -86,6 +86,78 @@ def test_rows_with_missing_entries():
     assert data.hidden_truth(torch.tensor([1]))[0, [0, 2]].tolist() == [1, 0]
 
 
+class Pictures(Dataset):
+    """Pictures of 8 bits in one form, alone or in a mapping."""
+
+    def __init__(self, form, named=False, channels=3):
+        self.form = form
+        self.named = named
+        self.pixels = torch.arange(8 * channels * 30, dtype=torch.int64).reshape(8, channels, 6, 5).to(torch.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        image = self.form(self.pixels[index])
+        return {"image": image, "label": index % 2, "id": index} if self.named else (image, index % 2)
+
+
+def to_array(pixels):
+    return pixels.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("own", [None, nn.Identity()])
+def test_tensors_of_8_bits_are_pictures(channels, named, own):
+    """They reach the batch as arrays do. A transform of the user gets them as they are."""
+    found = []
+    for form in (torch.clone, to_array):
+        source = DatasetSource(Pictures(form, named, channels), Pictures(form, named, channels))
+        data = SemiSupervisedDataModule(source, val_size=0, batch_size=8, train_transform=own)
+        (train,), (test,) = list(data.train_dataloader()), list(data.test_dataloader())
+        found.append((train.x[train.index.argsort()], test.x))
+        if own is not None:
+            assert train.x.dtype == torch.uint8
+            break
+    pixels = Pictures(torch.clone, channels=channels).pixels
+    assert torch.allclose(found[0][1], pixels.float() / 255)
+    if own is None:
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    else:
+        assert torch.equal(found[0][0], pixels)
+
+
+def test_pictures_of_8_bits_in_a_tensor_dataset_and_with_masks():
+    pixels = Pictures(torch.clone).pixels
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(pixels, torch.arange(8) % 2)), val_size=0, batch_size=8)
+    (batch,) = list(data.train_dataloader())
+    assert torch.allclose(batch.x, pixels[batch.index].float() / 255)
+    masks = torch.arange(8).reshape(8, 1, 1).expand(8, 6, 5)
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(pixels, masks), dense=True), val_size=0, batch_size=8)
+    (batch,) = list(data.train_dataloader())
+    assert torch.allclose(batch.x, pixels[batch.index].float() / 255)
+    assert torch.equal(batch.y, masks[batch.index])
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (2, 6, 5), (5, 6, 5), (3, 2, 6, 5)])
+def test_other_tensors_of_8_bits_stay_as_they_are(shape):
+    values = torch.ones(8, *shape, dtype=torch.uint8)
+    data = SemiSupervisedDataModule(DatasetSource(TensorDataset(values, torch.arange(8) % 2)), val_size=0, batch_size=8)
+    (batch,) = list(data.train_dataloader())
+    assert torch.equal(batch.x, values)
+
+
+def test_a_picture_of_8_bits_among_several_inputs_stays_as_it_is():
+    class Two(Pictures):
+        def __getitem__(self, index):
+            return {"image": self.pixels[index], "age": torch.tensor([1.0]), "label": index % 2}
+
+    data = SemiSupervisedDataModule(DatasetSource(Two(None)), val_size=0, batch_size=8)
+    (batch,) = list(data.train_dataloader())
+    assert batch.x["image"].dtype == torch.uint8
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield torch.rand(3), 0
