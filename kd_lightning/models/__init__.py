@@ -15,14 +15,22 @@ from kd_lightning.models.cifar_resnet import (
     resnet56,
     resnet110,
 )
+from kd_lightning.models.crepe import Crepe
 from kd_lightning.models.digits import DigitsCNN
 from kd_lightning.models.fitnet import FitNet
+from kd_lightning.models.harmonic_net import HarmonicNet
+from kd_lightning.models.text_cnn import TextCNN
+from kd_lightning.models.unet import UNet
 from kd_lightning.models.vgg import CifarVGG, vgg8, vgg13
 from kd_lightning.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
+    "Crepe",
     "DigitsCNN",
     "FitNet",
+    "HarmonicNet",
+    "UNet",
+    "TextCNN",
     "CifarResNet",
     "resnet8",
     "resnet14",

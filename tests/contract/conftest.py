@@ -22,8 +22,11 @@ from kd_lightning.teachers.teacher import Teacher
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # configs name classes of parts.py, in processes of their own too
+from parts import save_masks  # noqa: E402
+
 CONFIGS = sorted((HERE.parent.parent / "configs").glob("*.yaml"))
-TEXTS = sorted(HERE.glob("texts_*.yaml"))  # batches whose inputs are a mapping
+TEXTS = sorted(HERE.glob("*.yaml"))  # batches whose inputs are a mapping; and regression
+MASKS = [path for path in CONFIGS if path.stem == "segmentation_distill"]  # a label for each pixel
 EPOCHS, STEPS = 2, 4
 TRAINER = {
     "max_epochs": EPOCHS,
@@ -48,6 +51,8 @@ FAKE = {"class_path": "FakeData", "init_args": {"size": 64, "num_classes": 4}}
 OUTPUTS = {"cifar100": 100, "imagenet": 1000}  # of the students, which stay as shipped
 # a quarter of the real area or less: a convolution in bfloat16 is slow on a CPU
 IMAGE_SIZE = {"TorchvisionDataset": [3, 16, 16], "ImageFolder": [3, 32, 32]}
+# in place of files that a benchmark writes: training frames without labels, and test frames with labels
+SOUNDS = {part: {"class_path": "parts.Sounds", "init_args": {"labels": part == "test"}} for part in ("train", "test")}
 
 
 def nodes(node):
@@ -101,6 +106,21 @@ def quick(path, **changes):
             data["labeled_batch_size"] = 1
         if "strong_transform" in data:
             data["strong_transform"]["init_args"]["size"] = IMAGE_SIZE[kind][-1]
+    if kind == "ImageMaskFolder":
+        for part, size in (("train", 112), ("test", 16)):  # enough for 4 batches of two processes
+            data["source"]["init_args"][part] = f"masks/{part}"
+            save_masks(f"masks/{part}", size)
+        data["source"]["init_args"]["image_size"] = 16
+        data |= {"batch_size": 8} | ({"labeled": 8, "labeled_batch_size": 2} if "labeled" in data else {})
+    if path.stem.startswith("text"):
+        small_texts(config)
+    if path.stem.startswith("audio"):
+        data["source"]["init_args"] |= deepcopy(SOUNDS)
+        data["batch_size"] = 8
+        small = {"kd_lightning.models.Crepe": {"capacity": 1}, "kd_lightning.models.HarmonicNet": {"width": 4}}
+        for node in nodes(config["model"]):
+            if node.get("class_path") in small:
+                node["init_args"] = small[node["class_path"]]
     sooner(config)
     config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), {"class_path": "parts.Stop"}]
     if config["model"]["init_args"].get("strategy") == "relabel":
@@ -115,6 +135,23 @@ def quick(path, **changes):
             arguments["weights"] = None
     save_teachers(config)
     return config
+
+
+def small_texts(config):
+    """Random texts, and small networks for them: the real ones are made of files that a benchmark writes."""
+    is_causal = config["model"]["init_args"].get("causal", False)
+    for part, arguments in (("train", {}), ("test", {"size": 160, "seed": 1})):
+        kind = "parts.Letters" if is_causal else "parts.Texts"
+        config["data"]["init_args"]["source"]["init_args"][part] = {"class_path": kind, "init_args": arguments}
+    for node in nodes(config["model"]):
+        kind = str(node.get("class_path"))
+        if kind.endswith("SentenceClassifier"):
+            node |= {"class_path": "parts.WordNetwork", "init_args": {"width": 16, "dropout": 0.1}}
+        elif kind == "TextCNN":
+            node["init_args"] |= {"num_classes": 4, "vocab_size": 40, "dim": 8, "channels": 8}
+        elif kind.endswith("GPT2Config"):
+            width = 8 if node["init_args"]["n_embd"] < 100 else 16
+            node["init_args"] |= {"vocab_size": 24, "n_positions": 10, "n_embd": width, "n_layer": 2, "n_head": 2}
 
 
 def sooner(config):
@@ -162,7 +199,9 @@ def without_batch_statistics(config):
     """The same method on networks whose rows do not know one another, under plain SGD."""
     config = deepcopy(config)
     source = config["data"]["init_args"]["source"].get("init_args") or {}
-    channels, classes = (source.get("image_size") or [1])[0], source.get("num_classes", 10)
+    dense = config["model"]["init_args"].get("class_dim") == 1
+    channels = 3 if dense else (source.get("image_size") or [1])[0]
+    classes = len(source["class_names"]) if dense else source.get("num_classes", 10)
     student = float_student(config)
     for node in nodes(config["model"]):
         for role in ("student", "peer", "teacher", "model", "network"):
@@ -171,10 +210,10 @@ def without_batch_statistics(config):
                 plain = {"channels": channels, "num_classes": classes} | width
                 if node[role]["class_path"].endswith(".quantize"):
                     node[role]["init_args"]["skip"] = ["last"]  # of two layers
-                elif node[role]["class_path"] == "parts.WordNetwork":
+                elif node[role]["class_path"] in ("parts.WordNetwork", "parts.ValueNetwork"):
                     node[role]["init_args"].pop("dropout", None)
                 elif node[role]["class_path"].rsplit(".", 1)[-1] not in ("load_weights", "Teacher"):
-                    node[role] = {"class_path": "parts.Plain", "init_args": plain}
+                    node[role] = {"class_path": "parts.PlainMaps" if dense else "parts.Plain", "init_args": plain}
     for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
         config["model"]["init_args"][name] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     if "hints" in config["model"]["init_args"]:
@@ -244,7 +283,7 @@ def story(request, tmp_path_factory):
         yield Story(path, folder, **arguments)
 
 
-@pytest.fixture(params=cases([*one_of_each_module(), *TEXTS], VARIANTS))
+@pytest.fixture(params=cases([*one_of_each_module(), *MASKS, *TEXTS], VARIANTS))
 def each_module(request):
     """One config of each module, and its arguments."""
     path, arguments = request.param

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.io import write_png
 
 from kd_lightning.batch import is_labeled
 
@@ -66,6 +67,10 @@ class PermuteHidden(Callback):
     def setup(self, trainer, pl_module, stage):
         data = trainer.datamodule
         parts = data._parts
+        if parts.train.dense:
+            if data.split.unlabeled:
+                self._permute_masks(parts.train.images.mask_paths, data.split.unlabeled)
+            return
         hidden = [(parts.train.targets, torch.tensor(data.split.unlabeled, dtype=torch.long))]
         if data.transductive:
             hidden.append((parts.test.targets, torch.arange(len(parts.test.targets))))
@@ -77,6 +82,12 @@ class PermuteHidden(Callback):
             before = targets[index]
             targets[index] = before[torch.randperm(len(index), generator=torch.Generator().manual_seed(1))]
             self.changed += int((targets[index] != before).sum())
+
+    def _permute_masks(self, paths, index):
+        """Each gets the mask of the next one."""
+        for number, path in zip(index, [paths[other] for other in index[1:] + index[:1]], strict=True):
+            self.changed += paths[number] != path
+            paths[number] = path
 
 
 class Plain(nn.Module):
@@ -97,6 +108,13 @@ class Plain(nn.Module):
         return self.layers(x)
 
 
+class PlainMaps(nn.Sequential):
+    """Logits (B, C, H, W) of each pixel alone."""
+
+    def __init__(self, width: int = 16, channels: int = 3, num_classes: int = 5):
+        super().__init__(nn.Conv2d(channels, width, 1), nn.Tanh(), nn.Conv2d(width, num_classes, 1))
+
+
 class Texts(Dataset):
     """Texts of six words: several inputs of each sample, as a mapping."""
 
@@ -112,6 +130,20 @@ class Texts(Dataset):
         mask = (torch.arange(6) < self.lengths[index]).long()
         ids = self.ids[index] * mask
         return {"path": f"texts/{index}", "input_ids": ids, "attention_mask": mask, "labels": int(ids.sum()) % 4}
+
+
+class Letters(Dataset):
+    """Texts of ten letters, each of which is the label of the one before it."""
+
+    def __init__(self, size: int = 480, seed: int = 0):
+        steps = torch.randint(1, 3, (size, 10), generator=torch.Generator().manual_seed(seed))
+        self.ids = steps.cumsum(dim=1) % 24
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int):
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 class DropWords(nn.Module):
@@ -138,3 +170,59 @@ class WordNetwork(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         words = self.words(input_ids).tanh() * attention_mask.unsqueeze(-1)
         return self.head(self.dropout(words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)))
+
+
+class Sounds(Dataset):
+    """Frames of sound, with a row of 360 labels or without labels."""
+
+    def __init__(self, size: int = 64, labels: bool = False):
+        generator = torch.Generator().manual_seed(int(labels))
+        self.frames = torch.randn(size, 1024, generator=generator)
+        self.targets = torch.full((size, 360), float("nan"))
+        if labels:
+            self.targets = (torch.rand(size, 360, generator=generator) < 0.02).float()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int):
+        return self.frames[index], self.targets[index]
+
+
+class Values(Dataset):
+    """Five numbers, and two sums of them, of which one in eight is missing."""
+
+    def __init__(self, size: int = 480, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(size, 5, generator=generator)
+        self.targets = torch.stack([self.x[:, :2].sum(dim=1), 3 * self.x[:, 2:].sum(dim=1)], dim=1)
+        self.targets[torch.rand(size, 2, generator=generator) < 0.125] = float("nan")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        return self.x[index], self.targets[index]
+
+
+class ValueNetwork(nn.Sequential):
+    """Two values of five numbers."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.0):
+        super().__init__(nn.Linear(5, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 2))
+
+
+def save_masks(folder: str, size: int, side: int = 16):
+    """Write random pictures as ``ImageMaskFolder`` reads them: classes 1, 2 and 3 are red, green and blue."""
+    generator = torch.Generator().manual_seed(len(folder))
+    for name in ("images", "masks"):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    for number in range(size):
+        mask = torch.randint(4, (side // 4, side // 4), generator=generator).to(torch.uint8)
+        mask = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        picture = torch.randint(120, (3, side, side), generator=generator)
+        for channel in range(3):
+            picture[channel] += 120 * (mask == channel + 1)
+        mask[0] = 255
+        write_png(picture.to(torch.uint8), f"{folder}/images/{number}.png")
+        write_png(mask.unsqueeze(0), f"{folder}/masks/{number}.png")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from parts import StoppedError
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,6 +34,7 @@ REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "fli
 HELPERS = ("projectors.", "teacher.", "ema.", "peer.")  # trained beside the student, kept for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
+VALUE_FIGURES = {"loss", "mae", "rmse", "r2", "teacher_mae", "teacher_rmse", "teacher_difference"}
 
 
 def saved(path):
@@ -74,6 +76,7 @@ class TestOneRun:
         tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])
         taught = story.teachers or getattr(story.whole.model, "teacher", None) is not None
         figures = FIGURES | (TEACHER_FIGURES if taught else set())
+        figures = VALUE_FIGURES if story.whole.model.task == "regression" else figures
         if len(story.teachers) > 1:
             kinds = ("accuracy", "agreement", "ensemble_agreement")
             figures |= {f"teacher_{number}_{kind}" for number in range(len(story.teachers)) for kind in kinds}
@@ -90,9 +93,17 @@ class TestOneRun:
                 "round_0000.csv",
                 "round_0001.csv",
             ]
+        if story.whole.datamodule.samples.dense and story.whole.model.class_dim == 1:
+            expected |= {"test/mean_iou"}
+            masks = {path.name: path for path in (RUN / "predictions").iterdir()}
+            assert len(masks) == 2 * story.whole.datamodule.batch_size
+            assert all(Image.open(path).size == (16, 16) for path in masks.values())
         assert expected <= tags
-        assert (RUN / "predictions.csv").is_file()
-        assert len((RUN / "predictions.csv").read_text().splitlines()) == 1 + 2 * story.whole.datamodule.batch_size
+        count = 2 * story.whole.datamodule.batch_size
+        if story.whole.model.causal:
+            assert len((RUN / "predictions.jsonl").read_text().splitlines()) == count
+        else:
+            assert len((RUN / "predictions.csv").read_text().splitlines()) == 1 + count
 
     def test_loads_without_pickle_and_predicts_the_same(self, story):
         checkpoint = saved(RUN / "checkpoints/last.ckpt")
@@ -176,6 +187,8 @@ class TestOneRun:
         expected = ["labels", "gradients"]
         if story.teachers:
             expected = ["teacher", "normalisation", "class order", "eval mode", "soft targets", *expected]
+            if story.whole.model.task == "regression":
+                expected = ["teacher", "eval mode", "gradients"]
         if len(story.teachers) > 1:
             checks = ["", *(f", {check}" for check in expected[1:5])]
             each = [name + check for name in story.teachers for check in checks]
