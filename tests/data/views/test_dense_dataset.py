@@ -273,7 +273,7 @@ class TestHiddenLabels:
         batch = table.fill(views.__getitems__([0, 1, 2]))
         assert (batch.y[1] == -100).all()
         assert torch.equal(batch.y[::2], MASKS[:3:2])
-        assert batch.labeled is None
+        assert batch.labeled.tolist() == [0, 2]
         floats = table.fill(
             views.__getitems__([0, 1, 2]).map(lambda t: t.float() if t.dtype == torch.int64 and t.ndim > 1 else t)
         )
