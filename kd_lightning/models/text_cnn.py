@@ -26,7 +26,7 @@ class TextCNN(nn.Module):
         Output (B, num_classes).
 
     >>> sum(p.numel() for p in TextCNN(num_classes=3, vocab_size=100, dim=4, channels=2).parameters())
-    527
+    523
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def check(batch, labeled):
 
 NEAREST = v2.InterpolationMode.NEAREST
 GEOMETRIES = {
-    "none": None,
+    "none": v2.Identity(),  # without a transform, pictures become floats
     "whole": Compose([RandomCrop((8, 10), padding=3, fill=NEW), RandomHorizontalFlip(), RandomVerticalFlip()]),
     "whole affine": RandomAffine(40, (0.2, 0.2), (0.8, 1.2), 10, NEAREST, fill=NEW),
     "one": v2.Compose(
@@ -110,8 +110,9 @@ def test_image_and_mask_move_together(name, kind):
     dataset = TensorDataset(IMAGES, MASKS) if kind == "memory" else Pictures(kind)
     transform = GEOMETRIES[name]
     if kind in ("arrays", "pictures") and not isinstance(transform, BatchTransform):
-        transform = v2.Compose([*([] if transform is None else [transform]), v2.ToImage()])
-    data = make(dataset, train_transform=transform, eval_transform=v2.ToImage() if kind != "memory" else None)
+        transform = v2.Compose([transform, v2.ToImage()])
+    unchanged = v2.ToImage() if kind != "memory" else v2.Identity()
+    data = make(dataset, train_transform=transform, eval_transform=unchanged)
     seen = set()
     for batch in data.train_dataloader():
         check(batch, data.split.labeled)
