@@ -32,7 +32,10 @@ def test_no_3_is_in_the_transfer_set(benchmark):
     transfer = benchmark.transfer_set(data)
     transfer.setup("")
     parts = Digits().load()
-    digit_of = {image.numpy().tobytes(): int(digit) for (image,), digit in zip(parts.train.images, parts.train.targets, strict=True)}
+    digit_of = {
+        image.numpy().tobytes(): int(digit)
+        for (image,), digit in zip(parts.train.images, parts.train.targets, strict=True)
+    }
     served = transfer.train_dataloader().dataset
     found = [digit_of[served.images[0][index][0].numpy().tobytes()] for index in served.indices]
     known = [int(parts.train.targets[index]) for index in data.split.labeled]
