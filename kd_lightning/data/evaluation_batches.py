@@ -19,15 +19,16 @@ SAMPLES = 4096
 """About the largest number of samples; enough for a thousand classes."""
 
 
-def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], str] | None:
+def evaluation_batches(data: Any, device: torch.device, labeled: bool = True) -> tuple[list[Batch], str] | None:
     """Return labeled validation samples and their name. Without any, labeled training samples. Never the test part.
 
     Args:
         data: A datamodule, set up for a fit, or a module with its own loaders.
         device: Device of the batches.
+        labeled: Whether each batch must have a label. Default: True.
     """
     if is_overridden("val_dataloader", data):
-        batches = _first_labeled(data.val_dataloader(), data, device)
+        batches = _first(data.val_dataloader(), data, device, labeled)
         if batches:
             return batches, "validation labels"
     if isinstance(data, SemiSupervisedDataModule):
@@ -35,18 +36,19 @@ def evaluation_batches(data: Any, device: torch.device) -> tuple[list[Batch], st
         training = data.train_dataloader()
         dataset, labels = training.dataset, LabelTable(training.labels.visible, dense=training.labels.dense)
         assert isinstance(dataset, ViewDataset)
-        labeled = dataset.of(torch.tensor(data.split.labeled), data.eval_transform)
-        loader = ViewLoader(labeled, labels, batch_size=data.batch_size, num_workers=data.num_workers)
-        batches = _first_labeled(loader, data, device)
+        indices = torch.tensor(data.split.labeled if labeled else data.split.labeled + data.split.unlabeled)
+        images = dataset.of(indices, data.eval_transform)
+        loader = ViewLoader(images, labels, batch_size=data.batch_size, num_workers=data.num_workers)
+        batches = _first(loader, data, device, labeled)
     else:
-        batches = _first_labeled(data.train_dataloader(), data, device)
+        batches = _first(data.train_dataloader(), data, device, labeled)
     return (batches, "labels of training images (there are no validation labels)") if batches else None
 
 
-def _first_labeled(loader: Any, data: Any, device: torch.device) -> list[Batch]:
+def _first(loader: Any, data: Any, device: torch.device, labeled: bool) -> list[Batch]:
     taken, count = [], 0
     for batch in batches_of(loader, data, device):
-        if count_labels(batch):
+        if not labeled or count_labels(batch):
             taken.append(batch)
         count += len(batch)
         if count >= SAMPLES:

@@ -20,32 +20,22 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import describe_choice, logits_of
 from kd_lightning.inputs import Inputs, call
-from kd_lightning.losses.base import (
-    Task,
-    check_row_fields,
-    check_weight,
-    reset_state,
-)
+from kd_lightning.losses.base import Task, check_row_fields, check_weight, reset_state
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
-from kd_lightning.modules._shared.dense import (
-    check_dense,
-    count_dense,
-    dense_probabilities,
-    dense_to_rows,
-)
+from kd_lightning.modules._shared.dense import check_dense, dense_probabilities
 from kd_lightning.modules._shared.dense_checks import DenseChecks
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.evaluations import Evaluations
 from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.hard_loss import default_loss, hard_loss_of, must_synchronize
-from kd_lightning.modules._shared.lean_module import LeanModule
+from kd_lightning.modules._shared.hard_loss import default_loss, must_synchronize
 from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.parameter_groups import check_groups
 from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
+from kd_lightning.modules._shared.row_module import RowModule
 from kd_lightning.modules._shared.schedules import check_schedules
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
@@ -53,7 +43,7 @@ from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.teacher import check_outputs
 
 
-class SupervisedModule(LeanModule):
+class SupervisedModule(RowModule):
     """Train a student on hard targets: the baseline, the training of teachers, and the base of every method.
 
     A method adds its constructor and :meth:`losses`, and passes the arguments below on as ``**kwargs``. A batch is what
@@ -158,12 +148,6 @@ class SupervisedModule(LeanModule):
         self._guards: dict[str, InputGuard] = {}
         self._evaluations = Evaluations()
         self._finite_check = FiniteCheck()
-        self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
-        self._rows: float = 0  # of this batch; with class_dim their mean over the batches of the step
-
-    def unpack(self, batch: Any) -> Batch:
-        """Convert a batch of the data loader. A project with batches of another kind overrides this."""
-        return Batch.from_any(batch)
 
     def call(self, network: nn.Module, x: Inputs) -> Any:
         """Call the student, or another network that trains, with inputs. Returns what the network returns.
@@ -248,81 +232,6 @@ class SupervisedModule(LeanModule):
         if self.task == "regression":
             return RegressionEvaluation(classes, self.device)
         return Evaluation(self.task, classes, self.class_dim is not None)
-
-    # Rows.
-
-    def to_rows(self, batch: Batch, *outputs: Tensor) -> tuple[Any, ...]:
-        """Return a batch and outputs of one row for each position that counts; without ``class_dim`` as they are.
-
-        Args:
-            batch: The batch.
-            outputs: Outputs of student and teachers, of one shape.
-
-        Returns:
-            A batch of N rows, which has labels, weights and totals but no inputs, and the outputs (N, C).
-        """
-        if self.class_dim is None:
-            return batch, *outputs
-        rows, parts = dense_to_rows(batch, outputs, self.task, self.class_dim, self.causal)
-        self._rows = len(rows)
-        return rows, *parts
-
-    def count_rows(self, batch: Any) -> tuple[float, ...] | None:
-        """Runs in the datamodule's loader. Return the numbers of labels and rows of a dense batch; None without them.
-
-        The loader needs them of all batches of an optimiser step, before the first one is computed. If the hard loss
-        has class weights, their sum over the labels is the third number.
-        """
-        if self.class_dim is None:
-            return None
-        return count_dense(self.unpack(batch), self.task, self.class_dim, self.causal, self.hard_loss)
-
-    def step_mean(self, value: Tensor, rows: Batch) -> Tensor:
-        """Scale a mean over rows of :meth:`to_rows` so that processes and accumulated batches add up.
-
-        Their sum is the mean over all rows of the optimiser step then. Without ``class_dim``, each batch counts the
-        same, and the mean stays as it is.
-        """
-        if self.class_dim is None:
-            return value
-        mean = self._mean_over_processes(len(rows), value) if rows.mean_rows is None else rows.mean_rows
-        self._rows = mean
-        return value if mean == len(rows) else value * (len(rows) / max(mean, 1e-9))
-
-    # The hard term.
-
-    def hard_term(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the hard loss over the labeled rows, scaled so that processes and accumulated batches add up.
-
-        The sum over processes and batches is the mean over all labels of the optimiser step: each mean is multiplied
-        by its share of the labels. Without labels the term is 0, and has a gradient of 0. If the loss has class
-        weights, the processes' shares are those of the weights.
-        """
-        value, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
-        mean, of_step = batch.mean_labels, batch.dense_means or ()
-        self._mean_labels = mean = self._mean_over_processes(labels, logits) if mean is None else mean
-        if weights is not None and len(of_step) > 2:
-            return value * (weights / max(of_step[2], 1e-9))
-        if weights is None or not self._trains_on_several_processes():
-            return value if labels in (0, mean) else value * (labels / max(mean, 1e-9))
-        here = torch.stack([weights.float(), weights.new_tensor(labels).float()])
-        means: Tensor = self.trainer.strategy.reduce(here, reduce_op="mean")
-        mean_weights, mean_here = means.unbind()
-        return value * (weights / mean_weights.clamp_min(1e-9)) * (mean_here / max(mean, 1e-9))
-
-    def compute_hard_loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-        """Return the mean hard loss over the known labels, coarse ones included, and the number of these labels."""
-        return hard_loss_of(self.hard_loss, self.task, logits, batch)[:2]
-
-    def _mean_over_processes(self, count: int, like: Tensor) -> float:
-        """Return the mean of a count over all processes, which must all call this."""
-        if not self._trains_on_several_processes():
-            return float(count)
-        total = torch.tensor(float(count), device=like.device)
-        return float(self.trainer.strategy.reduce(total, reduce_op="mean"))
-
-    def _trains_on_several_processes(self) -> bool:
-        return self._trainer is not None and self.trainer.training and self.trainer.world_size > 1
 
     # The steps.
 

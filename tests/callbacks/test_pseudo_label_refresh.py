@@ -683,6 +683,7 @@ def test_modules_that_cannot_be(fit):
         (Foreign(), {"restart_student": True}, "restart_student needs a module with a student, Foreign has none"),
         (DistillModule(DigitsCNN(4), None), {"source": "teacher"}, "but DistillModule has no teacher"),
         (make(DistillModule, task="multilabel"), {}, "task must be multiclass, got multilabel"),
+        (make(DistillModule, class_dim=1), {}, "gives one pseudo-label a sample, got a module with class_dim: 1"),
     ):
         with pytest.raises(InputError, match=message):
             fit(module, PseudoLabelRefresh(**refresh))

@@ -49,6 +49,14 @@ def test_validation_samples():
     assert torch.equal(torch.cat([batch.x for batch in batches]), IMAGES[data.split.val])
 
 
+def test_samples_without_labels():
+    data = digits(val_size=0)
+    batches, what = evaluation_batches(data, CPU, labeled=False)
+    assert "training images" in what
+    assert torch.cat([batch.index for batch in batches]).tolist() == (data.split.labeled + data.split.unlabeled)[:1197]
+    assert sum(map(count_labels, batches)) == 20
+
+
 def test_labeled_training_samples_without_a_validation_part():
     """Under evaluation transforms, and none of the pool."""
     data = digits(val_size=0, train_transform=torch.nn.Dropout(0.9))

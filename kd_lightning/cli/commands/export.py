@@ -190,11 +190,12 @@ def _predictor(task: Task, class_dim: int | None) -> Callable[[Tensor], Tensor] 
 def _evaluation_images(data: Any, run: Run) -> tuple[list[Inputs], str]:
     """Return batches of the datamodule's evaluation images, and the name of their part."""
     try:
-        sample = evaluation_batches(data, torch.device("cpu"))
+        device = torch.device("cpu")
+        sample = evaluation_batches(data, device) or evaluation_batches(data, device, labeled=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"the data of {run.folder} cannot be read: {' '.join(str(error).split())}") from error
     if sample is None:
-        raise InputError(f"the data of {run.folder} has no labeled images to check the file on")
+        raise InputError(f"the data of {run.folder} has no images to check the file on")
     what = "validation" if sample[1].startswith("validation") else "training"
     return [batch.x for batch in sample[0]], f"{what} images"
 

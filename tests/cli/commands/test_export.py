@@ -345,6 +345,14 @@ def test_training_images_without_a_validation_part(run, tmp_path, capsys):
     assert "checked on 30 training images" in capsys.readouterr().out
 
 
+def test_images_without_labels(run, tmp_path, capsys):
+    """A student that learned from its teacher alone has no labels, and a file needs none."""
+    make_split(Digits().load().train.targets, 0, 0, 0).save(run / "split.json")
+    change("data.init_args.unlabeled", "rest")(run)
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert re.search(r"checked on \d{3,} training images", capsys.readouterr().out)
+
+
 def test_images_are_those_of_the_runs_own_split(run, tmp_path, capsys):
     """The config may name a label file that is gone, and a split of another day."""
     make_split(Digits().load().train.targets, 3, 2, 0).save(run / "split.json")
