@@ -138,7 +138,9 @@ class PseudoLabelRefresh(Callback):
         if task != "multiclass":
             raise InputError(f"PseudoLabelRefresh: task must be multiclass, got {task}")
         if (class_dim := getattr(pl_module, "class_dim", None)) is not None:
-            raise InputError(f"PseudoLabelRefresh gives one pseudo-label a sample, got a module with class_dim: {class_dim}")
+            raise InputError(
+                f"PseudoLabelRefresh gives one pseudo-label a sample, got a module with class_dim: {class_dim}"
+            )
         names = self._class_names(trainer)
         if self.source == "teacher":
             find_teacher(pl_module)
