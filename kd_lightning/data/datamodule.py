@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -25,17 +25,16 @@ from kd_lightning.data.samples import Samples, check_pool_name
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
-from kd_lightning.data.views.build import build_views
-from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.data.view_datamodule import ViewDataModule
 from kd_lightning.data.views.loader import ViewLoader
-from kd_lightning.data.views.samplers import ShareSampler, check_sizes, training_sampler
+from kd_lightning.data.views.samplers import check_sizes, training_sampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
 from kd_lightning.runs.folder import run_folder, writes_files
 
 
-class SemiSupervisedDataModule(LightningDataModule):
+class SemiSupervisedDataModule(ViewDataModule):
     """Split a source into labeled, unlabeled and validation images, and load them as ``Batch`` objects.
 
     Training batches mix labeled and unlabeled images. A label that training may not see is -100 (NaN where labels are
@@ -233,14 +232,15 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled images, shuffled together or in two streams."""
-        _, split = self._parts_and_split()
+        parts, split = self._parts_and_split()
         assert self._labels is not None
         indices = self._train_indices()
         world, rank = self._world_size_and_rank()
         keys = ("batch_size", "labeled_batch_size", "views_per_epoch", "num_views", "seed")
         settings = {key: getattr(self, key) for key in keys} | {"num_replicas": world, "rank": rank}
         sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
-        dataset = self._views(self.samples.images, indices, self._labels, self.train_transform, self.strong_transform)
+        transforms = self.train_transform, self.strong_transform
+        dataset = self._views(parts, self.samples.images, indices, self._labels, *transforms)
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -253,7 +253,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         parts, split = self._parts_and_split()
         if not split.val:
             return []
-        return self._eval_loader([parts.train.images], torch.tensor(split.val), true_labels(parts.train))
+        return self._eval_loader(parts, [parts.train.images], torch.tensor(split.val), true_labels(parts.train))
 
     def test_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -261,7 +261,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
-        return self._eval_loader([parts.test.images], indices, true_labels(parts.test))
+        return self._eval_loader(parts, [parts.test.images], indices, true_labels(parts.test))
 
     def predict_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -279,27 +279,29 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def pool_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
-        return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), self.pool_views())
+        images, indices = self.samples.images, self._pool_indices()
+        return self._eval_loader(self._load_parts(), images, indices, self._build_labels(), self.pool_views())
 
     def train_views(self) -> ViewTable | None:
         """All views of all training images; None if ``num_views`` is None."""
         if self.num_views is None:
             return None
-        return self._view_table("train", self._train_indices(), self.train_transform, self.num_views)
+        return self._view_table("train", self._train_indices, self.train_transform, self.num_views)
 
     def pool_views(self) -> ViewTable:
         """The images of :meth:`pool_dataloader`, one view each."""
-        return self._view_table("pool", self._pool_indices(), self.eval_transform, 1)
+        return self._view_table("pool", self._pool_indices, self.eval_transform, 1)
+
+    def _view_table(self, name: str, indices: Callable[[], Tensor], transform: Any, num_views: int) -> ViewTable:
+        if name not in self._view_tables:
+            images, labels = self.samples.images, self._build_labels()
+            dataset = self._views(self._load_parts(), images, indices(), labels, transform)
+            self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
+        return self._view_tables[name]
 
     def _pool_indices(self) -> Tensor:
         _, split = self._parts_and_split()
         return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
-
-    def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
-        if name not in self._view_tables:
-            dataset = self._views(self.samples.images, indices, self._build_labels(), transform)
-            self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
-        return self._view_tables[name]
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
         """Replace all pseudo-labels; later training batches hold the accepted ones. They need one class a sample."""
@@ -368,32 +370,3 @@ class SemiSupervisedDataModule(LightningDataModule):
         kind = self._labels.kind
         coarse = [] if kind is None else (kind == LabelKind.COARSE).nonzero().flatten().tolist()
         return torch.tensor(split.labeled + sorted({*self.unlabeled_indices(), *coarse}))
-
-    def _eval_loader(
-        self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
-    ) -> ViewLoader:
-        world, rank = self._world_size_and_rank()
-        dataset = self._views(images, indices, labels, self.eval_transform)
-        sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
-        return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
-
-    def _views(self, images: list[Any], indices: Tensor, labels: LabelTable, *transforms: Any) -> ViewDataset:
-        device = None if self.trainer is None else self.trainer.strategy.root_device
-        device = device if device is not None and device.type == "cuda" else None
-        if self.decoded is not None:
-            images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
-        return build_views(self._load_parts(), images, indices, labels, (*transforms, None)[:2], self.seed, device)
-
-    def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
-        return ViewLoader(
-            dataset,
-            labels,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **kwargs,
-        )
-
-    def _world_size_and_rank(self) -> tuple[int, int]:
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
