@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,7 @@ def story(request, tmp_path_factory):
     path, arguments = request.param
     with inside(tmp_path_factory.mktemp(path.stem)) as folder:
         yield Story(path, folder, **arguments)
+    shutil.rmtree(folder)  # up to 2 GB each
 
 
 @pytest.fixture(params=cases([*one_of_each_module(), *MASKS, *TEXTS], VARIANTS))
