@@ -163,6 +163,8 @@ def _labels(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
 @_command("Find labels that are probably wrong, and write a file that drops, down-weights or relabels them.")
 def _clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     parser.add_argument("config", help="YAML of any method on a SemiSupervisedDataModule")
+    text = "which labels: those of training (default), or those of validation, by one fit without folds"
+    parser.add_argument("--part", choices=("train", "val"), default="train", help=text)
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without 1/K of the labels")
     parser.add_argument("--action", choices=ACTIONS, default="drop", help="correction of the suspects (default drop)")
     parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
@@ -170,6 +172,8 @@ def _clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     options = _with_overrides(parser, args)
     if options.weight is not None and options.action != "downweight":
         raise InputError(f"--weight needs --action downweight, got {options.action}")
+    if options.part == "val" and options.action == "downweight":
+        raise InputError("--action downweight is for training labels; allowed with --part val: drop, relabel")
     options.weight = 0.1 if options.weight is None else options.weight
     if not 0 <= options.weight < 1:
         raise InputError(f"--weight must lie in [0, 1), got {options.weight}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.batch import LabelKind
+from kd_lightning.data.labels.build import val_labels
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.source import passed_over
@@ -116,7 +117,7 @@ def count_parts(samples: Samples, split: Split, labels: LabelTable, train: Tenso
     return count_samples(
         labels.visible,
         train,
-        parts.train.targets[split.val],
+        val_labels(parts.train, split).visible[split.val],
         None if parts.test is None else parts.test.targets,
         parts.class_names,
         dense=samples.dense,

@@ -16,13 +16,13 @@ from kd_lightning.data.counts import count_parts
 from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.duplicates import DuplicatePolicy
 from kd_lightning.data.identity import Identities
-from kd_lightning.data.labels.build import build_labels, check_coarse, check_label_options
+from kd_lightning.data.labels.build import build_labels, check_coarse, check_label_options, val_labels
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable, true_labels
 from kd_lightning.data.resume_settings import batch_settings, check_resume
 from kd_lightning.data.samples import Samples, check_pool_name
-from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts
+from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts, join_val
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
 from kd_lightning.data.view_datamodule import ViewDataModule
@@ -42,7 +42,8 @@ class SemiSupervisedDataModule(ViewDataModule):
     as ``split.json``, and checked on every process and on resume. ``predict`` uses the test images.
 
     Labels may also be noisy or coarse, simulated or from a file, in any mixture. ``kind`` in the batch holds the
-    :class:`~kd_lightning.batch.LabelKind` of each row. Validation and test labels are always those of the source.
+    :class:`~kd_lightning.batch.LabelKind` of each row. Validation and test labels are those of the source,
+    but for ``correct_val``.
 
     Labels may be dense: masks, or a label for each token. ``labeled`` and ``val_size`` then count samples of all
     classes, and transforms are those of :class:`~kd_lightning.data.views.dense_dataset.DenseViewDataset`.
@@ -57,6 +58,8 @@ class SemiSupervisedDataModule(ViewDataModule):
             source's unlabeled part) or ``"test"`` (the test images). The last is the transductive setting: its test
             metrics have the prefix ``transductive/``.
         val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
+            Default: None, which means the source's own validation part, or 0.1 if it has none. With an own one, a
+            number is an error.
         batch_size: Images per batch on each process, at least 1.
         labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
             that many labeled images. The stream that needs more batches decides the length of an epoch; the images of
@@ -79,6 +82,8 @@ class SemiSupervisedDataModule(ViewDataModule):
             those of the source's unlabeled part; see
             :func:`~kd_lightning.data.labels.label_file.read_label_file`. They are stored in ``split.json``. A later run
             continues from there: ``labeled: RUN/split.json`` with a further file.
+        correct_val: Whether rows of ``label_file`` may correct labels of the validation part. Default: False, which
+            means that a row with another label than the source's is an error there.
         duplicates: Images of equal content in training, validation and test: ``"count"`` (a warning names them),
             ``"refuse"``, or ``"together"``, which leaves copies of test images out of training, and moves copies of
             training images from validation to training.
@@ -100,7 +105,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         labeled: int | float | str | Path | None = None,
         labeled_at_most: bool = False,
         unlabeled: Literal["rest", "none", "source", "test"] = "rest",
-        val_size: int | float = 0.1,
+        val_size: int | float | None = None,
         batch_size: int = 64,
         labeled_batch_size: int | None = None,
         num_workers: int = 0,
@@ -114,6 +119,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         label_noise: LabelNoise | None = None,
         coarse: CoarseLabels | None = None,
         label_file: str | Path | None = None,
+        correct_val: bool = False,
         duplicates: DuplicatePolicy = "count",
         decoded: str | Path | None = None,
         decoded_side: int | None = None,
@@ -140,6 +146,9 @@ class SemiSupervisedDataModule(ViewDataModule):
         self.label_noise = label_noise
         self.coarse = coarse
         self.label_file = label_file
+        if correct_val and label_file is None and not isinstance(labeled, str | Path):
+            raise InputError("correct_val: true needs label_file, whose rows correct the labels")
+        self.correct_val = correct_val
         self.duplicates = duplicates
         if decoded is None and decoded_side is not None:
             raise InputError(f"decoded_side: {decoded_side} needs decoded, the folder of the pictures")
@@ -175,7 +184,7 @@ class SemiSupervisedDataModule(ViewDataModule):
             return
         if self._labels is None:
             check_label_options(self)
-            keys = ("labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file")
+            keys = ("labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file", "correct_val")
             groups = [] if self.coarse is None else self.coarse.names
             self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
@@ -253,7 +262,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         parts, split = self._parts_and_split()
         if not split.val:
             return []
-        return self._eval_loader(parts, [parts.train.images], torch.tensor(split.val), true_labels(parts.train))
+        return self._eval_loader(parts, [parts.train.images], torch.tensor(split.val), val_labels(parts.train, split))
 
     def test_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -271,6 +280,12 @@ class SemiSupervisedDataModule(ViewDataModule):
         """The labels that training may see, by index; -100 or NaN for hidden, missing and coarse labels. None dense."""
         self.samples.check_one_label()
         return self._build_labels().visible
+
+    def validation_labels(self) -> Tensor:
+        """The labels that validation compares with, by index of the training images (N,). None dense."""
+        self.samples.check_one_label()
+        parts, split = self._parts_and_split()
+        return val_labels(parts.train, split).visible
 
     def unlabeled_indices(self) -> list[int]:
         """Indices of the unlabeled images to train on, ascending."""
@@ -346,7 +361,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         if self._parts is None:
             parts = check_parts(self.source.load(), type(self.source).__name__)
             check_not_empty(parts, type(self.source).__name__)
-            self._parts, self.class_names = parts, parts.class_names
+            self._parts, self.class_names = join_val(parts), parts.class_names
         return self._parts
 
     def _parts_and_split(self) -> tuple[Parts, Split]:

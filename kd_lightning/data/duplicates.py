@@ -80,6 +80,7 @@ def handle_duplicates(
     targets: Mapping[str, Tensor] | None = None,
     *,
     whole_pool: bool = True,
+    own_val: bool = False,
 ) -> Split:
     """Count, refuse or remove the exact duplicates between training, validation and test. Rank 0 prints one line.
 
@@ -89,6 +90,7 @@ def handle_duplicates(
         parts: Identities by name of the part, see :func:`find_duplicates`.
         targets: Labels of the parts ``train`` and ``test``. Default: None, which means that labels are not compared.
         whole_pool: See :func:`find_duplicates`.
+        own_val: See :func:`keep_together`.
 
     Returns:
         The split; another one for ``"together"`` if there are duplicates.
@@ -108,7 +110,7 @@ def handle_duplicates(
         rank_zero_info(f"duplicates: {within}")
     if policy == "together":
         train, pool, test = (parts[name].contents if name in parts else [] for name in ("train", "unlabeled", "test"))
-        after = keep_together(split, train, pool, test, (targets or {}).get("train"))
+        after = keep_together(split, train, pool, test, (targets or {}).get("train"), own_val=own_val)
         if after is not split:
             change = f"together: {_describe_change(split, after)}"
             rank_zero_info(f"duplicates: {change}; before, {text}" if text else f"duplicates: {change}")
@@ -175,7 +177,13 @@ def find_duplicates(
 
 
 def keep_together(
-    split: Split, train: Sequence[str], pool: Sequence[str], test: Sequence[str], targets: Tensor | None = None
+    split: Split,
+    train: Sequence[str],
+    pool: Sequence[str],
+    test: Sequence[str],
+    targets: Tensor | None = None,
+    *,
+    own_val: bool = False,
 ) -> Split:
     """Bring all copies of a sample to one side: training, validation or test.
 
@@ -193,6 +201,8 @@ def keep_together(
         test: Contents of the test part, empty without one.
         targets: Labels of the training part, (N,) class indices or (N, L). Default: None, which means that classes do
             not count.
+        own_val: Whether the validation part is the source's own. It stays as it is then, but for copies of test
+            samples, and training samples that are copies of it are left out.
 
     Returns:
         The split itself if nothing stands on two sides. The result does not depend on anything but the arguments.
@@ -205,6 +215,9 @@ def keep_together(
     tested = {*map(base_content, test)} - {""}
     used = {*split.labeled, *split.unlabeled, *split.held_out}
     left_out = {*split.left_out} | {n for n in (*used, *split.val) if n < size and names[n] in tested}
+    if own_val:
+        own = {names[n] for n in split.val}
+        left_out |= {n for n in used if n < size and names[n] in own}
     before = {n for n in used if n < size}, {*split.val}
     training, val = (part - left_out for part in before)
     learned = {names[n] for n in training}
@@ -214,7 +227,8 @@ def keep_together(
         order = torch.rand(size, generator=torch.Generator().manual_seed(split.seed), dtype=torch.float64).tolist()
         classes = _classes(targets, size)
         fixed = {*split.held_out, *(row[0] for row in split.label_rows)}
-        training, val = _refill_val(training, val, before, names, classes, order, fixed)
+        if not own_val:
+            training, val = _refill_val(training, val, before, names, classes, order, fixed)
         labeled = _refill_labeled(split, training, classes, order, fixed)
     else:
         labeled = training & {*split.labeled}

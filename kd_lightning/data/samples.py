@@ -99,7 +99,8 @@ class Samples:
         """Numbers of the classes that have a name, but no training image; none where labels are dense."""
         if self.dense:
             return set()
-        return {*range(len(self.parts.class_names or ()))} - {*self.parts.train.targets.flatten().tolist()}
+        trained = self.parts.train.targets[: self.parts.val_indices.start]
+        return {*range(len(self.parts.class_names or ()))} - {*trained.flatten().tolist()}
 
     def hidden_truth(self, index: Tensor) -> Tensor:
         """True labels of images (N,), for metrics alone; -100 (NaN for many labels each) where they are unknown.
@@ -132,6 +133,20 @@ class Samples:
     def path(self, index: int) -> str | None:
         """The path of an image's file; None if it has none."""
         return path_of(self.images, index)
+
+    def label_file_parts(self) -> tuple[list[Images], list[Identities]]:
+        """Images and identities of the parts that a label file may name; the test part is none of them.
+
+        The own validation part stands by itself, so that its paths are relative to its own folder, too.
+        """
+        images, names = self.images, self.identities
+        if self.unlabeled == "test":
+            images, names = images[:1], names[:1]
+        if not self.parts.own_val:
+            return images, names
+        joined, size = images[0], self.parts.val_indices.start
+        first, second = (Identities(names[0].paths[s], names[0].contents[s]) for s in (slice(size), slice(size, None)))
+        return [*joined.datasets, *images[1:]], [first, second, *names[1:]]  # type: ignore[attr-defined]
 
     # Names, which stay the same when other images come and go.
 

@@ -93,7 +93,7 @@ def follow_samples(
     rows = [row for row in rows if row[0] not in passed]
     rowed = {row[0] for row in rows}
     known = has_label(targets)
-    lost = {n for n in now(split.val) if not known[n]}
+    lost = {n for n in now(split.val) if not known[n] and n not in rowed}
     lost |= {n for n in now(split.labeled) if n in passed or (n < len(known) and not known[n] and n not in rowed)}
     labeled = {*now(split.labeled)} - lost
     left_out = now(split.left_out)

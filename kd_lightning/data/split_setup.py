@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
+from kd_lightning.data.identity import Identities, base_content
 from kd_lightning.data.labels.build import check_label_rows
 from kd_lightning.data.labels.label_file import read_label_file
 from kd_lightning.data.samples import Samples
@@ -16,16 +18,20 @@ from kd_lightning.data.split_samples import follow_samples
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
 
+DEFAULT_VAL_SIZE = 0.1
+"""Share of the training part that is for validation, unless the source has a validation part of its own."""
+
 
 def find_split(
     samples: Samples,
     *,
     labeled: int | float | str | Path | None,
     labeled_at_most: bool,
-    val_size: int | float,
+    val_size: int | float | None,
     seed: int,
     duplicates: DuplicatePolicy,
     label_file: str | Path | None,
+    correct_val: bool,
     group_names: Sequence[str],
 ) -> Split:
     """Find the split that the arguments name; those are the arguments of the datamodule.
@@ -38,6 +44,7 @@ def find_split(
         seed: Likewise.
         duplicates: Likewise; only ``"together"`` changes the split.
         label_file: Likewise.
+        correct_val: Likewise.
         group_names: Names of the superclasses.
 
     Raises:
@@ -45,31 +52,72 @@ def find_split(
     """
     parts = samples.parts
     targets, names = parts.train.targets, parts.class_names
+    if parts.own_val and val_size is not None:
+        raise InputError(f"val_size: {val_size}, but {samples.source} has its own validation part; leave val_size out")
     if isinstance(labeled, str | Path):
         split = Split.load(Path(labeled), targets, samples.label_contents)
+        before = split.samples
         if split.samples is not None:
             now = samples.identities[0]
             contents = samples.label_contents
             split = follow_samples(split, Path(labeled), targets, now, lambda: samples.pool_identities, names, contents)
+        if parts.own_val:
+            split = _with_own_val(split, Path(labeled), before, samples)
     else:
-        contents = samples.label_contents
-        split = make_split(targets, labeled, val_size, seed, names, at_most=labeled_at_most, label_contents=contents)
+        options = {"at_most": labeled_at_most, "label_contents": samples.label_contents, "own_val": parts.own_val}
+        size = 0 if parts.own_val else DEFAULT_VAL_SIZE if val_size is None else val_size
+        split = make_split(targets, labeled, size, seed, names, **options)  # type: ignore[arg-type]
     if duplicates == "together":
         split = check_duplicates(duplicates, samples, split)
     if label_file is not None:
-        images = samples.images[:1] if samples.unlabeled == "test" else samples.images  # no labels for test images
+        images, identities = samples.label_file_parts()
         rows = read_label_file(
             Path(label_file),
             images,
-            identities=samples.identities[: len(images)],
+            identities=identities,
             targets=targets,
             class_names=names or [str(c) for c in range(count_classes(targets, None))],
             group_names=group_names,
             val_indices=split.val,
+            correct_val=correct_val,
         )
         split = split.with_label_rows(rows)
     check_label_rows(split, parts, unlabeled_part=samples.unlabeled != "test")
     return split
+
+
+def _with_own_val(split: Split, path: Path, before: Identities | None, samples: Samples) -> Split:
+    """Bring a saved split to the source's own validation part: those of its samples that are new join it.
+
+    Args:
+        split: The split, with indices of now.
+        path: Its file, for messages.
+        before: Samples of the split as it was saved.
+        samples: The source's images by index.
+
+    Raises:
+        InputError: If the split trains on a sample of this part, or has another validation sample.
+    """
+    val = samples.parts.val_indices
+    earlier = {*(() if before is None else map(base_content, before.contents))}
+
+    def name(number: int) -> str:
+        return samples.path(number) or f"sample {number}"
+
+    names = samples.identities[0].contents
+    new = {n for n in split.unlabeled if n in val and base_content(names[n]) not in earlier}
+    for part in ("labeled", "unlabeled", "held_out"):
+        if trained := ({*getattr(split, part)} & {*val}) - new:
+            raise InputError(
+                f"labeled: {path} trains on {name(min(trained))}, which is in the own validation part of "
+                f"{samples.source}; allowed: a split that was made with this part"
+            )
+    if other := {*split.val} - {*val}:
+        raise InputError(
+            f"labeled: {path} has another validation part ({name(min(other))}) than {samples.source}, which has its "
+            "own; make the split anew"
+        )
+    return replace(split, unlabeled=sorted({*split.unlabeled} - new), val=sorted({*split.val} | new))
 
 
 def check_same_on_ranks(trainer: Trainer, hashes: Sequence[str]) -> None:
@@ -99,4 +147,5 @@ def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split
     if samples.parts.test is not None:
         names["test"] = samples.test_identities
         targets["test"] = samples.parts.test.targets
-    return handle_duplicates(duplicates, split, names, targets, whole_pool=samples.unlabeled == "source")
+    options = {"whole_pool": samples.unlabeled == "source", "own_val": samples.parts.own_val > 0}
+    return handle_duplicates(duplicates, split, names, targets, **options)

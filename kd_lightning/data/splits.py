@@ -34,7 +34,7 @@ class Split:
         data: Hash of the source's labels, which identifies the data where ``samples`` is None.
         held_out: Samples whose known label is hidden from training. They are always in the unlabeled pool.
         label_rows: Rows of label files, ``[index, label, kind, weight]`` each. The label of kind coarse is a name. For
-            these samples the rows replace the source's labels.
+            these samples the rows replace the source's labels, also for those of ``val``.
         left_out: Samples that are in no part.
         samples: Paths and contents of the training part, which decide which sample an index means. None if they are
             unknown.
@@ -130,14 +130,11 @@ class Split:
         Args:
             rows: ``(index, label, kind, weight)`` each.
 
-        Raises:
-            InputError: For a sample of the validation part.
+        Those of the validation part stay there: their rows are what metrics compare with.
         """
-        if in_val := {*self.val} & {int(row[0]) for row in rows}:
-            raise InputError(f"label_file: sample {min(in_val)} is in the validation part and cannot be trained on")
         known = {int(row[0]): [*row] for row in [*self.label_rows, *rows]}
         labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")}
-        labels -= {*self.held_out, *self.left_out}
+        labels -= {*self.held_out, *self.left_out, *self.val}
         labeled = ({*self.labeled} - known.keys()) | labels
         samples = {*self.labeled, *self.unlabeled}
         return replace(
@@ -212,8 +209,7 @@ def wrong_sample(split: Split, size: int) -> str:
             return f"{name} holds sample {twice} twice"
         if name == "label_rows":
             lost = {*range(size)} - place.keys()
-            samples &= {*split.val}
-            place = dict.fromkeys(split.val, "val")
+            continue
         if both := samples & place.keys():
             return f"sample {min(both)} is in {place[min(both)]} and in {name}"
         place |= dict.fromkeys(samples, name)
@@ -246,6 +242,7 @@ def make_split(
     *,
     at_most: bool = False,
     label_contents: Sequence[str] | None = None,
+    own_val: int = 0,
 ) -> Split:
     """Sample a split at random, stratified by class. Samples without a label are unlabeled.
 
@@ -265,6 +262,8 @@ def make_split(
             below 1 then leaves each class at least one training sample.
         label_contents: Hashes of dense labels, see :func:`hash_targets`. Samples are then split without strata, and an
             int is a number of samples. Default: None, which means that labels are not dense.
+        own_val: Number of samples at the end that are the source's own validation part: all of it, and nothing else,
+            is the validation part then. Default: 0, which means that it is sampled.
 
     Raises:
         InputError: For a number out of range, or more samples than a class has. The message names the class.
@@ -272,6 +271,8 @@ def make_split(
     dense, single = label_contents is not None, has_one_class(targets)
     class_names = [_ANY] if dense else class_names
     known = has_label(targets)
+    size = len(targets) - own_val
+    known[size:] = False
     if not single and any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
         what = "many labels" if targets.ndim > 1 else "a float as label"
         raise InputError(
@@ -281,8 +282,9 @@ def make_split(
     if labeled and not at_most and not known.any():
         raise InputError(f"labeled: {labeled}, but no training sample has a label; allowed: 0 or null")
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": (~known).nonzero().flatten().tolist(), "val": []}
-    for name, members in _classes(targets, class_names) if single else [("0", known.nonzero().flatten())]:
+    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": (~known[:size]).nonzero().flatten().tolist()}
+    parts["val"] = [*range(size, len(targets))]
+    for name, members in _classes(targets[:size], class_names) if single else [("0", known.nonzero().flatten())]:
         order = members[torch.randperm(len(members), generator=generator)].tolist()
         if not order:  # no training sample has the class
             if isinstance(labeled, int) and labeled and not at_most:

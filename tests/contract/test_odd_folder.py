@@ -156,6 +156,7 @@ def test_one_process(folder, method):
     ]
     assert counts["samples"] == {
         "labeled": 20,
+        "coarse": 0,
         "unlabeled": 8 if pool else 13,
         "validation": 8,
         "test": 12,

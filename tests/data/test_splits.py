@@ -89,7 +89,6 @@ ROW = [3, 1, "clean", 1.0]
         ({"label_rows": [["3", *ROW[1:]]]}, "label_rows must hold the numbers of samples, got '3'"),
         ({"label_rows": [[-3, *ROW[1:]]]}, "label_rows must hold samples 0 ... 79, got -3"),
         ({"label_rows": [ROW, ROW]}, "label_rows holds sample 3 twice"),
-        ({"label_rows": [ROW], "val": [3], "labeled": [], "unlabeled": []}, "sample 3 is in val and in label_rows"),
     ],
 )
 def test_parts_that_are_no_partition(tmp_path, changes, message):
@@ -193,9 +192,12 @@ class TestLabelRows:
             with pytest.raises(InputError, match="changed after"):
                 Split.load(tmp_path / "split.json", TARGETS)
 
-    def test_for_validation_are_refused(self):
-        with pytest.raises(InputError, match="label_file: sample 6 is in the validation part"):
-            self.SPLIT.with_label_rows([(4, 1, "clean", 1.0), (6, -1, "missing", 1.0)])
+    def test_for_validation_stay_there(self):
+        split = self.SPLIT.with_label_rows([(4, 1, "clean", 1.0), (6, 1, "clean", 1.0)])
+        assert split.val == self.SPLIT.val
+        assert 6 in split.val
+        assert 6 not in split.labeled
+        assert 6 not in split.unlabeled
 
 
 def everything(split):

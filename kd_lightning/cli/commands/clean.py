@@ -7,6 +7,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,14 @@ def main(options: Namespace) -> None:
             f"--out: {out / 'labels.csv'} is the data.label_file, and would be overwritten; name another folder"
         )
     data = _build_data(config)
-    result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
+    if options.part == "val":
+        result = review_val(config, data, root / "val", out)
+    else:
+        result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
     if earlier:  # the new label file replaces it, so the split stores its labels
         data.save_split(out / "split.json")
     write_review(result, data, out, options.action, options.weight)
-    print(summarize(result, data, config, options.folds))
+    print(summarize(result, data, config, None if options.part == "val" else options.folds))
     if not result.suspect.any():
         print(f"no label is suspect, so there is no label file; {out} has the estimated transition matrix")
         return
@@ -91,6 +95,8 @@ def main(options: Namespace) -> None:
     command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *options.overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
+    if options.part == "val":
+        command += ["--data.correct_val", "true"]
     print(f"{options.action} the suspects: {shlex.join([*command, '--data.label_file', str(out / 'labels.csv')])}")
 
 
@@ -115,11 +121,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         InputError: If there are several processes, the samples do not have one class each, there are too few labels, a
             student's outputs are not finite or not one logit for each class, or cleanlab is missing.
     """
-    try:
-        from cleanlab.filter import find_label_issues
-        from cleanlab.rank import get_label_quality_scores
-    except ImportError as error:
-        raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'") from error
+    _require_cleanlab()
     device = require_one_process(config, "clean", "--trainer.devices 1")
     arguments = config["model"].get("init_args") or {}
     if not has_student(config["model"]):
@@ -136,7 +138,45 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
     for run, fold in zip(fits, held_out, strict=True):
         parts.append(predict(run, data, fold, device))
     index, order = torch.tensor([*chain(*held_out)]).sort()
-    label, probabilities = data.visible_labels()[index], torch.cat(parts)[order]
+    return _judge(index, data.visible_labels()[index], torch.cat(parts)[order])
+
+
+def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out: Path) -> Review:
+    """Evaluate each validation label as :func:`review` does, with one student that was trained on the training part.
+
+    Args:
+        config: The config, as for ``fit``.
+        data: The config's datamodule, set up.
+        folder: Folder of the fit.
+        out: Folder of the written files. It is created before the fit.
+
+    Raises:
+        InputError: As :func:`review`, and if no validation sample has a label.
+    """
+    _require_cleanlab()
+    device = require_one_process(config, "clean", "--trainer.devices 1")
+    task = (config["model"].get("init_args") or {}).get("task", "multiclass")
+    if not has_student(config["model"]):
+        raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
+    if labeled_classes(data) is None or data.split is None or task != "multiclass":
+        raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
+    labels = data.validation_labels()
+    if not (index := [n for n in data.split.val if labels[n] != IGNORE_INDEX]):
+        raise InputError("--part val: no validation sample has a label; set data.val_size, or val of the source")
+    out.mkdir(parents=True, exist_ok=True)
+    (run,) = fit_folds(config, data.split, [[]], folder, data.samples.hashes)
+    return _judge(torch.tensor(index), labels[index], predict(run, data, index, device))
+
+
+def _require_cleanlab() -> None:
+    if find_spec("cleanlab") is None:
+        raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'")
+
+
+def _judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Review:
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
     arrays = label.numpy(), probabilities.numpy()
     suspect, quality = find_label_issues(*arrays, n_jobs=1), get_label_quality_scores(*arrays)
     return Review(index, label, probabilities, torch.as_tensor(quality), torch.as_tensor(suspect))
@@ -207,10 +247,13 @@ def _name_of(data: SemiSupervisedDataModule, index: int) -> tuple[int, str, str]
     return index, data.path(index) or "", data.content(index)
 
 
-def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, folds: int) -> str:
+def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, folds: int | None) -> str:
     """Return a summary of the suspects; if noise was simulated, also their precision and recall."""
     count, size = int(result.suspect.sum()), len(result.index)
-    text = f"{count} of {size} labels ({100 * count / size:.1f} %) are suspects. Each label was evaluated by a student "
+    kind = "validation labels" if folds is None else "labels"
+    text = f"{count} of {size} {kind} ({100 * count / size:.1f} %) are suspects. Each label was evaluated by a student "
+    if folds is None:
+        return text + "trained by the same method on the training part."
     text += f"trained by the same method with {folds - 1}/{folds} of the labels, without that label."
     if files := ", ".join(weight_files(config)):
         text += f" All folds read {files}: if these weights were trained on the labels, they may agree with wrong ones."

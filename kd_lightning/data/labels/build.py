@@ -13,9 +13,9 @@ from kd_lightning.batch import IGNORE_INDEX, LabelKind, is_labeled
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import KINDS
 from kd_lightning.data.labels.label_noise import LabelNoise
-from kd_lightning.data.labels.table import LabelTable
+from kd_lightning.data.labels.table import LabelTable, true_labels
 from kd_lightning.data.sources.class_names import normal_name
-from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.sources.source import Part, Parts
 from kd_lightning.data.sources.targets import count_classes
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
@@ -72,7 +72,7 @@ def build_labels(
         group = torch.zeros(size, dtype=torch.long)
         group[selected] = members.int().argmax(dim=0)[truth[selected]]
         kind[selected] = LabelKind.COARSE
-    hidden = {*split.held_out, *split.left_out}
+    hidden = {*split.held_out, *split.left_out, *split.val}
     if rows := [row for row in split.label_rows if row[0] not in hidden]:
         index, labels, kinds, weights = (list(column) for column in zip(*rows, strict=True))
         kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
@@ -90,6 +90,26 @@ def build_labels(
             weight = torch.ones(size)
             weight[index] = torch.tensor(weights, dtype=torch.float32)
     return LabelTable(y, kind, weight, group, members)
+
+
+def val_labels(part: Part, split: Split) -> LabelTable:
+    """The labels that validation compares with: those of the source, and the corrections of label files.
+
+    Args:
+        part: The training part, in which the validation samples are.
+        split: The split.
+    """
+    if not (rows := _rows_of_val(split)):
+        return true_labels(part)
+    targets = part.targets.clone()
+    for index, label, kind, _ in rows:
+        targets[index] = IGNORE_INDEX if kind == "missing" else label
+    return LabelTable(targets, dense=part.dense)
+
+
+def _rows_of_val(split: Split) -> list[list[Any]]:
+    val = {*split.val} if split.label_rows else set()
+    return [row for row in split.label_rows if row[0] in val]
 
 
 def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:

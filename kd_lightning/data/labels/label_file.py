@@ -44,6 +44,7 @@ def read_label_file(
     targets: Tensor | None = None,
     group_names: Sequence[str] = (),
     val_indices: Collection[int] = (),
+    correct_val: bool = False,
 ) -> list[LabelRow]:
     """Read a label file with the columns ``index``, ``path`` or ``content``, and ``label`` or ``kind``.
 
@@ -72,15 +73,18 @@ def read_label_file(
         targets: Labels of the training part; only (N,) class indices are used. Default: None, which means that they
             are unknown.
         group_names: Names of the superclasses.
-        val_indices: Samples of the validation part. Rows with another label than that of the source are refused.
+        val_indices: Samples of the validation part. Rows with another label than that of the source are refused, unless
+            they correct it.
+        correct_val: Whether rows may correct labels of the validation part. Kind missing then removes a label. Default:
+            False.
 
     Returns:
         The rows, by ascending sample.
 
     Raises:
         InputError: For a file that cannot be read, an unknown class, kind or index, class numbers that count from 1, an
-            image with two labels, another label of an image of the validation part, a weight out of range, and a file
-            whose images are all gone. The message names the line.
+            image with two labels, another label (without ``correct_val``) or a superclass for an image of the
+            validation part, a weight out of range, and a file whose images are all gone. The message names the line.
     """
     rows = [(place, row) for place, row in _read_rows(path) if row.get("label") or row.get("kind")]
     if not rows:
@@ -104,13 +108,23 @@ def read_label_file(
         try:
             new = LabelRow(sample, *_read_label(row, classes, groups, group_names))
             if sample in val:
-                if new.kind not in ("clean", "noisy") or [new.label] != truth[sample : sample + 1]:
-                    raise InputError(f"sample {sample} is in the validation part and cannot be trained on")
-                continue
+                if new.kind in ("clean", "noisy") and [new.label] == truth[sample : sample + 1]:
+                    continue
+                if not correct_val:
+                    raise InputError(
+                        f"sample {sample} is in the validation part and cannot be trained on; correct_val: true "
+                        "corrects its label"
+                    )
+                if new.kind == "coarse":
+                    raise InputError(
+                        f"sample {sample} is in the validation part, and cannot have a superclass as label"
+                    )
             if found.setdefault(sample, new) != new:
                 raise InputError(f"sample {row.get('path') or sample} comes twice, with another label")
         except InputError as error:
             raise InputError(f"label_file: {path}, {place}: {error}") from error
+    if corrected := [sample for sample in found if sample in val]:
+        rank_zero_info(f"label_file: {path} changes {len(corrected)} labels of the validation part")
     return [found[sample] for sample in sorted(found)]
 
 

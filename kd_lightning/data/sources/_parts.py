@@ -33,8 +33,12 @@ def dataset_part(dataset: Any) -> Part:
     return Part(dataset, _to_targets(dataset, _read_labels(dataset), class_names_of(dataset))[0])
 
 
-def dataset_parts(train: Any, test: Any, unlabeled: Any, class_names: Sequence[str] | None = None) -> Parts:
-    """Map-style datasets as the parts of a source. Classes of the test part are found by their names, if it has any.
+def dataset_parts(
+    train: Any, test: Any, unlabeled: Any, class_names: Sequence[str] | None = None, *, val: Any = None
+) -> Parts:
+    """Map-style datasets as the parts of a source.
+
+    Classes of the test and validation parts are found by their names, if these have any.
 
     Args:
         train: The training part.
@@ -42,9 +46,11 @@ def dataset_parts(train: Any, test: Any, unlabeled: Any, class_names: Sequence[s
         unlabeled: Images without labels; None for none.
         class_names: Names of the classes. Default: None, which means the ``classes`` of ``train``, if any, or the
             labels themselves, sorted, where they are texts.
+        val: The source's own validation part. Default: None, which means none.
 
     Raises:
-        InputError: If labels cannot be read, or if the test part has a class that the training part lacks.
+        InputError: If labels cannot be read, or if the test or validation part has a class that the training part
+            lacks.
     """
     listed = class_names_of(train)
     class_names = None if class_names is None else [*map(str, class_names)]
@@ -52,19 +58,23 @@ def dataset_parts(train: Any, test: Any, unlabeled: Any, class_names: Sequence[s
         raise InputError(f"class_names must have the order of the dataset's classes, {listed}, got {[*class_names]}")
     labels = _read_labels(train)
     targets, names = _to_targets(train, labels, class_names or listed)
-    parts = Parts(Part(train, targets), None, unlabeled, names)
-    if test is None:
-        return parts
-    test_labels = _read_labels(test)
-    test_texts = texts_among(test_labels)
-    if test_texts != texts_among(labels) and (names is None or not test_texts):
-        kind, other = ("numbers", "texts") if test_texts else ("texts", "numbers")
-        raise InputError(f"test: its labels must be {kind}, as those of train, or class_names be given; got {other}")
-    test_targets, _ = _to_targets(test, test_labels, names)
-    theirs = class_names_of(test)
-    if listed and theirs and not test_texts:
-        test_targets = renumber_classes(test_targets, theirs, listed)
-    return parts._replace(test=Part(test, test_targets))
+
+    def like_training(name: str, dataset: Any) -> Part:
+        found = _read_labels(dataset)
+        texts = texts_among(found)
+        if texts != texts_among(labels) and (names is None or not texts):
+            kind, other = ("texts", "numbers") if texts_among(labels) else ("numbers", "texts")
+            raise InputError(
+                f"{name}: its labels must be {kind}, as those of train, or class_names be given; got {other}"
+            )
+        numbers, _ = _to_targets(dataset, found, names)
+        theirs = class_names_of(dataset)
+        if listed and theirs and not texts:
+            numbers = renumber_classes(numbers, theirs, listed)
+        return Part(dataset, numbers)
+
+    test, val = (None if one is None else like_training(name, one) for name, one in (("test", test), ("val", val)))
+    return Parts(Part(train, targets), test, unlabeled, names, val=val)
 
 
 def check_map_style(name: str, dataset: Any) -> None:

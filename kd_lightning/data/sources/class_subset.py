@@ -52,12 +52,13 @@ class ClassSubset(Source):
         count = count_classes(parts.train.targets, names)
         if unknown := [number for number in self.classes if not 0 <= number < count]:
             raise InputError(f"classes must be 0 ... {count - 1}, got {unknown[0]}")
-        test = None if parts.test is None else self._select(parts.test)
+        test, val = (None if part is None else self._select(part) for part in (parts.test, parts.val))
         return Parts(
             self._select(parts.train),
             test if test is not None and len(test.targets) else None,
             parts.unlabeled,
             None if names is None else [names[number] for number in self.classes],
+            val=val,
         )
 
     def _select(self, part: Part) -> Part:

@@ -65,6 +65,8 @@ class DatasetSource(Source):
             or the sorted labels if they are names.
         dense: Whether labels are dense. Default: False, which means one label, or one row of labels, for each sample.
         void: With ``dense``, the class number that means no label, such as 255. Default: None, which means none.
+        val: Your own validation part, as ``test``. Default: None, which means that the datamodule takes ``val_size`` of
+            the training part.
 
     Raises:
         InputError: For ``void`` without ``dense``, and for a dataset without length or index, such as an
@@ -82,14 +84,16 @@ class DatasetSource(Source):
         class_names: list[str] | None = None,
         dense: bool = False,
         void: int | None = None,
+        val: Dataset | None = None,  # type: ignore[type-arg]
     ) -> None:
         if void is not None and not dense:
             raise InputError(f"void: {void} needs dense: true; a sample of one class has the label -1 for none")
-        for name, dataset in {"train": train, "test": test, "unlabeled": unlabeled}.items():
+        for name, dataset in {"train": train, "test": test, "unlabeled": unlabeled, "val": val}.items():
             if dataset is not None:
                 check_map_style(name, dataset)
         self.train = train
         self.test = test
+        self.val = val
         self.unlabeled = unlabeled
         self.class_names = class_names
         self.dense = dense
@@ -117,14 +121,14 @@ class DatasetSource(Source):
         """Read the labels."""
         if self.dense:
             return self._load_dense()
-        return dataset_parts(self.train, self.test, self.unlabeled, self.class_names)
+        return dataset_parts(self.train, self.test, self.unlabeled, self.class_names, val=self.val)
 
     def _load_dense(self) -> Parts:
         names = [*map(str, self.class_names)] if self.class_names else class_names_of(self.train)
         rules = LabelRules(None if names is None else len(names), self.void)
         unlabeled: Any = self.unlabeled
-        test = None if self.test is None else dense_part(self.test, rules)
-        return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void)
+        test, val = (None if part is None else dense_part(part, rules) for part in (self.test, self.val))
+        return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void, val=val)
 
 
 def _is_picture(image: Tensor) -> bool:

@@ -22,6 +22,8 @@ class ImageFolder(Source):
         test: Folder of the test part. Its subfolders are some or all of those of ``train``. Default: None, which means
             none.
         unlabeled: Folder of images without labels, at any depth. Default: None, which means none.
+        val: Folder of your own validation part, as ``test``. Default: None, which means that the datamodule takes
+            ``val_size`` of the training part.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
         loader: Function from the path of a file to a picture: a PIL image or a tensor (C, H, W). In YAML: the import
             path of a function, or a ``class_path`` of a class whose objects can be called. Default:
@@ -41,9 +43,11 @@ class ImageFolder(Source):
         image_size: int | tuple[int, int] = 224,
         loader: Loader = load_image,
         endings: list[str] | None = None,
+        val: str | None = None,
     ) -> None:
         self.train = train
         self.test = test
+        self.val = val
         self.unlabeled = unlabeled
         self.loader = loader
         self.endings = IMAGE_ENDINGS if endings is None else tuple(ending.lower() for ending in endings)
@@ -56,15 +60,17 @@ class ImageFolder(Source):
         """List the files.
 
         Raises:
-            InputError: If a folder is missing or has no images, or the test part has a class that ``train`` lacks.
+            InputError: If a folder is missing or has no images, or the test or validation part has a class that
+                ``train`` lacks.
         """
         train = ClassFolders("train", self.train, None, self.loader, self.endings)
-        test = None
-        if self.test is not None:
-            test = ClassFolders("test", self.test, train.classes, self.loader, self.endings)
-        return Parts(
-            dataset_part(train),
-            None if test is None else dataset_part(test),
-            None if self.unlabeled is None else FlatFolder("unlabeled", self.unlabeled, self.loader, self.endings),
-            train.classes,
+        test, val = (
+            None
+            if folder is None
+            else dataset_part(ClassFolders(name, folder, train.classes, self.loader, self.endings))
+            for name, folder in (("test", self.test), ("val", self.val))
         )
+        unlabeled = None
+        if self.unlabeled is not None:
+            unlabeled = FlatFolder("unlabeled", self.unlabeled, self.loader, self.endings)
+        return Parts(dataset_part(train), test, unlabeled, train.classes, val=val)

@@ -32,6 +32,8 @@ class ImageMaskFolder(Source):
         void: Class number of positions without a label, which neither train nor count in metrics. None for no such
             number.
         image_size: Height and width in pixels of the default transforms, or one number for a square; at least 1.
+        val: Folder of your own validation part. Default: None, which means that the datamodule takes ``val_size`` of
+            the training part.
 
     Raises:
         InputError: If ``image_size`` or ``void`` is out of range.
@@ -45,11 +47,13 @@ class ImageMaskFolder(Source):
         class_names: list[str] | None = None,
         void: int | None = 255,
         image_size: int | tuple[int, int] = 224,
+        val: str | None = None,
     ) -> None:
         if void is not None and (isinstance(void, bool) or not isinstance(void, int) or void < 0):
             raise InputError(f"void must be a class number of at least 0, or null for none, got {void!r}")
         self.train = train
         self.test = test
+        self.val = val
         self.unlabeled = unlabeled
         self.class_names = class_names
         self.void = void
@@ -62,10 +66,13 @@ class ImageMaskFolder(Source):
             InputError: If a folder is missing, or pictures and masks do not fit.
         """
         rules = LabelRules(len(self.class_names) if self.class_names else None, self.void)
-        train = dense_part(MaskFiles("train", self.train), rules)
-        test = None if self.test is None else dense_part(MaskFiles("test", self.test), rules)
+        train, test, val = (
+            None if folder is None else dense_part(MaskFiles(name, folder), rules)
+            for name, folder in (("train", self.train), ("test", self.test), ("val", self.val))
+        )
+        assert train is not None
         unlabeled = None
         if self.unlabeled is not None:
             inner = Path(self.unlabeled).expanduser() / IMAGES
             unlabeled = FlatFolder("unlabeled", str(inner) if inner.is_dir() else self.unlabeled)
-        return Parts(train, test, unlabeled, self.class_names, void=self.void)
+        return Parts(train, test, unlabeled, self.class_names, void=self.void, val=val)

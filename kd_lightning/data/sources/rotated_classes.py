@@ -47,9 +47,14 @@ class RotatedClasses(Source):
             name = type(self.source).__name__
             raise InputError(f"RotatedClasses: images must have one class each; those of {name} have many labels")
         names = parts.class_names or [str(number) for number in range(count_classes(targets, None))]
+        train, test, val = (
+            None if part is None else _rotated(part, len(names)) for part in (parts.train, parts.test, parts.val)
+        )
+        assert train is not None
         return Parts(
-            _rotated(parts.train, len(names)),
-            None if parts.test is None else _rotated(parts.test, len(names)),
+            train,
+            test,
+            val=val,
             class_names=[f"{name} at {90 * turns}" for turns in range(4) for name in names],
         )
 

@@ -45,6 +45,8 @@ class Parts(NamedTuple):
         class_names: Names of the classes, by number.
         void: Class number of dense labels that means no label, beside -1 and -100.
         pad_token: Number by which ``input_ids`` of different lengths are padded.
+        val: The source's own validation part. :func:`join_val` puts it behind the training part.
+        own_val: Number of samples at the end of ``train`` that are the source's own validation part.
     """
 
     train: Part
@@ -53,12 +55,20 @@ class Parts(NamedTuple):
     class_names: list[str] | None = None
     void: int | None = None
     pad_token: int = 0
+    val: Part | None = None
+    own_val: int = 0
+
+    @property
+    def val_indices(self) -> range:
+        """Indices of the source's own validation part, which counts on from the training part."""
+        size = len(self.train.images)
+        return range(size - self.own_val, size)
 
     @property
     def images(self) -> list[Images]:
         """The images of all parts."""
-        parts = [self.train.images, None if self.test is None else self.test.images, self.unlabeled]
-        return [part for part in parts if part is not None]
+        labeled = [part.images for part in (self.train, self.val, self.test) if part is not None]
+        return labeled if self.unlabeled is None else [*labeled, self.unlabeled]
 
 
 class Source(ABC):
@@ -92,26 +102,47 @@ def check_parts(parts: Parts, source: str) -> Parts:
 
     Returns:
         The parts, with labels as of :func:`~kd_lightning.data.sources.targets.normalize`, and class names in Unicode
-        NFC. The test part has class indices if the training part has, and floats likewise.
+        NFC. The test and validation parts have class indices if the training part has, and floats likewise.
 
     Raises:
-        InputError: If there is not one label for each image, if a class has no name, or if the test part has labels of
-            another kind. The message names an item.
+        InputError: If there is not one label for each image, if a class has no name, or if the test or validation part
+            has labels of another kind. The message names an item.
     """
     train = _check_part(parts.train, f"the training part of {source}")
-    test = parts.test
-    if test is not None:
-        place = f"the test part of {source}"
-        test = _check_part(test, place)
-        if test.dense != train.dense:
-            got = ["dense" if part.dense else "one of each sample" for part in (test, train)]
-            raise InputError(f"{place}: its labels must be of the training part's kind, got {' and '.join(got)}")
-        test = test._replace(targets=_as_in_training(test.targets, train.targets, place))
-    for part, place in ((train, "train"), (test, "test")):
+    test, val = (
+        None if part is None else _check_like(part, train, f"the {name} part of {source}")
+        for part, name in ((parts.test, "test"), (parts.val, "validation"))
+    )
+    for part, place in ((train, "train"), (test, "test"), (val, "val")):
         if part is not None and parts.class_names and not part.dense:  # dense labels are checked when they are read
             _check_names(part.targets, len(parts.class_names), place)
     names = None if parts.class_names is None else [normal_name(str(name)) for name in parts.class_names]
-    return parts._replace(train=train, test=test, class_names=names)
+    return parts._replace(train=train, test=test, val=val, class_names=names)
+
+
+def join_val(parts: Parts) -> Parts:
+    """Put the validation part behind the training part, if there is one: one range of indices names both.
+
+    Args:
+        parts: Parts of :func:`check_parts`.
+    """
+    train, val = parts.train, parts.val
+    if val is None:
+        return parts
+    images: Any = ConcatDataset([train.images, val.images])  # type: ignore[list-item]
+    known = train.label_contents is not None and val.label_contents is not None
+    contents = [*train.label_contents, *val.label_contents] if known else None  # type: ignore[misc]
+    joined = Part(images, torch.cat([train.targets, val.targets]), train.dense, contents)
+    return parts._replace(train=joined, val=None, own_val=len(val.images))
+
+
+def _check_like(part: Part, train: Part, place: str) -> Part:
+    """Check a part, and bring its labels to the form of the training part's."""
+    part = _check_part(part, place)
+    if part.dense != train.dense:
+        got = ["dense" if one.dense else "one of each sample" for one in (part, train)]
+        raise InputError(f"{place}: its labels must be of the training part's kind, got {' and '.join(got)}")
+    return part._replace(targets=_as_in_training(part.targets, train.targets, place))
 
 
 def _check_part(part: Part, place: str) -> Part:
@@ -121,7 +152,7 @@ def _check_part(part: Part, place: str) -> Part:
 
 
 def _as_in_training(targets: Tensor, train: Tensor, place: str) -> Tensor:
-    """Return labels of the test part as class indices, or as floats, as those of the training part are."""
+    """Return labels of a part as class indices, or as floats, as those of the training part are."""
     if targets.shape[1:] != train.shape[1:] and len(targets):
         raise InputError(
             f"{place}: its labels must have the shape of the training part's, {['N', *train.shape[1:]]}, got "
@@ -162,7 +193,7 @@ def passed_over(images: Any) -> int:
 def check_not_empty(parts: Parts, source: str) -> None:
     """Raise InputError for a part without images; ``source`` is the name of the source for the message."""
     images = {"train": parts.train.images, "unlabeled": parts.unlabeled}
-    images["test"] = None if parts.test is None else parts.test.images
+    images |= {name: None if part is None else part.images for name, part in (("test", parts.test), ("val", parts.val))}
     for name, part in images.items():
         if part is not None and len(part) == 0:
             raise InputError(f"{name}: the {name} part of {source} is empty; it must have at least one image")

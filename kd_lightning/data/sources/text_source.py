@@ -36,6 +36,8 @@ class TextSource(Source):
         text: Name of the text's column.
         label: Name of the label's column. An empty cell means no label.
         class_names: Names of the classes, by number. Default: None, which means the labels, sorted, if they are names.
+        val: Your own validation part, as ``test``. Default: None, which means that the datamodule takes ``val_size`` of
+            the training part.
 
     Raises:
         InputError: If ``max_length`` is out of range, or the tokenizer's folder cannot be read.
@@ -52,11 +54,13 @@ class TextSource(Source):
         text: str = "text",
         label: str = "label",
         class_names: list[str] | None = None,
+        val: Texts | None = None,
     ) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise InputError(f"max_length must be a whole number of at least 1, got {max_length!r}")
         self.train = train
         self.test = test
+        self.val = val
         self.unlabeled = unlabeled
         self.tokenizer = _open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.max_length = max_length
@@ -69,11 +73,11 @@ class TextSource(Source):
         Raises:
             InputError: If a file cannot be read or lacks a column. The message names the file and the row.
         """
-        train, test, unlabeled = (
-            None if rows is None else self._open(name, rows)
-            for name, rows in (("train", self.train), ("test", self.test), ("unlabeled", self.unlabeled))
+        names = ("train", "test", "unlabeled", "val")
+        train, test, unlabeled, val = (
+            None if (rows := getattr(self, name)) is None else self._open(name, rows) for name in names
         )
-        parts = dataset_parts(train, test, unlabeled, self.class_names)
+        parts = dataset_parts(train, test, unlabeled, self.class_names, val=val)
         pad_token = getattr(self.tokenizer, "pad_token_id", None)
         return parts._replace(pad_token=0 if pad_token is None else int(pad_token))
 

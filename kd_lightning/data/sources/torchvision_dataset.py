@@ -26,11 +26,16 @@ class TorchvisionDataset(Source):
         test_split: Name of the test part, for datasets with the argument ``split``.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
             The six datasets above have transforms of their own, without it.
-        train_split: Name of the training part, for datasets with the argument ``split``: ``trainval`` of OxfordIIITPet.
+        train_split: Name of the training part, for datasets with the argument ``split``: ``trainval`` of OxfordIIITPet,
+            ``train-standard`` of Places365.
         loader: Function from the path of a file to a picture: a PIL image or a tensor (C, H, W), for datasets of image
             files. In YAML: the import path of a function, or a ``class_path`` of a class whose objects can be called.
             Default: :func:`~kd_lightning.data.sources.image_loader.load_image`. The images of datasets that lie in
             memory or in an archive, such as the six above, stay as they are.
+        val_split: Name of your own validation part, such as ``val`` of Flowers102, for datasets with the argument
+            ``split``. Default: None, which means that the datamodule takes ``val_size`` of the training part.
+        unlabeled_split: Name of the unlabeled part, such as ``extra`` of SVHN. Its labels are not read. Default: None,
+            which means ``unlabeled`` for STL10, and none for the others.
 
     Raises:
         InputError: For a name that torchvision does not have, and if ``image_size`` is out of range.
@@ -45,6 +50,8 @@ class TorchvisionDataset(Source):
         image_size: int | tuple[int, int] = 224,
         train_split: str = "train",
         loader: Loader = load_image,
+        val_split: str | None = None,
+        unlabeled_split: str | None = None,
     ) -> None:
         self.dataset = getattr(torchvision.datasets, name, None)
         if not isinstance(self.dataset, type):
@@ -52,8 +59,10 @@ class TorchvisionDataset(Source):
         self.name = name
         self.root = root
         self.options = options or {}
-        self.test_split = test_split
-        self.train_split = train_split
+        self.splits = {"train": train_split, "test": test_split}
+        if unlabeled_split is None and name == "STL10":
+            unlabeled_split = "unlabeled"
+        self.splits |= {k: v for k, v in (("val", val_split), ("unlabeled", unlabeled_split)) if v is not None}
         self.loader = loader
         photos = photo_transforms(image_size)
         self.train_transform, self.eval_transform = _RECIPES[name]() if name in _RECIPES else photos
@@ -61,7 +70,7 @@ class TorchvisionDataset(Source):
 
     def prepare(self) -> None:
         """Download missing files."""
-        for selector in self._selectors():
+        for selector in self._selectors().values():
             self._open(selector, download=True)
 
     def load(self) -> Parts:
@@ -71,19 +80,20 @@ class TorchvisionDataset(Source):
             InputError: If they cannot be opened, if the test part has a class that the training part lacks, or if
                 ``loader`` is set and the dataset reads no image files.
         """
-        opened = [self._with_loader(self._open(selector, download=False)) for selector in self._selectors()]
-        train, test, unlabeled = [*opened, None, None][:3]
-        return dataset_parts(train, test, unlabeled)
+        opened = {
+            part: self._with_loader(self._open(selector, download=False))
+            for part, selector in self._selectors().items()
+        }
+        return dataset_parts(opened["train"], opened.get("test"), opened.get("unlabeled"), val=opened.get("val"))
 
-    def _selectors(self) -> list[dict[str, Any]]:
-        """Arguments that select the training, test and unlabeled part of the dataset."""
-        parameters = self._parameters()
-        if "train" in parameters:
-            return [{"train": True}, {"train": False}]
-        if "split" in parameters:
-            names = [self.train_split, self.test_split, *(["unlabeled"] if self.name == "STL10" else [])]
-            return [{"split": name} for name in names]
-        return [{}]
+    def _selectors(self) -> dict[str, dict[str, Any]]:
+        """Arguments that select each part of the dataset."""
+        names = {name for kind in self.dataset.__mro__ for name in inspect.signature(kind).parameters}  # type: ignore[union-attr]
+        if "split" in names and "train" not in names:  # split of EMNIST is no part
+            return {part: {"split": name} for part, name in self.splits.items()}
+        if wrong := [part for part in ("val", "unlabeled") if part in self.splits]:
+            raise InputError(f"{wrong[0]}_split: {self.name} has no such part, got {self.splits[wrong[0]]!r}")
+        return {"train": {"train": True}, "test": {"train": False}} if "train" in names else {"train": {}}
 
     def _parameters(self) -> Any:
         return inspect.signature(self.dataset).parameters  # type: ignore[arg-type]

@@ -65,6 +65,7 @@ def test_labels_of_a_users_dataset(dataset, expected):
 def test_labels_are_read_without_images():
     source = DatasetSource.__new__(DatasetSource)
     source.train, source.test, source.unlabeled, source.class_names = WithTargets(), None, None, None
+    source.val = None
     assert source.load().train.targets.tolist() == WithTargets.targets
 
 

@@ -141,7 +141,7 @@ COUNT_FILES = ("Caltech101", "Caltech256")  # and name them in order, so that a 
 class TestEach:
     def test_pictures_are_upright_and_labels_stay(self, tmp_path, name):
         source = source_of(name, tmp_path)
-        theirs = [source._open(selector, download=False) for selector in source._selectors()]
+        theirs = [source._open(selector, download=False) for selector in source._selectors().values()]
         parts = source.load()
         ours = [part for part in (parts.train, parts.test) if part is not None]
         assert len(ours) == len(theirs)

@@ -1,0 +1,334 @@
+"""A source's own validation part: exactly its samples validate, none of them trains, and label files may correct it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from kd_lightning import DatasetSource, DistillModule, ImageFolder, InputError, SemiSupervisedDataModule, Teacher
+from kd_lightning.__main__ import main
+from kd_lightning.data import Digits, TextSource
+from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
+from kd_lightning.runs.run import Run
+
+NAMES = ("cats", "dogs")
+
+
+def write(root, parts=("train", "val"), count=6):
+    """Folders with the same file names in each part; each picture has a colour of its own."""
+    for part_number, part in enumerate(parts):
+        for class_number, name in enumerate(NAMES):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                color = (40 * part_number + 20, 100 * class_number, 30 * number)
+                Image.new("RGB", (12, 12), color).save(root / part / name / f"{number}.png")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, ("train", "val", "test"))
+    return tmp_path
+
+
+def source(**arguments):
+    return ImageFolder("train", **({"val": "val", "image_size": 8} | arguments))
+
+
+def module(made=None, **arguments):
+    data = SemiSupervisedDataModule(made or source(), **({"labeled": 2, "batch_size": 5} | arguments))
+    data.setup("fit")
+    return data
+
+
+def paths(data, indices):
+    return {data.path(int(index)) for index in indices}
+
+
+class TestParts:
+    def test_exactly_its_samples_validate(self, folders):
+        data = module()
+        seen = [index for batch in data.val_dataloader() for index in batch.index.tolist()]
+        labels = torch.cat([batch.y for batch in data.val_dataloader()])
+        assert [Path(data.path(index)).parts[-3:] for index in seen] == [
+            ("val", name, f"{number}.png") for name in NAMES for number in range(6)
+        ]
+        assert labels.tolist() == [0] * 6 + [1] * 6
+
+    @pytest.mark.parametrize("labeled", [2, 0.5, None])
+    def test_none_of_them_trains(self, folders, labeled):
+        data = module(labeled=labeled, num_views=2)
+        trained = {index for batch in data.train_dataloader() for index in batch.index.tolist()}
+        trained |= {*data.train_views().outputs.indices.tolist(), *data.pool_views().outputs.indices.tolist()}
+        assert len(trained) == 12
+        assert all(Path(path).parts[-3] == "train" for path in paths(data, trained))
+        assert len(data.split.labeled) == {2: 4, 0.5: 6, None: 12}[labeled]
+
+    def test_the_training_split_is_that_of_no_validation_part(self, folders):
+        """Own samples change nothing for the others."""
+        alone = module(source(val=None), val_size=0)
+        data = module()
+        assert (data.split.labeled, data.split.unlabeled) == (alone.split.labeled, alone.split.unlabeled)
+
+    def test_without_one_a_tenth_validates(self):
+        data = module(Digits(), labeled=None)
+        tenth = module(Digits(), labeled=None, val_size=0.1)
+        assert data.split.val == tenth.split.val
+        assert len(data.split.val) > 100
+
+    @pytest.mark.parametrize("size", [0.1, 2, 0])
+    def test_a_size_beside_it_is_refused(self, folders, size):
+        with pytest.raises(InputError, match=f"val_size: {size}, but ImageFolder has its own validation part"):
+            module(val_size=size)
+
+    def test_its_unlabeled_samples_stay_in_it(self):
+        x = torch.rand(10, 3)
+        made = DatasetSource(
+            TensorDataset(x, torch.arange(10) % 2), val=TensorDataset(x[:3] + 1, torch.tensor([0, -100, 1]))
+        )
+        data = module(made, labeled=None, batch_size=4)
+        assert (data.split.val, len(data.split.labeled)) == ([10, 11, 12], 10)
+        assert data.unlabeled_indices() == []
+        (batch,) = data.val_dataloader()
+        assert torch.equal(batch.x, x[:3] + 1)
+        assert batch.y.tolist() == [0, -100, 1]
+
+    def test_classes_are_found_by_name(self, folders):
+        (folders / "val/cats").rename(folders / "gone")
+        data = module()
+        assert torch.cat([batch.y for batch in data.val_dataloader()]).tolist() == [1] * 6
+        (folders / "val/eels").mkdir()
+        Image.new("RGB", (8, 8)).save(folders / "val/eels/1.png")
+        with pytest.raises(InputError, match="eels"):
+            module()
+
+    def test_labels_of_another_kind(self):
+        one, many = TensorDataset(torch.rand(4, 2), torch.arange(4)), TensorDataset(torch.rand(2, 2), torch.ones(2, 3))
+        with pytest.raises(InputError, match="the validation part of DatasetSource: its labels must have the shape"):
+            module(DatasetSource(one, val=many))
+        with pytest.raises(InputError, match="val: the val part of DatasetSource is empty"):
+            module(DatasetSource(one, val=TensorDataset(torch.rand(0, 2), torch.arange(0))))
+
+    def test_texts(self):
+        rows = [("a b", "x"), ("c", "y"), ("d", "x")]
+        made = TextSource(rows, val=[("e f g", "y")], tokenizer=lambda text, **_: {"input_ids": [*map(ord, text)]})
+        data = module(made, labeled=None)
+        (batch,) = data.val_dataloader()
+        assert batch.x["input_ids"].tolist() == [[*map(ord, "e f g")]]
+        assert batch.y.tolist() == [1]
+
+    def test_workers_and_processes(self, folders):
+        def batches(**arguments):
+            return [batch.x for batch in module(**arguments).val_dataloader()]
+
+        for one, other in zip(batches(), batches(num_workers=1), strict=True):
+            assert torch.equal(one, other)
+
+
+class TestSplits:
+    def test_saved_split(self, folders, tmp_path):
+        data = module()
+        data.save_split(tmp_path / "split.json")
+        again = module(labeled=tmp_path / "split.json")
+        assert again.split.hash == data.split.hash
+
+    def test_split_of_the_training_folder_alone(self, folders, tmp_path):
+        """New samples join the pool elsewhere: those of the own validation part must not."""
+        module(source(val=None), val_size=0).save_split(tmp_path / "split.json")
+        data = module(labeled=tmp_path / "split.json")
+        assert data.split.val == [*range(12, 24)]
+        assert not {*data.unlabeled_indices()} & {*data.split.val}
+
+    def test_split_with_another_validation_part(self, folders, tmp_path):
+        module(source(val=None), val_size=1).save_split(tmp_path / "split.json")
+        with pytest.raises(InputError, match=r"has another validation part \(.*train.*\) than ImageFolder"):
+            module(labeled=tmp_path / "split.json")
+
+    def test_split_that_trains_on_it(self, folders, tmp_path):
+        made = ImageFolder("val", image_size=8)
+        SemiSupervisedDataModule(made, labeled=2, val_size=0).save_split(tmp_path / "split.json")
+        with pytest.raises(InputError, match=r"trains on .*val.*, which is in the own validation part of ImageFolder"):
+            module(labeled=tmp_path / "split.json")
+
+    def test_copies_stay_apart(self, folders):
+        """A training picture that is a copy of a validation picture is left out; the part itself stays."""
+        content = (folders / "val/cats/3.png").read_bytes()
+        (folders / "train/cats/0.png").write_bytes(content)
+        (folders / "test/dogs/1.png").write_bytes((folders / "val/dogs/2.png").read_bytes())
+        data = module(duplicates="together", unlabeled="rest")
+        left = paths(data, data.split.left_out)
+        assert {Path(path).parts[-3:] for path in left} == {("train", "cats", "0.png")}
+        assert data.split.val == [*range(12, 24)]
+        made = source(test="test")
+        data = module(made, duplicates="together")
+        left = {Path(path).parts[-3:] for path in paths(data, data.split.left_out)}
+        assert left == {("train", "cats", "0.png"), ("val", "dogs", "2.png")}
+
+
+class TestLabelFile:
+    def rows(self, path, *rows):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "label", "kind"), *rows])
+        return path
+
+    def test_corrections(self, folders, tmp_path):
+        file = self.rows(
+            tmp_path / "labels.csv",
+            ("val/cats/0.png", "dogs", ""),
+            ("val/cats/1.png", "", "missing"),
+            ("val/cats/2.png", "cats", ""),
+            ("train/cats/0.png", "dogs", ""),
+        )
+        with pytest.raises(InputError, match="correct_val: true corrects its label"):
+            module(label_file=file)
+        data = module(label_file=file, correct_val=True)
+        labels = torch.cat([batch.y for batch in data.val_dataloader()])
+        assert labels.tolist() == [1, -100, 0, 0, 0, 0] + [1] * 6
+        assert data.validation_labels()[12:].tolist() == labels.tolist()
+        assert data.split.val == [*range(12, 24)]
+        assert (data.visible_labels()[12:] == -100).all()
+        assert data.visible_labels()[0] == 1
+        data.save_split(tmp_path / "split.json")
+        again = module(labeled=tmp_path / "split.json")
+        assert torch.cat([batch.y for batch in again.val_dataloader()]).tolist() == labels.tolist()
+        assert module().split.hash != again.split.hash
+
+    def test_rows_that_agree_are_no_error(self, folders, tmp_path):
+        """A whole export of a labelling tool names all pictures."""
+        rows = [(f"{part}/{name}/{n}.png", name, "") for part in ("train", "val") for name in NAMES for n in range(6)]
+        data = module(label_file=self.rows(tmp_path / "labels.csv", *rows))
+        assert not {*data.split.val} & {*data.split.labeled}
+        assert len(data.split.labeled) == 12
+
+    def test_paths_that_two_parts_have(self, folders, tmp_path):
+        with pytest.raises(InputError, match=r"'cats/0.png' fits several images; give the whole path"):
+            module(label_file=self.rows(tmp_path / "labels.csv", ("cats/0.png", "dogs", "")))
+
+    def test_superclass(self, folders, tmp_path):
+        file = self.rows(tmp_path / "labels.csv", ("val/cats/0.png", "pets", "coarse"))
+        with pytest.raises(InputError, match="cannot have a superclass|superclass"):
+            module(label_file=file, correct_val=True)
+
+    def test_needs_a_file(self):
+        with pytest.raises(InputError, match="correct_val: true needs label_file"):
+            SemiSupervisedDataModule(Digits(), correct_val=True)
+
+
+class TestTorchvision:
+    def test_splits_by_name(self, monkeypatch):
+        class Flowers(torch.utils.data.Dataset):
+            def __init__(self, root, split="train", transform=None):
+                if split not in ("train", "val", "test", "extra"):
+                    raise ValueError(f"unknown split {split}")
+                self.size = {"train": 8, "val": 3, "test": 2, "extra": 5}[split]
+                self.offset = {"train": 0, "val": 100, "test": 150, "extra": 200}[split]
+
+            def __len__(self):
+                return self.size
+
+            def __getitem__(self, index):
+                return torch.full((3, 4, 4), self.offset + index, dtype=torch.uint8), index % 2
+
+        monkeypatch.setattr("torchvision.datasets.Flowers102", Flowers)
+        made = TorchvisionDataset("Flowers102", ".", val_split="val", unlabeled_split="extra")
+        data = module(made, labeled=2, unlabeled="source", train_transform=torch.nn.Identity())
+        assert data.split.val == [8, 9, 10]
+        assert len(data.unlabeled_indices()) == 5
+        with pytest.raises(InputError, match="unknown split valid"):
+            TorchvisionDataset("Flowers102", ".", val_split="valid").load()
+
+    @pytest.mark.parametrize(("name", "argument"), [("CIFAR10", "val_split"), ("EMNIST", "unlabeled_split")])
+    def test_datasets_without_such_splits(self, name, argument):
+        with pytest.raises(InputError, match=f"{argument}: {name} has no such part, got 'val'"):
+            TorchvisionDataset(name, ".", **{argument: "val"}).load()
+
+    def test_split_of_emnist_is_no_part(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr("torchvision.datasets.EMNIST.__init__", lambda self, *args, **kwargs: seen.append(kwargs))
+        made = TorchvisionDataset("EMNIST", ".", {"split": "letters"})
+        assert [*made._selectors().values()] == [{"train": True}, {"train": False}]
+
+
+def test_cached_teacher_and_resume(folders, quiet_trainer, tmp_path):
+    """The teacher's outputs of the own part are not stored, and a resumed fit is the same."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+
+    def fit(epochs, folder, **kwargs):
+        torch.manual_seed(1)
+        student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        made = DistillModule(student, Teacher(network, cache=tmp_path / "outputs"))
+        data = SemiSupervisedDataModule(source(), labeled=2, batch_size=4, num_views=1)
+        trainer = quiet_trainer(max_epochs=epochs, default_root_dir=str(tmp_path / folder), limit_val_batches=1.0)
+        trainer.fit(made, datamodule=data, **kwargs)
+        return trainer, made
+
+    trainer, _ = fit(1, "first")
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    _, resumed = fit(2, "second", ckpt_path=tmp_path / "one.ckpt")
+    _, whole = fit(2, "whole")
+    assert torch.equal(resumed.student[1].weight, whole.student[1].weight)
+
+
+@pytest.mark.slow
+def test_clean_judges_validation_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CLEAN)
+    digits = Digits().load().train
+    wrong = digits.targets.clone()
+    data = SemiSupervisedDataModule(Digits(), val_size=0.2, seed=0)
+    data.setup("fit")
+    data.save_split(Path("split.json"))  # a split by class would be another one with other labels
+    spoiled = data.split.val[::20]
+    wrong[spoiled] = (wrong[spoiled] + 1) % 10
+    monkeypatch.setattr("kd_lightning.data.sources.digits.Digits.load", spoil(Digits.load, wrong))
+    main(["clean", "config.yaml", "--part", "val", "--action", "relabel"])
+    text = capsys.readouterr().out
+    assert "validation labels" in text
+    assert "--data.correct_val true" in text
+    with Path("runs/quick_clean/labels.csv").open() as file:
+        found = {int(row["index"]) for row in csv.DictReader(file)}
+    assert found <= {*data.split.val}
+    assert len(found & {*spoiled}) >= 0.7 * len(spoiled)
+    capsys.readouterr()
+    main(
+        [
+            "fit",
+            "--config",
+            "config.yaml",
+            "--data.label_file",
+            "runs/quick_clean/labels.csv",
+            "--data.correct_val=true",
+        ]
+    )
+    run = Run(Path("runs/quick/version_0"))
+    rows = {row[0]: row[1] for row in json.loads((run.folder / "split.json").read_text())["label_rows"]}
+    assert rows.keys() == found
+    right = [index for index in found & {*spoiled} if rows[index] == digits.targets[index]]
+    assert len(right) >= 0.6 * len(spoiled)
+
+
+CLEAN = """
+name: quick
+trainer: {max_epochs: 6, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+model:
+  class_path: SupervisedModule
+  init_args:
+    student: {class_path: DigitsCNN, init_args: {width: 8}}
+    optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
+data:
+  class_path: SemiSupervisedDataModule
+  init_args: {source: {class_path: Digits}, labeled: split.json, seed: 0}
+"""
+
+
+def spoil(load, targets):
+    def loaded(self):
+        parts = load(self)
+        return parts._replace(train=parts.train._replace(targets=targets))
+
+    return loaded
