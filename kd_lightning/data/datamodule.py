@@ -27,7 +27,7 @@ from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks,
 from kd_lightning.data.splits import Split, wrong_sample
 from kd_lightning.data.view_datamodule import ViewDataModule
 from kd_lightning.data.views.loader import ViewLoader
-from kd_lightning.data.views.samplers import check_sizes, training_sampler
+from kd_lightning.data.views.samplers import EvenClasses, check_sizes, training_sampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
@@ -64,6 +64,8 @@ class SemiSupervisedDataModule(ViewDataModule):
         labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
             that many labeled images. The stream that needs more batches decides the length of an epoch; the images of
             the other one repeat. Default: None, which shuffles labeled and unlabeled images together.
+        sampler: ``"shuffled"``, in which each image comes equally often, or ``"balanced"``: labeled images are drawn
+            such that each class comes equally often. It needs one class a label. The number of rows stays the same.
         num_workers: Worker processes of each loader, at least 0. Augmentation does not depend on it.
         seed: Seed of the split, the order and the augmentation.
         num_views: Number of different augmentations of an image, at least 1. Teachers can cache their outputs only if
@@ -108,6 +110,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         val_size: int | float | None = None,
         batch_size: int = 64,
         labeled_batch_size: int | None = None,
+        sampler: Literal["shuffled", "balanced"] = "shuffled",
         num_workers: int = 0,
         seed: int = 0,
         num_views: int | None = None,
@@ -135,6 +138,9 @@ class SemiSupervisedDataModule(ViewDataModule):
         self.val_size = val_size
         self.batch_size = batch_size
         self.labeled_batch_size = labeled_batch_size
+        if sampler not in ("shuffled", "balanced"):
+            raise InputError(f"sampler must be shuffled or balanced, got {sampler!r}")
+        self.sampler = sampler
         self.num_workers = num_workers
         self.seed = seed
         self.num_views = num_views
@@ -241,15 +247,15 @@ class SemiSupervisedDataModule(ViewDataModule):
 
     def train_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled images, shuffled together or in two streams."""
-        parts, split = self._parts_and_split()
+        _, split = self._parts_and_split()
         assert self._labels is not None
         indices = self._train_indices()
         world, rank = self._world_size_and_rank()
         keys = ("batch_size", "labeled_batch_size", "views_per_epoch", "num_views", "seed")
         settings = {key: getattr(self, key) for key in keys} | {"num_replicas": world, "rank": rank}
+        settings["even"] = self._even_classes() if self.sampler == "balanced" else None
         sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
-        transforms = self.train_transform, self.strong_transform
-        dataset = self._views(parts, self.samples.images, indices, self._labels, *transforms)
+        dataset = self._views(self.samples.images, indices, self._labels, self.train_transform, self.strong_transform)
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -262,7 +268,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         parts, split = self._parts_and_split()
         if not split.val:
             return []
-        return self._eval_loader(parts, [parts.train.images], torch.tensor(split.val), val_labels(parts.train, split))
+        return self._eval_loader([parts.train.images], torch.tensor(split.val), val_labels(parts.train, split))
 
     def test_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -270,7 +276,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         if parts.test is None:
             raise InputError(f"{type(self.source).__name__} has no test part")
         indices = torch.arange(len(parts.test.images))
-        return self._eval_loader(parts, [parts.test.images], indices, true_labels(parts.test))
+        return self._eval_loader([parts.test.images], indices, true_labels(parts.test))
 
     def predict_dataloader(self) -> ViewLoader:
         """Loader of the test images."""
@@ -294,8 +300,7 @@ class SemiSupervisedDataModule(ViewDataModule):
 
     def pool_dataloader(self) -> ViewLoader:
         """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
-        images, indices = self.samples.images, self._pool_indices()
-        return self._eval_loader(self._load_parts(), images, indices, self._build_labels(), self.pool_views())
+        return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), self.pool_views())
 
     def train_views(self) -> ViewTable | None:
         """All views of all training images; None if ``num_views`` is None."""
@@ -309,8 +314,7 @@ class SemiSupervisedDataModule(ViewDataModule):
 
     def _view_table(self, name: str, indices: Callable[[], Tensor], transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
-            images, labels = self.samples.images, self._build_labels()
-            dataset = self._views(self._load_parts(), images, indices(), labels, transform)
+            dataset = self._views(self.samples.images, indices(), self._build_labels(), transform)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
 
@@ -377,6 +381,13 @@ class SemiSupervisedDataModule(ViewDataModule):
         options: dict[str, Any] = {"noisy": self.noisy, "noise": self.label_noise, "coarse": self.coarse}
         options |= {"class_names": self.class_names, "dense": parts.train.dense}
         return build_labels(parts.train.targets, split, len(self.samples), **options)
+
+    def _even_classes(self) -> EvenClasses:
+        _, split = self._parts_and_split()
+        labels = self.visible_labels()[split.labeled]
+        if labels.ndim > 1 or labels.is_floating_point() or not len(labels):
+            raise InputError(f"sampler: balanced needs labels of one class each, got {[*labels.shape]} {labels.dtype}")
+        return EvenClasses(labels, self.seed)
 
     def _train_indices(self) -> Tensor:
         """Indices to train on: labeled ones, then ascending those of the pool and those with a coarse label."""

@@ -38,7 +38,7 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
         Values by name. A transform is given as its text and its fingerprint.
     """
     sizes = {name: getattr(datamodule, name) for name in ("batch_size", "labeled_batch_size")}
-    numbers = {name: getattr(datamodule, name) for name in ("seed", "num_views", "views_per_epoch")}
+    numbers = {name: getattr(datamodule, name) for name in ("seed", "num_views", "views_per_epoch", "sampler")}
     # pictures of another size have other pixels
     numbers["decoded_side"] = None if datamodule.decoded is None else datamodule.decoded_side
     transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform")}

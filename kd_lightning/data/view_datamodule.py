@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -35,22 +36,24 @@ class ViewDataModule(LightningDataModule):
     eval_transform: Any
     decoded: DecodedPictures | None
 
+    @abstractmethod
+    def _load_parts(self) -> Parts:
+        """Load the source, once."""
+
     def _eval_loader(
-        self, parts: Parts, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
+        self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
     ) -> ViewLoader:
         world, rank = self._world_size_and_rank()
-        dataset = self._views(parts, images, indices, labels, self.eval_transform)
+        dataset = self._views(images, indices, labels, self.eval_transform)
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
         return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
 
-    def _views(
-        self, parts: Parts, images: list[Any], indices: Tensor, labels: LabelTable, *transforms: Any
-    ) -> ViewDataset:
+    def _views(self, images: list[Any], indices: Tensor, labels: LabelTable, *transforms: Any) -> ViewDataset:
         device = None if self.trainer is None else self.trainer.strategy.root_device
         device = device if device is not None and device.type == "cuda" else None
         if self.decoded is not None:
             images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
-        return build_views(parts, images, indices, labels, (*transforms, None)[:2], self.seed, device)
+        return build_views(self._load_parts(), images, indices, labels, (*transforms, None)[:2], self.seed, device)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

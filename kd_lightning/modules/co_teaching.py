@@ -143,15 +143,17 @@ class CoTeachingModule(SupervisedModule):
 
     def _sizes(self, y: Tensor, known: Tensor) -> Tensor | None:
         """Return the class weight of each row's label, (B,), and 1 for other rows; None if there are none."""
-        weights = class_weights(self.hard_loss, y[known].long())
+        weights = class_weights(self.training_loss, y[known].long())
         return None if weights is None else torch.ones(len(y)).to(weights).masked_scatter(known, weights)
 
     def _row_losses(self, logits: Tensor, y: Tensor, batch: Batch, known: Tensor, coarse: Tensor) -> Tensor:
         """Return the unweighted loss of each row, (B,). It is 0, in the graph, for rows without a label."""
         logits = at_least_float32(logits)
-        fields = {name: values[known] for name, values in row_values(self.hard_loss, batch).items()}
+        fields = {name: values[known] for name, values in row_values(self.training_loss, batch).items()}
         rows = logits.new_zeros(len(logits)) + logits[:0].sum()
-        rows = rows.masked_scatter(known, per_row(self.hard_loss, logits[known], y[known].long(), **fields).to(rows))
+        rows = rows.masked_scatter(
+            known, per_row(self.training_loss, logits[known], y[known].long(), **fields).to(rows)
+        )
         if batch.candidates is not None:
             rows = rows.masked_scatter(coarse, coarse_rows(logits[coarse], batch.candidates[coarse]).to(rows))
         return rows

@@ -23,6 +23,7 @@ from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task, check_row_fields, check_weight, reset_state
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
+from kd_lightning.modules._shared.class_weights import ClassWeights, Weights
 from kd_lightning.modules._shared.dense import check_dense, dense_probabilities
 from kd_lightning.modules._shared.dense_checks import DenseChecks
 from kd_lightning.modules._shared.evaluation import Evaluation
@@ -57,8 +58,9 @@ class SupervisedModule(RowModule):
     It takes all inputs (a tensor, or a mapping or tuple of tensors), outputs (B, C), (B,) or dense, and all four tasks.
 
     Logs ``train/loss`` and each term as ``train/<name>``, as means over the epoch. Validation and test log ``loss``
-    (hard), ``accuracy``, ``f1`` (macro), ``calibration_error`` and, with a teacher, ``teacher_accuracy``,
-    ``agreement`` and ``teacher_kl`` (KL at temperature 1, in nats).
+    (hard), ``accuracy``, ``balanced_accuracy`` (the mean recall; not for the multilabel task), ``f1`` (macro),
+    ``recall_<class>`` (of up to 20 classes, and of one that a callback monitors), ``calibration_error`` and, with a
+    teacher, ``teacher_accuracy``, ``agreement`` and ``teacher_kl`` (KL at temperature 1, in nats).
 
     Args:
         student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary; for
@@ -82,6 +84,11 @@ class SupervisedModule(RowModule):
             processes; with ``class_dim`` and our loader over all accumulated batches, too, else for each of them. A
             project's own loss also takes labels of other shapes than the task's. Default: None, which means
             cross-entropy (on logits, for multilabel and binary), or ``MSELoss`` for regression.
+        class_weights: Weight of each class in the hard loss of training, for ``CrossEntropyLoss`` (its ``weight``) or
+            ``BCEWithLogitsLoss`` (its ``pos_weight``, one for each label); or ``"balanced"``, which means inversely
+            proportional to the numbers of labels that training may see: n / (k n_c) as in scikit-learn, and zeros for
+            each one in the binary and multilabel tasks. ``val/loss`` and ``test/loss`` have no class weights, so that
+            runs compare. Default: None, which means none.
         optimizer: Called with the parameters that require a gradient.
         lr_scheduler: Called with the optimiser. ReduceLROnPlateau follows its ``monitor``, or ``val/loss`` if it has
             none. Default: None, which means a constant learning rate. CosineAnnealingLR without ``T_max``, OneCycleLR
@@ -113,6 +120,7 @@ class SupervisedModule(RowModule):
         class_dim: int | None = None,
         causal: bool = False,
         hard_loss: nn.Module | None = None,
+        class_weights: Weights | None = None,
         optimizer: OptimizerCallable = Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
@@ -132,6 +140,10 @@ class SupervisedModule(RowModule):
         if getattr(self.hard_loss, "reduction", "mean") not in ("mean", "none"):
             raise InputError(f"hard_loss: its reduction must be mean or none, got {self.hard_loss.reduction!r}")
         check_row_fields("hard_loss", self.hard_loss)
+        dense = class_dim is not None
+        self._class_weights = (
+            None if class_weights is None else ClassWeights(class_weights, self.hard_loss, task, dense)
+        )
         check_dense(class_dim, causal, task, self.hard_loss)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -181,7 +193,7 @@ class SupervisedModule(RowModule):
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             outputs = logits if self.class_dim is None else logits.movedim(self.class_dim, -1)
             check_number_of_outputs(outputs, self.task, self.num_classes, names)
-            check_loss_weights(self.hard_loss, outputs, self.task)
+            check_loss_weights(self.training_loss, outputs, self.task, self._class_weights is not None)
             if text := describe_choice(output):
                 rank_zero_info(f"student: it returns {text}")
             self._outputs_are_checked = True
@@ -198,6 +210,8 @@ class SupervisedModule(RowModule):
         check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
             reset_state(self.hard_loss)
+            if self._class_weights is not None:
+                self._class_weights.balance(getattr(self.trainer, "datamodule", None), self.num_classes)
 
     @property
     def is_fitting(self) -> bool:

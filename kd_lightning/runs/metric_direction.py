@@ -40,6 +40,8 @@ def direction_of(metric: str) -> Direction | None:
         parts.pop()
     if "hint" in parts[:-1]:  # val/hint/<layer>
         return "min"
+    if parts[-1].startswith("recall_"):  # val/recall_<class>
+        return "max"
     name = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", parts[-1]).lower()
     words = re.findall(r"f1|r2|[a-z]+|\d+", name)
     if not words or _NEGATION.fullmatch(words[0]):

@@ -17,6 +17,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     SupervisedModule,
     SymmetricNoise,
+    Teacher,
 )
 from kd_lightning.batch import LabelKind
 from kd_lightning.cli.main import DistillCLI
@@ -682,3 +683,64 @@ def test_weak_labels_from_yaml(tmp_path, monkeypatch):
     assert data.label_noise.rate == 0.5
     (found,) = [batch.select(batch.index == 3) for batch in data.train_dataloader() if 3 in batch.index]
     assert found.candidates.tolist() == [[False, True] * 5]
+
+
+class TestBalancedSampler:
+    """``sampler: balanced``: each class equally often, resumable, beside stored teacher outputs."""
+
+    def data(self, **arguments):
+        x = torch.arange(80.0)[:, None].repeat(1, 3)
+        source = DatasetSource(TensorDataset(x, TARGETS))
+        return SemiSupervisedDataModule(source, val_size=0, **({"sampler": "balanced", "batch_size": 8} | arguments))
+
+    @pytest.mark.parametrize("arguments", [{}, {"labeled": 0.5}, {"labeled": 0.5, "labeled_batch_size": 3}])
+    def test_each_class_comes_equally_often(self, arguments):
+        data = self.data(**arguments)
+        data.setup("fit")
+        batches = [*data.train_dataloader()]
+        labels = torch.cat([batch.y[batch.y >= 0] for batch in batches])
+        counts = torch.bincount(labels)
+        assert counts.max() - counts.min() <= 1
+        assert {*data.split.labeled} >= {i for batch in batches for i in batch.index[batch.y >= 0].tolist()}
+        for batch in batches:  # the loader counts labels of the drawn samples
+            assert batch.mean_labels == (batch.y >= 0).sum()
+
+    def test_resume_is_exact_and_another_sampler_refused(self, quiet_trainer, tmp_path):
+        def fit(epochs, made, **kwargs):
+            torch.manual_seed(0)
+            module = SupervisedModule(torch.nn.Linear(3, 3))
+            trainer = quiet_trainer(max_epochs=epochs, limit_train_batches=1.0)
+            trainer.fit(module, datamodule=made, **kwargs)
+            return trainer, module
+
+        trainer, _ = fit(1, self.data())
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        _, resumed = fit(2, self.data(), ckpt_path=tmp_path / "x.ckpt")
+        _, whole = fit(2, self.data())
+        assert torch.equal(resumed.student.weight, whole.student.weight)
+        with pytest.raises(InputError, match="sampler: the checkpoint was trained with balanced, got shuffled"):
+            fit(2, self.data(sampler="shuffled"), ckpt_path=tmp_path / "x.ckpt")
+
+    def test_stored_outputs_of_a_teacher(self, quiet_trainer, tmp_path):
+        def fit(cache):
+            torch.manual_seed(0)
+            network, student = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            made = self.data(labeled=0.5, num_views=3)
+            trainer = quiet_trainer(max_epochs=2, limit_train_batches=1.0)
+            trainer.fit(DistillModule(student, Teacher(network, cache=cache)), datamodule=made)
+            return student.weight
+
+        assert torch.allclose(fit(tmp_path / "outputs"), fit(None), atol=1e-6)
+
+    def test_what_cannot_be(self):
+        with pytest.raises(InputError, match="sampler must be shuffled or balanced, got 'even'"):
+            self.data(sampler="even")
+        source = DatasetSource(TensorDataset(torch.rand(4, 3), torch.eye(4)))
+        made = SemiSupervisedDataModule(source, val_size=0, sampler="balanced")
+        made.setup("fit")
+        with pytest.raises(InputError, match="sampler: balanced needs labels of one class each"):
+            made.train_dataloader()
+        made = self.data(labeled=0)
+        made.setup("fit")
+        with pytest.raises(InputError, match="sampler: balanced needs labels of one class each"):
+            made.train_dataloader()

@@ -190,6 +190,10 @@ class TestCharts:
         trainer.fit(DistillModule(Table(s), Table(t), soft_weight=0.3, optimizer=still), data, [data, data])
         found = {name: value.item() for name, value in trainer.callback_metrics.items()}
         figures = ["loss", "accuracy", "f1", "calibration_error", "agreement", "teacher_kl", "teacher_accuracy"]
+        figures.append("balanced_accuracy")
+        recalls = {name for name in found if name.startswith("val/recall_")}
+        assert {*recalls} == {f"val/recall_{n}{loader}" for n in sorted({*y[y >= 0].tolist()}) for loader in ("", "/1")}
+        found = {name: value for name, value in found.items() if name not in recalls}
         names = {f"val/{name}{number}" for name in figures for number in ("", "/1")}
         assert set(found) == names | {"train/loss", "train/loss_step", "train/hard", "train/soft", "soft_weight"}
         hard, soft = by_hand("multiclass", s, t, y, 4.0)

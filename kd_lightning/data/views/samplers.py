@@ -14,6 +14,45 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 from kd_lightning.errors import InputError
 
 
+class EvenClasses:
+    """Draw labeled samples such that each class comes equally often.
+
+    Each draw of a class takes the next sample of a shuffled pass over its samples, so that within a class all samples
+    come equally often, too. The draws of an epoch follow from (seed, epoch) and are the same on every rank.
+
+    Args:
+        labels: Class of each labeled sample, (N,). Labeled samples have the first positions.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, labels: Tensor, seed: int) -> None:
+        classes = torch.unique(labels).tolist()
+        self.members = [(labels == number).nonzero().flatten() for number in classes]
+        self.size = len(labels)
+        self.seed = seed
+
+    def keys(self, count: int, epoch: int, most: int) -> Tensor:
+        """Draw (position, view), (count, 2). The view counts on where a sample comes again, in this epoch or later.
+
+        Args:
+            count: Number of draws.
+            epoch: The epoch.
+            most: Largest number of draws of any epoch.
+        """
+        generator = _generator(self.seed, -(2**40) - epoch)  # no number of another order
+        shares = torch.full((len(self.members),), count // len(self.members))
+        shares[torch.randperm(len(shares), generator=generator)[: count % len(shares)]] += 1
+        of_class = -(-most // len(self.members))
+        drawn = []
+        for members, share in zip(self.members, shares.tolist(), strict=True):
+            passes = -(-of_class // len(members))  # those of an epoch, whatever this epoch's share is
+            orders = torch.stack([torch.randperm(len(members), generator=generator) for _ in range(passes)])
+            views = epoch * passes + torch.arange(passes).repeat_interleave(len(members))
+            drawn.append(torch.stack([members[orders.flatten()], views], dim=1)[:share])
+        keys = torch.cat(drawn)
+        return keys[torch.randperm(len(keys), generator=generator)]
+
+
 class ViewSampler(DistributedSampler[Any]):
     """Sample keys (position, view) in an order that follows from (seed, epoch); each rank gets an equal share.
 
@@ -28,18 +67,42 @@ class ViewSampler(DistributedSampler[Any]):
         seed: Seed of the order.
         num_replicas: Number of processes.
         rank: Rank of this process.
+        even: What draws the labeled samples. Default: None, which means that each comes equally often.
     """
 
     def __init__(
-        self, size: int, *, views_per_epoch: int, num_views: int | None, seed: int, num_replicas: int, rank: int
+        self,
+        size: int,
+        *,
+        views_per_epoch: int,
+        num_views: int | None,
+        seed: int,
+        num_replicas: int,
+        rank: int,
+        even: EvenClasses | None = None,
     ) -> None:
         super().__init__(range(size * views_per_epoch), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
         self.size = size
         self.views_per_epoch = views_per_epoch
         self.num_views = num_views
+        self.even = even
+        # with those that pad the shares of the ranks
+        self._most_labeled = 0 if even is None else even.size * views_per_epoch + num_replicas
 
     def keys(self) -> Tensor:
         """Keys of this epoch on all ranks, (K, 2), padded to equal shares; key n belongs to rank n % num_replicas."""
+        return self._draw_evenly(self._keys())
+
+    def _draw_evenly(self, keys: Tensor) -> Tensor:
+        """Replace the keys of labeled samples by those of ``even``, if it is set."""
+        if self.even is None:
+            return keys
+        labeled = keys[:, 0] < self.even.size
+        drawn = self.even.keys(int(labeled.sum()), self.epoch, self._most_labeled)
+        keys[labeled] = self._stack_keys(*drawn.unbind(dim=1))
+        return keys
+
+    def _keys(self) -> Tensor:
         order = torch.randperm(self.size * self.views_per_epoch, generator=_generator(self.seed, self.epoch))
         order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
         return self._stack_keys(order % self.size, self.epoch * self.views_per_epoch + order // self.size)
@@ -72,6 +135,7 @@ class ViewSampler(DistributedSampler[Any]):
     def _describe(self, steps: int, rows: str, last: str) -> str:
         processes = f" on each of {self.num_replicas} processes" if self.num_replicas > 1 else ""
         views = f", with {self.views_per_epoch} views of each sample" if self.views_per_epoch > 1 else ""
+        views += "; labeled samples are drawn evenly by class" if self.even is not None else ""
         return f"an epoch has {steps} step{'s' if steps > 1 else ''} of {rows}{processes}{last}{views}"
 
 
@@ -116,10 +180,10 @@ class TwoStreamSampler(ViewSampler):
         rows = self.steps * self._repeated_batch
         self.passes = rows * self.num_replicas / self._repeated
         self.num_samples += rows  # the length; total_size stays that of the longer stream
+        self._most_labeled = self.total_size if self.longer == "labeled" else rows * self.num_replicas
 
-    def keys(self) -> Tensor:
-        """Keys of this epoch on all ranks, (K, 2); key n belongs to rank n % num_replicas."""
-        once, repeated = super().keys(), self._repeated_keys()
+    def _keys(self) -> Tensor:
+        once, repeated = super()._keys(), self._repeated_keys()
         labeled, unlabeled = (once, repeated) if self.longer == "labeled" else (repeated, once)
         unlabeled[:, 0] += self.labeled
         sizes = self.labeled_batch * self.num_replicas, self.unlabeled_batch * self.num_replicas

@@ -90,6 +90,33 @@ def macro_f1(counts: Tensor, of_absent: bool = False) -> Tensor:
     return mean
 
 
+def recalls(counts: Tensor) -> Tensor:
+    """Return the recall of each class, (C,): the share of its samples that are predicted as it. NaN without samples.
+
+    Args:
+        counts: From :func:`class_counts` or :func:`label_counts`.
+    """
+    right, occurs, _ = counts
+    return torch.where(occurs > 0, right / occurs.clamp(min=1), torch.nan)
+
+
+def balanced_accuracy(counts: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean recall of the classes that occur, as scikit-learn's ``balanced_accuracy_score``.
+
+    Args:
+        counts: From :func:`class_counts`, (3, C), or from :func:`label_counts` of one label, (3, 1), whose two classes
+            are zero and one.
+        labels: Number of labels.
+    """
+    right, occurs, given = counts
+    if counts.shape[1] == 1:
+        zeros = labels - occurs
+        counts = torch.stack(
+            [torch.cat([zeros - (given - right), right]), torch.cat([zeros, occurs]), counts.new_zeros(2)]
+        )
+    return recalls(counts).nanmean()
+
+
 def mean_iou(counts: Tensor) -> Tensor:
     """Return the mean intersection over union of the classes that occur or are predicted.
 

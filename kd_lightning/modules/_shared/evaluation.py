@@ -19,12 +19,14 @@ from kd_lightning.modules._shared.checks import check_at_least_two
 from kd_lightning.modules._shared.counting_metrics import (
     CALIBRATION_SHAPE,
     Sums,
+    balanced_accuracy,
     calibration_counts,
     calibration_error,
     class_counts,
     label_counts,
     macro_f1,
     mean_iou,
+    recalls,
 )
 from kd_lightning.teachers.teacher import check_outputs
 
@@ -145,7 +147,10 @@ class Evaluation(Sums):
         self.add("calibration", calibration_counts(confidence, right if self.task == "multiclass" else target))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics by name: those that need labels or a teacher only if some process had them."""
+        """Return the metrics by name: those that need labels or a teacher only if some process had them.
+
+        ``recall`` has one value a class, (C,), NaN for a class without samples.
+        """
         return self._values(self.of_all_processes())
 
     def _values(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -156,6 +161,10 @@ class Evaluation(Sums):
             found["loss"] = sums["loss"] / sums["loss_weight"]
             found["accuracy"] = sums["correct"] / sums["labels"]
             found["f1"] = macro_f1(sums["class_counts"], of_absent=self.task != "multiclass")
+            if self.task != "multilabel":
+                found["balanced_accuracy"] = balanced_accuracy(sums["class_counts"], sums["labels"])
+            if self.classes > 1:
+                found["recall"] = recalls(sums["class_counts"])
             if self.dense:
                 found["mean_iou"] = mean_iou(sums["class_counts"])
             found["calibration_error"] = calibration_error(sums["calibration"])

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kd_lightning.modules.supervised import SupervisedModule
 
 _MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
+_MOST_CLASSES = 20
+"""Number of classes up to which the recall of each is logged; beyond, that of a class which a callback monitors."""
 _IN_PROGRESS_BAR = ("/accuracy", "/rmse", "/mean_iou")
 
 
@@ -103,15 +105,33 @@ class Evaluations(dict[int, Any]):
 
     def log(self, module: LightningModule, prefix: str) -> None:
         """Log the metrics of each data loader, and remove them."""
-        for name, value in self._values(prefix):
+        for name, value in self._values(prefix, _monitored(module), class_names(module)):
             # compute() has gathered all processes; sync_dist only avoids Lightning's warning
             module.log(name, value, prog_bar=any(part in name for part in _IN_PROGRESS_BAR), sync_dist=True)
         super().clear()
 
-    def _values(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def _values(self, prefix: str, monitored: set[str], classes: list[str]) -> Iterator[tuple[str, Tensor]]:
         for number, evaluation in self.items():
             for name, value in evaluation.compute().items():
-                yield _metric_name(prefix, name, number), value
+                if not value.ndim:
+                    yield _metric_name(prefix, name, number), value
+                    continue
+                names = classes if len(classes) == len(value) else [*map(str, range(len(value)))]
+                for class_name, of_class in zip(names, value, strict=True):
+                    full = _metric_name(prefix, f"{name}_{class_name}", number)
+                    if full in monitored or (len(value) <= _MOST_CLASSES and not of_class.isnan()):
+                        yield full, of_class
+
+
+def class_names(module: LightningModule) -> list[str]:
+    """Return the names of the datamodule's classes; none if they are unknown."""
+    return [*map(str, getattr(getattr(module.trainer, "datamodule", None), "class_names", None) or ())]
+
+
+def _monitored(module: LightningModule) -> set[str]:
+    """Return the names of the metrics that callbacks follow."""
+    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+    return {name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)}
 
 
 def _make(module: SupervisedModule, logits: Tensor, batch: Batch) -> Any:

@@ -14,7 +14,7 @@ _BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelS
 _BY_LABEL = (nn.BCEWithLogitsLoss, nn.BCELoss)
 
 
-def check_loss_weights(loss: nn.Module, logits: Tensor, task: Task) -> None:
+def check_loss_weights(loss: nn.Module, logits: Tensor, task: Task, by_class_weights: bool = False) -> None:
     """Raise InputError if ``weight`` or ``pos_weight`` of a loss of torch does not fit the outputs. Reads shapes alone.
 
     Torch refuses only some of these, within a step. Weights of the wrong number can also meet the rows of a batch.
@@ -24,13 +24,14 @@ def check_loss_weights(loss: nn.Module, logits: Tensor, task: Task) -> None:
             weights for anything.
         logits: The student's logits.
         task: The module's task.
+        by_class_weights: Whether the weights come from the argument ``class_weights``.
     """
     parts = loss.named_modules(prefix="hard_loss") if isinstance(loss, LabelKindLoss) else [("hard_loss", loss)]
     for place, part in parts:
-        _check_weights(place, part, logits, task)
+        _check_weights(place, part, logits, task, by_class_weights)
 
 
-def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task) -> None:
+def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task, by_class_weights: bool) -> None:
     forward: Any = getattr(type(loss), "forward", None)
     by_label = forward in [kind.forward for kind in _BY_LABEL]
     if not by_label and forward not in [kind.forward for kind in _BY_CLASS]:
@@ -44,8 +45,9 @@ def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task) -> N
         if by_label:  # also one number for all
             allowed |= {(), (1,), (1, 1), (1, outputs)}
         if tuple(weight.shape) not in allowed:
+            name = "class_weights" if by_class_weights else f"{place}.{name}"
             raise InputError(
-                f"{place}.{name} must hold one number for each of the student's {outputs} outputs, got the shape "
+                f"{name} must hold one number for each of the student's {outputs} outputs, got the shape "
                 f"{[*weight.shape]}"
             )
         if not weight.is_floating_point():

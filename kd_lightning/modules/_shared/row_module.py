@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.losses.base import Task
+from kd_lightning.modules._shared.class_weights import ClassWeights
 from kd_lightning.modules._shared.dense import count_dense, dense_to_rows
 from kd_lightning.modules._shared.hard_loss import hard_loss_of
 from kd_lightning.modules._shared.lean_module import LeanModule
@@ -24,6 +25,7 @@ class RowModule(LeanModule):
     class_dim: int | None
     causal: bool
     hard_loss: nn.Module
+    _class_weights: ClassWeights | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +35,11 @@ class RowModule(LeanModule):
     def unpack(self, batch: Any) -> Batch:
         """Convert a batch of the data loader. A project with batches of another kind overrides this."""
         return Batch.from_any(batch)
+
+    @property
+    def training_loss(self) -> nn.Module:
+        """The hard loss of training: ``hard_loss``, with the class weights if there are any."""
+        return self.hard_loss if self._class_weights is None else self._class_weights.loss(self.device)
 
     def to_rows(self, batch: Batch, *outputs: Tensor) -> tuple[Any, ...]:
         """Return a batch and outputs of one row for each position that counts; without ``class_dim`` as they are.
@@ -58,7 +65,7 @@ class RowModule(LeanModule):
         """
         if self.class_dim is None:
             return None
-        return count_dense(self.unpack(batch), self.task, self.class_dim, self.causal, self.hard_loss)
+        return count_dense(self.unpack(batch), self.task, self.class_dim, self.causal, self.training_loss)
 
     def step_mean(self, value: Tensor, rows: Batch) -> Tensor:
         """Scale a mean over rows of :meth:`to_rows` so that processes and accumulated batches add up.
@@ -79,7 +86,7 @@ class RowModule(LeanModule):
         by its share of the labels. Without labels the term is 0, and has a gradient of 0. If the loss has class
         weights, the processes' shares are those of the weights.
         """
-        value, labels, weights = hard_loss_of(self.hard_loss, self.task, logits, batch)
+        value, labels, weights = hard_loss_of(self.training_loss, self.task, logits, batch)
         mean, of_step = batch.mean_labels, batch.dense_means or ()
         self._mean_labels = mean = self._mean_over_processes(labels, logits) if mean is None else mean
         if weights is not None and len(of_step) > 2:
@@ -93,7 +100,7 @@ class RowModule(LeanModule):
 
     def compute_hard_loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean hard loss over the known labels, coarse ones included, and the number of these labels."""
-        return hard_loss_of(self.hard_loss, self.task, logits, batch)[:2]
+        return hard_loss_of(self.training_loss, self.task, logits, batch)[:2]
 
     def _mean_over_processes(self, count: int, like: Tensor) -> float:
         """Return the mean of a count over all processes, which must all call this."""

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from kd_lightning import InputError
-from kd_lightning.data.views.samplers import TrainingBatches, TwoStreamSampler, ViewSampler, _generator, check_sizes
+from kd_lightning.data.views.samplers import (
+    EvenClasses,
+    TrainingBatches,
+    TwoStreamSampler,
+    ViewSampler,
+    _generator,
+    check_sizes,
+)
 
 PLAIN = [*product([1, 2, 3, 9, 10, 11, 12, 13, 19, 37], [1, 2, 3, 9, 50], [1, 2, 3], [1, 2])]
 STREAMS = [*product([1, 2, 7, 20], [1, 2, 13, 40, 41], [1, 2, 4], [1, 3, 12], [1, 2, 3], [1, 2])]
@@ -247,3 +254,57 @@ def test_sizes_that_are_none(name, value):
     check_sizes(**sizes)
     with pytest.raises(InputError, match=f"^{name} must be .*, got {value!r}"):
         check_sizes(**sizes | {name: value})
+
+
+class TestEvenClasses:
+    LABELS = torch.tensor([0] * 50 + [1] * 7 + [2] * 2)
+
+    def sampler(self, kind, world=1, rank=0, epoch=0, num_views=None, views=1):
+        options = {"views_per_epoch": views, "num_views": num_views, "seed": 3, "num_replicas": world, "rank": rank}
+        options["even"] = EvenClasses(self.LABELS, 3)
+        if kind == "one":
+            made = ViewSampler(len(self.LABELS) + 11, **options)
+        else:
+            unlabeled = 11 if kind == "labeled" else 400
+            made = TwoStreamSampler(len(self.LABELS), unlabeled, labeled_batch=4, unlabeled_batch=6, **options)
+        made.set_epoch(epoch)
+        return made
+
+    @pytest.mark.parametrize(("kind", "world", "views"), product(["one", "labeled", "unlabeled"], [1, 2, 3], [1, 2]))
+    def test_each_class_comes_equally_often(self, kind, world, views):
+        keys = self.sampler(kind, world, views=views).keys()
+        positions = keys[keys[:, 0] < 59, 0]
+        counts = torch.bincount(self.LABELS[positions], minlength=3)
+        assert counts.max() - counts.min() <= 1
+        for number in range(3):  # and within a class each sample
+            own = torch.bincount(positions, minlength=59)[number == self.LABELS]
+            assert own.max() - own.min() <= 1
+
+    @pytest.mark.parametrize("kind", ["one", "labeled", "unlabeled"])
+    def test_the_others_stay_as_they_are(self, kind):
+        even = self.sampler(kind).keys()
+        plain_one = self.sampler(kind)
+        plain_one.even = None
+        plain = plain_one.keys()
+        assert torch.equal(even[even[:, 0] >= 59], plain[plain[:, 0] >= 59])
+        assert torch.equal(even[:, 0] < 59, plain[:, 0] < 59)
+
+    @pytest.mark.parametrize(("kind", "world"), product(["one", "labeled", "unlabeled"], [1, 2, 3]))
+    def test_no_view_of_a_sample_comes_twice(self, kind, world):
+        keys = torch.cat([self.sampler(kind, world, epoch=epoch).keys() for epoch in range(4)])
+        labeled = listed(keys[keys[:, 0] < 59])
+        assert len({*labeled}) == len(labeled)
+        assert max(view for _, view in listed(self.sampler(kind, num_views=5).keys()) if view) <= 4
+
+    def test_epochs_differ_and_repeat(self):
+        first, second = (self.sampler("one", epoch=epoch).keys() for epoch in (0, 1))
+        assert torch.equal(first, self.sampler("one").keys())
+        assert not torch.equal(first[:, 0], second[:, 0])
+
+    def test_ranks_share_the_epoch(self):
+        shares = [listed(self.sampler("unlabeled", 2, rank).share()) for rank in range(2)]
+        whole = listed(self.sampler("unlabeled", 2).keys())
+        assert [*chain.from_iterable(zip(*shares, strict=True))] == whole
+
+    def test_it_is_said(self):
+        assert "labeled samples are drawn evenly by class" in self.sampler("one").describe(10, 7)

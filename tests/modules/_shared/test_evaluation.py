@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, recall_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,7 +47,7 @@ def measure(task, logits, teacher, y, size=50):
         else:
             loss = nn.functional.binary_cross_entropy_with_logits(logits[part][known], y[part][known])
         evaluation.update(logits[part], y[part], loss, int(known.sum()), None if teacher is None else teacher[part])
-    return {name: value.item() for name, value in evaluation.compute().items()}
+    return {name: value.tolist() for name, value in evaluation.compute().items()}
 
 
 def binned_gap(confidence, right):
@@ -69,6 +69,7 @@ def test_against_references(case):
         losses = -log_s[known, truth]
         gap = binned_gap(np.exp(log_s[known]).max(1), guess[known] == truth)
         f1 = f1_score(truth, guess[known], average="macro")
+        recall = recall_score(truth, guess[known], average=None)
         kl = (np.exp(log_t) * (log_t - log_s)).sum(1).mean()
     else:
         p, q = 1 / (1 + np.exp(-s)), 1 / (1 + np.exp(-t))
@@ -78,10 +79,16 @@ def test_against_references(case):
         kl = (q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))).mean()
         if task == "multilabel":  # each label's over its own known samples
             f1 = np.mean([f1_score(truth[k, n], guess[k, n]) for n, k in enumerate(known.T)])
+            recall = [recall_score(truth[k, n], guess[k, n]) for n, k in enumerate(known.T)]
         else:
             f1 = f1_score(truth[known], guess[known])
         truth = truth[known]
-    assert found == {
+    more = {}
+    if task != "multilabel":
+        more["balanced_accuracy"] = pytest.approx(balanced_accuracy_score(truth, guess[known]), rel=1e-6)
+    if task != "binary":
+        more["recall"] = pytest.approx(recall, rel=1e-6)
+    assert found == more | {
         "loss": pytest.approx(losses.mean(), rel=1e-5),
         "accuracy": pytest.approx(accuracy_score(truth, guess[known]), rel=1e-6),
         "f1": pytest.approx(f1, rel=1e-6),
@@ -115,7 +122,8 @@ def test_labels_that_are_probabilities(case):
 @pytest.mark.parametrize("case", SHAPES)
 def test_only_what_there_is(case):
     task, logits, teacher, y = random_outputs(case)
-    assert set(measure(task, logits, None, y)) == {"loss", "accuracy", "f1", "calibration_error"}
+    more = {"multilabel": {"recall"}, "binary": {"balanced_accuracy"}}.get(task, {"recall", "balanced_accuracy"})
+    assert set(measure(task, logits, None, y)) == {"loss", "accuracy", "f1", "calibration_error"} | more
     none = torch.full_like(y, -100 if task == "multiclass" else NAN)
     assert set(measure(task, logits, teacher, none)) == {"agreement", "teacher_kl"}
     assert measure(task, logits, None, none) == {}
@@ -128,6 +136,16 @@ def test_the_same_network_agrees(case):
     assert found["agreement"] == 1
     assert found["teacher_kl"] == pytest.approx(0, abs=1e-6)
     assert found["teacher_accuracy"] == found["accuracy"]
+
+
+def test_classes_that_do_not_occur():
+    """As in scikit-learn, they are left out of the mean; their own recall is unknown."""
+    logits = torch.eye(4)[[0, 1, 1, 3, 0]]
+    found = measure("multiclass", logits, None, torch.tensor([0, 0, 1, 1, 0]))
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found["recall"] == pytest.approx([2 / 3, 1 / 2, NAN, NAN], nan_ok=True)
+    found = measure("binary", torch.tensor([1.0, -1.0, 2.0]), None, torch.ones(3))
+    assert found["balanced_accuracy"] == pytest.approx(2 / 3)
 
 
 def test_loss_with_class_weights_does_not_depend_on_the_batches():
