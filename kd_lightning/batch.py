@@ -147,6 +147,9 @@ class Batch:
             (B, ...), or a mapping or tuple of such tensors. If None, teachers get ``x``.
         teacher: Stored outputs of teachers, by name, where they are cached. If None, teachers compute. They belong to
             ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
+        partner: The sample that each row is mixed with, (B,) integers, by mixup or CutMix. ``y`` then holds the mixed
+            labels. If None, rows are not mixed.
+        share: The share of each row's own sample in ``y``, (B,) floats in [0, 1].
         mask: Which positions of dense samples exist, (B, ...) booleans, or integers that are not 0. Padding never
             counts. If None, it is the ``attention_mask`` among the inputs, if there is one; else all positions exist.
     """
@@ -169,6 +172,8 @@ class Batch:
     teacher_inputs: Any = None
     teacher: TeacherOutputs | None = None
     mask: Tensor | None = None
+    partner: Tensor | None = None
+    share: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, dict):

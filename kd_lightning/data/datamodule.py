@@ -25,6 +25,7 @@ from kd_lightning.data.samples import Samples, check_pool_name
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts, join_val
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
+from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.data.view_datamodule import ViewDataModule
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.data.views.samplers import EvenClasses, check_sizes, training_sampler
@@ -75,6 +76,10 @@ class SemiSupervisedDataModule(ViewDataModule):
         strong_transform: Stronger augmentation for a second view of each image, ``x_strong`` in the batch.
             Default: None, which means no second view.
         eval_transform: Transform for validation and test. Default: None, which means the source's.
+        mix: Mixes each training image with another one, and their labels: ``MixUp``, ``CutMix`` or ``OneOf``, see
+            :mod:`kd_lightning.data.transforms.mix`. Labeled images are mixed with labeled ones, and the others with
+            others, each time the same for a view. Teachers get the mixed image. Labels of one class become
+            probabilities (B, C). Default: None, which means none.
         noisy: Whether the source's own labels may be wrong. Their kind is then noisy, which co-teaching and
             ``LabelKindLoss`` use.
         label_noise: Simulated noise of the training labels: :class:`SymmetricNoise`, :class:`PairNoise` or
@@ -118,6 +123,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         train_transform: nn.Module | None = None,
         strong_transform: nn.Module | None = None,
         eval_transform: nn.Module | None = None,
+        mix: Mix | None = None,
         noisy: bool = False,
         label_noise: LabelNoise | None = None,
         coarse: CoarseLabels | None = None,
@@ -148,6 +154,9 @@ class SemiSupervisedDataModule(ViewDataModule):
         self.train_transform = source.train_transform if train_transform is None else train_transform
         self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
+        self.mix = mix
+        if mix is not None and coarse is not None:
+            raise InputError("mix: coarse labels cannot be mixed; leave out one of mix and coarse")
         self.noisy = noisy
         self.label_noise = label_noise
         self.coarse = coarse
@@ -255,7 +264,9 @@ class SemiSupervisedDataModule(ViewDataModule):
         settings = {key: getattr(self, key) for key in keys} | {"num_replicas": world, "rank": rank}
         settings["even"] = self._even_classes() if self.sampler == "balanced" else None
         sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
-        dataset = self._views(self.samples.images, indices, self._labels, self.train_transform, self.strong_transform)
+        transforms = self.train_transform, self.strong_transform
+        mixing: dict[str, Any] = {"mix": self.mix, "labeled": len(split.labeled)}
+        dataset = self._views(self.samples.images, indices, self._labels, *transforms, **mixing)
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -306,15 +317,19 @@ class SemiSupervisedDataModule(ViewDataModule):
         """All views of all training images; None if ``num_views`` is None."""
         if self.num_views is None:
             return None
-        return self._view_table("train", self._train_indices, self.train_transform, self.num_views)
+        return self._view_table("train", self._train_indices, self.train_transform, self.num_views, self.mix)
 
     def pool_views(self) -> ViewTable:
         """The images of :meth:`pool_dataloader`, one view each."""
         return self._view_table("pool", self._pool_indices, self.eval_transform, 1)
 
-    def _view_table(self, name: str, indices: Callable[[], Tensor], transform: Any, num_views: int) -> ViewTable:
+    def _view_table(
+        self, name: str, indices: Callable[[], Tensor], transform: Any, num_views: int, mix: Mix | None = None
+    ) -> ViewTable:
         if name not in self._view_tables:
-            dataset = self._views(self.samples.images, indices(), self._build_labels(), transform)
+            _, split = self._parts_and_split()
+            mixing: dict[str, Any] = {"mix": mix, "labeled": len(split.labeled)}
+            dataset = self._views(self.samples.images, indices(), self._build_labels(), transform, **mixing)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
 

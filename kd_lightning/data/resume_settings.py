@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.errors import InputError
 
@@ -41,7 +39,7 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
     numbers = {name: getattr(datamodule, name) for name in ("seed", "num_views", "views_per_epoch", "sampler")}
     # pictures of another size have other pixels
     numbers["decoded_side"] = None if datamodule.decoded is None else datamodule.decoded_side
-    transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform")}
+    transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform", "mix")}
     return {
         **{name: None if size is None else size * processes for name, size in sizes.items()},
         **numbers,
@@ -82,6 +80,6 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _text(transform: nn.Module) -> str:
+def _text(transform: Any) -> str:
     text = " ".join(repr(transform).split())
     return text if len(text) <= _TEXT else f"{text[:_TEXT]}..."

@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.data.views.build import build_views
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
@@ -48,12 +49,21 @@ class ViewDataModule(LightningDataModule):
         sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
         return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
 
-    def _views(self, images: list[Any], indices: Tensor, labels: LabelTable, *transforms: Any) -> ViewDataset:
+    def _views(
+        self,
+        images: list[Any],
+        indices: Tensor,
+        labels: LabelTable,
+        *transforms: Any,
+        mix: Mix | None = None,
+        labeled: int = 0,
+    ) -> ViewDataset:
         device = None if self.trainer is None else self.trainer.strategy.root_device
         device = device if device is not None and device.type == "cuda" else None
         if self.decoded is not None:
             images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
-        return build_views(self._load_parts(), images, indices, labels, (*transforms, None)[:2], self.seed, device)
+        options = (images, indices, labels, (*transforms, None)[:2], self.seed, device, mix, labeled)
+        return build_views(self._load_parts(), *options)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

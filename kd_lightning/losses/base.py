@@ -331,6 +331,8 @@ def row_values(loss: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the row fields (B,) that a hard loss declares and a batch has, by name."""
     if not (fields := row_fields_of(loss)):
         return {}
+    if "index" in fields and batch.partner is not None:
+        raise InputError(f"{type(loss).__name__} stores values of single samples; mixed rows (mix) are of two samples")
     values = {name: getattr(batch, name) for name in fields}
     return {name: value for name, value in values.items() if value is not None}
 

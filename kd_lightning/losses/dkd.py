@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.batch import IGNORE_INDEX, class_labels
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import (
     Reduction,
@@ -43,8 +43,9 @@ class DKDLoss(nn.Module):
 
     Shape:
         - student_logits, teacher_logits: (B, C), C >= 2. Half precision is computed in float32.
-        - target: (B,), long, class indices or -100 for an unlabeled row. An unlabeled row takes the teacher's most
-          likely class as its target. (The paper has labels everywhere.)
+        - target: (B,), long, class indices or -100 for an unlabeled row; or probabilities (B, C), which mean the most
+          likely class, or NaN. An unlabeled row takes the teacher's most likely class as its target. (The paper has one
+          class for each row.)
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
@@ -82,6 +83,7 @@ class DKDLoss(nn.Module):
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
         if target is None:
             raise InputError("target must be given to DKDLoss, got None")
+        target = class_labels(target) if target.shape == student.shape else target
         if target.dtype != torch.long or target.shape != student.shape[:1]:
             raise InputError(
                 f"target must be long of shape {tuple(student.shape[:1])}, "

@@ -157,9 +157,10 @@ class PseudoLabelModule(SupervisedModule):
         """Return which rows have a label (of one class) that is no pseudo-label: booleans (B,)."""
         if batch.y is None:
             return torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
-        if batch.y.shape != (len(batch),):
+        soft = batch.y.ndim == 2 and batch.y.is_floating_point()  # probabilities, as of mixed samples
+        if batch.y.shape != (len(batch),) and not soft:
             raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*batch.y.shape]}")
-        known = is_labeled(batch.y)
+        known = is_labeled(batch.y).all(dim=1) if soft else is_labeled(batch.y)
         return known if batch.kind is None else known & (batch.kind != LabelKind.PSEUDO)
 
     def _forward(self, batch: Batch, unlabeled: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,6 +363,8 @@ def _refreshed_target(unlabeled: Batch, logits: Tensor) -> tuple[Tensor, Tensor]
     accepted = unlabeled.kind == LabelKind.PSEUDO
     if unlabeled.soft is not None:
         return unlabeled.soft.to(logits), accepted.to(logits)
+    if unlabeled.y.ndim == 2:  # mixed pseudo-labels
+        return torch.where(accepted[:, None], unlabeled.y, 0).to(logits), accepted.to(logits)
     label = torch.where(accepted, unlabeled.y, 0)
     return F.one_hot(label, logits.shape[-1]).to(logits), accepted.to(logits)
 

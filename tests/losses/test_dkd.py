@@ -146,7 +146,7 @@ def test_bad_arguments(arguments, message):
             torch.zeros(3).long(),
             r"target must be long of shape \(4,\), got torch.int64 of shape \(3,\)",
         ),
-        ((4, 3), (4, 3), torch.zeros(4, 3), r"got torch.float32 of shape \(4, 3\)"),
+        ((4, 3), (4, 3), torch.zeros(4, 2), r"got torch.float32 of shape \(4, 2\)"),
         ((4, 3), (4, 3), torch.zeros(4), r"got torch.float32 of shape \(4,\)"),
     ],
 )
@@ -165,3 +165,12 @@ def test_temperature_is_checked_at_every_call():
     loss.temperature = math.nan
     with pytest.raises(InputError, match="temperature"):
         loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long())
+
+
+def test_probabilities_mean_the_most_likely_class():
+    """As of mixed samples; a row of NaN has no label."""
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = torch.randn(5, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    soft = torch.tensor([[0.7, 0.3, 0], [0, 1, 0], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [torch.nan] * 3])
+    expected = DKDLoss()(student, teacher, torch.tensor([0, 1, 2, 1, -100]))
+    assert torch.equal(DKDLoss()(student, teacher, soft), expected)

@@ -524,7 +524,8 @@ def test_constructor_checks(student, arguments, message):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (torch.zeros(9, 4), r"labels must be one class a sample, \(B,\) = \[9\], got \[9, 4\]"),
+        (torch.zeros(9, 4), r"labels \(B, C\) that are floats must be probabilities"),
+        (torch.zeros(9, 4).long(), r"labels must be one class a sample, \(B,\) = \[9\], got \[9, 4\]"),
         (torch.zeros(9, 1, dtype=torch.long), r"one class a sample, \(B,\) = \[9\], got \[9, 1\]"),
         (torch.zeros(8, dtype=torch.long), r"one class a sample, \(B,\) = \[9\], got \[8\]"),
         (torch.tensor(1), r"one class a sample, \(B,\) = \[9\], got \[\]"),

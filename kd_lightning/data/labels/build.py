@@ -16,7 +16,7 @@ from kd_lightning.data.labels.label_noise import LabelNoise
 from kd_lightning.data.labels.table import LabelTable, true_labels
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.source import Part, Parts
-from kd_lightning.data.sources.targets import count_classes
+from kd_lightning.data.sources.targets import count_classes, has_one_class
 from kd_lightning.data.splits import Split
 from kd_lightning.errors import InputError
 
@@ -50,7 +50,8 @@ def build_labels(
     """
     y = mask_labels(truth, split.labeled, size)
     if not noisy and noise is None and coarse is None and not split.label_rows:
-        return LabelTable(y, dense=dense)
+        single = has_one_class(truth) and not dense
+        return LabelTable(y, dense=dense, classes=count_classes(truth, class_names) if single else None)
     if dense:
         raise InputError("noisy, label_noise, coarse and label_file need one label for a sample; these are dense")
     if truth.ndim > 1 or truth.is_floating_point():
@@ -89,7 +90,7 @@ def build_labels(
         if any(value != 1.0 for value in weights):
             weight = torch.ones(size)
             weight[index] = torch.tensor(weights, dtype=torch.float32)
-    return LabelTable(y, kind, weight, group, members)
+    return LabelTable(y, kind, weight, group, members, classes=classes)
 
 
 def val_labels(part: Part, split: Split) -> LabelTable:

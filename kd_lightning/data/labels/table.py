@@ -27,9 +27,9 @@ class LabelTable:
         weight: Factor of each sample's hard loss, (N,), at least 0. Default: None, which means 1.
         group: Superclass of samples of kind coarse, (N,); any number elsewhere. Default: None, which means none.
         members: Which classes each superclass holds, (G, C) booleans. Needed with ``group``.
-
         dense: Whether labels are dense: ``visible`` is 0 for samples whose labels may be seen, and the labels
             themselves are in the batches already.
+        classes: Number of classes, for mixed labels. Default: None, which means that labels are no class indices.
 
     Attributes:
         version: Number of times that pseudo-labels were replaced.
@@ -43,7 +43,9 @@ class LabelTable:
         group: Tensor | None = None,
         members: Tensor | None = None,
         dense: bool = False,
+        classes: int | None = None,
     ) -> None:
+        self.classes = classes
         self.visible = visible
         self.y = visible
         self.version = 0
@@ -100,6 +102,8 @@ class LabelTable:
         Dense labels are in the batch already. Those that may not be seen become -100, or NaN where they are floats.
         """
         assert batch.index is not None
+        if batch.partner is not None:
+            return self._fill_mixed(batch)
         if self.dense:
             assert batch.y is not None
             hidden = ~self._known[batch.index]
@@ -123,17 +127,57 @@ class LabelTable:
             batch.labeled = known.reshape(len(known), -1)[:, 0].nonzero().flatten()
         return batch
 
-    def count_up_to(self, index: Tensor) -> Tensor:
+    def _fill_mixed(self, batch: Batch) -> Batch:
+        """Fill in the mixed labels of a batch of mixed images. A row has none if one of both samples has none."""
+        assert batch.index is not None
+        assert batch.partner is not None
+        assert batch.share is not None
+        if self.group is not None:
+            raise InputError("mix: coarse labels cannot be mixed; leave out mix, or the rows of kind coarse")
+        first, second = (self._targets(index) for index in (batch.index, batch.partner))
+        own = batch.share.view(-1, *[1] * (first.ndim - 1))
+        batch.y = own * first + (1 - own) * second
+        if self.kind is not None:
+            kinds = self.kind[torch.stack([batch.index, batch.partner])]
+            some = (kinds == LabelKind.MISSING).any(dim=0)
+            mixed = torch.where(kinds[0] == kinds[1], kinds[0], LabelKind.NOISY)  # clean with noisy
+            batch.kind = torch.where(some, LabelKind.MISSING, mixed).to(torch.int8)
+        if self.weight is not None:
+            batch.weight = batch.share * self.weight[batch.index] + (1 - batch.share) * self.weight[batch.partner]
+        known = is_labeled(batch.y).reshape(len(batch.y), -1)
+        if (known.any(dim=1) == known.all(dim=1)).all():
+            batch.labeled = known.all(dim=1).nonzero().flatten()
+        return batch
+
+    def _targets(self, index: Tensor) -> Tensor:
+        """Return labels as floats, NaN where missing: (B,) or (B, L); of one class each, as probabilities (B, C)."""
+        y = self.y[index]
+        if y.is_floating_point() or self.classes is None:
+            return torch.where(is_labeled(y), y.float(), torch.nan)
+        targets = torch.nn.functional.one_hot(y.clamp_min(0), self.classes).float()
+        if self._soft_labels is not None:
+            row = self._soft_rows[index]
+            targets = torch.where((row >= 0)[:, None], self._soft_labels[row].float(), targets)
+        return targets.masked_fill((y < 0)[:, None], torch.nan)
+
+    def count_up_to(self, index: Tensor, partner: Tensor | None = None) -> Tensor:
         """Count the labels, pseudo-labels and coarse labels among the first k samples at these indices (K,).
+
+        Args:
+            index: The samples.
+            partner: The samples that they are mixed with, (K,). Default: None, which means that they are not mixed.
 
         Returns:
             (K + 1, 3) numbers. Pseudo-labels and coarse labels are labels, too.
         """
         counts = torch.zeros(len(index) + 1, 3, dtype=torch.long)
         known = self._known[index]
+        known = known if partner is None else known & self._known[partner]
         counts[1:, 0] = known.reshape(len(index), -1).sum(dim=1) if known.ndim > 1 else known
         if self.kind is not None:
             kind = self.kind[index]
+            if partner is not None:  # a pseudo-label, mixed with a sample without one, is none
+                kind = torch.where(self._known[partner], kind, LabelKind.MISSING)
             counts[1:, 1], counts[1:, 2] = kind == LabelKind.PSEUDO, kind == LabelKind.COARSE
             counts[:, 0] += counts[:, 2]
         return counts.cumsum(dim=0)

@@ -7,6 +7,7 @@ from kd_lightning.data.transforms.color import ColorJitter, GaussianBlur, Random
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.transforms.erasing import RandomErasing
 from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomVerticalFlip
+from kd_lightning.data.transforms.mix import CutMix, MixUp, OneOf
 from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.transforms.recipes import (
     photo_transforms,
@@ -26,9 +27,12 @@ __all__ = [
     "CenterCrop",
     "ColorJitter",
     "Compose",
+    "CutMix",
     "Draws",
     "GaussianBlur",
+    "MixUp",
     "Normalize",
+    "OneOf",
     "RandAugment",
     "RandomAffine",
     "RandomCrop",

@@ -13,8 +13,10 @@ from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.sources.dense_labels import LabelRules
 from kd_lightning.data.sources.images import Images
 from kd_lightning.data.sources.source import Parts
+from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.dense_dataset import DenseViewDataset
+from kd_lightning.errors import InputError
 
 
 def build_views(
@@ -25,6 +27,8 @@ def build_views(
     transforms: tuple[Any, Any],
     seed: int,
     device: torch.device | None,
+    mix: Mix | None = None,
+    labeled: int = 0,
 ) -> ViewDataset:
     """Return a dataset of views, with dense labels if those of the source are dense.
 
@@ -36,10 +40,17 @@ def build_views(
         transforms: The transform of the view, and that of the strong view or None.
         seed: Seed of the augmentation.
         device: Device of whole-batch transforms; None for where images are read.
+        mix: Mixes each view with that of another sample. Default: None, which means that views are not mixed.
+        labeled: Number of the first positions, which are mixed among themselves.
+
+    Raises:
+        InputError: For ``mix`` if labels are dense.
     """
     transform, strong = transforms
     options = (transform, seed, strong, device, parts.pad_token)
     if not labels.dense:
-        return ViewDataset(images, indices, *options)
+        return ViewDataset(images, indices, *options, mix, labeled)
+    if mix is not None:
+        raise InputError("mix needs one label, or one row of labels, for a sample; these are dense")
     rules = LabelRules(len(parts.class_names) if parts.class_names else None, parts.void)
     return DenseViewDataset(images, indices, *options, visible=is_labeled(labels.visible), rules=rules)

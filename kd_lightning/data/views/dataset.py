@@ -21,6 +21,7 @@ from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
 from kd_lightning.data.transforms.draws import Draws
+from kd_lightning.data.transforms.mix import Mix, mix_images
 from kd_lightning.data.views.nested import (
     pad_alike,
     shapes_of,
@@ -41,8 +42,8 @@ CHUNK = 2**25
 """Bytes of images of different sizes that are in memory at a time, and one image more."""
 _AT_ONCE = 2**19
 """Bytes of small images that are augmented together: more do not stay in a processor's cache."""
-_STRONG = -1
-"""The stream of a strong view's random numbers."""
+_STRONG, _PARTNER, _MIX = -1, -2, -3
+"""Streams of random numbers: of a strong view, of what a view is mixed with, and of how."""
 
 
 class ViewDataset(Dataset[Batch]):
@@ -70,6 +71,9 @@ class ViewDataset(Dataset[Batch]):
         device: Device on which whole-batch transforms run, in :meth:`finish`. Default: None, which means that they run
             where the images are read.
         pad_token: Number that pads ``input_ids``.
+        mix: Mixes each view with the same view of another sample. Whole-batch transforms then run where the images are
+            read. Default: None, which means that views are not mixed.
+        labeled: With ``mix``, number of the first positions, which are mixed among themselves, as the others are.
     """
 
     is_dense = False
@@ -84,7 +88,11 @@ class ViewDataset(Dataset[Batch]):
         strong_transform: Any = None,
         device: torch.device | None = None,
         pad_token: int = 0,
+        mix: Mix | None = None,
+        labeled: int = 0,
     ) -> None:
+        self.mix = mix
+        self.labeled = labeled
         self.images = images
         self.indices = indices
         self.transform = transform
@@ -103,7 +111,7 @@ class ViewDataset(Dataset[Batch]):
         self._torch_rng_only = all(map(uses_torch_rng_only, self._single.values()))
         # on another device, both views begin with the same images, or each with a crop of its own
         alike = len({head is None for head, _ in whole.values()}) == 1
-        self.device = device if alike and not self._single else None
+        self.device = device if alike and not self._single and mix is None else None
 
     @property
     def rows_at_once(self) -> int:
@@ -136,6 +144,8 @@ class ViewDataset(Dataset[Batch]):
         pairs = keys if isinstance(keys, np.ndarray) else np.array([(k, 0) if isinstance(k, int) else k for k in keys])
         index = self.indices[torch.from_numpy(pairs[:, 0])]
         view = torch.from_numpy(np.ascontiguousarray(pairs[:, 1]))
+        if self.mix is not None:
+            return self._mixed(index, view, self.partners(torch.from_numpy(pairs)), self.mix)
         batch = self._read(index, view)
         return batch if self.device is not None else self._checked(batch)
 
@@ -146,6 +156,33 @@ class ViewDataset(Dataset[Batch]):
         if isinstance(strong, Mapping):
             x, strong = pad_alike(x, strong, self.pad_token)
         return Batch(x, index=index, view=view, x_strong=strong, teacher_inputs=teacher_inputs)
+
+    def partners(self, keys: Tensor) -> Tensor:
+        """Return the index of the sample that each view is mixed with, (B,). It is another one, if there is one.
+
+        Args:
+            keys: (position, view) of each view, (B, 2).
+        """
+        position, view = keys.unbind(dim=1)
+        of_labeled = position < self.labeled
+        first = torch.where(of_labeled, 0, self.labeled)
+        size = torch.where(of_labeled, self.labeled, len(self) - self.labeled)
+        drawn = Draws(self.seed, self.indices[position], view).stream(_PARTNER).uniform()
+        step = 1 + (drawn * (size - 1)).long()
+        return self.indices[first + (position - first + step) % size]
+
+    def _mixed(self, index: Tensor, view: Tensor, partner: Tensor, mix: Mix) -> Batch:
+        both = self._checked(self._read(torch.cat([index, partner]), torch.cat([view, view])))
+        if not isinstance(both.x, Tensor) or both.teacher_inputs is not None:
+            what = "teacher_inputs" if both.teacher_inputs is not None else describe(both.x)
+            raise InputError(f"mix is for samples of one tensor, got {what}")
+        mix.check(both.x)
+        weak, strong = both.x, both.x_strong
+        share, pixels = mix.plan(Draws(self.seed, index, view).stream(_MIX), weak.shape[1:])
+        rows = len(index)
+        x = mix_images(weak[:rows], weak[rows:], pixels)
+        x_strong = None if strong is None else mix_images(strong[:rows], strong[rows:], pixels)
+        return Batch(x, index=index, view=view, x_strong=x_strong, partner=partner, share=share.float())
 
     def of(self, indices: Tensor, transform: Any) -> ViewDataset:
         """Return a dataset of other samples under another transform, without strong views, on the CPU."""
@@ -304,7 +341,13 @@ def collate(samples: Batch | Sequence[Batch]) -> Batch:
         return samples if get_worker_info() is None else samples.map(share)
     index, view = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("index", "view"))
     inputs = {name: [getattr(sample, name) for sample in samples] for name in ("x", "x_strong", "teacher_inputs")}
-    stacked: dict[str, Any] = {n: None if parts[0] is None else stack_inputs(parts) for n, parts in inputs.items()}
+    mixed = {
+        name: None if getattr(samples[0], name) is None else torch.stack([getattr(sample, name) for sample in samples])
+        for name in ("partner", "share")
+    }
+    stacked: dict[str, Any] = mixed | {
+        n: None if parts[0] is None else stack_inputs(parts) for n, parts in inputs.items()
+    }
     labels = [sample.y for sample in samples]
     y = None if labels[0] is None else stack_labels(labels)  # type: ignore[arg-type]
     return collate(Batch(**stacked, y=y, index=index, view=view))

@@ -94,7 +94,9 @@ class ViewLoader(DataLoader[Batch]):
         epoch = sampler.epoch
         assert self._training_batches is not None
         self._training_batches.skip = start
-        order = self.dataset.indices[sampler.keys()[:, 0]]  # type: ignore[attr-defined]
+        keys, dataset = sampler.keys(), self.dataset
+        order = dataset.indices[keys[:, 0]]  # type: ignore[attr-defined]
+        partners = None if dataset.mix is None else dataset.partners(keys)  # type: ignore[attr-defined]
         version, counts, number = -1, [[0]], start
         for group in self._batches():
             filled = self.labels.version
@@ -103,7 +105,7 @@ class ViewLoader(DataLoader[Batch]):
                 if filled != self.labels.version:  # pseudo-labels may be replaced at any time
                     self.labels.fill(batch)
                 if version != self.labels.version:
-                    version, counts = self.labels.version, self._count(order)
+                    version, counts = self.labels.version, self._count(order, partners)
                 means = self._step_means(counts, number)
                 batch.mean_labels, batch.mean_pseudo, batch.mean_coarse, batch.mean_rows = means
                 number += 1
@@ -134,16 +136,19 @@ class ViewLoader(DataLoader[Batch]):
         batches = shorten_worker_errors(super().__iter__())
         return batches if self.view_table is None else self.view_table.outputs.watch(batches)
 
-    def _count(self, order: Tensor) -> list[list[int]]:
+    def _count(self, order: Tensor, partners: Tensor | None) -> list[list[int]]:
         """Count labels, pseudo-labels, coarse labels and rows of all ranks before each batch, and in all.
 
         Args:
             order: Indices of this epoch on all ranks, in order.
+            partners: Those that they are mixed with; None if they are not.
         """
         assert isinstance(self.sampler, ViewSampler)
         rows = (self.batch_size or 1) * self.sampler.num_replicas
         places = torch.tensor([*(min(number * rows, len(order)) for number in range(len(self))), len(order)])
-        counts: list[list[int]] = torch.cat([self.labels.count_up_to(order)[places], places.unsqueeze(1)], 1).tolist()
+        counts: list[list[int]] = torch.cat(
+            [self.labels.count_up_to(order, partners)[places], places.unsqueeze(1)], 1
+        ).tolist()
         return counts
 
     def _step_means(self, counts: list[list[int]], number: int) -> list[float]:

@@ -20,6 +20,7 @@ from kd_lightning.losses.base import (
     row_values,
 )
 from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.losses.label_kind import LabelKindLoss
 from kd_lightning.losses.protocols import is_own
 
 
@@ -107,6 +108,9 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     if known is not None and (known := known[rows]).all():
         known = None
     if soft:
+        if not (isinstance(loss, nn.CrossEntropyLoss | LabelKindLoss) or is_own(loss)):
+            name = type(loss).__name__
+            raise InputError(f"labels are probabilities (B, C), which {name} does not take; use CrossEntropyLoss")
         _check_probabilities(y)
     else:
         _check_labels(task, y if known is None or must_synchronize(y) else y[known], logits)

@@ -1,0 +1,272 @@
+"""Mixed training data: pixels and labels by hand, replayed by every worker, process and resume, under every method."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from kd_lightning import (
+    ApprenticeModule,
+    CoarseLabels,
+    CoTeachingModule,
+    DatasetSource,
+    DistillModule,
+    EnsembleDistillModule,
+    HintModule,
+    InputError,
+    PseudoLabelModule,
+    PseudoLabelRefresh,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+    SymmetricNoise,
+    Teacher,
+)
+from kd_lightning.data.transforms import CutMix, MixUp, OneOf, RandomHorizontalFlip
+from kd_lightning.losses import DKDLoss, EarlyLearningLoss, GeneralizedCrossEntropyLoss
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.rand(40, 1, 4, 4, generator=GENERATOR)
+Y = torch.arange(40) % 3
+TEST = TensorDataset(X[:6], Y[:6])
+
+
+def module(x=X, y=Y, **arguments):
+    defaults = {"labeled": 4, "val_size": 0, "batch_size": 9, "mix": OneOf([MixUp(0.8), CutMix()])}
+    source = DatasetSource(TensorDataset(x, y), TEST if y is Y and x is X else None)
+    return SemiSupervisedDataModule(source, **(defaults | arguments))
+
+
+def batches(data, epoch=0):
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [*loader]
+
+
+def small():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("mix", [MixUp(0.5), CutMix()])
+    def test_pixels_and_labels_by_hand(self, mix):
+        data = module(mix=mix, train_transform=RandomHorizontalFlip())
+        found, plain = batches(data), module(mix=None, train_transform=RandomHorizontalFlip())
+        plain.setup("fit")
+        views = plain._views(plain.samples.images, torch.arange(40), plain._build_labels(), plain.train_transform)
+        labeled = {*data.split.labeled}
+        for batch in found:
+            own = views.__getitems__([*zip(batch.index.tolist(), batch.view.tolist(), strict=True)]).x
+            other = views.__getitems__([*zip(batch.partner.tolist(), batch.view.tolist(), strict=True)]).x
+            for row, (i, j) in enumerate(zip(batch.index.tolist(), batch.partner.tolist(), strict=True)):
+                assert i != j
+                assert (i in labeled) == (j in labeled)
+                share = batch.share[row].item()
+                if isinstance(mix, MixUp):
+                    expected = share * own[row].double() + (1 - share) * other[row].double()
+                    assert torch.allclose(batch.x[row].double(), expected, atol=1e-6)
+                else:
+                    from_own = batch.x[row] == own[row]
+                    assert (from_own | (batch.x[row] == other[row])).all()
+                    assert from_own.double().mean() == pytest.approx(share)
+                if i in labeled:
+                    expected = torch.zeros(3)
+                    expected[Y[i]] += share
+                    expected[Y[j]] += 1 - share
+                    assert torch.allclose(batch.y[row], expected)
+                else:
+                    assert batch.y[row].isnan().all()
+            assert batch.mean_labels == (~batch.y.isnan().any(dim=1)).sum()
+
+    def test_partners_are_drawn_from_all_others(self):
+        data = module(labeled=0.5, mix=MixUp())
+        counts = torch.zeros(40, 40)
+        for epoch in range(300):
+            for batch in batches(data, epoch):
+                counts[batch.index, batch.partner] += 1  # no sample is twice in a batch
+        own = torch.tensor(data.split.labeled)
+        block = counts[own][:, own]
+        assert block.diagonal().sum() == 0
+        rest = block[~torch.eye(len(own), dtype=torch.bool)]
+        expected = rest.mean()
+        assert ((rest - expected) ** 2 / expected).sum() < 1.3 * len(rest)  # chi-square, about 3 sigma
+
+    def test_strong_views_are_mixed_alike(self):
+        data = module(mix=CutMix(), strong_transform=nn.Identity())
+        for batch in batches(data):
+            assert torch.equal(batch.x, batch.x_strong)
+
+    def test_workers_make_no_difference(self):
+        one, two = (batches(module(num_workers=number)) for number in (0, 2))
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.x, b.x)
+            assert torch.equal(a.y.nan_to_num(7), b.y.nan_to_num(7))
+
+    def test_evaluation_and_pool_stay_unmixed(self):
+        data = module()
+        data.setup("fit")
+        for loader in (data.test_dataloader(), data.pool_dataloader()):
+            for batch in loader:
+                assert batch.partner is None
+                assert torch.equal(batch.x, X[batch.index])
+
+    def test_labels_of_other_tasks(self):
+        rows = torch.rand(40, 2, generator=GENERATOR).round()
+        for y in (rows, torch.rand(40, generator=GENERATOR)):
+            for batch in batches(module(y=y, labeled=None, mix=MixUp(1.0))):
+                share = batch.share.view(-1, *[1] * (y.ndim - 1))
+                assert torch.allclose(batch.y, share * y[batch.index] + (1 - share) * y[batch.partner])
+
+    def test_noise_and_weights(self, tmp_path):
+        (tmp_path / "labels.csv").write_text("index,label,kind,weight\n0,1,clean,3\n1,2,noisy,0.5\n")
+        data = module(labeled=None, label_file=tmp_path / "labels.csv", mix=MixUp(1.0))
+        weight = torch.ones(40)
+        weight[0], weight[1] = 3, 0.5
+        for batch in batches(data):
+            expected = batch.share * weight[batch.index] + (1 - batch.share) * weight[batch.partner]
+            assert torch.allclose(batch.weight, expected)
+            noisy = (batch.index == 1) | (batch.partner == 1)
+            assert torch.equal(batch.kind == 4, noisy)
+        batches(module(label_noise=SymmetricNoise(0.3)))
+
+    def test_what_cannot_be_mixed(self):
+        with pytest.raises(InputError, match="mix: coarse labels cannot be mixed"):
+            module(coarse=CoarseLabels({"a": [0, 1], "b": [2]}))
+        with pytest.raises(InputError, match="mix needs images of floats, got torch.int64"):
+            batches(module(x=torch.randint(9, (40, 5)), mix=MixUp()))
+        source = DatasetSource([({"a": x, "b": x}, int(y)) for x, y in zip(X, Y, strict=True)])
+        with pytest.raises(InputError, match="mix is for samples of one tensor"):
+            batches(SemiSupervisedDataModule(source, val_size=0, mix=MixUp()))
+        dense = DatasetSource([(x, torch.zeros(4, 4).long()) for x in X], dense=True)
+        with pytest.raises(InputError, match="mix needs one label"):
+            batches(SemiSupervisedDataModule(dense, val_size=0, mix=MixUp()))
+
+
+class TestTraining:
+    def fit(self, trainer, make, data, **kwargs):
+        torch.manual_seed(0)
+        made = make()
+        trainer.fit(made, datamodule=data, **kwargs)
+        return made
+
+    def test_loss_by_hand(self, quiet_trainer):
+        still = partial(torch.optim.SGD, lr=0.0)
+        data = module(labeled=None, mix=MixUp(1.0), batch_size=40)
+        (batch,) = batches(module(labeled=None, mix=MixUp(1.0), batch_size=40))
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+        made = self.fit(trainer, lambda: SupervisedModule(small(), optimizer=still), data)
+        log_p = made.student(batch.x).double().log_softmax(1)
+        a = batch.share.double()
+        rows = range(40)
+        expected = -(a * log_p[rows, Y[batch.index]] + (1 - a) * log_p[rows, Y[batch.partner]]).mean()
+        assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    METHODS = {
+        "supervised": lambda: SupervisedModule(small(), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
+        "weights": lambda: SupervisedModule(small(), class_weights="balanced"),
+        "distill": lambda: DistillModule(small(), Teacher(small())),
+        "dkd": lambda: DistillModule(small(), Teacher(small()), soft_loss=DKDLoss()),
+        "ensemble": lambda: EnsembleDistillModule(small(), [small(), small()]),
+        "hint": lambda: HintModule(small(), small(), hints={"2": "2"}, hint_epochs=1),
+        "apprentice": lambda: ApprenticeModule(small(), small()),
+        "online": lambda: PseudoLabelModule(small(), threshold=0.4),
+        "refreshed": lambda: PseudoLabelModule(small(), pseudo_labels="refreshed"),
+    }
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_trains_and_resumes(self, quiet_trainer, tmp_path, method):
+        def run(epochs, **kwargs):
+            callbacks = [PseudoLabelRefresh(threshold=0.34, soft=True)] if method == "refreshed" else []
+            trainer = quiet_trainer(max_epochs=epochs, limit_train_batches=1.0, callbacks=callbacks)
+            return trainer, self.fit(trainer, self.METHODS[method], module(train_transform=None), **kwargs)
+
+        trainer, _ = run(2)
+        assert all(value.isfinite() for value in trainer.callback_metrics.values())
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        _, resumed = run(3, ckpt_path=tmp_path / "x.ckpt")
+        _, whole = run(3)
+        for one, other in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+    def test_refreshed_pseudo_labels_by_hand(self, quiet_trainer):
+        """A row has a mixed pseudo-label if both samples have one."""
+        data = module(mix=MixUp(1.0))
+        refresh = PseudoLabelRefresh(threshold=0.345, warmup_epochs=0)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, callbacks=[refresh])
+        self.fit(trainer, self.METHODS["refreshed"], data)
+        data.set_pseudo_labels(refresh.table)
+        accepted = {*refresh.table.index[refresh.table.accepted].tolist()}
+        label = dict(zip(refresh.table.index.tolist(), refresh.table.label.tolist(), strict=True))
+        assert 0 < len(accepted) < len(label)
+        loader = data.train_dataloader()
+        seen = 0
+        for batch in loader:
+            for row, (i, j) in enumerate(zip(batch.index.tolist(), batch.partner.tolist(), strict=True)):
+                if i in label:
+                    both = i in accepted and j in accepted
+                    assert (batch.kind[row] == 2) == both
+                    assert batch.y[row].isnan().any() != both
+                    seen += both
+                    if both:
+                        assert batch.y[row, label[i]] >= batch.share[row] - 1e-6
+            assert batch.mean_labels == (~batch.y.isnan().any(dim=1)).sum()
+            assert batch.mean_pseudo == (batch.kind == 2).sum()
+        assert seen
+
+    def test_teacher_sees_the_mixed_image_and_its_cache_too(self, quiet_trainer, tmp_path):
+        calls = []
+
+        class Counting(nn.Sequential):
+            def forward(self, x):
+                calls.append(len(x))
+                return super().forward(x)
+
+        torch.manual_seed(5)
+        network = Counting(nn.Flatten(), nn.Linear(16, 3))
+
+        def run(cache, **arguments):
+            calls.clear()
+            data = module(num_views=2, **arguments)
+            trainer = quiet_trainer(max_epochs=2, limit_train_batches=1.0)
+            made = self.fit(trainer, lambda: DistillModule(small(), Teacher(network, cache=cache)), data)
+            return made.student[1].weight, sum(calls)
+
+        live, _ = run(None)
+        cached, computed = run(tmp_path / "outputs")
+        assert torch.allclose(live, cached, atol=1e-6)
+        assert computed >= 80
+        again, computed = run(tmp_path / "outputs")
+        assert torch.equal(again, cached)
+        assert computed < 80  # no view is computed again
+        for other in ({"mix": None}, {"mix": MixUp(0.3)}, {"labeled": 5}):
+            _, computed = run(tmp_path / "outputs", **other)
+            assert computed >= 80  # another mix has other outputs
+
+    def test_losses_that_remember_single_samples(self, quiet_trainer):
+        made = SupervisedModule(small(), hard_loss=EarlyLearningLoss())
+        with pytest.raises(InputError, match="EarlyLearningLoss stores values of single samples"):
+            quiet_trainer(max_epochs=1).fit(made, datamodule=module(labeled=None))
+
+    def test_co_teaching_refuses_mixed_labels(self, quiet_trainer):
+        made = CoTeachingModule(small(), small(), forget_rate=0.1)
+        with pytest.raises(InputError, match="labels must be one class a sample"):
+            quiet_trainer(max_epochs=1).fit(made, datamodule=module(labeled=None))
+
+    def test_losses_of_class_indices(self, quiet_trainer):
+        made = SupervisedModule(small(), hard_loss=GeneralizedCrossEntropyLoss())
+        with pytest.raises(InputError, match="which GeneralizedCrossEntropyLoss does not take; use CrossEntropyLoss"):
+            quiet_trainer(max_epochs=1).fit(made, datamodule=module(labeled=None))
+
+    def test_another_mix_does_not_resume(self, quiet_trainer, tmp_path):
+        trainer = quiet_trainer(max_epochs=1)
+        self.fit(trainer, lambda: SupervisedModule(small()), module())
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        with pytest.raises(InputError, match="mix: the checkpoint was trained with"):
+            self.fit(
+                quiet_trainer(max_epochs=2),
+                lambda: SupervisedModule(small()),
+                module(mix=MixUp(0.3)),
+                ckpt_path=tmp_path / "x.ckpt",
+            )
