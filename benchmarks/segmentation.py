@@ -38,11 +38,11 @@ from kd_lightning.losses import KDLoss
 from kd_lightning.models import UNet
 
 LABELS = 50
-STEPS, BATCH, LABELED = 980, 16, 4  # 5 epochs
-TEACHER_STEPS, TEACHER_LR = 3000, 0.01  # 20 epochs
+STEPS, BATCH, LABELED = 1200, 16, 4  # 6 epochs
+TEACHER_STEPS, TEACHER_LR = 4500, 0.01  # 30 epochs
 VIEWS = 4
 TEACHER = partial(UNet, width=16, depth=3, num_classes=len(CLASSES))
-STUDENT = partial(UNet, width=4, depth=3, num_classes=len(CLASSES))
+STUDENT = partial(UNet, width=8, depth=3, num_classes=len(CLASSES))
 
 GRID = {
     "alone": {"lr": (0.01, 0.03), "crops": (False, True)},

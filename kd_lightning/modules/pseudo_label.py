@@ -298,9 +298,8 @@ class PseudoLabelModule(SupervisedModule):
         if self.class_dim is not None:
             check_strong_transform(data)
         # PseudoLabelRefresh checks this itself, since a teacher may know classes without a label
-        self._unchecked_labels = (
-            data.visible_labels() if self.pseudo_labels == "online" and hasattr(data, "visible_labels") else None
-        )
+        one_label = self.pseudo_labels == "online" and self.class_dim is None  # dense labels are not in memory
+        self._unchecked_labels = data.visible_labels() if one_label and hasattr(data, "visible_labels") else None
         callbacks = [type(callback).__name__ for callback in getattr(self.trainer, "callbacks", ())]
         if self.pseudo_labels == "refreshed" and "PseudoLabelRefresh" not in callbacks:
             raise InputError(

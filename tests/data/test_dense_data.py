@@ -13,6 +13,7 @@ from kd_lightning import (
     CoarseLabels,
     DatasetSource,
     InputError,
+    PseudoLabelModule,
     RotatedClasses,
     SemiSupervisedDataModule,
     SupervisedModule,
@@ -238,3 +239,14 @@ def test_the_pool_of_test_images():
         hidden = torch.tensor([n not in data.split.labeled for n in batch.index.tolist()])
         assert (batch.y[hidden] == -100).all()
         assert (batch.y[~hidden] != -100).all()
+
+
+@pytest.mark.parametrize("pool", [{}, {"labeled_batch_size": 1}])
+def test_pseudo_labels_of_each_position(quiet_trainer, pool):
+    """FixMatch on maps, from the datamodule: its labels are not in memory, and are not needed there."""
+    torch.manual_seed(0)
+    student = nn.Conv2d(2, CLASSES, 1)
+    made = PseudoLabelModule(student, class_dim=1, threshold=0.34)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+    trainer.fit(made, datamodule=make(**pool))
+    assert trainer.callback_metrics["train/unsupervised"] > 0
