@@ -9,6 +9,7 @@ from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
 from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.image_mask_folder import ImageMaskFolder
+from kd_lightning.data.sources.image_table import ImageTable
 from kd_lightning.data.sources.rotated_classes import RotatedClasses
 from kd_lightning.data.sources.source import Source
 from kd_lightning.data.sources.text_source import TextSource
@@ -21,6 +22,7 @@ __all__ = [
     "TorchvisionDataset",
     "ImageFolder",
     "ImageMaskFolder",
+    "ImageTable",
     "FakeData",
     "DatasetSource",
     "ClassSubset",

@@ -394,7 +394,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         """The labels that training may see, without pseudo-labels."""
         parts, split = self._parts_and_split()
         options: dict[str, Any] = {"noisy": self.noisy, "noise": self.label_noise, "coarse": self.coarse}
-        options |= {"class_names": self.class_names, "dense": parts.train.dense}
+        options |= {"class_names": self.class_names, "dense": parts.train.dense, "weights": parts.train.weights}
         return build_labels(parts.train.targets, split, len(self.samples), **options)
 
     def _even_classes(self) -> EvenClasses:

@@ -31,6 +31,7 @@ def build_labels(
     coarse: CoarseLabels | None = None,
     class_names: Sequence[str] | None = None,
     dense: bool = False,
+    weights: Tensor | None = None,
 ) -> LabelTable:
     """Build the labels that training may see.
 
@@ -43,15 +44,18 @@ def build_labels(
         coarse: Superclasses, which become labels of the split's unlabeled samples. Default: None, which means none.
         class_names: Names of the classes. Default: None, which means 0 ... max(truth).
         dense: Whether labels are dense; ``truth`` is 0 for samples that have some then.
+        weights: Factor of the hard loss of each sample of the training part, (N,). A label row replaces it. Default:
+            None, which means 1.
 
     Raises:
         InputError: For noise, coarse labels or label rows if a sample has many labels, and for a label row with a
             superclass that ``coarse`` does not name.
     """
     y = mask_labels(truth, split.labeled, size)
+    weight = None if weights is None else torch.cat([weights.float(), torch.ones(size - len(weights))])
     if not noisy and noise is None and coarse is None and not split.label_rows:
         single = has_one_class(truth) and not dense
-        return LabelTable(y, dense=dense, classes=count_classes(truth, class_names) if single else None)
+        return LabelTable(y, weight=weight, dense=dense, classes=count_classes(truth, class_names) if single else None)
     if dense:
         raise InputError("noisy, label_noise, coarse and label_file need one label for a sample; these are dense")
     if truth.ndim > 1 or truth.is_floating_point():
@@ -65,7 +69,7 @@ def build_labels(
         labeled = [index for index in split.labeled if index < len(truth) and known[index]]
         y[labeled] = noise.sample(truth, classes, split.seed)[labeled]
         kind[labeled] = LabelKind.NOISY
-    group = members = weight = None
+    group = members = None
     if coarse is not None:
         members = coarse.members(classes, class_names)
         candidates = [index for index in split.unlabeled if index < len(truth) and known[index]]
@@ -75,7 +79,7 @@ def build_labels(
         kind[selected] = LabelKind.COARSE
     hidden = {*split.held_out, *split.left_out, *split.val}
     if rows := [row for row in split.label_rows if row[0] not in hidden]:
-        index, labels, kinds, weights = (list(column) for column in zip(*rows, strict=True))
+        index, labels, kinds, factors = (list(column) for column in zip(*rows, strict=True))
         kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
         fine = [name in ("clean", "noisy") for name in kinds]
         y[index] = torch.tensor([label if one else IGNORE_INDEX for label, one in zip(labels, fine, strict=True)])
@@ -87,9 +91,9 @@ def build_labels(
                         f"coarse must name the superclasses of the label file, but does not name {label!r}"
                     )
                 group[number] = coarse.names.index(name)
-        if any(value != 1.0 for value in weights):
-            weight = torch.ones(size)
-            weight[index] = torch.tensor(weights, dtype=torch.float32)
+        if weight is not None or any(value != 1.0 for value in factors):
+            weight = torch.ones(size) if weight is None else weight
+            weight[index] = torch.tensor(factors, dtype=torch.float32)
     return LabelTable(y, kind, weight, group, members, classes=classes)
 
 

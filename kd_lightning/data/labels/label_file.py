@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -18,12 +16,12 @@ from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.class_numbers import ClassNumbers
 from kd_lightning.data.row_samples import RowName, RowSamples
 from kd_lightning.data.sources.images import Images
+from kd_lightning.data.tables import PATH_COLUMNS, Rows, read_table
 from kd_lightning.errors import InputError
 
 KINDS = {"clean": LabelKind.CLEAN, "noisy": LabelKind.NOISY, "coarse": LabelKind.COARSE, "missing": LabelKind.MISSING}
 _COLUMNS = ("index", "path", "content", "label", "kind", "weight")
 _NAMES = _COLUMNS[:3]
-_SEPARATORS = ",;\t"  # spreadsheets write all three
 
 
 class LabelRow(NamedTuple):
@@ -52,8 +50,9 @@ def read_label_file(
 
     - ``index``: number of the image. The training images come first, then those of the unlabeled part. It decides
       which image a row means only if the row has neither path nor content.
-    - ``path``: absolute, or relative to the file's folder, to the current folder, or to the common folder of all images
-      or of one part. In a row with an index or a content, the folders above the data may be others.
+    - ``path`` (or ``filename``, ``filepath``, ``file_name``, ``image_path``, ``image``): absolute, or relative to the
+      file's folder, to the current folder, or to the common folder of all images or of one part. In a row with an index
+      or a content, the folders above the data may be others.
     - ``content``: hash of the image, as commands write it. It finds an image that was renamed. If no image has it, the
       file at the path is another by now, which is a warning.
     - ``label``: a class name, or a class number from 0 unless some class names are numbers. For kind coarse a
@@ -199,52 +198,16 @@ def _read_label(
 # Rows.
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row and its place in the file, ``line N`` or ``row N``."""
-    if not path.is_file():
-        raise InputError(f"label_file: there is no file {path}")
-    if path.suffix.lower() == ".parquet":
-        columns, rows = _read_parquet(path)
-    else:
-        try:
-            with path.open("rb") as file:
-                encoding = "utf-16" if file.read(2) in (BOM_UTF16_BE, BOM_UTF16_LE) else "utf-8-sig"
-            with path.open(newline="", encoding=encoding) as file:
-                header = file.readline()
-                file.seek(0)
-                reader = csv.DictReader(file, strict=True, delimiter=max(_SEPARATORS, key=header.count))
-                columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-                rows = [(f"line {reader.line_num}", row) for row in reader]
-        except (OSError, csv.Error, UnicodeError) as error:
-            raise InputError(f"label_file: {path} cannot be read as CSV: {error}") from error
+def _read_rows(path: Path) -> Rows:
+    """Each row and its place in the file."""
+    columns, rows = read_table(path, "label_file", {*_COLUMNS, *PATH_COLUMNS})
+    if name := next((name for name in PATH_COLUMNS if name in columns), None):
+        rows = [(place, row | {"path": row.get(name, "")}) for place, row in rows]
+        columns = [*columns, "path"]
     if not {*_NAMES}.intersection(columns) or not {"label", "kind"}.intersection(columns):
         got = ", ".join(columns) or "none"
         raise InputError(f"label_file: {path} must have the columns index or path, and label or kind, got {got}")
-    if twice := [name for name in _COLUMNS if list(columns).count(name) > 1]:
-        raise InputError(f"label_file: {path} has the column {twice[0]} twice")
-    for place, row in rows:
-        if None in row:
-            raise InputError(f"label_file: {path}, {place}: there are more cells than columns")
-        yield place, {name: _text(row[name]) for name in _COLUMNS if name in row}
-
-
-def _read_parquet(path: Path) -> tuple[Sequence[str], list[tuple[str, dict[str, Any]]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"label_file: {path} needs pyarrow: pip install 'kd-lightning[weak]'") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            read = [name for name in dict.fromkeys(columns) if name in _COLUMNS]
-            rows = file.read(columns=read).to_pylist() if len({*columns}) == len(columns) else []
-    except (OSError, ValueError) as error:
-        raise InputError(f"label_file: {path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
-    return columns, [(f"row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or value != value else str(value).strip()
+    return rows
 
 
 # Cells.

@@ -60,10 +60,11 @@ class LabelTable:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of labels that are noisy, coarse or from a file; empty if the split alone determines the labels."""
-        if self._initial_kind is None:
+        """SHA-256 of labels that are noisy, coarse, weighted or from a file; empty if the split determines them."""
+        if self._initial_kind is None and self.weight is None:
             return ""
-        rows = (self._initial_kind != LabelKind.MISSING).nonzero().flatten()
+        kind = torch.zeros(len(self.visible)) if self._initial_kind is None else self._initial_kind
+        rows = (kind != LabelKind.MISSING).nonzero().flatten()
         digest = hashlib.sha256(rows.numpy().tobytes())
         for part in (self.visible, self._initial_kind, self.weight, self.group):
             digest.update(b"none" if part is None else part[rows].numpy().tobytes())

@@ -25,6 +25,7 @@ class Part(NamedTuple):
         images: The images, or other samples.
         targets: Their labels. Of dense labels, 0 for a sample that has some, -100 for one without.
         dense: Whether labels are dense: one for each position. They are read with the sample.
+        weights: Factor of the hard loss of each sample, (N,), at least 0. Default: None, which means 1.
         label_contents: Hashes of the dense labels of each sample; empty ones if the dataset returns others each time.
             Default: None, which means that labels are hashed when that is needed.
     """
@@ -33,6 +34,7 @@ class Part(NamedTuple):
     targets: Tensor
     dense: bool = False
     label_contents: list[str] | None = None
+    weights: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -132,7 +134,8 @@ def join_val(parts: Parts) -> Parts:
     images: Any = ConcatDataset([train.images, val.images])  # type: ignore[list-item]
     known = train.label_contents is not None and val.label_contents is not None
     contents = [*train.label_contents, *val.label_contents] if known else None  # type: ignore[misc]
-    joined = Part(images, torch.cat([train.targets, val.targets]), train.dense, contents)
+    weights = None if train.weights is None else torch.cat([train.weights, torch.ones(len(val.targets))])
+    joined = Part(images, torch.cat([train.targets, val.targets]), train.dense, contents, weights)
     return parts._replace(train=joined, val=None, own_val=len(val.images))
 
 

@@ -1,0 +1,335 @@
+"""A source of a folder of images and a table of their labels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.sources.class_names import normal_name
+from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, FlatFolder
+from kd_lightning.data.sources.image_loader import Loader, load_image
+from kd_lightning.data.sources.source import Part, Parts, Source
+from kd_lightning.data.tables import PATH_COLUMNS, Rows, read_table
+from kd_lightning.data.transforms.recipes import photo_side, photo_transforms
+from kd_lightning.errors import InputError
+
+_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "choice")
+_SPLIT_COLUMNS = ("split", "subset", "partition")
+_WEIGHT_COLUMNS = ("weight",)
+_ID_COLUMNS = ("id", "image_id")
+_SPLITS = {
+    "train": ("", "train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+    "unlabeled": ("unlabeled", "unlabelled"),
+}
+_MOST = 10  # names in a message
+
+
+class ImageTable(Source):
+    """A folder of images, at any depth, and a CSV or Parquet file with a row for each.
+
+    Columns are found by their usual names, or named here:
+
+    - the image: ``path``, ``filename``, ``filepath``, ``file_name``, ``image_path``, ``image``, ``id`` or ``image_id``.
+      A path is relative to the folder. Folders at its beginning may be missing, or be others above the folder, as in
+      the export of a labelling tool, and its ending may be missing. Names are compared in Unicode NFC.
+    - the label: ``label``, ``class``, ``class_name``, ``category``, ``target`` or ``choice``. An empty cell means none.
+      Labels are class names; whole numbers are sorted as numbers. Without such a column, all columns of zeros and ones
+      are labels of a multilabel task.
+    - ``split``, ``subset`` or ``partition``: train (also an empty cell), val, test or unlabeled.
+    - ``weight``: factor of the hard loss of a training sample, at least 0; an empty cell means 1.
+
+    Samples are sorted by path, so that the order of rows does not matter. Rows without an image are passed over with a
+    warning. Images without a row are counted, and left out unless ``others`` is true.
+
+    Args:
+        table: The file.
+        folder: Folder of the images. Default: None, which means the table's folder.
+        image: Name of the column of images. Default: None, which means the usual names.
+        label: Name of the column of labels, or of several ones of zeros and ones. Default: None, which means the usual
+            names.
+        numbers: Whether labels are numbers to predict (regression): floats, NaN in empty cells.
+        separator: Separates several class names in a cell, for the multilabel task. Default: None, which means one.
+        others: Whether images without a row are the unlabeled part, with those of split unlabeled.
+        image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
+        loader: Function from the path of a file to a picture, see :class:`~kd_lightning.data.ImageFolder`.
+        endings: Endings of the files that ``loader`` reads. Default: None, which means those of images.
+
+    Raises:
+        InputError: If ``image_size`` is out of range, or options do not fit each other.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        folder: str | None = None,
+        image: str | None = None,
+        label: str | list[str] | None = None,
+        numbers: bool = False,
+        separator: str | None = None,
+        others: bool = False,
+        image_size: int | tuple[int, int] = 224,
+        loader: Loader = load_image,
+        endings: list[str] | None = None,
+    ) -> None:
+        if separator is not None and (numbers or isinstance(label, list) or not separator):
+            raise InputError(f"separator: {separator!r} is for one column of class names")
+        self.table = Path(table).expanduser()
+        self.folder = str(self.table.parent) if folder is None else folder
+        self.image = image
+        self.label = label
+        self.numbers = numbers
+        self.separator = separator
+        self.others = others
+        self.loader = loader
+        self.endings = IMAGE_ENDINGS if endings is None else tuple(ending.lower() for ending in endings)
+        self.train_transform, self.eval_transform = photo_transforms(image_size)
+        self.stored_side = photo_side(image_size)
+
+    def load(self) -> Parts:
+        """Read the table, and find the images.
+
+        Raises:
+            InputError: If the file cannot be read, a column is missing, a path fits several images, an image has two
+                rows that differ, or a cell cannot be used. The message names the row.
+        """
+        columns, rows = read_table(self.table, "table")
+        image = self._column("image", self.image, (*PATH_COLUMNS, *_ID_COLUMNS), columns)
+        if image is None:
+            raise self._error(
+                f"must have a column of images, such as {', '.join(PATH_COLUMNS[:3])}, got {_some(columns)}"
+            )
+        split = self._column("split", None, _SPLIT_COLUMNS, columns)
+        weight = self._column("weight", None, _WEIGHT_COLUMNS, columns)
+        label = self._label_columns([name for name in columns if name not in (image, split, weight)], rows)
+        files = FlatFolder("folder", self.folder, self.loader, self.endings)
+        found = self._find(rows, image, files)
+        parts: dict[str, list[int]] = {name: [] for name in _SPLITS}
+        for path in sorted(found):
+            parts[self._split_of(*rows[found[path]], split)].append(found[path])
+        paths = {number: path for path, number in found.items()}
+        targets, names = self._targets(rows, [number for part in parts.values() for number in part], label)
+
+        def part_of(name: str) -> Part | None:
+            numbers = parts[name]
+            if not numbers:
+                return None
+            y = torch.stack([targets[number] for number in numbers])
+            weights = None if weight is None or name != "train" else self._weights(rows, numbers, weight)
+            return Part(ListedImages([paths[n] for n in numbers], files.root, self.loader), y, weights=weights)
+
+        train = part_of("train")
+        if train is None:
+            raise self._error("has no row of split train whose image is there")
+        unlabeled = [paths[number] for number in parts["unlabeled"]]
+        rest = sorted({*files.paths} - {*found})
+        if rest:
+            what = "are unlabeled" if self.others else "are left out; others: true makes them unlabeled"
+            rank_zero_info(
+                f"table: {len(rest)} images of {self.folder} have no row ({_relative(rest[0], files)}): they {what}"
+            )
+        unlabeled = sorted(unlabeled + (rest if self.others else []))
+        pool = ListedImages(unlabeled, files.root, self.loader) if unlabeled else None
+        return Parts(train, part_of("test"), pool, names, val=part_of("val"))
+
+    # Columns.
+
+    def _column(self, what: str, name: str | None, usual: Sequence[str], columns: Sequence[str]) -> str | None:
+        """Return the column of a name, or the only one of the usual names; None if there is none."""
+        if name is not None:
+            if name not in columns:
+                raise self._error(f"must have the column {name!r} that {what} names, got {_some(columns)}")
+            return name
+        by_lower = {column.lower(): column for column in reversed(columns)}
+        found = [by_lower[one] for one in usual if one in by_lower]
+        return found[0] if found else None
+
+    def _label_columns(self, columns: list[str], rows: Rows) -> str | list[str]:
+        if isinstance(self.label, list):
+            for name in self.label:
+                self._column("label", name, (), columns)
+            return self.label
+        if (found := self._column("label", self.label, _LABEL_COLUMNS, columns)) is not None:
+            return found
+        binary = [name for name in columns if {row.get(name, "") for _, row in rows} <= {"0", "1", ""}]
+        if not binary or self.numbers:
+            raise self._error(f"must have a column of labels; name it by label; it has {_some(columns)}")
+        rank_zero_info(f"table: {len(binary)} columns of zeros and ones are labels: {_some(binary)}")
+        return binary
+
+    # Rows.
+
+    def _find(self, rows: Rows, column: str, files: FlatFolder) -> dict[str, int]:
+        """Return {path: number of its row}."""
+        images = _Names(files)
+        found: dict[str, int] = {}
+        gone: list[str] = []
+        for number, (place, row) in enumerate(rows):
+            if not row[column]:
+                raise self._error(f"{place}: the cell of {column} is empty")
+            fits = images.find(row[column])
+            if len(fits) > 1:
+                several = _some([_relative(path, files) for path in sorted(fits)])
+                raise self._error(f"{place}: {row[column]!r} fits several images: {several}; give the whole path")
+            if not fits:
+                gone.append(f"{place}: {row[column]!r}")
+                continue
+            (path,) = fits
+            first = found.setdefault(path, number)
+            if rows[first][1] | {column: ""} != row | {column: ""}:
+                raise self._error(f"{place}: {row[column]!r} has another row ({rows[first][0]}) that differs")
+        if len(gone) == len(rows):
+            first_row = f" ({gone[0]})" if gone else ""
+            raise self._error(f"{self.folder} has no image of any of its {len(rows)} rows{first_row}")
+        if gone:
+            rank_zero_warn(
+                f"table: {self.table}: {len(gone)} of {len(rows)} rows name no image of {self.folder}, and are passed "
+                f"over ({gone[0]})"
+            )
+        return found
+
+    def _split_of(self, place: str, row: dict[str, str], column: str | None) -> str:
+        text = "" if column is None else row[column].lower()
+        for name, texts in _SPLITS.items():
+            if text in texts:
+                return name
+        raise self._error(f"{place}: {column} must be one of train, val, test, unlabeled, got {row[column or '']!r}")
+
+    def _weights(self, rows: Rows, numbers: Sequence[int], column: str) -> Tensor:
+        values = [self._number(rows[number][0], column, rows[number][1][column] or "1") for number in numbers]
+        for number, value in zip(numbers, values, strict=True):
+            if not 0 <= value < math.inf:
+                raise self._error(f"{rows[number][0]}: {column} must be at least 0, got {value}")
+        return torch.tensor(values)
+
+    def _targets(
+        self, rows: Rows, numbers: Sequence[int], label: str | list[str]
+    ) -> tuple[dict[int, Tensor], list[str] | None]:
+        """Return the label of each row, and the names of the classes."""
+        if isinstance(label, list):
+            return {
+                number: torch.tensor([self._zero_or_one(rows[number], name) for name in label]) for number in numbers
+            }, label
+        cells = {number: rows[number][1][label] for number in numbers}
+        if self.numbers:
+            floats = {n: self._number(rows[n][0], label, cell) if cell else math.nan for n, cell in cells.items()}
+            return {number: torch.tensor(value) for number, value in floats.items()}, None
+        if self.separator is not None:
+            several = {
+                n: [normal_name(name) for name in cell.split(self.separator)] for n, cell in cells.items() if cell
+            }
+            names = _sorted_names({name for found in several.values() for name in found if name})
+            missing = torch.full((len(names),), math.nan)
+            one = {n: torch.tensor([float(name in found) for name in names]) for n, found in several.items()}
+            return {number: one.get(number, missing) for number in numbers}, names
+        known = {number: _class_name(cell) for number, cell in cells.items() if cell}
+        names = _sorted_names({*known.values()})
+        if not names:
+            raise self._error(f"has no label in the column {label}")
+        index = {name: number for number, name in enumerate(names)}
+        return {n: torch.tensor(index[known[n]] if n in known else IGNORE_INDEX) for n in numbers}, names
+
+    def _zero_or_one(self, placed: tuple[str, dict[str, str]], column: str) -> float:
+        place, row = placed
+        if not row[column]:
+            return math.nan
+        value = self._number(place, column, row[column])
+        if value not in (0, 1) and not self.numbers:
+            raise self._error(f"{place}: {column} must be 0, 1 or empty, got {row[column]!r}")
+        return value
+
+    def _number(self, place: str, column: str, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise self._error(f"{place}: {column} must be a number, got {text!r}") from None
+
+    def _error(self, text: str) -> InputError:
+        return InputError(
+            f"table: {self.table} {text}" if not text.startswith(("line", "row")) else f"table: {self.table}, {text}"
+        )
+
+
+class _Names:
+    """Find the images that a path of a table may mean."""
+
+    def __init__(self, files: FlatFolder) -> None:
+        self._whole: dict[str, set[str]] = defaultdict(set)
+        self._ends: dict[str, set[str]] = defaultdict(set)
+        relative = [normal_name(_relative(path, files)).split("/") for path in files.paths]
+        self._folders = {parts[0] for parts in relative if len(parts) > 1}
+        for path, parts in zip(files.paths, relative, strict=True):
+            for number in range(len(parts)):
+                end = "/".join(parts[number:])
+                for name in (end, os.path.splitext(end)[0]):  # noqa: PTH122
+                    self._ends[name].add(path)
+                    if number == 0:
+                        self._whole[name].add(path)
+
+    def find(self, cell: str) -> set[str]:
+        """Return the images whose path is the cell's, ends with it, or is the end of it: the first of these that fits.
+
+        An end of both is not enough: ``val/1.jpg`` is not ``train/1.jpg``, nor ``1.jpg`` if there is a folder ``val``.
+        """
+        for text in dict.fromkeys((cell, unquote(urlsplit(cell).path))):  # a labelling tool's address
+            parts = [part for part in normal_name(text).replace("\\", "/").split("/") if part not in ("", ".")]
+            name = "/".join(parts)
+            above = (number for number in range(1, len(parts)) if parts[number - 1] not in self._folders)
+            ends = (self._whole.get("/".join(parts[number:])) for number in above)
+            if fits := self._whole.get(name) or self._ends.get(name) or next(filter(None, ends), None):
+                return fits
+        return set()
+
+
+class ListedImages(Dataset[Any]):
+    """Images of a list of files; items are images.
+
+    Args:
+        paths: Path of each image.
+        root: Folder that they lie in.
+        loader: Function from the path of a file to a picture.
+    """
+
+    def __init__(self, paths: list[str], root: str, loader: Loader = load_image) -> None:
+        self.paths = paths
+        self.root = root
+        self.loader = loader
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.loader(self.paths[index])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def _class_name(cell: str) -> str:
+    """Return a class name; 3.0, as tables with empty cells have it, is 3."""
+    whole = cell.removesuffix(".0")
+    return normal_name(whole if whole != cell and whole.lstrip("-").isdecimal() else cell)
+
+
+def _sorted_names(names: set[str]) -> list[str]:
+    """Sort names; whole numbers by value."""
+    if names and all(name.lstrip("-").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _relative(path: str, files: FlatFolder) -> str:
+    return os.path.relpath(path, files.root).replace(os.sep, "/")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:_MOST])) + ", ..." * (len(names) > _MOST)
