@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -42,8 +43,12 @@ def labeled_classes(data: Any) -> dict[int, str] | None:
     return {index: names[label] if label < len(names) else str(label) for index, label in known.items()}
 
 
-def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str) -> list[list[int]]:
+def stratified_folds(
+    labels: dict[int, str], folds: int, seed: int, option: str, groups: Sequence[str] | None = None
+) -> list[list[int]]:
     """Split labeled samples into folds, stratified by class; InputError if a class has fewer than two labels.
+
+    With groups, by index, each fold has whole ones.
 
     >>> [len(fold) for fold in stratified_folds({3: "cat", 5: "cat", 6: "cat", 8: "dog", 9: "dog"}, 2, 0, "--folds")]
     [3, 2]
@@ -55,10 +60,32 @@ def stratified_folds(labels: dict[int, str], folds: int, seed: int, option: str)
         members[name].append(index)
     if single := sorted(name for name, found in members.items() if len(found) == 1):
         raise InputError(f"{option} needs 2 labels of each class, got 1 of {', '.join(single)}")
+    if groups is not None:
+        return _grouped_folds(labels, folds, seed, option, groups)
     generator = torch.Generator().manual_seed(seed)
     shuffled = [torch.tensor(found)[torch.randperm(len(found), generator=generator)] for found in members.values()]
     order = torch.cat(shuffled).tolist()  # all classes in one row, so that folds have equal sizes
     return [sorted(order[number::folds]) for number in range(folds)]
+
+
+def _grouped_folds(
+    labels: dict[int, str], folds: int, seed: int, option: str, groups: Sequence[str]
+) -> list[list[int]]:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    indices = sorted(labels)
+    own = [groups[index] for index in indices]
+    if len({*own}) < folds:
+        raise InputError(f"{option} must be at most {len({*own})}, the number of groups with labels, got {folds}")
+    folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer samples than folds
+        found = [*folder.split(indices, [labels[index] for index in indices], own)]
+    parts = [sorted(indices[place] for place in places) for _, places in found]
+    for part in parts:
+        if lost := {*labels.values()} - {labels[index] for index in labels if index not in {*part}}:
+            raise InputError(f"{option}: one group has all labels of {', '.join(sorted(lost))}; it cannot be held out")
+    return [part for part in parts if part]
 
 
 def fit_folds(

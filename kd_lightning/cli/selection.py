@@ -16,6 +16,7 @@ from kd_lightning.runs.run import Run, find_runs, run_of
 
 Config = Mapping[str, Any]
 _SPLIT_KEYS = {"class_path", "source", "labeled", "labeled_at_most", "val_size", "seed", "label_file", "duplicates"}
+_SPLIT_KEYS |= {"correct_val", "group"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kd_lightning.batch import LabelKind
 from kd_lightning.data.counts import count_parts
 from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.duplicates import DuplicatePolicy
+from kd_lightning.data.groups import GroupOf, groups_of
 from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.build import build_labels, check_coarse, check_label_options, val_labels
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
@@ -91,6 +92,10 @@ class SemiSupervisedDataModule(ViewDataModule):
             continues from there: ``labeled: RUN/split.json`` with a further file.
         correct_val: Whether rows of ``label_file`` may correct labels of the validation part. Default: False, which
             means that a row with another label than the source's is an error there.
+        group: Function from the path of an image to its group, such as the patient, scene or speaker; in YAML its
+            import path. No group stands in two of training, validation and test: the validation part has whole groups,
+            and samples of training whose group is in validation or test are left out. Default: None, which means the
+            source's groups, if it has some.
         duplicates: Images of equal content in training, validation and test: ``"count"`` (a warning names them),
             ``"refuse"``, or ``"together"``, which leaves copies of test images out of training, and moves copies of
             training images from validation to training.
@@ -129,6 +134,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         coarse: CoarseLabels | None = None,
         label_file: str | Path | None = None,
         correct_val: bool = False,
+        group: GroupOf | None = None,
         duplicates: DuplicatePolicy = "count",
         decoded: str | Path | None = None,
         decoded_side: int | None = None,
@@ -164,6 +170,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         if correct_val and label_file is None and not isinstance(labeled, str | Path):
             raise InputError("correct_val: true needs label_file, whose rows correct the labels")
         self.correct_val = correct_val
+        self.group = group
         self.duplicates = duplicates
         if decoded is None and decoded_side is not None:
             raise InputError(f"decoded_side: {decoded_side} needs decoded, the folder of the pictures")
@@ -199,7 +206,16 @@ class SemiSupervisedDataModule(ViewDataModule):
             return
         if self._labels is None:
             check_label_options(self)
-            keys = ("labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file", "correct_val")
+            keys = (
+                "labeled",
+                "labeled_at_most",
+                "val_size",
+                "seed",
+                "duplicates",
+                "label_file",
+                "correct_val",
+                "group",
+            )
             groups = [] if self.coarse is None else self.coarse.names
             self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
@@ -396,6 +412,11 @@ class SemiSupervisedDataModule(ViewDataModule):
         options: dict[str, Any] = {"noisy": self.noisy, "noise": self.label_noise, "coarse": self.coarse}
         options |= {"class_names": self.class_names, "dense": parts.train.dense, "weights": parts.train.weights}
         return build_labels(parts.train.targets, split, len(self.samples), **options)
+
+    def sample_groups(self) -> list[str] | None:
+        """The group of each image by index of training images and pool; None if there are none."""
+        found = groups_of(self.samples, self.group)
+        return None if found is None else found[: len(self.samples)]
 
     def _even_classes(self) -> EvenClasses:
         _, split = self._parts_and_split()

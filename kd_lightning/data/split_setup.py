@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
+from kd_lightning.data.groups import GroupOf, groups_of, keep_apart, of_other_parts
 from kd_lightning.data.identity import Identities, base_content
 from kd_lightning.data.labels.build import check_label_rows
 from kd_lightning.data.labels.label_file import read_label_file
@@ -32,6 +34,7 @@ def find_split(
     duplicates: DuplicatePolicy,
     label_file: str | Path | None,
     correct_val: bool,
+    group: GroupOf | None,
     group_names: Sequence[str],
 ) -> Split:
     """Find the split that the arguments name; those are the arguments of the datamodule.
@@ -45,6 +48,7 @@ def find_split(
         duplicates: Likewise; only ``"together"`` changes the split.
         label_file: Likewise.
         correct_val: Likewise.
+        group: Likewise.
         group_names: Names of the superclasses.
 
     Raises:
@@ -54,6 +58,7 @@ def find_split(
     targets, names = parts.train.targets, parts.class_names
     if parts.own_val and val_size is not None:
         raise InputError(f"val_size: {val_size}, but {samples.source} has its own validation part; leave val_size out")
+    groups = groups_of(samples, group)
     if isinstance(labeled, str | Path):
         split = Split.load(Path(labeled), targets, samples.label_contents)
         before = split.samples
@@ -64,9 +69,15 @@ def find_split(
         if parts.own_val:
             split = _with_own_val(split, Path(labeled), before, samples)
     else:
-        options = {"at_most": labeled_at_most, "label_contents": samples.label_contents, "own_val": parts.own_val}
+        options: dict[str, Any] = {
+            "at_most": labeled_at_most,
+            "label_contents": samples.label_contents,
+            "own_val": parts.own_val,
+        }
         size = 0 if parts.own_val else DEFAULT_VAL_SIZE if val_size is None else val_size
-        split = make_split(targets, labeled, size, seed, names, **options)  # type: ignore[arg-type]
+        if groups is not None:
+            options |= {"groups": groups[: samples.training], "left_out": of_other_parts(groups, samples)}
+        split = make_split(targets, labeled, size, seed, names, **options)
     if duplicates == "together":
         split = check_duplicates(duplicates, samples, split)
     if label_file is not None:
@@ -82,6 +93,8 @@ def find_split(
             correct_val=correct_val,
         )
         split = split.with_label_rows(rows)
+    if groups is not None:
+        split = keep_apart(split, groups, samples)
     check_label_rows(split, parts, unlabeled_part=samples.unlabeled != "test")
     return split
 

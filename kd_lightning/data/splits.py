@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX
+from kd_lightning.data.group_sampling import choose_groups
 from kd_lightning.data.identity import Identities
 from kd_lightning.data.sources.targets import count_classes, has_label, has_one_class
 from kd_lightning.errors import InputError
@@ -243,6 +244,8 @@ def make_split(
     at_most: bool = False,
     label_contents: Sequence[str] | None = None,
     own_val: int = 0,
+    groups: Sequence[str] | None = None,
+    left_out: Collection[int] = (),
 ) -> Split:
     """Sample a split at random, stratified by class. Samples without a label are unlabeled.
 
@@ -264,6 +267,9 @@ def make_split(
             int is a number of samples. Default: None, which means that labels are not dense.
         own_val: Number of samples at the end that are the source's own validation part: all of it, and nothing else,
             is the validation part then. Default: 0, which means that it is sampled.
+        groups: Group of each sample. The validation part then has whole groups, which hold about as many samples of
+            each class as ``val_size`` asks for. Default: None, which means no groups.
+        left_out: Samples that are in no part.
 
     Raises:
         InputError: For a number out of range, or more samples than a class has. The message names the class.
@@ -273,6 +279,8 @@ def make_split(
     known = has_label(targets)
     size = len(targets) - own_val
     known[size:] = False
+    unlabeled = {*(~known[:size]).nonzero().flatten().tolist()} - {*left_out}
+    known[[*left_out]] = False
     if not single and any(isinstance(n, int) and n > 0 for n in (labeled, val_size)):
         what = "many labels" if targets.ndim > 1 else "a float as label"
         raise InputError(
@@ -282,10 +290,15 @@ def make_split(
     if labeled and not at_most and not known.any():
         raise InputError(f"labeled: {labeled}, but no training sample has a label; allowed: 0 or null")
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": (~known[:size]).nonzero().flatten().tolist()}
+    parts: dict[str, list[int]] = {"labeled": [], "unlabeled": [*unlabeled], "left_out": [*left_out]}
     parts["val"] = [*range(size, len(targets))]
+    in_val: set[int] = set()
+    if groups is not None and val_size:
+        in_val = _sample_groups(groups, targets if single else None, known, val_size, seed)
+        parts["val"] += in_val
     for name, members in _classes(targets[:size], class_names) if single else [("0", known.nonzero().flatten())]:
         order = members[torch.randperm(len(members), generator=generator)].tolist()
+        order = [index for index in order if known[index]]
         if not order:  # no training sample has the class
             if isinstance(labeled, int) and labeled and not at_most:
                 raise InputError(
@@ -293,7 +306,8 @@ def make_split(
                     "labeled_at_most: true"
                 )
             continue
-        val = _count("val_size", val_size, len(order), name) if val_size else 0
+        order = [index for index in order if index not in in_val]
+        val = _count("val_size", val_size, len(order), name) if val_size and groups is None else 0
         if at_most and not isinstance(val_size, int) and val_size < 1:
             val = min(val, len(order) - 1)
         rest = len(order) - val
@@ -309,6 +323,20 @@ def make_split(
     if problem := wrong_sample(split, len(targets)):
         raise InputError(f"split: {problem}")
     return split
+
+
+def _sample_groups(
+    groups: Sequence[str], targets: Tensor | None, known: Tensor, val_size: float, seed: int
+) -> set[int]:
+    """Return the labeled samples of the groups of the validation part."""
+    members = known.nonzero().flatten()
+    classes = torch.zeros_like(members) if targets is None else torch.unique(targets[members], return_inverse=True)[1]
+    counts = torch.bincount(classes)
+    wanted = torch.tensor([_count("val_size", val_size, int(count), "of the labels") for count in counts])
+    chosen = choose_groups([groups[n] for n in members.tolist()], classes, wanted, seed)
+    if not chosen:
+        raise InputError(f"val_size: {val_size}: no group can be for validation; each one holds too many samples")
+    return {n for n in members.tolist() if groups[n] in chosen}
 
 
 def _classes(targets: Tensor, names: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:

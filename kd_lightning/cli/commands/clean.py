@@ -131,7 +131,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
     if len({*known.values()}) < 2:
         raise InputError(f"clean needs labels of at least 2 classes, got {', '.join({*known.values()}) or 'no labels'}")
-    held_out = stratified_folds(known, folds, split.seed, "--folds")
+    held_out = stratified_folds(known, folds, split.seed, "--folds", data.sample_groups())
     out.mkdir(parents=True, exist_ok=True)
     parts = []
     fits = fit_folds(config, split, held_out, folder, data.samples.hashes)

@@ -49,6 +49,7 @@ class ImageTable(Source):
       Labels are class names; whole numbers are sorted as numbers. Without such a column, all columns of zeros and ones
       are labels of a multilabel task.
     - ``split``, ``subset`` or ``partition``: train (also an empty cell), val, test or unlabeled.
+    - ``group``, if ``group`` names it: no group, such as a patient, stands in two of training, validation and test.
     - ``weight``: factor of the hard loss of a training sample, at least 0; an empty cell means 1.
 
     Samples are sorted by path, so that the order of rows does not matter. Rows without an image are passed over with a
@@ -61,6 +62,7 @@ class ImageTable(Source):
         label: Name of the column of labels, or of several ones of zeros and ones. Default: None, which means the usual
             names.
         numbers: Whether labels are numbers to predict (regression): floats, NaN in empty cells.
+        group: Name of the column of groups. An empty cell means a group of its own. Default: None, which means none.
         separator: Separates several class names in a cell, for the multilabel task. Default: None, which means one.
         others: Whether images without a row are the unlabeled part, with those of split unlabeled.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
@@ -78,6 +80,7 @@ class ImageTable(Source):
         image: str | None = None,
         label: str | list[str] | None = None,
         numbers: bool = False,
+        group: str | None = None,
         separator: str | None = None,
         others: bool = False,
         image_size: int | tuple[int, int] = 224,
@@ -91,6 +94,7 @@ class ImageTable(Source):
         self.image = image
         self.label = label
         self.numbers = numbers
+        self.group = group
         self.separator = separator
         self.others = others
         self.loader = loader
@@ -113,7 +117,8 @@ class ImageTable(Source):
             )
         split = self._column("split", None, _SPLIT_COLUMNS, columns)
         weight = self._column("weight", None, _WEIGHT_COLUMNS, columns)
-        label = self._label_columns([name for name in columns if name not in (image, split, weight)], rows)
+        group = None if self.group is None else self._column("group", self.group, (), columns)
+        label = self._label_columns([name for name in columns if name not in (image, split, weight, group)], rows)
         files = FlatFolder("folder", self.folder, self.loader, self.endings)
         found = self._find(rows, image, files)
         parts: dict[str, list[int]] = {name: [] for name in _SPLITS}
@@ -128,21 +133,26 @@ class ImageTable(Source):
                 return None
             y = torch.stack([targets[number] for number in numbers])
             weights = None if weight is None or name != "train" else self._weights(rows, numbers, weight)
-            return Part(ListedImages([paths[n] for n in numbers], files.root, self.loader), y, weights=weights)
+            images = ListedImages([paths[n] for n in numbers], files.root, self.loader)
+            return Part(
+                images, y, weights=weights, groups=None if group is None else [rows[n][1][group] for n in numbers]
+            )
 
         train = part_of("train")
         if train is None:
             raise self._error("has no row of split train whose image is there")
-        unlabeled = [paths[number] for number in parts["unlabeled"]]
+        unlabeled = {paths[n]: "" if group is None else rows[n][1][group] for n in parts["unlabeled"]}
         rest = sorted({*files.paths} - {*found})
         if rest:
             what = "are unlabeled" if self.others else "are left out; others: true makes them unlabeled"
             rank_zero_info(
                 f"table: {len(rest)} images of {self.folder} have no row ({_relative(rest[0], files)}): they {what}"
             )
-        unlabeled = sorted(unlabeled + (rest if self.others else []))
-        pool = ListedImages(unlabeled, files.root, self.loader) if unlabeled else None
-        return Parts(train, part_of("test"), pool, names, val=part_of("val"))
+        unlabeled |= dict.fromkeys(rest, "") if self.others else {}
+        pool_paths = sorted(unlabeled)
+        pool = ListedImages(pool_paths, files.root, self.loader) if unlabeled else None
+        pool_groups = [unlabeled[path] for path in pool_paths] if unlabeled and group is not None else None
+        return Parts(train, part_of("test"), pool, names, val=part_of("val"), pool_groups=pool_groups)
 
     # Columns.
 

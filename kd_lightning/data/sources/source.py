@@ -26,6 +26,8 @@ class Part(NamedTuple):
         targets: Their labels. Of dense labels, 0 for a sample that has some, -100 for one without.
         dense: Whether labels are dense: one for each position. They are read with the sample.
         weights: Factor of the hard loss of each sample, (N,), at least 0. Default: None, which means 1.
+        groups: Group of each sample; no group stands on two sides of a split. Empty for a sample without one. Default:
+            None, which means no groups.
         label_contents: Hashes of the dense labels of each sample; empty ones if the dataset returns others each time.
             Default: None, which means that labels are hashed when that is needed.
     """
@@ -35,6 +37,7 @@ class Part(NamedTuple):
     dense: bool = False
     label_contents: list[str] | None = None
     weights: Tensor | None = None
+    groups: list[str] | None = None
 
 
 class Parts(NamedTuple):
@@ -48,6 +51,7 @@ class Parts(NamedTuple):
         void: Class number of dense labels that means no label, beside -1 and -100.
         pad_token: Number by which ``input_ids`` of different lengths are padded.
         val: The source's own validation part. :func:`join_val` puts it behind the training part.
+        pool_groups: Group of each sample of ``unlabeled``. Default: None, which means none.
         own_val: Number of samples at the end of ``train`` that are the source's own validation part.
     """
 
@@ -59,6 +63,7 @@ class Parts(NamedTuple):
     pad_token: int = 0
     val: Part | None = None
     own_val: int = 0
+    pool_groups: list[str] | None = None
 
     @property
     def val_indices(self) -> range:
@@ -135,7 +140,8 @@ def join_val(parts: Parts) -> Parts:
     known = train.label_contents is not None and val.label_contents is not None
     contents = [*train.label_contents, *val.label_contents] if known else None  # type: ignore[misc]
     weights = None if train.weights is None else torch.cat([train.weights, torch.ones(len(val.targets))])
-    joined = Part(images, torch.cat([train.targets, val.targets]), train.dense, contents, weights)
+    groups = None if train.groups is None else [*train.groups, *(val.groups or [""] * len(val.targets))]
+    joined = Part(images, torch.cat([train.targets, val.targets]), train.dense, contents, weights, groups)
     return parts._replace(train=joined, val=None, own_val=len(val.images))
 
 
