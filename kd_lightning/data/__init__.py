@@ -7,6 +7,7 @@ from kd_lightning.data.sources.class_subset import ClassSubset
 from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
+from kd_lightning.data.sources.hugging_face import HuggingFaceSource
 from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.image_mask_folder import ImageMaskFolder
 from kd_lightning.data.sources.image_table import ImageTable
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "Digits",
     "TorchvisionDataset",
+    "HuggingFaceSource",
     "ImageFolder",
     "ImageMaskFolder",
     "ImageTable",
