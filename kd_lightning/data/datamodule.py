@@ -16,7 +16,6 @@ from kd_lightning.data.counts import count_parts
 from kd_lightning.data.decoded import DecodedPictures
 from kd_lightning.data.duplicates import DuplicatePolicy
 from kd_lightning.data.groups import GroupOf, groups_of
-from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.build import build_labels, check_coarse, check_label_options, val_labels
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_noise import LabelNoise
@@ -358,38 +357,6 @@ class SemiSupervisedDataModule(ViewDataModule):
         self._parts_and_split()
         assert self._labels is not None
         self._labels.set_pseudo_labels(labels)
-
-    def absent_classes(self) -> set[int]:
-        """Numbers of the classes of which no training image is known, as of an empty folder."""
-        return self.samples.absent_classes()
-
-    def hidden_truth(self, index: Tensor) -> Tensor:
-        """True labels of training images (N,), for metrics alone; -100 where they are unknown. None dense."""
-        return self.samples.hidden_truth(index)
-
-    def image(self, index: int) -> Any:
-        """A training image of the source, before any transform."""
-        return self.samples.image(index)
-
-    def path(self, index: int) -> str | None:
-        """The path of a training image's file; None if it has none."""
-        return self.samples.path(index)
-
-    def content(self, index: int) -> str:
-        """Hash of a training image's content, which names it where it has no file."""
-        return self.identities("train").contents[index]
-
-    def identities(self, part: Literal["train", "test"]) -> Identities:
-        """Paths and contents of the images by index: of the training images (validation included), or of the test."""
-        return self.samples.all_identities if part == "train" else self.samples.test_identities
-
-    @property
-    def samples(self) -> Samples:
-        """The source's images by index."""
-        parts = self._load_parts()
-        if self._samples is None or self._samples.unlabeled != self.unlabeled:
-            self._samples = Samples(parts, self.unlabeled, type(self.source).__name__)
-        return self._samples
 
     def _load_parts(self) -> Parts:
         """Load the source, once."""

@@ -24,9 +24,9 @@ class HuggingFaceSource(Source):
     """The splits of a ``datasets.DatasetDict``, such as a folder that ``save_to_disk`` has written.
 
     Columns and splits are found by their usual names, or named here. Inputs are images. Names of classes are those of a
-    ``ClassLabel``, or labels that are texts, sorted; a list of ``ClassLabel`` means several labels. A label of -1 or None
-    is missing. Labels are read as a column, without decoding images. Formats such as ``set_format("torch")`` do not
-    matter.
+    ``ClassLabel``, or labels that are texts, sorted; a list of ``ClassLabel`` means several labels. A label of -1 or
+    None is missing. Labels are read as a column, without decoding images. Formats such as ``set_format("torch")`` do
+    not matter.
 
     Args:
         data: Folder of a saved ``DatasetDict``, or in Python the ``DatasetDict`` itself, or a mapping of datasets.
