@@ -162,6 +162,10 @@ class SemiSupervisedDataModule(ViewDataModule):
         self.mix = mix
         if mix is not None and coarse is not None:
             raise InputError("mix: coarse labels cannot be mixed; leave out one of mix and coarse")
+        if mix is not None and sampler == "balanced":
+            raise InputError(
+                "mix draws partners from all labeled images, so that sampler: balanced would not be; see class_weights"
+            )
         self.noisy = noisy
         self.label_noise = label_noise
         self.coarse = coarse

@@ -210,8 +210,7 @@ class SupervisedModule(RowModule):
         check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
             reset_state(self.hard_loss)
-            if self._class_weights is not None:
-                self._class_weights.balance(getattr(self.trainer, "datamodule", None), self.num_classes)
+            self.balance_classes(getattr(self.trainer, "datamodule", None))
 
     @property
     def is_fitting(self) -> bool:

@@ -67,9 +67,12 @@ def nodes(node):
             yield from nodes(child)
 
 
-VARIANTS = {  # arguments of the model, by dotted path, under which a config is another story
+MIX = {"class_path": "kd_lightning.data.transforms.MixUp", "init_args": {"alpha": 0.4}}
+VARIANTS = {  # arguments of the model, or of the data, by dotted path, under which a config is another story
+    "cached_digits": [{"data.mix": MIX}, {"data.sampler": "balanced"}],
+    "student_digits": [{"class_weights": "balanced"}],
     "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],
-    "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}],
+    "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}, {"data.mix": MIX}],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
 PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}
@@ -79,7 +82,11 @@ def cases(paths, variants):
     """Each config, and its variants, as pytest's parameters."""
     for path in paths:
         for arguments in [{}, *variants.get(path.stem, [])]:
-            yield pytest.param((path, arguments), id="-".join([path.stem, *map(str, arguments.values())]))
+            texts = [
+                value["class_path"].split(".")[-1] if isinstance(value, dict) else str(value)
+                for value in arguments.values()
+            ]
+            yield pytest.param((path, arguments), id="-".join([path.stem, *texts]))
 
 
 def quick(path, **changes):
@@ -89,8 +96,9 @@ def quick(path, **changes):
     """
     config = yaml.safe_load(path.read_text())
     for place, value in changes.items():
-        *parents, name = place.split(".")
-        reduce(dict.__getitem__, parents, config["model"]["init_args"])[name] = value
+        part = "data" if place.startswith("data.") else "model"
+        *parents, name = place.removeprefix("data.").split(".")
+        reduce(dict.__getitem__, parents, config[part]["init_args"])[name] = value
     config["name"] = "quick"
     config["trainer"] |= TRAINER
     config["checkpoint"] = config.get("checkpoint", {}) | CHECKPOINT

@@ -134,6 +134,8 @@ class TestBatches:
     def test_what_cannot_be_mixed(self):
         with pytest.raises(InputError, match="mix: coarse labels cannot be mixed"):
             module(coarse=CoarseLabels({"a": [0, 1], "b": [2]}))
+        with pytest.raises(InputError, match="mix draws partners from all labeled images"):
+            module(sampler="balanced")
         with pytest.raises(InputError, match="mix needs images of floats, got torch.int64"):
             batches(module(x=torch.randint(9, (40, 5)), mix=MixUp()))
         source = DatasetSource([({"a": x, "b": x}, int(y)) for x, y in zip(X, Y, strict=True)])

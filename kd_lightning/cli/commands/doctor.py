@@ -98,6 +98,8 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
     """
     data.prepare_data()
     data.setup("fit")
+    if isinstance(owner, SupervisedModule):
+        owner.balance_classes(data)
     module: Any = _Taught(owner) if isinstance(getattr(owner, "teaching", None), Teaching) else owner
     task, teacher, ensemble = module.task, getattr(module, "teacher", None), getattr(module, "ensemble", None)
     loader = data.train_dataloader()

@@ -25,6 +25,7 @@ class RowModule(LeanModule):
     class_dim: int | None
     causal: bool
     hard_loss: nn.Module
+    num_classes: int | None
     _class_weights: ClassWeights | None
 
     def __init__(self) -> None:
@@ -40,6 +41,15 @@ class RowModule(LeanModule):
     def training_loss(self) -> nn.Module:
         """The hard loss of training: ``hard_loss``, with the class weights if there are any."""
         return self.hard_loss if self._class_weights is None else self._class_weights.loss(self.device)
+
+    def balance_classes(self, data: Any) -> None:
+        """Runs at the start of a fit. Computes ``class_weights: balanced`` from the labels that training may see.
+
+        Args:
+            data: The datamodule.
+        """
+        if self._class_weights is not None:
+            self._class_weights.balance(data, self.num_classes)
 
     def to_rows(self, batch: Batch, *outputs: Tensor) -> tuple[Any, ...]:
         """Return a batch and outputs of one row for each position that counts; without ``class_dim`` as they are.
