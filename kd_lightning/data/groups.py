@@ -89,17 +89,17 @@ def keep_apart(split: Split, groups: Sequence[str], samples: Samples) -> Split:
     test = {*groups[size:]}
     val = {n for n in split.val if groups[n] not in test}
     later = test | {groups[n] for n in val}
-    pool = range(samples.training, size) if samples.unlabeled != "test" else range(0)
+    pool = range(samples.training, size) if samples.unlabeled == "source" else range(0)
     used = {*split.labeled, *split.unlabeled, *split.held_out, *pool} - {*split.left_out}
     out = {n for n in used if groups[n] in later}
     both = out | ({*split.val} - val)
     for name, before, after in (("training", used, used - out), ("validation", {*split.val}, val)):
         if before and not after:
             raise InputError(f"group: no {name} sample is left, since all groups are in validation or test, too")
-    if both:
-        first = min(both)
+    if apart := both | {n for n in split.left_out if groups[n] in later}:
+        first = min(apart)
         rank_zero_warn(
-            f"group: {len(both)} samples are left out, since others of their group are in validation or test "
+            f"group: {len(apart)} samples are left out, since others of their group are in validation or test "
             f"({samples.path(first) or f'sample {first}'}: group {groups[first].strip()})"
         )
     trained = {groups[n] for n in used - out}

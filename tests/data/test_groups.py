@@ -137,7 +137,8 @@ class TestModule:
         assert "groups in training" in caplog.text
 
     def test_own_validation_part(self, folder):
-        data = module(ImageFolder("train", val="test", image_size=8), val_size=None)
+        with pytest.warns(UserWarning, match=r"group: 12 samples are left out, .* \(train/cat/p0-0.png: group p0\)"):
+            data = module(ImageFolder("train", val="test", image_size=8), val_size=None)
         assert sides(data) == [{f"p{n}" for n in range(2, 8)}, {"p0", "p1", "p20"}]
 
     def test_transductive_pool_is_the_test_part(self, folder):
