@@ -182,7 +182,10 @@ def _count_classes(parts: Sequence[Tensor], names: Sequence[str] | None) -> tupl
         if any(((part < 0) | (part > 1)).any() for part in parts):  # values of regression; NaN is neither
             return [], [[] for _ in parts]
         count = first.shape[1]
-        columns = [(part > 0.5).sum(dim=0).tolist() for part in parts]
+        if all(_are_probabilities(part) for part in parts):  # the most likely class counts
+            columns = [torch.bincount(part.argmax(dim=1), minlength=count).tolist() for part in parts]
+        else:
+            columns = [(part > 0.5).sum(dim=0).tolist() for part in parts]
     elif first.ndim == 1 and (has_one_class(first) or all(((p == 0) | (p == 1)).all() for p in parts)):
         count = max([2 if first.is_floating_point() else 0, *(count_classes(part, None) for part in parts)])
         count = max(count, len(names or ())) if has_one_class(first) else count
@@ -190,6 +193,11 @@ def _count_classes(parts: Sequence[Tensor], names: Sequence[str] | None) -> tupl
     else:
         return [], [[] for _ in parts]
     return [*names] if names and len(names) == count else [*map(str, range(count))], columns
+
+
+def _are_probabilities(part: Tensor) -> bool:
+    """Whether each row (N, C) sums to 1."""
+    return bool(((part.sum(dim=1) - 1).abs() < 1e-2).all())
 
 
 def _shorten(name: str) -> str:

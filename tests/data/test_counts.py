@@ -164,3 +164,11 @@ def test_coarse_labels(unlabeled):
     assert (counts.labeled, counts.unlabeled, counts.coarse) == (8, 32 if unlabeled == "rest" else count, count)
     assert ["with", "a", "coarse", "label", str(count)] in [line.split() for line in str(counts).splitlines()]
     assert counts.to_dict()["samples"]["coarse"] == count
+
+
+def test_probabilities_count_as_the_most_likely_class():
+    y = torch.tensor([[0.4, 0.35, 0.25], [0.2, 0.3, 0.5], [0.1, 0.4, 0.5], [torch.nan] * 3])
+    counts = count_samples(y, torch.arange(4), y[:1], y[1:3])
+    found = [[row.name, row.labeled, row.validation, row.test] for row in counts.rows]
+    assert found == [["0", 1, 1, 0], ["1", 0, 0, 0], ["2", 2, 0, 2]]
+    assert counts.unlabeled == 1
