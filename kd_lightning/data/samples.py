@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.file_hashes import hash_files
@@ -89,6 +90,9 @@ class Samples:
     def _label_contents(self, part: Part) -> list[str] | None:
         if not part.dense or part.label_contents is not None:
             return part.label_contents
+        if isinstance(part.images, ConcatDataset):
+            parts = [self._label_contents(part._replace(images=one)) for one in part.images.datasets]  # type: ignore[arg-type]
+            return [content for contents in parts for content in contents or ()]
         if not isinstance(part.images, MaskFiles):  # of a source that has not hashed them
             return dense_part(part.images, LabelRules(void=self.parts.void)).label_contents
         paths = part.images.mask_paths
@@ -139,21 +143,30 @@ class Samples:
 
         The own validation part stands by itself, so that its paths are relative to its own folder, too.
         """
-        images, names = self.images, self.identities
+        joined: Any = self.images[0]
+        images = [*joined.datasets] if self.parts.own_val else [joined]
         if self.unlabeled == "test":
-            images, names = images[:1], names[:1]
-        if not self.parts.own_val:
-            return images, names
-        joined, size = images[0], self.parts.val_indices.start
-        first, second = (Identities(names[0].paths[s], names[0].contents[s]) for s in (slice(size), slice(size, None)))
-        return [*joined.datasets, *images[1:]], [first, second, *names[1:]]  # type: ignore[attr-defined]
+            return images, self._training_identities
+        return [*images, *self.images[1:]], [*self._training_identities, *self.identities[1:]]
 
     # Names, which stay the same when other images come and go.
 
     @cached_property
     def identities(self) -> list[Identities]:
-        """Paths and contents of each part of ``images``. Every image is read once."""
-        return [identify(part) for part in self.images]
+        """Paths and contents of each part of ``images``. Every image is read once.
+
+        Paths of the own validation part begin with ``val: ``: a training image may have the same file name.
+        """
+        train, *own_val = self._training_identities
+        for part in own_val:
+            train += Identities([path and f"val: {path}" for path in part.paths], part.contents)
+        return [train, *map(identify, self.images[1:])]
+
+    @cached_property
+    def _training_identities(self) -> list[Identities]:
+        """Those of the training part, and of the own validation part if there is one; each below its own folder."""
+        images: Any = self.parts.train.images
+        return [identify(part) for part in (images.datasets if self.parts.own_val else [images])]
 
     @cached_property
     def test_identities(self) -> Identities:
@@ -204,7 +217,7 @@ class Samples:
     def name_samples(self, split: Split, class_names: list[str] | None) -> Split:
         """Return the split with paths and contents of its samples, and names of its classes."""
         names = self.identities[0]
-        if not any(names.paths) and not any(names.contents):  # the dataset returns other items each time
+        if not all(map(max, names.paths, names.contents)):  # a dataset returns other items each time
             return replace(split, samples=None, pool=None, class_names=class_names)
         named = replace(split, samples=names, class_names=class_names)
         return replace(named, pool=self.pool_identities) if named.beyond else replace(named, pool=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ def follow_samples(
     pool: Callable[[], Identities | None],
     class_names: Sequence[str] | None,
     label_contents: Sequence[str] | None = None,
+    own_val: range = range(0),
 ) -> Split:
     """Move the indices and class numbers of a saved split to the samples and classes that it meant.
 
@@ -33,6 +34,8 @@ def follow_samples(
     if files were renamed as well, a path says too little, and the row is passed over. What has changed is said in one
     line.
 
+    If the source has its own validation part, this is the validation part, also those of its samples that are new.
+
     Args:
         split: A split as it was saved. One that does not name its samples is returned unchanged.
         path: Its file, for messages.
@@ -41,9 +44,11 @@ def follow_samples(
         pool: Returns those of the source's unlabeled part now; None if there is none.
         class_names: Names of the classes now. Default: None, which means their numbers.
         label_contents: Hashes of dense labels now, see :func:`~kd_lightning.data.splits.hash_targets`.
+        own_val: Samples of the source's own validation part now; empty if it has none.
 
     Raises:
-        InputError: If less than half of the split's samples are found, or if a class that a label row names is gone.
+        InputError: If less than half of the split's samples are found, if a class that a label row names is gone, if
+            nothing of the validation part is here, or if it is not the source's own.
     """
     if split.samples is None:
         return split
@@ -53,7 +58,8 @@ def follow_samples(
     size = len(split.samples)
     by_path = _found_by_path(training, samples.paths)
     unsure = by_path if training.renamed else set()
-    _report(training, "training", path)
+    own = {*own_val}
+    _report(replace(training, added=[n for n in training.added if n not in own]), "training", path)
     now_pool = pool() if split.beyond else None
     if split.beyond:
         before = split.pool or Identities([], [])
@@ -76,6 +82,21 @@ def follow_samples(
     def now(indices: Sequence[int]) -> list[int]:
         return sorted(place for index in indices if (place := places[index]) is not None)
 
+    if own and by_path.issuperset(now(split.val)):  # of other content, all of them: the part is another one
+        places |= dict.fromkeys(split.val)
+    val = now(split.val)
+    if own:
+        rowed_before = now([row[0] for row in split.label_rows])
+        trained = {*now([*split.labeled, *split.unlabeled, *split.held_out]), *rowed_before} - {*val}
+        check_own_val(path, trained, {*val}, own, samples.paths)
+        new = own - {*val, *now(split.left_out)}
+        _report_own_val(path, len(split.val), len(val), len(new))
+        val = sorted({*val, *new})
+    elif split.val and not val:
+        raise InputError(
+            f"labeled: {path} has {len(split.val)} validation samples, and none of them is here; name them by val of "
+            "the source, or make the split anew"
+        )
     labels = _class_numbers(split, path, class_names)
     rows: list[list[Any]] = []
     for index, label, kind, weight in split.label_rows:
@@ -93,16 +114,16 @@ def follow_samples(
     rows = [row for row in rows if row[0] not in passed]
     rowed = {row[0] for row in rows}
     known = has_label(targets)
-    lost = {n for n in now(split.val) if not known[n] and n not in rowed}
+    lost = {n for n in val if not known[n] and n not in rowed and n not in own}
     lost |= {n for n in now(split.labeled) if n in passed or (n < len(known) and not known[n] and n not in rowed)}
     labeled = {*now(split.labeled)} - lost
     left_out = now(split.left_out)
-    unlabeled = {*now(split.unlabeled), *training.added, *lost} - {*labeled, *left_out}
+    unlabeled = {*now(split.unlabeled), *training.added, *lost} - {*labeled, *left_out, *own}
     return replace(
         split,
         labeled=sorted(labeled),
         unlabeled=sorted(n for n in unlabeled if n < len(samples) or n not in passed),
-        val=[n for n in now(split.val) if n not in lost],
+        val=[n for n in val if n not in lost],
         held_out=now(split.held_out),
         left_out=left_out,
         label_rows=sorted(rows, key=lambda row: int(row[0])),
@@ -111,6 +132,40 @@ def follow_samples(
         pool=now_pool,
         class_names=None if class_names is None else [*class_names],
     )
+
+
+def check_own_val(path: Path, trained: Set[int], val: Set[int], own: Set[int], names: Sequence[str]) -> None:
+    """Compare a split with the source's own validation part.
+
+    Args:
+        path: File of the split, for messages.
+        trained: Samples that the split trains on.
+        val: Samples that it validates on.
+        own: Samples of the own validation part.
+        names: Path of each sample, empty without one.
+
+    Raises:
+        InputError: If the split trains on a sample of this part, or validates on another sample.
+    """
+    for verb, wrong, where in (("trains", trained & own, "in"), ("validates", val - own, "not in")):
+        if wrong:
+            first = min(wrong)
+            name = names[first] or f"sample {first}"
+            raise InputError(
+                f"labeled: {path} {verb} on {len(wrong)} samples ({name}) that are {where} the source's own validation "
+                "part; make the split anew"
+            )
+
+
+def _report_own_val(path: Path, size: int, here: int, new: int) -> None:
+    """Log in one line what has changed in the own validation part, if anything has."""
+    if new and not size:
+        rank_zero_info(f"labeled: {path} has no validation part; the {new} samples of the source's own one validate")
+    elif new or here < size:
+        rank_zero_warn(
+            f"labeled: {path}: the validation part has changed since: {here} of its {size} samples are here, {new} are "
+            "new"
+        )
 
 
 def _found_by_path(found: Match, paths: Sequence[str]) -> set[int]:

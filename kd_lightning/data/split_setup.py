@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from lightning.pytorch import Trainer
 
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
 from kd_lightning.data.groups import GroupOf, groups_of, keep_apart, of_other_parts
-from kd_lightning.data.identity import Identities, base_content
-from kd_lightning.data.labels.build import check_label_rows
+from kd_lightning.data.labels.build import check_label_rows, val_labels
 from kd_lightning.data.labels.label_file import read_label_file
 from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.targets import count_classes
-from kd_lightning.data.split_samples import follow_samples
+from kd_lightning.data.split_samples import check_own_val, follow_samples
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
 
@@ -61,13 +59,13 @@ def find_split(
     groups = groups_of(samples, group)
     if isinstance(labeled, str | Path):
         split = Split.load(Path(labeled), targets, samples.label_contents)
-        before = split.samples
         if split.samples is not None:
-            now = samples.identities[0]
-            contents = samples.label_contents
-            split = follow_samples(split, Path(labeled), targets, now, lambda: samples.pool_identities, names, contents)
-        if parts.own_val:
-            split = _with_own_val(split, Path(labeled), before, samples)
+            now, contents, own = samples.identities[0], samples.label_contents, parts.val_indices
+            pool = lambda: samples.pool_identities  # noqa: E731
+            split = follow_samples(split, Path(labeled), targets, now, pool, names, contents, own)
+        elif parts.own_val:
+            trained = {*split.labeled, *split.unlabeled, *split.held_out}
+            check_own_val(Path(labeled), trained, {*split.val}, {*parts.val_indices}, samples.identities[0].paths)
     else:
         options: dict[str, Any] = {
             "at_most": labeled_at_most,
@@ -86,7 +84,7 @@ def find_split(
             Path(label_file),
             images,
             identities=identities,
-            targets=targets,
+            targets=val_labels(parts.train, split).visible,
             class_names=names or [str(c) for c in range(count_classes(targets, None))],
             group_names=group_names,
             val_indices=split.val,
@@ -97,40 +95,6 @@ def find_split(
         split = keep_apart(split, groups, samples)
     check_label_rows(split, parts, unlabeled_part=samples.unlabeled != "test")
     return split
-
-
-def _with_own_val(split: Split, path: Path, before: Identities | None, samples: Samples) -> Split:
-    """Bring a saved split to the source's own validation part: those of its samples that are new join it.
-
-    Args:
-        split: The split, with indices of now.
-        path: Its file, for messages.
-        before: Samples of the split as it was saved.
-        samples: The source's images by index.
-
-    Raises:
-        InputError: If the split trains on a sample of this part, or has another validation sample.
-    """
-    val = samples.parts.val_indices
-    earlier = {*(() if before is None else map(base_content, before.contents))}
-
-    def name(number: int) -> str:
-        return samples.path(number) or f"sample {number}"
-
-    names = samples.identities[0].contents
-    new = {n for n in split.unlabeled if n in val and base_content(names[n]) not in earlier}
-    for part in ("labeled", "unlabeled", "held_out"):
-        if trained := ({*getattr(split, part)} & {*val}) - new:
-            raise InputError(
-                f"labeled: {path} trains on {name(min(trained))}, which is in the own validation part of "
-                f"{samples.source}; allowed: a split that was made with this part"
-            )
-    if other := {*split.val} - {*val}:
-        raise InputError(
-            f"labeled: {path} has another validation part ({name(min(other))}) than {samples.source}, which has its "
-            "own; make the split anew"
-        )
-    return replace(split, unlabeled=sorted({*split.unlabeled} - new), val=sorted({*split.val} | new))
 
 
 def check_same_on_ranks(trainer: Trainer, hashes: Sequence[str]) -> None:

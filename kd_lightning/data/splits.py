@@ -126,12 +126,11 @@ class Split:
     def with_label_rows(self, rows: Sequence[Sequence[Any]]) -> Split:
         """Add rows of a label file; a later row of a sample replaces an earlier one.
 
-        Samples of kind clean or noisy become labeled, those of kind missing or coarse unlabeled.
+        Samples of kind clean or noisy become labeled, those of kind missing or coarse unlabeled. Those of the
+        validation part stay there: metrics compare with the labels of their rows.
 
         Args:
             rows: ``(index, label, kind, weight)`` each.
-
-        Those of the validation part stay there: their rows are what metrics compare with.
         """
         known = {int(row[0]): [*row] for row in [*self.label_rows, *rows]}
         labels = {index for index, row in known.items() if row[2] in ("clean", "noisy")}

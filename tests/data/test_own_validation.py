@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, TensorDataset
 
 from kd_lightning import DatasetSource, DistillModule, ImageFolder, InputError, SemiSupervisedDataModule, Teacher
 from kd_lightning.__main__ import main
 from kd_lightning.data import Digits, TextSource
+from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
+from kd_lightning.data.splits import Split
 from kd_lightning.runs.run import Run
 
 NAMES = ("cats", "dogs")
@@ -121,6 +123,15 @@ class TestParts:
         assert batch.x["input_ids"].tolist() == [[*map(ord, "e f g")]]
         assert batch.y.tolist() == [1]
 
+    def test_images_in_memory_stay_one_tensor(self):
+        """A batch is read at once, as without the part."""
+        x = torch.rand(9, 3)
+        made = DatasetSource(
+            TensorDataset(x[:6], torch.arange(6) % 2), val=TensorDataset(x[6:], torch.tensor([0, 1, 0]))
+        )
+        rows = rows_of(module(made).samples.images)
+        assert torch.equal(rows.read(torch.tensor([7, 0, 8, 5])), x[[7, 0, 8, 5]])
+
     def test_workers_and_processes(self, folders):
         def batches(**arguments):
             return [batch.x for batch in module(**arguments).val_dataloader()]
@@ -145,14 +156,104 @@ class TestSplits:
 
     def test_split_with_another_validation_part(self, folders, tmp_path):
         module(source(val=None), val_size=1).save_split(tmp_path / "split.json")
-        with pytest.raises(InputError, match=r"has another validation part \(.*train.*\) than ImageFolder"):
+        with pytest.raises(InputError, match=r"validates on 2 samples \(cats/\d.png\) that are not in the"):
             module(labeled=tmp_path / "split.json")
 
     def test_split_that_trains_on_it(self, folders, tmp_path):
         made = ImageFolder("val", image_size=8)
         SemiSupervisedDataModule(made, labeled=2, val_size=0).save_split(tmp_path / "split.json")
-        with pytest.raises(InputError, match=r"trains on .*val.*, which is in the own validation part of ImageFolder"):
+        with pytest.raises(InputError, match=r"trains on 12 samples \(val: cats/0.png\) that are in the source's own"):
             module(labeled=tmp_path / "split.json")
+
+    def test_split_of_a_part_with_unlabeled_samples(self, tmp_path):
+        x = torch.rand(10, 3)
+        own = TensorDataset(x[:3] + 1, torch.tensor([0, -100, 1]))
+        made = DatasetSource(TensorDataset(x, torch.arange(10) % 2), val=own)
+        module(made).save_split(tmp_path / "split.json")
+        assert module(made, labeled=tmp_path / "split.json").split.val == [10, 11, 12]
+
+    @pytest.mark.parametrize("count", [2, 6])
+    def test_source_without_the_part(self, tmp_path, monkeypatch, count):
+        """The run would go on without any validation."""
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path, ("train",))
+        write(tmp_path, ("x", "val"), count)
+        module().save_split(tmp_path / "split.json")
+        with pytest.raises(InputError, match=f"has {2 * count} validation samples, and none of them is here"):
+            module(source(val=None), labeled=tmp_path / "split.json")
+
+    def test_source_that_has_all_in_one_folder(self, folders, tmp_path):
+        """The part is found by content, and validates."""
+        data = module()
+        data.save_split(tmp_path / "split.json")
+        labeled = {data.content(index) for index in data.split.labeled}
+        for name in NAMES:
+            for number in range(6):
+                (folders / f"val/{name}/{number}.png").rename(folders / f"train/{name}/v{number}.png")
+        one = module(source(val=None), labeled=tmp_path / "split.json")
+        assert {Path(path).name[0] for path in paths(one, one.split.val)} == {"v"}
+        assert (len(one.split.val), {one.content(index) for index in one.split.labeled}) == (12, labeled)
+
+    def test_another_part_of_the_same_file_names(self, folders, tmp_path):
+        """Its pictures are others: no correction of the earlier ones is theirs, and the line says so."""
+        (tmp_path / "labels.csv").write_text("path,label\nval/cats/0.png,dogs\n")
+        module(label_file=tmp_path / "labels.csv", correct_val=True).save_split(tmp_path / "split.json")
+        with pytest.warns(UserWarning, match="the validation part has changed since: 0 of its 12 samples are here, 12"):
+            data = module(source(val="test"), labeled=tmp_path / "split.json")
+        assert data.split.val == [*range(12, 24)]
+        assert data.split.label_rows == []
+        assert torch.cat([batch.y for batch in data.val_dataloader()]).tolist() == [0] * 6 + [1] * 6
+
+    def test_files_that_come_and_go(self, folders, tmp_path):
+        module(labeled=2).save_split(tmp_path / "split.json")
+        (folders / "val/cats/0.png").rename(folders / "val/cats/renamed.png")
+        (folders / "val/dogs/3.png").unlink()
+        Image.new("RGB", (12, 12), "white").save(folders / "val/dogs/9.png")
+        with pytest.warns(UserWarning, match="11 of its 12 samples are here, 1 are new"):
+            data = module(labeled=tmp_path / "split.json")
+        assert data.split.val == [*range(12, 24)]
+        assert not {*data.split.val} & {*data.split.labeled, *data.unlabeled_indices()}
+
+    def test_folders_that_moved_together(self, folders, tmp_path):
+        """Names are relative to each folder, so that a run resumes elsewhere."""
+        here = module()
+        (folders / "there").mkdir()
+        for part in ("train", "val"):
+            (folders / part).rename(folders / "there" / part)
+        there = module(ImageFolder("there/train", val="there/val", image_size=8))
+        assert there.samples.images_hash == here.samples.images_hash
+        assert there.samples.hash == here.samples.hash
+
+    def test_files_of_one_name_are_two_samples(self, folders):
+        data = module()
+        names = data.identities("train").paths
+        assert len({*names}) == 24
+        assert (names[0], names[12]) == ("cats/0.png", "val: cats/0.png")
+
+    def test_training_part_that_is_random(self, tmp_path):
+        """Samples without a name are not taken for samples that are gone."""
+
+        class Random(torch.utils.data.Dataset):
+            targets = [0, 1] * 5
+
+            def __len__(self):
+                return 10
+
+            def __getitem__(self, index):
+                return torch.rand(3), self.targets[index]
+
+        def made():
+            return DatasetSource(Random(), val=TensorDataset(torch.rand(3, 3), torch.tensor([0, 1, 1])))
+
+        data = module(made())
+        data.save_split(tmp_path / "split.json")
+        assert module(made(), labeled=tmp_path / "split.json").split.labeled == data.split.labeled
+        saved = Split.load(tmp_path / "split.json", data.samples.parts.train.targets)
+        fewer = TensorDataset(torch.rand(2, 3), torch.tensor([1, 1]))
+        joined = DatasetSource(ConcatDataset([Random(), TensorDataset(torch.rand(1, 3), torch.tensor([0]))]), val=fewer)
+        assert saved.samples is None
+        with pytest.raises(InputError, match=r"validates on 1 samples \(sample 10\) that are not in the source's own"):
+            module(joined, labeled=tmp_path / "split.json")
 
     def test_copies_stay_apart(self, folders):
         """A training picture that is a copy of a validation picture is left out; the part itself stays."""
@@ -203,6 +304,23 @@ class TestLabelFile:
         data = module(label_file=self.rows(tmp_path / "labels.csv", *rows))
         assert not {*data.split.val} & {*data.split.labeled}
         assert len(data.split.labeled) == 12
+
+    def test_rows_that_agree_that_a_label_is_missing(self, tmp_path):
+        x = torch.rand(6, 3)
+        made = DatasetSource(TensorDataset(x, torch.arange(6) % 2), val=TensorDataset(x[:2] + 1, torch.tensor([0, -1])))
+        (tmp_path / "labels.csv").write_text("index,label,kind\n6,0,\n7,,missing\n0,1,\n")
+        assert module(made, label_file=tmp_path / "labels.csv").split.val == [6, 7]
+
+    def test_second_file(self, folders, tmp_path):
+        """A later file is compared with the corrected labels, and may take a correction back."""
+        wrong = self.rows(tmp_path / "wrong.csv", ("val/cats/0.png", "dogs", ""))
+        module(label_file=wrong, correct_val=True).save_split(tmp_path / "split.json")
+        split = tmp_path / "split.json"
+        assert module(labeled=split, label_file=wrong).validation_labels()[12] == 1
+        back = self.rows(tmp_path / "back.csv", ("val/cats/0.png", "cats", ""))
+        with pytest.raises(InputError, match="correct_val: true corrects its label"):
+            module(labeled=split, label_file=back)
+        assert module(labeled=split, label_file=back, correct_val=True).validation_labels()[12] == 0
 
     def test_paths_that_two_parts_have(self, folders, tmp_path):
         with pytest.raises(InputError, match=r"'cats/0.png' fits several images; give the whole path"):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from kd_lightning.batch import LabelKind
+from kd_lightning.batch import IGNORE_INDEX, LabelKind
 from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.class_numbers import ClassNumbers
 from kd_lightning.data.row_samples import RowName, RowSamples
@@ -61,7 +61,7 @@ def read_label_file(
     - ``weight``: factor of the sample's hard loss, at least 0 (default 1).
 
     Other columns, and rows without label and kind (not labeled yet), are skipped. Rows whose image is gone are passed
-    over with a warning. So are rows of the validation part whose label is the source's, without one.
+    over with a warning. So are rows of the validation part whose label is the present one, without one.
 
     Args:
         path: Path of the file; ``.parquet`` needs the extra ``weak``.
@@ -69,11 +69,11 @@ def read_label_file(
         class_names: Names of the classes, by index.
         identities: Paths and contents of each part. Default: None, which means that they are read if a row has a
             content.
-        targets: Labels of the training part; only (N,) class indices are used. Default: None, which means that they
-            are unknown.
+        targets: Labels of the training part, with earlier corrections; only (N,) class indices are used. Default:
+            None, which means that they are unknown.
         group_names: Names of the superclasses.
-        val_indices: Samples of the validation part. Rows with another label than that of the source are refused, unless
-            they correct it.
+        val_indices: Samples of the validation part. Rows with another label than that of ``targets`` are refused,
+            unless they correct it.
         correct_val: Whether rows may correct labels of the validation part. Kind missing then removes a label. Default:
             False.
 
@@ -107,7 +107,8 @@ def read_label_file(
         try:
             new = LabelRow(sample, *_read_label(row, classes, groups, group_names))
             if sample in val:
-                if new.kind in ("clean", "noisy") and [new.label] == truth[sample : sample + 1]:
+                label = IGNORE_INDEX if new.kind == "missing" else new.label
+                if new.kind != "coarse" and [label] == truth[sample : sample + 1]:
                     continue
                 if not correct_val:
                     raise InputError(

@@ -72,6 +72,7 @@ def rows_of(parts: Sequence[Images]) -> Rows | JoinedRows | None:
 
     Some images are compared with those that the datasets return: one that changes its images has none.
     """
+    parts = [one for part in parts for one in (part.datasets if type(part) is ConcatDataset else [part])]  # type: ignore[misc]
     found = [rows for rows in map(_rows_of_part, parts) if rows is not None]
     if len(found) != len(parts) or len({(rows.values.shape[1:], rows.values.dtype) for rows in found}) != 1:
         return None
