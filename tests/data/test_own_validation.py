@@ -359,10 +359,45 @@ class TestTorchvision:
         with pytest.raises(InputError, match="unknown split valid"):
             TorchvisionDataset("Flowers102", ".", val_split="valid").load()
 
-    @pytest.mark.parametrize(("name", "argument"), [("CIFAR10", "val_split"), ("EMNIST", "unlabeled_split")])
-    def test_datasets_without_such_splits(self, name, argument):
-        with pytest.raises(InputError, match=f"{argument}: {name} has no such part, got 'val'"):
-            TorchvisionDataset(name, ".", **{argument: "val"}).load()
+    @pytest.mark.parametrize("name", ["CIFAR10", "EMNIST", "EuroSAT"])
+    @pytest.mark.parametrize("part", ["train", "test", "val", "unlabeled"])
+    def test_datasets_without_such_splits(self, name, part):
+        with pytest.raises(InputError, match=f"{part}_split: {name} has no argument split for parts, got 'extra'"):
+            TorchvisionDataset(name, ".", **{f"{part}_split": "extra"}).load()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"val_split": "train"}, "val_split and train_split must differ, got train for both"),
+            ({"val_split": "test"}, "val_split and test_split must differ, got test for both"),
+            ({"train_split": "extra", "unlabeled_split": "extra"}, "unlabeled_split and train_split must differ"),
+        ],
+    )
+    def test_two_parts_of_one_split(self, arguments, message):
+        """Such a part would be trained on, and measure nothing."""
+        with pytest.raises(InputError, match=message):
+            TorchvisionDataset("SVHN", ".", **arguments)
+
+    def test_no_test_part(self):
+        """ImageNet, Imagenette and Places365 have labels of two splits alone."""
+        made = TorchvisionDataset("Places365", ".", test_split=None, train_split="train-standard", val_split="val")
+        assert made._selectors() == {"train": {"split": "train-standard"}, "val": {"split": "val"}}
+        assert TorchvisionDataset("CIFAR10", ".", test_split=None)._selectors() == {"train": {"train": True}}
+
+    @pytest.mark.parametrize(
+        ("name", "names"),
+        [
+            ("OxfordIIITPet", "trainval.*test"),
+            ("SVHN", "train.*test.*extra"),
+            ("STL10", "train.*unlabeled.*test"),
+            ("Places365", "train-standard.*train-challenge.*val"),
+            ("Flowers102", "train.*val.*test"),
+        ],
+    )
+    def test_names_that_a_dataset_does_not_have(self, tmp_path, name, names):
+        with pytest.raises(InputError, match=f"valid.*{names}") as error:
+            TorchvisionDataset(name, str(tmp_path), train_split="valid").load()
+        assert "\n" not in str(error.value)
 
     def test_split_of_emnist_is_no_part(self, monkeypatch):
         seen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import combinations
 from typing import Any
 
 import torchvision
@@ -23,7 +24,7 @@ class TorchvisionDataset(Source):
             ``SVHN`` or ``STL10`` (which has an unlabeled part).
         root: Folder of the files. Missing files are downloaded there.
         options: Other arguments of the dataset, such as ``split: letters`` of EMNIST.
-        test_split: Name of the test part, for datasets with the argument ``split``.
+        test_split: Name of the test part, for datasets with the argument ``split``: ``val`` of ImageNet. None for none.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
             The six datasets above have transforms of their own, without it.
         train_split: Name of the training part, for datasets with the argument ``split``: ``trainval`` of OxfordIIITPet,
@@ -38,7 +39,8 @@ class TorchvisionDataset(Source):
             which means ``unlabeled`` for STL10, and none for the others.
 
     Raises:
-        InputError: For a name that torchvision does not have, and if ``image_size`` is out of range.
+        InputError: For a name that torchvision does not have, if ``image_size`` is out of range, for two parts of one
+            split, and for the name of a split of a dataset without the argument ``split``.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class TorchvisionDataset(Source):
         name: str,
         root: str,
         options: dict[str, Any] | None = None,
-        test_split: str = "test",
+        test_split: str | None = "test",
         image_size: int | tuple[int, int] = 224,
         train_split: str = "train",
         loader: Loader = load_image,
@@ -59,10 +61,13 @@ class TorchvisionDataset(Source):
         self.name = name
         self.root = root
         self.options = options or {}
-        self.splits = {"train": train_split, "test": test_split}
         if unlabeled_split is None and name == "STL10":
             unlabeled_split = "unlabeled"
-        self.splits |= {k: v for k, v in (("val", val_split), ("unlabeled", unlabeled_split)) if v is not None}
+        names = {"train": train_split, "test": test_split, "val": val_split, "unlabeled": unlabeled_split}
+        self.splits = {part: split for part, split in names.items() if split is not None}
+        for (one, split), (other, same) in combinations(self.splits.items(), 2):
+            if split == same:
+                raise InputError(f"{other}_split and {one}_split must differ, got {split} for both; null means no part")
         self.loader = loader
         photos = photo_transforms(image_size)
         self.train_transform, self.eval_transform = _RECIPES[name]() if name in _RECIPES else photos
@@ -91,9 +96,11 @@ class TorchvisionDataset(Source):
         names = {name for kind in self.dataset.__mro__ for name in inspect.signature(kind).parameters}  # type: ignore[union-attr]
         if "split" in names and "train" not in names:  # split of EMNIST is no part
             return {part: {"split": name} for part, name in self.splits.items()}
-        if wrong := [part for part in ("val", "unlabeled") if part in self.splits]:
-            raise InputError(f"{wrong[0]}_split: {self.name} has no such part, got {self.splits[wrong[0]]!r}")
-        return {"train": {"train": True}, "test": {"train": False}} if "train" in names else {"train": {}}
+        if wrong := [part for part, split in self.splits.items() if split != _DEFAULTS.get(part)]:
+            part = wrong[0]
+            raise InputError(f"{part}_split: {self.name} has no argument split for parts, got {self.splits[part]!r}")
+        selectors: dict[str, dict[str, Any]] = {"train": {"train": True} if "train" in names else {}}
+        return selectors | ({"test": {"train": False}} if "train" in names and "test" in self.splits else {})
 
     def _parameters(self) -> Any:
         return inspect.signature(self.dataset).parameters  # type: ignore[arg-type]
@@ -115,6 +122,8 @@ class TorchvisionDataset(Source):
             raise InputError(f"loader: the images of {self.name} are not read by a loader; remove loader")
         return dataset if files is None else files
 
+
+_DEFAULTS = {"train": "train", "test": "test"}
 
 # The usual means and standard deviations of the training images. Digits are not mirrored.
 _RECIPES = {
