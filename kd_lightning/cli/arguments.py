@@ -165,15 +165,19 @@ def _clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     parser.add_argument("config", help="YAML of any method on a SemiSupervisedDataModule")
     text = "which labels: those of training (default), or those of validation, by one fit without folds"
     parser.add_argument("--part", choices=("train", "val"), default="train", help=text)
-    parser.add_argument("--folds", type=int, default=5, metavar="K", help="fits, each without 1/K of the labels")
+    parser.add_argument("--folds", type=int, metavar="K", help="fits, each without 1/K of the labels (default 5)")
     parser.add_argument("--action", choices=ACTIONS, default="drop", help="correction of the suspects (default drop)")
     parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the files (default: <root>/<name>_clean)")
+    text = "folder of the files (default: <root>/<name>_clean, or its folder val for --part val)"
+    parser.add_argument("--out", metavar="DIR", type=Path, help=text)
     options = _with_overrides(parser, args)
     if options.weight is not None and options.action != "downweight":
         raise InputError(f"--weight needs --action downweight, got {options.action}")
     if options.part == "val" and options.action == "downweight":
         raise InputError("--action downweight is for training labels; allowed with --part val: drop, relabel")
+    if options.part == "val" and options.folds is not None:
+        raise InputError(f"--folds is for training labels; --part val takes one fit, got --folds {options.folds}")
+    options.folds = 5 if options.folds is None else options.folds
     options.weight = 0.1 if options.weight is None else options.weight
     if not 0 <= options.weight < 1:
         raise InputError(f"--weight must lie in [0, 1), got {options.weight}")

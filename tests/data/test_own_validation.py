@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import ConcatDataset, TensorDataset
 
@@ -427,6 +428,38 @@ def test_cached_teacher_and_resume(folders, quiet_trainer, tmp_path):
     assert torch.equal(resumed.student[1].weight, whole.student[1].weight)
 
 
+@pytest.mark.parametrize(("option", "value"), [("--folds", "3"), ("--action", "downweight")])
+def test_options_of_clean_that_are_for_training(tmp_path, monkeypatch, fails, option, value):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CLEAN)
+    assert f"{option} " in fails("clean", "config.yaml", "--part", "val", option, value)
+
+
+@pytest.mark.slow
+def test_clean_judges_an_own_part(tmp_path, monkeypatch, capsys):
+    """Each part has its own files, so that both are corrected, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name, color in (("cats", 20), ("dogs", 230)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(20):
+                right = 250 - color if number == 7 else color
+                Image.new("RGB", (12, 12), (right, right, number)).save(tmp_path / part / name / f"{number}.png")
+    config = yaml.safe_load(CLEAN)
+    source = {"class_path": "ImageFolder", "init_args": {"train": "train", "val": "val", "image_size": 8}}
+    config["data"]["init_args"] = {"source": source, "batch_size": 10}
+    student = {"class_path": "kd_lightning.models.resnet8", "init_args": {"num_classes": 2}}
+    config["model"]["init_args"]["student"] = student
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    main(["clean", "config.yaml", "--folds", "2", "--action", "relabel"])
+    main(["clean", "config.yaml", "--part", "val", "--action", "relabel"])
+    capsys.readouterr()
+    for folder, part in (("runs/quick_clean", "train"), ("runs/quick_clean/val", "val")):
+        with Path(folder, "labels.csv").open() as file:
+            found = {Path(row["path"]).parts[-3:]: row["label"] for row in csv.DictReader(file)}
+        assert found == {(part, "cats", "7.png"): "dogs", (part, "dogs", "7.png"): "cats"}
+
+
 @pytest.mark.slow
 def test_clean_judges_validation_labels(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -443,7 +476,7 @@ def test_clean_judges_validation_labels(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "validation labels" in text
     assert "--data.correct_val true" in text
-    with Path("runs/quick_clean/labels.csv").open() as file:
+    with Path("runs/quick_clean/val/labels.csv").open() as file:
         found = {int(row["index"]) for row in csv.DictReader(file)}
     assert found <= {*data.split.val}
     assert len(found & {*spoiled}) >= 0.7 * len(spoiled)
@@ -454,7 +487,7 @@ def test_clean_judges_validation_labels(tmp_path, monkeypatch, capsys):
             "--config",
             "config.yaml",
             "--data.label_file",
-            "runs/quick_clean/labels.csv",
+            "runs/quick_clean/val/labels.csv",
             "--data.correct_val=true",
         ]
     )

@@ -72,7 +72,7 @@ def main(options: Namespace) -> None:
     """Find the suspects, and print the next command."""
     config = parse_config(["--config", options.config, *options.overrides], "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
-    out = options.out or root
+    out = options.out or (root / "val" if options.part == "val" else root)  # one part leaves the other's files
     earlier = (config["data"].get("init_args") or {}).get("label_file")
     if earlier and Path(earlier).resolve() == (out / "labels.csv").resolve():
         raise InputError(
@@ -80,7 +80,7 @@ def main(options: Namespace) -> None:
         )
     data = _build_data(config)
     if options.part == "val":
-        result = review_val(config, data, root / "val", out)
+        result = review_val(config, data, root / "val" / "fit", out)
     else:
         result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
     if earlier:  # the new label file replaces it, so the split stores its labels
@@ -177,6 +177,9 @@ def _judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Review:
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
+    if int(label.max()) >= probabilities.shape[1]:
+        count = probabilities.shape[1]
+        raise InputError(f"clean needs a student with a logit for each class, got {count} for class {int(label.max())}")
     arrays = label.numpy(), probabilities.numpy()
     suspect, quality = find_label_issues(*arrays, n_jobs=1), get_label_quality_scores(*arrays)
     return Review(index, label, probabilities, torch.as_tensor(quality), torch.as_tensor(suspect))
