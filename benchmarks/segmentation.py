@@ -50,7 +50,7 @@ GRID = {
     "pseudo_labels": {"threshold": (0.8, 0.95)},
 }
 BEST = {
-    "alone": {"lr": 0.01, "crops": False},
+    "alone": {"lr": 0.03, "crops": True},
     "distilled": {"lr": 0.01, "temperature": 4.0},
     "pseudo_labels": {"threshold": 0.95},
 }
