@@ -209,7 +209,7 @@ def test_what_are_no_soft_labels(y, message):
         ),
         (lambda: SupervisedModule(network(), hard_loss=GeneralizedCrossEntropyLoss()), "use CrossEntropyLoss"),
     ],
-    ids=["pseudo-labels", "co-teaching", "confidence", "a loss of classes"],
+    ids=["co-teaching", "confidence", "a loss of classes"],
 )
 def test_methods_that_need_classes_refuse_soft_labels(make, message):
     with pytest.raises(InputError, match=message):
