@@ -103,12 +103,21 @@ def identify(images: Images) -> Identities:
         InputError: If a file or an item cannot be read.
     """
     paths, contents = _describe(images, range(len(images)))
+    return Identities(paths, number_copies(contents))
+
+
+def number_copies(contents: Sequence[str]) -> list[str]:
+    """Give each further sample of equal content its number, whatever the suffixes are.
+
+    >>> number_copies(["a", "b", "a", "", "b#2", ""])
+    ['a', 'b', 'a#2', '', 'b#2', '']
+    """
     counts: Counter[str] = Counter()
-    for number, content in enumerate(contents):
+    numbered = []
+    for content in map(base_content, contents):
         counts[content] += 1
-        if content and counts[content] > 1:
-            contents[number] = f"{content}#{counts[content]}"
-    return Identities(paths, contents)
+        numbered.append(f"{content}#{counts[content]}" if content and counts[content] > 1 else content)
+    return numbered
 
 
 def match(earlier: Identities, now: Identities) -> Match:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import ConcatDataset
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.file_hashes import hash_files
-from kd_lightning.data.identity import Identities, identify
+from kd_lightning.data.identity import Identities, identify, number_copies
 from kd_lightning.data.sources.dense_labels import LabelRules, dense_part
 from kd_lightning.data.sources.images import Images, path_of, read_image
 from kd_lightning.data.sources.items import picture_of
@@ -164,9 +165,11 @@ class Samples:
 
     @cached_property
     def _training_identities(self) -> list[Identities]:
-        """Those of the training part, and of the own validation part if there is one; each below its own folder."""
+        """Those of the training part, and of the own validation part if there is one; paths below its own folder."""
         images: Any = self.parts.train.images
-        return [identify(part) for part in (images.datasets if self.parts.own_val else [images])]
+        parts = [identify(part) for part in (images.datasets if self.parts.own_val else [images])]
+        contents = iter(number_copies([content for part in parts for content in part.contents]))
+        return [Identities(part.paths, [*islice(contents, len(part))]) for part in parts]
 
     @cached_property
     def test_identities(self) -> Identities:

@@ -69,7 +69,11 @@ def nodes(node):
 
 MIX = {"class_path": "kd_lightning.data.transforms.MixUp", "init_args": {"alpha": 0.4}}
 VARIANTS = {  # arguments of the model, or of the data, by dotted path, under which a config is another story
-    "cached_digits": [{"data.mix": MIX}, {"data.sampler": "balanced"}],
+    "cached_digits": [
+        {"data.mix": MIX},
+        {"data.sampler": "balanced"},
+        {"data.source": {"class_path": "parts.DigitsWithVal"}},
+    ],
     "student_digits": [{"class_weights": "balanced"}],
     "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],
     "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}, {"data.mix": MIX}],

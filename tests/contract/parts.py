@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.io import write_png
 
 from kd_lightning.batch import is_labeled
+from kd_lightning.data import Digits
+from kd_lightning.data.sources.source import Part
 
 
 class StoppedError(Exception):
@@ -88,6 +90,17 @@ class PermuteHidden(Callback):
         for number, path in zip(index, [paths[other] for other in index[1:] + index[:1]], strict=True):
             self.changed += paths[number] != path
             paths[number] = path
+
+
+class DigitsWithVal(Digits):
+    """The digits with their own validation part: the last 100 of the training part."""
+
+    def load(self):
+        parts = super().load()
+        images, targets = parts.train.images, parts.train.targets
+        size = len(targets) - 100
+        train, val = (Part(Subset(images, n), targets[n]) for n in (range(size), range(size, len(targets))))
+        return parts._replace(train=train, val=val)
 
 
 class Plain(nn.Module):

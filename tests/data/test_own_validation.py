@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from kd_lightning import DatasetSource, DistillModule, ImageFolder, InputError, SemiSupervisedDataModule, Teacher
 from kd_lightning.__main__ import main
-from kd_lightning.data import Digits, TextSource
+from kd_lightning.data import ClassSubset, Digits, ImageMaskFolder, RotatedClasses, TextSource
 from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
 from kd_lightning.data.splits import Split
@@ -133,7 +133,37 @@ class TestParts:
         rows = rows_of(module(made).samples.images)
         assert torch.equal(rows.read(torch.tensor([7, 0, 8, 5])), x[[7, 0, 8, 5]])
 
-    def test_workers_and_processes(self, folders):
+    def test_masks(self, tmp_path, monkeypatch):
+        """Masks are read with their pictures, also from decoded ones, and hashed as those of two folders."""
+        monkeypatch.chdir(tmp_path)
+        for part, first in (("train", 0), ("val", 10)):
+            for folder in ("images", "masks"):
+                (tmp_path / part / folder).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8), (first + number,) * 3).save(tmp_path / part / f"images/{number}.png")
+                Image.new("L", (8, 8), (first + number) % 3).save(tmp_path / part / f"masks/{number}.png")
+        for arguments in ({}, {"decoded": "pictures"}, {"num_workers": 1}):
+            data = module(ImageMaskFolder("train", val="val", image_size=8), **arguments)
+            (batch,) = data.val_dataloader()
+            assert [mask.unique().tolist() for mask in batch.y] == [[1], [2], [0], [1]]
+        both = [module(ImageMaskFolder(part)).samples.label_contents for part in ("train", "val")]
+        assert data.samples.label_contents == [*both[0], *both[1]]
+        data.save_split(tmp_path / "split.json")
+        again = module(ImageMaskFolder("train", val="val", image_size=8), labeled=tmp_path / "split.json")
+        assert again.split.hash == data.split.hash
+
+    @pytest.mark.parametrize("wrapper", [lambda one: ClassSubset(one, [1, 0]), RotatedClasses])
+    def test_sources_of_sources(self, folders, wrapper):
+        alone = module(wrapper(source(val=None)), val_size=0)
+        data = module(wrapper(source()))
+        assert (data.split.labeled, data.class_names) == (alone.split.labeled, alone.class_names)
+        labels = torch.cat([batch.y for batch in data.val_dataloader()])
+        dogs = data.class_names.index("dogs" if "dogs" in data.class_names else "dogs at 0")
+        shown = [Path(data.path(n)).parts[-3:-1] for n in data.split.val]
+        assert {place for place, label in zip(shown, labels, strict=True) if label == dogs} == {("val", "dogs")}
+        assert {place[0] for place in shown} == {"val"}
+
+    def test_workers(self, folders):
         def batches(**arguments):
             return [batch.x for batch in module(**arguments).val_dataloader()]
 
@@ -230,6 +260,19 @@ class TestSplits:
         names = data.identities("train").paths
         assert len({*names}) == 24
         assert (names[0], names[12]) == ("cats/0.png", "val: cats/0.png")
+
+    def test_copies_without_paths_have_contents_of_their_own(self, tmp_path):
+        x = torch.rand(4, 3)
+        made = DatasetSource(
+            TensorDataset(x, torch.tensor([0, 1, 0, 1])), val=TensorDataset(x[:2], torch.tensor([0, 1]))
+        )
+        data = module(made)
+        assert data.content(4) == f"{data.content(0)}#2"
+        (tmp_path / "labels.csv").write_text(f"content,label\n{data.content(5)},0\n")
+        assert module(made, label_file=tmp_path / "labels.csv", correct_val=True).validation_labels()[4:].tolist() == [
+            0,
+            0,
+        ]
 
     def test_training_part_that_is_random(self, tmp_path):
         """Samples without a name are not taken for samples that are gone."""
@@ -419,6 +462,7 @@ def test_cached_teacher_and_resume(folders, quiet_trainer, tmp_path):
         data = SemiSupervisedDataModule(source(), labeled=2, batch_size=4, num_views=1)
         trainer = quiet_trainer(max_epochs=epochs, default_root_dir=str(tmp_path / folder), limit_val_batches=1.0)
         trainer.fit(made, datamodule=data, **kwargs)
+        assert data.train_views().outputs.indices.tolist() == [*range(12)]
         return trainer, made
 
     trainer, _ = fit(1, "first")

@@ -7,7 +7,6 @@ import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -169,8 +168,10 @@ def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out
 
 
 def _require_cleanlab() -> None:
-    if find_spec("cleanlab") is None:
-        raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'")
+    try:
+        import cleanlab.filter  # noqa: F401
+    except ImportError as error:
+        raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'") from error
 
 
 def _judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Review:
