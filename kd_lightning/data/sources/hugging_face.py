@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,10 @@ class HuggingFaceSource(Source):
         parts = {part: self._split(splits, part, name) for part, name in self.splits.items()}
         train = parts["train"]
         assert train is not None
+        used = {part: self._name_of(splits, part, name) for part, name in self.splits.items()}
+        for (one, name), (other, same) in combinations(used.items(), 2):
+            if name is not None and name == same:
+                raise InputError(f"{other} and {one} must be different splits, got {name!r} for both")
         inputs = self._column("input", self.input, _INPUTS, train)
         label = self._column("label", self.label, LABEL_KEYS, train)
         given = _class_names(train, label)
@@ -91,7 +97,7 @@ class HuggingFaceSource(Source):
 
     def _split(self, splits: Mapping[str, Any], part: str, name: str | None) -> Any:
         """Return the dataset of a split; None if it is not there and was not named."""
-        usual = next((one for one in _SPLITS[part] if one in splits), None) if name is None else name
+        usual = self._name_of(splits, part, name)
         if usual is None:
             return None
         if usual not in splits:
@@ -105,6 +111,11 @@ class HuggingFaceSource(Source):
         if dataset.format["type"] == "custom":
             raise InputError(f"{part}: a transform (set_transform) cannot be replayed; use data.train_transform")
         return dataset.with_format(None)
+
+    @staticmethod
+    def _name_of(splits: Mapping[str, Any], part: str, name: str | None) -> str | None:
+        """Return the name of a split, or the usual one that is there; None if there is none."""
+        return next((one for one in _SPLITS[part] if one in splits), None) if name is None else name
 
     @staticmethod
     def _column(what: str, name: str | None, usual: tuple[str, ...], dataset: Any) -> str:
@@ -152,7 +163,7 @@ def _open(data: Any) -> Mapping[str, Any]:
         raise InputError("HuggingFaceSource needs datasets: pip install 'kd-lightning[hf]'") from error
     if isinstance(data, str):
         try:
-            data = load_from_disk(data)
+            data = load_from_disk(str(Path(data).expanduser()))
         except Exception as error:  # of many classes
             text = " ".join(str(error).split())
             raise InputError(f"data: {data} is no folder of a saved dataset: {text:.200}") from error
@@ -177,7 +188,8 @@ def _targets(dataset: Any, place: str, label: str, names: list[str] | None) -> t
     if names is not None and hasattr(dataset.features[label], "feature"):  # a list of ClassLabel
         rows = torch.zeros(len(values), len(names))
         for number, row in enumerate(values):
-            rows[number, row if row is not None else slice(None)] = 1 if row is not None else torch.nan
+            missing = row is None or min(row, default=0) < 0
+            rows[number, slice(None) if missing else row] = torch.nan if missing else 1
         return rows, names
     if any(isinstance(value, str) for value in values):
         values, names = number_names(values, names, place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ _SPLITS = {
     "unlabeled": ("unlabeled", "unlabelled"),
 }
 _MOST = 10  # names in a message
+_WHOLE = re.compile("-?[0-9]+")
 
 
 class ImageTable(Source):
@@ -89,6 +91,8 @@ class ImageTable(Source):
     ) -> None:
         if separator is not None and (numbers or isinstance(label, list) or not separator):
             raise InputError(f"separator: {separator!r} is for one column of class names")
+        if isinstance(label, list) and not 0 < len(label) == len({*label}):
+            raise InputError(f"label must be the name of a column, or different names of several, got {label}")
         self.table = Path(table).expanduser()
         self.folder = str(self.table.parent) if folder is None else folder
         self.image = image
@@ -116,7 +120,10 @@ class ImageTable(Source):
                 f"must have a column of images, such as {', '.join(PATH_COLUMNS[:3])}, got {_some(columns)}"
             )
         split = self._column("split", None, _SPLIT_COLUMNS, columns)
-        weight = self._column("weight", None, _WEIGHT_COLUMNS, columns)
+        named = [self.label] if isinstance(self.label, str) else self.label or []
+        weight = self._column("weight", None, _WEIGHT_COLUMNS, [name for name in columns if name not in named])
+        if weight is not None:
+            rank_zero_info(f"table: the column {weight} weighs the hard loss of training samples")
         group = None if self.group is None else self._column("group", self.group, (), columns)
         label = self._label_columns([name for name in columns if name not in (image, split, weight, group)], rows)
         files = FlatFolder("folder", self.folder, self.loader, self.endings)
@@ -164,6 +171,8 @@ class ImageTable(Source):
             return name
         by_lower = {column.lower(): column for column in reversed(columns)}
         found = [by_lower[one] for one in usual if one in by_lower]
+        if len(found) > 1 and what in ("label", "split"):
+            raise self._error(f"has the columns {_some(found)}; name the right one by {what}, or remove the others")
         return found[0] if found else None
 
     def _label_columns(self, columns: list[str], rows: Rows) -> str | list[str]:
@@ -173,8 +182,9 @@ class ImageTable(Source):
             return self.label
         if (found := self._column("label", self.label, _LABEL_COLUMNS, columns)) is not None:
             return found
-        binary = [name for name in columns if {row.get(name, "") for _, row in rows} <= {"0", "1", ""}]
-        if not binary or self.numbers:
+        cells = {name: {row.get(name, "") for _, row in rows} - {""} for name in columns}
+        binary = [name for name, found in cells.items() if found and found <= {"0", "1", "0.0", "1.0"}]
+        if not binary or self.numbers or self.separator is not None:
             raise self._error(f"must have a column of labels; name it by label; it has {_some(columns)}")
         rank_zero_info(f"table: {len(binary)} columns of zeros and ones are labels: {_some(binary)}")
         return binary
@@ -220,8 +230,8 @@ class ImageTable(Source):
     def _weights(self, rows: Rows, numbers: Sequence[int], column: str) -> Tensor:
         values = [self._number(rows[number][0], column, rows[number][1][column] or "1") for number in numbers]
         for number, value in zip(numbers, values, strict=True):
-            if not 0 <= value < math.inf:
-                raise self._error(f"{rows[number][0]}: {column} must be at least 0, got {value}")
+            if not 0 <= value < 1e38:  # float32 holds no larger number
+                raise self._error(f"{rows[number][0]}: {column} must be at least 0, below 1e38, got {value}")
         return torch.tensor(values)
 
     def _targets(
@@ -242,7 +252,9 @@ class ImageTable(Source):
             }
             names = _sorted_names({name for found in several.values() for name in found if name})
             missing = torch.full((len(names),), math.nan)
-            one = {n: torch.tensor([float(name in found) for name in names]) for n, found in several.items()}
+            one = {
+                n: torch.tensor([float(name in found) for name in names]) for n, found in several.items() if any(found)
+            }
             return {number: one.get(number, missing) for number in numbers}, names
         known = {number: _class_name(cell) for number, cell in cells.items() if cell}
         names = _sorted_names({*known.values()})
@@ -293,10 +305,10 @@ class _Names:
 
         An end of both is not enough: ``val/1.jpg`` is not ``train/1.jpg``, nor ``1.jpg`` if there is a folder ``val``.
         """
-        for text in dict.fromkeys((cell, unquote(urlsplit(cell).path))):  # a labelling tool's address
+        for text in dict.fromkeys((cell, _path_of_address(cell))):
             parts = [part for part in normal_name(text).replace("\\", "/").split("/") if part not in ("", ".")]
             name = "/".join(parts)
-            above = (number for number in range(1, len(parts)) if parts[number - 1] not in self._folders)
+            above = (number for number in range(1, len(parts)) if self._folders.isdisjoint(parts[:number]))
             ends = (self._whole.get("/".join(parts[number:])) for number in above)
             if fits := self._whole.get(name) or self._ends.get(name) or next(filter(None, ends), None):
                 return fits
@@ -324,15 +336,23 @@ class ListedImages(Dataset[Any]):
         return len(self.paths)
 
 
+def _path_of_address(cell: str) -> str:
+    """Return the path of a labelling tool's address, without escapes."""
+    try:
+        return unquote(urlsplit(cell).path)
+    except ValueError:
+        return cell
+
+
 def _class_name(cell: str) -> str:
     """Return a class name; 3.0, as tables with empty cells have it, is 3."""
     whole = cell.removesuffix(".0")
-    return normal_name(whole if whole != cell and whole.lstrip("-").isdecimal() else cell)
+    return normal_name(whole if whole != cell and _WHOLE.fullmatch(whole) else cell)
 
 
 def _sorted_names(names: set[str]) -> list[str]:
     """Sort names; whole numbers by value."""
-    if names and all(name.lstrip("-").isdecimal() for name in names):
+    if names and all(map(_WHOLE.fullmatch, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 

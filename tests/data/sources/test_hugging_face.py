@@ -69,6 +69,8 @@ def test_kinds_of_labels():
     parts = HuggingFaceSource({"train": split([[0, 2], [], None], feature=several)}).load()
     assert parts.train.targets[:2].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert parts.train.targets[2].isnan().all()
+    rows = HuggingFaceSource({"train": split([[0], [-1]], feature=several)}).load().train.targets
+    assert rows[1].isnan().all()  # not the last class
     parts = HuggingFaceSource({"train": split([0.5, -2.0], feature=datasets.Value("float32"))}).load()
     assert parts.train.targets.tolist() == [0.5, -2.0]
     assert parts.class_names is None
@@ -135,6 +137,11 @@ data:
         (lambda: HuggingFaceSource(whole(), input="label"), "train: the column label must hold images, got ClassLabel"),
         (lambda: HuggingFaceSource(3), "data must be a DatasetDict, or the folder of a saved one, got int"),
         (lambda: HuggingFaceSource(whole(), test="extra"), "test: there is no split 'extra'; there are train, valid"),
+        (
+            lambda: HuggingFaceSource(whole(test=split([1])), val="test"),
+            "test and val must be different splits, got 'test' for both",
+        ),
+        (lambda: HuggingFaceSource(whole(), val="train"), "val and train must be different splits, got 'train'"),
         (lambda: HuggingFaceSource(whole(), input="photo"), "input: the columns must have 'photo', got image, label"),
         (lambda: HuggingFaceSource(whole(), label="kind"), "label: the columns must have 'kind', got image, label"),
         (

@@ -151,6 +151,22 @@ def test_several_labels(folder):
     assert torch.tensor(content(parts.train)[20]).isnan().all()
 
 
+def test_what_spreadsheets_make_of_zeros_and_ones(folder):
+    """pandas writes 0.0 and 1.0 where a cell is empty; a column without any cell is no label."""
+    parts = load(("path", "red", "blue", "note"), ("a.png", "1.0", "0", ""), ("b.png", "", "1", ""))
+    assert parts.class_names == ["red", "blue"]
+    parts = load(("path", "tags"), ("a.png", "red"), ("b.png", "|"), label="tags", separator="|")
+    assert torch.tensor(content(parts.train)[20]).isnan().all()
+    assert load(("path", "label"), ("a.png", "--1"), ("b.png", "2")).class_names == ["--1", "2"]
+
+
+def test_a_folder_that_is_there_is_never_dropped(folder):
+    """The label of a picture that is gone does not go to another one of the same name."""
+    for cell in ("deep/sub/a.png", "deep/b.png", "x/deep/b.png"):
+        with pytest.raises(InputError, match="has no image of any of its 1 rows"):
+            load(("path", "label"), (cell, "x"))
+
+
 def test_numbers_to_predict(folder):
     parts = load(("path", "target"), ("a.png", "1.5"), ("b.png", ""), ("c.png", "-2"), numbers=True)
     assert parts.class_names is None
@@ -187,7 +203,7 @@ def test_an_image_named_twice(folder, caplog):
         ([("path", "label"), ("a.png", "x")], {"label": "species"}, "must have the column 'species' that label names"),
         ([("path", "label"), ("a.png", "x")], {"image": "file"}, "must have the column 'file' that image names"),
         ([("path", "label", "split"), ("a.png", "x", "fold1")], {}, "line 2 split must be one of train|line 2: split"),
-        ([("path", "label", "weight"), ("a.png", "x", "-1")], {}, "weight must be at least 0, got -1"),
+        ([("path", "label", "weight"), ("a.png", "x", "-1")], {}, "weight must be at least 0, below 1e38, got -1"),
         ([("path", "label", "weight"), ("a.png", "x", "much")], {}, "weight must be a number, got 'much'"),
         ([("path", "label"), ("", "x")], {}, "the cell of path is empty"),
         ([("path", "label"), ("a.png", "")], {}, "has no label in the column label"),
@@ -198,6 +214,14 @@ def test_an_image_named_twice(folder, caplog):
         ([("path", "label"), ("a.png", "x", "y")], {}, "line 2: there are more cells than columns"),
         ([("path", "target"), ("a.png", "x")], {"numbers": True}, "target must be a number, got 'x'"),
         ([("path", "x"), ("a.png", "2")], {"label": ["x"]}, "x must be 0, 1 or empty, got '2'"),
+        (
+            [("path", "label", "category"), ("a.png", "x", "y")],
+            {},
+            "has the columns label, category; name the right one",
+        ),
+        ([("path", "red"), ("a.png", "1")], {"separator": "|"}, "must have a column of labels"),
+        ([("path", "label", "weight"), ("a.png", "x", "1e39")], {}, "weight must be at least 0, below 1e38"),
+        ([("path", "label"), ("http://[x/1.jpg", "x")], {}, "has no image of any of its 1 rows"),
     ],
 )
 def test_what_cannot_be(folder, rows, arguments, message):
@@ -215,6 +239,9 @@ def test_a_name_that_several_images_have(folder):
 
 
 def test_options():
+    for label in ([], ["a", "a"]):
+        with pytest.raises(InputError, match="label must be the name of a column, or different names of several"):
+            ImageTable("x.csv", label=label)
     with pytest.raises(InputError, match="separator: '|' is for one column of class names"):
         ImageTable("x.csv", numbers=True, separator="|")
     with pytest.raises(InputError, match="table: there is no file x.csv"):
