@@ -60,7 +60,7 @@ class SemiSupervisedDataModule(ViewDataModule):
             metrics have the prefix ``transductive/``.
         val_size: Validation part of the training images: a fraction of each class, or an int per class; 0 for none.
             Default: None, which means the source's own validation part, or 0.1 if it has none. With an own one, a
-            number is an error.
+            number is an error, also 0: a run without validation needs a source without that part.
         batch_size: Images per batch on each process, at least 1.
         labeled_batch_size: Labeled images per batch, at least 1 and below ``batch_size``. Every batch then begins with
             that many labeled images. The stream that needs more batches decides the length of an epoch; the images of
@@ -209,7 +209,7 @@ class SemiSupervisedDataModule(ViewDataModule):
             return
         if self._labels is None:
             check_label_options(self)
-            keys = (
+            keys = [
                 "labeled",
                 "labeled_at_most",
                 "val_size",
@@ -218,7 +218,7 @@ class SemiSupervisedDataModule(ViewDataModule):
                 "label_file",
                 "correct_val",
                 "group",
-            )
+            ]
             groups = [] if self.coarse is None else self.coarse.names
             self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts

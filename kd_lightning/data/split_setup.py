@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
 from kd_lightning.data.groups import GroupOf, groups_of, keep_apart, of_other_parts
+from kd_lightning.data.identity import base_content
 from kd_lightning.data.labels.build import check_label_rows, val_labels
 from kd_lightning.data.labels.label_file import read_label_file
 from kd_lightning.data.samples import Samples
@@ -78,6 +80,8 @@ def find_split(
         split = make_split(targets, labeled, size, seed, names, **options)
     if duplicates == "together":
         split = check_duplicates(duplicates, samples, split)
+    elif parts.own_val:
+        _check_no_file_twice(samples)
     if label_file is not None:
         images, identities = samples.label_file_parts()
         rows = read_label_file(
@@ -95,6 +99,26 @@ def find_split(
         split = keep_apart(split, groups, samples)
     check_label_rows(split, parts, unlabeled_part=samples.unlabeled != "test")
     return split
+
+
+def _check_no_file_twice(samples: Samples) -> None:
+    """Raise InputError if an item is in the training part and in the source's own validation part, by path and content.
+
+    Items of one file, such as tiles of a picture, are different ones.
+    """
+    own = samples.parts.val_indices
+    files = map(samples.path, range(own.stop))
+    paths = [os.path.abspath(path) if path else "" for path in files]  # noqa: PTH100  (resolve() follows links)
+    shared = ({*paths[: own.start]} & {*paths[own.start :]}) - {""}
+    if not shared:
+        return
+    contents = [*map(base_content, samples.identities[0].contents)]
+    val = {(paths[n], contents[n]) for n in own}
+    if both := [n for n in range(own.start) if paths[n] in shared and (paths[n], contents[n]) in val]:
+        raise InputError(
+            f"val: {len(both)} samples of {samples.source} are in the training part, too ({paths[both[0]]}); name a "
+            "part of others, or leave them out of training by duplicates: together"
+        )
 
 
 def check_same_on_ranks(trainer: Trainer, hashes: Sequence[str]) -> None:

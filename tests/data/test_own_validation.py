@@ -109,6 +109,32 @@ class TestParts:
         with pytest.raises(InputError, match="eels"):
             module()
 
+    def test_files_that_are_in_both_parts(self, folders):
+        """Only a copy that lies elsewhere is a matter of duplicates."""
+        with pytest.raises(InputError, match=r"val: 12 samples of ImageFolder are in the training part, too \(.*train"):
+            module(source(val=str(folders / "val/../train")))
+        with pytest.raises(InputError, match="leaves no training sample"):
+            module(source(val="train"), duplicates="together")
+        (folders / "val/cats/0.png").write_bytes((folders / "train/cats/0.png").read_bytes())
+        assert len(module().split.val) == 12
+
+    def test_tiles_of_one_file_in_both_parts(self, folders):
+        class Tiles(torch.utils.data.Dataset):
+            def __init__(self, numbers):
+                self.samples = [(str(folders / "train/cats/0.png"), number) for number in numbers]
+                self.targets = [number % 2 for number in numbers]
+
+            def __len__(self):
+                return len(self.samples)
+
+            def __getitem__(self, index):
+                number = self.samples[index][1]
+                return torch.full((3,), float(number)), number % 2
+
+        assert module(DatasetSource(Tiles(range(6)), val=Tiles(range(6, 9)))).split.val == [6, 7, 8]
+        with pytest.raises(InputError, match="val: 1 samples of DatasetSource are in the training part, too"):
+            module(DatasetSource(Tiles(range(6)), val=Tiles(range(5, 9))))
+
     def test_labels_of_another_kind(self):
         one, many = TensorDataset(torch.rand(4, 2), torch.arange(4)), TensorDataset(torch.rand(2, 2), torch.ones(2, 3))
         with pytest.raises(InputError, match="the validation part of DatasetSource: its labels must have the shape"):
