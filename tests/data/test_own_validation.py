@@ -1,22 +1,17 @@
 """A source's own validation part: exactly its samples validate, none of them trains, and label files may correct it."""
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from kd_lightning import DatasetSource, DistillModule, ImageFolder, InputError, SemiSupervisedDataModule, Teacher
-from kd_lightning.__main__ import main
 from kd_lightning.data import ClassSubset, Digits, ImageMaskFolder, RotatedClasses, TextSource
 from kd_lightning.data.sources.memory import rows_of
-from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
 from kd_lightning.data.splits import Split
-from kd_lightning.runs.run import Run
 
 NAMES = ("cats", "dogs")
 
@@ -406,76 +401,6 @@ class TestLabelFile:
             SemiSupervisedDataModule(Digits(), correct_val=True)
 
 
-class TestTorchvision:
-    def test_splits_by_name(self, monkeypatch):
-        class Flowers(torch.utils.data.Dataset):
-            def __init__(self, root, split="train", transform=None):
-                if split not in ("train", "val", "test", "extra"):
-                    raise ValueError(f"unknown split {split}")
-                self.size = {"train": 8, "val": 3, "test": 2, "extra": 5}[split]
-                self.offset = {"train": 0, "val": 100, "test": 150, "extra": 200}[split]
-
-            def __len__(self):
-                return self.size
-
-            def __getitem__(self, index):
-                return torch.full((3, 4, 4), self.offset + index, dtype=torch.uint8), index % 2
-
-        monkeypatch.setattr("torchvision.datasets.Flowers102", Flowers)
-        made = TorchvisionDataset("Flowers102", ".", val_split="val", unlabeled_split="extra")
-        data = module(made, labeled=2, unlabeled="source", train_transform=torch.nn.Identity())
-        assert data.split.val == [8, 9, 10]
-        assert len(data.unlabeled_indices()) == 5
-        with pytest.raises(InputError, match="unknown split valid"):
-            TorchvisionDataset("Flowers102", ".", val_split="valid").load()
-
-    @pytest.mark.parametrize("name", ["CIFAR10", "EMNIST", "EuroSAT"])
-    @pytest.mark.parametrize("part", ["train", "test", "val", "unlabeled"])
-    def test_datasets_without_such_splits(self, name, part):
-        with pytest.raises(InputError, match=f"{part}_split: {name} has no argument split for parts, got 'extra'"):
-            TorchvisionDataset(name, ".", **{f"{part}_split": "extra"}).load()
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"val_split": "train"}, "val_split and train_split must differ, got train for both"),
-            ({"val_split": "test"}, "val_split and test_split must differ, got test for both"),
-            ({"train_split": "extra", "unlabeled_split": "extra"}, "unlabeled_split and train_split must differ"),
-        ],
-    )
-    def test_two_parts_of_one_split(self, arguments, message):
-        """Such a part would be trained on, and measure nothing."""
-        with pytest.raises(InputError, match=message):
-            TorchvisionDataset("SVHN", ".", **arguments)
-
-    def test_no_test_part(self):
-        """ImageNet, Imagenette and Places365 have labels of two splits alone."""
-        made = TorchvisionDataset("Places365", ".", test_split=None, train_split="train-standard", val_split="val")
-        assert made._selectors() == {"train": {"split": "train-standard"}, "val": {"split": "val"}}
-        assert TorchvisionDataset("CIFAR10", ".", test_split=None)._selectors() == {"train": {"train": True}}
-
-    @pytest.mark.parametrize(
-        ("name", "names"),
-        [
-            ("OxfordIIITPet", "trainval.*test"),
-            ("SVHN", "train.*test.*extra"),
-            ("STL10", "train.*unlabeled.*test"),
-            ("Places365", "train-standard.*train-challenge.*val"),
-            ("Flowers102", "train.*val.*test"),
-        ],
-    )
-    def test_names_that_a_dataset_does_not_have(self, tmp_path, name, names):
-        with pytest.raises(InputError, match=f"valid.*{names}") as error:
-            TorchvisionDataset(name, str(tmp_path), train_split="valid").load()
-        assert "\n" not in str(error.value)
-
-    def test_split_of_emnist_is_no_part(self, monkeypatch):
-        seen = []
-        monkeypatch.setattr("torchvision.datasets.EMNIST.__init__", lambda self, *args, **kwargs: seen.append(kwargs))
-        made = TorchvisionDataset("EMNIST", ".", {"split": "letters"})
-        assert [*made._selectors().values()] == [{"train": True}, {"train": False}]
-
-
 def test_cached_teacher_and_resume(folders, quiet_trainer, tmp_path):
     """The teacher's outputs of the own part are not stored, and a resumed fit is the same."""
     torch.manual_seed(0)
@@ -496,95 +421,3 @@ def test_cached_teacher_and_resume(folders, quiet_trainer, tmp_path):
     _, resumed = fit(2, "second", ckpt_path=tmp_path / "one.ckpt")
     _, whole = fit(2, "whole")
     assert torch.equal(resumed.student[1].weight, whole.student[1].weight)
-
-
-@pytest.mark.parametrize(("option", "value"), [("--folds", "3"), ("--action", "downweight")])
-def test_options_of_clean_that_are_for_training(tmp_path, monkeypatch, fails, option, value):
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(CLEAN)
-    assert f"{option} " in fails("clean", "config.yaml", "--part", "val", option, value)
-
-
-@pytest.mark.slow
-def test_clean_judges_an_own_part(tmp_path, monkeypatch, capsys):
-    """Each part has its own files, so that both are corrected, one after the other."""
-    monkeypatch.chdir(tmp_path)
-    for part in ("train", "val"):
-        for name, color in (("cats", 20), ("dogs", 230)):
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(20):
-                right = 250 - color if number == 7 else color
-                Image.new("RGB", (12, 12), (right, right, number)).save(tmp_path / part / name / f"{number}.png")
-    config = yaml.safe_load(CLEAN)
-    source = {"class_path": "ImageFolder", "init_args": {"train": "train", "val": "val", "image_size": 8}}
-    config["data"]["init_args"] = {"source": source, "batch_size": 10}
-    student = {"class_path": "kd_lightning.models.resnet8", "init_args": {"num_classes": 2}}
-    config["model"]["init_args"]["student"] = student
-    Path("config.yaml").write_text(yaml.safe_dump(config))
-    main(["clean", "config.yaml", "--folds", "2", "--action", "relabel"])
-    main(["clean", "config.yaml", "--part", "val", "--action", "relabel"])
-    capsys.readouterr()
-    for folder, part in (("runs/quick_clean", "train"), ("runs/quick_clean/val", "val")):
-        with Path(folder, "labels.csv").open() as file:
-            found = {Path(row["path"]).parts[-3:]: row["label"] for row in csv.DictReader(file)}
-        assert found == {(part, "cats", "7.png"): "dogs", (part, "dogs", "7.png"): "cats"}
-
-
-@pytest.mark.slow
-def test_clean_judges_validation_labels(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(CLEAN)
-    digits = Digits().load().train
-    wrong = digits.targets.clone()
-    data = SemiSupervisedDataModule(Digits(), val_size=0.2, seed=0)
-    data.setup("fit")
-    data.save_split(Path("split.json"))  # a split by class would be another one with other labels
-    spoiled = data.split.val[::20]
-    wrong[spoiled] = (wrong[spoiled] + 1) % 10
-    monkeypatch.setattr("kd_lightning.data.sources.digits.Digits.load", spoil(Digits.load, wrong))
-    main(["clean", "config.yaml", "--part", "val", "--action", "relabel"])
-    text = capsys.readouterr().out
-    assert "validation labels" in text
-    assert "--data.correct_val true" in text
-    with Path("runs/quick_clean/val/labels.csv").open() as file:
-        found = {int(row["index"]) for row in csv.DictReader(file)}
-    assert found <= {*data.split.val}
-    assert len(found & {*spoiled}) >= 0.7 * len(spoiled)
-    capsys.readouterr()
-    main(
-        [
-            "fit",
-            "--config",
-            "config.yaml",
-            "--data.label_file",
-            "runs/quick_clean/val/labels.csv",
-            "--data.correct_val=true",
-        ]
-    )
-    run = Run(Path("runs/quick/version_0"))
-    rows = {row[0]: row[1] for row in json.loads((run.folder / "split.json").read_text())["label_rows"]}
-    assert rows.keys() == found
-    right = [index for index in found & {*spoiled} if rows[index] == digits.targets[index]]
-    assert len(right) >= 0.6 * len(spoiled)
-
-
-CLEAN = """
-name: quick
-trainer: {max_epochs: 6, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
-model:
-  class_path: SupervisedModule
-  init_args:
-    student: {class_path: DigitsCNN, init_args: {width: 8}}
-    optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
-data:
-  class_path: SemiSupervisedDataModule
-  init_args: {source: {class_path: Digits}, labeled: split.json, seed: 0}
-"""
-
-
-def spoil(load, targets):
-    def loaded(self):
-        parts = load(self)
-        return parts._replace(train=parts.train._replace(targets=targets))
-
-    return loaded
