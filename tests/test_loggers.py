@@ -215,11 +215,12 @@ class TestCommandLine:
         assert {*metrics_of("runs.db")} == {folder.name for folder in folders}
 
     def test_several_loggers(self):
+        # a database of its own name: MLflow holds one connection per name, also when its file has gone
         write_yaml(
             [
                 {
                     "class_path": "lightning.pytorch.loggers.MLFlowLogger",
-                    "init_args": {"tracking_uri": "sqlite:///runs.db", "artifact_location": "artifacts"},
+                    "init_args": {"tracking_uri": "sqlite:///both.db", "artifact_location": "artifacts"},
                 },
                 {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}},
             ]
