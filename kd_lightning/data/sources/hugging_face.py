@@ -40,6 +40,8 @@ class HuggingFaceSource(Source):
         input: Name of the column of inputs. Default: None, which means ``image``, ``img``, ``x``, ``pixel_values`` or
             ``input``.
         label: Name of the column of labels. Default: None, which means the usual names, such as ``label``.
+        group: Name of the column of groups: none, such as a patient, stands in two of training, validation and test. A
+            value of None means a group of its own. Default: None, which means no groups.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
 
     Raises:
@@ -55,12 +57,14 @@ class HuggingFaceSource(Source):
         unlabeled: str | None = None,
         input: str | None = None,
         label: str | None = None,
+        group: str | None = None,
         image_size: int | tuple[int, int] = 224,
     ) -> None:
         self.data = data
         self.splits = {"train": train, "val": val, "test": test, "unlabeled": unlabeled}
         self.input = input
         self.label = label
+        self.group = group
         self.train_transform, self.eval_transform = photo_transforms(image_size)
         self.stored_side = photo_side(image_size)
 
@@ -89,11 +93,24 @@ class HuggingFaceSource(Source):
                 return None
             if _class_names(dataset, label) != given:
                 raise InputError(f"{part}: its classes in the column {label} must be those of train")
-            return Part(Column(dataset, inputs, part), _targets(dataset, part, label, names)[0])
+            numbers, groups = _targets(dataset, part, label, names)[0], self._groups(dataset, part)
+            return Part(Column(dataset, inputs, part), numbers, groups=groups)
 
-        pool = None if parts["unlabeled"] is None else Column(parts["unlabeled"], inputs, "unlabeled")
-        first = Part(Column(train, inputs, "train"), targets)
-        return Parts(first, like_training("test"), pool, names, val=like_training("val"))
+        unlabeled = parts["unlabeled"]
+        pool = None if unlabeled is None else Column(unlabeled, inputs, "unlabeled")
+        first = Part(Column(train, inputs, "train"), targets, groups=self._groups(train, "train"))
+        of_pool = None if unlabeled is None else self._groups(unlabeled, "unlabeled")
+        return Parts(first, like_training("test"), pool, names, val=like_training("val"), pool_groups=of_pool)
+
+    def _groups(self, dataset: Any, part: str) -> list[str] | None:
+        """Return the group of each sample of a split; None without groups."""
+        if self.group is None:
+            return None
+        if self.group not in dataset.features:
+            raise InputError(
+                f"group: the columns of {part} must have {self.group!r}, got {', '.join(dataset.features)}"
+            )
+        return ["" if value is None or value != value else str(value) for value in dataset[self.group]]
 
     def _split(self, splits: Mapping[str, Any], part: str, name: str | None) -> Any:
         """Return the dataset of a split; None if it is not there and was not named."""

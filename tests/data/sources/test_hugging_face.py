@@ -40,6 +40,32 @@ def test_splits_and_classes():
     assert data.split.unlabeled == [4]
 
 
+def test_groups():
+    """Numbers and texts are groups; a sample without one is a group of its own."""
+
+    def of(people, first):
+        return split([n % 2 for n in range(len(people))], first).add_column("person", people)
+
+    made = datasets.DatasetDict(
+        {
+            "train": of([7, 7, 8, 8, 9, 9, None, None], 0),
+            "test": of([9, 1], 100),
+            "web": of([7, 8, 9, 5], 50),
+        }
+    )
+    source = HuggingFaceSource(made, unlabeled="web", group="person", image_size=8)
+    data = SemiSupervisedDataModule(source, batch_size=4, val_size=0.25, unlabeled="source")
+    data.setup("fit")
+    people = [7, 7, 8, 8, 9, 9, "own", "other", 7, 8, 9, 5]
+    val = {people[n] for n in data.split.val}
+    trained = {people[n] for n in data.split.labeled + data.unlabeled_indices()}
+    assert val
+    assert not trained & (val | {9})
+    assert 5 in trained
+    with pytest.raises(InputError, match="group: the columns of train must have 'patient', got image, label, person"):
+        HuggingFaceSource(made, group="patient").load()
+
+
 def test_other_names():
     made = datasets.DatasetDict(
         {
