@@ -201,8 +201,8 @@ def keep_together(
         test: Contents of the test part, empty without one.
         targets: Labels of the training part, (N,) class indices or (N, L). Default: None, which means that classes do
             not count.
-        own_val: Whether the validation part is the source's own. It stays as it is then, but for copies of test
-            samples, and training samples that are copies of it are left out.
+        own_val: Whether the validation part is the source's own, or has whole groups. It stays as it is then, but for
+            copies of test samples, and training samples that are copies of it are left out.
 
     Returns:
         The split itself if nothing stands on two sides. The result does not depend on anything but the arguments.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -20,17 +21,19 @@ def choose_groups(groups: Sequence[str], classes: Tensor, wanted: Tensor, seed: 
         wanted: Wanted number of samples of each class, (C,).
         seed: Seed of the order.
     """
-    names = sorted({*groups})
-    numbers = {name: number for number, name in enumerate(names)}
-    counts = torch.zeros(len(names), len(wanted), dtype=torch.long)
-    counts.index_put_((torch.tensor([numbers[name] for name in groups]), classes), torch.tensor(1), accumulate=True)
-    left, have = counts.sum(dim=0), torch.zeros_like(wanted)
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for name, number in zip(groups, classes.tolist(), strict=True):
+        counts[name][number] += 1
+    left, missing = Counter(classes.tolist()), wanted.tolist()
+    names = sorted(counts)
     chosen: set[str] = set()
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    for number in order * 2:
-        more = counts[number]
-        nearer = (wanted - have - more).abs().sum() < (wanted - have).abs().sum()
-        if names[number] not in chosen and nearer and ((left - more > 0) | (more == 0)).all():
-            chosen.add(names[number])
-            left, have = left - more, have + more
+    for name in [names[number] for number in order] * 2:
+        more = counts[name]
+        nearer = sum(abs(missing[c] - count) - abs(missing[c]) for c, count in more.items()) < 0
+        if name not in chosen and nearer and all(left[c] > count for c, count in more.items()):
+            chosen.add(name)
+            for c, count in more.items():
+                left[c] -= count
+                missing[c] -= count
     return chosen

@@ -55,7 +55,8 @@ def _call(function: GroupOf, path: str | None) -> str:
     try:
         name = function(path)
     except Exception as error:
-        raise InputError(f"group: {type(error).__name__} for {path}: {error}") from error
+        text = " ".join(str(error).split())
+        raise InputError(f"group: {type(error).__name__} for {path}: {text:.200}") from error
     if not isinstance(name, str):
         raise InputError(f"group must return a text, got {name!r:.80} for {path}")
     return name
@@ -67,11 +68,17 @@ def of_other_parts(groups: Sequence[str], samples: Samples) -> set[int]:
     Args:
         groups: From :func:`groups_of`.
         samples: The source's images by index.
+
+    Raises:
+        InputError: If these are all training samples.
     """
     val = samples.parts.val_indices
     test = {*groups[len(samples) :]}
     later = test | {groups[n] for n in val if groups[n] not in test}
-    return {n for n in range(val.start) if groups[n] in later}
+    found = {n for n in range(val.start) if groups[n] in later}
+    if len(found) == val.start:
+        raise _none_left("training")
+    return found
 
 
 def keep_apart(split: Split, groups: Sequence[str], samples: Samples) -> Split:
@@ -90,12 +97,13 @@ def keep_apart(split: Split, groups: Sequence[str], samples: Samples) -> Split:
     val = {n for n in split.val if groups[n] not in test}
     later = test | {groups[n] for n in val}
     pool = range(samples.training, size) if samples.unlabeled == "source" else range(0)
-    used = {*split.labeled, *split.unlabeled, *split.held_out, *pool} - {*split.left_out}
+    rows = {row[0] for row in split.label_rows} - {*split.val}  # coarse labels train, whatever the pool is
+    used = {*split.labeled, *split.unlabeled, *split.held_out, *pool, *rows} - {*split.left_out}
     out = {n for n in used if groups[n] in later}
     both = out | ({*split.val} - val)
     for name, before, after in (("training", used, used - out), ("validation", {*split.val}, val)):
         if before and not after:
-            raise InputError(f"group: no {name} sample is left, since all groups are in validation or test, too")
+            raise _none_left(name)
     if apart := both | {n for n in split.left_out if groups[n] in later}:
         first = min(apart)
         rank_zero_warn(
@@ -111,3 +119,7 @@ def keep_apart(split: Split, groups: Sequence[str], samples: Samples) -> Split:
     }
     parts["label_rows"] = [row for row in split.label_rows if row[0] not in both]
     return replace(split, **parts, left_out=sorted({*split.left_out} | both))
+
+
+def _none_left(part: str) -> InputError:
+    return InputError(f"group: no {part} sample is left, since all groups are in validation or test, too")

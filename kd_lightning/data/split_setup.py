@@ -79,7 +79,7 @@ def find_split(
             options |= {"groups": groups[: samples.training], "left_out": of_other_parts(groups, samples)}
         split = make_split(targets, labeled, size, seed, names, **options)
     if duplicates == "together":
-        split = check_duplicates(duplicates, samples, split)
+        split = check_duplicates(duplicates, samples, split, grouped=groups is not None)
     elif parts.own_val:
         _check_no_file_twice(samples)
     if label_file is not None:
@@ -135,8 +135,14 @@ def check_same_on_ranks(trainer: Trainer, hashes: Sequence[str]) -> None:
         )
 
 
-def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split) -> Split:
+def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split, grouped: bool = False) -> Split:
     """Count, refuse or separate exact duplicates between training, validation and test.
+
+    Args:
+        duplicates: The policy.
+        samples: The source's images by index.
+        split: The split.
+        grouped: Whether the validation part has whole groups. It then stays as it is, as the source's own does.
 
     Raises:
         InputError: For duplicates under ``"refuse"``.
@@ -148,5 +154,5 @@ def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split
     if samples.parts.test is not None:
         names["test"] = samples.test_identities
         targets["test"] = samples.parts.test.targets
-    options = {"whole_pool": samples.unlabeled == "source", "own_val": samples.parts.own_val > 0}
+    options = {"whole_pool": samples.unlabeled == "source", "own_val": grouped or samples.parts.own_val > 0}
     return handle_duplicates(duplicates, split, names, targets, **options)

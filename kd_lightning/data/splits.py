@@ -293,7 +293,7 @@ def make_split(
     parts["val"] = [*range(size, len(targets))]
     in_val: set[int] = set()
     if groups is not None and val_size:
-        in_val = _sample_groups(groups, targets if single else None, known, val_size, seed)
+        in_val = _sample_groups(groups, targets if single else None, known, val_size, seed, class_names)
         parts["val"] += in_val
     for name, members in _classes(targets[:size], class_names) if single else [("0", known.nonzero().flatten())]:
         order = members[torch.randperm(len(members), generator=generator)].tolist()
@@ -325,13 +325,22 @@ def make_split(
 
 
 def _sample_groups(
-    groups: Sequence[str], targets: Tensor | None, known: Tensor, val_size: float, seed: int
+    groups: Sequence[str],
+    targets: Tensor | None,
+    known: Tensor,
+    val_size: float,
+    seed: int,
+    class_names: Sequence[str] | None,
 ) -> set[int]:
     """Return the labeled samples of the groups of the validation part."""
     members = known.nonzero().flatten()
-    classes = torch.zeros_like(members) if targets is None else torch.unique(targets[members], return_inverse=True)[1]
-    counts = torch.bincount(classes)
-    wanted = torch.tensor([_count("val_size", val_size, int(count), "of the labels") for count in counts])
+    if not len(members):
+        return set()
+    of_members = torch.zeros_like(members) if targets is None else targets[members]
+    numbers, classes, counts = torch.unique(of_members, return_inverse=True, return_counts=True)
+    names = [class_names[number] if class_names else str(number) for number in numbers.tolist()]
+    sizes = zip(counts.tolist(), names, strict=True)
+    wanted = torch.tensor([_count("val_size", val_size, count, name) for count, name in sizes])
     chosen = choose_groups([groups[n] for n in members.tolist()], classes, wanted, seed)
     if not chosen:
         raise InputError(f"val_size: {val_size}: no group can be for validation; each one holds too many samples")

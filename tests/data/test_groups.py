@@ -1,6 +1,7 @@
 """Grouped splits: no group stands on two sides, sizes are near what was asked, and everything is said or refused."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from kd_lightning import DatasetSource, ImageFolder, ImageTable, InputError, SemiSupervisedDataModule
+from kd_lightning import (
+    ClassSubset,
+    CoarseLabels,
+    DatasetSource,
+    ImageFolder,
+    ImageTable,
+    InputError,
+    RotatedClasses,
+    SemiSupervisedDataModule,
+)
 from kd_lightning.cli.cross_fitting import stratified_folds
 from kd_lightning.data.group_sampling import choose_groups
 from kd_lightning.data.splits import make_split
@@ -167,6 +177,57 @@ class TestModule:
         assert not trained & val
         assert group in val
 
+    @pytest.mark.parametrize("unlabeled", ["rest", "none", "source"])
+    def test_coarse_labels_of_a_validation_group(self, folder, unlabeled):
+        """Samples of the pool with a coarse label train, whatever the pool is."""
+        paths = [path.as_posix() for path in sorted((folder / "pool").rglob("*.png"))]
+        with Path("labels.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "label", "kind"), *((path, "pet", "coarse") for path in paths)])
+        coarse = CoarseLabels({"pet": ["cat", "dog"]}, fraction=0.0)
+        leaks = []
+        for seed in range(8):  # p5 is in validation for some of them
+            data = module(labeled=1, label_file="labels.csv", coarse=coarse, unlabeled=unlabeled, seed=seed)
+            used = {index for batch in data.train_dataloader() for index in batch.index.tolist()}
+            trained, val = ({patient(data.path(n)) for n in part} for part in (used, data.split.val))
+            assert "p30" in trained
+            leaks.append("p5" in val)
+            assert not trained & (val | {"p0", "p1", "p20"})
+        assert any(leaks)
+
+    def test_copies_stay_on_one_side_with_their_groups(self, folder):
+        """One copy does not cost the other pictures of its group."""
+        for name in ("cat", "dog"):
+            shutil.copy(f"train/{name}/p2-0.png", f"train/{name}/p3-0.png")
+        for seed in range(8):
+            plain, data = (module(duplicates=policy, seed=seed) for policy in ("count", "together"))
+            apart = len({"p2", "p3"} & {patient(plain.path(n)) for n in plain.split.val}) == 1
+            assert data.split.val == plain.split.val
+            assert len(plain.split.labeled) - len(data.split.labeled) == 2 * apart
+            data.save_split(Path("split.json"))
+            assert module(labeled="split.json", duplicates="together").split.hash == data.split.hash
+
+    @pytest.mark.parametrize("wrap", [lambda source: ClassSubset(source, [1, 0]), RotatedClasses])
+    def test_of_the_source_inside_a_source(self, folder, wrap):
+        places = {"train": "train", "test": "test", "pool": "unlabeled"}
+        rows = [
+            (path.as_posix(), path.parent.name, patient(path), split, 2 + int(path.stem[-1]))
+            for part, split in places.items()
+            for path in sorted(Path(part).rglob("*.png"))
+        ]
+        with Path("labels.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "label", "patient", "split", "weight"), *rows])
+        source = wrap(ImageTable("labels.csv", ".", group="patient", image_size=8))
+        pool = "rest" if isinstance(source, RotatedClasses) else "source"
+        data = module(source, group=None, unlabeled=pool)
+        trained, val = sides(data)
+        assert val
+        assert not trained & val
+        assert not (trained | val) & {"p0", "p1", "p20"}
+        for batch in data.train_dataloader():
+            weights = dict(zip(batch.index.tolist(), batch.weight.tolist(), strict=True))
+            labeled = weights.keys() & {*data.split.labeled}
+            assert {n: weights[n] for n in labeled} == {n: 2 + int(Path(data.path(n)).stem[-1]) for n in labeled}
+
     def test_folds(self, folder):
         data = module()
         groups = data.sample_groups()
@@ -200,6 +261,18 @@ class TestModule:
             module(source)
         with pytest.raises(InputError, match="val_size: 0.25: no group can be for validation"):
             module(group=lambda path: "one", made=ImageFolder("train", image_size=8))
+        with pytest.raises(InputError, match="val_size: 30 per class, but class 'cat' has 18 samples"):
+            module(val_size=30)
+        for size in (0, 0.25):
+            with pytest.raises(InputError, match="group: no training sample is left, since all groups are in"):
+                module(group=lambda path: "one", val_size=size)
+
+    def test_an_error_of_the_function_is_one_line(self, folder):
+        def several_lines(path):
+            raise ValueError("no\npatient")
+
+        with pytest.raises(InputError, match=r"^group: ValueError for train/cat/p0-0.png: no patient$"):
+            module(group=several_lines)
 
     def test_from_yaml(self, folder, monkeypatch):
         Path("my_groups.py").write_text(

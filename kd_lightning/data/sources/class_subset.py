@@ -59,6 +59,7 @@ class ClassSubset(Source):
             parts.unlabeled,
             None if names is None else [names[number] for number in self.classes],
             val=val,
+            pool_groups=parts.pool_groups,
         )
 
     def _select(self, part: Part) -> Part:
@@ -68,4 +69,9 @@ class ClassSubset(Source):
         new_class[self.classes] = torch.arange(len(self.classes))
         images: Any = Subset(part.images, selected.tolist())  # type: ignore[arg-type]
         targets = part.targets[selected]
-        return Part(images, torch.where(targets == IGNORE_INDEX, targets, new_class[targets.clamp_min(0)]))
+        return part._replace(
+            images=images,
+            targets=torch.where(targets == IGNORE_INDEX, targets, new_class[targets.clamp_min(0)]),
+            weights=None if part.weights is None else part.weights[selected],
+            groups=None if part.groups is None else [part.groups[number] for number in selected.tolist()],
+        )

@@ -88,4 +88,9 @@ class RotatedImages:
 def _rotated(part: Part, classes: int) -> Part:
     known = has_label(part.targets)
     targets = [torch.where(known, part.targets + turns * classes, part.targets) for turns in range(4)]
-    return Part(RotatedImages(part.images), torch.cat(targets))
+    return part._replace(
+        images=RotatedImages(part.images),
+        targets=torch.cat(targets),
+        weights=None if part.weights is None else part.weights.repeat(4),
+        groups=None if part.groups is None else part.groups * 4,
+    )
