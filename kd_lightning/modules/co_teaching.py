@@ -24,6 +24,7 @@ from kd_lightning.losses.base import (
 from kd_lightning.losses.coarse import coarse_rows
 from kd_lightning.modules._shared.checks import check_trainable, check_two_networks
 from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules._shared.loss_weights import without_class_weights
 from kd_lightning.modules.supervised import SupervisedModule
 
 
@@ -36,7 +37,8 @@ class CoTeachingModule(SupervisedModule):
 
     Rows of kind "clean" and rows with coarse labels are always learned. If batches have no kind, all labeled rows are
     sorted. (The datamodule's ``noisy: true`` marks the labels of a source as noisy; beside a label file they would be
-    clean.) Weights multiply the loss, and do not change the order. Several processes sort their rows together.
+    clean.) Weights, also those of classes, multiply the loss, and do not change the order. Several processes sort their
+    rows together.
 
     The ``student`` is evaluated and deployed. The ``peer`` is in checkpoints, for a resume. Auxiliary heads of neither
     learn.
@@ -85,6 +87,7 @@ class CoTeachingModule(SupervisedModule):
             )
         self.save_hyperparameters("forget_rate", "ramp_epochs")
         self.peer = peer
+        self._order_loss = (without_class_weights(self.hard_loss),)  # no submodule
         self.forget_rate = forget_rate
         self._sorted_rows: Tensor | int = 0  # since the fit began
         self._warned_of_heads = False
@@ -116,9 +119,13 @@ class CoTeachingModule(SupervisedModule):
         noisy = known if batch.kind is None else known & (batch.kind != LabelKind.CLEAN)
         self._sorted_rows = self._sorted_rows + noisy.sum()
         coarse = batch.candidates.any(dim=1) if batch.candidates is not None else torch.zeros_like(known)
-        rows = [self._row_losses(logits, y, batch, known, coarse) for logits in both]
+        loss, order_loss = self.training_loss, self._order_loss[0].to(both[0].device)
+        rows = [self._row_losses(loss, logits, y, batch, known, coarse) for logits in both]
+        order = rows
+        if order_loss is not loss:  # that of a rare class is large because of its weight
+            order = [self._row_losses(order_loss, logits.detach(), y, batch, known, coarse) for logits in both]
         sizes = self._sizes(y, known)
-        selected = [self._smallest(values.detach(), noisy) | (known & ~noisy) | coarse for values in rows]
+        selected = [self._smallest(values.detach(), noisy) | (known & ~noisy) | coarse for values in order]
         terms = {}
         for name, values, learned in (("hard", rows[0], selected[1]), ("peer_hard", rows[1], selected[0])):
             counted = learned.sum() if sizes is None else (sizes * learned).sum()
@@ -146,14 +153,14 @@ class CoTeachingModule(SupervisedModule):
         weights = class_weights(self.training_loss, y[known].long())
         return None if weights is None else torch.ones(len(y)).to(weights).masked_scatter(known, weights)
 
-    def _row_losses(self, logits: Tensor, y: Tensor, batch: Batch, known: Tensor, coarse: Tensor) -> Tensor:
-        """Return the unweighted loss of each row, (B,). It is 0, in the graph, for rows without a label."""
+    def _row_losses(
+        self, loss: nn.Module, logits: Tensor, y: Tensor, batch: Batch, known: Tensor, coarse: Tensor
+    ) -> Tensor:
+        """Return the loss of each row without ``batch.weight``, (B,). It is 0, in the graph, without a label."""
         logits = at_least_float32(logits)
-        fields = {name: values[known] for name, values in row_values(self.training_loss, batch).items()}
+        fields = {name: values[known] for name, values in row_values(loss, batch).items()}
         rows = logits.new_zeros(len(logits)) + logits[:0].sum()
-        rows = rows.masked_scatter(
-            known, per_row(self.training_loss, logits[known], y[known].long(), **fields).to(rows)
-        )
+        rows = rows.masked_scatter(known, per_row(loss, logits[known], y[known].long(), **fields).to(rows))
         if batch.candidates is not None:
             rows = rows.masked_scatter(coarse, coarse_rows(logits[coarse], batch.candidates[coarse]).to(rows))
         return rows

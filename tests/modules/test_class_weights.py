@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
@@ -53,6 +54,21 @@ class TestBalancedWeights:
     @pytest.mark.filterwarnings("ignore:class_weights")
     def test_a_class_without_labels(self):
         assert balanced_weights(torch.tensor([0, 0, 2]), "multiclass", 4).tolist() == pytest.approx([0.75, 1, 1.5, 1])
+
+    def test_of_probabilities_each_class_has_the_same_weight_in_sum(self):
+        y = torch.tensor([[0.9, 0.1, 0], [0.8, 0.1, 0.1], [1, 0, 0], [NAN, NAN, NAN]])
+        found = balanced_weights(y, "multiclass").double()
+        assert (found * y[:3].double().sum(dim=0)).tolist() == pytest.approx([1, 1, 1])
+        classes = torch.tensor([0, 0, 1])
+        one_hot = nn.functional.one_hot(classes).float()
+        assert balanced_weights(one_hot, "multiclass").tolist() == balanced_weights(classes, "multiclass").tolist()
+
+    def test_labels_that_cannot_be(self):
+        with pytest.raises(InputError, match="balanced needs whole class numbers as labels, got 0.5"):
+            balanced_weights(torch.tensor([0, 0.5, NAN]), "multiclass")
+        for task in ("multiclass", "binary", "multilabel"):
+            with pytest.raises(InputError, match="counts the labels that training may see, but there are none"):
+                balanced_weights(torch.full((3,), -100), task)
 
     def test_binary_and_multilabel(self):
         assert balanced_weights(torch.tensor([1.0, 0, 0, NAN, 0]), "binary").tolist() == [3]
@@ -147,6 +163,9 @@ class TestLoss:
         ({"class_weights": [1.0, -1.0]}, "class_weights must be finite numbers"),
         ({"class_weights": [1.0, NAN]}, "class_weights must be finite numbers"),
         ({"class_weights": [0.0, 0.0]}, "not all of them 0"),
+        ({"class_weights": [1.0, 1e39]}, "class_weights must be finite numbers"),
+        ({"class_weights": 3.0}, "not all of them 0, got 3.0"),
+        ({"class_weights": torch.ones(2, 3)}, "class_weights must be finite numbers"),
         ({"class_weights": "balanced", "task": "regression"}, "got task: regression"),
         ({"class_weights": [1.0], "hard_loss": nn.MultiMarginLoss()}, "got MultiMarginLoss for task: multiclass"),
         ({"class_weights": [1.0], "hard_loss": nn.CrossEntropyLoss(torch.ones(3))}, "hard_loss has weights of its own"),
@@ -168,6 +187,12 @@ def test_fits_that_cannot_be(quiet_trainer):
         quiet_trainer().fit(module, datamodule=data(sampler="balanced"))
     with pytest.raises(InputError, match=r"class_weights must hold one number for each of the student's 3 outputs"):
         quiet_trainer().fit(SupervisedModule(nn.Linear(4, 3), class_weights=[1.0, 2.0]), datamodule=data())
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, lambda values: [*np.array(values, dtype=np.float32)]])
+def test_a_tensor_is_a_list(kind):
+    module = SupervisedModule(nn.Linear(4, 3), class_weights=kind([1.0, 2.0, 5.0]))
+    assert module.training_loss.weight.tolist() == [1, 2, 5]
 
 
 def test_names_in_the_log(quiet_trainer, caplog):

@@ -141,6 +141,27 @@ class TestObjective:
         double = module.losses(heavy)["hard"].value
         torch.testing.assert_close(double, 2 * module.losses(plain())["hard"].value)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"class_weights": [1.0, 1.0, 50.0, 1.0]},
+            {"hard_loss": nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 50.0, 1.0]))},
+            {
+                "hard_loss": LabelKindLoss(
+                    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 50.0, 1.0]))
+                )
+            },
+        ],
+    )
+    def test_nor_have_those_of_classes(self, options):
+        """Else the rows of a rare class, whose weight is large, were left out as noisy."""
+        batch, logits = plain(), [random_logits(seed).float() for seed in (1, 2)]
+        module = module_of(0.5, *logits, **options)
+        sum(term.value for term in module.losses(batch).values()).backward()
+        for learner, selector in ((module.student, 1), (module.peer, 0)):
+            learned = learner.logits.grad.abs().sum(dim=1).nonzero().flatten().tolist()
+            assert learned == sorted(learned_by_hand(logits[selector], batch, 0.5))
+
     @pytest.mark.parametrize("y", [None, torch.full((10,), -100), torch.full((10,), float("nan"))])
     def test_no_label_is_zero_in_the_graph(self, y):
         nets = [nn.Linear(3, 2) for _ in range(2)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -46,10 +46,12 @@ class ClassWeights:
                 raise InputError(f"class_weights must be balanced or a list of numbers, got {weights!r}")
             if dense:
                 raise InputError("class_weights: balanced counts one label a sample, got class_dim; give a list")
-        elif not len(weights) or not all(_is_weight(weight) for weight in weights) or not any(weights):
-            raise InputError(
-                f"class_weights must be finite numbers of at least 0, not all of them 0, got {[*weights]!r:.200}"
-            )
+        else:
+            weights = weights.tolist() if hasattr(weights, "tolist") else weights  # of a tensor or an array
+            if not isinstance(weights, Iterable) or not any(weights) or not all(map(_is_weight, weights)):
+                raise InputError(
+                    f"class_weights must be finite numbers of at least 0, not all of them 0, got {weights!r:.200}"
+                )
         self.balanced = isinstance(weights, str)
         self._argument = _ARGUMENTS[fits]
         self._plain = hard_loss
@@ -66,7 +68,7 @@ class ClassWeights:
             num_classes: Number of outputs. Default: None, which means that of the class names, or of the labels.
 
         Raises:
-            InputError: If the datamodule does not give its labels, or draws balanced samples already.
+            InputError: If the datamodule does not give its labels, has none, or draws balanced samples already.
         """
         if getattr(data, "sampler", None) == "balanced":
             raise InputError("class_weights and data.sampler: balanced both correct the imbalance; set one of them")
@@ -103,20 +105,27 @@ def balanced_weights(labels: Tensor, task: Task, classes: int | None = None) -> 
     """Return weights that are inversely proportional to the numbers of labels.
 
     Multiclass: n / (k n_c) with n labels, n_c of class c, and k classes that have labels: scikit-learn's "balanced"
-    (https://scikit-learn.org/stable/modules/generated/sklearn.utils.class_weight.compute_class_weight.html). Binary and
-    multilabel: the number of zeros for each one of a label. A class without labels has weight 1.
+    (https://scikit-learn.org/stable/modules/generated/sklearn.utils.class_weight.compute_class_weight.html). Of
+    probabilities, n_c is their sum. Binary and multilabel: the number of zeros for each one of a label. A class without
+    labels has weight 1, and so has a label that is always zero, or always one.
 
     Args:
-        labels: (N,) class indices; (N,) or (N, L) zeros and ones for the other tasks. -100 or NaN where missing.
+        labels: (N,) class indices, or (N, C) probabilities; (N,) or (N, L) zeros and ones for the other tasks. -100 or
+            NaN where missing.
         task: The task.
         classes: Number of classes. Default: None, which means the highest label and 1.
 
     Returns:
         (C,) float32, or (L,).
+
+    Raises:
+        InputError: If no label is known, or labels of the multiclass task are other numbers.
     """
     known = is_labeled(labels)
+    if not known.any():
+        raise InputError("class_weights: balanced counts the labels that training may see, but there are none")
     if task == "multiclass":
-        counts = torch.bincount(labels[known].long(), minlength=classes or 0).double()
+        counts = _count(labels[known if labels.ndim == 1 else known.all(dim=1)], classes or 0)
         weights = counts.sum() / (int((counts > 0).sum()) * counts)
         absent = counts == 0
     else:
@@ -124,11 +133,23 @@ def balanced_weights(labels: Tensor, task: Task, classes: int | None = None) -> 
         ones = (rows & (values > 0.5)).sum(dim=0).double()
         weights = (rows.sum(dim=0) - ones) / ones
         absent = (ones == 0) | (weights == 0)
-    if absent.any() and len(absent):
-        numbers = absent.nonzero().flatten().tolist()
-        rank_zero_warn(f"class_weights: classes without labels have weight 1: {', '.join(map(str, numbers[:20]))}")
+    if absent.any():
+        numbers = ", ".join(map(str, absent.nonzero().flatten().tolist()[:_MOST_NAMED]))
+        which = "classes without labels" if task == "multiclass" else "labels that are always 0, or always 1,"
+        rank_zero_warn(f"class_weights: {which} have weight 1: {numbers}")
     return torch.where(absent, 1.0, weights).float()
 
 
+def _count(labels: Tensor, classes: int) -> Tensor:
+    """Return the number of labels of each class, (C,) float64. They are class indices (N,) or probabilities (N, C)."""
+    if labels.ndim == 2:
+        return labels.double().sum(dim=0)
+    if (wrong := labels[(labels < 0) | (labels != labels.trunc())]).numel():
+        raise InputError(f"class_weights: balanced needs whole class numbers as labels, got {wrong[0].item():g}")
+    return torch.bincount(labels.long(), minlength=classes).double()
+
+
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return (
+        isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= torch.finfo(torch.float32).max
+    )

@@ -1,7 +1,8 @@
-"""A check of the weights of classes and labels in torch's losses."""
+"""Weights of classes and labels in torch's losses."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,9 +47,26 @@ def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task, by_c
             allowed |= {(), (1,), (1, 1), (1, outputs)}
         if tuple(weight.shape) not in allowed:
             name = "class_weights" if by_class_weights else f"{place}.{name}"
+            hint = "; balanced needs num_classes if classes have no names" if by_class_weights else ""
             raise InputError(
                 f"{name} must hold one number for each of the student's {outputs} outputs, got the shape "
-                f"{[*weight.shape]}"
+                f"{[*weight.shape]}{hint}"
             )
         if not weight.is_floating_point():
             raise InputError(f"{place}.{name} must hold floating point numbers, got {weight.dtype}")
+
+
+def without_class_weights(loss: nn.Module) -> nn.Module:
+    """Return a copy of a loss in which torch's losses of classes have no ``weight``; the loss itself if none has one.
+
+    >>> without_class_weights(nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1))
+    CrossEntropyLoss()
+    """
+    kinds = (nn.CrossEntropyLoss, nn.NLLLoss)
+    if not any(isinstance(part, kinds) and part.weight is not None for part in loss.modules()):
+        return loss
+    plain = deepcopy(loss)
+    for part in plain.modules():
+        if isinstance(part, kinds):
+            part.weight = None
+    return plain
