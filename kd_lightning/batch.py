@@ -149,7 +149,7 @@ class Batch:
             ``x`` as it is: where other inputs replace ``x``, set ``teacher`` to None. A dict is converted.
         partner: The sample that each row is mixed with, (B,) integers, by mixup or CutMix. ``y`` then holds the mixed
             labels. If None, rows are not mixed.
-        share: The share of each row's own sample in ``y``, (B,) floats in [0, 1].
+        share: The share of each row's own sample, (B,) floats in [0, 1]. In ``y``, weights of samples count, too.
         mask: Which positions of dense samples exist, (B, ...) booleans, or integers that are not 0. Padding never
             counts. If None, it is the ``attention_mask`` among the inputs, if there is one; else all positions exist.
     """

@@ -15,9 +15,13 @@ from kd_lightning.data.sources.rotated_classes import RotatedClasses
 from kd_lightning.data.sources.source import Source
 from kd_lightning.data.sources.text_source import TextSource
 from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
+from kd_lightning.data.stream_datamodule import StreamDataModule
+from kd_lightning.data.streams.hugging_face import HuggingFaceStream
 
 __all__ = [
     "SemiSupervisedDataModule",
+    "StreamDataModule",
+    "HuggingFaceStream",
     "Source",
     "Digits",
     "TorchvisionDataset",

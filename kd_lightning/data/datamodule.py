@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +24,10 @@ from kd_lightning.data.samples import Samples, check_pool_name
 from kd_lightning.data.sources.source import Parts, Source, check_not_empty, check_parts, join_val
 from kd_lightning.data.split_setup import check_duplicates, check_same_on_ranks, find_split
 from kd_lightning.data.splits import Split, wrong_sample
-from kd_lightning.data.transforms.mix import Mix
+from kd_lightning.data.transforms.mix import Mix, check_mix
 from kd_lightning.data.view_datamodule import ViewDataModule
 from kd_lightning.data.views.loader import ViewLoader
+from kd_lightning.data.views.partners import Partners
 from kd_lightning.data.views.samplers import EvenClasses, check_sizes, training_sampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
@@ -66,7 +66,8 @@ class SemiSupervisedDataModule(ViewDataModule):
             that many labeled images. The stream that needs more batches decides the length of an epoch; the images of
             the other one repeat. Default: None, which shuffles labeled and unlabeled images together.
         sampler: ``"shuffled"``, in which each image comes equally often, or ``"balanced"``: labeled images are drawn
-            such that each class comes equally often. It needs one class a label. The number of rows stays the same.
+            such that each class comes equally often, also as a partner of ``mix``. It needs one class a label. The
+            number of rows stays the same.
         num_workers: Worker processes of each loader, at least 0. Augmentation does not depend on it.
         seed: Seed of the split, the order and the augmentation.
         num_views: Number of different augmentations of an image, at least 1. Teachers can cache their outputs only if
@@ -97,7 +98,7 @@ class SemiSupervisedDataModule(ViewDataModule):
             source's groups, if it has some.
         duplicates: Images of equal content in training, validation and test: ``"count"`` (a warning names them),
             ``"refuse"``, or ``"together"``, which leaves copies of test images out of training, and moves copies of
-            training images from validation to training.
+            training images from validation to training; with groups it leaves these out of training.
         decoded: Folder of decoded pictures: image files are decoded once, and read from there by all later epochs and
             fits. See :class:`~kd_lightning.data.decoded.DecodedPictures`. Default: None, which means that each epoch
             decodes the files.
@@ -159,13 +160,9 @@ class SemiSupervisedDataModule(ViewDataModule):
         self.train_transform = source.train_transform if train_transform is None else train_transform
         self.strong_transform = strong_transform
         self.eval_transform = source.eval_transform if eval_transform is None else eval_transform
-        self.mix = mix
+        self.mix = None if mix is None else check_mix(mix, "mix")
         if mix is not None and coarse is not None:
             raise InputError("mix: coarse labels cannot be mixed; leave out one of mix and coarse")
-        if mix is not None and sampler == "balanced":
-            raise InputError(
-                "mix draws partners from all labeled images, so that sampler: balanced would not be; see class_weights"
-            )
         self.noisy = noisy
         self.label_noise = label_noise
         self.coarse = coarse
@@ -209,16 +206,8 @@ class SemiSupervisedDataModule(ViewDataModule):
             return
         if self._labels is None:
             check_label_options(self)
-            keys = [
-                "labeled",
-                "labeled_at_most",
-                "val_size",
-                "seed",
-                "duplicates",
-                "label_file",
-                "correct_val",
-                "group",
-            ]
+            keys = ["labeled", "labeled_at_most", "val_size", "seed", "duplicates", "label_file"]
+            keys += ["correct_val", "group"]
             groups = [] if self.coarse is None else self.coarse.names
             self.split = find_split(self.samples, group_names=groups, **{key: getattr(self, key) for key in keys})
             self._labels = self._build_labels()  # raises InputError for a missing part before training starts
@@ -284,8 +273,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         settings["even"] = self._even_classes() if self.sampler == "balanced" else None
         sampler = training_sampler(len(split.labeled), len(indices) - len(split.labeled), **settings)
         transforms = self.train_transform, self.strong_transform
-        mixing: dict[str, Any] = {"mix": self.mix, "labeled": len(split.labeled)}
-        dataset = self._views(self.samples.images, indices, self._labels, *transforms, **mixing)
+        dataset = self._views(self.samples.images, indices, self._labels, *transforms, **self._mixing(indices))
         options = {"sampler": sampler, "trainer": self.trainer, "view_table": self.train_views()}
         loader = self._loader(dataset, self._labels, **options)
         if not self._is_described and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -336,21 +324,26 @@ class SemiSupervisedDataModule(ViewDataModule):
         """All views of all training images; None if ``num_views`` is None."""
         if self.num_views is None:
             return None
-        return self._view_table("train", self._train_indices, self.train_transform, self.num_views, self.mix)
+        return self._view_table("train", self._train_indices(), self.train_transform, self.num_views)
 
     def pool_views(self) -> ViewTable:
         """The images of :meth:`pool_dataloader`, one view each."""
-        return self._view_table("pool", self._pool_indices, self.eval_transform, 1)
+        return self._view_table("pool", self._pool_indices(), self.eval_transform, 1)
 
-    def _view_table(
-        self, name: str, indices: Callable[[], Tensor], transform: Any, num_views: int, mix: Mix | None = None
-    ) -> ViewTable:
+    def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
-            _, split = self._parts_and_split()
-            mixing: dict[str, Any] = {"mix": mix, "labeled": len(split.labeled)}
-            dataset = self._views(self.samples.images, indices(), self._build_labels(), transform, **mixing)
+            mixing = self._mixing(indices) if name == "train" else {}
+            dataset = self._views(self.samples.images, indices, self._build_labels(), transform, **mixing)
             self._view_tables[name] = ViewTable(dataset, num_views, self.num_workers)
         return self._view_tables[name]
+
+    def _mixing(self, indices: Tensor) -> dict[str, Any]:
+        """Arguments of the training views at these indices."""
+        if self.mix is None:
+            return {}
+        _, split = self._parts_and_split()
+        classes = self._even_classes().members if self.sampler == "balanced" else None
+        return {"mix": self.mix, "partners": Partners(self.seed, indices, len(split.labeled), classes)}
 
     def _pool_indices(self) -> Tensor:
         _, split = self._parts_and_split()

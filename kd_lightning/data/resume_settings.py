@@ -44,8 +44,13 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
         **{name: None if size is None else size * processes for name, size in sizes.items()},
         **numbers,
         "steps_per_epoch": len(datamodule.train_dataloader()),
-        **{name: None if t is None else [_text(t), fingerprint(t)] for name, t in transforms.items()},
+        **describe_transforms(transforms),
     }
+
+
+def describe_transforms(transforms: dict[str, Any]) -> dict[str, Any]:
+    """Return the text and the fingerprint of each transform, by name; None for none."""
+    return {name: None if t is None else [_text(t), fingerprint(t)] for name, t in transforms.items()}
 
 
 def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -53,7 +58,7 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
     Args:
         saved: ``{"settings": {name: value}}`` and hashes by name. What an older checkpoint lacks is not compared.
-        now: The same of this fit.
+        now: The same of this fit. Hashes that it lacks are not compared.
 
     Raises:
         InputError: If something differs.
@@ -71,7 +76,7 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
             "a new run"
         )
     for name, reason in _REASONS.items():
-        if saved.get(name, now[name]) != now[name]:
+        if name in now and saved.get(name, now[name]) != now[name]:
             raise InputError(reason)
     if steps[0] != steps[1]:  # a row that is left over on a process joins the batch before
         raise InputError(

@@ -18,6 +18,7 @@ from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.data.views.build import build_views
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
+from kd_lightning.data.views.partners import Partners
 from kd_lightning.data.views.samplers import ShareSampler
 from kd_lightning.data.views.table import ViewTable
 
@@ -95,13 +96,13 @@ class ViewDataModule(LightningDataModule):
         labels: LabelTable,
         *transforms: Any,
         mix: Mix | None = None,
-        labeled: int = 0,
+        partners: Partners | None = None,
     ) -> ViewDataset:
         device = None if self.trainer is None else self.trainer.strategy.root_device
         device = device if device is not None and device.type == "cuda" else None
         if self.decoded is not None:
             images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
-        options = (images, indices, labels, (*transforms, None)[:2], self.seed, device, mix, labeled)
+        options = (images, indices, labels, (*transforms, None)[:2], self.seed, device, mix, partners)
         return build_views(self._load_parts(), *options)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:

@@ -259,6 +259,8 @@ class Ensemble(nn.Module):
         if y is None:
             return own
         y = y.reshape(rows, -1)
+        if self.task == "binary" and y.shape[1] == 2:
+            y = y[:, 1:]  # probabilities of two classes, as of mixed samples
         if self.task == "multiclass" and y.shape[1] != 1:
             raise InputError(f"teacher_weights: confidence needs class indices (B,), got labels {[*y.shape]}")
         labeled = is_labeled(y)

@@ -136,15 +136,18 @@ class LabelTable:
         if self.group is not None:
             raise InputError("mix: coarse labels cannot be mixed; leave out mix, or the rows of kind coarse")
         first, second = (self._targets(index) for index in (batch.index, batch.partner))
-        own = batch.share.view(-1, *[1] * (first.ndim - 1))
+        own = batch.share
+        if self.weight is not None:  # each label counts with the weight of its sample
+            parts = torch.stack([own * self.weight[batch.index], (1 - own) * self.weight[batch.partner]])
+            batch.weight = parts.sum(dim=0)
+            own = torch.where(batch.weight > 0, parts[0] / batch.weight, own)
+        own = own.view(-1, *[1] * (first.ndim - 1))
         batch.y = own * first + (1 - own) * second
         if self.kind is not None:
             kinds = self.kind[torch.stack([batch.index, batch.partner])]
             some = (kinds == LabelKind.MISSING).any(dim=0)
             mixed = torch.where(kinds[0] == kinds[1], kinds[0], LabelKind.NOISY)  # clean with noisy
             batch.kind = torch.where(some, LabelKind.MISSING, mixed).to(torch.int8)
-        if self.weight is not None:
-            batch.weight = batch.share * self.weight[batch.index] + (1 - batch.share) * self.weight[batch.partner]
         known = is_labeled(batch.y).reshape(len(batch.y), -1)
         if (known.any(dim=1) == known.all(dim=1)).all():
             batch.labeled = known.all(dim=1).nonzero().flatten()

@@ -111,13 +111,13 @@ class OneOf(Mix):
         mixes: At least one mix.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or one of them is none.
     """
 
     def __init__(self, mixes: list[Mix]) -> None:
         if not mixes:
             raise InputError("mixes must have at least one mix, got none")
-        self.mixes = mixes
+        self.mixes = [check_mix(mix, "mixes") for mix in mixes]
 
     def plan(self, draws: Draws, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw which one, and as it does."""
@@ -146,6 +146,23 @@ def mix_images(images: Tensor, partners: Tensor, share: Tensor) -> Tensor:
         return torch.where(share > 0.5, images, partners)
     share = share.to(images.dtype)
     return images * share + partners * (1 - share)
+
+
+def check_mix(mix: Mix, name: str) -> Mix:
+    """Return a mix. Raise InputError for anything else, such as a transform of torchvision; ``name`` is the option."""
+    if not isinstance(mix, Mix):
+        raise InputError(
+            f"{name}: must be MixUp, CutMix or OneOf of kd_lightning.data.transforms, or another Mix, got "
+            f"{type(mix).__module__}.{type(mix).__name__}"
+        )
+    return mix
+
+
+def check_plan(mix: Mix, share: Tensor, rows: int) -> None:
+    """Raise InputError unless the shares that a mix plans are (B,) numbers in [0, 1]."""
+    if share.shape != (rows,) or not bool(((share >= 0) & (share <= 1)).all()):
+        got = [*share.shape] if share.shape != (rows,) else f"{share.min().item():g} ... {share.max().item():g}"
+        raise InputError(f"mix: {type(mix).__name__} must plan one share in [0, 1] for each of {rows} rows, got {got}")
 
 
 def _checked(alpha: float) -> float:

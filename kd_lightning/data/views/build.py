@@ -16,6 +16,7 @@ from kd_lightning.data.sources.source import Parts
 from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.dense_dataset import DenseViewDataset
+from kd_lightning.data.views.partners import Partners
 from kd_lightning.errors import InputError
 
 
@@ -28,7 +29,7 @@ def build_views(
     seed: int,
     device: torch.device | None,
     mix: Mix | None = None,
-    labeled: int = 0,
+    partners: Partners | None = None,
 ) -> ViewDataset:
     """Return a dataset of views, with dense labels if those of the source are dense.
 
@@ -41,7 +42,7 @@ def build_views(
         seed: Seed of the augmentation.
         device: Device of whole-batch transforms; None for where images are read.
         mix: Mixes each view with that of another sample. Default: None, which means that views are not mixed.
-        labeled: Number of the first positions, which are mixed among themselves.
+        partners: What each view is mixed with. Needed with ``mix``.
 
     Raises:
         InputError: For ``mix`` if labels are dense.
@@ -49,7 +50,7 @@ def build_views(
     transform, strong = transforms
     options = (transform, seed, strong, device, parts.pad_token)
     if not labels.dense:
-        return ViewDataset(images, indices, *options, mix, labeled)
+        return ViewDataset(images, indices, *options, mix, partners)
     if mix is not None:
         raise InputError("mix needs one label, or one row of labels, for a sample; these are dense")
     rules = LabelRules(len(parts.class_names) if parts.class_names else None, parts.void)

@@ -21,7 +21,7 @@ from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
 from kd_lightning.data.transforms.draws import Draws
-from kd_lightning.data.transforms.mix import Mix, mix_images
+from kd_lightning.data.transforms.mix import Mix, check_plan, mix_images
 from kd_lightning.data.views.nested import (
     pad_alike,
     shapes_of,
@@ -30,6 +30,7 @@ from kd_lightning.data.views.nested import (
     stack_labels,
     to_inputs,
 )
+from kd_lightning.data.views.partners import Partners
 from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, describe, map_inputs, tensors_of
@@ -42,8 +43,8 @@ CHUNK = 2**25
 """Bytes of images of different sizes that are in memory at a time, and one image more."""
 _AT_ONCE = 2**19
 """Bytes of small images that are augmented together: more do not stay in a processor's cache."""
-_STRONG, _PARTNER, _MIX = -1, -2, -3
-"""Streams of random numbers: of a strong view, of what a view is mixed with, and of how."""
+_STRONG, _MIX = -1, -3
+"""Streams of random numbers: of a strong view, and of how a view is mixed."""
 
 
 class ViewDataset(Dataset[Batch]):
@@ -73,7 +74,7 @@ class ViewDataset(Dataset[Batch]):
         pad_token: Number that pads ``input_ids``.
         mix: Mixes each view with the same view of another sample. Whole-batch transforms then run where the images are
             read. Default: None, which means that views are not mixed.
-        labeled: With ``mix``, number of the first positions, which are mixed among themselves, as the others are.
+        partners: What each view is mixed with. Needed with ``mix``.
     """
 
     is_dense = False
@@ -89,10 +90,10 @@ class ViewDataset(Dataset[Batch]):
         device: torch.device | None = None,
         pad_token: int = 0,
         mix: Mix | None = None,
-        labeled: int = 0,
+        partners: Partners | None = None,
     ) -> None:
         self.mix = mix
-        self.labeled = labeled
+        self.partners = partners
         self.images = images
         self.indices = indices
         self.transform = transform
@@ -123,6 +124,8 @@ class ViewDataset(Dataset[Batch]):
     @property
     def more_tensors(self) -> int:
         """Number of tensors of a view beyond one for each transform, by the first sample as the source returns it."""
+        if self.mix is not None:
+            return 2  # partner and share
         several = self._single and len(self) and has_several_inputs(*part_of(self.images, int(self.indices[0])))
         count = len([*tensors_of(read_image(self.images, int(self.indices[0])))]) if several else 1
         return (count - 1) * (1 + (self.strong_transform is not None))
@@ -144,7 +147,7 @@ class ViewDataset(Dataset[Batch]):
         pairs = keys if isinstance(keys, np.ndarray) else np.array([(k, 0) if isinstance(k, int) else k for k in keys])
         index = self.indices[torch.from_numpy(pairs[:, 0])]
         view = torch.from_numpy(np.ascontiguousarray(pairs[:, 1]))
-        if self.mix is not None:
+        if self.mix is not None and self.partners is not None:
             return self._mixed(index, view, self.partners(torch.from_numpy(pairs)), self.mix)
         batch = self._read(index, view)
         return batch if self.device is not None else self._checked(batch)
@@ -157,29 +160,16 @@ class ViewDataset(Dataset[Batch]):
             x, strong = pad_alike(x, strong, self.pad_token)
         return Batch(x, index=index, view=view, x_strong=strong, teacher_inputs=teacher_inputs)
 
-    def partners(self, keys: Tensor) -> Tensor:
-        """Return the index of the sample that each view is mixed with, (B,). It is another one, if there is one.
-
-        Args:
-            keys: (position, view) of each view, (B, 2).
-        """
-        position, view = keys.unbind(dim=1)
-        of_labeled = position < self.labeled
-        first = torch.where(of_labeled, 0, self.labeled)
-        size = torch.where(of_labeled, self.labeled, len(self) - self.labeled)
-        drawn = Draws(self.seed, self.indices[position], view).stream(_PARTNER).uniform()
-        step = 1 + (drawn * (size - 1)).long()
-        return self.indices[first + (position - first + step) % size]
-
     def _mixed(self, index: Tensor, view: Tensor, partner: Tensor, mix: Mix) -> Batch:
         both = self._checked(self._read(torch.cat([index, partner]), torch.cat([view, view])))
         if not isinstance(both.x, Tensor) or both.teacher_inputs is not None:
             what = "teacher_inputs" if both.teacher_inputs is not None else describe(both.x)
             raise InputError(f"mix is for samples of one tensor, got {what}")
-        mix.check(both.x)
-        weak, strong = both.x, both.x_strong
+        weak, strong, rows = both.x, both.x_strong, len(index)
+        for images in (weak,) if strong is None else (weak, strong):
+            mix.check(images)
         share, pixels = mix.plan(Draws(self.seed, index, view).stream(_MIX), weak.shape[1:])
-        rows = len(index)
+        check_plan(mix, share, rows)
         x = mix_images(weak[:rows], weak[rows:], pixels)
         x_strong = None if strong is None else mix_images(strong[:rows], strong[rows:], pixels)
         return Batch(x, index=index, view=view, x_strong=x_strong, partner=partner, share=share.float())

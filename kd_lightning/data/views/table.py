@@ -52,10 +52,8 @@ class ViewTable:
 
     def parts(self) -> dict[str, str]:
         """What decides which view a row is, by name. What the views show is compared when they are read."""
-        device, mix = self.dataset.device, self.dataset.mix
-        # what a view is mixed with depends on the order of the samples, and on which of them are labeled
-        order = f"{self.dataset.labeled} {self.dataset.indices.tolist()}".encode()
-        mixed = {} if mix is None else {"mix": f"{fingerprint(mix)} {hashlib.sha256(order).hexdigest()}"}
+        device, partners = self.dataset.device, self.dataset.partners
+        mixed = {} if partners is None else {"mix": f"{fingerprint(self.dataset.mix)} {partners.hash}"}
         return mixed | {
             "samples": hashlib.sha256(self.outputs.indices.tobytes()).hexdigest(),
             "seed": str(self.dataset.seed),

@@ -20,7 +20,6 @@ from kd_lightning.losses.base import (
     row_values,
 )
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.label_kind import LabelKindLoss
 from kd_lightning.losses.protocols import is_own
 
 
@@ -80,6 +79,8 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     y = batch.y
     if y is None:
         return _without_labels(loss, task, logits)
+    if task == "binary" and y.ndim == 2 and y.shape[1] == 2 and y.is_floating_point():
+        y = y[:, 1]  # probabilities of two classes, as of mixed samples
     if task in ("binary", "regression") and _is_single(logits, y):
         logits, y = logits.flatten(), y.flatten()
     soft = task == "multiclass" and y.ndim == 2 and y.is_floating_point()  # probabilities
@@ -87,6 +88,11 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     if not labels_fit(task, logits, y):
         if is_own(loss) and len(y) == len(logits):
             return _own(loss, logits, y, batch)
+        if task == "regression" and batch.partner is not None:
+            raise InputError(
+                f"mixed labels {[*y.shape]} are probabilities of classes, since labels are whole numbers; for the "
+                "regression task give them as floats"
+            )
         raise InputError(f"{task} labels of shape {[*y.shape]} do not fit logits of shape {[*logits.shape]}{_ADVICE}")
     fields = row_values(loss, batch)
     weight = batch.weight
@@ -108,9 +114,7 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     if known is not None and (known := known[rows]).all():
         known = None
     if soft:
-        if not (isinstance(loss, nn.CrossEntropyLoss | LabelKindLoss) or is_own(loss)):
-            name = type(loss).__name__
-            raise InputError(f"labels are probabilities (B, C), which {name} does not take; use CrossEntropyLoss")
+        _check_takes_probabilities(loss)
         _check_probabilities(y)
     else:
         _check_labels(task, y if known is None or must_synchronize(y) else y[known], logits)
@@ -170,6 +174,17 @@ def _without_labels(loss: nn.Module, task: Task, logits: Tensor) -> HardLoss:
 
 def _sum(weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.sum()
+
+
+def _check_takes_probabilities(loss: nn.Module) -> None:
+    name = type(loss).__name__
+    if not (isinstance(loss, nn.CrossEntropyLoss) or is_own(loss)):
+        raise InputError(f"labels are probabilities (B, C), which {name} does not take; use CrossEntropyLoss")
+    if isinstance(loss, nn.CrossEntropyLoss) and loss.ignore_index >= 0:
+        raise InputError(
+            f"labels are probabilities (B, C), but ignore_index: {loss.ignore_index} of {name} is for class indices; "
+            "leave it out"
+        )
 
 
 def _check_probabilities(y: Tensor) -> None:

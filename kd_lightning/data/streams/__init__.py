@@ -1,0 +1,1 @@
+"""Datasets that are read in order, without random access."""
