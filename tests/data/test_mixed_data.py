@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 
 from kd_lightning import (
     ApprenticeModule,
@@ -24,6 +25,7 @@ from kd_lightning import (
     Teacher,
 )
 from kd_lightning.data.transforms import CutMix, MixUp, OneOf, RandomHorizontalFlip
+from kd_lightning.data.transforms.mix import Mix
 from kd_lightning.losses import DKDLoss, EarlyLearningLoss, GeneralizedCrossEntropyLoss
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -43,6 +45,20 @@ def batches(data, epoch=0):
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)
     return [*loader]
+
+
+class ToBytes(nn.Module):
+    def forward(self, x):
+        return (x * 255).byte()
+
+
+class Wrong(Mix):
+    def __init__(self, share, single=False):
+        self.share = share
+        self.single = single
+
+    def plan(self, draws, shape):
+        return torch.full(() if self.single else (len(draws),), self.share), torch.tensor(self.share)
 
 
 def small():
@@ -93,6 +109,21 @@ class TestBatches:
         expected = rest.mean()
         assert ((rest - expected) ** 2 / expected).sum() < 1.3 * len(rest)  # chi-square, about 3 sigma
 
+    def test_partners_are_drawn_evenly_over_classes(self):
+        """With sampler: balanced. A class of one sample is mixed with itself where it draws its own class."""
+        y = torch.tensor([0] * 30 + [1] * 6 + [2])
+        data = module(x=X[:37], y=y, labeled=None, mix=MixUp(), sampler="balanced")
+        counts = torch.zeros(37, 37)
+        for epoch in range(300):
+            for batch in batches(data, epoch):
+                counts.index_put_((batch.index, batch.partner), torch.ones(len(batch)), accumulate=True)
+        assert counts[:36, :36].diagonal().sum() == 0
+        classes = torch.nn.functional.one_hot(y).float()
+        pairs = classes.T @ counts @ classes  # of own class and partner's
+        assert ((pairs - 300 * 37 / 9) ** 2 / (300 * 37 / 9)).sum() < 27  # chi-square of 9 cells, p > 0.001
+        rare = counts[:, 30:36].sum(dim=0)
+        assert ((rare - rare.mean()) ** 2 / rare.mean()).sum() < 21
+
     def test_strong_views_are_mixed_alike(self):
         data = module(mix=CutMix(), strong_transform=nn.Identity())
         for batch in batches(data):
@@ -127,6 +158,11 @@ class TestBatches:
         for batch in batches(data):
             expected = batch.share * weight[batch.index] + (1 - batch.share) * weight[batch.partner]
             assert torch.allclose(batch.weight, expected)
+            share = batch.share * weight[batch.index] / expected  # each label has its sample's weight
+            y = torch.zeros(len(batch), 3)
+            y[range(len(batch)), torch.where(batch.index < 2, batch.index + 1, Y[batch.index])] += share
+            y[range(len(batch)), torch.where(batch.partner < 2, batch.partner + 1, Y[batch.partner])] += 1 - share
+            assert torch.allclose(batch.y, y)
             noisy = (batch.index == 1) | (batch.partner == 1)
             assert torch.equal(batch.kind == 4, noisy)
         batches(module(label_noise=SymmetricNoise(0.3)))
@@ -134,8 +170,16 @@ class TestBatches:
     def test_what_cannot_be_mixed(self):
         with pytest.raises(InputError, match="mix: coarse labels cannot be mixed"):
             module(coarse=CoarseLabels({"a": [0, 1], "b": [2]}))
-        with pytest.raises(InputError, match="mix draws partners from all labeled images"):
-            module(sampler="balanced")
+        with pytest.raises(InputError, match=r"mix: must be MixUp, .* got torchvision.transforms.v2._augment.MixUp"):
+            module(mix=v2.MixUp(num_classes=3))
+        with pytest.raises(InputError, match="mix needs images of floats, got torch.uint8"):
+            batches(module(mix=MixUp(), strong_transform=ToBytes()))
+        with pytest.raises(
+            InputError, match=r"mix: Wrong must plan one share in \[0, 1\] for each of 40 rows, got 1.5"
+        ):
+            batches(module(mix=Wrong(1.5)))
+        with pytest.raises(InputError, match=r"mix: Wrong must plan one share .* of 40 rows, got \[\]"):
+            batches(module(mix=Wrong(0.5, single=True)))
         with pytest.raises(InputError, match="mix needs images of floats, got torch.int64"):
             batches(module(x=torch.randint(9, (40, 5)), mix=MixUp()))
         source = DatasetSource([({"a": x, "b": x}, int(y)) for x, y in zip(X, Y, strict=True)])
@@ -164,6 +208,53 @@ class TestTraining:
         rows = range(40)
         expected = -(a * log_p[rows, Y[batch.index]] + (1 - a) * log_p[rows, Y[batch.partner]]).mean()
         assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("weights", [None, [3.0, 0.0, 0.5]])
+    def test_loss_with_weights_by_hand(self, quiet_trainer, tmp_path, weights):
+        """Each label counts with the weight of its sample, and of its class: a sample of weight 0 teaches nothing."""
+        factor = torch.ones(40).double()
+        factor[:9] = torch.tensor([0.0, 0.5, 4.0] * 3)
+        rows = "".join(f"{n},{Y[n]},{factor[n]}\n" for n in range(9))
+        (tmp_path / "labels.csv").write_text(f"index,label,weight\n{rows}")
+        options = {"labeled": None, "mix": MixUp(1.0), "batch_size": 40, "label_file": tmp_path / "labels.csv"}
+        (batch,) = batches(module(**options))
+        still = partial(torch.optim.SGD, lr=0.0)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+        made = self.fit(
+            trainer, lambda: SupervisedModule(small(), class_weights=weights, optimizer=still), module(**options)
+        )
+        log_p = made.student(batch.x).double().log_softmax(1)
+        of_class = torch.ones(3).double() if weights is None else torch.tensor(weights).double()
+        a, i, j = batch.share.double(), batch.index, batch.partner
+        parts = [share * factor[n] * of_class[Y[n]] * log_p[range(40), Y[n]] for share, n in ((a, i), (1 - a, j))]
+        expected = -sum(parts).mean()
+        assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_two_classes_as_a_binary_task(self, quiet_trainer):
+        still, y = partial(torch.optim.SGD, lr=0.0), Y.clamp_max(1)
+        options = {"y": y, "labeled": None, "mix": MixUp(1.0), "batch_size": 40}
+        (batch,) = batches(module(**options))
+
+        def network(seed=0):
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+
+        a = batch.share
+        target = a * y[batch.index] + (1 - a) * y[batch.partner]
+        for make in (
+            lambda: SupervisedModule(network(), task="binary", optimizer=still),
+            lambda: EnsembleDistillModule(
+                network(), [network(1), network(2)], teacher_weights="confidence", task="binary", optimizer=still
+            ),
+        ):
+            trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+            made = self.fit(trainer, make, module(**options))
+            logits = made.student(batch.x).flatten()
+            expected = nn.functional.binary_cross_entropy_with_logits(logits, target)
+            assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+        made = SupervisedModule(network(), task="regression")
+        with pytest.raises(InputError, match=r"mixed labels \[40, 2\] are probabilities of classes, .* as floats"):
+            quiet_trainer(max_epochs=1).fit(made, datamodule=module(**options))
 
     METHODS = {
         "supervised": lambda: SupervisedModule(small(), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
@@ -242,7 +333,7 @@ class TestTraining:
         again, computed = run(tmp_path / "outputs")
         assert torch.equal(again, cached)
         assert computed < 80  # no view is computed again
-        for other in ({"mix": None}, {"mix": MixUp(0.3)}, {"labeled": 5}):
+        for other in ({"mix": None}, {"mix": MixUp(0.3)}, {"labeled": 5}, {"sampler": "balanced"}):
             _, computed = run(tmp_path / "outputs", **other)
             assert computed >= 80  # another mix has other outputs
 

@@ -20,7 +20,7 @@ from kd_lightning import (
     SupervisedModule,
     Teacher,
 )
-from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss
+from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LabelKindLoss
 
 NAN = float("nan")
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -208,8 +208,16 @@ def test_what_are_no_soft_labels(y, message):
             "confidence needs class indices",
         ),
         (lambda: SupervisedModule(network(), hard_loss=GeneralizedCrossEntropyLoss()), "use CrossEntropyLoss"),
+        (
+            lambda: SupervisedModule(network(), hard_loss=LabelKindLoss(nn.CrossEntropyLoss())),
+            "which LabelKindLoss does not take; use CrossEntropyLoss",
+        ),
+        (
+            lambda: SupervisedModule(network(), hard_loss=nn.CrossEntropyLoss(ignore_index=1)),
+            "ignore_index: 1 of CrossEntropyLoss is for class indices",
+        ),
     ],
-    ids=["co-teaching", "confidence", "a loss of classes"],
+    ids=["co-teaching", "confidence", "a loss of classes", "kinds", "ignored"],
 )
 def test_methods_that_need_classes_refuse_soft_labels(make, message):
     with pytest.raises(InputError, match=message):
