@@ -150,6 +150,6 @@ def _count(labels: Tensor, classes: int) -> Tensor:
 
 
 def _is_weight(value: Any) -> bool:
-    return (
-        isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= torch.finfo(torch.float32).max
-    )
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return 0 <= float(value) <= torch.finfo(torch.float32).max
