@@ -57,7 +57,7 @@ def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task, by_c
 
 
 def without_class_weights(loss: nn.Module) -> nn.Module:
-    """Return a copy of a loss in which torch's losses of classes have no ``weight``; the loss itself if none has one."""
+    """Return a copy of a loss in which torch's losses of classes have no ``weight``; the loss itself if none has."""
     kinds = (nn.CrossEntropyLoss, nn.NLLLoss)
     if not any(isinstance(part, kinds) and part.weight is not None for part in loss.modules()):
         return loss
