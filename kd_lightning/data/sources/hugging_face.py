@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ class Column(Dataset[Any]):
             raise InputError(
                 f"{part}: the column {name} must hold images, got {kind}; DatasetSource takes other inputs"
             )
+        if not dataset.features[name].decode:
+            dataset = dataset.cast_column(name, replace(dataset.features[name], decode=True))
         self.dataset = dataset.select_columns([name])
         self.name = name
 

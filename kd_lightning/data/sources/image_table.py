@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,6 +18,7 @@ from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, FlatFolder
 from kd_lightning.data.sources.image_loader import Loader, load_image
+from kd_lightning.data.sources.image_names import ImageNames, relative_path
 from kd_lightning.data.sources.source import Part, Parts, Source
 from kd_lightning.data.tables import PATH_COLUMNS, Rows, read_table
 from kd_lightning.data.transforms.recipes import photo_side, photo_transforms
@@ -45,17 +44,19 @@ class ImageTable(Source):
     Columns are found by their usual names, or named here:
 
     - the image: ``path``, ``filename``, ``filepath``, ``file_name``, ``image_path``, ``image``, ``id`` or ``image_id``.
-      A path is relative to the folder. Folders at its beginning may be missing, or be others above the folder, as in
-      the export of a labelling tool, and its ending may be missing. Names are compared in Unicode NFC.
+      A path is relative to the folder. Folders at its beginning may be missing, or be others above the folder, and its
+      ending may be missing. Addresses of labelling tools are read, too, such as those of Label Studio's uploads and
+      local files. Names are compared in Unicode NFC.
     - the label: ``label``, ``class``, ``class_name``, ``category``, ``target`` or ``choice``. An empty cell means none.
       Labels are class names; whole numbers are sorted as numbers. Without such a column, all columns of zeros and ones
-      are labels of a multilabel task.
+      are labels of a multilabel task; so are cells in which Label Studio has several choices.
     - ``split``, ``subset`` or ``partition``: train (also an empty cell), val, test or unlabeled.
     - ``group``, if ``group`` names it: no group, such as a patient, stands in two of training, validation and test.
     - ``weight``: factor of the hard loss of a training sample, at least 0; an empty cell means 1.
 
-    Samples are sorted by path, so that the order of rows does not matter. Rows without an image are passed over with a
-    warning. Images without a row are counted, and left out unless ``others`` is true.
+    Samples are sorted by path, so that the order of rows does not matter. An image may have several rows, as of several
+    annotators, if they agree in these columns. Rows without an image are passed over with a warning. Images without a
+    row are counted, and left out unless ``others`` is true.
 
     Args:
         table: The file.
@@ -127,7 +128,8 @@ class ImageTable(Source):
         group = None if self.group is None else self._column("group", self.group, (), columns)
         label = self._label_columns([name for name in columns if name not in (image, split, weight, group)], rows)
         files = FlatFolder("folder", self.folder, self.loader, self.endings)
-        found = self._find(rows, image, files)
+        used = [*([label] if isinstance(label, str) else label), *filter(None, (split, weight, group))]
+        found = self._find(rows, image, used, files)
         parts: dict[str, list[int]] = {name: [] for name in _SPLITS}
         for path in sorted(found):
             parts[self._split_of(*rows[found[path]], split)].append(found[path])
@@ -153,7 +155,7 @@ class ImageTable(Source):
         if rest:
             what = "are unlabeled" if self.others else "are left out; others: true makes them unlabeled"
             rank_zero_info(
-                f"table: {len(rest)} images of {self.folder} have no row ({_relative(rest[0], files)}): they {what}"
+                f"table: {len(rest)} images of {self.folder} have no row ({relative_path(rest[0], files)}): they {what}"
             )
         unlabeled |= dict.fromkeys(rest, "") if self.others else {}
         pool_paths = sorted(unlabeled)
@@ -191,9 +193,9 @@ class ImageTable(Source):
 
     # Rows.
 
-    def _find(self, rows: Rows, column: str, files: FlatFolder) -> dict[str, int]:
-        """Return {path: number of its row}."""
-        images = _Names(files)
+    def _find(self, rows: Rows, column: str, used: Sequence[str], files: FlatFolder) -> dict[str, int]:
+        """Return {path: number of its row}. Rows of one image must have the same cells in the columns that are used."""
+        images = ImageNames(files)
         found: dict[str, int] = {}
         gone: list[str] = []
         for number, (place, row) in enumerate(rows):
@@ -201,15 +203,15 @@ class ImageTable(Source):
                 raise self._error(f"{place}: the cell of {column} is empty")
             fits = images.find(row[column])
             if len(fits) > 1:
-                several = _some([_relative(path, files) for path in sorted(fits)])
+                several = _some([relative_path(path, files) for path in sorted(fits)])
                 raise self._error(f"{place}: {row[column]!r} fits several images: {several}; give the whole path")
             if not fits:
                 gone.append(f"{place}: {row[column]!r}")
                 continue
             (path,) = fits
-            first = found.setdefault(path, number)
-            if rows[first][1] | {column: ""} != row | {column: ""}:
-                raise self._error(f"{place}: {row[column]!r} has another row ({rows[first][0]}) that differs")
+            there, first = rows[found.setdefault(path, number)]
+            if name := next((name for name in used if row[name] != first[name]), None):
+                raise self._error(f"{place}: {row[column]!r} has {name} {row[name]!r}, but {first[name]!r} in {there}")
         if len(gone) == len(rows):
             first_row = f" ({gone[0]})" if gone else ""
             raise self._error(f"{self.folder} has no image of any of its {len(rows)} rows{first_row}")
@@ -246,10 +248,8 @@ class ImageTable(Source):
         if self.numbers:
             floats = {n: self._number(rows[n][0], label, cell) if cell else math.nan for n, cell in cells.items()}
             return {number: torch.tensor(value) for number, value in floats.items()}, None
-        if self.separator is not None:
-            several = {
-                n: [normal_name(name) for name in cell.split(self.separator)] for n, cell in cells.items() if cell
-            }
+        if self.separator is not None or any(map(_choices, cells.values())):
+            several = {n: [*map(normal_name, self._names_of(cell))] for n, cell in cells.items() if cell}
             names = _sorted_names({name for found in several.values() for name in found if name})
             missing = torch.full((len(names),), math.nan)
             one = {
@@ -262,6 +262,10 @@ class ImageTable(Source):
             raise self._error(f"has no label in the column {label}")
         index = {name: number for number, name in enumerate(names)}
         return {n: torch.tensor(index[known[n]] if n in known else IGNORE_INDEX) for n in numbers}, names
+
+    def _names_of(self, cell: str) -> list[str]:
+        """Return the names of a cell that may hold several."""
+        return _choices(cell) or ([cell] if self.separator is None else cell.split(self.separator))
 
     def _zero_or_one(self, placed: tuple[str, dict[str, str]], column: str) -> float:
         place, row = placed
@@ -282,37 +286,6 @@ class ImageTable(Source):
         return InputError(
             f"table: {self.table} {text}" if not text.startswith(("line", "row")) else f"table: {self.table}, {text}"
         )
-
-
-class _Names:
-    """Find the images that a path of a table may mean."""
-
-    def __init__(self, files: FlatFolder) -> None:
-        self._whole: dict[str, set[str]] = defaultdict(set)
-        self._ends: dict[str, set[str]] = defaultdict(set)
-        relative = [normal_name(_relative(path, files)).split("/") for path in files.paths]
-        self._folders = {parts[0] for parts in relative if len(parts) > 1}
-        for path, parts in zip(files.paths, relative, strict=True):
-            for number in range(len(parts)):
-                end = "/".join(parts[number:])
-                for name in (end, os.path.splitext(end)[0]):  # noqa: PTH122
-                    self._ends[name].add(path)
-                    if number == 0:
-                        self._whole[name].add(path)
-
-    def find(self, cell: str) -> set[str]:
-        """Return the images whose path is the cell's, ends with it, or is the end of it: the first of these that fits.
-
-        An end of both is not enough: ``val/1.jpg`` is not ``train/1.jpg``, nor ``1.jpg`` if there is a folder ``val``.
-        """
-        for text in dict.fromkeys((cell, _path_of_address(cell))):
-            parts = [part for part in normal_name(text).replace("\\", "/").split("/") if part not in ("", ".")]
-            name = "/".join(parts)
-            above = (number for number in range(1, len(parts)) if self._folders.isdisjoint(parts[:number]))
-            ends = (self._whole.get("/".join(parts[number:])) for number in above)
-            if fits := self._whole.get(name) or self._ends.get(name) or next(filter(None, ends), None):
-                return fits
-        return set()
 
 
 class ListedImages(Dataset[Any]):
@@ -336,12 +309,14 @@ class ListedImages(Dataset[Any]):
         return len(self.paths)
 
 
-def _path_of_address(cell: str) -> str:
-    """Return the path of a labelling tool's address, without escapes."""
+def _choices(cell: str) -> list[str] | None:
+    """Return the names of a cell in which Label Studio has several choices, as JSON; None for any other cell."""
+    if not cell.startswith('{"choices"'):
+        return None
     try:
-        return unquote(urlsplit(cell).path)
-    except ValueError:
-        return cell
+        return [*map(str, json.loads(cell)["choices"])]
+    except (ValueError, TypeError):
+        return None
 
 
 def _class_name(cell: str) -> str:
@@ -355,10 +330,6 @@ def _sorted_names(names: set[str]) -> list[str]:
     if names and all(map(_WHOLE.fullmatch, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
-
-
-def _relative(path: str, files: FlatFolder) -> str:
-    return os.path.relpath(path, files.root).replace(os.sep, "/")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -118,6 +118,19 @@ def test_labels_are_read_without_decoding(monkeypatch):
     made.load()
 
 
+def test_pictures_that_are_not_decoded():
+    made = split([0, 1, 2])
+    plain = made.cast_column("image", datasets.Image(decode=False))
+    assert isinstance(plain[0]["image"], dict)
+    parts = HuggingFaceSource({"train": plain, "test": plain.select([2]), "pool": plain}, unlabeled="pool").load()
+    assert content(parts.train) == ([0, 1, 2], [0, 1, 2])
+    assert content(parts.test) == ([2], [2])
+    assert [image.getpixel((0, 0))[0] for image in parts.unlabeled] == [0, 1, 2]
+    grey = made.cast_column("image", datasets.Image(mode="L", decode=False))
+    assert HuggingFaceSource(grey).load().train.images[0].mode == "L"
+    assert isinstance(plain[0]["image"], dict)  # the user's own dataset stays
+
+
 def test_content_names_a_sample(tmp_path):
     """The same pictures from another folder, in another order."""
     whole().save_to_disk(tmp_path / "one")

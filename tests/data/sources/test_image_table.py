@@ -76,10 +76,29 @@ def test_the_order_of_rows_does_not_matter(folder):
         "C:\\data\\images\\deep\\f.png",
         "/data/upload/7/deep/f.png",
         "https://tool.example/data/deep%2Ff.png?x=1",
+        "https://tool.example/deep/f.png?key=images/c.png",
+        "s3://bucket/images/deep/f.png",
+        "/data/local-files/?d=deep/f.png",
+        "/data/local-files/?d=home/photos%5Cdeep%5Cf.png",
+        "http://localhost:8080/data/local-files/?d=images%2Fdeep/f.png",
+        "/data/upload/7/5f2e8a4b-f.png",
+        "https://tool.example/data/upload/12/0cafe123-f.png",
     ],
 )
 def test_paths_of_other_machines(folder, cell):
     assert content(load(("image", "label"), (cell, "x")).train) == {60: 0}
+
+
+def test_addresses_name_one_image(folder):
+    """Neither the end of an address's query nor a part of a file's own name decides."""
+    for name in ("5f2e8a4b-a.png", "deep/c.png"):
+        Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "images" / name)
+    parts = load(("image", "label"), ("/data/local-files/?d=deep/c.png", "x"), ("/data/upload/1/5f2e8a4b-a.png", "y"))
+    assert {Path(path).name for path in parts.train.images.paths} == {"c.png", "5f2e8a4b-a.png"}
+    assert "images/deep/c.png" in parts.train.images.paths
+    for cell in ("5f2e8a4b-b.png", "/data/upload/1/5f2e8a4-b.png", "/data/local-files/?d=deep/b.png"):
+        with pytest.raises(InputError, match="has no image of any of its 1 rows"):
+            load(("image", "label"), (cell, "x"))
 
 
 @pytest.mark.parametrize("cell", ["other/a.png", "deep/b.png", "images2/deep/x.png", "a2"])
@@ -189,10 +208,47 @@ def test_weights(folder):
 
 
 def test_an_image_named_twice(folder, caplog):
-    parts = load(("path", "label"), ("a.png", "x"), ("images/a.png", "x"), ("b.png", "y"))
+    """Columns that are not used may differ: one row for each annotator, or for each box."""
+    columns = ("path", "label", "split", "weight", "who", "annotator")
+    row = ("a.png", "x", "train", "2", "p1", "Ann")
+    twice = ("images/a.png", *row[1:5], "Ben")
+    parts = load(columns, row, twice, ("b.png", "y", "", "", "", ""), group="who")
     assert content(parts.train) == {10: 0, 20: 1}
-    with pytest.raises(InputError, match=r"line 3: 'images/a.png' has another row \(line 2\) that differs"):
-        load(("path", "label"), ("a.png", "x"), ("images/a.png", "y"))
+    for place, cell in {1: "y", 2: "val", 3: "1", 4: "p2"}.items():
+        other = (*twice[:place], cell, *twice[place + 1 :])
+        name = columns[place]
+        with pytest.raises(
+            InputError, match=rf"line 3: 'images/a.png' has {name} '{cell}', but '{row[place]}' in line 2"
+        ):
+            load(columns, row, other, group="who")
+
+
+def test_label_studio(folder):
+    """A CSV export, where annotators agree; with several choices a cell is JSON."""
+    columns = ("annotation_id", "annotator", "choice", "created_at", "id", "image", "lead_time", "updated_at")
+    rows = [
+        ("1", "1", "cat", "2024-01-01T10:00:00Z", "7", "/data/upload/1/0a1b2c3d-a.png", "3.1", "x"),
+        ("2", "2", "cat", "2024-01-02T10:00:00Z", "7", "/data/upload/1/0a1b2c3d-a.png", "1.2", "y"),
+        ("3", "1", "dog", "2024-01-02T10:00:00Z", "8", "/data/upload/1/0a1b2c3e-b.png", "9.1", "x"),
+        ("4", "1", "", "2024-01-02T10:00:00Z", "9", "/data/upload/1/0a1b2c3f-c.png", "9.1", "x"),
+    ]
+    parts = load(columns, *rows)
+    assert parts.class_names == ["cat", "dog"]
+    assert content(parts.train) == {10: 0, 20: 1, 30: -100}
+    several = (*rows[2][:2], '{"choices": ["dog", "cat"]}', *rows[2][3:])
+    parts = load(columns, *rows[:2], several, rows[3])
+    assert parts.class_names == ["cat", "dog"]
+    assert content(parts.train)[10] == [1, 0]
+    assert content(parts.train)[20] == [1, 1]
+    assert torch.tensor(content(parts.train)[30]).isnan().all()
+
+
+def test_roboflow(folder):
+    """Spaces after the commas."""
+    Path("_classes.csv").write_text("filename, cat, dog\na.png, 1, 0\nb.png, 0, 1\n")
+    parts = load(table="_classes.csv")
+    assert parts.class_names == ["cat", "dog"]
+    assert content(parts.train) == {10: [1, 0], 20: [0, 1]}
 
 
 @pytest.mark.parametrize(
