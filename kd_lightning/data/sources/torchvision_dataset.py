@@ -25,10 +25,11 @@ class TorchvisionDataset(Source):
         root: Folder of the files. Missing files are downloaded there.
         options: Other arguments of the dataset, such as ``split: letters`` of EMNIST.
         test_split: Name of the test part, for datasets with the argument ``split``: ``val`` of ImageNet. None for none.
+            The parts of INaturalist are its versions, such as ``2021_valid``; by default, it has no test part.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
             The six datasets above have transforms of their own, without it.
         train_split: Name of the training part, for datasets with the argument ``split``: ``trainval`` of OxfordIIITPet,
-            ``train-standard`` of Places365.
+            ``train-standard`` of Places365. Of INaturalist it is by default ``version`` of ``options``, or 2021_train.
         loader: Function from the path of a file to a picture: a PIL image or a tensor (C, H, W), for datasets of image
             files. In YAML: the import path of a function, or a ``class_path`` of a class whose objects can be called.
             Default: :func:`~kd_lightning.data.sources.image_loader.load_image`. The images of datasets that lie in
@@ -36,7 +37,7 @@ class TorchvisionDataset(Source):
         val_split: Name of your own validation part, such as ``val`` of Flowers102, for datasets with the argument
             ``split``. Default: None, which means that the datamodule takes ``val_size`` of the training part.
         unlabeled_split: Name of the unlabeled part, such as ``extra`` of SVHN. Its labels are not read. Default: None,
-            which means ``unlabeled`` for STL10, and none for the others.
+            which means ``unlabeled`` for STL10 (unless it is in ``train_split``), and none for the others.
 
     Raises:
         InputError: For a name that torchvision does not have, if ``image_size`` is out of range, for two parts of one
@@ -61,9 +62,14 @@ class TorchvisionDataset(Source):
         self.name = name
         self.root = root
         self.options = options or {}
-        if unlabeled_split is None and name == "STL10":
+        if unlabeled_split is None and name == "STL10" and "unlabeled" not in train_split:
             unlabeled_split = "unlabeled"
         names = {"train": train_split, "test": test_split, "val": val_split, "unlabeled": unlabeled_split}
+        if name == "INaturalist":
+            if train_split == _DEFAULTS["train"]:
+                names["train"] = self.options.get("version", "2021_train")
+                self.options = {key: value for key, value in self.options.items() if key != "version"}
+            names["test"] = None if test_split == _DEFAULTS["test"] else test_split
         self.splits = {part: split for part, split in names.items() if split is not None}
         for (one, split), (other, same) in combinations(self.splits.items(), 2):
             if split == same:
@@ -93,6 +99,8 @@ class TorchvisionDataset(Source):
 
     def _selectors(self) -> dict[str, dict[str, Any]]:
         """Arguments that select each part of the dataset."""
+        if self.name == "INaturalist":
+            return {part: {"version": name} for part, name in self.splits.items()}
         names = {name for kind in self.dataset.__mro__ for name in inspect.signature(kind).parameters}  # type: ignore[union-attr]
         if "split" in names and "train" not in names:  # split of EMNIST is no part
             return {part: {"split": name} for part, name in self.splits.items()}

@@ -48,7 +48,7 @@ class TorchvisionFiles(Dataset[Any]):
         root: Folder of the dataset.
         paths: Path of each image.
         targets: Label of each image; the attribute is missing if the dataset transforms them.
-        classes: Those of the dataset, if it has them.
+        classes: Names of the classes, if the dataset has them.
         passed_over: Number of files that are no samples.
 
     Raises:
@@ -65,8 +65,8 @@ class TorchvisionFiles(Dataset[Any]):
         self.passed_over = sum(system)
         if self.transforms is None:
             self.targets = self._raw_labels
-        if hasattr(dataset, "classes"):
-            self.classes = dataset.classes
+        if (names := _class_names(dataset)) is not None:
+            self.classes = names
         if self.passed_over:
             example = paths[system.index(True)]
             rank_zero_info(f"{type(dataset).__name__}: passed over: {self.passed_over} system files ({example})")
@@ -147,6 +147,17 @@ def _inaturalist(dataset: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
     kind = dataset.target_type[0]
     paths = [Path(dataset.root, dataset.all_categories[number], name) for number, name in dataset.index]
     return paths, [n if kind == "full" else dataset.categories_map[n][kind] for n, _ in dataset.index]
+
+
+def _class_names(dataset: Any) -> Any:
+    """Return the names of a dataset's classes; None if it has none."""
+    name = type(dataset).__name__
+    if name == "OxfordIIITPet" and dataset._target_types == ["binary-category"]:
+        return dataset.bin_classes
+    if name == "INaturalist":  # class numbers follow from the folders that are there
+        (kind,) = dataset.target_type
+        return dataset.all_categories if kind == "full" else [*dataset.categories_index[kind]]
+    return getattr(dataset, "classes", None)
 
 
 _SPECIAL = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from kd_lightning import InputError, SemiSupervisedDataModule
 from kd_lightning.data.sources.torchvision_dataset import TorchvisionDataset
@@ -80,3 +81,83 @@ def test_split_of_emnist_is_no_part(monkeypatch):
     monkeypatch.setattr("torchvision.datasets.EMNIST.__init__", lambda self, *args, **kwargs: seen.append(kwargs))
     made = TorchvisionDataset("EMNIST", ".", {"split": "letters"})
     assert [*made._selectors().values()] == [{"train": True}, {"train": False}]
+
+
+GENERA = ("00000_a_b_c_d_e_f_g", "00001_a_b_c_d_e_f_h", "00002_a_b_c_d_e_z_i")
+
+
+class TestINaturalist:
+    @pytest.fixture
+    def load(self, tmp_path):
+        folders = {"2021_train": GENERA, "2021_train_mini": GENERA, "2021_valid": GENERA[:2]}
+        folders |= {"2018": ("A/0", "B/1"), "2019": ("B/0", "B/1", "B/2")}
+        for version, names in folders.items():
+            for name in names:
+                (tmp_path / version / name).mkdir(parents=True)
+                Image.new("RGB", (8, 8)).save(tmp_path / version / name / f"{version}.jpg")
+
+        def load(**arguments):
+            parts = TorchvisionDataset("INaturalist", str(tmp_path), **arguments).load()
+            found = {
+                name: getattr(parts, name) for name in ("train", "val", "test") if getattr(parts, name) is not None
+            }
+            return {name: part.targets.tolist() for name, part in found.items()}, parts
+
+        return load
+
+    @pytest.mark.parametrize(
+        ("arguments", "train"),
+        [
+            ({}, "2021_train"),
+            ({"options": {"version": "2021_train_mini"}}, "2021_train_mini"),
+            ({"train_split": "2021_train_mini"}, "2021_train_mini"),
+        ],
+    )
+    def test_versions_are_parts(self, load, arguments, train):
+        found, parts = load(**arguments)
+        assert found == {"train": [0, 1, 2]}
+        assert parts.class_names == [*GENERA]
+        found, parts = load(val_split="2021_valid", unlabeled_split="2018", **arguments)
+        assert found == {"train": [0, 1, 2], "val": [0, 1]}
+        assert {path.split("/")[-1] for path in parts.train.images.paths} == {f"{train}.jpg"}
+        assert len(parts.unlabeled) == 2
+        assert load(test_split="2021_valid", **arguments)[0]["test"] == [0, 1]
+
+    def test_classes_meet_by_name(self, load):
+        found, parts = load(train_split="2018", test_split="2019", options={"target_type": "super"})
+        assert found == {"train": [0, 1], "test": [1, 1, 1]}
+        assert parts.class_names == ["A", "B"]
+        assert load(options={"target_type": "genus"})[1].class_names == ["f", "z"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"val_split": "2021_train"}, "val_split and train_split must differ, got 2021_train for both"),
+            ({"val_split": "valid"}, "Unknown value 'valid' for argument version. .*2021_valid"),
+            ({"train_split": "2018", "options": {"version": "2019"}}, "multiple values for keyword argument 'version'"),
+        ],
+    )
+    def test_what_cannot_be(self, load, arguments, message):
+        with pytest.raises(InputError, match=message):
+            load(**arguments)
+
+
+def test_stl10_has_its_unlabeled_images_once():
+    assert TorchvisionDataset("STL10", ".").splits["unlabeled"] == "unlabeled"
+    assert "unlabeled" not in TorchvisionDataset("STL10", ".", train_split="train+unlabeled").splits
+
+
+def test_cats_and_dogs_of_the_pets(tmp_path):
+    """The 37 breeds are the names of the other labels."""
+    annotations = tmp_path / "oxford-iiit-pet/annotations"
+    annotations.mkdir(parents=True)
+    for split in ("trainval", "test"):
+        (annotations / f"{split}.txt").write_text("Abyssinian_1 1 1 1\nbeagle_1 5 2 1\nPersian_1 24 1 9\n")
+    images = tmp_path / "oxford-iiit-pet/images"
+    images.mkdir()
+    for name in ("Abyssinian", "beagle", "Persian"):
+        Image.new("RGB", (8, 8)).save(images / f"{name}_1.jpg")
+    made = {"train_split": "trainval", "options": {"target_types": "binary-category"}}
+    parts = TorchvisionDataset("OxfordIIITPet", str(tmp_path), **made).load()
+    assert parts.class_names == ["Cat", "Dog"]
+    assert parts.train.targets.tolist() == [0, 1, 0]

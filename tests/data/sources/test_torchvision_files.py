@@ -153,7 +153,8 @@ class TestEach:
                 assert plain[index][0].size == STORED
                 assert label == plain[index][1] == part.targets[index] == index
                 assert Path(path_of([part.images], index)).is_file()
-        assert parts.class_names == (None if not hasattr(theirs[0], "classes") else [*map(str, theirs[0].classes)])
+        names = getattr(theirs[0], "classes", getattr(theirs[0], "all_categories", None))  # the second of INaturalist
+        assert parts.class_names == (None if names is None else [*map(str, names)])
 
     def test_another_loader(self, tmp_path, name):
         images = source_of(name, tmp_path, loader=name_of_file).load().train.images
