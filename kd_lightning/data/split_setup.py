@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from kd_lightning.data.duplicates import DuplicatePolicy, handle_duplicates
 from kd_lightning.data.groups import GroupOf, groups_of, keep_apart, of_other_parts
 from kd_lightning.data.identity import base_content
-from kd_lightning.data.labels.build import check_label_rows, val_labels
+from kd_lightning.data.labels.build import check_label_rows, corrected_labels, val_labels
 from kd_lightning.data.labels.label_file import read_label_file
 from kd_lightning.data.samples import Samples
 from kd_lightning.data.sources.targets import count_classes
@@ -149,6 +149,8 @@ def check_duplicates(duplicates: DuplicatePolicy, samples: Samples, split: Split
     """
     names = {"train": samples.identities[0]}
     targets = {"train": samples.parts.train.targets}
+    if split.label_rows and duplicates != "together":  # which keeps classes as the split has drawn them
+        targets["train"] = corrected_labels(targets["train"], split.label_rows)
     if samples.unlabeled != "test" and samples.parts.unlabeled is not None:
         names["unlabeled"] = samples.identities[1]
     if samples.parts.test is not None:

@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from kd_lightning.data.duplicates import find_duplicates, handle_duplicates, kee
 from kd_lightning.data.identity import Identities, identify
 from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
+from kd_lightning.data.split_setup import check_duplicates
 from kd_lightning.data.splits import Split, make_split, wrong_sample
 from kd_lightning.errors import InputError
 
@@ -205,6 +207,21 @@ def test_a_label_file_does_not_bring_back_what_is_left_out(tmp_path):
         seen = {index for batch in data.train_dataloader() for index in batch.index.tolist()}
         assert seen == {*range(6, 40)}
         assert data.split.left_out[:6] == [*range(6)]
+
+
+def test_labels_of_a_label_file_are_compared(tmp_path):
+    pictures = torch.rand(40, 1, 8, 8)
+    train = TensorDataset(pictures, torch.arange(40) % 4)
+    test = TensorDataset(pictures[:3], torch.tensor([2, 1, 2]))
+    (tmp_path / "labels.csv").write_text("index,label,kind\n0,2,clean\n1,,missing\n3,1,clean\n")
+    for file, count in ((None, 1), (tmp_path / "labels.csv", 0)):
+        data = SemiSupervisedDataModule(DatasetSource(train, test), val_size=0, label_file=file)
+        data.setup("fit")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            check_duplicates("count", data.samples, data.split)
+        (text,) = {str(one.message) for one in seen if "duplicates: " in str(one.message)}
+        assert ("1 of 3 contents with different labels" in text) == count
 
 
 # Kept on one side.

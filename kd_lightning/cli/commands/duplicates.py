@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.cli.arguments import DISTANCE
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import SemiSupervisedDataModule
@@ -34,6 +35,7 @@ from kd_lightning.data.near_duplicates import (
 from kd_lightning.data.sources.images import Images, read_image
 from kd_lightning.data.sources.items import picture_of
 from kd_lightning.data.sources.source import Part
+from kd_lightning.data.sources.targets import has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
@@ -54,7 +56,7 @@ class Sample:
             the unlabeled part follow; of a test sample in the test part.
         path: Its path, empty without one.
         content: Its content, without a number.
-        label: Name of its class, empty if it has none.
+        label: Name of its class, by label files where these have it; empty if it has none.
     """
 
     side: int
@@ -154,7 +156,7 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
     size = len(source.train.images)
     transductive = data.unlabeled == "test"
     pool = [] if transductive or source.unlabeled is None else source.unlabeled
-    rows = {row[0] for row in split.label_rows}
+    rows = {row[0]: row[1] if row[2] in ("clean", "noisy") else IGNORE_INDEX for row in split.label_rows}
     used = {*split.labeled, *split.unlabeled, *split.held_out, *split.val}
     used |= {size + n for n in range(len(pool)) if data.unlabeled == "source" or size + n in rows}
     val = {*split.val}
@@ -164,14 +166,14 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
             index,
             identities.paths[index],
             base_content(identities.contents[index]),
-            _label(source.train, index, names) if index < size else "",
+            _label(source.train, index, names, rows),
         )
         for index in sorted(used - {*split.left_out})
         if index < size + len(pool)
     ]
     if source.test is not None and test_part is not None:
         for index, (path, content) in enumerate(zip(test_part.paths, test_part.contents, strict=True)):
-            label = _label(source.test, index, names)
+            label = _label(source.test, index, names, {})
             samples.append(Sample(SIDES.index("test"), index, path, base_content(content), label))
     if lacking := next((sample for sample in samples if not sample.content), None):
         where = f"{lacking.part} sample {lacking.index}"
@@ -179,9 +181,13 @@ def list_samples(data: SemiSupervisedDataModule) -> tuple[list[Sample], tuple[Im
     return samples, (source.train.images, pool, [] if source.test is None else source.test.images)
 
 
-def _label(part: Part, index: int, names: Sequence[str] | None) -> str:
+def _label(part: Part, index: int, names: Sequence[str] | None, rows: Mapping[int, int]) -> str:
+    """Return the name of a sample's class by the rows of label files, else by the source; empty if there is none."""
     targets = part.targets
-    if part.dense or targets.ndim != 1 or targets.is_floating_point() or (number := int(targets[index])) < 0:
+    if part.dense or not has_one_class(targets):
+        return ""
+    number = rows.get(index, int(targets[index]) if index < len(targets) else IGNORE_INDEX)
+    if number < 0:
         return ""
     return names[number] if names and number < len(names) else str(number)
 

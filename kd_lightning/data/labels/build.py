@@ -104,17 +104,24 @@ def val_labels(part: Part, split: Split) -> LabelTable:
         part: The training part, in which the validation samples are.
         split: The split.
     """
-    if not (rows := _rows_of_val(split)):
-        return true_labels(part)
-    targets = part.targets.clone()
-    for index, label, kind, _ in rows:
-        targets[index] = IGNORE_INDEX if kind == "missing" else label
-    return LabelTable(targets, dense=part.dense)
-
-
-def _rows_of_val(split: Split) -> list[list[Any]]:
     val = {*split.val} if split.label_rows else set()
-    return [row for row in split.label_rows if row[0] in val]
+    if not (rows := [row for row in split.label_rows if row[0] in val]):
+        return true_labels(part)
+    return LabelTable(corrected_labels(part.targets, rows), dense=part.dense)
+
+
+def corrected_labels(targets: Tensor, rows: Sequence[Sequence[Any]]) -> Tensor:
+    """Return class indices (N,) with those of label rows; -100 where a row has no class. Rows of others are left out.
+
+    Args:
+        targets: Class indices (N,).
+        rows: Label rows of a split.
+    """
+    targets = targets.clone()
+    for index, label, kind, _ in rows:
+        if index < len(targets):
+            targets[index] = label if kind in ("clean", "noisy") else IGNORE_INDEX
+    return targets
 
 
 def mask_labels(truth: Tensor, labeled: list[int], size: int) -> Tensor:

@@ -136,6 +136,26 @@ def test_a_run(folder, capsys):
         assert (row["part_b"] == "validation") == (int(row["index_b"]) in val)
 
 
+def test_labels_of_a_label_file_count(folder):
+    """Corrected ones of training and validation, and those of the unlabeled part."""
+    rows = ["unlabeled/again.jpg,dogs,", "unlabeled/other.jpg,cats,"]
+    rows += [
+        f"train/cats/{number}.png,,missing" if number == 5 else f"train/cats/{number}.png,dogs," for number in range(12)
+    ]
+    Path("data/labels.csv").write_text("\n".join(["path,label,kind", *rows]))
+    shutil.copy("data/train/cats/5.png", "data/test/cats/equal5.png")
+    folder["data"]["init_args"] |= {"label_file": "data/labels.csv", "correct_val": True}
+    Path("config.yaml").write_text(yaml.safe_dump(folder))
+    main(["duplicates", "--config", "config.yaml", "--within", "--distance", "6"])
+    rows = table("runs/tiny_duplicates.csv")
+    seen = {row[f"path_{end}"]: (row[f"part_{end}"], row[f"label_{end}"]) for row in rows for end in "ab"}
+    assert {part for part, _ in seen.values()} >= {"training", "validation", "test"}
+    for path, (_, label) in seen.items():
+        by_file = {"cats/5.png": "", "cats/equal5.png": "cats", "again.jpg": "dogs", "dogs/equal.png": "dogs"}
+        corrected = "dogs" if path.startswith("cats/") and path.endswith(".png") else path.split("/")[0]
+        assert label == by_file.get(path, corrected), path
+
+
 def test_no_pairs_leave_no_sheet_of_an_earlier_time(folder, capsys):
     main(["duplicates", "--config", "config.yaml"])
     shutil.rmtree("data/test")
