@@ -54,6 +54,7 @@ class StreamDataModule(LightningDataModule):
         batch_size: Samples per batch on each process, at least 1.
         num_workers: Worker processes of each loader, at least 0.
         seed: Seed of the augmentation. Streams shuffle by themselves.
+        pad_token: Number that pads ``input_ids`` of texts of different lengths.
         image_size: Height and width in pixels of the default transforms, which are those of photographs. Default: None,
             which means that samples are tensors, unless a transform is given.
         train_transform: Augmentation of training samples. Default: None, which means the one of ``image_size``.
@@ -67,9 +68,9 @@ class StreamDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: IterableDataset[Any],
-        val: IterableDataset[Any] | None = None,
-        test: IterableDataset[Any] | None = None,
+        train: IterableDataset,  # type: ignore[type-arg]  # jsonargparse finds names of its subclasses only so
+        val: IterableDataset | None = None,  # type: ignore[type-arg]
+        test: IterableDataset | None = None,  # type: ignore[type-arg]
         *,
         labeled: bool = True,
         input: str | None = None,
@@ -79,6 +80,7 @@ class StreamDataModule(LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        pad_token: int = 0,
         image_size: int | tuple[int, int] | None = None,
         train_transform: nn.Module | None = None,
         strong_transform: nn.Module | None = None,
@@ -95,6 +97,7 @@ class StreamDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.pad_token = pad_token
         defaults = (None, None) if image_size is None else photo_transforms(image_size)
         self.train_transform = defaults[0] if train_transform is None else train_transform
         self.strong_transform = strong_transform
@@ -115,7 +118,7 @@ class StreamDataModule(LightningDataModule):
         self.setup("")
         world, _ = self._world_size_and_rank()
         deals = self._readers["train"].deals
-        settings = {"batch_size": self.batch_size * world, "seed": self.seed, "labeled": self.labeled}
+        settings: dict[str, Any] = {"batch_size": self.batch_size * world, "seed": self.seed, "labeled": self.labeled}
         if not deals:
             settings |= {"processes": world, "num_workers": self.num_workers}
         settings |= dict(zip(("input", "label"), self.columns, strict=True))
@@ -152,10 +155,12 @@ class StreamDataModule(LightningDataModule):
         device = None if self.trainer is None else self.trainer.strategy.root_device
         device = device if device is not None and device.type == "cuda" else None
         labeled = self.labeled or not training
-        views = StreamViews(part, transforms, self.seed, device, self.class_names, self.columns, labeled)
+        names = self.class_names, self.columns
+        views = StreamViews(part, transforms, self.seed, device, *names, labeled, self.pad_token)
         compares = reader.checks and (world > 1 or self.num_workers > 1)
         batches = StreamBatches(reader, views, self.batch_size, rank, world, compares)
-        return StreamLoader(batches, self.trainer, training, self.num_workers, torch.cuda.is_available())
+        options = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return StreamLoader(batches, self.trainer, training, **options)
 
     def _world_size_and_rank(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

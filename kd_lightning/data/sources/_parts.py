@@ -81,7 +81,10 @@ def check_map_style(name: str, dataset: Any) -> None:
     """Raise InputError for a dataset without length or index; ``name`` is that of the argument."""
     whole = hasattr(type(dataset), "__len__") and hasattr(type(dataset), "__getitem__")
     if not whole or isinstance(dataset, IterableDataset):
-        raise InputError(f"{name} must be a map-style dataset, with length and index, got {type(dataset).__name__}")
+        hint = "; StreamDataModule reads it in order" if hasattr(dataset, "__iter__") else ""
+        raise InputError(
+            f"{name} must be a map-style dataset, with length and index, got {type(dataset).__name__}{hint}"
+        )
 
 
 def _to_targets(dataset: Any, labels: Labels, names: Sequence[str] | None) -> tuple[Tensor, list[str] | None]:

@@ -124,7 +124,7 @@ class HuggingFaceSource(Source):
         if not hasattr(dataset, "features") or not hasattr(dataset, "__len__"):
             raise InputError(
                 f"{part}: a dataset of length and index is needed for splits, labels and caches, got a stream, "
-                f"{type(dataset).__name__}"
+                f"{type(dataset).__name__}, which StreamDataModule reads"
             )
         if dataset.format["type"] == "custom":
             raise InputError(f"{part}: a transform (set_transform) cannot be replayed; use data.train_transform")

@@ -28,31 +28,26 @@ class StreamLoader(DataLoader[Any]):
     :attr:`~kd_lightning.batch.Batch.is_padding`.
 
     Args:
-        batches: The batches of this process.
+        dataset: The batches of this process.
         trainer: The trainer; None outside of one.
         training: Whether it loads for training. Otherwise each pass is the first one.
-        num_workers: Number of worker processes, at least 0. They are started anew for each pass.
-        pin_memory: Whether batches lie in pinned memory.
+        kwargs: Other arguments of DataLoader. Workers are started anew for each pass.
     """
 
+    dataset: StreamBatches
+
     def __init__(
-        self,
-        batches: StreamBatches,
-        trainer: Trainer | None,
-        training: bool,
-        num_workers: int = 0,
-        pin_memory: bool = False,
+        self, dataset: StreamBatches, trainer: Trainer | None = None, training: bool = True, **kwargs: Any
     ) -> None:
-        options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        super().__init__(batches, batch_size=None, collate_fn=_same, **options)
-        self.batches = batches
+        # Lightning makes the loader anew for predictions, with all arguments of DataLoader
+        super().__init__(dataset, **(kwargs | {"batch_size": None, "collate_fn": _same}))
         self.trainer = trainer
         self.training = training
         self._passes = 0
         self._position = (0, 0)  # epoch, batches
         self._resume: dict[str, Any] | None = None
         self._last: dict[tuple[int, int], Mark] = {}  # of each process and worker
-        self._last_worker = [-1] * batches.world
+        self._last_worker = [-1] * dataset.world
         self._before: dict[int, dict[str, Any]] = {}  # the marks before some batches
 
     # The position.
@@ -63,7 +58,8 @@ class StreamLoader(DataLoader[Any]):
             return self._resume
         epoch, batches = self._position
         if self.trainer is not None:  # a batch may be loaded but not processed
-            batches = min(batches, self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            batches = min(batches, progress.processed)
         state = {"epoch": epoch, "batches": batches}
         return {**state, **self._before.get(batches - batches % self._window, {})}
 
@@ -79,17 +75,17 @@ class StreamLoader(DataLoader[Any]):
     def _start(self, epoch: int) -> tuple[Start, int]:
         """Return where a pass begins, and the number of its first batch that is yielded."""
         state, self._resume = self._resume, None
-        self._last, self._last_worker, self._before = {}, [-1] * self.batches.world, {}
+        self._last, self._last_worker, self._before = {}, [-1] * self.dataset.world, {}
         if state is None or state["epoch"] != epoch or not state["batches"]:
             return Start(epoch), 0
-        deals, rank = self.batches.reader.deals, self.batches.rank
+        deals, rank = self.dataset.reader.deals, self.dataset.rank
         for row in state["marks"]:
             self._last[row["rank"], row["worker"]] = Mark(row["number"], row["digest"], row["state"])
         self._last_worker = state["last_worker"]
         own = {worker: mark for (of, worker), mark in self._last.items() if of == rank}
         if deals:  # the mark of any process is that of all
             own = {0: max(self._last.values(), key=lambda mark: mark.number)} if self._last else {}
-            self._last_worker = [-1] * self.batches.world
+            self._last_worker = [-1] * self.dataset.world
         first = state["batches"] - state["batches"] % self._window
         return Start(epoch, first, own, self._last_worker[rank]), state["batches"]
 
@@ -102,17 +98,20 @@ class StreamLoader(DataLoader[Any]):
             epoch = self._passes if self.trainer is None else self.trainer.current_epoch
             self._passes += 1
         start, yielded = self._start(epoch)
-        self.batches.start = start
-        sizes = self.batches.rank, self.batches.world, max(1, self.num_workers), self.batches.batch_size
-        self.batches.reader.start(epoch, *sizes)
+        self.dataset.start = start
+        sizes = self.dataset.rank, self.dataset.world, max(1, self.num_workers), self.dataset.batch_size
+        self.dataset.reader.start(epoch, *sizes)
         check_open_files(self)
-        loaded = (one for one in shorten_worker_errors(super().__iter__()) if one is not None)
+        every: Any = shorten_worker_errors(super().__iter__())
+        loaded = (one for one in every if one is not None)
         steps = self._training_steps(loaded, start.batches) if self.training else self._evaluation(loaded)
         for number, batch in enumerate(steps, start.batches):
             if number >= yielded:
+                batch = self.dataset.views.finish(batch)
                 if self.training:
                     self._position = (epoch, number + 1)
-                yield self.batches.views.finish(batch)
+                    batch.index = batch.view = None  # no names of samples: in another epoch, they are of others
+                yield batch
 
     def _training_steps(self, loaded: Iterator[Loaded], number: int) -> Iterator[Batch]:
         """Yield batches with the totals of their optimiser step, as long as each process has one."""
@@ -125,7 +124,7 @@ class StreamLoader(DataLoader[Any]):
             rows = torch.tensor([self._row(one) for one in step]).reshape(len(step), _COLUMNS)
             every = self._gather(rows, window)  # (W, window, columns)
             count = int(every[:, :, 0].sum(dim=1).min())
-            if self.batches.compares:
+            if self.dataset.compares:
                 self._check_shares(every, firsts)
             if not count:
                 return
@@ -146,7 +145,7 @@ class StreamLoader(DataLoader[Any]):
             one = next(loaded, None)
             rows = torch.tensor([] if one is None else [self._row(one)], dtype=torch.long).reshape(-1, _COLUMNS)
             every = self._gather(rows, 1)
-            if self.batches.compares:
+            if self.dataset.compares:
                 self._check_shares(every, firsts)
             if not every[:, :, 0].any():
                 return
@@ -154,7 +153,7 @@ class StreamLoader(DataLoader[Any]):
                 if not every[:, 0, 0].all():  # processes know this all at the same time
                     has = int(every[:, 0, 0].sum())
                     raise InputError(
-                        f"{self.batches.reader.part}: each of {len(every)} processes needs a sample, but the stream "
+                        f"{self.dataset.reader.part}: each of {len(every)} processes needs a sample, but the stream "
                         f"has some for {has} only; use fewer devices"
                     )
                 assert one is not None
@@ -174,17 +173,18 @@ class StreamLoader(DataLoader[Any]):
 
     def _gather(self, rows: Tensor, window: int) -> Tensor:
         """Return the rows of all processes, (W, window, columns); rows of 0 where a process has no batch."""
-        padded = torch.zeros(window, _COLUMNS, dtype=torch.long)
-        padded[: len(rows)] = rows
-        if self.batches.world == 1:
-            return padded[None]
+        every = torch.zeros(self.dataset.world, window, _COLUMNS, dtype=torch.long)
+        every[self.dataset.rank, : len(rows)] = rows
+        if self.dataset.world == 1:
+            return every
         assert self.trainer is not None
-        every: Tensor = self.trainer.strategy.all_gather(padded.to(self.trainer.strategy.root_device))
-        return every.cpu()
+        strategy = self.trainer.strategy
+        summed: Tensor = strategy.reduce(every.to(strategy.root_device), reduce_op="sum")  # all others are 0
+        return summed.cpu()
 
     def _check_shares(self, every: Tensor, firsts: dict[tuple[int, int], int]) -> None:
         """Raise InputError if processes and workers do not share the samples as the reader expects it."""
-        reader = self.batches.reader
+        reader = self.dataset.reader
         for rank, rows in enumerate(every.tolist()):
             for has, _, _, _, worker, first in rows:
                 if has and first and (rank, worker) not in firsts:
@@ -203,12 +203,12 @@ class StreamLoader(DataLoader[Any]):
 
     def _note(self, rows: Tensor, number: int, state: Any) -> None:
         """Note the batch of each process as its last one, with the state of this process' dataset."""
-        deals = self.batches.reader.deals
+        deals = self.dataset.reader.deals
         for rank, (_, _, _, digest, worker, _) in enumerate(rows.tolist()):
             key = (0, 0) if deals else (rank, worker)
             before = self._last.get(key)
             own = number if deals else 0 if before is None else before.number + 1
-            self._last[key] = Mark(own, digest, state if self.batches.keeps_state else None)
+            self._last[key] = Mark(own, digest, state if self.dataset.keeps_state else None)
             self._last_worker[rank] = worker
 
     def _note_position(self, number: int) -> None:

@@ -15,6 +15,7 @@ from kd_lightning.data.sources.class_names import number_names
 from kd_lightning.data.sources.items import label_of
 from kd_lightning.data.sources.targets import texts_among, to_tensor
 from kd_lightning.data.views.dataset import ViewDataset, collate
+from kd_lightning.data.views.nested import is_number
 from kd_lightning.errors import InputError
 
 
@@ -42,6 +43,7 @@ class StreamViews:
         class_names: Names of the classes; None if labels are numbers.
         columns: Names of the inputs and of the label in items that are mappings; None for the usual names.
         labeled: Whether items have labels. If not, an item is the inputs, or has them where labeled ones have.
+        pad_token: Number that pads ``input_ids``.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StreamViews:
         class_names: Sequence[str] | None,
         columns: tuple[str | None, str | None],
         labeled: bool = True,
+        pad_token: int = 0,
     ) -> None:
         self.part = part
         self.class_names = class_names
@@ -60,7 +63,7 @@ class StreamViews:
         self.labeled = labeled
         self._window = Items()
         none = torch.empty(0, dtype=torch.long)
-        self._dataset = ViewDataset([self._window], none, transforms[0], seed, transforms[1], device)
+        self._dataset = ViewDataset([self._window], none, transforms[0], seed, transforms[1], device, pad_token)
 
     def make(self, items: Sequence[Any], numbers: Tensor, epoch: int) -> Batch:
         """Return the batch of some items. Transforms that run on another device run in :meth:`finish`.
@@ -92,7 +95,9 @@ class StreamViews:
         return self._dataset.finish(batch)
 
     def _named(self, item: Any, place: str) -> Any:
-        """Return (inputs, label) of an item whose columns are named, and any other as it is."""
+        """Return (inputs, label) of an item whose columns are named, and any other as it is. Lists become tensors."""
+        if isinstance(item, Mapping):
+            item = {name: _tensor(value, f"{place}: {name}") for name, value in item.items()}
         inputs, label = self.columns
         if inputs is None and label is None:
             return item
@@ -136,3 +141,13 @@ class StreamViews:
             row = int(wrong.reshape(len(wrong), -1).any(dim=1).nonzero()[0])
             raise InputError(f"{where[row]}: labels must be {values_of}, got {values[row]!r:.60}")
         return y
+
+
+def _tensor(value: Any, place: str) -> Any:
+    """Return a list of numbers, as Hugging Face's columns hold them, as a tensor, and any other value as it is."""
+    if not isinstance(value, list) or not value or not is_number(value):
+        return value
+    try:
+        return torch.tensor(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{place} must be numbers of one shape: {error}") from error

@@ -58,7 +58,7 @@ def _tensors(value: Any, name: str, index: int) -> Any:
             f"a transform must return tensors, but {name or 'an input'} of sample {index} is a picture ({value.mode}, "
             f"{value.size}); give a transform of one sample, which gets all inputs, or convert it in the dataset"
         )
-    if isinstance(value, list) and value and _is_number(value):
+    if isinstance(value, list) and value and is_number(value):
         try:
             return torch.tensor(value)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -69,8 +69,8 @@ def _tensors(value: Any, name: str, index: int) -> Any:
     return None
 
 
-def _is_number(value: Any) -> bool:
-    """Whether the first of nested lists holds a number."""
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or the first of nested lists holds one."""
     while isinstance(value, list) and value:
         value = value[0]
     return isinstance(value, int | float)

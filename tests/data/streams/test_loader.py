@@ -51,7 +51,8 @@ class WithState(Numbers):
 
     def __iter__(self):
         begin = -1 - self.position if self.position < 0 else 0
-        for self.position, number in enumerate(self.order()[begin:], begin + 1):
+        for position, number in enumerate(self.order()[begin:], begin + 1):
+            self.position = position
             self.reads += 1
             yield torch.full((1, 4, 4), float(number)), number % 3
         self.position = 0
@@ -89,7 +90,7 @@ def make_loader(dataset, batch_size=4, workers=0, rank=0, world=1, shared=False,
     views = StreamViews("train", (transform, None), 0, None, None, (None, None))
     compares = reader.checks and workers > 1
     batches = StreamBatches(reader, views, batch_size, rank, world, compares)
-    return StreamLoader(batches, None, True, workers)
+    return StreamLoader(batches, num_workers=workers)
 
 
 def values(batch):
@@ -100,9 +101,13 @@ def read(loader, count=None):
     return [values(batch) for batch in itertools.islice(iter(loader), count)]
 
 
+def flat(batches):
+    return [*itertools.chain.from_iterable(batches)]
+
+
 def read_rank(dataset, rank, world, batch_size):
     """The batches that one of several processes reads."""
-    batches = make_loader(dataset, batch_size, rank=rank, world=world).batches
+    batches = make_loader(dataset, batch_size, rank=rank, world=world).dataset
     batches.reader.start(0, rank, world, 1, batch_size)
     return [values(loaded.batch) for loaded in batches]
 
@@ -112,22 +117,22 @@ class TestOrder:
     def test_each_sample_once_in_order(self, workers):
         batches = read(make_loader(Numbers(), workers=workers))
         assert [len(batch) for batch in batches] == [4] * 13 + [1]
-        assert sum(batches, []) == [*range(COUNT)]
+        assert flat(batches) == [*range(COUNT)]
 
     def test_batches_of_several_processes_are_one_of_one(self):
         whole = read(make_loader(Numbers(), batch_size=12))
         shares = [read_rank(Numbers(), rank, 3, 4) for rank in range(3)]
         for number, batch in enumerate(whole):
-            assert sorted(sum((share[number] for share in shares if number < len(share)), [])) == batch
+            assert sorted(flat(share[number] for share in shares if number < len(share))) == batch
 
     @pytest.mark.parametrize("workers", [0, 6])
     def test_hugging_face_shards(self, workers):
-        found = sum(read(make_loader(hugging_face(), workers=workers)), [])
+        found = flat(read(make_loader(hugging_face(), workers=workers)))
         assert sorted(found) == [*range(COUNT)]
 
     @pytest.mark.parametrize("shards", [1, 3, 4])
     def test_hugging_face_processes(self, shards):
-        found = [sum(read_rank(hugging_face(shards=shards), rank, 2, 4), []) for rank in range(2)]
+        found = [flat(read_rank(hugging_face(shards=shards), rank, 2, 4)) for rank in range(2)]
         assert sorted(found[0] + found[1]) == [*range(COUNT)]
         assert min(map(len, found)) > COUNT / 4
 
@@ -136,7 +141,7 @@ class TestOrder:
             loader = make_loader(make())
             first, second = read(loader), read(loader)
             assert first != second
-            assert sorted(sum(first, [])) == sorted(sum(second, [])) == [*range(COUNT)]
+            assert sorted(flat(first)) == sorted(flat(second)) == [*range(COUNT)]
             loader = make_loader(make())
             assert [read(loader), read(loader)] == [first, second]
 
@@ -145,8 +150,9 @@ class TestOrder:
         loaders = [make_loader(Numbers(), 4, workers, transform=crop) for workers in (0, 2)]
         one, two = (torch.cat([batch.x for batch in loader]) for loader in loaders)
         assert torch.equal(one, two)
-        shared = [batch.index for batch in make_loader(hugging_face(), 4, 2)]
-        assert len({*torch.cat(shared).tolist()}) == COUNT
+        evaluation = make_loader(hugging_face(), 4, 2)
+        evaluation.training = False
+        assert len({*torch.cat([batch.index for batch in evaluation]).tolist()}) == COUNT
         loader = make_loader(Numbers(), 64, transform=crop)
         assert not torch.equal(next(iter(loader)).x, next(iter(loader)).x)  # of another epoch
 
@@ -159,7 +165,7 @@ class TestOrder:
 class TestShares:
     def test_of_its_own(self):
         found = read(make_loader(OwnShares(), workers=3, shared=True))
-        assert sorted(sum(found, [])) == [*range(COUNT)]
+        assert sorted(flat(found)) == [*range(COUNT)]
 
     def test_not_declared(self):
         with pytest.raises(InputError, match="set shared: true if the dataset itself gives each"):
@@ -214,9 +220,9 @@ class TestResume:
         resumed = make_loader(dataset := WithState(), batch_size=4)
         resumed.load_state_dict(loader.state_dict())
         copies = []
-        resumed.batches._blocks = lambda reader, *args, **kwargs: (
+        resumed.dataset._blocks = lambda reader, *args, **kwargs: (
             copies.append(reader.dataset),
-            StreamBatches._blocks(resumed.batches, reader, *args, **kwargs),
+            StreamBatches._blocks(resumed.dataset, reader, *args, **kwargs),
         )[1]
         assert len(read(resumed)) == 4
         assert copies[0].reads == COUNT - 36
@@ -228,7 +234,7 @@ class TestResume:
         found = read(loader, 5)
         resumed = make_loader(WithState(), workers=3)
         resumed.load_state_dict(loader.state_dict())
-        assert sum(found + read(resumed), []) == [*range(COUNT)]
+        assert flat(found + read(resumed)) == [*range(COUNT)]
 
     @pytest.mark.parametrize("make", [Unseeded, lambda: Numbers(9), lambda: Numbers(seed=6)])
     @pytest.mark.parametrize("workers", [0, 1])
