@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from litdata import CombinedStreamingDataset, StreamingDataset
+from litdata.streaming.writer import BinaryWriter
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kd_lightning import InputError, StreamDataModule
@@ -178,6 +180,57 @@ class TestShares:
     def test_unseeded_shuffling(self):
         with pytest.raises(InputError, match="or seed its shuffling"):
             read(make_loader(Unseeded(), workers=2))
+
+
+@pytest.fixture(autouse=True)
+def _no_version_check(monkeypatch):
+    """Litdata asks the package index for a newer version."""
+    monkeypatch.setattr("litdata.streaming.dataset._check_version_and_prompt_upgrade", lambda version: None)
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory):
+    """The same samples as a folder that litdata has written."""
+    folder = tmp_path_factory.mktemp("litdata") / "out"
+    writer = BinaryWriter(str(folder), chunk_size=8)
+    for number, (x, label) in enumerate(Numbers()):
+        writer.add_item(number, {"x": x, "label": label})
+    writer.done()
+    writer.merge()
+    return str(folder)
+
+
+class TestLitData:
+    def test_each_sample_once(self, optimized):
+        for workers in (0, 2):
+            found = flat(read(make_loader(StreamingDataset(optimized, shuffle=True), workers=workers)))
+            assert sorted(found) == [*range(COUNT)]
+            assert found != [*range(COUNT)]
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_processes(self, optimized, shuffle):
+        found = [flat(read_rank(StreamingDataset(optimized, shuffle=shuffle), rank, 2, 4)) for rank in range(2)]
+        assert sorted(found[0] + found[1]) == [*range(COUNT)]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_resume(self, optimized, workers):
+        def make():
+            return make_loader(StreamingDataset(optimized, shuffle=True), workers=workers)
+
+        whole = make()
+        first, second = read(whole), read(whole)
+        assert first != second
+        loader = make()
+        assert read(loader, 5) == first[:5]
+        resumed = make()
+        resumed.load_state_dict(loader.state_dict())
+        assert read(resumed) == first[5:]
+        assert read(resumed) == second
+
+    def test_others_of_it_are_refused(self, optimized):
+        both = CombinedStreamingDataset([StreamingDataset(optimized), StreamingDataset(optimized)], seed=1)
+        with pytest.raises(InputError, match="^train: of litdata a StreamingDataset can be read, got Combined"):
+            StreamDataModule(both).setup("fit")
 
 
 CASES = {
