@@ -59,8 +59,9 @@ class SupervisedModule(RowModule):
 
     Logs ``train/loss`` and each term as ``train/<name>``, as means over the epoch. Validation and test log ``loss``
     (hard), ``accuracy``, ``balanced_accuracy`` (the mean recall; not for the multilabel task), ``f1`` (macro),
-    ``recall_<class>`` (of up to 20 classes, and of one that a callback monitors), ``calibration_error`` and, with a
-    teacher, ``teacher_accuracy``, ``agreement`` and ``teacher_kl`` (KL at temperature 1, in nats).
+    ``recall_<class>`` (of up to 20 classes, and of one that a callback or scheduler monitors; of the binary task's both
+    classes), ``calibration_error`` and, with a teacher, ``teacher_accuracy``, ``agreement`` and ``teacher_kl`` (KL at
+    temperature 1, in nats).
 
     Args:
         student: Network that gives logits: (B, C) for multiclass and multilabel, (B,) or (B, 1) for binary; for

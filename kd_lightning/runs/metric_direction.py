@@ -36,12 +36,12 @@ def direction_of(metric: str) -> Direction | None:
     ['min', 'min', 'max', None]
     """
     parts = metric.split("/")
+    if any(part.startswith("recall_") for part in parts):  # val/recall_<class>; a class may be "loss" or "a/loss"
+        return "max"
     while len(parts) > 1 and re.fullmatch(r"(dataloader_idx_)?\d+", parts[-1]):
         parts.pop()
     if "hint" in parts[:-1]:  # val/hint/<layer>
         return "min"
-    if parts[-1].startswith("recall_"):  # val/recall_<class>
-        return "max"
     name = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", parts[-1]).lower()
     words = re.findall(r"f1|r2|[a-z]+|\d+", name)
     if not words or _NEGATION.fullmatch(words[0]):

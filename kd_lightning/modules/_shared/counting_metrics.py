@@ -100,21 +100,16 @@ def recalls(counts: Tensor) -> Tensor:
     return torch.where(occurs > 0, right / occurs.clamp(min=1), torch.nan)
 
 
-def balanced_accuracy(counts: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean recall of the classes that occur, as scikit-learn's ``balanced_accuracy_score``.
+def zero_and_one(counts: Tensor, labels: Tensor) -> Tensor:
+    """Return the counts (3, 2) of the two classes of one label, zero and one.
 
     Args:
-        counts: From :func:`class_counts`, (3, C), or from :func:`label_counts` of one label, (3, 1), whose two classes
-            are zero and one.
+        counts: From :func:`label_counts` of one label, (3, 1).
         labels: Number of labels.
     """
     right, occurs, given = counts
-    if counts.shape[1] == 1:
-        zeros = labels - occurs
-        counts = torch.stack(
-            [torch.cat([zeros - (given - right), right]), torch.cat([zeros, occurs]), counts.new_zeros(2)]
-        )
-    return recalls(counts).nanmean()
+    zero = torch.stack([labels - occurs - given + right, labels - occurs, labels - given])
+    return torch.cat([zero, counts], dim=1)
 
 
 def mean_iou(counts: Tensor) -> Tensor:

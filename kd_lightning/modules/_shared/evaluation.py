@@ -19,7 +19,6 @@ from kd_lightning.modules._shared.checks import check_at_least_two
 from kd_lightning.modules._shared.counting_metrics import (
     CALIBRATION_SHAPE,
     Sums,
-    balanced_accuracy,
     calibration_counts,
     calibration_error,
     class_counts,
@@ -27,6 +26,7 @@ from kd_lightning.modules._shared.counting_metrics import (
     macro_f1,
     mean_iou,
     recalls,
+    zero_and_one,
 )
 from kd_lightning.teachers.teacher import check_outputs
 
@@ -149,7 +149,7 @@ class Evaluation(Sums):
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics by name: those that need labels or a teacher only if some process had them.
 
-        ``recall`` has one value a class, (C,), NaN for a class without samples.
+        ``recall`` has one value a class, (C,), NaN for a class without samples. The binary task has two classes.
         """
         return self._values(self.of_all_processes())
 
@@ -161,10 +161,12 @@ class Evaluation(Sums):
             found["loss"] = sums["loss"] / sums["loss_weight"]
             found["accuracy"] = sums["correct"] / sums["labels"]
             found["f1"] = macro_f1(sums["class_counts"], of_absent=self.task != "multiclass")
+            counts = sums["class_counts"]
+            recall = found["recall"] = recalls(
+                zero_and_one(counts, sums["labels"]) if self.task == "binary" else counts
+            )
             if self.task != "multilabel":
-                found["balanced_accuracy"] = balanced_accuracy(sums["class_counts"], sums["labels"])
-            if self.classes > 1:
-                found["recall"] = recalls(sums["class_counts"])
+                found["balanced_accuracy"] = recall.nanmean()  # scikit-learn's balanced_accuracy_score
             if self.dense:
                 found["mean_iou"] = mean_iou(sums["class_counts"])
             found["calibration_error"] = calibration_error(sums["calibration"])

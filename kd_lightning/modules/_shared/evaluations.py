@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_STORED = 2**28  # bytes of the teacher's logits on evaluation data
 _MOST_CLASSES = 20
-"""Number of classes up to which the recall of each is logged; beyond, that of a class which a callback monitors."""
+"""Number of classes up to which the recall of each is logged; beyond, that of a monitored class."""
 _IN_PROGRESS_BAR = ("/accuracy", "/rmse", "/mean_iou")
 
 
@@ -116,8 +117,7 @@ class Evaluations(dict[int, Any]):
                 if not value.ndim:
                     yield _metric_name(prefix, name, number), value
                     continue
-                names = classes if len(classes) == len(value) else [*map(str, range(len(value)))]
-                for class_name, of_class in zip(names, value, strict=True):
+                for class_name, of_class in zip(_different_names(classes, len(value)), value, strict=True):
                     full = _metric_name(prefix, f"{name}_{class_name}", number)
                     if full in monitored or (len(value) <= _MOST_CLASSES and not of_class.isnan()):
                         yield full, of_class
@@ -128,10 +128,22 @@ def class_names(module: LightningModule) -> list[str]:
     return [*map(str, getattr(getattr(module.trainer, "datamodule", None), "class_names", None) or ())]
 
 
+def _different_names(classes: list[str], count: int) -> list[str]:
+    """Return the names of classes, or their numbers if the names are unknown. Those of one name have their number, too.
+
+    >>> _different_names(["crane", "cat", "crane"], 3)
+    ['crane 0', 'cat', 'crane 2']
+    """
+    if len(classes) != count:
+        return [*map(str, range(count))]
+    times = Counter(classes)
+    return [name if times[name] == 1 else f"{name} {number}" for number, name in enumerate(classes)]
+
+
 def _monitored(module: LightningModule) -> set[str]:
-    """Return the names of the metrics that callbacks follow."""
-    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
-    return {name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)}
+    """Return the names of the metrics that callbacks and schedulers follow."""
+    followers: list[Any] = [*module.trainer.callbacks, *module.trainer.lr_scheduler_configs]  # type: ignore[attr-defined]
+    return {name for one in followers if isinstance(name := getattr(one, "monitor", None), str)}
 
 
 def _make(module: SupervisedModule, logits: Tensor, batch: Batch) -> Any:
