@@ -170,7 +170,7 @@ class TestBatches:
     def test_what_cannot_be_mixed(self):
         with pytest.raises(InputError, match="mix: coarse labels cannot be mixed"):
             module(coarse=CoarseLabels({"a": [0, 1], "b": [2]}))
-        with pytest.raises(InputError, match=r"mix: must be MixUp, .* got torchvision.transforms.v2._augment.MixUp"):
+        with pytest.raises(InputError, match=r"mix must be MixUp, .* got torchvision.transforms.v2._augment.MixUp"):
             module(mix=v2.MixUp(num_classes=3))
         with pytest.raises(InputError, match="mix needs images of floats, got torch.uint8"):
             batches(module(mix=MixUp(), strong_transform=ToBytes()))
@@ -252,6 +252,8 @@ class TestTraining:
             logits = made.student(batch.x).flatten()
             expected = nn.functional.binary_cross_entropy_with_logits(logits, target)
             assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+        with pytest.raises(InputError, match=r"binary labels of shape \[40, 2\] do not fit"):  # but not of others
+            SupervisedModule(network(), task="binary").training_step((batch.x, batch.y), 0)
         made = SupervisedModule(network(), task="regression")
         with pytest.raises(InputError, match=r"mixed labels \[40, 2\] are probabilities of classes, .* as floats"):
             quiet_trainer(max_epochs=1).fit(made, datamodule=module(**options))

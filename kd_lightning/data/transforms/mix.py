@@ -152,7 +152,7 @@ def check_mix(mix: Mix, name: str) -> Mix:
     """Return a mix. Raise InputError for anything else, such as a transform of torchvision; ``name`` is the option."""
     if not isinstance(mix, Mix):
         raise InputError(
-            f"{name}: must be MixUp, CutMix or OneOf of kd_lightning.data.transforms, or another Mix, got "
+            f"{name} must be MixUp, CutMix or OneOf of kd_lightning.data.transforms, or another Mix, got "
             f"{type(mix).__module__}.{type(mix).__name__}"
         )
     return mix

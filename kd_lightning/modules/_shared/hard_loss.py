@@ -79,8 +79,8 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     y = batch.y
     if y is None:
         return _without_labels(loss, task, logits)
-    if task == "binary" and y.ndim == 2 and y.shape[1] == 2 and y.is_floating_point():
-        y = y[:, 1]  # probabilities of two classes, as of mixed samples
+    if task == "binary" and batch.partner is not None and y.ndim == 2 and y.shape[1] == 2:
+        y = y[:, 1]  # mixed labels of two classes are their probabilities
     if task in ("binary", "regression") and _is_single(logits, y):
         logits, y = logits.flatten(), y.flatten()
     soft = task == "multiclass" and y.ndim == 2 and y.is_floating_point()  # probabilities
