@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from kd_lightning.batch import IGNORE_INDEX
-from kd_lightning.cli.arguments import DISTANCE
+from kd_lightning.cli.arguments.duplicates import DISTANCE
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.duplicates import SIDES

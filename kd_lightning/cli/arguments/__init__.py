@@ -1,0 +1,20 @@
+"""The arguments of this package's commands, one file each; ``cli/commands/`` has the work of each command.
+
+Nothing here loads torch or Lightning, so that help and refusals are quick.
+"""
+
+from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into COMMANDS, in the order of the help)
+    cache,
+    clean,
+    compare,
+    doctor,
+    duplicates,
+    experiment,
+    export,
+    labels,
+    layers,
+    query,
+)
+from kd_lightning.cli.arguments._parsing import COMMANDS, check_configs_exist, configs_of, parse
+
+__all__ = ["COMMANDS", "check_configs_exist", "configs_of", "parse"]
