@@ -111,7 +111,9 @@ class HuggingFaceSource(Source):
             raise InputError(
                 f"group: the columns of {part} must have {self.group!r}, got {', '.join(dataset.features)}"
             )
-        return ["" if value is None or value != value else str(value) for value in dataset[self.group]]
+        values = ["" if value is None or value != value else value for value in dataset[self.group]]
+        # whole numbers are floats in a split that lacks some
+        return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
 
     def _split(self, splits: Mapping[str, Any], part: str, name: str | None) -> Any:
         """Return the dataset of a split; None if it is not there and was not named."""
