@@ -15,7 +15,8 @@ _REASONS = {
     ),
     "split": (
         "the checkpoint was trained on another split; resume with the same source, labeled, label_file, val_size, "
-        "group and seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no label_file"
+        "group and seed, or with labeled: the split.json of its run (it holds the labels of label_file) and no "
+        "label_file"
     ),
     "labels": (
         "the checkpoint was trained on other labels (their hash differs); resume with the same label_noise and coarse, "

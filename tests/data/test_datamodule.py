@@ -632,7 +632,7 @@ class TestLabelFile:
         data.save_split(tmp_path / "split.json")
         for rows in ([(first, 2, "", "")], [(first, 1, "noisy", "")], [(second, 1, "", "")], [(first, 1, "", 2)], None):
             with pytest.raises(
-                InputError, match="another split; resume with the same source, labeled, label_file, val_size and"
+                InputError, match="another split; resume with the same source, labeled, label_file, val_size, group and"
             ):
                 fit(path, rows=rows)
         fit(path, rows=[(first, 1, "", "")])
