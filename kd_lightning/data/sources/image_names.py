@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from urllib.parse import unquote, urlsplit
 
 from kd_lightning.data.sources.class_names import normal_name
@@ -12,6 +11,9 @@ from kd_lightning.data.sources.image_files import FlatFolder
 
 _LOCAL = "/local-files/?d="  # Label Studio's address of a file in its folder
 _UPLOADED = re.compile(r"/upload/[0-9]+/[0-9a-f]{8}-([^/]+)$")  # Label Studio's of an uploaded file
+
+_MOST = 10  # images of one name that are worth a message
+_Table = dict[str, tuple[str, ...]]
 
 
 class ImageNames:
@@ -22,45 +24,54 @@ class ImageNames:
     """
 
     def __init__(self, files: FlatFolder) -> None:
-        self._whole: dict[str, set[str]] = defaultdict(set)
-        self._ends: dict[str, set[str]] = defaultdict(set)
-        self._valid: dict[str, set[str]] = defaultdict(set)
-        relative = [normal_name(relative_path(path, files)).split("/") for path in files.paths]
-        self._folders = {parts[0] for parts in relative if len(parts) > 1}
-        for path, parts in zip(files.paths, relative, strict=True):
-            self._valid[_valid_name(parts[-1])].add(path)
+        self._whole: _Table = {}
+        self._ends: _Table = {}
+        self._valid: _Table = {}
+        self._folders: set[str] = set()
+        for path in files.paths:
+            one, parts = (path,), normal_name(relative_path(path, files)).split("/")
+            self._folders.update(parts[:-1][:1])
+            if (valid := _valid_name(parts[-1])) != parts[-1]:
+                _note(self._valid, valid, one)
             for number in range(len(parts)):
                 end = "/".join(parts[number:])
                 for name in (end, os.path.splitext(end)[0]):  # noqa: PTH122
-                    self._ends[name].add(path)
+                    _note(self._ends, name, one)
                     if number == 0:
-                        self._whole[name].add(path)
+                        _note(self._whole, name, one)
 
-    def find(self, cell: str) -> set[str]:
+    def find(self, cell: str) -> tuple[str, ...]:
         """Return the images whose path is the cell's, ends with it, or is the end of it: the first of these that fits.
 
         An end of both is not enough: ``val/1.jpg`` is not ``train/1.jpg``, nor ``1.jpg`` if there is a folder ``val``.
-        The name of a file that was uploaded to Label Studio is compared without the prefix that it has there.
+        The name of a file that was uploaded to Label Studio is compared without the prefix that it has there. Of many
+        images that fit, a few are returned.
         """
         for text in dict.fromkeys(_paths(cell)):
             if fits := self._find_path(text):
                 return fits
             if uploaded := _UPLOADED.search(text):
                 name = normal_name(uploaded[1])
-                return self._ends.get(name) or self._valid.get(_valid_name(name)) or set()
-        return set()
+                return self._ends.get(name) or self._valid.get(name) or ()
+        return ()
 
-    def _find_path(self, text: str) -> set[str]:
+    def _find_path(self, text: str) -> tuple[str, ...]:
         parts = [part for part in normal_name(text).replace("\\", "/").split("/") if part not in ("", ".")]
         name = "/".join(parts)
         above = (number for number in range(1, len(parts)) if self._folders.isdisjoint(parts[:number]))
         ends = (self._whole.get("/".join(parts[number:])) for number in above)
-        return self._whole.get(name) or self._ends.get(name) or next(filter(None, ends), set())
+        return self._whole.get(name) or self._ends.get(name) or next(filter(None, ends), ())
+
+
+def _note(table: _Table, name: str, one: tuple[str]) -> None:
+    known = table.setdefault(name, one)  # of a million images, a set for each name would take gigabytes
+    if known is not one and one[0] not in known and len(known) <= _MOST:
+        table[name] = known + one
 
 
 def relative_path(path: str, files: FlatFolder) -> str:
     """Return the path of an image relative to its folder, with slashes."""
-    return os.path.relpath(path, files.root).replace(os.sep, "/")
+    return path.removeprefix(os.path.join(files.root, "")).replace(os.sep, "/")  # noqa: PTH118
 
 
 def _paths(cell: str) -> list[str]:

@@ -243,6 +243,15 @@ def test_label_studio(folder):
     assert torch.tensor(content(parts.train)[30]).isnan().all()
 
 
+def test_names_of_uploaded_files(folder):
+    """Django replaces spaces, and leaves out other special characters."""
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "images/IMG 1 (2).png")
+    assert content(load(("image", "label"), ("/data/upload/1/0a1b2c3d-IMG_1_2.png", "x")).train) == {99: 0}
+    Image.new("RGB", (8, 8), (98, 0, 0)).save(folder / "images/IMG 1 [2].png")
+    with pytest.raises(InputError, match="fits several images: IMG 1 .2..png, IMG 1 .2..png; give the whole path"):
+        load(("image", "label"), ("/data/upload/1/0a1b2c3d-IMG_1_2.png", "x"))
+
+
 def test_roboflow(folder):
     """Spaces after the commas."""
     Path("_classes.csv").write_text("filename, cat, dog\na.png, 1, 0\nb.png, 0, 1\n")
