@@ -83,7 +83,7 @@ def _grouped_folds(
         found = [*folder.split(indices, [labels[index] for index in indices], own)]
     parts = [sorted(indices[place] for place in places) for _, places in found]
     for part in parts:
-        if lost := {*labels.values()} - {labels[index] for index in labels if index not in {*part}}:
+        if lost := {*labels.values()} - {labels[index] for index in labels.keys() - {*part}}:
             raise InputError(f"{option}: one group has all labels of {', '.join(sorted(lost))}; it cannot be held out")
     return [part for part in parts if part]
 
