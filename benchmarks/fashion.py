@@ -9,7 +9,7 @@ training part validate, 10,000 test. Settings are selected on validation images 
 many tries for each method. A seed sets labels, initial weights and order; differences are paired by seed.
 
 - Labels: 10 of each class (distilled: the other images without labels), or all.
-- The teacher is a ResNet-8 of 16, 32, 64, 128 channels, trained on all labels. The student is
+- The teacher is a ResNet-8 of 16, 16, 32, 64 channels, trained on all labels. The student is
   one of 8, 8, 16, 32 channels.
 - The long tail has an exponential profile (Cao et al. 2019), from 5000 images of the first class to 50 of the last.
 """
@@ -34,12 +34,12 @@ from kd_lightning.losses import KDLoss
 from kd_lightning.models import CifarResNet
 
 VAL = 10_000
-STEPS, TEACHER_STEPS, BATCH = 1200, 4000, 64
+STEPS, TEACHER_STEPS, BATCH = 1000, 3000, 64
 RATIO, MOST = 100, 5000
 SETTING_SEED = 100
-TEACHER = partial(CifarResNet, 8, (16, 32, 64, 128), num_classes=10, in_channels=1)
+TEACHER = partial(CifarResNet, 8, (16, 16, 32, 64), num_classes=10, in_channels=1)
 STUDENT = partial(CifarResNet, 8, (8, 8, 16, 32), num_classes=10, in_channels=1)
-GRID = {"lr": (0.003, 0.01, 0.03)}
+GRID = {"lr": (0.01, 0.03)}
 MIXES = {"": None, "mixup": MixUp(0.2)}
 TAIL = {"plain": {}, "sampler": {"sampler": "balanced"}, "class weights": {}}
 LR = {}  # of each case that is not 0.01
