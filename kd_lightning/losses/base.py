@@ -217,7 +217,7 @@ def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **fields: Any) -> T
         InputError: If the loss has no ``reduction``, or returns no value for each row.
     """
     check_reducible("hard_loss", loss)
-    _widen_weight(loss)
+    _convert_weight(loss, logits)
     before: Any = loss.reduction
     loss.reduction = "none"  # type: ignore[assignment]
     try:
@@ -232,11 +232,11 @@ def per_row(loss: nn.Module, logits: Tensor, target: Tensor, **fields: Any) -> T
     return rows
 
 
-def _widen_weight(loss: nn.Module) -> None:
-    """Convert the class weights of torch's losses from half precision, as of "bf16-true", to the logits' float32."""
-    weight = getattr(loss, "weight", None)
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and weight is not None and weight.element_size() < 4:
-        loss.weight = weight.float()
+def _convert_weight(loss: nn.Module, logits: Tensor) -> None:
+    """Convert the class weights of torch's losses to the logits' type, as from half precision of "bf16-true"."""
+    weight, dtype = getattr(loss, "weight", None), torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and weight is not None and weight.dtype != dtype:
+        loss.weight = weight.to(dtype)
 
 
 def class_weights(loss: nn.Module, target: Tensor) -> Tensor | None:
@@ -274,7 +274,7 @@ def mean_loss(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | 
             Default: None, which means 1.
         fields: The row fields that the loss declares, by name.
     """
-    _widen_weight(loss)
+    _convert_weight(loss, logits)
     by_class = class_weights(loss, target)
     if weight is None and by_class is None and getattr(loss, "reduction", None) != "none":
         mean: Tensor = loss(logits, target, **fields)

@@ -97,6 +97,24 @@ class TestLoss:
         plain = nn.functional.cross_entropy(student(X).double(), Y).item()
         assert found["val/loss"] == pytest.approx(plain, rel=1e-5)
 
+    @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+    @pytest.mark.parametrize("own", [False, True])
+    def test_of_another_precision(self, quiet_trainer, precision, own):
+        weights = [1.0, 2.0, 5.0]
+        options = {"hard_loss": nn.CrossEntropyLoss(torch.tensor(weights))} if own else {"class_weights": weights}
+        module = SupervisedModule(nn.Linear(4, 3), optimizer=still, **options)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, precision=precision)
+        trainer.fit(module, datamodule=data(batch_size=10))
+        expected = weighted_by_hand(module.student(X.to(module.student.weight)), Y, weights)
+        assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected, rel=1e-2)
+
+    def test_of_a_network_in_float64(self):
+        """Without a trainer."""
+        for options in ({"class_weights": [1, 2, 5]}, {"hard_loss": nn.CrossEntropyLoss(torch.tensor([1.0, 2, 5]))}):
+            module = SupervisedModule(nn.Linear(4, 3).double(), **options)
+            expected = weighted_by_hand(module(X.double()), Y, [1.0, 2.0, 5.0])
+            assert module.training_step((X.double(), Y), 0).item() == pytest.approx(expected, rel=1e-12)
+
     def test_pos_weight_of_many_labels(self):
         y = torch.tensor([[1.0, 0], [0, NAN], [0, 1]])
         module = SupervisedModule(nn.Linear(4, 2), task="multilabel", class_weights=[3.0, 0.5])
