@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.config_identity import hash_files
+from kd_lightning.runs.environment import describe_environment
 from kd_lightning.runs.folder import run_folder
 from kd_lightning.runs.results import clear_results
 from kd_lightning.runs.run import CONFIG, Run, register_run
@@ -71,13 +72,13 @@ class RecordRun(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs before the first step, and not if a resume is refused.
 
-        Marks the run as not finished, stores hashes of its samples, and removes figures that no hash of weights
-        connects to a model.
+        Marks the run as not finished, stores hashes of its samples and what it runs on, and removes figures that no
+        hash of weights connects to a model. A resumed run has what its last part ran on.
         """
         folder, data = run_folder(trainer), getattr(trainer, "datamodule", None)
         if trainer.is_global_zero:
             named = data.samples.hashes if isinstance(data, SemiSupervisedDataModule) else {}
-            Run.write_state(folder, finished=False, **named)
+            Run.write_state(folder, finished=False, environment=describe_environment(), **named)
             clear_results(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
