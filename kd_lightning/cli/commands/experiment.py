@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,16 +28,46 @@ _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonit
 """Callbacks that the baseline does without: it learns from labels alone."""
 
 
+class Experiment(NamedTuple):
+    """The runs of an experiment.
+
+    Attributes:
+        alone: Runs of the baseline, by seed.
+        method: Runs of the method, by seed.
+        teachers: Runs that left the teachers' weights.
+        out: Folder of the comparison.
+    """
+
+    alone: list[Run]
+    method: list[Run]
+    teachers: list[Run]
+    out: Path
+
+
 def main(options: Namespace) -> None:
     """Run the fits that are missing, and compare all."""
-    config = parse_config(["--config", options.config, *options.overrides], "experiment")
+    run_experiment(["--config", options.config, *options.overrides], options.seeds, options.out)
+
+
+def run_experiment(args: list[str], seeds: int, out: str | Path | None = None) -> Experiment:
+    """Train a method and its baseline over seeds, test and compare them. Finished fits are not repeated.
+
+    Args:
+        args: Arguments of ``fit``.
+        seeds: Number of seeds, at least 1.
+        out: Folder of the comparison. Default: None, which means ``<root>/<name>_comparison``.
+
+    Raises:
+        InputError: If the config has no SemiSupervisedDataModule or no student, or takes several processes.
+    """
+    config = parse_config(args, "experiment")
     machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
     processes = Trainer(**machine, logger=False).world_size
     if processes > 1:
         raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
     config["trainer"]["enable_model_summary"] = False
     config["checkpoint"]["dirpath"] = None  # each run has checkpoints of its own
-    seeded = [with_seed(config, seed) for seed in range(options.seeds)]
+    seeded = [with_seed(config, seed) for seed in range(seeds)]
     # parsed, too, so that a baseline's config is the one that its run saves
     plan = [parse_config(baseline_of(method), "experiment") for method in seeded] + seeded
 
@@ -47,11 +78,13 @@ def main(options: Namespace) -> None:
     for number, run_config in enumerate(plan, 1):
         name, seed = run_config["name"], run_config["seed_everything"]
         console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
-        folders.append(_fit_and_test(run_config, data))
+        folders.append(fit_and_test(run_config, data))
     teachers = _teacher_runs(config)
     root = Path(config["trainer"]["default_root_dir"])
-    out = Path(options.out) if options.out else root / f"{config['name']}_comparison"
+    out = Path(out) if out else root / f"{config['name']}_comparison"
     compare_runs([*folders, *teachers], out)
+    runs = [*map(Run, folders)]
+    return Experiment(runs[:seeds], runs[seeds:], [*map(Run, teachers)], out)
 
 
 def with_seed(config: Config, seed: int) -> Config:
@@ -112,7 +145,7 @@ def _model_alone(model: Config) -> Config:
     return {"class_path": "kd_lightning.SupervisedModule", "init_args": shared_arguments}
 
 
-def _fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:
+def fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:
     """Return the folder of a finished run of a config whose deployed weights were tested; do what is missing.
 
     A run counts if it was fitted and tested on the samples that the data have now.

@@ -14,7 +14,7 @@ import kd_lightning.cli.commands.experiment as command
 from kd_lightning import Digits, SemiSupervisedDataModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli import fit_once
-from kd_lightning.cli.commands.experiment import _fit_and_test, _model_alone, _teacher_runs, baseline_of
+from kd_lightning.cli.commands.experiment import _model_alone, _teacher_runs, baseline_of, fit_and_test
 from kd_lightning.cli.fit_once import find_fits
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.models import DigitsCNN
@@ -117,14 +117,14 @@ def commands(monkeypatch):
     return given
 
 
-def fit_and_test(plan):
-    return _fit_and_test(plan, SemiSupervisedDataModule(Digits()))
+def fit_plan(plan):
+    return fit_and_test(plan, SemiSupervisedDataModule(Digits()))
 
 
 class TestRunsThatAreThere:
     @pytest.mark.parametrize(("part", "done"), [("train", ["fit", "test"] * 2), ("test", ["fit", "test", "test"])])
     def test_runs_on_data_that_have_changed_do_not_count(self, plan, commands, monkeypatch, part, done):
-        first = fit_and_test(plan)
+        first = fit_plan(plan)
         load = Digits.load
 
         def changed(self):
@@ -134,7 +134,7 @@ class TestRunsThatAreThere:
 
         monkeypatch.setattr(Digits, "load", changed)
         for _ in range(2):
-            again = fit_and_test(plan)
+            again = fit_plan(plan)
         assert (again == first) == (part == "test")
         assert [args[0] for args in commands] == done
 
@@ -143,16 +143,16 @@ class TestRunsThatAreThere:
         [run] = find_fits(plan)
         before = run.weights.stat().st_mtime_ns
         for _ in range(2):
-            assert fit_and_test(plan) == run.folder
+            assert fit_plan(plan) == run.folder
             assert run.result("test") is not None
         assert run.weights.stat().st_mtime_ns == before
         assert [args[0] for args in commands] == ["test"]
 
     def test_figures_of_other_weights_are_measured_again(self, config, plan, commands, fit_or_copy):
         fit_or_copy(config, "tiny.yaml")
-        path = fit_and_test(plan) / "test.json"
+        path = fit_plan(plan) / "test.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 64}))
-        fit_and_test(plan)
+        fit_plan(plan)
         assert [args[0] for args in commands] == ["test", "test"]
 
     def test_a_stopped_run_is_resumed_from_its_last_checkpoint(self, config, plan, commands, capsys, fit_or_copy):
@@ -160,7 +160,7 @@ class TestRunsThatAreThere:
         [run] = find_fits(plan)
         run.weights.unlink()
         Run.write_state(run.folder, finished=False)
-        assert fit_and_test(plan) == run.folder
+        assert fit_plan(plan) == run.folder
         assert "resumed" in capsys.readouterr().out
         assert commands[0] == ("fit", str(run.last_checkpoint())) or str(run.last_checkpoint()) in commands[0]
         assert run.finished
@@ -171,7 +171,7 @@ class TestRunsThatAreThere:
         [run] = find_fits(plan)
         shutil.rmtree(run.folder / "checkpoints")
         Run.write_state(run.folder, finished=False)
-        assert fit_and_test(plan).name == "version_1"
+        assert fit_plan(plan).name == "version_1"
 
     @pytest.mark.parametrize("key", ["seed_everything", "max_epochs"])
     def test_a_run_of_another_config_or_seed_does_not_count(self, config, plan, key, fit_or_copy):
