@@ -119,7 +119,8 @@ class Evaluations(dict[int, Any]):
                     continue
                 for class_name, of_class in zip(_different_names(classes, len(value)), value, strict=True):
                     full = _metric_name(prefix, f"{name}_{class_name}", number)
-                    if full in monitored or (len(value) <= _MOST_CLASSES and not of_class.isnan()):
+                    # without NaN of an absent class, which a checkpoint that follows it would take for the best value
+                    if not of_class.isnan() and (full in monitored or len(value) <= _MOST_CLASSES):
                         yield full, of_class
 
 

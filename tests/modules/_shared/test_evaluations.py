@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -72,3 +73,11 @@ def plateau(optimizer):
     scheduler = ReduceLROnPlateau(optimizer, mode="max")
     scheduler.monitor = "val/recall_class/7"
     return scheduler
+
+
+def test_a_monitored_class_without_samples(quiet_trainer, tmp_path):
+    """A checkpoint would take its NaN of the first epoch for the best value."""
+    best = ModelCheckpoint(tmp_path, monitor="val/recall_c", mode="max")
+    trainer = quiet_trainer(callbacks=[best], enable_checkpointing=True, limit_val_batches=1.0)
+    with pytest.raises(MisconfigurationException, match="could not find the monitored key"):
+        trainer.fit(SupervisedModule(nn.Linear(3, 3)), datamodule=data(["a", "b", "c"], torch.arange(20) % 2))
