@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("kd-lightning", "torch", "torchvision", "lightning", "timm")
+_PACKAGES = ("kd-lightning", "torchvision", "lightning", "timm")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -20,7 +20,7 @@ def describe_environment() -> dict[str, str]:
     The commit is that of the repository in which the working folder lies, with ``+ changes`` if tracked files differ
     from it; it is left out where there is no repository. No value holds a path or the name of the machine.
     """
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
