@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode
 
 from kd_lightning.data.sources.source import Part, Parts, Source
 from kd_lightning.data.transforms.geometry import RandomAffine
+from kd_lightning.data.transforms.recipes import to_float
 
 
 class Digits(Source):
@@ -21,6 +22,7 @@ class Digits(Source):
     """
 
     def __init__(self) -> None:
+        self.eval_transform = to_float()
         # rotation and scale alone: shifts are below half a pixel, and rounded to whole pixels
         self.train_transform = RandomAffine(
             degrees=10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
