@@ -60,8 +60,7 @@ def claim_folder(runs: Path) -> Path:
     try:
         runs.mkdir(parents=True, exist_ok=True)
         while True:
-            found = (re.fullmatch(r"version_(\d+)", path.name) for path in runs.iterdir())
-            folder = runs / f"version_{max((int(match[1]) for match in found if match), default=-1) + 1}"
+            folder = next_version(runs)
             try:
                 folder.mkdir()
             except FileExistsError:  # another process was faster
@@ -69,6 +68,12 @@ def claim_folder(runs: Path) -> Path:
             return folder
     except OSError as error:
         raise InputError(f"trainer.default_root_dir: cannot write to {runs}: {error.strerror}") from error
+
+
+def next_version(runs: Path) -> Path:
+    """Return the folder that :func:`claim_folder` creates next."""
+    found = (re.fullmatch(r"version_(\d+)", path.name) for path in (runs.iterdir() if runs.is_dir() else ()))
+    return runs / f"version_{max((int(match[1]) for match in found if match), default=-1) + 1}"
 
 
 def lock_folder(folder: Path) -> IO[str]:

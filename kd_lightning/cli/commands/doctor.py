@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -59,12 +59,17 @@ MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
 def main(options: Namespace) -> None:
     """Print a line for each check. Exit with status 1 if a finding is an error."""
     findings = DoctorCLI(["fit", *options.overrides]).findings
+    print_findings(findings)
+    if any(finding.severity == "error" for finding in findings):
+        sys.exit(1)
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print a line for each finding, and its hint."""
     for finding in findings:
         print(f"{MARKS[finding.severity]:<6}{finding.name}: {finding.text}")
         if finding.hint:
             print(f"      -> {finding.hint}")
-    if any(finding.severity == "error" for finding in findings):
-        sys.exit(1)
 
 
 class DoctorCLI(InspectCLI):

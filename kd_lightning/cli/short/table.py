@@ -1,0 +1,78 @@
+"""The table of pictures that a config reads: path, label and part of each, made once and kept."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kd_lightning.cli.short.folder import PARTS, Picture, Pictures, split_test
+from kd_lightning.data.sources.images import printable
+from kd_lightning.data.tables import read_table
+from kd_lightning.errors import InputError
+
+TEST_SHARE = 0.2
+LEAST = 4
+"""Pictures that a class needs for a part in training, validation and test."""
+_COLUMNS = ["path", "label", "split"]
+
+
+def with_parts(pictures: Pictures, earlier: Path, *, test: bool) -> tuple[Pictures, list[str]]:
+    """Give each picture its part: that of an earlier table, or if there is none, a test part that is sampled.
+
+    Args:
+        pictures: The pictures.
+        earlier: The table, which need not exist. Its parts stay; new pictures train.
+        test: Whether a test part is sampled if the folder has none.
+
+    Returns:
+        The pictures, and lines on what was done.
+
+    Raises:
+        InputError: If the earlier table cannot be read.
+    """
+    if earlier.is_file():
+        return _as_before(pictures, earlier)
+    if not test or pictures.counts("test"):
+        return pictures, []
+    chosen = split_test(pictures.pictures, pictures.contents, TEST_SHARE, LEAST)
+    parts = [replace(one, part="test") if one.path in chosen else one for one in pictures.pictures]
+    total = len(chosen) + pictures.counts("train").total() - len(chosen)
+    text = (
+        f"no test part: {len(chosen)} of {total} pictures, {100 * TEST_SHARE:.0f} % of each class, are it now (seed 0)"
+    )
+    return replace(pictures, pictures=parts), [text]
+
+
+def _as_before(pictures: Pictures, table: Path) -> tuple[Pictures, list[str]]:
+    columns, rows = read_table(table, "split.csv")
+    if not {*_COLUMNS} <= {*columns}:
+        raise InputError(f"{table} must have the columns {', '.join(_COLUMNS)}, got {', '.join(columns)}")
+    before = {row["path"]: row["split"] or "train" for _, row in rows}
+    if wrong := {*before.values()} - {*PARTS}:
+        raise InputError(f"{table}: split must be one of {', '.join(PARTS)}, got {sorted(wrong)[0]!r}")
+    now = {one.path for one in pictures.pictures}
+    parts = [
+        one if one.part == "unlabeled" else replace(one, part=before.get(one.path, "train"))
+        for one in pictures.pictures
+    ]
+    lines = [f"the parts are those of {table}"]
+    if new := sorted(now - before.keys()):
+        lines.append(f"{len(new)} pictures are new, and train ({printable(new[0])})")
+    if gone := sorted(before.keys() - now):
+        lines.append(f"{len(gone)} pictures of {table} are gone ({printable(gone[0])})")
+    return replace(pictures, pictures=parts), lines
+
+
+def write_table(path: Path, pictures: Sequence[Picture]) -> None:
+    """Write the table, unless it is there with the same content."""
+    weighted = any(one.weight for one in pictures)
+    rows = [[one.path, one.label, one.part, *([one.weight] if weighted else [])] for one in pictures]
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([[*_COLUMNS, *(["weight"] if weighted else [])], *rows])
+    if path.is_file() and path.read_bytes() == part.read_bytes():
+        part.unlink()
+    else:
+        part.replace(path)
