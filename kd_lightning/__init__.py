@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         SoftWeightAnnealing,
         StudentWriter,
     )
+    from kd_lightning.cli.short.distill import distill
+    from kd_lightning.cli.short.label import label
     from kd_lightning.data import (
         ClassSubset,
         CoarseLabels,
@@ -103,6 +105,8 @@ __all__ = [
     "TextSource",
     "TorchvisionDataset",
     "TransitionNoise",
+    "distill",
+    "label",
     "load_weights",
     "reset_classifier",
     "teach",
@@ -153,6 +157,8 @@ _HOMES = {
     "TextSource": "data",
     "TorchvisionDataset": "data",
     "TransitionNoise": "data",
+    "distill": "cli.short.distill",
+    "label": "cli.short.label",
     "load_weights": "runs.weights",
     "reset_classifier": "features.heads",
     "teach": "modules.teaching",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def measure(model: nn.Module, network: Network, classes: int, image_size: int) -
     with torch.no_grad():
         forward = _seconds(lambda: model(x)) / _ROWS
     model.train()
-    step = _seconds(lambda: logits_of(model(x), what).sum().backward()) / _ROWS
+    step = _seconds(lambda: logits_of(model(x), what).sum().backward())  # type: ignore[no-untyped-call] / _ROWS
     parameters = sum(p.numel() for p in model.parameters())
     return Costs(parameters, size_of(model).stored / 1e6, counter.get_total_flops() / 2, ms, forward, step)
 
@@ -83,8 +83,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def fixed_size(model: nn.Module) -> int | None:
     """Return the side of the pictures that a network is made for, None if it takes others."""
-    config = getattr(model, "pretrained_cfg", None)
+    config: Any = getattr(model, "pretrained_cfg", None)  # of timm's networks
     if isinstance(config, dict) and (config.get("fixed_input_size") or config.get("min_input_size")):
-        return int(config.get("min_input_size", config["input_size"])[-1])
+        return int((config.get("min_input_size") or config["input_size"])[-1])
     size = getattr(model, "image_size", None)  # torchvision's Vision Transformer
     return size if isinstance(size, int) else None

@@ -171,7 +171,7 @@ def plan_distillation(
         networks,
         out=out,
         name=name,
-        test=True,
+        test="needed",
         labels_per_class=labels_per_class,
         epochs=epochs,
         image_size=image_size,

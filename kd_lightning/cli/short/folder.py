@@ -163,7 +163,8 @@ def _of_classes(folder: Path) -> list[Picture]:
 def _of_parts(folder: Path, parts: dict[Path, str]) -> list[Picture]:
     if len({*parts.values()}) < len(parts):
         raise InputError(f"{folder} has two folders of one part: {_some(path.name for path in parts)}")
-    pictures, classes = [], None
+    pictures: list[Picture] = []
+    classes: list[str] | None = None
     for path in sorted(parts, key=lambda path: parts[path] != "train"):  # its classes are those of all
         if parts[path] == "unlabeled":
             pictures += [

@@ -56,7 +56,7 @@ class Network:
             InputError: If it cannot be built.
         """
         try:
-            return build(nn.Module, self.spec(classes))  # type: ignore[type-abstract]
+            return build(nn.Module, self.spec(classes))
         except (InputError, AssertionError) as error:
             raise InputError(
                 f"{self.option}: {self.name} cannot be built: {str(error) or 'it is no network'}"

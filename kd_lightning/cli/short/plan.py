@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kd_lightning.cli.short.costs import Costs, fixed_size, measure
 from kd_lightning.cli.short.folder import Pictures, read_folder
@@ -15,6 +16,7 @@ from kd_lightning.cli.short.table import LEAST, with_parts, write_table
 from kd_lightning.data.sources.images import printable
 from kd_lightning.errors import InputError
 
+_ENOUGH = 20  # labels of a class, of which some can test
 _VAL_SHARE = 0.1
 _BYTES = 12 * 4  # of files for each parameter of a fit: AdamW's best and last checkpoint, and room to write one
 _MOST = 5
@@ -58,7 +60,7 @@ def plan_folder(
     *,
     out: str | Path,
     name: str | None,
-    test: bool,
+    test: Literal["needed", "enough", "none"],
     labels_per_class: int | None = None,
     epochs: int | None = None,
     image_size: int | None = None,
@@ -70,7 +72,8 @@ def plan_folder(
         networks: The networks that will be trained on it.
         out: Folder of all runs.
         name: Name of the runs on this folder. None means the folder's own.
-        test: Whether a test part is needed; it is sampled if the folder has none.
+        test: Whether a test part is sampled if the folder has none: it is needed, or only if each class has enough
+            pictures, or none.
         labels_per_class: Labels of each class; None for all.
         epochs: Number of epochs; None for a number that follows from the pictures.
         image_size: Side in pixels; None for one that follows from the pictures and the networks.
@@ -89,8 +92,9 @@ def plan_folder(
     if root.resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
         raise InputError(f"--name must be the name of a folder in --out, got {name!r}")
     found = read_folder(folder)
-    pictures, lines = with_parts(found, root / "split.csv", test=test)
-    _check_classes(pictures, folder, test=test)
+    sampled = test == "needed" or (test == "enough" and min(found.counts("train").values(), default=0) >= _ENOUGH)
+    pictures, lines = with_parts(found, root / "split.csv", test=sampled)
+    _check_classes(pictures, folder, test=test == "needed")
     classes = len(pictures.classes)
     models = {network.name: network.build(classes) for network in networks}
     if image_size is None:
@@ -170,8 +174,3 @@ def _describe(pictures: Pictures, recipe: Recipe) -> list[str]:
     settings = f"{recipe.image_size} pixels, batches of {recipe.batch_size}, {recipe.epochs} epochs of about "
     lines.append(f"{settings}{recipe.steps} steps")
     return lines
-
-
-def with_labeled(plan: FolderPlan, **settings: object) -> FolderPlan:
-    """Return the plan with other settings of its recipe."""
-    return replace(plan, recipe=replace(plan.recipe, **settings))  # type: ignore[arg-type]

@@ -203,9 +203,10 @@ def _join(
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head)
     monitor = ""
     if recipe.val_pictures < _FEW:
-        monitor = f"checkpoint:\n  monitor: null  # deploys the last weights; {recipe.val_pictures} validation pictures are too few to choose\n"
+        why = f"{recipe.val_pictures} validation pictures are too few to choose by"
+        monitor = f"checkpoint:\n  monitor: null  # deploys the last weights: {why}\n"
     labeled = "" if recipe.labeled is None else f"    labeled: {recipe.labeled}  # labels of each class\n"
-    labeled += "" if recipe.labeled is None else "    labeled_at_most: true  # classes with fewer have all\n"
+    labeled += "    labeled_at_most: true  # a class of few pictures has what it has\n"
     val = "" if recipe.val_size is None else f"    val_size: {recipe.val_size:g}  # of the training pictures\n"
     pool = {
         "rest": "the pictures of training without a label also train",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -24,20 +25,43 @@ RECIPE = "recipe.yaml"
 """The commented config in the folder of a run; ``config.yaml`` has all settings, without comments."""
 
 
-def confirm(seconds: float, *, yes: bool) -> None:
-    """Ask on a terminal before fits that take long on this CPU.
+class Plan(Protocol):
+    """What a short command does."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print about it."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of all fits on one CPU."""
+
+    def configs(self) -> dict[str, str]:
+        """The configs, by name."""
+
+    def run(self) -> Run:
+        """Do it."""
+
+
+def carry_out(plan: Plan, *, dry_run: bool, yes: bool) -> None:
+    """Print a plan, and carry it out. On a terminal a question comes before fits that take long on this CPU.
 
     Args:
-        seconds: Estimated time on one CPU.
-        yes: Whether the answer is yes.
+        plan: The plan.
+        dry_run: Whether the configs are printed, and nothing is done.
+        yes: Whether the answer to the question is yes.
 
     Raises:
         InputError: If the answer is no.
     """
-    if yes or seconds < _LONG or torch.cuda.is_available() or not sys.stdin.isatty():
+    print("\n".join(plan.lines), file=sys.stderr if dry_run else sys.stdout)
+    if dry_run:
+        print("---\n".join(plan.configs().values()).rstrip("\n"))
         return
-    if input("go on? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+    asks = not yes and plan.seconds >= _LONG and not torch.cuda.is_available() and sys.stdin.isatty()
+    if asks and input("go on? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         raise InputError("nothing was done")
+    plan.run()
 
 
 def write_config(path: Path, text: str) -> None:
