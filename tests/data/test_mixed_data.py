@@ -258,6 +258,40 @@ class TestTraining:
         with pytest.raises(InputError, match=r"mixed labels \[40, 2\] are probabilities of classes, .* as floats"):
             quiet_trainer(max_epochs=1).fit(made, datamodule=module(**options))
 
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_networks_of_more_classes_than_labels(self, quiet_trainer, soft):
+        """As without mix: the largest class of the labels may be below that of the network."""
+
+        def network(seed=0):
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+
+        still = partial(torch.optim.SGD, lr=0.0)
+        options = {"labeled": None, "mix": MixUp(1.0), "batch_size": 40}
+        (batch,) = batches(module(**options))
+        log_p = network()(batch.x).double().log_softmax(1)
+        expected = -(batch.y.double() * log_p[:, :3]).sum(dim=1).mean()
+        for more in ({}, {"teacher": Teacher(network(1)), "soft_loss": DKDLoss()}):
+            trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+            make = DistillModule if more else SupervisedModule
+            self.fit(trainer, lambda make=make, more=more: make(network(), optimizer=still, **more), module(**options))
+            assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+        refresh = PseudoLabelRefresh(threshold=0.2, warmup_epochs=0, soft=soft, source="teacher")
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, callbacks=[refresh])
+        options = {"mix": MixUp(1.0), "batch_size": 40}
+        self.fit(trainer, lambda: DistillModule(network(), Teacher(network(1)), optimizer=still), module(**options))
+        data = module(**options)
+        data.setup("fit")
+        data.set_pseudo_labels(refresh.table)
+        (batch,) = data.train_dataloader()
+        assert (batch.kind == 2).sum() == 28  # all are accepted
+        target = torch.nn.functional.one_hot(Y, 5).double()
+        table = refresh.table
+        target[table.index] = (table.soft if soft else torch.nn.functional.one_hot(table.label, 5)).double()
+        mixed = batch.share[:, None] * target[batch.index] + (1 - batch.share[:, None]) * target[batch.partner]
+        expected = -(mixed * network()(batch.x).double().log_softmax(1)).sum(dim=1).mean()
+        assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+
     METHODS = {
         "supervised": lambda: SupervisedModule(small(), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
         "weights": lambda: SupervisedModule(small(), class_weights="balanced"),

@@ -93,6 +93,9 @@ class LabelTable:
         self.version += 1
         self._known = is_labeled(self.y)
         self._soft_labels = labels.soft
+        if self.classes is not None:  # a teacher may know more classes
+            most = int(self.y.max()) + 1 if labels.soft is None else labels.soft.shape[1]
+            self.classes = max(self.classes, most)
         if labels.soft is not None:
             self._soft_rows = torch.full((len(known),), -1)
             self._soft_rows[accepted] = labels.accepted.nonzero().flatten()

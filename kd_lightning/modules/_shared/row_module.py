@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class RowModule(LeanModule):
     def to_rows(self, batch: Batch, *outputs: Tensor) -> tuple[Any, ...]:
         """Return a batch and outputs of one row for each position that counts; without ``class_dim`` as they are.
 
+        Mixed labels get the classes that the outputs have and the labels lack.
+
         Args:
             batch: The batch.
             outputs: Outputs of student and teachers, of one shape.
@@ -62,7 +65,8 @@ class RowModule(LeanModule):
             A batch of N rows, which has labels, weights and totals but no inputs, and the outputs (N, C).
         """
         if self.class_dim is None:
-            return batch, *outputs
+            mixed = batch.partner is not None and self.task == "multiclass"
+            return _widen(batch, outputs[0]) if mixed else batch, *outputs
         rows, parts = dense_to_rows(batch, outputs, self.task, self.class_dim, self.causal)
         self._rows = len(rows)
         return rows, *parts
@@ -121,3 +125,12 @@ class RowModule(LeanModule):
 
     def _trains_on_several_processes(self) -> bool:
         return self._trainer is not None and self.trainer.training and self.trainer.world_size > 1
+
+
+def _widen(batch: Batch, logits: Tensor) -> Batch:
+    """Return a batch whose probabilities (B, C) have as many classes as the logits: those added are 0, or NaN."""
+    y = batch.y
+    if y is None or y.ndim != 2 or logits.ndim != 2:
+        return batch
+    more = (0 * y[:, :1]).expand(-1, max(0, logits.shape[1] - y.shape[1]))
+    return replace(batch, y=torch.cat([y, more], dim=1)) if more.numel() else batch
