@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from kd_lightning.runs.build import build
 from kd_lightning.runs.checkpoints import read_checkpoint
 from kd_lightning.runs.config_identity import differing_keys, hash_files, identity_of, seeds_of
 from kd_lightning.runs.csv_logger import read_metrics, validations
+from kd_lightning.runs.predictions import Predictions
 from kd_lightning.runs.results import Result, read_result
 from kd_lightning.runs.student import build_student, has_student, student_prefix
 from kd_lightning.runs.weights import class_names_of, load_weights, plain_key, read_metadata
@@ -253,6 +255,20 @@ class Run:
             text = "train it first" if not self.checkpoints() else "resume it with --ckpt_path last"
             raise InputError(f"{self.folder} has no {WEIGHTS}; {text}")
         return load_weights(student, self.weights)
+
+    def predict(
+        self, sources: str | Path | Sequence[str | Path], batch_size: int = 64, workers: int = 0
+    ) -> Predictions:
+        """Predict pictures with the deployed weights. The data of the run need not be there any more.
+
+        Args:
+            sources: Files, folders, patterns and tables, see :func:`kd_lightning.deploy.pictures.find_pictures`.
+            batch_size: Pictures of a batch, at least 1.
+            workers: Processes that read pictures, at least 0.
+        """
+        predictor = importlib.import_module("kd_lightning.deploy.predict").load_predictor(self.folder)
+        found: Predictions = predictor.predict(sources, batch_size, workers)  # deploy/ lies above
+        return found
 
     # Checkpoints.
 

@@ -11,12 +11,15 @@ from torch.utils.data import ConcatDataset, Subset
 
 from kd_lightning.data.sources.image_files import ClassFolders, FlatFolder
 from kd_lightning.data.sources.image_loader import decode_image, load_image
+from kd_lightning.data.sources.image_table import ListedImages
 from kd_lightning.data.sources.images import Images, part_of, path_of, read_image, unreadable
 from kd_lightning.data.sources.mask_files import MaskFiles
 from kd_lightning.data.sources.torchvision_files import TorchvisionFiles
 from kd_lightning.data.transforms.base import to_tensor
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import describe
+
+_OF_FILES = (ClassFolders, FlatFolder, ListedImages, MaskFiles, TorchvisionFiles)
 
 
 class DecodedImages(ABC):
@@ -90,7 +93,7 @@ def _file_of(images: Images, index: int) -> str | None:
             return _file_of(*part_of(images.datasets, index))  # type: ignore[arg-type]
         if type(images) is TorchvisionFiles and images.transforms is not None:
             return None
-        if type(images) in (ClassFolders, FlatFolder, MaskFiles, TorchvisionFiles) and images.loader is load_image:  # type: ignore[attr-defined]
+        if type(images) in _OF_FILES and images.loader is load_image:  # type: ignore[attr-defined]
             return path_of([images], index)
     except IndexError:  # read_image names the item
         pass
