@@ -9,7 +9,6 @@ import locale
 import os
 import select
 import sys
-import warnings
 from typing import NoReturn
 
 from kd_lightning.cli.stop_signals import StopSignals
@@ -50,8 +49,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(args: list[str]) -> None:
     # here: the handlers of signals are installed first
-    from kd_lightning.cli.arguments import COMMANDS, parse
-    from kd_lightning.cli.start import check_command, libraries_loaded_quickly, overview, print_first_line, version
+    from kd_lightning.cli.quiet import quiet, take_verbose
+    from kd_lightning.cli.start import check_command, overview, version
 
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
@@ -60,27 +59,42 @@ def _run(args: list[str]) -> None:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError as error:  # torch cannot even be imported
         raise InputError("the working directory no longer exists; change to another one") from error
+    args, verbose = take_verbose(args)
     if not args or args[0] in ("-h", "--help"):
         print(overview())
         if not args:
-            raise InputError("the command is missing")
+            sys.exit(2)
         return
     if args[0] == "--version":
         print(version())
         return
     check_command(args)
-    # a warning of Lightning about itself, at the start of every run
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    if args[0] in COMMANDS:
+    with quiet(verbose):
+        _run_command(args)
+
+
+def _run_command(args: list[str]) -> None:
+    from kd_lightning.cli.arguments import COMMANDS, is_for_verb, parse, parse_verb, verb_help
+    from kd_lightning.cli.quiet import is_verbose, silence_lightning
+    from kd_lightning.cli.start import libraries_loaded_quickly, print_first_line
+
+    if args[0] in COMMANDS and not is_for_verb(args[0], args[1:]):
         options = parse(args[0], args[1:])  # before the command's module, which loads the libraries
         with libraries_loaded_quickly():
             command = importlib.import_module(f"kd_lightning.cli.commands.{args[0]}")
+        silence_lightning()
         command.main(options)
     else:
+        if {*args[1:]} & {"-h", "--help"} and not is_verbose():
+            print(verb_help(args[0]))
+            return
+        args = parse_verb(args[0], args[1:])
         print_first_line(args)
         with libraries_loaded_quickly():
             from kd_lightning.cli.main import DistillCLI
-        DistillCLI(args)
+            from kd_lightning.cli.outcome import print_next_steps
+        silence_lightning()
+        print_next_steps(args, DistillCLI(args))
 
 
 def _explain(error: Exception) -> str | None:

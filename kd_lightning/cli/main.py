@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,10 +28,15 @@ from kd_lightning.callbacks import (
     StudentWriter,
 )
 from kd_lightning.cli.claim_folder import claim_folder_of_run
+from kd_lightning.cli.complete_config import check_name, drop_missing_teacher, set_direction
 from kd_lightning.cli.config_check import check_configs, check_null, read_configs
 from kd_lightning.cli.fast import add_fast, evaluate_uncompiled, pick_settings
+from kd_lightning.cli.introduction import Introduction
+from kd_lightning.cli.outcome import print_figures
 from kd_lightning.cli.own_hyperparameters import OwnHyperparameters
 from kd_lightning.cli.parser import Parser, check_length
+from kd_lightning.cli.progress import OneLineProgress
+from kd_lightning.cli.quiet import is_verbose
 from kd_lightning.cli.record_run import RecordRun, dump_config
 from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
@@ -45,7 +49,7 @@ from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
 from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_folder, writes_files
 from kd_lightning.runs.guard_loggers import guard_loggers
-from kd_lightning.runs.metric_direction import check_callbacks, check_direction, direction_of
+from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.parser_errors import explain_error
 from kd_lightning.runs.student import find_network, student_path
 from kd_lightning.runs.weights import load_weights
@@ -142,8 +146,8 @@ class DistillCLI(LightningCLI):
         """Before anything is built: complete the config, find the weights, and leave out a teacher that is missing."""
         config = self._own_config
         root = Path(config.trainer.default_root_dir or Path.cwd())
-        _check_name(config.name, root)
-        _set_direction(config.checkpoint)
+        check_name(config.name, root)
+        set_direction(config.checkpoint)
         pick_settings(config, self._parser(self.subcommand), self.subcommand, root)
         if self.subcommand is None:
             return
@@ -163,7 +167,7 @@ class DistillCLI(LightningCLI):
             evaluate_uncompiled(config)
             self._use_split_of_run(config)
         if self.subcommand in ("test", "predict"):
-            self._drop_missing_teacher(config)
+            drop_missing_teacher(config)
 
     def _use_split_of_run(self, config: Any) -> None:
         """Evaluate a run on the samples of its own split: a new one of data that have changed would mix its parts."""
@@ -178,19 +182,6 @@ class DistillCLI(LightningCLI):
             own = run.data_config()["init_args"]
             for name in {"labeled", "label_file"} & own.keys():
                 arguments[name] = own[name]
-
-    @staticmethod
-    def _drop_missing_teacher(config: Any) -> None:
-        """Leave out the teachers and first weights whose files are gone; a trained student needs neither."""
-        arguments = config.model.get("init_args") or {}
-        if isinstance(start := arguments.get("initial_weights"), str | Path) and not Path(start).is_file():
-            arguments["initial_weights"] = None
-        for role in ("teacher", "teachers"):
-            given = arguments.get(role)
-            for spec in given if isinstance(given, list) else [given] if given is not None else ():
-                paths = [v for k, v in spec.items() if k.rsplit(".", 1)[-1] == "path" and isinstance(v, str)]
-                if any(not Path(path).is_file() for path in paths):
-                    arguments[role] = None
 
     def instantiate_classes(self) -> None:
         """Build everything; an argument that a constructor refuses becomes an InputError."""
@@ -228,7 +219,10 @@ class DistillCLI(LightningCLI):
                 raise InputError("early_stopping needs checkpoint.monitor and a validation part")
             callbacks.append(EarlyStopping(monitor, mode=config["checkpoint"].mode, patience=config["early_stopping"]))
         if trainer["enable_progress_bar"] is not False:
-            callbacks.append(RichProgressBar())
+            callbacks.append(OneLineProgress())
+        if not is_verbose():
+            trainer["enable_model_summary"] = bool(trainer["enable_model_summary"])
+        callbacks.append(Introduction(self._own_config.as_dict()))
         if config["checkpoint"].save_last:
             config["checkpoint"].save_last = None
             settings = self._own_config.checkpoint
@@ -299,11 +293,18 @@ class DistillCLI(LightningCLI):
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         """Validate in the folder of the evaluated run."""
-        self._run_in_folder(self.trainer.validate, model, kwargs)
+        self._evaluate(self.trainer.validate, model, kwargs, "val")
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         """Test in the folder of the evaluated run."""
-        self._run_in_folder(self.trainer.test, model, kwargs)
+        self._evaluate(self.trainer.test, model, kwargs, "test")
+
+    def _evaluate(self, start: Callable[..., Any], model: LightningModule, kwargs: dict[str, Any], part: str) -> None:
+        """Evaluate, and print a short table in place of Lightning's, unless ``verbose`` is false."""
+        prints = kwargs.get("verbose", True)
+        self._run_in_folder(start, model, kwargs | {"verbose": prints and is_verbose()})
+        if prints and not is_verbose() and self.trainer.is_global_zero:
+            print_figures(part, self.trainer.callback_metrics, self.run_folder)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Predict in the folder of the evaluated run."""
@@ -348,30 +349,6 @@ class InspectCLI(DistillCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build a trainer with one process and no loggers."""
         return super().instantiate_trainer(devices=1, num_nodes=1, strategy="auto", logger=False, **kwargs)
-
-
-def _check_name(name: Any, root: Path) -> None:
-    """Raise InputError unless a run's folder would lie below the folder of all runs."""
-    if not name or not isinstance(name, str):
-        raise InputError(f"name must be the name of the run's folder, got {name!r}")
-    folder, top = (Path(os.path.normpath(path.absolute())) for path in (root / name, root))
-    if ".." in Path(name).parts or folder == top or not folder.is_relative_to(top):
-        raise InputError(f"name must be a folder below {root}, without .., got {name!r}")
-
-
-def _set_direction(checkpoint: Any) -> None:
-    """Set the mode of the checkpoint by the name of its monitor, or check it."""
-    if checkpoint.monitor is None:
-        checkpoint.mode = checkpoint.mode or "max"  # without effect
-    elif checkpoint.mode is not None:
-        check_direction("checkpoint", checkpoint.monitor, checkpoint.mode)
-    else:
-        checkpoint.mode = direction_of(checkpoint.monitor)
-    if checkpoint.mode is None:
-        raise InputError(
-            f"checkpoint.mode is missing: the name {checkpoint.monitor} does not show whether more is better; allowed: "
-            "max, min"
-        )
 
 
 def _load_student(model: LightningModule, weights: Path) -> None:

@@ -5,42 +5,59 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
-import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from kd_lightning.cli.arguments import COMMANDS, check_configs_exist, configs_of
+from kd_lightning.cli.arguments import COMMANDS, VERBS, check_configs_exist, configs_of
+from kd_lightning.cli.quiet import rank_of_environment
 from kd_lightning.errors import InputError
 
-VERBS = {
-    "fit": "Train from YAML: --config FILE, and overrides such as --trainer.max_epochs 5.",
-    "validate": "Evaluate a run's deployed weights on the validation part.",
-    "test": "Evaluate a run's deployed weights on the test part.",
-    "predict": "Write the predictions of a run's deployed weights to a file.",
+GROUPS = {
+    "start": ("distill", "label", "clean"),
+    "train": ("fit", "test", "experiment", "validate", "predict"),
+    "check": ("doctor", "layers", "duplicates"),
+    "look": ("compare", "report", "labels", "query"),
+    "deploy": ("export", "push"),
+    "other": ("cache", "completion"),
 }
-"""The commands of LightningCLI."""
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
+"""The commands by what people want, in the order of the help."""
+_SUMMARIES = {
+    "distill": "FOLDER: train a teacher and a small student, report, export",
+    "label": "FOLDER: train on few labels, and label the rest",
+    "clean": "CONFIG: find labels that are probably wrong",
+    "fit": "CONFIG: train",
+    "test": "CONFIG: evaluate the newest run on the test part",
+    "experiment": "CONFIG: with and without the teacher, over seeds",
+    "validate": "CONFIG: evaluate the newest run on the validation part",
+    "predict": "CONFIG: write the predictions on the test part",
+    "doctor": "CONFIG: check teacher, student and labels before training",
+    "layers": "CONFIG: the layers of the networks, with sizes and cost",
+    "duplicates": "RUN or CONFIG: samples that are equal or alike",
+    "compare": "RUN ...: accuracy, size and cost of runs",
+    "report": "RUN ...: one HTML page",
+    "labels": "RUN: pseudo-labels, and the least confident of them",
+    "query": "RUN ...: select the samples to label next",
+    "export": "RUN: write the student as ONNX, torch.export or safetensors",
+    "push": "RUN: a model card and files for Hugging Face",
+    "cache": "CONFIG: fill the caches of the teachers before training",
+    "completion": "bash, zsh or tcsh: print a script that completes commands",
+}
+"""What the screen says of each command; the help of a command says it at more length."""
 
 
 def overview() -> str:
-    """Return the help of the whole command line."""
-
-    def lines(texts: dict[str, str]) -> str:
-        return "\n".join(f"  {name:<12}{text}" for name, text in texts.items())
-
-    return f"""usage: kd_lightning COMMAND [arguments]
-
-Knowledge distillation and learning from few labels with PyTorch Lightning.
-
-train and evaluate, by LightningCLI:
-{lines(VERBS)}
-
-other commands:
-{lines({name: command.summary for name, command in COMMANDS.items()})}
-
-options:
-  -h, --help  Print this help. 'kd_lightning COMMAND --help' prints the arguments of a command.
-  --version   Print the version of this package."""
+    """Return the help of the whole command line, which fits a screen of 24 lines and 80 columns."""
+    present = [*VERBS, *COMMANDS]
+    grouped = {group: [name for name in names if name in present] for group, names in GROUPS.items()}
+    grouped["other"] += sorted({*present} - {name for names in grouped.values() for name in names})
+    lines = ["kd-lightning COMMAND ...: small networks from big ones, models from few labels"]
+    for group, names in grouped.items():
+        for number, name in enumerate(names):
+            text = _SUMMARIES.get(name) or COMMANDS[name].summary
+            lines.append(f"{'' if number else group:<8}{name:<12}{text}")
+    lines.append("CONFIG is a YAML file, RUN the folder of a run. 'COMMAND --help': its arguments.")
+    lines.append("Options: -h, --help; --version; --verbose (also print what libraries print).")
+    return "\n".join(lines)
 
 
 def version() -> str:
@@ -59,9 +76,11 @@ def check_command(args: Sequence[str]) -> None:
     Raises:
         InputError: If there is no such command, or a config does not exist.
     """
-    allowed = [*VERBS, *COMMANDS]
+    allowed = list(dict.fromkeys([*VERBS, *COMMANDS]))
     if not args[0].startswith("-") and args[0] not in allowed:
         close = difflib.get_close_matches(args[0], allowed, n=1, cutoff=0.5)
+        if args[0].endswith((".yaml", ".yml")):
+            close = [f"fit {args[0]}"]
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"{args[0]}: no such command{hint}; allowed: {', '.join(allowed)}")
     check_configs_exist(args)
@@ -69,9 +88,8 @@ def check_command(args: Sequence[str]) -> None:
 
 def print_first_line(args: Sequence[str]) -> None:
     """Print on rank 0 to stderr that the libraries are loaded now, which takes seconds; not if the help comes."""
-    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     quiet = any(argument.partition("=")[0] in ("-h", "--help", "--print_config") for argument in args)
-    if rank == "0" and not quiet and not _is_loaded() and sys.stderr is not None:
+    if rank_of_environment() == "0" and not quiet and not _is_loaded() and sys.stderr is not None:
         print(f"{' '.join([args[0], *configs_of(args)])}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
 
 

@@ -60,17 +60,11 @@ def list_layers(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs]
         return hook
 
     handles = [layer.register_forward_hook(record(name), with_kwargs=True) for name, layer in network.named_modules()]
-    counter = FlopCounterMode(display=False)
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not count fused attention kernels
-        with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            run(network, take_rows(x, slice(1), rows_of(x)))
+        flops = _count_flops(network, x, run)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
-    flops = counter.get_flop_counts()
     root = type(network).__name__
     return [
         Layer(
@@ -83,3 +77,21 @@ def list_layers(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs]
         for name, layer in network.named_modules()
         if name
     ]
+
+
+def count_macs(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any] = call) -> int:
+    """Return the multiply-accumulates of a network for one sample; the arguments are those of :func:`list_layers`."""
+    return sum(_count_flops(network, x, run)["Global"].values()) // 2
+
+
+def _count_flops(network: nn.Module, x: Inputs, run: Callable[[nn.Module, Inputs], Any]) -> dict[str, dict[Any, int]]:
+    """Return floating-point operations by module and kind, for the first row of the inputs."""
+    counter = FlopCounterMode(display=False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not count fused attention kernels
+        with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run(network, take_rows(x, slice(1), rows_of(x)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_flop_counts()

@@ -10,13 +10,13 @@ import pytest
 import kd_lightning.cli.commands
 from kd_lightning.__main__ import main
 from kd_lightning.active import STRATEGIES
-from kd_lightning.cli.arguments import COMMANDS, configs_of, parse
+from kd_lightning.cli.arguments import COMMANDS, VERBS, configs_of, parse, parse_verb
 from kd_lightning.deploy.export import FORMATS, QUANTIZED_TOLERANCE, TOLERANCE
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER
 
 OF_A_RUN = {"compare": [], "export": ["--out", "x.onnx"], "labels": [], "query": ["--n", "1"], "duplicates": []}
-OF_A_CONFIG = {"experiment": [], "clean": [], "cache": []}
+OF_A_CONFIG = ["fit", "validate", "test", "experiment", "clean", "cache", "doctor", "layers", "duplicates"]
 
 
 def help_of(command, capsys):
@@ -36,7 +36,7 @@ def test_every_command_has_a_file_with_its_work():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     text = help_of(command, capsys)
-    assert text.startswith(f"usage: kd_lightning {command} [-h]")
+    assert text.startswith(f"usage: kd-lightning {command} [-h]")
     assert COMMANDS[command].summary in text
 
 
@@ -75,9 +75,9 @@ def test_a_config_may_be_text():
     assert [*configs_of(options.overrides)] == [config_text]
 
 
-@pytest.mark.parametrize("command", ["doctor", "layers", "cache"])
+@pytest.mark.parametrize("command", ["doctor", "layers", "cache", "experiment", "fit", "test"])
 def test_no_arguments_of_fit(command, fails):
-    assert f"{command} needs the arguments of fit, such as --config CONFIG" in fails(command)
+    assert f"{command} needs a config: kd-lightning {command} CONFIG.yaml" in fails(command)
 
 
 def test_order_of_configs_and_overrides_stays(tmp_path, monkeypatch):
@@ -87,21 +87,72 @@ def test_order_of_configs_and_overrides_stays(tmp_path, monkeypatch):
     given = ["--config", "a.yaml", "--trainer.max_epochs", "1", "--config=b.yaml", "--name", "x"]
     for command in ("doctor", "layers", "cache"):
         assert parse(command, given).overrides == given
-    assert parse("cache", ["a.yaml", "b.yaml", "--name", "x"]).overrides == [
-        "--config=a.yaml",
-        "--config=b.yaml",
-        "--name",
-        "x",
-    ]
+    found = ["--config=a.yaml", "--config=b.yaml", "--name", "x"]
+    for command in ("doctor", "layers", "cache", "experiment", "clean", "duplicates"):
+        assert parse(command, ["a.yaml", "b.yaml", "--name", "x"]).overrides == found
+        assert parse(command, ["a.yaml", "--config=b.yaml", "--name", "x"]).overrides == found
+    assert parse_verb("fit", ["a.yaml", "b.yaml", "--name", "x"]) == ["fit", *found]
+    assert parse_verb("fit", ["--name", "b.yaml", "a.yaml"]) == ["fit", "--name", "b.yaml", "--config=a.yaml"]
+    assert parse_verb("fit", ["--print_config", "a.yaml"]) == ["fit", "--print_config", "--config=a.yaml"]
     options = parse("experiment", ["a.yaml", "--trainer.max_epochs", "1", "--seeds", "2", "--name", "x"])
-    assert (options.config, options.seeds) == ("a.yaml", 2)
-    assert options.overrides == ["--trainer.max_epochs", "1", "--name", "x"]
+    assert options.seeds == 2
+    assert options.overrides == ["--config=a.yaml", "--trainer.max_epochs", "1", "--name", "x"]
+
+
+@pytest.fixture
+def a_run(tmp_path, monkeypatch):
+    """What the command line sees of a run, without its content."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/photos/version_0")
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "run.json", "student.safetensors", "checkpoints/last.ckpt"):
+        (run / name).touch()
+    return run
+
+
+@pytest.mark.parametrize("command", OF_A_CONFIG)
+@pytest.mark.parametrize("given", ["", "student.safetensors", "checkpoints/last.ckpt"])
+def test_a_run_where_a_config_is_needed(command, given, a_run, fails):
+    if command == "duplicates":
+        return  # it takes a run
+    text = fails(command, str(a_run / given))
+    assert f"config: {a_run / given} belongs to a run, whose config is {a_run / 'config.yaml'}" in text
+
+
+@pytest.mark.parametrize("command", OF_A_RUN)
+def test_other_things_where_a_run_is_needed(command, a_run, fails):
+    Path("photos.yaml").touch()
+    Path("notes.txt").touch()
+    rest = OF_A_RUN[command]
+    if command != "duplicates":  # it takes a config
+        assert "photos.yaml is a file, and a run is needed: the folder that" in fails(command, "photos.yaml", *rest)
+    assert "notes.txt is a file; a run is a folder" in fails(command, "notes.txt", *rest)
+    for name in ("student.safetensors", "checkpoints/last.ckpt"):
+        assert f"is a file of a run; name the run: {a_run}" in fails(command, str(a_run / name), *rest)
+
+
+def test_a_similar_config_and_a_folder(tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    Path("photos.yaml").touch()
+    Path("pictures").mkdir()
+    assert "config: no file at photo.yaml; did you mean photos.yaml?" in fails("fit", "photo.yaml")
+    assert "config: no file at photos; did you mean photos.yaml?" in fails("doctor", "photos")
+    assert "config: pictures is a folder; a config is a YAML file" in fails("fit", "pictures")
+
+
+def test_help_of_the_verbs_fits_a_screen(capsys):
+    for verb in VERBS:
+        main([verb, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"usage: kd-lightning {verb} CONFIG")
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= 80
 
 
 def test_an_abbreviated_option_goes_to_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").touch()
-    assert parse("experiment", ["a.yaml", "--seed", "2"]).overrides == ["--seed", "2"]
+    assert parse("experiment", ["a.yaml", "--seed", "2"]).overrides == ["--config=a.yaml", "--seed", "2"]
 
 
 @pytest.mark.parametrize(
@@ -114,28 +165,31 @@ def test_an_abbreviated_option_goes_to_fit(tmp_path, monkeypatch):
         (["clean", "a.yaml", "--weight", "0.5"], "--weight needs --action downweight, got drop"),
         (["clean", "a.yaml", "--action", "downweight", "--weight", "1"], r"--weight must lie in \[0, 1\), got 1"),
         (["duplicates", "run", "--distance", "17"], "--distance must be from 0 to 16, got 17"),
-        (["duplicates", "run", "--config", "a.yaml"], "duplicates takes a run or --config, got run"),
-        (["duplicates", "run", "--name", "x"], "duplicates takes no overrides with a run, got --name x"),
-        (["duplicates"], "duplicates needs a run's folder or --config CONFIG"),
+        (["duplicates", "run", "--config", "a.yaml"], "duplicates takes no config or overrides with a run, got --conf"),
+        (["duplicates", "run", "--name", "x"], "duplicates takes no config or overrides with a run, got --name x"),
+        (["duplicates"], "duplicates needs a run's folder or a config"),
     ],
 )
-def test_values_that_are_not_allowed(args, message):
+def test_values_that_are_not_allowed(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").touch()
+    Path("run").mkdir()
     with pytest.raises(InputError, match=message):
         parse(args[0], args[1:])
 
 
-@pytest.mark.parametrize("args", [["compare"], ["compare", "x", "--foo"], ["export", "x"], ["clean"]])
+@pytest.mark.parametrize("args", [["compare"], ["compare", "x", "--foo"], ["export", "x"]])
 def test_missing_or_unknown_arguments_print_the_usage(args, capsys):
     with pytest.raises(SystemExit) as end:
         main(args)
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"usage: kd_lightning {args[0]}")
+    assert capsys.readouterr().err.startswith(f"usage: kd-lightning {args[0]}")
 
 
 def test_nothing_heavy_is_loaded():
     """Help, version and refusals are quick: neither torch nor Lightning nor jsonargparse is imported."""
     lines = [["--help"], ["--version"], ["comparee"], [], ["fit", "--config", "no.yaml"], ["compare", "no"]]
-    lines += [[command, "--help"] for command in COMMANDS]
+    lines += [[command, "--help"] for command in (*COMMANDS, *VERBS)]
     code = f"""
 import sys
 from kd_lightning.__main__ import main

@@ -12,6 +12,7 @@ import kd_lightning.cli.start as start
 from kd_lightning.__main__ import main
 from kd_lightning.cli.arguments import COMMANDS
 from kd_lightning.cli.main import DistillCLI, LightningCLI
+from kd_lightning.cli.quiet import RANKS
 
 
 def lines_of_help(capsys, *args):
@@ -20,11 +21,19 @@ def lines_of_help(capsys, *args):
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_has_a_line_for_each_command(capsys, option):
+def test_help_fits_a_screen_and_has_a_line_for_each_command(capsys, option):
     found = lines_of_help(capsys, option)
-    for name in (*LightningCLI.subcommands(), *COMMANDS):
-        assert [line.startswith(f"  {name} ") for line in found].count(True) == 1
-    assert max(map(len, found)) <= 120
+    for name in {*LightningCLI.subcommands(), *COMMANDS}:
+        assert [line[8:].startswith(f"{name} ") for line in found].count(True) == 1
+    assert len(found) <= 24
+    assert max(map(len, found)) <= 80
+
+
+def test_every_command_has_a_group_and_a_text():
+    grouped = [name for names in start.GROUPS.values() for name in names]
+    assert {*start.VERBS, *COMMANDS} <= {*grouped}
+    assert len(grouped) == len({*grouped})
+    assert {*grouped} == start._SUMMARIES.keys()
 
 
 def test_version(capsys):
@@ -44,15 +53,21 @@ def test_no_command(capsys):
         main([])
     assert end.value.code == 2
     printed = capsys.readouterr()
-    assert "usage: kd_lightning COMMAND" in printed.out
-    assert printed.err == "error: the command is missing\n"
+    assert printed.out.startswith("kd-lightning COMMAND")
+    assert not printed.err
 
 
-@pytest.mark.parametrize(("name", "meant"), [("comparee", "compare"), ("fitt", "fit"), ("exporrt", "export")])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("comparee", "compare"), ("fitt", "fit"), ("exporrt", "export"), ("expirement", "experiment")]
+)
 def test_a_typo_names_the_nearest_command_and_all(name, meant, fails):
     text = fails(name)
     assert text.startswith(f"error: {name}: no such command; did you mean {meant}?; allowed: ")
-    assert text.endswith(", ".join([*LightningCLI.subcommands(), *COMMANDS]))
+    assert text.endswith(", ".join(dict.fromkeys([*LightningCLI.subcommands(), *COMMANDS])))
+
+
+def test_a_config_without_a_command(fails):
+    assert "photos.yaml: no such command; did you mean fit photos.yaml?" in fails("photos.yaml")
 
 
 def test_a_name_that_is_like_none(fails):
@@ -63,7 +78,7 @@ def test_a_name_that_is_like_none(fails):
 def unloaded(monkeypatch):
     """As before Lightning is loaded."""
     monkeypatch.setattr(start, "_is_loaded", lambda: False)
-    for name in start._RANKS:
+    for name in RANKS:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -156,7 +171,7 @@ def test_first_line_comes_before_the_libraries(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
     (tmp_path / "config.yaml").touch()
     command = [sys.executable, "-m", "kd_lightning", "fit", "--config", "config.yaml"]
-    environment = {key: value for key, value in os.environ.items() if key not in start._RANKS}
+    environment = {key: value for key, value in os.environ.items() if key not in RANKS}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines() == ["fit config.yaml: loading PyTorch and Lightning", "torch is imported"]
     assert not done.stdout

@@ -34,7 +34,7 @@ from kd_lightning import (
     load_weights,
 )
 from kd_lightning.__main__ import main
-from kd_lightning.cli.main import DistillCLI
+from kd_lightning.cli.complete_config import drop_missing_teacher
 from kd_lightning.losses import EarlyLearningLoss, KDLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import activation_ranges, is_calibrated
@@ -734,7 +734,7 @@ class TestCommandLine:
 def test_own_module_with_initial_weights_of_another_kind():
     """The command line drops files that are gone, and nothing else of that name."""
     given = Namespace(model=Namespace(init_args=Namespace(initial_weights=0.5)))
-    DistillCLI._drop_missing_teacher(given)
+    drop_missing_teacher(given)
     assert given.model.init_args.initial_weights == 0.5
 
 

@@ -16,5 +16,6 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     query,
 )
 from kd_lightning.cli.arguments._parsing import COMMANDS, check_configs_exist, configs_of, parse
+from kd_lightning.cli.arguments.verbs import VERBS, is_for_verb, parse_verb, verb_help
 
-__all__ = ["COMMANDS", "check_configs_exist", "configs_of", "parse"]
+__all__ = ["COMMANDS", "VERBS", "check_configs_exist", "configs_of", "is_for_verb", "parse", "parse_verb", "verb_help"]

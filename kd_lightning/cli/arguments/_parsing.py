@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from kd_lightning.errors import InputError
 
 _OVERRIDES = "Overrides of the config may follow, such as --trainer.max_epochs 5; 'fit --help' lists them."
 _SUFFIXES = (".yaml", ".yml", ".json")
+_BINARY = (".ckpt", ".onnx", ".pt", ".pt2", ".pth", ".safetensors")
+_FLAGS = ("-h", "--help", "--print_config")  # options without a value
+CONFIG, _STATE = "config.yaml", "run.json"  # files of a run, as in runs/run.py, which loads torch
 
 _Parse = Callable[[ArgumentParser, Sequence[str]], Namespace]
 
@@ -44,9 +48,35 @@ def parse(command: str, args: Sequence[str]) -> Namespace:
         SystemExit: After the help, or if an argument is unknown or missing.
     """
     summary, read = COMMANDS[command]
-    options = read(ArgumentParser(prog=f"kd_lightning {command}", description=summary), args)
+    options = read(ArgumentParser(prog=f"kd-lightning {command}", description=summary), args)
     check_configs_exist(args)
     return options
+
+
+def expand_configs(args: Sequence[str], flags: Iterable[str] = _FLAGS) -> list[str]:
+    """Return a command line with each config that is an argument of its own as ``--config=FILE``, in the same place.
+
+    Leading arguments are configs, and so is a later YAML file that is no option's value.
+
+    Args:
+        args: The command line after the command.
+        flags: Options that take no value.
+
+    Raises:
+        InputError: If a config does not exist, or is a run.
+    """
+    expanded: list[str] = []
+    may_be_config = True
+    leading = True
+    for argument in args:
+        is_option = argument.startswith("-")
+        if not is_option and may_be_config and (leading or argument.endswith(_SUFFIXES)):
+            check_config(argument, exists=True)
+            argument = f"--config={argument}"
+        leading = leading and not is_option
+        may_be_config = not is_option or "=" in argument or argument in flags
+        expanded.append(argument)
+    return expanded
 
 
 def configs_of(args: Sequence[str]) -> Iterator[str]:
@@ -63,17 +93,64 @@ def check_configs_exist(args: Sequence[str]) -> None:
         check_config(value)
 
 
-def check_config(value: str) -> None:
-    """Raise InputError if a config does not exist."""
-    if value.endswith(_SUFFIXES) and ": " not in value and not Path(value).expanduser().exists():
-        raise InputError(f"config: no file at {value}")
+def check_config(value: str, *, exists: bool = False) -> None:
+    """Raise InputError if a config does not exist, or is a run or a file of weights.
+
+    Args:
+        value: A path, or YAML text.
+        exists: Whether it must be a file, also if it has no suffix of YAML.
+    """
+    path = Path(value).expanduser()
+    if ": " in value and not exists:
+        return
+    if run := _run_of(path):
+        raise InputError(f"config: {value} belongs to a run, whose config is {run / CONFIG}")
+    if path.is_dir():
+        raise InputError(f"config: {value} is a folder; a config is a YAML file")
+    if path.suffix in _BINARY:
+        raise InputError(f"config: {value} is a file of weights; a config is a YAML file")
+    if (exists or value.endswith(_SUFFIXES)) and not path.exists():
+        near = _nearest_file(path)
+        raise InputError(f"config: no file at {value}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _nearest_file(path: Path) -> Path | None:
+    """Return the YAML file of the same folder whose name is most similar."""
+    files = [file for file in path.parent.glob("*") if file.suffix in _SUFFIXES] if path.parent.is_dir() else []
+    if same := next((file for file in files if file.stem == path.name), None):
+        return same
+    close = difflib.get_close_matches(path.name, [file.name for file in files], n=1, cutoff=0.75)
+    return path.parent / close[0] if close else None
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run's folder that a path is or lies in, None if there is none or if the path is the config itself."""
+    if path.suffix in _SUFFIXES or not path.exists():
+        return None
+    folders = [path, *path.absolute().parents[:3]] if path.is_dir() else [*path.parents[:3]]
+    return next((folder for folder in folders if (folder / CONFIG).is_file() and (folder / _STATE).is_file()), None)
+
+
+def is_config(value: str) -> bool:
+    """Return whether a path ends as a config does."""
+    return value.endswith(_SUFFIXES)
 
 
 def check_folders(*folders: Path) -> None:
-    """Raise InputError for the folder of a run that does not exist. The command reads what lies in it."""
+    """Raise InputError for what is no folder of a run, or of the runs of a name. The command reads what lies in it."""
     for folder in folders:
-        if not folder.is_dir():
+        if not folder.exists():
             raise InputError(f"{folder} is no run: it does not exist")
+        if folder.is_dir():
+            continue
+        if folder.suffix in _SUFFIXES:
+            raise InputError(
+                f"{folder} is a file, and a run is needed: the folder that 'kd-lightning fit CONFIG' writes, such as "
+                "runs/NAME/version_0"
+            )
+        if run := _run_of(folder):
+            raise InputError(f"{folder} is a file of a run; name the run: {run}")
+        raise InputError(f"{folder} is a file; a run is a folder")
 
 
 def check_range(options: Namespace, name: str, least: int, most: int | None = None) -> None:
@@ -103,11 +180,28 @@ def with_overrides(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     return options
 
 
-def arguments_of_fit(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """Return all arguments as ``overrides``, for a command that has none but those of ``fit``."""
+def flags_of(parser: ArgumentParser) -> list[str]:
+    """Return the options without a value, also those of ``fit``."""
+    return [*_FLAGS, *(flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings)]
+
+
+def with_configs(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parse a command that takes configs, as arguments or as ``--config FILE``, and overrides of ``fit``.
+
+    ``overrides`` has the configs and the overrides, in their order, which counts.
+
+    Args:
+        parser: The parser, with the command's own options.
+        args: The command line after the command.
+
+    Raises:
+        InputError: If there is no config, or one does not exist.
+    """
+    name, own = parser.prog.split()[-1], len(parser._actions) > 1
+    parser.usage = parser.usage or f"{parser.prog} [-h] CONFIG ... {'[options] ' if own else ''}[overrides of fit]"
+    if {"-h", "--help"} & {*args}:  # else the value of an override would count as a config
+        parser.add_argument("configs", metavar="CONFIG", nargs="*", help="YAML, as for fit; or --config CONFIG")
+    args = expand_configs(args, flags_of(parser))
     if not args:
-        raise InputError(f"{parser.prog.split()[-1]} needs the arguments of fit, such as --config CONFIG")
-    parser.usage = parser.usage or f"{parser.prog} [-h] --config CONFIG [arguments of fit]"
-    parser.add_argument("--config", metavar="CONFIG", action="append", help="YAML, as for fit")
-    with_overrides(parser, args)  # the order of configs and overrides counts, so that no argument is taken out
-    return Namespace(overrides=[*args])
+        raise InputError(f"{name} needs a config: kd-lightning {name} CONFIG.yaml")
+    return with_overrides(parser, args)

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.cli.arguments._parsing import check_config, command, with_overrides
+from kd_lightning.cli.arguments._parsing import command, with_configs
 from kd_lightning.errors import InputError
 
 ACTIONS = ("drop", "downweight", "relabel")
@@ -16,7 +16,6 @@ ACTIONS = ("drop", "downweight", "relabel")
 @command("Find labels that are probably wrong, and write a file that drops, down-weights or relabels them.")
 def clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Read the arguments."""
-    parser.add_argument("config", help="YAML of any method on a SemiSupervisedDataModule")
     text = "which labels: those of training (default), or those of validation, by one fit without folds"
     parser.add_argument("--part", choices=("train", "val"), default="train", help=text)
     parser.add_argument("--folds", type=int, metavar="K", help="fits, each without 1/K of the labels (default 5)")
@@ -24,7 +23,7 @@ def clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
     text = "folder of the files (default: <root>/<name>_clean, or its folder val for --part val)"
     parser.add_argument("--out", metavar="DIR", type=Path, help=text)
-    options = with_overrides(parser, args)
+    options = with_configs(parser, args)
     if options.weight is not None and options.action != "downweight":
         raise InputError(f"--weight needs --action downweight, got {options.action}")
     if options.part == "val" and options.action == "downweight":
@@ -35,5 +34,4 @@ def clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     options.weight = 0.1 if options.weight is None else options.weight
     if not 0 <= options.weight < 1:
         raise InputError(f"--weight must lie in [0, 1), got {options.weight}")
-    check_config(options.config)
     return options

@@ -69,7 +69,7 @@ class Review:
 
 def main(options: Namespace) -> None:
     """Find the suspects, and print the next command."""
-    config = parse_config(["--config", options.config, *options.overrides], "clean")
+    config = parse_config(options.overrides, "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
     out = options.out or (root / "val" if options.part == "val" else root)  # one part leaves the other's files
     earlier = (config["data"].get("init_args") or {}).get("label_file")
@@ -91,7 +91,7 @@ def main(options: Namespace) -> None:
         return
     files = " and ".join(name for name in ("suspects.png", "suspects.csv") if (out / name).is_file())
     print(f"check {out / files}, and delete the rows of correct labels from labels.csv")
-    command = ["python", "-m", "kd_lightning", "fit", "--config", options.config, *options.overrides]
+    command = ["python", "-m", "kd_lightning", "fit", *options.overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
     if options.part == "val":

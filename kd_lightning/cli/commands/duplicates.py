@@ -74,8 +74,8 @@ class Sample:
 def main(options: Namespace) -> None:
     """Find the pairs, and write table and contact sheet."""
     require_imagehash()
-    if options.config:
-        data, out = _from_config([*(f"--config={path}" for path in options.config), *options.overrides])
+    if options.run is None:
+        data, out = _from_config(options.overrides)
     else:
         data, out = Run(options.run).datamodule(), options.run / "duplicates.csv"
     if not isinstance(data, SemiSupervisedDataModule):

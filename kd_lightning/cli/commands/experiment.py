@@ -46,7 +46,7 @@ class Experiment(NamedTuple):
 
 def main(options: Namespace) -> None:
     """Run the fits that are missing, and compare all."""
-    run_experiment(["--config", options.config, *options.overrides], options.seeds, options.out)
+    run_experiment(options.overrides, options.seeds, options.out)
 
 
 def run_experiment(args: list[str], seeds: int, out: str | Path | None = None) -> Experiment:

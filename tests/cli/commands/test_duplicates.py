@@ -260,7 +260,7 @@ def test_a_dataset_of_random_pictures_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["RUN".lower(), "--config"]),
+        ([], ["run", "config"]),
         (["--config", "config.yaml", "--distance", "17"], ["--distance", "from 0 to 16", "17"]),
         (["--config", "config.yaml", "--distance", "-1"], ["--distance", "from 0 to 16", "-1"]),
         (["--config", "config.yaml", "--pairs", "0"], ["--pairs", "at least 1", "0"]),
@@ -268,14 +268,15 @@ def test_a_dataset_of_random_pictures_is_refused():
         (["--config", "config.yaml", "--out", "x.txt"], ["--out", ".csv", "x.txt"]),
         (["--config", "config.yaml", "--dist", "3"], ["dist"]),
         (["--config", "config.yaml", "--data.labled", "3"], ["labled"]),
-        (["runs", "--config", "config.yaml"], ["a run or --config", "runs"]),
-        (["runs", "--unknown", "3"], ["no overrides", "--unknown 3"]),
-        (["runs"], ["runs is no run"]),
+        (["runs", "--config", "config.yaml"], ["no config or overrides", "--config"]),
+        (["runs", "--unknown", "3"], ["no config or overrides", "--unknown 3"]),
+        (["nowhere"], ["nowhere is no run"]),
         (["--config", "none.yaml"], ["none.yaml"]),
     ],
 )
 def test_wrong_arguments(config, fails, arguments, parts):
     Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("runs").mkdir()
     message = fails("duplicates", *arguments)
     for part in parts:
         assert part in message

@@ -1,0 +1,108 @@
+"""What the command line leaves out of what libraries print, unless ``--verbose`` is given."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import zip_longest
+from pathlib import Path
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables of the environment that hold the number of this process, in the order in which Lightning reads them."""
+
+_VERBOSE: ContextVar[bool] = ContextVar("verbose", default=False)
+_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+_OF_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+_OF_LIGHTNING = (  # what the user knows, or what the lines of a run have
+    "No seed found",
+    "GPU available but not used",
+    "TPU available but not used",
+    "The `LightningCLI` will ",
+    "Checkpoint directory ",
+    "Experiment logs directory ",
+)
+_COUNTS = "data: number of samples\n"  # the introduction of a run has these
+
+
+def rank_of_environment() -> str:
+    """Return the number of this process among those of a run, before Lightning is loaded."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0")
+
+
+def take_verbose(args: Sequence[str]) -> tuple[list[str], bool]:
+    """Return a command line without the flag ``--verbose``, and whether it was there.
+
+    ``--verbose true`` and ``--verbose false`` are an option of LightningCLI, and stay.
+    """
+    flags = [a == "--verbose" and b not in ("true", "false") for a, b in zip_longest(args, args[1:])]
+    return [argument for argument, is_flag in zip(args, flags, strict=False) if not is_flag], any(flags)
+
+
+def is_verbose() -> bool:
+    """Return whether the command line has ``--verbose``."""
+    return _VERBOSE.get()
+
+
+@contextmanager
+def quiet(verbose: bool = False) -> Iterator[None]:
+    """Within it, warnings take one line each, and what libraries print about themselves is left out.
+
+    At the end all is as before. Call :func:`silence_lightning` once Lightning is loaded.
+
+    Args:
+        verbose: Leave nothing out.
+    """
+    token, format_before = _VERBOSE.set(verbose), warnings.formatwarning
+    try:
+        if not verbose:
+            warnings.formatwarning = format_warning
+        yield
+    finally:
+        _VERBOSE.reset(token)
+        if warnings.formatwarning is format_warning:
+            lightning = sys.modules.get("lightning.fabric.utilities.warnings")  # loaded since then, it has its own
+            own = getattr(lightning, "_custom_format_warning", format_before)
+            warnings.formatwarning = format_before if format_before is not format_warning else own
+        for handler in _handlers():
+            handler.removeFilter(_passes)
+
+
+def silence_lightning() -> None:
+    """Leave out what Lightning prints about itself; nothing changes with ``--verbose``."""
+    if not is_verbose():
+        warnings.formatwarning = format_warning
+        for handler in _handlers():
+            handler.addFilter(_passes)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one line without the place in the source, empty for what is left out."""
+    text = " ".join(str(message).split())
+    if rank_of_environment() != "0" or _is_left_out(text, category, filename):
+        return ""
+    return f"warning: {text}\n"
+
+
+def _is_left_out(text: str, category: type[Warning], filename: str) -> bool:
+    of_library = "site-packages" in Path(filename).parts
+    if issubclass(category, _OF_DEVELOPERS) or (issubclass(category, FutureWarning) and of_library):
+        return True
+    return category.__name__ == "PossibleUserWarning" or text.startswith(_OF_LIGHTNING)
+
+
+def _passes(record: logging.LogRecord) -> bool:
+    """Return whether a message of Lightning's loggers is printed: it is ours or the user's, or a warning."""
+    lightning = Path(str(sys.modules["lightning"].__file__)).parent
+    is_ours = not Path(record.pathname).is_relative_to(lightning)
+    return record.levelno > logging.INFO or (is_ours and not record.getMessage().startswith(_COUNTS))
+
+
+def _handlers() -> list[logging.Handler]:
+    return [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
