@@ -13,6 +13,7 @@ ORDER = [
     {"__main__"},
     {"cli"},
     {"deploy"},
+    {"report"},
     {"active"},
     {"modules", "callbacks"},
     {"data"},

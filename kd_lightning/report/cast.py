@@ -18,6 +18,7 @@ from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.teacher_runs import teacher_runs
 
 _COMPARISON = "comparison.json"
+_LABELS = {"teacher": "distilled", "pseudo-labels": "with pseudo-labels", "method": "with the method"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Role:
     def run(self) -> Run:
         """The run of the first seed, which stands for all where a part of the page shows one run."""
         return next(iter(self.group.runs.values()))
+
+    @property
+    def method(self) -> str:
+        """What teaches it beside labels, see :func:`method_of`."""
+        return method_of(self.run.config)
 
     @property
     def result(self) -> Result | None:
@@ -138,7 +144,7 @@ def _kinds_of(groups: Sequence[Group], teachers: set[Path]) -> list[str]:
         if any(run.folder.resolve() in teachers for run in group.runs.values()):
             kinds.append("teacher")
         else:
-            kinds.append("method" if _has_method(_config(group)) else "")
+            kinds.append("method" if method_of(_config(group)) else "")
     methods = [group for group, kind in zip(groups, kinds, strict=True) if kind == "method"]
     students = [_student(_config(group)) for group in methods]
     for number, group in enumerate(groups):
@@ -151,20 +157,19 @@ def _config(group: Group) -> dict[str, Any]:
     return next(iter(group.runs.values())).config
 
 
-def _has_method(config: dict[str, Any]) -> bool:
-    """Whether more than labels teach: a teacher, or unlabeled samples."""
+def method_of(config: dict[str, Any]) -> str:
+    """Return what teaches a student beside labels: ``"teacher"``, ``"pseudo-labels"``, ``"method"``, or ``""``."""
     model = config["model"]
     arguments = model.get("init_args") or {}
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     names = [str(model.get("class_path")), *(str(one.get("class_path")) for one in callbacks if isinstance(one, dict))]
     last = {name.rpartition(".")[2] for name in names}
-    return has_teacher(arguments) or bool(last & {"PseudoLabelModule", "CoTeachingModule", "PseudoLabelRefresh"})
-
-
-def has_teacher(arguments: dict[str, Any]) -> bool:
-    """Whether the arguments of a module name a teacher."""
-    return bool(arguments.get("teacher") or arguments.get("teachers"))
+    if arguments.get("teacher") or arguments.get("teachers"):
+        return "teacher"
+    if last & {"PseudoLabelModule", "PseudoLabelRefresh"}:
+        return "pseudo-labels"
+    return "method" if "CoTeachingModule" in last else ""
 
 
 def _student(config: dict[str, Any]) -> Any:
@@ -174,7 +179,9 @@ def _student(config: dict[str, Any]) -> Any:
 
 def _take_costs(groups: Sequence[Group], comparison: Comparison | None) -> None:
     """Take the costs of groups from a comparison of the same runs, and measure the others."""
-    known = {} if comparison is None else {run: one for one in comparison.groups for run in _by_folder(one.runs.values())}
+    known = (
+        {} if comparison is None else {run: one for one in comparison.groups for run in _by_folder(one.runs.values())}
+    )
     for group in groups:
         same = next((known[run] for run in _by_folder(group.runs.values()) if run in known), None)
         group.costs = {} if same is None else same.costs
@@ -192,9 +199,8 @@ def _roles(groups: Sequence[Group], kinds: Sequence[str], comparison: Comparison
             others += 1
             roles.append(Role(name, group.name, group, found))
             continue
-        label = {"alone": "student alone", "teacher": "teacher"}.get(kind, "")
-        if kind == "method":
-            taught = has_teacher(_config(group)["model"].get("init_args") or {})
-            label = group.name if kinds.count("method") > 1 else "distilled" if taught else "with the method"
+        label = {"alone": "student alone", "teacher": "teacher"}.get(kind, group.name)
+        if kind == "method" and kinds.count("method") == 1:
+            label = _LABELS[method_of(_config(group))]
         roles.append(Role(kind, label, group, found))
     return roles

@@ -129,7 +129,9 @@ class Network:
             known.append(batch.y.reshape(len(batch), -1)[:, 0].cpu().long())
             for network, parts in zip(networks, found, strict=True):
                 if (logits := network(batch)) is not None:
-                    several = [_two_columns(one, self.module.task) for one in (logits if logits.ndim == 3 else [logits])]
+                    several = [
+                        _two_columns(one, self.module.task) for one in (logits if logits.ndim == 3 else [logits])
+                    ]
                     parts.append(torch.stack(several).mean(dim=0).double().cpu())
         return torch.cat(known), [torch.cat(parts) if parts else None for parts in found]
 

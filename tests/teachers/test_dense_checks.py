@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_lightning import Batch, DistillModule, EnsembleDistillModule, SupervisedModule, Teacher
-from kd_lightning.cli.commands.doctor import examine
 from kd_lightning.losses import KDLoss
+from kd_lightning.report.examination import examine
 from kd_lightning.teachers.checks import accuracy, class_order, normalisation, soft_targets
 from kd_lightning.teachers.findings import collect_rows, match_labels
 from kd_lightning.teachers.regression_checks import error

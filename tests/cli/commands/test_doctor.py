@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 from kd_lightning import InputError, teach
 from kd_lightning.__main__ import main
 from kd_lightning.batch import Batch
-from kd_lightning.cli.commands.doctor import _normalised, examine
 from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.models import DigitsCNN
 from kd_lightning.modules import DistillModule, EnsembleDistillModule
+from kd_lightning.report.examination import _normalised, examine
 from kd_lightning.teachers.teacher import Teacher
 
 IMAGES, LABELS = (Digits().load().train.images.tensors[0], Digits().load().train.targets)

@@ -1,0 +1,152 @@
+"""The drawings of the report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from kd_lightning.report.svg import color, drawing_style, to_svg
+
+_MARKERS = {"alone": "s", "method": "o", "teacher": "D"}
+_NEXT = "^"  # of other roles
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values of one role.
+
+    Attributes:
+        kind: The role, which has a colour.
+        label: Its name.
+        values: A value for each seed.
+    """
+
+    kind: str
+    label: str
+    values: Sequence[float]
+
+
+def marker_of(kind: str) -> str:
+    """Return the marker of a role, so that roles differ not by colour alone."""
+    return _MARKERS.get(kind, _NEXT)
+
+
+def dot_plot(series: Sequence[Series], unit: str) -> Markup:
+    """Draw a row for each role, with a dot for each seed and a line at the mean.
+
+    Args:
+        series: The roles.
+        unit: Name and unit of the values, below the axis.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(4.8, 0.75 + 0.55 * len(series)), layout="constrained")
+        axes = figure.subplots()
+        for row, one in enumerate(series):
+            mean = statistics.mean(one.values)
+            axes.plot(
+                [mean, mean], [row - 0.3, row + 0.3], color=color(one.kind), linewidth=2.6, solid_capstyle="round"
+            )
+            axes.plot(
+                one.values,
+                [row] * len(one.values),
+                marker_of(one.kind),
+                color=color(one.kind),
+                markersize=7,
+                alpha=0.55,
+                markeredgewidth=0,
+            )
+        axes.set_yticks(range(len(series)), [one.label for one in series])
+        axes.set(ylim=(len(series) - 0.45, -0.55), xlabel=unit)
+        axes.tick_params(axis="y", length=0, labelcolor=color("ink"), labelsize=10)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        means = "; ".join(f"{one.label}: mean {statistics.mean(one.values):.4g} of {len(one.values)}" for one in series)
+        return to_svg(figure, "dots", f"Dot plot of {unit}, a dot for each seed. {means}.")
+
+
+def curves(by_role: Mapping[tuple[str, str], Sequence[Sequence[tuple[float, float]]]], name: str, unit: str) -> Markup:
+    """Draw learning curves: thin lines for seeds, and a line for their mean.
+
+    Args:
+        by_role: For each kind and label of a role the curves of its seeds, as pairs of step and value.
+        name: Name of the drawing on the page.
+        unit: Name and unit of the values.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(4.4, 3.0), layout="constrained")
+        axes = figure.subplots()
+        ends = []
+        for (kind, label), seeds in by_role.items():
+            for points in seeds:
+                axes.plot(*zip(*points, strict=True), color=color(kind), linewidth=0.7, alpha=0.35)
+            common = sorted(set.intersection(*({step for step, _ in points} for points in seeds)))
+            values = [dict(points) for points in seeds]
+            means = [statistics.mean(one[step] for one in values) for step in common]
+            if common:
+                axes.plot(common, means, color=color(kind), label=label)
+                ends.append(f"{label} {means[0]:.3g} at first, {means[-1]:.3g} at the end")
+        axes.set(xlabel="optimiser step", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(fontsize=9, loc="best")
+        return to_svg(figure, name, f"Learning curves of {unit}: {'; '.join(ends)}.")
+
+
+def reliability(bins: Sequence[tuple[float, float, int]], kind: str, label: str, error: float, samples: int) -> Markup:
+    """Draw the share of right decisions against the confidence.
+
+    Args:
+        bins: Mean confidence, share of right decisions and number of samples of each bin that is not empty.
+        kind: The role.
+        label: Its name.
+        error: The expected calibration error, in [0, 1].
+        samples: Number of samples.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(3.0, 3.0), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 100], [0, 100], color=color("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
+        x, y, counts = zip(*bins, strict=True)
+        x, y = [100 * value for value in x], [100 * value for value in y]
+        axes.plot(x, y, color=color(kind), linewidth=1.2, alpha=0.7)
+        sizes = [12 + 180 * (count / samples) for count in counts]
+        axes.scatter(x, y, s=sizes, marker=marker_of(kind), color=color(kind), alpha=0.8, linewidths=0)
+        axes.set(xlim=(0, 102), ylim=(0, 102), aspect="equal", xlabel="confidence, %", ylabel="right, %")
+        axes.set_title(label, fontsize=10, loc="left", color=color("ink"))
+        _few_ticks(axes)
+        alt = f"Reliability diagram of {label}: {len(bins)} bins, expected calibration error {100 * error:.2f} %."
+        return to_svg(figure, f"reliability-{kind}", alt)
+
+
+def rounds(epochs: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Markup:
+    """Draw shares of pseudo-labels over the epochs.
+
+    Args:
+        epochs: The epochs.
+        shares: {name: shares in [0, 1], NaN where there is none}; the first three are drawn.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+        axes = figure.subplots()
+        styles = zip(("method", "teacher", "alone"), ("-", "--", "-."), shares.items(), strict=False)
+        for kind, style, (name, values) in styles:
+            percent = [100 * value for value in values]
+            axes.plot(epochs, percent, style, color=color(kind), label=name, marker=marker_of(kind), markersize=4)
+        axes.set(xlabel="epoch", ylabel="%", ylim=(0, 103))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.legend(fontsize=9, loc="lower right")
+        ends = "; ".join(f"{name}: {100 * values[-1]:.1f} % at the end" for name, values in shares.items())
+        return to_svg(figure, "rounds", f"Pseudo-labels by epoch. {ends}.")
+
+
+def _few_ticks(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))

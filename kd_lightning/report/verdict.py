@@ -1,0 +1,97 @@
+"""The verdict: a headline, and one sentence with the numbers behind it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from kd_lightning.report.cast import Cast, Role
+from kd_lightning.report.numbers import TITLES, change_text, count_text, interval_text, is_percent, value_text
+
+_PARTS = {
+    "test": ("test sample", ""),
+    "val": ("validation sample", ""),
+    "transductive/test": ("test sample", " (which training saw without their labels)"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the report concludes.
+
+    Attributes:
+        kind: ``"better"``, ``"worse"``, ``"unclear"`` or ``"none"``.
+        headline: A few words.
+        sentence: One sentence, with the number of samples, seeds and intervals.
+    """
+
+    kind: str
+    headline: str
+    sentence: str
+
+
+def verdict_of(cast: Cast) -> Verdict:
+    """Conclude from the figures of a report."""
+    main, alone, figure = cast.main, cast.find("alone"), cast.comparison.figure_name
+    values = main.group.values(figure)
+    if not values:
+        return Verdict("none", "No test figures yet", f"{main.group.name} is trained and not yet tested.")
+    mean = value_text(statistics.mean(values), figure)
+    measured = f"on {samples_text(cast)} and {seeds_text(main)}"
+    if alone is None or main.difference is None or alone is main:
+        text = f"{main.group.name} has {_title(figure)} {mean}, measured {measured}"
+        if main.kind == "method":
+            text += "; the same student trained alone is not part of this report, so the effect of the "
+            text += f"{main.method} is not known"
+        return Verdict("none", f"{_title(figure).capitalize()} {mean}", f"{text}.")
+    found, base = main.difference, alone.group.values(figure)
+    unit = " points" if is_percent(figure) else ""
+    compared = f"{_title(figure)} is {mean} with the {main.method} and "
+    compared += f"{value_text(statistics.mean(base), figure)} without" if base else "unknown without"
+    parts = [compared]
+    if found.mean is not None:
+        parts.append(f"a difference of {change_text(found.mean, figure)}{unit}")
+    ends = [
+        f"{interval_text(interval, figure)} over {what}"
+        for interval, what in ((found.over_seeds, "seeds"), (found.over_samples, "samples"))
+        if interval is not None
+    ]
+    if ends:
+        parts.append(f"95 % interval {' and '.join(ends)}")
+    sentence = f"Measured {measured}: {', '.join(parts)}"
+    change = "" if found.mean is None else f": {change_text(found.mean, figure)}{unit}"
+    if found.verdict is None:
+        return Verdict("none", "No verdict yet", f"{sentence}; there is no verdict: {'; '.join(found.reasons)}.")
+    many = main.method.endswith("s")
+    headline = {
+        "better": f"The {main.method} {'help' if many else 'helps'}{change}",
+        "worse": f"The {main.method} {'do' if many else 'does'} harm{change}",
+    }.get(found.verdict, "No clear difference")
+    kind = found.verdict if found.verdict in ("better", "worse") else "unclear"
+    return Verdict(kind, headline, f"{sentence}.")
+
+
+def samples_text(cast: Cast) -> str:
+    """Return the number of samples that the figures of a report were measured on."""
+    noun, more = _PARTS.get(cast.part, ("sample", ""))
+    sizes = sorted({size for role in cast.roles for size in role.group.samples})
+    if not sizes:
+        return f"no {noun}s"
+    return (count_text(sizes[0], noun) if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} {noun}s") + more
+
+
+def seeds_text(role: Role) -> str:
+    """Return the seeds of a role.
+
+    >>> from types import SimpleNamespace
+    >>> runs = {seed: SimpleNamespace(seed=seed) for seed in (0, 1, 2)}
+    >>> seeds_text(SimpleNamespace(group=SimpleNamespace(runs=runs)))
+    '3 seeds (0, 1, 2)'
+    """
+    seeds = [run.seed for run in role.group.runs.values()]
+    named = ", ".join("none" if seed is None else str(seed) for seed in seeds[:10])
+    return f"{count_text(len(seeds), 'seed')} ({named}{', ...' if len(seeds) > 10 else ''})"
+
+
+def _title(figure: str) -> str:
+    return TITLES.get(figure, figure)
