@@ -31,7 +31,7 @@ _POOL, _SHOWN = 256, 8  # of training samples: those that the soft targets are s
 _LEAST_AGREEMENT = 0.95  # of predictions with those of the test, on another device or in another precision
 
 
-class Unavailable(InputError):
+class Unavailable(InputError):  # noqa: N818  (no fault: a part of the page is left out)
     """Something that a part of the report needs is not there."""
 
 

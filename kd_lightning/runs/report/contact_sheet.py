@@ -50,7 +50,7 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
     )
     panels = sheet.subplots(rows, columns, squeeze=False).flat
     for image, text, panel in zip(images, texts, panels, strict=False):  # zip takes no panel beyond the last image
-        panel.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1)
+        panel.imshow(picture_values(image), cmap="gray", vmin=0, vmax=1)
         panel.set(xticks=[], yticks=[])
         panel.set_xlabel(text, fontsize=7, parse_math=False)  # the name of a class may be $
     for panel in list(panels):
@@ -99,8 +99,8 @@ def _wrap(caption: str) -> str:
     return "\n".join(lines)
 
 
-def _pixels(image: Any) -> npt.NDArray[np.float32]:
-    """Return an array for imshow: (H, W), (H, W, 3) or (H, W, 4), in [0, 1]."""
+def picture_values(image: Any) -> npt.NDArray[np.float32]:
+    """Return the values of a picture of any kind, (H, W), (H, W, 3) or (H, W, 4), in [0, 1]; InputError if it is none."""
     return _stretch(_values(image))
 
 
