@@ -16,6 +16,8 @@ from kd_lightning.errors import InputError
 GroupOf = Callable[[str], str]
 """Function from the path of a sample to the name of its group; empty for a sample that is a group by itself."""
 
+_CALLED_AGAIN = 100  # samples
+
 
 def groups_of(samples: Samples, function: GroupOf | None) -> list[str] | None:
     """Return the group of each sample by index, the test part's behind them; None if there are none.
@@ -27,8 +29,8 @@ def groups_of(samples: Samples, function: GroupOf | None) -> list[str] | None:
         function: Function from the path of a sample to its group. Default: None, which means the source's groups.
 
     Raises:
-        InputError: If the function raises or returns no text, if samples have no paths, or if the source has groups,
-            too.
+        InputError: If the function raises, returns no text or not the same each time, if samples have no paths, or if
+            the source has groups, too.
     """
     parts = samples.parts
     if function is None:
@@ -42,6 +44,9 @@ def groups_of(samples: Samples, function: GroupOf | None) -> list[str] | None:
         if parts.train.groups is not None:
             raise InputError("group: the source has groups of its own; leave out one of both")
         found = [_call(function, samples.path(number)) for number in range(len(samples))]
+        for number, name in enumerate(found[:_CALLED_AGAIN]):
+            if (again := _call(function, path := samples.path(number))) != name:
+                raise InputError(f"group must return the same text each time, got {name!r} and {again!r} for {path}")
         if parts.test is not None:
             test_samples = Samples(parts._replace(train=parts.test, unlabeled=None), "none", samples.source)
             found += [_call(function, test_samples.path(number)) for number in range(len(parts.test.images))]

@@ -1,6 +1,7 @@
 """Grouped splits: no group stands on two sides, sizes are near what was asked, and everything is said or refused."""
 
 import csv
+import itertools
 import shutil
 from pathlib import Path
 
@@ -266,6 +267,11 @@ class TestModule:
         for size in (0, 0.25):
             with pytest.raises(InputError, match="group: no training sample is left, since all groups are in"):
                 module(group=lambda path: "one", val_size=size)
+
+    def test_a_function_that_depends_on_more_than_the_path(self, folder):
+        calls = itertools.count()
+        with pytest.raises(InputError, match=r"group must return the same text each time, got '0' and '66' for train"):
+            module(group=lambda path: str(next(calls)))
 
     def test_an_error_of_the_function_is_one_line(self, folder):
         def several_lines(path):
