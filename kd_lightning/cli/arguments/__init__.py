@@ -7,12 +7,15 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     cache,
     clean,
     compare,
+    distill,
     doctor,
     duplicates,
     experiment,
     export,
+    label,
     labels,
     layers,
+    predict,
     query,
 )
 from kd_lightning.cli.arguments._parsing import COMMANDS, check_configs_exist, configs_of, parse

@@ -7,9 +7,6 @@ from pathlib import Path
 
 from kd_lightning.errors import InputError
 
-SETTINGS = ("epochs", "image_size", "name", "out")
-"""Options of a folder that a config has keys for."""
-
 
 def add_folder(parser: ArgumentParser) -> None:
     """Add the folder, and the options of its fits."""

@@ -180,7 +180,7 @@ def _of_parts(folder: Path, parts: dict[Path, str]) -> list[Picture]:
 def _of_table(table: Path) -> tuple[str, list[Picture], str]:
     source = ImageTable(str(table))
     parts = source.load()
-    pictures = []
+    pictures: list[Picture] = []
     for part in PARTS:
         pictures += _rows(parts, part, Path(source.folder))
     return source.folder, _sorted(pictures), f"pictures and {table.name}"

@@ -117,9 +117,10 @@ def write_students(candidates: Sequence[Candidate], chosen: Candidate, out: Path
             f"{one.costs.megabytes:.3g}",
             f"{one.costs.latency:.3g}",
         ]
-        view.add_row(one.name + " (chosen)" * (one is chosen), *figures, "yes" if front else "no")
+        view.add_row(one.name + " *" * (one is chosen), *figures, "yes" if front else "no")
         rows.append([one.name, *figures, f"{one.costs.macs:.0f}", one.costs.parameters, int(front), int(one is chosen)])
     Console().print(view)
+    print(f"* {chosen.name} is the most accurate within the limits, and the one to deploy")
     print("front: no other student is as small, as quick and as accurate, and better in one of these")
     table, picture = out.with_suffix(".csv"), out.with_suffix(".png")
     with table.open("w", newline="", encoding="utf-8") as file:
