@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.batch import unpack
+from kd_lightning.data.preprocessing import describe_data
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import tensors_of
 from kd_lightning.quantization.sizes import precision_of, size_of
@@ -29,12 +30,13 @@ class StudentWriter(Callback):
     """Write ``student.safetensors`` to the run's folder at the end of a fit.
 
     The weights are those of the best checkpoint if a checkpoint callback monitors a metric, else the last ones. If the
-    best checkpoint is gone or cannot be read, a warning names it, and the last ones are written. The file's metadata
-    holds their origin, the task, the input shape of one sample, the precision, the size of the weights at that
-    precision in bytes, and the datamodule's class names and evaluation transforms. The origin ``weights`` is the path
-    of the checkpoint in the folder of checkpoints, or ``step N``. Metadata that cannot be determined are left out, with
-    a warning. Works on any LightningModule. The command line adds this callback to every fit of a module with a
-    student.
+    best checkpoint is gone or cannot be read, a warning names it, and the last ones are written. The file's
+    metadata holds their origin, the task, the input shape of one sample, the precision, the size of the weights at
+    that precision in bytes, the datamodule's class names, its evaluation transform as text, and as JSON the way
+    from a picture to the input, ``preprocessing`` (:data:`~kd_lightning.data.preprocessing.Description`; null if it
+    has none). The origin ``weights`` is the path of the checkpoint in the folder of checkpoints, or ``step N``.
+    Metadata that cannot be determined are left out, with a warning. Works on any LightningModule. The command line
+    adds this callback to every fit of a module with a student.
 
     Where the network is called with several tensors, ``input_shape`` holds the shape of each: as a mapping by the names
     of arguments, or as a list of shapes. Where they are not floats, ``input_dtype`` holds their types in the same form.
@@ -140,7 +142,8 @@ class StudentWriter(Callback):
             "precision": lambda: precision_of(student),
             "size_bytes": lambda: math.ceil(size_of(student).stored),
             "classes": lambda: getattr(data, "class_names", None),
-            "preprocessing": lambda: repr(getattr(data, "eval_transform", None)),
+            "transform": lambda: repr(getattr(data, "eval_transform", None)),
+            "preprocessing": lambda: describe_data(data, self.input_shape),
         }
         found: dict[str, str] = {}
         for name, part in parts.items():

@@ -25,6 +25,7 @@ from kd_lightning import (
     load_weights,
 )
 from kd_lightning.callbacks import student_writer
+from kd_lightning.data.preprocessing import describe_preprocessing
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.layers import quantize
 
@@ -80,8 +81,17 @@ def test_metadata_and_the_runs_folder(quiet_trainer, tmp_path, student):
     assert json.loads(found.pop("input_shape")) == [1, 8, 8]
     size = sum(t.numel() * 4 for t in student.state_dict().values() if t.is_floating_point())
     assert json.loads(found.pop("size_bytes")) == size
-    assert found == {"task": "multiclass", "precision": "fp32", "preprocessing": "Identity()", "weights": "step 1"}
+    assert json.loads(found.pop("preprocessing")) is None
+    assert found == {"task": "multiclass", "precision": "fp32", "transform": "Identity()", "weights": "step 1"}
     assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_preprocessing_is_described(quiet_trainer, tmp_path, student):
+    data = SemiSupervisedDataModule(Digits(), labeled=2, unlabeled="none")
+    quiet_trainer(callbacks=[StudentWriter()]).fit(SupervisedModule(student), data)
+    found = json.loads(metadata(tmp_path / "student.safetensors")["preprocessing"])
+    assert found == describe_preprocessing(data.eval_transform, (1, 8, 8))
+    assert found["scale"] == 1 / 255
 
 
 def test_a_quantised_student(quiet_trainer, loader, tmp_path, student, caplog):
@@ -214,9 +224,11 @@ def test_metadata_that_cannot_be_determined_are_left_out(quiet_trainer, tmp_path
     with pytest.warns(UserWarning, match="metadata of student.safetensors lack") as warned:
         quiet_trainer(callbacks=[StudentWriter(), Break()]).fit(SupervisedModule(student), data)
     texts = [str(warning.message) for warning in warned]
-    for name in ("precision", "size_bytes", "classes", "preprocessing"):
+    for name in ("precision", "size_bytes", "classes", "transform"):
         assert any(f"student.safetensors lack {name}: " in text for text in texts), name
-    assert metadata(tmp_path / "student.safetensors").keys() == {"kd_lightning", "task", "input_shape", "weights"}
+    found = metadata(tmp_path / "student.safetensors")
+    assert found.keys() == {"kd_lightning", "task", "input_shape", "preprocessing", "weights"}
+    assert found["preprocessing"] == "null"
     assert equal(load_weights(DigitsCNN(4), tmp_path / "student.safetensors"), student)
 
 

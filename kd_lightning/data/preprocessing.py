@@ -12,6 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional
 
+from kd_lightning.data.sources.dataset_source import DatasetSource
+from kd_lightning.data.sources.image_loader import load_image
 from kd_lightning.data.transforms.base import BatchTransform, Compose, Images
 from kd_lightning.data.transforms.channels import RGB
 from kd_lightning.data.transforms.draws import Draws
@@ -73,6 +75,33 @@ def describe_preprocessing(eval_transform: nn.Module | None, input_shape: Sequen
     if found["scale"] is None or fixed != size or len(found["mean"] or [0]) not in (1, input_shape[0]):
         return None
     return found
+
+
+def describe_data(data: Any, input_shape: Any) -> Description | None:
+    """Describe how a datamodule makes a network's input of an image file, see :func:`describe_preprocessing`.
+
+    Args:
+        data: Any datamodule.
+        input_shape: Shape of the input of one sample, (C, H, W).
+
+    Returns:
+        None also if files are not read by :func:`~kd_lightning.data.sources.image_loader.load_image`, or if the source
+        is a dataset with a transform of its own.
+    """
+    source = getattr(data, "source", None)
+    while (inner := getattr(source, "source", None)) is not None:
+        source = inner
+    if isinstance(source, DatasetSource):
+        source = source.train
+    while (inner := getattr(source, "dataset", None)) is not None and not isinstance(inner, type):  # a Subset
+        source = inner
+    own = any(getattr(source, name, None) is not None for name in ("transform", "transforms"))
+    shape = (
+        input_shape if isinstance(input_shape, list | tuple) and all(isinstance(n, int) for n in input_shape) else ()
+    )
+    if own or getattr(source, "loader", load_image) is not load_image:
+        return None
+    return describe_preprocessing(getattr(data, "eval_transform", None), shape)
 
 
 def transform_of(description: Mapping[str, Any]) -> BatchTransform:

@@ -1,18 +1,25 @@
 """Descriptions of evaluation transforms against the transforms that they describe."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
+from torchvision import datasets
 from torchvision import transforms as v1
 from torchvision.models import ResNet50_Weights, ViT_B_16_Weights
 from torchvision.transforms import v2
 
 from kd_lightning import InputError
+from kd_lightning.data.preprocessing import describe_data, describe_preprocessing, transform_of
+from kd_lightning.data.sources.class_subset import ClassSubset
+from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.digits import Digits
+from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.image_loader import load_image
 from kd_lightning.data.transforms import (
     RGB,
@@ -27,7 +34,6 @@ from kd_lightning.data.transforms import (
     to_float,
 )
 from kd_lightning.data.transforms.draws import Draws
-from kd_lightning.deploy.preprocessing import describe_preprocessing, transform_of
 
 SIZES = [(32, 32), (31, 47), (200, 67), (5, 300), (1, 1), (224, 225)]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -223,3 +229,38 @@ class TestDescription:
 
         assert describe_preprocessing(v2.Compose([v2.ToImage(), MyResize((8, 8)), to_float()]), (3, 8, 8)) is None
         assert describe_preprocessing(MyCompose([to_float()]), (3, 8, 8)) is None
+
+
+class TestDescribeData:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            picture((9, 9)).save(tmp_path / name / "one.png")
+        return tmp_path
+
+    def describe(self, source, shape=(3, 8, 8), transform=None):
+        return describe_data(SimpleNamespace(source=source, eval_transform=transform or source.eval_transform), shape)
+
+    def test_of_sources(self, folder):
+        photos = ImageFolder(folder, image_size=8)
+        expected = describe_preprocessing(photos.eval_transform, (3, 8, 8))
+        assert expected is not None
+        assert self.describe(photos) == self.describe(ClassSubset(photos, [0])) == expected
+        assert self.describe(Digits(), [1, 8, 8]) is not None
+        images = TensorDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+        assert self.describe(DatasetSource(images)) is not None
+
+    def test_none_for_another_loader_or_transform(self, folder):
+        assert self.describe(ImageFolder(folder, image_size=8, loader=Image.open)) is None
+        assert self.describe(ClassSubset(ImageFolder(folder, image_size=8, loader=Image.open), [0])) is None
+        theirs = datasets.ImageFolder(folder)  # with torchvision's loader, which turns no picture
+        assert self.describe(DatasetSource(theirs)) is None
+        assert self.describe(DatasetSource(Subset(theirs, [0, 1]))) is None
+        theirs = datasets.ImageFolder(folder, transform=v1.ToTensor(), loader=load_image)
+        assert self.describe(DatasetSource(theirs), transform=Normalize(MEAN, STD)) is None
+
+    @pytest.mark.parametrize("shape", [None, {"input_ids": [5]}, [[3, 8, 8], [2]], []])
+    def test_none_for_what_is_no_picture(self, folder, shape):
+        assert self.describe(ImageFolder(folder, image_size=8), shape) is None
+        assert describe_data(None, shape) is None
