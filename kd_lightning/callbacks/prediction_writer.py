@@ -23,6 +23,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
 from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder
+from kd_lightning.runs.spreadsheet import SafeWriter, unescape_cell
 
 CSV, LINES, MASKS = "predictions.csv", "predictions.jsonl", "predictions"
 """Names of the files of predictions, and of the folder of masks."""
@@ -195,7 +196,7 @@ def _write_table(
     """Write a row for each sample: of numbers, or of the file of its mask."""
     columns = [] if table is None else table.columns
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = SafeWriter(file)
         writer.writerow(["index", "path", "content", "prediction", *columns])
         for loader, number in sorted({**rows, **files}):
             name = name_of(number) if loader == 0 else ("", "")
@@ -223,7 +224,7 @@ def _delete_masks(folder: Path, listed: set[str]) -> None:
     """Delete the masks that the table of an earlier call lists and this one does not."""
     try:
         with (folder / CSV).open(newline="", encoding="utf-8") as file:
-            before = [row["prediction"] for row in csv.DictReader(file)]
+            before = [unescape_cell(row["prediction"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, csv.Error):
         return
     for name in before:

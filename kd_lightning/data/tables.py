@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.spreadsheet import unescape_cell
 
 _SEPARATORS = ",;\t"  # spreadsheets write all three
 
@@ -22,7 +23,8 @@ def read_table(path: Path, key: str, only: Collection[str] | None = None) -> tup
     """Read a table.
 
     The cells of a CSV file are separated by commas, semicolons or tabs; the first line decides. It is UTF-8, or UTF-16
-    with a byte order mark. An empty cell is an empty text, and so is a missing value of a Parquet file.
+    with a byte order mark. Texts that this package has escaped (``runs/spreadsheet.py``) are unescaped. An empty cell
+    is an empty text, and so is a missing value of a Parquet file.
 
     Args:
         path: The file; ``.parquet`` needs the extra ``weak``.
@@ -58,7 +60,7 @@ def _read_csv(path: Path, key: str, only: Collection[str] | None) -> tuple[Seque
             file.seek(0)
             reader = csv.DictReader(file, strict=True, delimiter=max(_SEPARATORS, key=header.count))
             columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            return columns, [(f"line {reader.line_num}", row) for row in reader]
+            return columns, [(f"line {reader.line_num}", _unescaped(row)) for row in reader]
     except (OSError, csv.Error, UnicodeError) as error:
         raise InputError(f"{key}: {path} cannot be read as CSV: {error}") from error
 
@@ -76,6 +78,11 @@ def _read_parquet(path: Path, key: str, only: Collection[str] | None) -> tuple[S
     except (OSError, ValueError) as error:
         raise InputError(f"{key}: {path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
     return columns, [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _unescaped(row: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a row with the texts that this package's tables have escaped, see ``runs/spreadsheet.py``."""
+    return {name: unescape_cell(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.runs.spreadsheet import SafeWriter, unescape_cell
 
 FOLDER = "pseudo_labels"
 """Folder of the ledger within a run's folder."""
@@ -68,7 +69,7 @@ def write_round(
     part = path.with_suffix(".part")
     columns = (labels.index, labels.label, labels.confidence, labels.accepted, labels.changed)
     with part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = SafeWriter(file)
         table.writerow(COLUMNS)
         for index, label, confidence, accepted, changed in zip(*(c.tolist() for c in columns), strict=True):
             name = class_names[label] if class_names is not None and label < len(class_names) else label
@@ -107,9 +108,9 @@ def read_round(path: Path) -> Round:
                 if columns == _OLD_COLUMNS:
                     cells.insert(4, "")
                 number, epoch, sample, name, content, label, share, *marks = cells
-                place = (int(sample), name, content)
+                place = (int(sample), unescape_cell(name), content)
                 accepted, changed = (mark == "1" for mark in marks)
-                row = (int(number), int(epoch), *place, label, float(share), accepted, changed)
+                row = (int(number), int(epoch), *place, unescape_cell(label), float(share), accepted, changed)
                 if row[2] < 0 or not 0 <= row[6] <= 1 or {*marks} - {"0", "1"} or row[:2] != (rows or [row])[0][:2]:
                     text = "index must be at least 0, confidence lie in [0, 1], accepted and changed be 0 or 1"
                     raise ValueError(f"round and epoch must be those of the other rows, {text}")

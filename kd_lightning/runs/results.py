@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.spreadsheet import SafeWriter, unescape_cell
 
 PARTS = ("test", "transductive/test", "val")
 
@@ -94,7 +95,8 @@ class Result:
 def _prediction(row: list[str], is_error: bool = False, labels: int = 1) -> Prediction:
     value = float(row[5])
     correct, error = (math.nan, value) if is_error else (value, math.nan)
-    return Prediction(int(row[0]), row[3], row[4], correct, row[1], row[2], error, labels)
+    label, prediction, path = map(unescape_cell, (row[3], row[4], row[1]))
+    return Prediction(int(row[0]), label, prediction, correct, path, row[2], error, labels)
 
 
 def write_result(result: Result, predictions: Iterable[Prediction]) -> None:
@@ -110,7 +112,7 @@ def write_result(result: Result, predictions: Iterable[Prediction]) -> None:
     path = _path(result.folder, result.part, ".json")
     path.unlink(missing_ok=True)  # so that no older figures stand beside new predictions
     with gzip.open(table, "wt", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = SafeWriter(file)
         writer.writerow([*_NAMES, "error" if is_error else "correct", *["labels"] * counts])
         digits = ".9g" if counts else "g"
         for p in predictions:

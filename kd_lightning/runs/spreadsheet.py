@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?inf", re.ASCII)
+_NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf|nan)"
+_NUMBERS = re.compile(f"{_NUMBER}(;{_NUMBER})*", re.ASCII)  # as of several regressed values
 
 
 class _Text(Protocol):
@@ -16,7 +17,7 @@ class _Text(Protocol):
 
 
 def escape_cell(text: str) -> str:
-    """Return a text for a cell: one that a spreadsheet would run gets an apostrophe before it. A number stays.
+    """Return a text for a cell: one that a spreadsheet would run gets an apostrophe before it. Numbers stay.
 
     A formula begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return (OWASP, "CSV Injection").
     :func:`unescape_cell` returns the text. So a text that begins with apostrophes and one of these gets one more.
@@ -24,7 +25,7 @@ def escape_cell(text: str) -> str:
     >>> escape_cell("=A1"), escape_cell("-1.5"), escape_cell("'tis"), escape_cell("'=A1")
     ("'=A1", '-1.5', "'tis", "''=A1")
     """
-    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBERS.fullmatch(text) else text
 
 
 def unescape_cell(cell: str) -> str:

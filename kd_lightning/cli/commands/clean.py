@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from kd_lightning.losses.forward_correction import estimate_transition, write_tr
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.student import has_student
 
 _NAME = ("index", "path", "content")  # columns that name a sample
@@ -225,7 +225,7 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
     suspects = result.suspects()
     names = data.class_names or [str(number) for number in range(result.probabilities.shape[1])]
     with (out / "suspects.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = SafeWriter(file)
         table.writerow([*_NAME, "label", "suggested", "quality"])
         for index, label, suggested, quality in suspects:
             table.writerow([*_name_of(data, index), names[label], names[suggested], f"{quality:.6g}"])
@@ -235,7 +235,7 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
         return
     kind, share = "missing" if action == "drop" else "noisy", weight if action == "downweight" else 1.0
     with (out / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = SafeWriter(file)
         table.writerow([*_NAME, "label", "kind", "weight"])
         for index, label, suggested, _ in suspects:
             name = names[suggested if action == "relabel" else label]

@@ -6,7 +6,6 @@ than 32 x 32 pixels, and it does not find mirrored or cropped copies.
 
 from __future__ import annotations
 
-import csv
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import contact_sheet
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.spreadsheet import SafeWriter
 
 COLUMNS = [f"{name}_{end}" for end in "ab" for name in ("part", "index", "path")]
 COLUMNS += ["distance", "label_a", "label_b", "exact"]
@@ -124,7 +124,7 @@ def report(
     found = find_pairs([s.side for s in samples], [s.content for s in samples], hashes, distance, pairs, within=within)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = SafeWriter(file)
         table.writerow(COLUMNS)
         table.writerows(_row(samples[pair.a], samples[pair.b], pair) for pair in found.rows)
     _print(samples, found, distance, pairs)

@@ -26,6 +26,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.report.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
+from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.weights import check_classes
 
 COLUMNS = ["index", "path", "content", "score", "label"]
@@ -154,7 +155,7 @@ def _write_query(
     out.parent.mkdir(parents=True, exist_ok=True)
     scores = samples.scores.tolist()
     with out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = SafeWriter(file)
         table.writerow(COLUMNS)
         for index, score in zip(selected, scores, strict=True):
             table.writerow([index, data.path(index) or "", data.content(index), f"{score:.6g}", ""])

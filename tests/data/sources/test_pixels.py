@@ -14,6 +14,7 @@ from kd_lightning.data.sources import pixels
 from kd_lightning.data.sources.image_files import ClassFolders, FlatFolder
 from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.image_loader import decode_image
+from kd_lightning.data.sources.image_table import ListedImages
 from kd_lightning.data.sources.images import path_of, read_image
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.sources.rotated_classes import RotatedClasses
@@ -188,3 +189,13 @@ class TestErrors:
         for index in (2, -3):
             with pytest.raises(IndexError):
                 read_pixels([subset], index)
+
+
+def test_the_images_of_a_table_are_decoded_as_those_of_a_folder(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8), "red").save(path)
+    monkeypatch.setattr(pixels, "decode_image", lambda path: "by torchvision")
+    assert read_pixels([ListedImages([str(path)], str(tmp_path))], 0) == "by torchvision"
+    assert isinstance(
+        read_pixels([ListedImages([str(path)], str(tmp_path), Image.open)], 0), torch.Tensor
+    )  # a user's loader
