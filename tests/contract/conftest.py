@@ -73,6 +73,8 @@ VARIANTS = {  # arguments of the model, or of the data, by dotted path, under wh
         {"data.mix": MIX},
         {"data.sampler": "balanced"},
         {"data.source": {"class_path": "parts.DigitsWithVal"}},
+        {"data.source": {"class_path": "parts.TableOfDigits"}},
+        {"data.source": {"class_path": "parts.SavedDigits"}},
     ],
     "student_digits": [{"class_weights": "balanced"}],
     "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],

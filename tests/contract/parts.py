@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.io import write_png
+from torchvision.transforms import v2
 
 from kd_lightning.batch import is_labeled
-from kd_lightning.data import Digits
+from kd_lightning.data import Digits, HuggingFaceSource, ImageTable
 from kd_lightning.data.sources.source import Part
+from kd_lightning.data.transforms import Compose
 
 
 class StoppedError(Exception):
@@ -136,6 +139,59 @@ class DigitsWithVal(Digits):
         size = len(targets) - 100
         train, val = (Part(Subset(images, n), targets[n]) for n in (range(size), range(size, len(targets))))
         return parts._replace(train=train, val=val)
+
+
+def _pictures(count):
+    """Pictures of some digits, and the numbers that they show."""
+    part = Digits().load().train
+    for number in range(count):
+        values = (part.images[number][0] * (255 / 16)).round().to(torch.uint8)
+        yield Image.fromarray(values.squeeze(0).numpy()), int(part.targets[number])
+
+
+def _grey_transforms():
+    """From pictures to the tensors of Digits: augmented, and not."""
+    grey = [v2.Grayscale(), v2.ToDtype(torch.float32, scale=True)]
+    return Compose([*grey, Digits().train_transform]), Compose(grey)
+
+
+class TableOfDigits(ImageTable):
+    """Digits as pictures in one folder, and a table of labels, splits, weights, and groups of two pictures."""
+
+    def __init__(self):
+        super().__init__("digits/labels.csv", group="writer", image_size=8)
+        self.train_transform, self.eval_transform = _grey_transforms()
+
+    def prepare(self):
+        if Path("digits/labels.csv").exists():
+            return
+        Path("digits").mkdir(exist_ok=True)
+        lines = ["filename,label,split,weight,writer"]
+        for number, (picture, label) in enumerate(_pictures(900)):
+            picture.save(f"digits/{number}.png")
+            split = "test" if number >= 700 else "train"
+            lines.append(f"{number}.png,{label},{split},{1 + number % 2},{number // 2}")
+        Path("digits/labels.csv").write_text("\n".join(lines))
+
+
+class SavedDigits(HuggingFaceSource):
+    """Digits as a folder that Hugging Face's datasets have written."""
+
+    def __init__(self):
+        super().__init__("saved_digits", image_size=8)
+        self.train_transform, self.eval_transform = _grey_transforms()
+
+    def prepare(self):
+        from datasets import ClassLabel, Dataset, DatasetDict, Features
+        from datasets import Image as Picture
+
+        if Path("saved_digits").exists():
+            return
+        features = Features({"image": Picture(), "label": ClassLabel(names=[*"0123456789"])})
+        pictures, labels = zip(*_pictures(900), strict=True)
+        whole = Dataset.from_dict({"image": [*pictures], "label": [*labels]}, features=features)
+        parts = {"train": range(600), "validation": range(600, 700), "test": range(700, 900)}
+        DatasetDict({name: whole.select(rows) for name, rows in parts.items()}).save_to_disk("saved_digits")
 
 
 class Plain(nn.Module):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, R2Score
@@ -1020,6 +1021,10 @@ class TestMetrics:
             iou, accuracy = MulticlassJaccardIndex(C), MulticlassAccuracy(C, average="micro")
         assert found["val/mean_iou"] == pytest.approx(iou(outputs, y).item())
         assert found["val/accuracy"] == pytest.approx(accuracy(outputs, y).item())
+        guess = (outputs > 0).long() if form == "binary maps" else outputs.argmax(dim=1)
+        assert found["val/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, guess), rel=1e-6)
+        for number, recall in enumerate(recall_score(y, guess, average=None, labels=y.unique())):
+            assert found[f"val/recall_{y.unique()[number]}"] == pytest.approx(recall, rel=1e-6)
         total, count = hard_by_hand(form, z, rows)
         assert found["val/loss"] == pytest.approx(float(total) / count)
         every = rows_by_hand(form, batch)
