@@ -7,6 +7,8 @@ import math
 from kd_lightning.runs.report.statistics import Interval
 
 _PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error", "balanced_accuracy", "f1")
+MISSING = "\N{EN DASH}"
+"""What stands in a table for a value that is not known."""
 TITLES = {"accuracy": "accuracy", "mae": "mean absolute error", "loss": "loss"}
 
 
@@ -27,8 +29,8 @@ def value_text(value: float, figure: str, digits: int = 1) -> str:
 def change_text(value: float, figure: str) -> str:
     """Return a difference with its sign; percentages in points.
 
-    >>> change_text(-0.0123, "accuracy")
-    '−1.23'
+    >>> change_text(0.0123, "accuracy")
+    '+1.23'
     """
     text = format(100 * value, "+.2f") if is_percent(figure) else format(value, "+.4g")
     return text.replace("-", "\N{MINUS SIGN}")
@@ -40,13 +42,13 @@ def interval_text(interval: Interval, figure: str) -> str:
 
 
 def ratio_text(larger: float, smaller: float) -> str:
-    """Return how many times one number is the other one, with two or three digits.
+    r"""Return how many times one number is the other one, with three digits.
 
-    >>> ratio_text(378.5, 25.5)
-    '14.8×'
+    >>> ratio_text(378.5, 25.5) == "14.8\N{MULTIPLICATION SIGN}"
+    True
     """
     ratio = larger / smaller if smaller else math.inf
-    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+    return f"{ratio:.{0 if ratio >= 100 else 1 if ratio >= 10 else 2}f}\N{MULTIPLICATION SIGN}"
 
 
 def count_text(count: int, noun: str) -> str:
