@@ -156,7 +156,8 @@ class StreamDataModule(LightningDataModule):
         device = device if device is not None and device.type == "cuda" else None
         labeled = self.labeled or not training
         names = self.class_names, self.columns
-        views = StreamViews(part, transforms, self.seed, device, *names, labeled, self.pad_token)
+        task = getattr(None if self.trainer is None else self.trainer.lightning_module, "task", None)
+        views = StreamViews(part, transforms, self.seed, device, *names, labeled, self.pad_token, task)
         compares = reader.checks and (world > 1 or self.num_workers > 1)
         batches = StreamBatches(reader, views, self.batch_size, rank, world, compares)
         options = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}

@@ -137,6 +137,48 @@ class TestFit:
         assert trainer.global_step == 12
         assert 0 < trainer.callback_metrics["train/unsupervised"] < math.inf
 
+    @pytest.mark.parametrize(
+        ("task", "label"),
+        [
+            ("multilabel", lambda n: [0, 1, n % 2]),
+            ("regression", lambda n: [n / 7, 0.5, -1.0]),
+            ("regression", lambda n: [n % 5 - 8, 1, 2]),
+            ("regression", lambda n: n % 4),
+            ("binary", lambda n: n % 2 == 0),
+        ],
+    )
+    def test_batches_without_labels_of_each_task(self, tmp_path, task, label):
+        """They count next to nothing, also if they come first, when the shape of the labels is not known."""
+        labels = [None if n < 8 or n % 5 == 0 else label(n) for n in range(24)]
+        x = torch.rand(24, DIM, generator=torch.Generator().manual_seed(0))
+        width = len(label(1)) if isinstance(label(1), list) else 1
+        torch.manual_seed(0)
+        student = nn.Linear(DIM, width)
+        expected = copy.deepcopy(student).double()
+        optimizer = sgd(expected.parameters())
+        loss = F.mse_loss if task == "regression" else F.binary_cross_entropy_with_logits
+        for first in range(0, 24, 4):
+            known = [n for n in range(first, first + 4) if labels[n] is not None]
+            if known:
+                target = torch.tensor([labels[n] for n in known], dtype=torch.double).view(len(known), width)
+                optimizer.zero_grad()
+                loss(expected(x[known].double()), target).backward()
+                optimizer.step()
+        module = SupervisedModule(student, task=task, optimizer=sgd)
+        items = [*zip(x, labels, strict=True)]
+        trainer = fit(module, StreamDataModule(items, items, batch_size=4), tmp_path, max_epochs=1)
+        for found, other in zip(student.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(found.double(), other, rtol=1e-5, atol=1e-6)
+        assert math.isfinite(trainer.callback_metrics["val/loss"])
+
+    @pytest.mark.parametrize("label", [-1, -100, [2, -1]])
+    def test_whole_numbers_of_regression_that_may_be_missing_labels(self, tmp_path, label):
+        items = [(torch.ones(DIM), [3, 3] if isinstance(label, list) else 3), (torch.ones(DIM), label)]
+        module = SupervisedModule(nn.Linear(DIM, 2 if isinstance(label, list) else 1), task="regression")
+        with pytest.raises(
+            InputError, match="^train: sample 1 of the stream: .* give floats, and NaN for a missing one"
+        ):
+            fit(module, StreamDataModule(items), tmp_path)
 
     def test_token_sequences(self):
         items = [{"input_ids": [*range(1, n + 1)], "attention_mask": [1] * n, "labels": n % 3} for n in (2, 4, 3)]
@@ -208,7 +250,7 @@ class TestHuggingFace:
         batches = [*data.train_dataloader()]
         assert [batch.x.shape for batch in batches] == [(8, 3, 16, 16), (8, 3, 16, 16), (4, 3, 16, 16)]
         assert data.class_names == ["cat", "dog", "eel"]
-        assert [batch.y.tolist() for batch in data.test_dataloader()][0] == [0, 1, 2, 0, 1, 2, 0, 1]
+        assert next(iter(data.test_dataloader())).y.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
         assert batches[0].y.tolist() != [0, 1, 2, 0, 1, 2, 0, 1]
 
     def test_files(self, tmp_path):
@@ -284,6 +326,6 @@ class TestNeedsRandomAccess:
             SemiSupervisedDataModule(source()).setup("fit")
 
     def test_hugging_face_source(self):
+        stream = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
         with pytest.raises(InputError, match="StreamDataModule"):
-            stream = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
             SemiSupervisedDataModule(HuggingFaceSource({"train": stream})).setup("fit")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kd_lightning.batch import IGNORE_INDEX, Batch, is_labeled
 from kd_lightning.data.sources.class_names import number_names
 from kd_lightning.data.sources.items import label_of
-from kd_lightning.data.sources.targets import texts_among, to_tensor
+from kd_lightning.data.sources.targets import is_missing, texts_among, to_tensor
 from kd_lightning.data.views.dataset import ViewDataset, collate
 from kd_lightning.data.views.nested import is_number
 from kd_lightning.errors import InputError
@@ -44,6 +44,8 @@ class StreamViews:
         columns: Names of the inputs and of the label in items that are mappings; None for the usual names.
         labeled: Whether items have labels. If not, an item is the inputs, or has them where labeled ones have.
         pad_token: Number that pads ``input_ids``.
+        task: Task of the module; None if it is not known. Whole numbers are values for the regression task, else
+            numbers of classes, or zeros and ones.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class StreamViews:
         columns: tuple[str | None, str | None],
         labeled: bool = True,
         pad_token: int = 0,
+        task: str | None = None,
     ) -> None:
         self.part = part
+        self.task = task
         self.class_names = class_names
         self.columns = columns
         self.labeled = labeled
@@ -118,12 +122,14 @@ class StreamViews:
         if texts_among(values):
             if self.class_names is None:
                 raise InputError(f"{self.part}: labels are texts, such as {values[0]!r:.40}; they need class_names")
-            values = number_names(values, self.class_names, f"{self.part}, a batch from {where[0]}")[0]
-        y = to_tensor(values, f"{self.part}, a batch from {where[0]}")
+            values = number_names(values, self.class_names, f"{where[0]} and those behind it")[0]
+        y = to_tensor(values, f"{where[0]} and those behind it")
         if y.ndim > 2 or y.is_complex():
             raise InputError(f"{where[0]} must have one label, or one row of them, got {[*y.shape[1:]]} {y.dtype}")
         if y.is_floating_point():
             return y.float()
+        if self.task == "regression":
+            return self._whole_values(y, values, where)
         y = y.long()
         if y.ndim == 2 and y.shape[1] > 1:  # zeros and ones
             missing = (y == -1) | (y == IGNORE_INDEX)
@@ -140,6 +146,20 @@ class StreamViews:
         if wrong.any():
             row = int(wrong.reshape(len(wrong), -1).any(dim=1).nonzero()[0])
             raise InputError(f"{where[row]}: labels must be {values_of}, got {values[row]!r:.60}")
+        return y
+
+    def _whole_values(self, y: Tensor, values: Sequence[Any], where: Sequence[str]) -> Tensor:
+        """Return whole numbers as floats; NaN for None."""
+        missing = torch.tensor([*map(is_missing, values)])
+        odd = ((y == -1) | (y == IGNORE_INDEX)).reshape(len(y), -1).any(dim=1) & ~missing
+        if odd.any():
+            row = int(odd.nonzero()[0])
+            raise InputError(
+                f"{where[row]}: the whole numbers -1 and {IGNORE_INDEX} may be values or missing labels; for the "
+                f"regression task give floats, and NaN for a missing one, got {values[row]!r:.60}"
+            )
+        y = y.float()
+        y[missing] = torch.nan
         return y
 
 

@@ -88,6 +88,8 @@ def _fine(loss: nn.Module, task: Task, logits: Tensor, batch: Batch) -> HardLoss
     if not labels_fit(task, logits, y):
         if is_own(loss) and len(y) == len(logits):
             return _own(loss, logits, y, batch)
+        if y.shape == logits.shape[:1] and not is_labeled(y).any():  # of a stream, which has not seen the labels' shape
+            return _without_labels(loss, task, logits)
         if task == "regression" and batch.partner is not None:
             raise InputError(
                 f"mixed labels {[*y.shape]} are probabilities of classes, since labels are whole numbers; for the "
