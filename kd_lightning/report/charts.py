@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -53,8 +53,7 @@ def dot_plot(series: Sequence[Series], unit: str) -> Markup:
                 [mean, mean], [row - 0.3, row + 0.3], color=color(one.kind), linewidth=2.6, solid_capstyle="round"
             )
             axes.plot(
-                one.values,
-                [row] * len(one.values),
+                *zip(*_side_by_side(one.values, row), strict=True),
                 marker_of(one.kind),
                 color=color(one.kind),
                 markersize=7,
@@ -70,6 +69,18 @@ def dot_plot(series: Sequence[Series], unit: str) -> Markup:
         axes.spines["left"].set_visible(False)
         means = "; ".join(f"{one.label}: mean {statistics.mean(one.values):.4g} of {len(one.values)}" for one in series)
         return to_svg(figure, "dots", f"Dot plot of {unit}, a dot for each seed. {means}.")
+
+
+def _side_by_side(values: Sequence[float], row: float) -> list[tuple[float, float]]:
+    """Return the places of dots; equal values lie above one another."""
+    counts = Counter(round(value, 6) for value in values)
+    seen: Counter[float] = Counter()
+    places = []
+    for value in values:
+        key = round(value, 6)
+        places.append((value, row + 0.2 * (seen[key] - (counts[key] - 1) / 2) / max(1, counts[key] / 3)))
+        seen[key] += 1
+    return places
 
 
 def curves(by_role: Mapping[tuple[str, str], Sequence[Sequence[tuple[float, float]]]], name: str, unit: str) -> Markup:
@@ -116,12 +127,12 @@ def reliability(bins: Sequence[tuple[float, float, int]], kind: str, label: str,
         axes.plot([0, 100], [0, 100], color=color("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
         x, y, counts = zip(*bins, strict=True)
         x, y = [100 * value for value in x], [100 * value for value in y]
-        axes.plot(x, y, color=color(kind), linewidth=1.2, alpha=0.7)
-        sizes = [12 + 180 * (count / samples) for count in counts]
-        axes.scatter(x, y, s=sizes, marker=marker_of(kind), color=color(kind), alpha=0.8, linewidths=0)
-        axes.set(xlim=(0, 102), ylim=(0, 102), aspect="equal", xlabel="confidence, %", ylabel="right, %")
-        axes.set_title(label, fontsize=10, loc="left", color=color("ink"))
-        _few_ticks(axes)
+        axes.plot(x, y, color=color(kind), linewidth=0.9, alpha=0.5)
+        sizes = [14 + 170 * (count / samples) for count in counts]
+        axes.scatter(x, y, s=sizes, marker=marker_of(kind), color=color(kind), linewidths=0, clip_on=False, zorder=3)
+        axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="confidence, %", ylabel="right, %")
+        axes.set(xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+        axes.set_title(label, fontsize=10, loc="left", color=color("ink"), pad=9)
         alt = f"Reliability diagram of {label}: {len(bins)} bins, expected calibration error {100 * error:.2f} %."
         return to_svg(figure, f"reliability-{kind}", alt)
 
@@ -145,8 +156,3 @@ def rounds(epochs: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Ma
         axes.legend(fontsize=9, loc="lower right")
         ends = "; ".join(f"{name}: {100 * values[-1]:.1f} % at the end" for name, values in shares.items())
         return to_svg(figure, "rounds", f"Pseudo-labels by epoch. {ends}.")
-
-
-def _few_ticks(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4))

@@ -48,7 +48,9 @@ def accuracy_part(facts: Facts) -> Context:
         rows.append(
             {
                 "role": role,
-                "value": f"{value_text(statistics.mean(values), figure, 2)}{spread}" if values else "not measured",
+                "value": f"{value_text(statistics.mean(values), figure, 2).removesuffix(' %')}{spread}"
+                if values
+                else "-",
                 "seeds": len(values),
                 "samples": _span(role.group.samples),
                 "change": change_text(found.mean, figure) if found and found.mean is not None else "",

@@ -46,6 +46,7 @@ def data_part(facts: Facts) -> Context:
         "source": str(source.get("class_path", "")).rpartition(".")[2] if isinstance(source, dict) else "",
         "seed": run.seeds[1],
         "alone": _labels_alone(facts),
+        "transductive": facts.cast.part.startswith("transductive"),
     }
 
 

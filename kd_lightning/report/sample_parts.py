@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
@@ -13,7 +14,7 @@ from kd_lightning.report.outputs import soft_targets
 from kd_lightning.report.pictures import is_small, test_picture, training_picture
 
 MOST_MISTAKES = 24
-_CLASSES = 4  # of a distribution that are shown
+_CLASSES, _LEAST = 4, 0.005  # classes of a distribution that are shown, and their least probability
 
 Context = dict[str, Any] | None
 
@@ -80,20 +81,18 @@ def soft_targets_part(facts: Facts) -> Context:
 
 
 def _bars(distributions: Mapping[str, Tensor], names: Sequence[str], label: int) -> list[dict[str, Any]]:
-    """Return the classes of the largest probabilities, the label among them, each with its probabilities."""
-    largest = next(iter(distributions.values())).clone()
-    for one in distributions.values():
-        largest = largest.maximum(one)
-    chosen = largest.argsort(descending=True)[:_CLASSES].tolist()
-    if 0 <= label < len(names) and label not in chosen:
-        chosen[-1] = label
+    """Return the label and the classes of the largest probabilities, each with its probabilities in percent."""
+    largest = torch.stack([*distributions.values()]).amax(dim=0)
+    order = largest.argsort(descending=True).tolist()
+    known = [label] if 0 <= label < len(names) else []
+    others = [number for number in order if number != label and largest[number] >= _LEAST]
     return [
         {
             "name": names[number],
             "is_label": number == label,
             "shares": [(kind, 100 * float(one[number])) for kind, one in distributions.items()],
         }
-        for number in chosen
+        for number in [*known, *others][:_CLASSES]
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning.pytorch.utilities import rank_zero_warn
+from markupsafe import Markup, escape
 
 from kd_lightning.errors import InputError
 from kd_lightning.report import figure_parts, run_parts, sample_parts
@@ -59,9 +61,7 @@ class Part:
     problem: str = ""
 
 
-def write_report(
-    runs: Sequence[Path | Run], out: Path | None = None, comparison: Comparison | None = None
-) -> Path:
+def write_report(runs: Sequence[Path | Run], out: Path | None = None, comparison: Comparison | None = None) -> Path:
     """Write a report about runs, and return its path.
 
     A part that does not apply is left out. A part whose data are gone is named at the end of the page, and a part that
@@ -117,6 +117,7 @@ def render(cast: Cast) -> str:
         "change": lambda value: change_text(value, figure),
         "interval": lambda value: interval_text(value, figure),
         "thousands": lambda value: f"{value:,}",
+        "breakable": _breakable,
     }
     now = datetime.now().astimezone()
     return environment.get_template("report.html.j2").render(
@@ -129,6 +130,11 @@ def render(cast: Cast) -> str:
         roles=cast.roles,
         machine=describe_hardware(),
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Return a path or dotted name that lines may break after a separator."""
+    return Markup(re.sub(r"([._/\\])", r"\1<wbr>", str(escape(text))))
 
 
 def _default_file(runs: Sequence[Path | Run]) -> Path:
