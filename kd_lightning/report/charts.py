@@ -137,11 +137,11 @@ def reliability(bins: Sequence[tuple[float, float, int]], kind: str, label: str,
         return to_svg(figure, f"reliability-{kind}", alt)
 
 
-def rounds(epochs: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Markup:
-    """Draw shares of pseudo-labels over the epochs.
+def rounds(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Markup:
+    """Draw shares of pseudo-labels over training.
 
     Args:
-        epochs: The epochs.
+        steps: The optimiser steps.
         shares: {name: shares in [0, 1], NaN where there is none}; the first three are drawn.
     """
     with drawing_style():
@@ -150,9 +150,9 @@ def rounds(epochs: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Ma
         styles = zip(("method", "teacher", "alone"), ("-", "--", "-."), shares.items(), strict=False)
         for kind, style, (name, values) in styles:
             percent = [100 * value for value in values]
-            axes.plot(epochs, percent, style, color=color(kind), label=name, marker=marker_of(kind), markersize=4)
-        axes.set(xlabel="epoch", ylabel="%", ylim=(0, 103))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.plot(steps, percent, style, color=color(kind), label=name, marker=marker_of(kind), markersize=4)
+        axes.set(xlabel="optimiser step", ylabel="%", ylim=(0, 103))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(fontsize=9, loc="lower right")
         ends = "; ".join(f"{name}: {100 * values[-1]:.1f} % at the end" for name, values in shares.items())
-        return to_svg(figure, "rounds", f"Pseudo-labels by epoch. {ends}.")
+        return to_svg(figure, "rounds", f"Pseudo-labels by optimiser step. {ends}.")

@@ -188,25 +188,25 @@ def calibration_part(facts: Facts) -> Context:
 def pseudo_labels_part(facts: Facts) -> Context:
     """Precision and coverage of the pseudo-labels of each round."""
     run = facts.cast.main.run
-    found = {row["epoch"]: row for row in run.rows() if "pseudo_labels/coverage" in row}
+    found = {row["step"]: row for row in run.rows() if "pseudo_labels/coverage" in row}
     names = {
         "pseudo_labels/coverage": "coverage",
         "pseudo_labels/accepted_precision": "precision of accepted",
         "pseudo_labels/precision": "precision of all",
     }
     if not found:
-        found = {row["epoch"]: row for row in run.rows() if "train/coverage" in row}
+        found = {row["step"]: row for row in run.rows() if "train/coverage" in row}
         names = {"train/coverage": "coverage"}
     if not found:
         return None
-    table = [found[epoch] for epoch in sorted(found)]
+    table = [found[step] for step in sorted(found)]
     present = {key: name for key, name in names.items() if any(key in row for row in table)}
     shares = {name: [row.get(key, math.nan) for row in table] for key, name in present.items()}
     step = max(1, math.ceil(len(table) / _MOST_ROUNDS))
     shown = sorted({*range(0, len(table), step), len(table) - 1})
-    texts = [(int(table[number]["epoch"]), [_share(table[number].get(key)) for key in present]) for number in shown]
+    texts = [(int(table[number]["step"]), [_share(table[number].get(key)) for key in present]) for number in shown]
     return {
-        "svg": rounds([row["epoch"] for row in table], shares),
+        "svg": rounds([row["step"] for row in table], shares),
         "columns": [*present.values()],
         "rows": texts,
         "pool": _pool_text(run),

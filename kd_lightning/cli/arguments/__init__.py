@@ -17,6 +17,7 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     layers,
     predict,
     query,
+    report,
 )
 from kd_lightning.cli.arguments._parsing import COMMANDS, check_configs_exist, configs_of, parse
 from kd_lightning.cli.arguments.verbs import VERBS, is_for_verb, parse_verb, verb_help

@@ -19,10 +19,13 @@ from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.comparison import compare_runs
-from kd_lightning.runs.run import Run, run_of
+from kd_lightning.runs.report.comparison import Comparison, compare_runs
+from kd_lightning.runs.report.log_figure import only_warn
+from kd_lightning.runs.run import Run
 from kd_lightning.runs.student import has_student, is_taught
+from kd_lightning.runs.teacher_runs import teacher_runs
 
 _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
 """Callbacks that the baseline does without: it learns from labels alone."""
@@ -36,17 +39,21 @@ class Experiment(NamedTuple):
         method: Runs of the method, by seed.
         teachers: Runs that left the teachers' weights.
         out: Folder of the comparison.
+        comparison: The comparison.
     """
 
     alone: list[Run]
     method: list[Run]
     teachers: list[Run]
     out: Path
+    comparison: Comparison
 
 
 def main(options: Namespace) -> None:
-    """Run the fits that are missing, and compare all."""
-    run_experiment(options.overrides, options.seeds, options.out)
+    """Run the fits that are missing, compare all, and write the report."""
+    done = run_experiment(options.overrides, options.seeds, options.out)
+    with only_warn("the report"):
+        print(f"report: {write_report([done.out], comparison=done.comparison)}")
 
 
 def run_experiment(args: list[str], seeds: int, out: str | Path | None = None) -> Experiment:
@@ -79,12 +86,12 @@ def run_experiment(args: list[str], seeds: int, out: str | Path | None = None) -
         name, seed = run_config["name"], run_config["seed_everything"]
         console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
         folders.append(fit_and_test(run_config, data))
-    teachers = _teacher_runs(config)
+    teachers = teacher_runs(config)
     root = Path(config["trainer"]["default_root_dir"])
     out = Path(out) if out else root / f"{config['name']}_comparison"
-    compare_runs([*folders, *teachers], out)
+    comparison = compare_runs([*folders, *(run.folder for run in teachers)], out)
     runs = [*map(Run, folders)]
-    return Experiment(runs[:seeds], runs[seeds:], [*map(Run, teachers)], out)
+    return Experiment(runs[:seeds], runs[seeds:], teachers, out, comparison)
 
 
 def with_seed(config: Config, seed: int) -> Config:
@@ -173,19 +180,3 @@ def _is_tested(run: Run, data: SemiSupervisedDataModule) -> bool:
     tested = {(row.path, row.content) for row in rows}
     limit = (run.config.get("trainer") or {}).get("limit_test_batches")
     return tested <= {*zip(now.paths, now.contents, strict=True)} and (limit is not None or len(rows) == len(now))
-
-
-def _teacher_runs(config: Config) -> list[Path]:
-    """Return the folders of the finished runs that left the teachers' weights."""
-    arguments = config["model"]["init_args"]
-    given = arguments.get("teachers") or [arguments.get("teacher")]
-    runs = [run_of(Path(path)) for teacher in given if (path := _weights_of(teacher))]
-    return [*dict.fromkeys(run.folder for run in runs if run is not None and run.finished)]
-
-
-def _weights_of(teacher: Config | None) -> str | None:
-    """Return the file from which a network, or the network in a ``Teacher``, is loaded."""
-    arguments = (teacher or {}).get("init_args", {})
-    inner = arguments.get("network")
-    found: str | None = arguments.get("path") or (_weights_of(inner) if isinstance(inner, dict) else None)
-    return found
