@@ -32,7 +32,8 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     SupervisedModule,
 )
-from kd_lightning.deploy.export import collect_logits, compare_logits, export_student, load_exported
+from kd_lightning.deploy.comparison import collect_logits, compare_logits
+from kd_lightning.deploy.export import export_student, load_exported
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.base import predicted_labels
 from kd_lightning.models import DigitsCNN, resnet20

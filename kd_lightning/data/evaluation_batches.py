@@ -45,6 +45,33 @@ def evaluation_batches(data: Any, device: torch.device, labeled: bool = True) ->
     return (batches, "labels of training images (there are no validation labels)") if batches else None
 
 
+def calibration_batches(data: Any, device: torch.device, count: int) -> list[Batch]:
+    """Return training samples under the evaluation transform, as ranges of activations are measured on.
+
+    Args:
+        data: A datamodule, set up for a fit, or a module with its own loaders.
+        device: Device of the batches.
+        count: Number of samples, at least 1; always the same ones, drawn from all. Of a datamodule of the user, the
+            batches of its training loader that hold the first of them.
+    """
+    if not isinstance(data, SemiSupervisedDataModule):
+        batches: list[Batch] = []
+        for batch in batches_of(data.train_dataloader(), data, device):
+            batches.append(batch)
+            if sum(map(len, batches)) >= count:
+                break
+        return batches
+    assert data.split is not None
+    training = data.train_dataloader()
+    dataset, labels = training.dataset, LabelTable(training.labels.visible, dense=training.labels.dense)
+    assert isinstance(dataset, ViewDataset)
+    indices = torch.tensor(data.split.labeled + data.split.unlabeled)
+    drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    images = dataset.of(indices[drawn], data.eval_transform)
+    loader = ViewLoader(images, labels, batch_size=data.batch_size, num_workers=data.num_workers)
+    return [*batches_of(loader, data, device)]
+
+
 def _first(loader: Any, data: Any, device: torch.device, labeled: bool) -> list[Batch]:
     taken, count = [], 0
     for batch in batches_of(loader, data, device):

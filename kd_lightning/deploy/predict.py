@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +18,7 @@ from kd_lightning.data.preprocessing import transform_of
 from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS
 from kd_lightning.data.sources.image_loader import load_image
-from kd_lightning.deploy.export import FORMATS, METADATA, load_exported
+from kd_lightning.deploy.export import FORMATS, format_of, load_exported, read_file_metadata
 from kd_lightning.deploy.picture_inputs import PictureInputs
 from kd_lightning.deploy.pictures import find_pictures
 from kd_lightning.errors import InputError
@@ -200,7 +198,7 @@ def load_predictor(model: str | Path) -> Predictor:
             - the folder of a run: its deployed weights, and the evaluation transform of its data, which need not be
               there any more;
             - ``.safetensors``, with the run's ``config.yaml`` beside it;
-            - ``.onnx`` or ``.pt2`` from ``export``, whose metadata describe the preprocessing.
+            - ``.onnx``, ``.pt2`` or ``.pte`` from ``export``, whose metadata describe the preprocessing.
 
     Raises:
         InputError: If it is none of these, or if the network takes no pictures.
@@ -210,7 +208,7 @@ def load_predictor(model: str | Path) -> Predictor:
         return _of_run(Run(path))
     if not path.is_file():
         raise InputError(f"{path} is no run and no exported file: it does not exist")
-    kind = next((name for name, suffix in FORMATS.items() if path.suffix == suffix), None)
+    kind = format_of(path)
     if kind is None:
         raise InputError(f"{path} must be the folder of a run, or end in {', '.join(FORMATS.values())}")
     if kind == "safetensors":
@@ -278,7 +276,7 @@ def _loader_of(dataset: Any, run: Run) -> Any:
 
 
 def _of_file(path: Path, kind: str) -> Predictor:
-    metadata = _read_exported_metadata(path, kind)
+    metadata = read_file_metadata(path)
     shape, described = _read_shape(path, metadata), _read_json(metadata, "preprocessing")
     if not isinstance(described, dict):
         raise InputError(f"{path} does not describe the way from a picture to its inputs; name the run's folder")
@@ -290,23 +288,6 @@ def _of_file(path: Path, kind: str) -> Predictor:
 
 def _no_network() -> Any:
     raise AssertionError("only weights need a network")
-
-
-def _read_exported_metadata(path: Path, kind: str) -> dict[str, str]:
-    try:
-        if kind == "torch_export":
-            with zipfile.ZipFile(path) as file:
-                name = next(name for name in file.namelist() if name.endswith(f"/extra/{METADATA}"))
-                return dict(json.loads(file.read(name)))
-        runtime = importlib.import_module("onnxruntime")
-        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return dict(session.get_modelmeta().custom_metadata_map)
-    except ImportError as error:
-        raise InputError(f"{path} needs the extra export: pip install 'kd-lightning[export]' ({error})") from error
-    except StopIteration:
-        return {}
-    except Exception as error:  # of the runtime
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_json(metadata: Mapping[str, str], key: str) -> Any:

@@ -11,7 +11,8 @@ import kd_lightning.cli.commands
 from kd_lightning.__main__ import main
 from kd_lightning.active import STRATEGIES
 from kd_lightning.cli.arguments import COMMANDS, VERBS, configs_of, parse, parse_verb
-from kd_lightning.deploy.export import FORMATS, QUANTIZED_TOLERANCE, TOLERANCE
+from kd_lightning.deploy.comparison import QUANTIZED_TOLERANCE, TOLERANCE
+from kd_lightning.deploy.export import FORMATS
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER
 

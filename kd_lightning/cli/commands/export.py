@@ -1,75 +1,59 @@
-"""``export RUN --out student.onnx``: write a finished run's student to a file, and check the file against PyTorch."""
+"""``export RUN``: write a finished run's student to files, and check each file against PyTorch."""
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
-from kd_lightning.data.evaluation_batches import evaluation_batches
-from kd_lightning.deploy.export import (
-    BATCH,
-    FORMATS,
-    INPUT,
-    LENGTH,
-    OPSET,
-    QUANTIZED_TOLERANCE,
-    TOLERANCE,
-    Comparison,
-    check_packages,
-    collect_logits,
-    compare_logits,
-    export_student,
-    load_exported,
-    named_tensors,
-    package_versions,
-    temporary_file,
-    token_inputs,
-    without_last_token,
-)
+from kd_lightning.deploy.comparison import Accuracy, Comparison
+from kd_lightning.deploy.export import FLOAT_ONLY, FORMATS, format_of, load_exported
+from kd_lightning.deploy.exporter import Exported, Exporter
+from kd_lightning.deploy.latency import Latency, measure_latency
+from kd_lightning.deploy.onnx_files import OPSET
+from kd_lightning.deploy.signature import BATCH, INPUT, LENGTH, named_tensors, token_inputs
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs, call, rows_of, take_rows
-from kd_lightning.losses.base import Task, predicted_labels
-from kd_lightning.quantization.layers import quantized_layers
+from kd_lightning.inputs import call
 from kd_lightning.quantization.sizes import precision_of, size_of
-from kd_lightning.runs.run import Run
-from kd_lightning.runs.weights import load_weights
-
-_MOST_OUTPUTS = 2**27  # numbers that a file is compared on
 
 
 def main(options: Namespace) -> None:
-    """Write the file, and print the comparison; exit with status 1 if it does not agree."""
-    if not export(options.run, options.out, options.format, options.checkpoint, options.tolerance):
+    """Write the files, and print the comparison; exit with status 1 if one does not agree."""
+    arguments = options.run, options.out
+    if options.all:
+        if options.format is not None:
+            raise InputError("format: --all writes all formats; leave out one of --format and --all")
+        agree = export_all(*arguments, options.checkpoint, options.tolerance)
+    else:
+        agree = export(*arguments, options.format, options.checkpoint, options.tolerance)
+    if not agree:
         sys.exit(1)
 
 
 def export(
     folder: Path,
-    out: Path,
+    out: Path | None = None,
     file_format: str | None = None,
     checkpoint: Path | None = None,
     tolerance: float | None = None,
 ) -> bool:
-    """Write a run's student to a file, and compare its logits with PyTorch's on the run's validation images.
+    """Write a run's student to a file, and compare it with PyTorch on the run's validation images.
 
-    The file gets its name only if it agrees (:meth:`~kd_lightning.deploy.export.Comparison.agrees`). If not, an older
+    The file gets its name only if it agrees, see :meth:`~kd_lightning.deploy.exporter.Exporter.write`. If not, an older
     file of that name stays.
 
     Args:
         folder: The run's folder.
-        out: The file.
+        out: The file. Default: None, which means ``export/student`` with the format's suffix in the run's folder.
         file_format: The format, one of :data:`~kd_lightning.deploy.export.FORMATS`. Default: None, which means the one
-            of the file's suffix.
+            of the file's suffix, or ``onnx``.
         checkpoint: Checkpoint or weights. Default: None, which means the run's ``student.safetensors``.
-        tolerance: Largest allowed difference, at least 0, as a share of the largest magnitude of a logit. Default:
-            None, which means 1e-4, or 5e-2 for a quantised student.
+        tolerance: Largest allowed difference, at least 0. Default: None, which means that of the format.
 
     Returns:
         Whether the file agrees with PyTorch.
@@ -80,68 +64,85 @@ def export(
             file cannot be written.
     """
     file_format = _resolve_format(out, file_format)
-    if tolerance is not None and not tolerance >= 0:
-        raise InputError(f"tolerance must be at least 0, got {tolerance}")
-    run = Run(folder)
-    student = _load_student(run, checkpoint).eval()
-    quantized = bool(quantized_layers(student))
-    check_packages(file_format, quantized=quantized)
-    data = run.datamodule()
-    batches, what = _evaluation_images(data, run)
-    network = partial(call, student)
-    batches = _check_batches(network, batches)
-    expected = collect_logits(network, batches)
-    task, class_dim = _infer_task(run, expected), run.model_arguments.get("class_dim")
-    shapes: dict[str, list[Any]] = {name: [*part.shape[1:]] for name, part in named_tensors(batches[0]).items()}
-    origin = run.metadata.get("weights", run.weights.name) if checkpoint is None else checkpoint.name
-    metadata = package_versions(file_format, quantized=quantized) | {
-        "task": task,
-        **({} if class_dim is None else {"class_dim": class_dim}),
-        "input_shape": shapes[INPUT] if [*shapes] == [INPUT] else shapes,
-        "classes": run.class_names or getattr(data, "class_names", None),  # those of the data may have changed since
-        "preprocessing": repr(getattr(data, "eval_transform", None)),
-        "precision": precision_of(student),
-        "file": (checkpoint or run.weights).name,
-        "weights": origin,
-        **({"opset": OPSET} if file_format == "onnx" else {}),
-    }
-    size = size_of(student)
-    with temporary_file(out, file_format) as part:
-        export_student(student, batches[0], part, file_format, metadata)
-        build_network, predict = run.build_student, _predictor(task, class_dim)
-        logits = collect_logits(load_exported(part, file_format, build_network), batches)
-        result = compare_logits(expected, logits, predict)
-        limit = tolerance if tolerance is not None else QUANTIZED_TOLERANCE if quantized else TOLERANCE
-        print(f"checked on {result.images} {what} against PyTorch: {_describe(result)}")
-        if not result.agrees(limit):
-            limits = f"at most {limit:g} of the largest |logit|, the typical image at most {limit / 10:g}"
-            print(f"STOP: the file does not agree with PyTorch ({limits}); {out} is not written")
-            return False
-        if file_format == "onnx" and quantized:
-            logits = collect_logits(load_exported(part, file_format, build_network, as_written=False), batches)
-            difference = _describe(compare_logits(expected, logits, predict))
-            print(f"with onnxruntime's default settings, which may also round biases: {difference}")
-        kilobytes = part.stat().st_size / 1000
-        part.replace(out)
-    for name in token_inputs(batches[0]):
-        shapes[name][0] = LENGTH
-    inputs = ", ".join(f"[{', '.join(map(str, [BATCH, *shape]))}]" for shape in shapes.values())
-    opset = f", opset {OPSET}" if file_format == "onnx" else ""
-    print(f"written to {out}: {file_format}{opset}, {precision_of(student)}, input {inputs}, {kilobytes:.1f} KB")
-    which = f"the deployed ones, {run.weights} ({origin})" if checkpoint is None else f"those of {checkpoint}"
-    print(f"its weights are {which}")
+    _check_tolerance(tolerance)
+    exporter = Exporter(folder, checkpoint)
+    found = exporter.write(exporter.default_path(file_format) if out is None else out, file_format, tolerance)
+    result, quantized = found.comparison, exporter.quantized
+    print(f"checked on {result.images} {exporter.part} images against PyTorch: {_describe(result)}")
+    if found.accuracy is not None and exporter.accuracy is not None:
+        print(f"accuracy {_percent(found.accuracy)}, of PyTorch {_percent(exporter.accuracy)}")
+    if found.problem is not None:
+        print(f"STOP: the file does not agree with PyTorch ({found.problem}); {found.path} is not written")
+        return False
+    if found.rewritten is not None:
+        print(f"with onnxruntime's default settings, which may also round biases: {_describe(found.rewritten)}")
+    opset = f", opset {OPSET}" if file_format.startswith("onnx") else ""
+    precision = {"onnx_fp16": "fp16", "onnx_int8": "int8"}.get(file_format, precision_of(exporter.student))
+    kilobytes = f"{found.bytes / 1000:.1f} KB"
+    print(f"written to {found.path}: {file_format}{opset}, {precision}, input {_inputs(exporter, found)}, {kilobytes}")
+    _print_origin(exporter)
+    if exporter.preprocessing is None and [*named_tensors(exporter.batches[0])] == [INPUT]:
+        print("its metadata do not describe the way from a picture to the input: the data have no transform that can")
     if quantized:
         storage = "this format stores quantised weights as floats, before their rounding"
         if file_format == "onnx":
             storage = "an ONNX file stores each quantised weight in 8 bits, at any number of levels"
+        size = size_of(exporter.student)
         sizes = f"{size.stored / 1000:.1f} KB, coded {size.coded / 1000:.1f}"
         print(f"{storage}; at their own number of bits, all weights take {sizes}")
     return True
 
 
-def _resolve_format(out: Path, file_format: str | None) -> str:
+def export_all(
+    folder: Path, out: Path | None = None, checkpoint: Path | None = None, tolerance: float | None = None
+) -> bool:
+    """Write a run's student to files of all formats whose packages are installed, and print a table of them.
+
+    Args:
+        folder: The run's folder.
+        out: Folder of the files. Default: None, which means ``export`` in the run's folder.
+        checkpoint: See :func:`export`.
+        tolerance: See :func:`export`.
+
+    Returns:
+        Whether all files that were written agree with PyTorch.
+
+    Raises:
+        InputError: See :func:`export`. A format without its package, or that cannot express the student, is left out.
+    """
+    _check_tolerance(tolerance)
+    if out is not None and out.is_file():
+        raise InputError(f"out must be a folder with --all, got the file {out}")
+    exporter = Exporter(folder, checkpoint)
+    x, agree = exporter.batches[0], True
+    rows = [_row("PyTorch", None, exporter.accuracy, measure_latency(lambda x: call(exporter.student, x), x))]
+    left_out = []
+    for name in FORMATS:
+        if name in FLOAT_ONLY and exporter.quantized:
+            left_out.append(f"{name}: takes float students")
+            continue
+        try:
+            found = exporter.write(exporter.default_path(name, out), name, tolerance)
+        except InputError as error:
+            left_out.append(f"{error}" if str(error).startswith(name) else f"{name}: {error}")
+            continue
+        if found.problem is not None:
+            agree = False
+            left_out.append(f"{name}: STOP: it does not agree with PyTorch: {found.problem}")
+            continue
+        network = load_exported(found.path, name, exporter.run.build_student, as_written=False)
+        rows.append(_row(name, found, found.accuracy, measure_latency(network, x)))
+    _print_table(rows, exporter)
+    for text in left_out:
+        print(f"left out: {text}")
+    print(f"files in {exporter.default_path('onnx', out).parent}")
+    _print_origin(exporter)
+    return agree
+
+
+def _resolve_format(out: Path | None, file_format: str | None) -> str:
     if file_format is None:
-        file_format = next((name for name, suffix in FORMATS.items() if out.suffix == suffix), None)
+        file_format = "onnx" if out is None else format_of(out)
         if file_format is None:
             raise InputError(f"out must end in {', '.join(FORMATS.values())}, or --format must be set, got {out}")
     elif file_format not in FORMATS:
@@ -149,62 +150,52 @@ def _resolve_format(out: Path, file_format: str | None) -> str:
     return file_format
 
 
-def _load_student(run: Run, checkpoint: Path | None) -> nn.Module:
-    """Return the student with the weights of a file. Default: None, which means the deployed ones."""
-    if checkpoint is not None:
-        return load_weights(run.build_student(), checkpoint)
-    try:
-        return run.student()
-    except InputError as error:
-        if run.weights.is_file() or not (found := run.checkpoints()):
-            raise
-        raise InputError(f"{error}, or name one of {', '.join(map(str, found))} with --checkpoint") from error
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"tolerance must be at least 0, got {tolerance}")
 
 
-def _check_batches(network: Callable[[Any], Any], batches: list[Inputs]) -> list[Inputs]:
-    """Return a batch of one, the rest of the first batch, and whole batches: several sizes reveal a fixed batch size.
-
-    One sample more has a token less, which reveals a fixed length. Large outputs, as maps, are compared on fewer
-    samples.
-    """
-    sizes = [rows_of(x) for x in batches]
-    one = take_rows(batches[0], slice(0, 1), sizes[0])
-    most = max(2, _MOST_OUTPUTS // max(collect_logits(network, [one]).numel(), 1))
-    parts, taken = [one], 1
-    for number, (x, size) in enumerate(zip(batches, sizes, strict=True)):
-        start = 1 if number == 0 else 0
-        stop = min(size, start + most - taken)
-        if stop > start:
-            parts.append(take_rows(x, slice(start, stop), size))
-            taken += stop - start
-    return [*parts, without_last_token(one)] if token_inputs(one) else parts
+def _inputs(exporter: Exporter, found: Exported) -> str:
+    """The shapes of a file's inputs."""
+    shapes: dict[str, list[Any]] = {n: [*part.shape[1:]] for n, part in named_tensors(exporter.batches[0]).items()}
+    for name in token_inputs(exporter.batches[0]):
+        shapes[name][0] = LENGTH
+    first = 1 if found.file_format == "executorch" else BATCH
+    return ", ".join(f"[{', '.join(map(str, [first, *shape]))}]" for shape in shapes.values())
 
 
-def _predictor(task: Task, class_dim: int | None) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from logits to predicted labels; None for the regression task."""
-    if task == "regression":
-        return None
-    return lambda logits: predicted_labels(logits if class_dim is None else logits.movedim(class_dim, -1), task)
+def _print_origin(exporter: Exporter) -> None:
+    which = f"the deployed ones, {exporter.run.weights} ({exporter.origin})"
+    print(f"its weights are {which if exporter.checkpoint is None else f'those of {exporter.checkpoint}'}")
 
 
-def _evaluation_images(data: Any, run: Run) -> tuple[list[Inputs], str]:
-    """Return batches of the datamodule's evaluation images, and the name of their part."""
-    try:
-        device = torch.device("cpu")
-        sample = evaluation_batches(data, device) or evaluation_batches(data, device, labeled=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"the data of {run.folder} cannot be read: {' '.join(str(error).split())}") from error
-    if sample is None:
-        raise InputError(f"the data of {run.folder} has no images to check the file on")
-    what = "validation" if sample[1].startswith("validation") else "training"
-    return [batch.x for batch in sample[0]], f"{what} images"
+def _row(name: str, found: Exported | None, accuracy: Accuracy | None, latency: Latency) -> list[str]:
+    return [
+        name,
+        "" if found is None else f"{found.bytes / 1000:,.1f}",
+        f"{latency.median:.3g}",
+        f"{latency.low:.3g} ... {latency.high:.3g}",
+        "" if accuracy is None else _percent(accuracy),
+        "" if found is None else f"{found.comparison.relative:.2g}",
+    ]
 
 
-def _infer_task(run: Run, logits: Tensor) -> Task:
-    """Return the task of the run's module, or if it has none, the one that fits the shape of the logits."""
-    tasks: dict[str, Task] = {name: name for name in get_args(Task)}
-    task = tasks.get(run.model_arguments.get("task") or run.metadata.get("task", ""))  # a taught module has its own
-    return task or ("binary" if logits[0].numel() == 1 else "multiclass")
+def _print_table(rows: list[list[str]], exporter: Exporter) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for number, title in enumerate(["format", "KB", "latency ms", "quartiles", "accuracy %", "difference"]):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    images = sum(len(next(iter(named_tensors(x).values()))) for x in exporter.batches)
+    print(
+        f"latency: one sample on this CPU, by each runtime's own threads; accuracy: on {exporter.part} labels, right of"
+    )
+    print(f"all; difference: largest on {images} {exporter.part} images, as a share of the largest |logit|")
+
+
+def _percent(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.value:.2f} % ({accuracy.correct} of {accuracy.n})"
 
 
 def _describe(result: Comparison) -> str:

@@ -21,25 +21,26 @@ from safetensors import safe_open
 from torch import nn
 
 from kd_lightning.__main__ import main
-from kd_lightning.cli.commands.export import _infer_task, _predictor
 from kd_lightning.data import Digits
+from kd_lightning.data.preprocessing import describe_preprocessing
 from kd_lightning.data.splits import make_split
-from kd_lightning.deploy.export import (
+from kd_lightning.deploy.comparison import (
     QUANTIZED_TOLERANCE,
     TOLERANCE,
     Comparison,
     collect_logits,
     compare_logits,
-    export_student,
-    load_exported,
-    without_last_token,
 )
+from kd_lightning.deploy.export import export_student, load_exported
+from kd_lightning.deploy.exporter import infer_task, predictor
+from kd_lightning.deploy.signature import without_last_token
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import predicted_labels
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
 from kd_lightning.quantization.sizes import weight_levels
+from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights, save_weights
 
 IMAGES = Digits().load().train.images.tensors[0]
@@ -134,7 +135,19 @@ def test_logits_and_metadata(trained, files, name, suffix):
     assert json.loads(found["classes"]) == [*"0123456789"]
     assert json.loads(found["input_shape"]) == [1, 8, 8]
     assert found["task"] == "multiclass"
-    assert found["preprocessing"] == repr(Digits().eval_transform)
+    assert found["transform"] == repr(Digits().eval_transform)
+    assert json.loads(found["preprocessing"]) == describe_preprocessing(Digits().eval_transform, (1, 8, 8))
+    run = Run(trained / name / "version_0")
+    assert (found["run"], found["weights_sha256"]) == (run.identity, run.weights_hash)
+    assert found["input_dtype"] == "float32"
+    val = run.datamodule().val_dataloader()
+    right = sum(int((network(trained, name)(batch.x).argmax(1) == batch.y).sum()) for batch in val)
+    assert json.loads(found["accuracy"]) == {
+        "part": "validation",
+        "correct": right,
+        "n": 119,
+        "value": right / 119,
+    }
     assert found["precision"] == ("fp32" if name == "plain" else "8A-4W")
     assert (found["file"], found["weights"]) == ("student.safetensors", "step 34")
     assert str(trained).encode() not in path.read_bytes()
@@ -306,15 +319,15 @@ def test_network_that_cannot_be_exported(tmp_path):
 
 def test_task():
     run = SimpleNamespace(model_arguments={"task": "multilabel"}, metadata={})
-    assert _infer_task(run, torch.zeros(2, 1)) == "multilabel"
+    assert infer_task(run, torch.zeros(2, 1)) == "multilabel"
     run.model_arguments = {}
-    assert [_infer_task(run, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
+    assert [infer_task(run, torch.zeros(2, *shape)) for shape in [(), (1,), (3,)]] == [
         "binary",
         "binary",
         "multiclass",
     ]
     for metadata, task in (({"task": "multilabel"}, "multilabel"), ({"task": "null"}, "multiclass")):
-        assert _infer_task(SimpleNamespace(model_arguments={}, metadata=metadata), torch.zeros(2, 3)) == task
+        assert infer_task(SimpleNamespace(model_arguments={}, metadata=metadata), torch.zeros(2, 3)) == task
 
 
 def test_checkpoint_and_format(run, tmp_path, capsys):
@@ -403,9 +416,13 @@ GONE = {"class_path": "ImageFolder", "init_args": {"train": "gone/images"}}
         (
             lambda run: None,
             ["--format", "tflite"],
-            "format must be one of onnx, torch_export, safetensors, got 'tflite'",
+            "format must be one of onnx, onnx_fp16, onnx_int8, torch_export, executorch, safetensors, got 'tflite'",
         ),
-        (lambda run: None, ["--out", "student.pt"], "out must end in .onnx, .pt2, .safetensors, or --format"),
+        (
+            lambda run: None,
+            ["--out", "student.pt"],
+            "out must end in .onnx, .fp16.onnx, .int8.onnx, .pt2, .pte, .safetensors, or --format",
+        ),
         (lambda run: None, ["--tolerance", "-1"], "tolerance must be at least 0, got -1"),
         (lambda run: None, ["--tolerance", "nan"], "tolerance must be at least 0, got nan"),
         (
@@ -526,9 +543,9 @@ def test_predictions_of_maps_are_in_their_dimension():
     logits = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     other = logits.clone()
     other[0, :, 1, 1] = logits[0, :, 1, 1].flip(0)
-    found = compare_logits(logits, other, _predictor("multiclass", 1))
+    found = compare_logits(logits, other, predictor("multiclass", 1))
     assert (found.predictions, found.changed) == (2 * 3 * 5, 1)
-    values = compare_logits(logits, logits + 1e-6, _predictor("regression", 1))
+    values = compare_logits(logits, logits + 1e-6, predictor("regression", 1))
     assert (values.predictions, values.changed) == (0, 0) and values.agrees(1e-4)
 
 
