@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +24,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.inputs import arguments_of, call
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
+from kd_lightning.runs.report.comparison_picture import draw_comparison
 from kd_lightning.runs.report.run_groups import Group, LeftOut, find_groups
 from kd_lightning.runs.report.statistics import (
     LEAST_SAMPLES,
@@ -202,7 +201,7 @@ class Comparison:
         text = "\n\n".join([*self.notes(), self.explanation()])
         (out / "comparison.md").write_text("\n".join([*lines, text, ""]), encoding="utf-8")
         (out / "comparison.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        self.figure().savefig(out / "comparison.png", dpi=120)
+        self.figure().savefig(out / "comparison.png", bbox_inches="tight", pad_inches=0.15)
 
     def as_json(self) -> dict[str, Any]:
         """Return all that the tables hold."""
@@ -230,48 +229,8 @@ class Comparison:
         return {"part": self.part, "groups": groups, "left_out": left_out}
 
     def figure(self) -> Figure:
-        """Plot accuracy, or the error, against MACs (size if precisions differ), and the learning curves."""
-        by_size = len({group.costs["precision"] for group in self.groups if group.costs}) > 1
-        key, label = ("size_kb", "KB of weights") if by_size else ("macs", "MACs for one image")
-        name = self.figure_name
-        scale, title = 100 if name in _PERCENT else 1, _TITLES[name]
-        picture = Figure(figsize=(11, 4.2), layout="constrained")
-        cost, curves = picture.subplots(1, 2)
-        for number, group in enumerate(self.groups):
-            color = f"C{number}"
-            values = [scale * value for value in group.values(name)]
-            if key in group.costs and values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0
-                at = group.costs[key]
-                cost.errorbar(at, statistics.mean(values), spread, fmt="o", color=color, capsize=4, label=group.name)
-            by_step: dict[int, list[float]] = defaultdict(list)
-            for run in group.runs.values():
-                for row in run.validations():
-                    if f"val/{name}" in row:
-                        by_step[int(row["step"])].append(scale * row[f"val/{name}"])
-            steps = sorted(by_step)
-            means = [statistics.mean(by_step[step]) for step in steps]
-            curves.plot(steps, means, color=color, label=group.name)
-        what = title.partition(" ")[0].capitalize() if name == "accuracy" else title
-        cost.set(xscale="log", xlabel=label, ylabel=f"{title} ({self.part})", title=f"{what} against cost")
-        curves.set(xlabel="step", ylabel=f"validation {title}", title="Learning curves (mean over seeds)")
-        _label_costs(cost, EngFormatter() if key == "macs" else StrMethodFormatter("{x:,.10g}"))
-        for axes in (cost, curves):
-            axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper right" if name == "mae" else "lower right")
-        return picture
-
-
-def _label_costs(axes: Axes, formatter: Formatter) -> None:
-    """Label few positions of a logarithmic axis: the labels of all would overlap where its range is narrow."""
-    low, high = axes.get_xlim()
-    if high < 10 * low:
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    elif high < 100 * low:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(formatter)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+        """Draw the figure of each seed, what the students cost, and the learning curves; the title is the message."""
+        return draw_comparison(self.groups, self.differences, self.figure_name, self.part)
 
 
 def compare_runs(folders: Sequence[Path], out: Path | None = None, part: str = "test") -> Comparison:

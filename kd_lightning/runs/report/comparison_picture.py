@@ -1,0 +1,199 @@
+"""The picture of a comparison: each seed's figure, what a student costs, learning curves, and the message as title."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from kd_lightning.runs.report.run_groups import Group
+from kd_lightning.runs.report.statistics import Difference, Interval
+
+_COLORS = ("#6b7280", "#0b6bcb", "#2f855a", "#b7471d", "#7c3aed", "#b58900", "#0e7490", "#be185d")
+_INK, _MUTED, _RULE = "#1f2933", "#5b6673", "#dfe3e8"
+_STYLE = {
+    "text.parse_math": False,  # names may have a $
+    "text.color": _INK,
+    "font.size": 10,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "grid.color": _RULE,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+_NAMES = {"accuracy": "accuracy", "mae": "mean absolute error"}
+_PARTS = {"test": "test", "val": "validation"}
+_MOST_NAMES = 6  # of groups in the legend
+_NAME_WIDTH = 24  # letters of a row's name in a line
+
+
+def draw_comparison(
+    groups: Sequence[Group], differences: Sequence[Difference | None], figure: str, part: str
+) -> Figure:
+    """Draw groups of runs: left a dot for each seed and a line at their mean, right the learning curves.
+
+    A row's name has what the student costs: MACs of one image, or KB of weights if the groups differ in precision.
+
+    Args:
+        groups: The groups of a comparison. Differences are to the first.
+        differences: The difference of each group to the first.
+        figure: ``accuracy``, drawn in percent, or ``mae``.
+        part: ``test`` or ``val``.
+    """
+    scale, unit = (100, "accuracy, %") if figure == "accuracy" else (1, _NAMES.get(figure, figure))
+    message, detail = describe(groups, differences, figure, part)
+    with mpl.rc_context(_STYLE):
+        picture = Figure(figsize=(9.2, 1.9 + max(2.3, 0.62 * len(groups))), dpi=150, layout="constrained")
+        dots, curves = picture.subplots(1, 2)
+        _draw_dots(dots, groups, figure, scale)
+        dots.set(
+            xlabel=unit, title=f"{_PARTS.get(part, part)} {unit.partition(',')[0]} by seed (line: mean)".capitalize()
+        )
+        _draw_curves(curves, groups, figure, scale)
+        curves.set(xlabel="optimiser step", ylabel=f"validation {unit}", title="Learning curves (bold: mean)")
+        evidence = "\n".join(textwrap.wrap(detail, 130))
+        inch = 1 / picture.get_figheight()
+        picture.text(0.01, 1 + 0.05 * inch, evidence, va="bottom", fontsize=9.5, color=_MUTED)
+        top = 1 + (0.15 + 0.17 * (evidence.count("\n") + 1)) * inch
+        picture.text(0.01, top, "\n".join(textwrap.wrap(message, 84)), va="bottom", fontsize=13, fontweight="bold")
+    return picture
+
+
+def describe(
+    groups: Sequence[Group], differences: Sequence[Difference | None], figure: str, part: str
+) -> tuple[str, str]:
+    """Return the message of a comparison, the second group against the first, and a line with its evidence.
+
+    The message is about the second group, the method of an ``experiment``; further groups have their rows.
+    """
+    title = _NAMES.get(figure, figure)
+    means = [statistics.mean(values) if (values := group.values(figure)) else None for group in groups]
+    sizes = sorted({size for group in groups for size in group.samples})
+    count = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else "no"
+    samples = f"n = {count} {_PARTS.get(part, part)} samples"
+    found = differences[1] if len(groups) > 1 else None
+    first, mean = groups[0], means[0]
+    if found is None or found.mean is None or mean is None or means[1] is None:
+        known = [(group.name, value) for group, value in zip(groups, means, strict=True) if value is not None]
+        what = ", ".join(f"{name} {_value(value, figure)}" for name, value in known)
+        reasons = f"; no verdict: {'; '.join(found.reasons)}" if found is not None and found.reasons else ""
+        return f"{title.capitalize()}: {what or 'not measured'}", f"{samples}; {_seeds(len(first.results))}{reasons}"
+    second = groups[1]
+    base = "the same student alone" if first.name == f"{second.name}_alone" else first.name
+    change = _value(abs(found.mean), figure, "points")
+    verb = {"better": "gains", "worse": "loses"}.get(found.verdict or "", "")
+    if figure != "accuracy" and verb:
+        verb = {"better": "lowers", "worse": "raises"}[found.verdict or ""]
+        message = f"{second.name} {verb} the {title} by {change} against {base}"
+    elif verb:
+        message = f"{second.name} {verb} {change} of {title} against {base}"
+    else:
+        message = f"{second.name} and {base}: no clear difference in {title}"
+    ends = [
+        f"over {over} {_interval(interval, figure)}"
+        for interval, over in ((found.over_seeds, _seeds(found.seeds)), (found.over_samples, "samples"))
+        if interval is not None
+    ]
+    change = _value(found.mean, figure, "points", "+") + (f" (95 % interval {', '.join(ends)})" if ends else "")
+    evidence = [f"{_value(mean, figure)} → {_value(means[1], figure)}", change, samples]
+    if found.verdict is None:
+        evidence.append(f"no verdict: {'; '.join(found.reasons)}")
+    return message, "; ".join(evidence) + "."
+
+
+def _draw_dots(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
+    labels = []
+    for row, (group, cost) in enumerate(zip(groups, _costs(groups), strict=True)):
+        color = _color(row)
+        labels.append("\n".join([*textwrap.wrap(group.name, _NAME_WIDTH), *([cost] if cost else [])]))
+        values = [scale * value for value in group.values(figure)]
+        if not values:
+            axes.text(0.02, row, "not measured", color=_MUTED, va="center", transform=axes.get_yaxis_transform())
+            continue
+        mean, middle = statistics.mean(values), (len(values) - 1) / 2
+        if len(values) > 1:
+            axes.plot([mean, mean], [row - 0.27, row + 0.27], color=color, linewidth=2.5, solid_capstyle="round")
+        places = [
+            row + 0.3 * (number - middle) / len(values) for number in range(len(values))
+        ]  # equal values, too, show
+        axes.plot(values, places, "o", color=color, markersize=7, alpha=0.6, markeredgewidth=0)
+        text = f"{mean:.1f} %" if figure == "accuracy" else f"{mean:.4g}"
+        axes.annotate(
+            text, (mean, row - 0.27), (0, 3), textcoords="offset points", ha="center", color=color, fontweight="bold"
+        )
+    axes.set_yticks(range(len(groups)), labels, color=_INK)
+    axes.set(ylim=(max(len(groups), 2) - 0.5, -0.72))
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.grid(axis="x")
+
+
+def _draw_curves(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
+    for number, group in enumerate(groups):
+        by_step: dict[int, list[float]] = defaultdict(list)
+        for run in group.runs.values():
+            rows = [row for row in run.validations() if f"val/{figure}" in row]
+            points = {int(row["step"]): scale * row[f"val/{figure}"] for row in rows}
+            for step, value in points.items():
+                by_step[step].append(value)
+            if len(group.runs) > 1:
+                axes.plot([*points], [*points.values()], color=_color(number), linewidth=0.8, alpha=0.35, zorder=1)
+        steps = sorted(by_step)
+        means = [statistics.mean(by_step[step]) for step in steps]
+        axes.plot(steps, means, color=_color(number), linewidth=2, label=group.name, zorder=2)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.tick_params(length=0)
+    axes.grid()
+    if 1 < len(groups) <= _MOST_NAMES:  # the dots have the colours, too
+        names = axes.legend(loc="upper right" if figure == "mae" else "lower right", frameon=False, fontsize=9)
+        for text in names.get_texts():
+            text.set_color(_INK)
+
+
+def _costs(groups: Sequence[Group]) -> list[str]:
+    """Return what each group's student costs, with its ratio to the most expensive one."""
+    by_size = len({group.costs["precision"] for group in groups if group.costs}) > 1
+    key = "size_kb" if by_size else "macs"
+    known = [group.costs[key] for group in groups if key in group.costs]
+    texts = []
+    for group in groups:
+        if not (cost := group.costs.get(key)):
+            texts.append("")
+            continue
+        text = f"{cost:,.1f} KB, {group.costs['precision']}" if by_size else f"{EngFormatter(places=1)(cost)} MACs"
+        ratio = max(known) / cost
+        less = f", {ratio:.1f}× {'smaller' if by_size else 'fewer'}" if ratio >= 1.05 else ""  # noqa: RUF001
+        texts.append(text + less)
+    return texts
+
+
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
+
+
+def _value(value: float, figure: str, unit: str = "%", sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f} {unit}" if figure == "accuracy" else f"{value:{sign}.4g}"
+
+
+def _interval(interval: Interval, figure: str) -> str:
+    low, high = (format(100 * end, "+.1f") if figure == "accuracy" else format(end, "+.4g") for end in interval)
+    return f"{low} … {high}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
