@@ -29,7 +29,7 @@ _SUMMARIES = {
     "test": "CONFIG: evaluate the newest run on the test part",
     "experiment": "CONFIG: with and without the teacher, over seeds",
     "validate": "CONFIG: evaluate the newest run on the validation part",
-    "predict": "CONFIG: write the predictions on the test part",
+    "predict": "RUN SOURCE ...: predict any pictures; CONFIG: the test part",
     "doctor": "CONFIG: check teacher, student and labels before training",
     "layers": "CONFIG: the layers of the networks, with sizes and cost",
     "duplicates": "RUN or CONFIG: samples that are equal or alike",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import nn
 
@@ -342,6 +343,47 @@ def test_a_module_that_calls_its_network_in_its_own_way(make_run, tmp_path):
     path = picture(tmp_path / "a.png", (6, 6))
     expected = net(values_of(path) / 2).softmax(1)
     torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+
+
+class Foreign(LightningModule):
+    """A module of another project, which doubles what its network gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch.x, batch.y
+        return nn.functional.cross_entropy(self.net(2 * x), y)
+
+
+def teach_foreign(run, **arguments):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    module = {"class_path": f"{__name__}.Foreign"}
+    config["model"] = {
+        "class_path": "kd_lightning.teach",
+        "init_args": {"module": module, "teacher": None, **arguments},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_module_that_is_taught(make_run, tmp_path):
+    run, net = make_run({}, shape=[3, 6, 6], source=FAKE, classes=["cat", "dog"])
+    teach_foreign(run)
+    path = picture(tmp_path / "a.png", (6, 6))
+    expected = net(2 * values_of(path)).softmax(1)
+    torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+    teach_foreign(run, output=0)
+    with pytest.raises(InputError, match="predict needs a network that returns logits, but teach has output"):
+        Run(run).predict(path)
+
+
+def test_an_unknown_task_without_class_names(make_run, tmp_path):
+    run, net = make_run({}, shape=[3, 6, 6], source=FAKE, classes=["cat"])
+    teach_foreign(run)
+    save_weights(net.state_dict(), run / "student.safetensors", {"input_shape": "[3, 6, 6]"})
+    with pytest.raises(InputError, match="the task of its module is not known, and it has 2 outputs for 0 class names"):
+        Run(run).predict(picture(tmp_path / "a.png", (6, 6)))
 
 
 # Exported files, without the run.
