@@ -14,12 +14,13 @@ import kd_lightning.cli.commands.experiment as command
 from kd_lightning import Digits, SemiSupervisedDataModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli import fit_once
-from kd_lightning.cli.commands.experiment import _model_alone, _teacher_runs, baseline_of, fit_and_test
+from kd_lightning.cli.commands.experiment import _model_alone, baseline_of, fit_and_test
 from kd_lightning.cli.fit_once import find_fits
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.build import build
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.teacher_runs import teacher_runs
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def test_report(experiment):
     _, runs = experiment
     out = runs / "distill_digits_comparison"
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "Measured on 600 test samples and 2 seeds (0, 1)" in (out / "report.html").read_text()
     content = json.loads((out / "comparison.json").read_text())
     alone, taught = content["groups"]
     assert content["part"] == "test" and content["left_out"] == []
@@ -203,9 +205,10 @@ def test_runs_of_several_teachers_are_found(tmp_path):
     wrapped = {"class_path": "kd_lightning.Teacher", "init_args": {"network": load("two")}}
     plain = {"class_path": "torchvision.models.resnet18"}
     teachers = [load("one"), wrapped, load("one"), load("three"), load("four"), plain]
-    assert _teacher_runs({"model": {"init_args": {"teachers": teachers}}}) == [tmp_path / "one", tmp_path / "two"]
-    assert _teacher_runs({"model": {"init_args": {"teacher": wrapped}}}) == [tmp_path / "two"]
-    assert _teacher_runs({"model": {"init_args": {}}}) == []
+    found = teacher_runs({"model": {"init_args": {"teachers": teachers}}})
+    assert [run.folder for run in found] == [tmp_path / "one", tmp_path / "two"]
+    assert [run.folder for run in teacher_runs({"model": {"init_args": {"teacher": wrapped}}})] == [tmp_path / "two"]
+    assert teacher_runs({"model": {"init_args": {}}}) == []
 
 
 def test_baseline_of_fine_tuning_starts_from_the_same_weights(root):

@@ -1,0 +1,69 @@
+"""The page in headless Chromium: nothing on the console, nothing wider than the window."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+]
+# measures a copy of the page within a frame of a given width, since a window has a least width
+FRAME = """<!DOCTYPE html><iframe id="f" width="{width}" height="900" style="border:0" srcdoc="{page}"></iframe>
+<pre id="out"></pre><script>
+const frame = document.getElementById("f");
+frame.onload = () => {{
+  const inner = frame.contentDocument, root = inner.documentElement;
+  const wide = [...inner.body.querySelectorAll("*")].filter(one => !one.closest(".scroll, pre, svg, .hidden, .skip"))
+    .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).map(one => one.outerHTML.slice(0, 120));
+  const images = [...inner.images].every(one => one.complete && one.naturalWidth > 0);
+  const found = {{width: root.clientWidth, scroll: root.scrollWidth, wide, images, sections: inner.querySelectorAll("section").length}};
+  document.getElementById("out").textContent = JSON.stringify(found);
+}};
+</script>"""
+
+
+def chromium(folder, *arguments):
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_console_is_empty(experiment, tmp_path):
+    done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", (experiment / "report.html").as_uri())
+    assert "CONSOLE" not in done.stderr
+    assert "</footer>" in done.stdout
+
+
+@pytest.mark.parametrize("width", [380, 1400])
+def test_no_overflow(experiment, tmp_path, width):
+    page = (experiment / "report.html").read_text()
+    page = re.sub(r"<meta http-equiv=.Content-Security-Policy.*?>", "", page)
+    outer = FRAME.format(width=width, page=page.replace("&", "&amp;").replace('"', "&quot;"))
+    (tmp_path / "outer.html").write_text(outer)
+    done = chromium(
+        tmp_path,
+        f"--window-size={width + 100},1000",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        (tmp_path / "outer.html").as_uri(),
+    )
+    text = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL).group(1)
+    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&"))
+    assert found["width"] <= width
+    assert found["scroll"] <= found["width"]
+    assert found["wide"] == []
+    assert found["images"] and found["sections"] > 8
+
+
+def test_a_script_in_the_page_would_not_run(experiment, tmp_path):
+    """The policy of the page blocks scripts, should a name ever become markup."""
+    page = (experiment / "report.html").read_text()
+    changed = tmp_path / "page.html"
+    changed.write_text(page.replace("</body>", "<script>document.title = 'owned'</script></body>"))
+    done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", changed.as_uri())
+    assert "<title>owned" not in done.stdout
+    assert "Content Security Policy" in done.stderr
