@@ -28,6 +28,7 @@ from kd_lightning.modules._shared.counting_metrics import (
     recalls,
     zero_and_one,
 )
+from kd_lightning.runs.report.confusion_matrix import draw_confusion_matrix
 from kd_lightning.teachers.teacher import check_outputs
 
 _MOST_CLASSES = 1000  # of a confusion matrix
@@ -184,32 +185,9 @@ class Evaluation(Sums):
             classes: Class names.
 
         Returns:
-            ``confusion_matrix`` if it was counted (see :meth:`add_confusion_matrix`) and there were labels: with class
-            names up to 50 classes, and with numbers up to 20.
+            ``confusion_matrix`` if it was counted (see :meth:`add_confusion_matrix`) and there were labels.
         """
         if self.confusion is None or not self.of_all_processes()["labels"]:
             return {}
-        return {"confusion_matrix": partial(self._draw_confusion, self.confusion.compute(), classes)}
-
-    def _draw_confusion(self, matrix: Tensor, classes: Sequence[str] | None) -> Figure:
-        count = len(matrix)
-        if count > 50:  # a tick for each class would take seconds
-            return _draw_large_confusion(matrix)
-        assert self.confusion is not None
-        names = list(classes) if classes is not None and len(classes) == count else None
-        figure: Figure
-        figure, _ = self.confusion.plot(matrix, add_text=count <= 20, labels=names)
-        return figure
-
-
-def _draw_large_confusion(matrix: Tensor) -> Figure:
-    """Draw a matrix (C, C) as an image; of the multilabel task (L, 2, 2) one row for each label."""
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(matrix.flatten(1).cpu().numpy(), aspect="auto", interpolation="nearest")
-    if matrix.ndim == 2:
-        axes.set(xlabel="predicted class", ylabel="true class")
-    else:
-        axes.set(xticks=range(4), xticklabels=["true negative", "false positive", "false negative", "true positive"])
-        axes.set(ylabel="label")
-    return figure
+        counts = self.confusion.compute().cpu().numpy()
+        return {"confusion_matrix": partial(draw_confusion_matrix, counts, classes)}

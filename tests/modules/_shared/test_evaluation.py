@@ -217,20 +217,6 @@ def test_confusion_matrix():
     assert {text.get_text() for text in figure.axes[0].get_xticklabels()} == {*"01234"}
 
 
-@pytest.mark.parametrize(("task", "classes", "shape"), [("multiclass", 300, (300, 300)), ("multilabel", 120, (120, 4))])
-def test_confusion_matrix_of_many_classes_is_one_image(task, classes, shape):
-    """A tick or a panel for each class takes minutes."""
-    evaluation = Evaluation(task, classes)
-    evaluation.add_confusion_matrix()
-    y = torch.arange(classes) if task == "multiclass" else torch.eye(classes)
-    evaluation.update(10 * torch.eye(classes).roll(1, 0), y, torch.tensor(0.0), 1, None)
-    (panel,) = evaluation.figures(None)["confusion_matrix"]().axes
-    (image,) = panel.get_images()
-    expected = evaluation.confusion.compute().reshape(shape)
-    assert image.get_array().tolist() == expected.tolist()
-    assert len(panel.get_xticks()) < 20
-
-
 @pytest.mark.parametrize("announce", [True, False])
 def test_no_confusion_matrix_of_thousands_of_classes(announce, caplog):
     """Its state would be as large as the square."""
