@@ -6,7 +6,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.cli.arguments._parsing import command, with_configs
+from kd_lightning.cli.arguments._folder import add_student, folder_of
+from kd_lightning.cli.arguments._parsing import command, with_configs, with_overrides
 from kd_lightning.errors import InputError
 
 ACTIONS = ("drop", "downweight", "relabel")
@@ -23,7 +24,17 @@ def clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     parser.add_argument("--weight", type=float, metavar="W", help="weight for --action downweight (default 0.1)")
     text = "folder of the files (default: <root>/<name>_clean, or its folder val for --part val)"
     parser.add_argument("--out", metavar="DIR", type=Path, help=text)
-    options = with_configs(parser, args)
+    add_student(parser)
+    parser.usage = f"{parser.prog} [-h] (CONFIG ... | FOLDER) [options] [overrides of fit]"
+    if folder := folder_of(args):
+        options = with_overrides(parser, args[1:])
+    else:
+        options = with_configs(parser, args)
+        for name in ("student", "epochs", "image_size"):
+            if (value := getattr(options, name)) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is for a FOLDER of pictures, and a config has its own, got {value}")
+    options.folder = folder
     if options.weight is not None and options.action != "downweight":
         raise InputError(f"--weight needs --action downweight, got {options.action}")
     if options.part == "val" and options.action == "downweight":

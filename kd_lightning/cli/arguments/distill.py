@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.cli.arguments._folder import add_folder, check_folder
+from kd_lightning.cli.arguments._folder import NAMES, add_folder, check_folder
 from kd_lightning.cli.arguments._parsing import command
 from kd_lightning.errors import InputError
 
@@ -14,10 +14,9 @@ from kd_lightning.errors import InputError
 @command("From a folder of pictures to a distilled student: writes the YAML, trains, tests, compares and exports.")
 def distill(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Read the arguments."""
-    names = "timm/NAME, torchvision/NAME, a class path, or a network of this package such as resnet8"
     add_folder(parser)
-    parser.add_argument("--teacher", metavar="NAME", required=True, help=names)
-    parser.add_argument("--student", metavar="NAME", help=names)
+    parser.add_argument("--teacher", metavar="NAME", required=True, help=f"{NAMES}, such as resnet20")
+    parser.add_argument("--student", metavar="NAME", help=f"{NAMES}, such as resnet8")
     parser.add_argument("--students", metavar="A,B,C", help="several students; the most accurate one is exported")
     text = "largest size of the student in MB; without students, some of this package and torchvision are tried"
     parser.add_argument("--max-size", metavar="MB", type=float, help=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from kd_lightning.cli.arguments._folder import add_folder, check_folder
+from kd_lightning.cli.arguments._folder import NAMES, add_folder, check_folder
 from kd_lightning.cli.arguments._parsing import command
 
 
@@ -13,8 +13,7 @@ from kd_lightning.cli.arguments._parsing import command
 def label(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Read the arguments."""
     add_folder(parser)
-    text = "timm/NAME, torchvision/NAME, a class path, or a network of this package (default resnet20)"
-    parser.add_argument("--student", metavar="NAME", default="resnet20", help=text)
+    parser.add_argument("--student", metavar="NAME", default="resnet20", help=f"{NAMES} (default resnet20)")
     text = "hide all but N labels of each class (default: the pictures in FOLDER/unlabeled have none)"
     parser.add_argument("--labels-per-class", metavar="N", type=int, help=text)
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="seeds (default 1)")

@@ -24,6 +24,7 @@ from kd_lightning.cli.cross_fitting import (
     weight_files,
 )
 from kd_lightning.cli.parse import Config, parse_config
+from kd_lightning.cli.short.clean import write_clean_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.evaluation_batches import batches_of
 from kd_lightning.data.labels.table import LabelTable
@@ -69,6 +70,9 @@ class Review:
 
 def main(options: Namespace) -> None:
     """Find the suspects, and print the next command."""
+    if options.folder is not None:
+        path = write_clean_config(options.folder, options.student or "resnet20", options.epochs, options.image_size)
+        options.overrides = [f"--config={path}", *options.overrides]
     config = parse_config(options.overrides, "clean")
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_clean"
     out = options.out or (root / "val" if options.part == "val" else root)  # one part leaves the other's files
@@ -242,8 +246,14 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
             table.writerow([*_name_of(data, index), name, kind, share])
     shown = suspects[:_SHEET_IMAGES]
     images = [data.image(index) for index, *_ in shown]
-    captions = [f"{index}\n{names[label]}: {names[suggested]}?" for index, label, suggested, _ in shown]
-    title = f"The {len(images)} of {len(suspects)} suspects with the lowest quality"
+    rows = {int(index): row for index, row in zip(result.index, result.probabilities.tolist(), strict=True)}
+    captions = [
+        f"given {names[label]}, looks like {names[suggested]}\n"
+        f"probabilities {rows[index][label]:.0%}, {rows[index][suggested]:.0%}\n"
+        f"{index}{f': {name}' if (name := Path(data.path(index) or '').name) else ''}"
+        for index, label, suggested, _ in shown
+    ]
+    title = f"Labels that are probably wrong: the {len(images)} of {len(suspects)} with the lowest quality"
     write_contact_sheet(out / "suspects.png", images, captions, title)
 
 

@@ -13,9 +13,10 @@ from kd_lightning.cli.short.networks import Network, find_network
 from kd_lightning.cli.short.plan import FolderPlan, plan_folder
 from kd_lightning.cli.short.pretrained import Start, find_start
 from kd_lightning.cli.short.recipe import distill_yaml, teacher_yaml
-from kd_lightning.cli.short.steps import check_teacher, deploy, fit_config, keep_recipe, write_config
+from kd_lightning.cli.short.steps import check_teacher, deploy, fit_config, keep_recipe, report, write_config
 from kd_lightning.cli.short.students import Candidate, choose, write_students
 from kd_lightning.errors import InputError
+from kd_lightning.report.numbers import count_text
 from kd_lightning.runs.folder import next_version
 from kd_lightning.runs.run import WEIGHTS, Run
 
@@ -119,6 +120,9 @@ class Distillation:
         files = write_students(candidates, chosen, root / "students") if len(candidates) > 1 else []
         run = chosen.result.method[0]
         files += [file for file in [deploy(run, root / "student.onnx")] if file is not None]
+        files.append(
+            report([*chosen.result.alone, *chosen.result.method, *chosen.result.teachers], root / "report.html")
+        )
         print("\n".join(self._summary(chosen, files)))
         return run
 
@@ -267,7 +271,7 @@ def _with_lines(found: Distillation, lines: list[str]) -> Distillation:
             lines.append(f"warning: the student {student.name} is not smaller than the teacher {found.teacher.name}")
     fits = (0 if found.start.ready else 1) + 2 * found.seeds * len(found.students)
     time = "" if torch.cuda.is_available() else f", about {_minutes(found.seconds)} on this CPU"
-    lines.append(f"{fits} fits{time}; everything lies in {found.plan.recipe.root}")
+    lines.append(f"{count_text(fits, 'fit')}{time}; everything lies in {found.plan.recipe.root}")
     found.lines.extend(lines)
     return found
 
@@ -280,5 +284,4 @@ def _minutes(seconds: float) -> str:
     """
     if seconds >= 2 * 3600:
         return f"{seconds / 3600:.1f} hours"
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes} minute{'s' * (minutes > 1)}"
+    return count_text(max(1, round(seconds / 60)), "minute")

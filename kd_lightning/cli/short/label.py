@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kd_lightning.cli.commands.experiment import run_experiment
-from kd_lightning.cli.commands.labels import report
+from kd_lightning.cli.commands.labels import report as print_labels
 from kd_lightning.cli.short.networks import Network, find_network
 from kd_lightning.cli.short.plan import FolderPlan, plan_folder
 from kd_lightning.cli.short.recipe import epochs_of, pseudo_label_yaml
-from kd_lightning.cli.short.steps import deploy, fit_config, keep_recipe, write_config
+from kd_lightning.cli.short.steps import deploy, fit_config, keep_recipe, report, write_config
 from kd_lightning.deploy.predict import load_predictor
 from kd_lightning.errors import InputError
+from kd_lightning.report.numbers import count_text
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.spreadsheet import SafeWriter
 
 _LABELED = 4  # one of so many pictures of a batch has a label
 _SLOWER = 3  # times the pictures of a plain training step: two views of the pictures without a label
@@ -74,20 +75,20 @@ class Labeling:
         if self._has_test:
             result = run_experiment(["--config", str(path)], self.seeds)
             keep_recipe(path, result.method)
-            run = result.method[0]
+            runs, run = [*result.alone, *result.method], result.method[0]
         else:
             print("no test part, and no comparison: too few labels for both")
             run = fit_config(path, test=False)
-        report(run.folder)
+            runs = [run]
+        print_labels(run.folder)
         table = root / "pseudo_labels.csv"
         count = write_labels(run, self._pictures(run), table)
         file = deploy(run, root / "student.onnx")
-        print(
-            f"run      {run.folder}\nconfig   {path}\nlabels   {table}: {count} pictures; check them, then train with"
-        )
+        print(f"run      {run.folder}\nconfig   {path}")
+        print(f"labels   {table}: {count_text(count, 'picture')}; check them, then train with")
         print(f"         kd-lightning fit --config {path} --data.label_file {table}")
-        if file is not None:
-            print(f"file     {file}")
+        for written in filter(None, (file, report(runs, root / "report.html"))):
+            print(f"file     {written}")
         return run
 
     def _pictures(self, run: Run) -> list[str]:
@@ -143,7 +144,9 @@ def plan_labeling(
     epochs = epochs if epochs is not None else epochs_of(pictures, recipe.batch_size)
     plan = replace(plan, recipe=replace(recipe, pictures=pictures, epochs=epochs))
     found = Labeling(plan, network, size, seeds, [*plan.lines])
-    found.lines.append(f"{labeled} labels, {others} pictures without; everything lies in {recipe.root}")
+    found.lines.append(
+        f"{count_text(labeled, 'label')}, {count_text(others, 'picture')} without; everything lies in {recipe.root}"
+    )
     return found
 
 
@@ -178,7 +181,7 @@ def write_labels(run: Run, paths: Sequence[str], out: Path) -> int:
         if isinstance(one.name, str) and isinstance(one.probability, float):
             rows.append((one.probability, os.path.abspath(one.path), one.name))  # noqa: PTH100
     with out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = SafeWriter(file, "\n")
         table.writerow(["path", "label", "kind", "probability"])
         table.writerows([path, name, "noisy", f"{probability:.4f}"] for probability, path, name in sorted(rows))
     return len(rows)

@@ -15,6 +15,7 @@ from kd_lightning.cli.short.recipe import Recipe, batch_size_of, epochs_of, imag
 from kd_lightning.cli.short.table import LEAST, with_parts, write_table
 from kd_lightning.data.sources.images import printable
 from kd_lightning.errors import InputError
+from kd_lightning.report.numbers import count_text
 
 _ENOUGH = 20  # labels of a class, of which some can test
 _VAL_SHARE = 0.1
@@ -157,7 +158,7 @@ def _describe(pictures: Pictures, recipe: Recipe) -> list[str]:
     fewest, most = min(train.values()), max(train.values())
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     parts = {name: pictures.counts(name).total() for name in ("val", "test", "unlabeled")}
-    text = f"{total} pictures, {recipe.classes} classes ({pictures.kind}); training has {spread} of each class"
+    text = f"{count_text(total, 'picture')}, {recipe.classes} classes ({pictures.kind}); training has {spread} of each"
     if recipe.labeled is not None:
         text += f", {recipe.labeled} of them with their label"
     text += "".join(f", {name} {count}" for name, count in parts.items() if count)
@@ -166,11 +167,13 @@ def _describe(pictures: Pictures, recipe: Recipe) -> list[str]:
     lines = [text]
     if pictures.unreadable:
         named = ", ".join(f"{printable(path)} ({error})" for path, error in pictures.unreadable[:_MOST])
-        lines.append(f"{len(pictures.unreadable)} pictures cannot be read, and are left out: {named}")
+        lines.append(f"cannot be read, and left out: {count_text(len(pictures.unreadable), 'picture')}: {named}")
     if few := [printable(name) for name, count in sorted(train.items()) if count < LEAST - 1]:
         lines.append(
-            f"{len(few)} classes have very few pictures: {', '.join(few[:_MOST])}{', ...' * (len(few) > _MOST)}"
+            f"fewer than {LEAST - 1} pictures train of: {', '.join(few[:_MOST])}{', ...' * (len(few) > _MOST)}"
         )
-    settings = f"{recipe.image_size} pixels, batches of {recipe.batch_size}, {recipe.epochs} epochs of about "
-    lines.append(f"{settings}{recipe.steps} steps")
+    settings = (
+        f"{recipe.image_size} pixels, batches of {recipe.batch_size}, {count_text(recipe.epochs, 'epoch')} of about "
+    )
+    lines.append(f"{settings}{count_text(recipe.steps, 'step')}")
     return lines

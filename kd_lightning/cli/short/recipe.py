@@ -164,9 +164,14 @@ def pseudo_label_yaml(recipe: Recipe, student: Network, name: str, labeled_batch
     pseudo_labels: online
     threshold: 0.95  # least probability of a pseudo-label that counts
 {_optimizer(recipe, 0.001)}"""
+    every = {
+        "every_n_epochs": max(1, recipe.epochs // 5),
+        "threshold": 0.95,
+        "warmup_epochs": min(1, recipe.epochs - 1),
+    }
     report = f"""  callbacks:
     - class_path: PseudoLabelRefresh  # reports on the pseudo-labels: kd-lightning labels RUN
-      init_args: {{every_n_epochs: {max(1, recipe.epochs // 5)}, threshold: 0.95}}
+      init_args: {_flow(every)}
 """
     size = {"size": recipe.image_size}
     more = f"""    labeled_batch_size: {labeled_batch_size}  # of each batch; the other pictures have no label

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
+from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
 from kd_lightning.runs.run import Run
 
@@ -117,6 +119,11 @@ def check_teacher(path: Path) -> None:
         if finding.severity == "error":
             hint = f"; {finding.hint}" if finding.hint else ""
             raise InputError(f"doctor: {finding.name}: {finding.text}{hint}")
+
+
+def report(runs: Sequence[Run], out: Path) -> Path:
+    """Write the report about runs, and return its file."""
+    return write_report([run.folder for run in runs], out)
 
 
 def deploy(run: Run, out: Path) -> Path | None:

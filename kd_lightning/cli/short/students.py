@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from kd_lightning.cli.short.costs import Costs
 from kd_lightning.errors import InputError
 from kd_lightning.runs.results import Result
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.spreadsheet import SafeWriter
 
 _COLUMNS = [
     "student",
@@ -124,7 +124,7 @@ def write_students(candidates: Sequence[Candidate], chosen: Candidate, out: Path
     print("front: no other student is as small, as quick and as accurate, and better in one of these")
     table, picture = out.with_suffix(".csv"), out.with_suffix(".png")
     with table.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([_COLUMNS, *rows])
+        SafeWriter(file, "\n").writerows([_COLUMNS, *rows])
     draw_students(ordered, chosen).savefig(picture, dpi=150)
     return [table, picture]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from kd_lightning.cli.short.folder import PARTS, Picture, Pictures, split_test
 from kd_lightning.data.sources.images import printable
 from kd_lightning.data.tables import read_table
 from kd_lightning.errors import InputError
+from kd_lightning.report.numbers import count_text
+from kd_lightning.runs.spreadsheet import SafeWriter
 
 TEST_SHARE = 0.2
 LEAST = 4
@@ -59,9 +60,9 @@ def _as_before(pictures: Pictures, table: Path) -> tuple[Pictures, list[str]]:
     ]
     lines = [f"the parts are those of {table}"]
     if new := sorted(now - before.keys()):
-        lines.append(f"{len(new)} pictures are new, and train ({printable(new[0])})")
+        lines.append(f"new, and training: {count_text(len(new), 'picture')} ({printable(new[0])})")
     if gone := sorted(before.keys() - now):
-        lines.append(f"{len(gone)} pictures of {table} are gone ({printable(gone[0])})")
+        lines.append(f"gone: {count_text(len(gone), 'picture')} of {table} ({printable(gone[0])})")
     return replace(pictures, pictures=parts), lines
 
 
@@ -71,7 +72,7 @@ def write_table(path: Path, pictures: Sequence[Picture]) -> None:
     rows = [[one.path, one.label, one.part, *([one.weight] if weighted else [])] for one in pictures]
     part = path.with_name(f".{path.name}.part")
     with part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([[*_COLUMNS, *(["weight"] if weighted else [])], *rows])
+        SafeWriter(file, "\n").writerows([[*_COLUMNS, *(["weight"] if weighted else [])], *rows])
     if path.is_file() and path.read_bytes() == part.read_bytes():
         part.unlink()
     else:

@@ -67,7 +67,7 @@ def test_unreadable_pictures_are_left_out(class_folders, tmp_path):
     (folder / "dog" / "half.png").write_bytes(whole[: len(whole) // 2])
     found = plan(folder, tmp_path)
     assert [path for path, _ in found.pictures.unreadable] == ["cat/broken.png", "dog/empty.jpg", "dog/half.png"]
-    assert any(line.startswith("3 pictures cannot be read, and are left out: cat/broken.png (") for line in found.lines)
+    assert any(line.startswith("cannot be read, and left out: 3 pictures: cat/broken.png (") for line in found.lines)
     assert len(found.pictures.pictures) == 10
 
 
@@ -109,7 +109,7 @@ def test_a_class_of_one_picture_trains_and_does_not_test(class_folders, tmp_path
     found = plan(class_folders({"cat": 8, "dog": 8, "rare": 1}), tmp_path)
     assert parts_of(found.pictures)["train", "rare"] == 1
     assert found.pictures.counts("test") == {"cat": 2, "dog": 2}
-    assert "1 classes have very few pictures: rare" in found.lines
+    assert "fewer than 3 pictures train of: rare" in found.lines
 
 
 def test_the_test_part_is_the_same_each_time_and_has_whole_copies(class_folders, tmp_path):
@@ -133,7 +133,7 @@ def test_a_rerun_has_the_parts_of_the_table(class_folders, tmp_path, picture):
     after, lines = with_parts(read_folder(folder), table, test=True)
     expected = {one.path: one.part for one in before.pictures if one.path != gone} | {"cat/new.png": "train"}
     assert {one.path: one.part for one in after.pictures} == expected
-    assert lines[1:] == ["1 pictures are new, and train (cat/new.png)", f"1 pictures of {table} are gone ({gone})"]
+    assert lines[1:] == ["new, and training: 1 picture (cat/new.png)", f"gone: 1 picture of {table} ({gone})"]
 
 
 def test_the_table_is_what_the_datamodule_reads(class_folders, tmp_path):
