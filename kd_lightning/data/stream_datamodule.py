@@ -108,8 +108,12 @@ class StreamDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Runs on every process before each stage: open the streams."""
         for part, stream in self.streams.items():
-            if stream is not None and part not in self._readers:
-                self._readers[part] = make_reader(stream, part, shared=self.shared)
+            if stream is None or part in self._readers:
+                continue
+            self._readers[part] = reader = make_reader(stream, part, shared=self.shared)
+            same = [name for name in self._readers if name != part and self._readers[name].dataset is reader.dataset]
+            if same and reader.has_own_pass:
+                raise InputError(f"{part}: it is the {type(reader.dataset).__name__} of {same[0]}; give each its own")
         if self.class_names is None:
             self.class_names = _class_names(self._readers["train"].dataset, self.columns[1])
 

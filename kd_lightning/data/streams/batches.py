@@ -125,12 +125,20 @@ class StreamBatches(IterableDataset["Loaded | None"]):
     def _resume(self, mark: Mark, worker: int, workers: int) -> Iterator[Any]:
         """Return the blocks behind a mark: from the dataset's own state, else by reading all before it."""
         if mark.state is not None:
-            reader = copy.deepcopy(self.reader)
-            with suppress(Exception):  # of any class, from a dataset that does not know the state
+            with suppress(Exception):  # of any class, from a dataset that cannot be copied, or does not know the state
+                reader = copy.deepcopy(self.reader)
                 reader.restore(mark.state)
                 blocks = self._blocks(reader, mark.number, worker, workers, verify=mark)
                 if next(blocks, None) == mark.digest:
                     return blocks
+        return self.read_behind(mark, worker, workers)
+
+    def read_behind(self, mark: Mark, worker: int = 0, workers: int = 1) -> Iterator[Any]:
+        """Read up to a mark, and return the blocks behind it.
+
+        Raises:
+            InputError: If the samples at the mark are others.
+        """
         blocks = self._blocks(self.reader, 0, worker, workers, verify=mark)
         if next(blocks, None) != mark.digest:
             raise InputError(

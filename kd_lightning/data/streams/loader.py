@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -47,6 +48,7 @@ class StreamLoader(DataLoader[Any]):
         self._position = (0, 0)  # epoch, batches
         self._resume: dict[str, Any] | None = None
         self._last: dict[tuple[int, int], Mark] = {}  # of each process and worker
+        self._firsts: dict[tuple[int, int], int] = {}  # hash of the first batch of the pass, of each of them
         self._last_worker = [-1] * dataset.world
         self._before: dict[int, dict[str, Any]] = {}  # the marks before some batches
 
@@ -60,11 +62,17 @@ class StreamLoader(DataLoader[Any]):
         if self.trainer is not None:  # a batch may be loaded but not processed
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             batches = min(batches, progress.processed)
-        state = {"epoch": epoch, "batches": batches}
-        return {**state, **self._before.get(batches - batches % self._window, {})}
+        before: dict[str, Any] = self._before.get(batches - batches % self._window, {})
+        marks = [{**mark, "state": _storable(mark["state"])} for mark in before.get("marks", ())]
+        firsts = [[*key, digest] for key, digest in self._firsts.items()]
+        return {"epoch": epoch, "batches": batches, "firsts": firsts, **before, "marks": marks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Runs when a fit resumes. If the next epoch is the one of the state, it begins behind these batches."""
+        """Runs when a fit resumes. If the next epoch is the one of the state, it begins behind these batches.
+
+        If it is a later one, the first batch of the state's epoch is read, and compared. Of datasets with shares of
+        their own, this needs ``num_workers`` 0.
+        """
         self._position = (state["epoch"], state["batches"])
         self._resume = state
 
@@ -75,10 +83,18 @@ class StreamLoader(DataLoader[Any]):
     def _start(self, epoch: int) -> tuple[Start, int]:
         """Return where a pass begins, and the number of its first batch that is yielded."""
         state, self._resume = self._resume, None
-        self._last, self._last_worker, self._before = {}, [-1] * self.dataset.world, {}
-        if state is None or state["epoch"] != epoch or not state["batches"]:
+        self._last, self._last_worker, self._before, self._firsts = {}, [-1] * self.dataset.world, {}, {}
+        if state is None or not state["batches"]:
             return Start(epoch), 0
         deals, rank = self.dataset.reader.deals, self.dataset.rank
+        firsts = {(of, worker): digest for of, worker, digest in state["firsts"]}
+        if state["epoch"] != epoch:
+            first = firsts.get((0, 0) if deals else (rank, 0))
+            if first is not None and (deals or not self.num_workers):
+                self._start_reader(state["epoch"])
+                self.dataset.read_behind(Mark(0, first))
+            return Start(epoch), 0
+        self._firsts = firsts
         for row in state["marks"]:
             self._last[row["rank"], row["worker"]] = Mark(row["number"], row["digest"], row["state"])
         self._last_worker = state["last_worker"]
@@ -88,6 +104,10 @@ class StreamLoader(DataLoader[Any]):
             self._last_worker = [-1] * self.dataset.world
         first = state["batches"] - state["batches"] % self._window
         return Start(epoch, first, own, self._last_worker[rank]), state["batches"]
+
+    def _start_reader(self, epoch: int) -> None:
+        data = self.dataset
+        data.reader.start(epoch, data.rank, data.world, max(1, self.num_workers), data.batch_size)
 
     # The batches.
 
@@ -99,8 +119,7 @@ class StreamLoader(DataLoader[Any]):
             self._passes += 1
         start, yielded = self._start(epoch)
         self.dataset.start = start
-        sizes = self.dataset.rank, self.dataset.world, max(1, self.num_workers), self.dataset.batch_size
-        self.dataset.reader.start(epoch, *sizes)
+        self._start_reader(epoch)
         check_open_files(self)
         every: Any = shorten_worker_errors(super().__iter__())
         loaded = (one for one in every if one is not None)
@@ -127,6 +146,8 @@ class StreamLoader(DataLoader[Any]):
             if self.dataset.compares:
                 self._check_shares(every, firsts)
             if not count:
+                if not number:
+                    self._check_begins(every)
                 return
             totals = every[:, :count, 1:3].double().sum(dim=(0, 1)) / (len(every) * count)
             for place, one in enumerate(step[:count]):
@@ -147,15 +168,11 @@ class StreamLoader(DataLoader[Any]):
             every = self._gather(rows, 1)
             if self.dataset.compares:
                 self._check_shares(every, firsts)
+            if padding is None:
+                self._check_begins(every)
             if not every[:, :, 0].any():
                 return
             if padding is None:
-                if not every[:, 0, 0].all():  # processes know this all at the same time
-                    has = int(every[:, 0, 0].sum())
-                    raise InputError(
-                        f"{self.dataset.reader.part}: each of {len(every)} processes needs a sample, but the stream "
-                        f"has some for {has} only; use fewer devices"
-                    )
                 assert one is not None
                 padding = one.batch.select(torch.tensor([0])).as_padding()
             yield padding if one is None else one.batch
@@ -181,6 +198,17 @@ class StreamLoader(DataLoader[Any]):
         strategy = self.trainer.strategy
         summed: Tensor = strategy.reduce(every.to(strategy.root_device), reduce_op="sum")  # all others are 0
         return summed.cpu()
+
+    def _check_begins(self, every: Tensor) -> None:
+        """Raise InputError if a process has no first batch. Processes know it all at the same time."""
+        part, has = self.dataset.reader.part, int(every[:, 0, 0].sum())
+        if not has:
+            raise InputError(f"{part}: the stream has no samples")
+        if has < len(every):
+            raise InputError(
+                f"{part}: each of {len(every)} processes needs a sample, but the stream has some for {has} only; use "
+                "fewer devices"
+            )
 
     def _check_shares(self, every: Tensor, firsts: dict[tuple[int, int], int]) -> None:
         """Raise InputError if processes and workers do not share the samples as the reader expects it."""
@@ -209,6 +237,8 @@ class StreamLoader(DataLoader[Any]):
             before = self._last.get(key)
             own = number if deals else 0 if before is None else before.number + 1
             self._last[key] = Mark(own, digest, state if self.dataset.keeps_state else None)
+            if not own:
+                self._firsts[key] = digest
             self._last_worker[rank] = worker
 
     def _note_position(self, number: int) -> None:
@@ -223,3 +253,14 @@ class StreamLoader(DataLoader[Any]):
 
 def _same(loaded: Loaded) -> Loaded:
     return loaded
+
+
+def _storable(state: Any) -> Any:
+    """Return a dataset's state; None if a checkpoint cannot hold it, as objects of a class that is not torch's."""
+    try:
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # of any class, from the objects themselves
+        return None
+    return state

@@ -19,10 +19,12 @@ class Reader:
     Attributes:
         deals: Whether this package deals out the samples. If not, each process and worker gets samples of its own.
         checks: Whether the first samples of processes and workers are compared.
+        has_own_pass: Whether the dataset itself holds the position of its pass, so that a second pass ends the first.
     """
 
     deals = True
     checks = True
+    has_own_pass = False
 
     def __init__(self, dataset: Any, part: str) -> None:
         self.dataset = dataset
@@ -45,8 +47,13 @@ class Reader:
         return iter(self.dataset)
 
     def state(self) -> Any:
-        """Return the position of the dataset, from its own ``state_dict``; None if it has none."""
-        return self.dataset.state_dict() if self._has_state else None
+        """Return the position of the dataset, from its own ``state_dict``; None if it has none, or fails."""
+        if not self._has_state:
+            return None
+        try:
+            return self.dataset.state_dict()
+        except Exception:  # of any class: the position is not needed, since all before it can be read
+            return None
 
     def restore(self, state: Any) -> None:
         """Set the position before ``__iter__``."""
@@ -86,6 +93,7 @@ class LitDataReader(SharedReader):
     """Read a ``StreamingDataset`` of the package litdata. Its own position needs litdata's loader, and is not used."""
 
     checks = False
+    has_own_pass = True
 
     def start(self, epoch: int, rank: int, world: int, workers: int, batch_size: int) -> None:
         """Runs before each pass: set the share of this process, which the dataset finds before processes are known."""

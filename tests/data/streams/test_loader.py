@@ -1,6 +1,9 @@
 """Streams: each sample once, in the same batches whatever reads them, and exact resumption."""
 
+import io
 import itertools
+import threading
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -67,6 +70,31 @@ class Forgetful(WithState):
         self.position = -1
 
 
+class Locked(WithState):
+    """A dataset that cannot be copied."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lock = threading.Lock()
+
+
+class OddState(WithState):
+    """A position in an object that a checkpoint cannot hold."""
+
+    def state_dict(self):
+        return PurePath(str(self.position))
+
+    def load_state_dict(self, state):
+        super().load_state_dict({"position": int(str(state))})
+
+
+class NoStateYet(WithState):
+    """As mosaicml-streaming, whose method has other arguments."""
+
+    def state_dict(self, samples):
+        return {"position": samples}
+
+
 class Unseeded(Numbers):
     def order(self):
         return torch.randperm(self.count).tolist()
@@ -101,6 +129,13 @@ def values(batch):
 
 def read(loader, count=None):
     return [values(batch) for batch in itertools.islice(iter(loader), count)]
+
+
+def stored(state):
+    """A state as a checkpoint holds it."""
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def flat(batches):
@@ -227,6 +262,12 @@ class TestLitData:
         assert read(resumed) == first[5:]
         assert read(resumed) == second
 
+    def test_one_for_two_parts_is_refused(self, optimized):
+        """Its pass over the validation part would end the one over the training part."""
+        stream = StreamingDataset(optimized)
+        with pytest.raises(InputError, match="^val: it is the StreamingDataset of train; give each its own$"):
+            StreamDataModule(stream, stream).setup("fit")
+
     def test_others_of_it_are_refused(self, optimized):
         both = CombinedStreamingDataset([StreamingDataset(optimized), StreamingDataset(optimized)], seed=1)
         with pytest.raises(InputError, match="^train: of litdata a StreamingDataset can be read, got Combined"):
@@ -239,6 +280,9 @@ CASES = {
     "own state": (WithState, {}),
     "own state, shuffled": (lambda: WithState(seed=5), {}),
     "own state is lost": (Forgetful, {}),
+    "not copied": (Locked, {}),
+    "state of another class": (OddState, {}),
+    "state that is not given": (NoStateYet, {}),
     "own shares": (OwnShares, {"shared": True}),
     "hugging face": (hugging_face, {}),
     "hugging face, buffer": (lambda: hugging_face(buffer=8), {}),
@@ -256,12 +300,12 @@ class TestResume:
         for first, second in points if not workers else points[1:3]:
             loader = make_loader(make(), workers=workers, **options)
             assert read(loader, first) == every[0][:first]
-            state = loader.state_dict()
+            state = stored(loader.state_dict())
             loader = make_loader(make(), workers=workers, **options)
             loader.load_state_dict(state)
             assert loader.state_dict() == state
             assert read(loader, second) == every[0][first : first + second]
-            state = loader.state_dict()  # a second time
+            state = stored(loader.state_dict())  # a second time
             loader = make_loader(make(), workers=workers, **options)
             loader.load_state_dict(state)
             assert read(loader) == every[0][first + second :]
@@ -299,8 +343,41 @@ class TestResume:
         with pytest.raises(InputError, match="^train: the stream gives other samples than before the resume"):
             read(resumed)
 
+    @pytest.mark.parametrize("make", [Numbers, lambda: Numbers(seed=6), Unseeded])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_refuses_other_samples_after_an_epoch(self, make, workers):
+        loader = make_loader(Numbers(seed=5))
+        read(loader)
+        resumed = make_loader(make(), workers=workers)
+        resumed.load_state_dict(loader.state_dict())
+        resumed._passes = 1
+        with pytest.raises(InputError, match="^train: the stream gives other samples than before the resume"):
+            read(resumed)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_after_an_epoch(self, case):
+        make, options = CASES[case]
+        whole = make_loader(make(), **options)
+        read(whole)
+        loader = make_loader(make(), **options)
+        read(loader, 5)
+        between = make_loader(make(), **options)
+        between.load_state_dict(loader.state_dict())
+        read(between)
+        resumed = make_loader(make(), **options)
+        resumed.load_state_dict(between.state_dict())
+        resumed._passes = 1
+        assert read(resumed) == read(whole)
+
 
 class TestBadInput:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_no_samples(self, training):
+        loader = make_loader(Numbers(0))
+        loader.training = training
+        with pytest.raises(InputError, match="^train: the stream has no samples$"):
+            read(loader)
+
     def test_read_once(self):
         for value in (iter([1]), (n for n in range(3))):
             with pytest.raises(InputError, match="^train must be a dataset whose __iter__ begins anew, but"):
