@@ -91,9 +91,13 @@ def _run_command(args: list[str]) -> None:
         args = parse_verb(args[0], args[1:])
         print_first_line(args)
         with libraries_loaded_quickly():
+            from kd_lightning.cli.key_help import key_help, wanted_help
             from kd_lightning.cli.main import DistillCLI
             from kd_lightning.cli.outcome import print_next_steps
         silence_lightning()
+        if not is_verbose() and (wanted := wanted_help(args)):
+            print(key_help(*wanted))
+            return
         print_next_steps(args, DistillCLI(args))
 
 

@@ -15,12 +15,11 @@ from kd_lightning.runs.class_paths import (
     SPEC_KEYS,
     arguments_of,
     find_class,
-    hint_for_key,
     name_of,
-    no_such_key,
     takes_any_argument,
     takes_none,
 )
+from kd_lightning.runs.key_hints import hint_for_key, no_such_key
 from kd_lightning.runs.yaml_file import UnboundedYAMLError, compose_yaml, load_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")

@@ -108,11 +108,8 @@ def _describe_data(data: Any, folder: Path) -> str:
     for part in _PARTS:
         if not samples.get(part):
             continue
-        each = sorted(row[part] for row in classes if row.get(part) is not None)
-        span = (
-            "" if not each else f" ({each[0]} of each class)" if each[0] == each[-1] else f" ({each[0]} to {each[-1]})"
-        )
-        parts.append(f"{samples[part]} {part}{span}")
+        each = [row[part] for row in classes if row.get(part) is not None]
+        parts.append(f"{samples[part]} {part}{_span(each)}")
     kinds = f"{len(classes)} classes; " if classes else ""
     return f"{source}: {kinds}{', '.join(parts)}"
 
@@ -121,12 +118,12 @@ def _span(counts: Sequence[int]) -> str:
     """Return the numbers of samples of the classes, as the end of a text.
 
     >>> _span([9, 12]), _span([10, 10]), _span([])
-    (' (9 to 12 of a class)', ' (10 of each class)', '')
+    (' (9 to 12 each)', ' (10 each)', '')
     """
     if not counts:
         return ""
     low, high = min(counts), max(counts)
-    return f" ({low} of each class)" if low == high else f" ({low} to {high} of a class)"
+    return f" ({low} each)" if low == high else f" ({low} to {high} each)"
 
 
 def _sample(data: Any, module: LightningModule) -> Inputs | None:

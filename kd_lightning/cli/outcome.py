@@ -18,12 +18,12 @@ _RECALL = re.compile(r"recall_(.+)")
 _FIRST = ("accuracy", "balanced_accuracy", "f1", "miou", "loss")
 
 
-def print_figures(part: str, metrics: Mapping[str, float], folder: Path | None) -> None:
+def print_figures(part: str, metrics: Mapping[str, Any], folder: Path | None) -> None:
     """Print the metrics of a part of the data, recalls of classes in one line.
 
     Args:
         part: ``"val"`` or ``"test"``.
-        metrics: Values by name, such as ``test/accuracy``; those of other parts are left out.
+        metrics: Values by name, such as ``test/accuracy``, numbers or tensors; those of other parts are left out.
         folder: The run's folder, None if there is none.
     """
     found = {name: float(value) for name, value in metrics.items() if f"{part}/" in name}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,18 +11,19 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.table import Column
 from rich.text import Text
 
+from kd_lightning.runs.folder import run_folder
+
 
 class OneLineProgress(RichProgressBar):
     """Lightning's progress bar with the version of the run, epochs from 1 on, and metrics that are cut, not wrapped."""
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Return the columns before the metrics, which take what is left of the line."""
-        whole = {"no_wrap": True}
         return [
-            TextColumn("{task.description}", table_column=Column(**whole)),
-            BarColumn(bar_width=8, table_column=Column(**whole)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=8, table_column=Column(no_wrap=True)),
             _Batches(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(**whole)),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         ]
 
     def _init_progress(self, trainer: Trainer) -> None:
@@ -35,11 +35,10 @@ class OneLineProgress(RichProgressBar):
             if self.progress is not None:
                 self.progress.expand = True
 
-    def _texts_of_metrics(self) -> Iterator[str]:
+    def _texts_of_metrics(self) -> Generator[str, None, None]:
         metrics = {} if self._metric_component is None else self._metric_component._metrics
-        return (
-            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
-        )
+        for name, value in metrics.items():
+            yield f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
 
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs
@@ -67,5 +66,4 @@ class _Batches(ProgressColumn):
 
 def _version(trainer: Trainer) -> str:
     """Return the name of the run's folder, empty without a logger that has one."""
-    folder = trainer.log_dir if trainer.loggers else None
-    return Path(folder).name if folder else ""
+    return run_folder(trainer).name if trainer.loggers else ""

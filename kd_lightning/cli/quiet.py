@@ -58,12 +58,16 @@ def quiet(verbose: bool = False) -> Iterator[None]:
         verbose: Leave nothing out.
     """
     token, format_before = _VERBOSE.set(verbose), warnings.formatwarning
+    compiler = logging.getLogger("torch.utils.cpp_extension")  # it warns that there is no GPU
+    level = compiler.level
     try:
         if not verbose:
             warnings.formatwarning = format_warning
+            compiler.setLevel(logging.ERROR)
         yield
     finally:
         _VERBOSE.reset(token)
+        compiler.setLevel(level)
         if warnings.formatwarning is format_warning:
             lightning = sys.modules.get("lightning.fabric.utilities.warnings")  # loaded since then, it has its own
             own = getattr(lightning, "_custom_format_warning", format_before)

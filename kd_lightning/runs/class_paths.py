@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -35,6 +35,9 @@ _EXTRAS = {
     "cleanlab": "weak",
     "skactiveml": "weak",
     "pyarrow": "weak",
+    "imagehash": "weak",
+    "datasets": "hf",
+    "litdata": "litdata",
 }
 """Optional packages, and the extra of this package that installs each."""
 _EXPORTED = (".pt2",)
@@ -111,6 +114,32 @@ def arguments_of(owner: Any) -> list[str]:
     """
     parser = _parser_of(owner)
     return [] if parser is None else [*parser.arguments]
+
+
+class Argument(NamedTuple):
+    """An argument of a class or function, as the parser has it.
+
+    Attributes:
+        name: Its name.
+        text: What its docstring says.
+        default: Its default; of an object the mapping that describes it.
+        needed: Whether it has none.
+    """
+
+    name: str
+    text: str
+    default: Any
+    needed: bool
+
+
+def describe_arguments(owner: Any) -> list[Argument]:
+    """Return the arguments of a class or function that the parser accepts; see :func:`arguments_of`."""
+    parser = _parser_of(owner)
+    actions = {} if parser is None else {action.dest: action for action in parser._actions}
+    found = [(name, actions[f"{_PREFIX}.{name}"]) for name in arguments_of(owner) if f"{_PREFIX}.{name}" in actions]
+    own = inspect.signature(owner).parameters if found else {}
+    needed = {name for name, parameter in own.items() if parameter.default is parameter.empty}
+    return [Argument(name, str(action.help or ""), action.default, name in needed) for name, action in found]
 
 
 def takes_any_argument(owner: Any) -> bool:
@@ -196,37 +225,3 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 def name_of(owner: Any) -> str:
     """Return the name of a class or function, or of the class of another callable."""
     return str(getattr(owner, "__name__", type(owner).__name__))
-
-
-def hint_for_key(name: str, allowed: Iterable[str], config: Any, known: Iterable[str] = ()) -> str:
-    """Return the end of a message about a key that does not exist: another place that has it, or a similar key.
-
-    Args:
-        name: The key, or its path.
-        allowed: The keys, or paths, that its place has.
-        config: The whole config, whose objects are the other places.
-        known: All keys of the parser, such as ``"trainer.max_epochs"``.
-    """
-    places = [(key.rpartition(".")[0], key.rpartition(".")[2]) for key in known]
-    for path, key, value, _ in walk_config(config):
-        if key == "class_path":
-            place = path.removesuffix(key) + "init_args"
-            places += [(place, argument) for argument in arguments_of(find_class(value))]
-    last, similar = name.rpartition(".")[2], did_you_mean(name, allowed)
-    found = [argument for _, argument in places if argument == last]
-    if not found and not similar:
-        found = difflib.get_close_matches(last, [argument for _, argument in places], n=1, cutoff=0.8)
-    place = next((place or "the top level" for place, argument in places if argument in found[:1]), "")
-    return f"; {place} has the key {found[0]}" if found else similar
-
-
-def no_such_key(owner: Any, name: str, allowed: Iterable[str], config: Any = None, known: Iterable[str] = ()) -> str:
-    """Return the message for an argument that a class does not have; see :func:`hint_for_key`."""
-    allowed = list(allowed)
-    hint = hint_for_key(name, allowed, config, known)
-    message = f"{name_of(owner)} has no such key{hint}; allowed: {', '.join(allowed)}"
-    if takes_any_argument(owner):
-        message += ", and any in dict_kwargs"
-    if name.startswith("cache") and name in arguments_of(find_class("kd_lightning.Teacher")):
-        message += f"; {name} is an argument of kd_lightning.Teacher, which wraps a teacher's network"
-    return message

@@ -19,13 +19,12 @@ from kd_lightning.runs.class_paths import (
     class_names,
     did_you_mean,
     find_class,
-    hint_for_key,
     missing_package,
     name_of,
     network_reader,
-    no_such_key,
     walk_config,
 )
+from kd_lightning.runs.key_hints import hint_for_key, no_such_key, right_key
 
 Keys = tuple[str, ...]
 Config = Mapping[str, Any]
@@ -159,6 +158,8 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
             continue
         if f"{cause.obj.__name__}.{cause.name}" in message:
             return partial(_no_such_attribute, cause.obj, str(cause.name))
+    if found := re.search(r"^[Uu]nrecognized arguments: (\S+)", message):
+        return partial(_unrecognized, found[1], known)
     option = r"Option '([^']+)' is not accepted|(?:Group '([^']+)'|Subcommand '[^']+') does not accept option '([^']+)'"
     if found := re.search(option, message):
         return partial(_unknown_key, ".".join(filter(None, found.groups())), known)
@@ -178,7 +179,7 @@ def _describe(message: str, causes: list[BaseException], known: list[str]) -> De
             entries = re.split(r"\n\s*- ", text)
             text = entries["Given value: {'class_path'" in message]
     text = re.sub(r"\n\s*- Expected a ", " or a ", text)
-    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+    if found := re.search(r"(?:Expected|or) a dot import path string: (\S+)", text):
         return partial(_wrong_class, found[1])
     found = re.search(r"Problem with given class_path '([^']+)'", text)
     if found and missing_package(found[1]):
@@ -236,6 +237,15 @@ def _unknown_key(name: str, known: list[str], keys: Keys, config: Config) -> str
             return f"{path}.init_args.{argument}: {no_such_key(owner, argument, allowed, config)}"
     siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
     return f"{_join((*keys, name))}: no such key{hint_for_key(name, siblings, config, known)}"
+
+
+def _unrecognized(argument: str, known: list[str], keys: Keys, config: Config) -> str:
+    """What is wrong with an argument that no parser takes."""
+    name = argument.partition("=")[0]
+    if not name.startswith("-"):
+        return f"{argument} belongs to no option"
+    meant = right_key(name.lstrip("-"), config, known)
+    return f"{name}: no such option" + (f"; did you mean --{meant}?" if meant else "; 'fit --help' lists them")
 
 
 def _missing(names: list[str], keys: Keys, config: Config) -> str:

@@ -7,6 +7,7 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     cache,
     clean,
     compare,
+    completion,
     distill,
     doctor,
     duplicates,

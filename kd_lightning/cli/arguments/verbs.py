@@ -33,6 +33,15 @@ _CHECKPOINTS = {
     "fit": "last, or a checkpoint: resumes its run exactly",
     "validate": "best, last, a checkpoint, or a student.safetensors",
 }
+VERB_OPTIONS = {
+    verb: {
+        name.split()[0]: text
+        for name, text in {**_OPTIONS, **(_OF_FIT if verb == "fit" else {}), "--ckpt_path": _CHECKPOINTS[kind]}.items()
+        if name.startswith("--") and name.split()[0] not in ("--KEY", "--verbose")
+    }
+    for verb, kind in (("fit", "fit"), ("test", "validate"))
+}
+"""The options of the commands of LightningCLI that need no path of a key, and what each does."""
 
 
 def verb_help(verb: str) -> str:
