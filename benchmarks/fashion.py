@@ -42,7 +42,18 @@ STUDENT = partial(CifarResNet, 8, (8, 8, 16, 32), num_classes=10, in_channels=1)
 GRID = {"lr": (0.01, 0.03)}
 MIXES = {"": None, "mixup": MixUp(0.2)}
 TAIL = {"plain": {}, "sampler": {"sampler": "balanced"}, "class weights": {}}
-LR = {}  # of each case that is not 0.01
+LR = dict.fromkeys(  # of each case that is not 0.01
+    [
+        ("10 labels", "distilled", ""),
+        ("10 labels", "distilled", "mixup"),
+        ("all labels", "alone", ""),
+        ("all labels", "alone", "mixup"),
+        ("all labels", "distilled", ""),
+        ("plain",),
+        ("sampler",),
+    ],
+    0.03,
+)
 CASES = [*itertools.product(("10 labels", "all labels"), ("alone", "distilled"), MIXES)]
 
 
