@@ -242,12 +242,14 @@ def _write_sheet(
 ) -> None:
     """Write the contact sheet, the samples of a pair side by side."""
     pictures, captions = [], []
-    for pair in pairs:
+    for number, pair in enumerate(pairs, 1):
+        how = "equal" if pair.exact else f"{pair.distance} of 64 bits differ"
+        labels = {samples[position].label for position in (pair.a, pair.b)} - {""}
+        head = f"pair {number}: {how}{', labels differ' if len(labels) > 1 else ''}"
         for position in (pair.a, pair.b):
             sample = samples[position]
             pictures.append(picture_of(read_image(parts, places[position])))
-            name = Path(sample.path).name or sample.label
-            how = "equal" if pair.exact else f"distance {pair.distance}"
-            captions.append(f"{sample.part} {sample.index}\n{name}\n{how}")
-    title = "samples that are equal or alike, in pairs"
+            label = f"label {sample.label}" if sample.label else "no label"
+            captions.append(f"{head}\n{sample.part} {sample.index}: {label}\n{Path(sample.path).name}".rstrip())
+    title = "Samples that are equal or alike, in pairs"
     contact_sheet(pictures, captions, columns=6, title=title).savefig(out, dpi=120)

@@ -103,10 +103,22 @@ def read_ledger(folder: Path) -> dict[int, Round]:
     for one in rounds.values():
         one.label = [*map(normal_name, one.label)]
     if not rounds:
-        Run(folder)  # raises InputError if it is no run
-        text = "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
+        text = _first_refresh(Run(folder))  # raises InputError if it is no run
         raise InputError(f"{folder} has no ledger of pseudo-labels, {FOLDER}/round_0000.csv; {text}")
     return rounds
+
+
+def _first_refresh(run: Run) -> str:
+    """Return why a run has no pseudo-labels yet, as the end of a message."""
+    config = run.config if (run.folder / CONFIG).is_file() else {}
+    trainer = config.get("trainer") or {}
+    refreshes = [c for c in trainer.get("callbacks") or [] if str(c["class_path"]).endswith(".PseudoLabelRefresh")]
+    if not refreshes:
+        return "add PseudoLabelRefresh to the run's callbacks (trainer.callbacks), and fit again"
+    warmup = int((refreshes[0].get("init_args") or {}).get("warmup_epochs", 0))
+    last, epochs = run.state.get("step"), trainer.get("max_epochs")
+    length = f"the run has {epochs} of them" if epochs is not None and epochs <= warmup else f"it ended at step {last}"
+    return f"the first refresh comes after warmup_epochs, {warmup} epochs; {length}"
 
 
 def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
@@ -177,7 +189,7 @@ def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
         images = [data.image(samples[row]) for row in rows]
     except IndexError as error:
         raise InputError(f"the data of {run} has changed: it lacks a sample of round {one.number}") from error
-    captions = [f"{samples[row]}\n{one.label[row]} {confidence[row]:.3f}" for row in rows]
+    captions = [f"looks like {one.label[row]}\nconfidence {confidence[row]:.1%}\n{samples[row]}" for row in rows]
     try:
         shown = write_contact_sheet(out, images, captions, f"{run}: the least confident labels of round {one.number}")
     except ValueError as error:  # a suffix that matplotlib does not know

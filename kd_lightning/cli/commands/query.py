@@ -92,7 +92,7 @@ def query(
         pool = replace(pool, member_probabilities=members, probabilities=members.mean(dim=0))
     samples = select_samples(strategy, pool, n)
     selected: list[int] = index[samples.rows].tolist()
-    shown = _write_query(out, data, selected, samples, images, f"{strategy}: samples to label next")
+    shown = _write_query(out, data, selected, samples, pool.probabilities[samples.rows], images, strategy)
     command = ["python", "-m", "kd_lightning", "fit", "--config", str(first.folder / CONFIG)]
     if first.split_file is not None:
         command += ["--data.labeled", str(first.split_file)]
@@ -148,8 +148,9 @@ def _write_query(
     data: SemiSupervisedDataModule,
     selected: Sequence[int],
     samples: SelectedSamples,
+    probabilities: Tensor,
     images: int,
-    title: str,
+    strategy: str,
 ) -> bool:
     """Write the CSV file and, if the samples are pictures, the contact sheet; return whether there is a sheet."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,13 @@ def _write_query(
         table.writerow(COLUMNS)
         for index, score in zip(selected, scores, strict=True):
             table.writerow([index, data.path(index) or "", data.content(index), f"{score:.6g}", ""])
-    captions = [f"{index}\n{score:.3f}" for index, score in zip(selected, scores, strict=True)]
+    names = dict(enumerate(data.class_names or ()))
     shown = [data.image(index) for index in selected[:images]]
-    return write_contact_sheet(out.with_suffix(".png"), shown, captions[:images], title)
+    captions = []
+    for index, score, row in zip(selected[:images], scores, probabilities, strict=False):
+        likeliest = zip(*map(Tensor.tolist, row.topk(2)), strict=True)
+        guess = " or ".join(f"{names.get(number, number)} {value:.0%}" for value, number in likeliest)
+        name = Path(data.path(index) or "").name
+        captions.append(f"{guess}\nscore {score:.3g}\n{index}{f': {name}' if name else ''}")
+    title = f"Samples to label next, by {strategy}: the student's two likeliest classes"
+    return write_contact_sheet(out.with_suffix(".png"), shown, captions, title)

@@ -16,7 +16,9 @@ from PIL import Image
 
 from kd_lightning.errors import InputError
 
-_LINE_LENGTH = 20  # of a caption, in letters
+_HEAD_WIDTH, _TEXT_WIDTH = 22, 26  # letters in a line of a caption: of its first line, of the others
+_MOST_LINES = 4  # of each line of a caption, if it is wrapped
+_PANEL = 1.75  # inches
 
 
 def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int = 6, title: str | None = None) -> Figure:
@@ -26,7 +28,7 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
         images: PIL images, tensors or arrays, (H, W) or (C, H, W), of any size and number type. Three channels are
             RGB, four RGBA; of any other number of channels the first is shown. Values of uint8 lie in [0, 255]. If
             values of another type lie outside [0, 1], the image is scaled to its own range. Arrays may be (H, W, C).
-        captions: One text for each image, shown below it.
+        captions: One text for each image. Its first line stands above the image in bold, all others below it.
         columns: Images in a row, at least 1.
         title: Text above all images. If None, there is no title.
 
@@ -43,20 +45,21 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
         raise InputError(f"columns must be at least 1, got {columns}")
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    texts = [_wrap(caption) for caption in captions]
-    lines = max(text.count("\n") + 1 for text in texts)
-    sheet = Figure(
-        figsize=(1.5 * columns, (1.4 + 0.13 * lines) * rows + 0.3 * (title is not None)), layout="constrained"
-    )
+    heads, texts = zip(*map(_wrap, captions), strict=True)
+    lines = [max(text.count("\n") + bool(text) for text in part) for part in (heads, texts)]
+    height = (_PANEL + 0.06 + 0.16 * lines[0] + 0.14 * lines[1]) * rows + 0.35 * (title is not None)
+    sheet = Figure(figsize=(_PANEL * columns, height), layout="constrained")
     panels = sheet.subplots(rows, columns, squeeze=False).flat
-    for image, text, panel in zip(images, texts, panels, strict=False):  # zip takes no panel beyond the last image
+    for image, head, text, panel in zip(images, heads, texts, panels, strict=False):  # and no panel beyond the last one
         panel.imshow(picture_values(image), cmap="gray", vmin=0, vmax=1)
         panel.set(xticks=[], yticks=[])
-        panel.set_xlabel(text, fontsize=7, parse_math=False)  # the name of a class may be $
+        panel.spines[:].set_color("#c5ccd3")
+        panel.set_title(head, fontsize=8.5, fontweight="bold", pad=3, parse_math=False)  # the name of a class may be $
+        panel.set_xlabel(text, fontsize=7.5, color="#3d4852", labelpad=3, parse_math=False)
     for panel in list(panels):
         panel.remove()
     if title is not None:
-        sheet.suptitle(title, fontsize=9, parse_math=False)
+        sheet.suptitle(title, fontsize=10.5, x=0.01, ha="left", parse_math=False)
     return sheet
 
 
@@ -94,13 +97,18 @@ def write_contact_sheet(out: Path, images: Sequence[Any], captions: Sequence[str
     return True
 
 
-def _wrap(caption: str) -> str:
-    lines = [line for text in caption.splitlines() for line in textwrap.wrap(text, _LINE_LENGTH) or [""]]
-    return "\n".join(lines)
+def _wrap(caption: str) -> tuple[str, str]:
+    """Return the first line of a caption, and the others."""
+    head, *rest = caption.split("\n")
+    return _fold(head, _HEAD_WIDTH), "\n".join(_fold(line, _TEXT_WIDTH) for line in rest)
+
+
+def _fold(line: str, width: int) -> str:
+    return textwrap.fill(line, width, max_lines=_MOST_LINES, placeholder=" …")
 
 
 def picture_values(image: Any) -> npt.NDArray[np.float32]:
-    """Return the values of a picture of any kind, (H, W), (H, W, 3) or (H, W, 4), in [0, 1]; InputError if it is none."""
+    """Return the values of a picture of any kind in [0, 1], (H, W), (H, W, 3) or (H, W, 4); else an InputError."""
     return _stretch(_values(image))
 
 

@@ -299,7 +299,10 @@ def test_files_and_names(tmp_path, monkeypatch):
     last = int(labels[69])
     assert (row["label"], row["suggested"], row["quality"]) == (names[last], names[(last + 1) % 3], "0.25")
     _, images, captions, _ = seen[0]
-    assert len(images) == 60 and captions[0] == f"69\n{names[last]}: {names[(last + 1) % 3]}?"
+    assert len(images) == 60 and captions[0].splitlines()[::2] == [
+        f"given {names[last]}, looks like {names[(last + 1) % 3]}",
+        f"69: {Path(data.path(69)).name}",
+    ]
     assert np.array(images[0]).max() == int(Path(data.path(69)).stem)
     assert Path("out/suspects.png").read_bytes().startswith(b"\x89PNG")
     source = ImageFolder(train="images", image_size=8)

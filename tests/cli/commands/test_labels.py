@@ -157,7 +157,8 @@ def test_sheet_shows_the_least_confident(run, seen, capsys):
     index = make_split(TARGETS, 5, 0.1, 0).unlabeled[:8]
     images, captions = seen[0]
     # 0.2, then the two of 0.3, the lower index first
-    assert captions == [f"{index[6]}\n3 0.200", f"{index[1]}\n0 0.300", f"{index[4]}\n2 0.300"]
+    found = [(3, 20, index[6]), (0, 30, index[1]), (2, 30, index[4])]
+    assert captions == [f"looks like {name}\nconfidence {share}.0%\n{sample}" for name, share, sample in found]
     pixels = Digits().load().train.images.tensors[0]
     assert all(torch.equal(image, pixels[index[row]]) for image, row in zip(images, (6, 1, 4), strict=True))
 
@@ -191,6 +192,15 @@ def test_no_ledger(run):
     with pytest.raises(InputError, match="name one of its runs: version_0"):
         main([str(run.parent)])
     shutil.rmtree(run / "pseudo_labels")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["max_epochs"] = 2
+    refresh = {"class_path": "kd_lightning.callbacks.PseudoLabelRefresh", "init_args": {"warmup_epochs": 3}}
+    config["trainer"]["callbacks"] = [refresh]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="comes after warmup_epochs, 3 epochs; the run has 2 of them"):
+        main([str(run)])
+    config["trainer"]["callbacks"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match="has no ledger of pseudo-labels.*; add PseudoLabelRefresh"):
         main([str(run)])
     with pytest.raises(InputError, match="nowhere is no run: it does not exist"):

@@ -1,8 +1,11 @@
 """Contact sheets."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from kd_lightning.errors import InputError
@@ -102,13 +105,28 @@ def test_sheet(tmp_path):
     sheet = contact_sheet(images, captions, columns=3, title="$ of all $")
     assert len(sheet.axes) == 4
     assert [axes.get_subplotspec().rowspan.start for axes in sheet.axes] == [0, 0, 0, 1]
-    labels = [axes.get_xlabel() for axes in sheet.axes]
-    assert labels[:2] + labels[3:] == ["one", "cost: $5 or $6", "4\nfour"]
-    assert " ".join(labels[2].split()) == captions[2] and max(map(len, labels[2].splitlines())) <= 20
+    heads = [axes.get_title() for axes in sheet.axes]
+    assert heads[:2] + heads[3:] == ["one", "cost: $5 or $6", "4"]
+    assert [axes.get_xlabel() for axes in sheet.axes] == ["", "", "", "four"]
+    assert " ".join(heads[2].split()) == captions[2] and max(map(len, heads[2].splitlines())) <= 22
     assert sheet.get_suptitle() == "$ of all $"
     sheet.savefig(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as file:
-        assert file.size[0] == pytest.approx(3 * 150, abs=1)
+        assert file.size[0] == pytest.approx(3 * 175, abs=1)
+
+
+def test_captions_lie_within_their_columns():
+    """Also those of the longest names, which are cut after four lines."""
+    caption = f"given {'a_long_name_of_a_class' * 9}, looks like B\n{'a_' * 40}"
+    sheet = contact_sheet([torch.rand(1, 8, 8)] * 4, [caption] * 4, columns=2, title="title")
+    canvas = FigureCanvasAgg(sheet)
+    canvas.draw()
+    for axes in sheet.axes:
+        texts = (axes.title, axes.xaxis.label)
+        assert all(text.get_text().count("\n") <= 3 for text in texts) and "…" in axes.get_title()
+    texts = [text for axes in sheet.axes for text in (axes.title, axes.xaxis.label)]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_wrong_input():
