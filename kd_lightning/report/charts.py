@@ -125,8 +125,8 @@ def reliability(bins: Sequence[tuple[float, float, int]], kind: str, label: str,
         figure = Figure(figsize=(3.0, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 100], [0, 100], color=color("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
-        x, y, counts = zip(*bins, strict=True)
-        x, y = [100 * value for value in x], [100 * value for value in y]
+        x, y = ([100 * one[column] for one in bins] for column in (0, 1))
+        counts = [count for _, _, count in bins]
         axes.plot(x, y, color=color(kind), linewidth=0.9, alpha=0.5)
         sizes = [14 + 170 * (count / samples) for count in counts]
         axes.scatter(x, y, s=sizes, marker=marker_of(kind), color=color(kind), linewidths=0, clip_on=False, zorder=3)

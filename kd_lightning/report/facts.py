@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from kd_lightning.errors import InputError
 from kd_lightning.report.cast import Cast, Role
-from kd_lightning.report.outputs import TestOutputs, test_outputs
+from kd_lightning.report.outputs import TestOutputs, teacher_costs, test_outputs
 from kd_lightning.report.verdict import Verdict, verdict_of
+
+
+@dataclass(frozen=True)
+class FileTeacher:
+    """A teacher that is no run, such as a pretrained file.
+
+    Attributes:
+        accuracy: Share of right predictions.
+        samples: Number of test samples that it was run on.
+        costs: Parameters, size and MACs; empty if they are not known.
+    """
+
+    accuracy: float
+    samples: int
+    costs: dict[str, Any]
 
 
 @dataclass
@@ -29,6 +46,19 @@ class Facts:
     def outputs(self) -> TestOutputs:
         """Outputs of all networks on the same test samples."""
         return test_outputs(self.cast)
+
+    @cached_property
+    def file_teacher(self) -> FileTeacher | None:
+        """The teacher of the method, if it is no run of this report; None if it cannot be run, or there is none."""
+        if self.cast.find("teacher") is not None or self.cast.main.method != "teacher":
+            return None
+        try:
+            outputs = self.outputs
+        except InputError:
+            return None
+        if "teacher" not in outputs.probabilities:
+            return None
+        return FileTeacher(outputs.accuracy("teacher"), len(outputs.labels), teacher_costs(outputs.network))
 
     @property
     def figure(self) -> str:

@@ -47,7 +47,9 @@ def accuracy_part(facts: Facts) -> Context:
         spread = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
         rows.append(
             {
-                "role": role,
+                "kind": role.kind,
+                "label": role.label,
+                "name": role.group.name,
                 "value": f"{value_text(statistics.mean(values), figure, 2).removesuffix(' %')}{spread}"
                 if values
                 else "-",
@@ -61,6 +63,11 @@ def accuracy_part(facts: Facts) -> Context:
         )
     if not series:
         return None
+    if (teacher := facts.file_teacher) is not None and figure == "accuracy":
+        series.append(Series("teacher", "teacher", [100 * teacher.accuracy]))
+        value, empty = f"{100 * teacher.accuracy:.2f}", dict.fromkeys(("change", "over_seeds", "over_samples"), "")
+        row = {"kind": "teacher", "label": "teacher", "name": "not a run; run for this report", "seeds": 1, **empty}
+        rows.append({**row, "value": value, "samples": f"{teacher.samples:,}", "verdict": ""})
     return {
         "svg": dot_plot(series, title),
         "title": title,
@@ -79,13 +86,14 @@ def _span(sizes: list[int]) -> str:
 def cost_part(facts: Facts) -> Context:
     """Size, multiply-accumulates and latency of student and teacher, and their ratios."""
     student, teacher = facts.cast.main, facts.cast.find("teacher")
+    of_teacher = teacher.group.costs if teacher else facts.file_teacher.costs if facts.file_teacher else {}
     shown = [role for role in facts.cast.roles if role.group.costs and role.kind != "alone"]
     shown = shown or [role for role in facts.cast.roles if role.group.costs]
     if not shown:
         return None
     ratios = []
     for key in ("size_kb", "macs", "latency_ms"):
-        mine, theirs = student.group.costs.get(key), teacher.group.costs.get(key) if teacher else None
+        mine, theirs = student.group.costs.get(key), of_teacher.get(key)
         if student is teacher or not mine or not theirs:
             continue
         slower = mine > theirs
@@ -101,9 +109,13 @@ def cost_part(facts: Facts) -> Context:
                 "teacher_share": 100 * theirs / max(mine, theirs),
             }
         )
-    rows = [(role, [_cost(key, role.group.costs.get(key)) for key, _ in _COSTS]) for role in shown]
-    precisions = {role.label: role.group.costs.get("precision", "") for role in shown}
-    return {"ratios": ratios, "rows": rows, "columns": [name for _, name in _COSTS], "precisions": precisions}
+    costs = [(role.kind, role.label, role.group.costs) for role in shown]
+    costs += [("teacher", "teacher", of_teacher)] if teacher is None and of_teacher else []
+    rows = [
+        (kind, label, [*(_cost(key, one.get(key)) for key, _ in _COSTS), one["precision"]])
+        for kind, label, one in costs
+    ]
+    return {"ratios": ratios, "rows": rows, "columns": [name for _, name in _COSTS]}
 
 
 def _cost(key: str, value: float | None) -> str:
@@ -174,7 +186,8 @@ def classes_part(facts: Facts) -> Context:
 def calibration_part(facts: Facts) -> Context:
     """Reliability diagrams and expected calibration errors."""
     outputs = facts.outputs
-    drawings, errors = [], []
+    drawings: list[Any] = []
+    errors: list[tuple[str, str, str]] = []
     for kind in ("alone", "method", "teacher", facts.cast.main.kind):
         if kind not in outputs.probabilities or any(kind == done for done, *_ in errors):
             continue
@@ -239,6 +252,10 @@ def key_figures(facts: Facts) -> list[dict[str, str]]:
         role = facts.cast.find(kind)
         if role and role is not main and (other := role.group.values(facts.figure)):
             tiles.append(_tile(value_text(statistics.mean(other), facts.figure), role.label, role))
+    if facts.file_teacher is not None and facts.figure == "accuracy":
+        tiles.append(
+            {"value": value_text(facts.file_teacher.accuracy, "accuracy"), "text": "teacher", "kind": "teacher"}
+        )
     costs = cost_part(facts)
     for ratio in (costs or {}).get("ratios", []):
         tiles.append({"value": ratio["ratio"], "text": f"{ratio['word']} than the teacher", "kind": ""})

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.batch import Batch
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
@@ -17,13 +19,17 @@ from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
+from kd_lightning.inputs import arguments_of
 from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of, to_probabilities
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.report.cast import Cast, Role
 from kd_lightning.runs.build import build
 from kd_lightning.runs.results import Prediction, labeled
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.student import example_inputs
 from kd_lightning.runs.weights import load_weights
+from kd_lightning.teachers.teacher import Teacher
 
 MOST_SAMPLES = 2048
 """Largest number of test samples on which the networks are run; of more a random part of that size."""
@@ -44,7 +50,7 @@ class TestOutputs:
         labels: (N,) classes.
         probabilities: {kind of role: (N, C)}; ``"method"`` may be missing, as where a run is a baseline alone.
         total: Number of labeled samples of the test part.
-        data: The datamodule.
+        network: The main role's module and data.
         seed: The seed of the runs.
     """
 
@@ -52,8 +58,18 @@ class TestOutputs:
     labels: Tensor
     probabilities: dict[str, Tensor]
     total: int
-    data: SemiSupervisedDataModule
+    network: Network
     seed: int | None
+
+    @property
+    def data(self) -> SemiSupervisedDataModule:
+        """The datamodule."""
+        found: SemiSupervisedDataModule = self.network.data
+        return found
+
+    def accuracy(self, kind: str) -> float:
+        """Return the share of right predictions of a role."""
+        return float((self.probabilities[kind].argmax(dim=1) == self.labels).double().mean())
 
     @property
     def what(self) -> str:
@@ -126,6 +142,7 @@ class Network:
         loader = ViewLoader(dataset, labels, batch_size=data.batch_size, num_workers=data.num_workers)
         known, found = [], [[] for _ in networks]  # type: tuple[list[Tensor], list[list[Tensor]]]
         for batch in batches_of(loader, data, device):
+            assert batch.y is not None
             known.append(batch.y.reshape(len(batch), -1)[:, 0].cpu().long())
             for network, parts in zip(networks, found, strict=True):
                 if (logits := network(batch)) is not None:
@@ -178,7 +195,7 @@ def test_outputs(cast: Cast) -> TestOutputs:
         role = cast.find(kind)
         if kind not in found and role is not None and (other := _other_outputs(role, main, index)) is not None:
             found[kind] = other
-    return TestOutputs(index, labels, found, len(rows), network.data, main.run.seed)
+    return TestOutputs(index, labels, found, len(rows), network, main.run.seed)
 
 
 def _other_outputs(role: Role, main: Role, index: Tensor) -> Tensor | None:
@@ -233,3 +250,26 @@ def soft_targets(cast: Cast) -> SoftTargets:
     rank = torch.linspace(0, len(indices) - 1, min(_SHOWN, len(indices))).long()
     shown = torch.special.entr(targets).sum(dim=1).argsort()[rank]
     return SoftTargets(indices[shown], targets[shown], labels[shown], temperature, len(indices), network.data)
+
+
+def teacher_costs(network: Network) -> dict[str, Any]:
+    """Return parameters, KB of weights and MACs of a module's teacher; empty if it has several, or they fail."""
+    teacher, x = getattr(network.module, "teacher", None), example_inputs(network.run.metadata)
+    if not isinstance(teacher, Teacher):
+        return {}
+    size = size_of(teacher.network)
+    costs = {
+        "parameters": sum(parameter.numel() for parameter in teacher.network.parameters()),
+        "precision": precision_of(teacher.network),
+        "size_kb": size.stored / 1000,
+    }
+    if x is not None:
+        args, kwargs = arguments_of(x)
+        args, kwargs = move_data_to_device((args, kwargs), network.module.device)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                teacher.run(*args, **kwargs)
+        except Exception:  # of a network that does not run on zeros, or is no plain network, can be anything
+            return costs
+        costs["macs"] = counter.get_total_flops() / 2
+    return costs

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
@@ -26,7 +27,7 @@ def color(name: str) -> str:
 def drawing_style() -> Iterator[None]:
     """Within it, figures have the page's style. Names are no formulas, and text stays text."""
     ink, muted, rule = color("ink"), color("muted"), color("rule")
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 9,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,9 @@ def render(cast: Cast) -> str:
     )
     figure = facts.figure
     environment.filters |= {
-        "change": lambda value: change_text(value, figure),
-        "interval": lambda value: interval_text(value, figure),
-        "thousands": lambda value: f"{value:,}",
+        "change": partial(change_text, figure=figure),
+        "interval": partial(interval_text, figure=figure),
+        "thousands": "{:,}".format,
         "breakable": _breakable,
     }
     now = datetime.now().astimezone()

@@ -68,7 +68,6 @@ def experiment(tmp_path_factory):
     main(["test", "--config", str(teacher)])
     path = str(root / "runs/teacher/version_0/student.safetensors")
     loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": network, "path": path}}
-    config |= {"name": "<i>distill</i>"}
     config["name"] = "distil & <i>"
     config["trainer"]["max_epochs"] = 2
     arguments = {"student": network, "teacher": loaded, "soft_weight": 0.5}

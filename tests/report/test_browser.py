@@ -21,7 +21,8 @@ frame.onload = () => {{
   const wide = [...inner.body.querySelectorAll("*")].filter(one => !one.closest(".scroll, pre, svg, .hidden, .skip"))
     .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).map(one => one.outerHTML.slice(0, 120));
   const images = [...inner.images].every(one => one.complete && one.naturalWidth > 0);
-  const found = {{width: root.clientWidth, scroll: root.scrollWidth, wide, images, sections: inner.querySelectorAll("section").length}};
+  const sections = inner.querySelectorAll("section").length;
+  const found = {{width: root.clientWidth, scroll: root.scrollWidth, wide, images, sections}};
   document.getElementById("out").textContent = JSON.stringify(found);
 }};
 </script>"""

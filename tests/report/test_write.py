@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,8 +57,8 @@ def trio(make, tmp_path):
     """Student alone, distilled student and teacher; without data."""
     teacher = make("teacher", 0, rows(0.95, 99), module="SupervisedModule")
     for seed in range(3):
-        make("alone", seed, rows(0.7, seed), module="SupervisedModule")
-        make("method", seed, rows(0.85 + 0.01 * seed, 10 + seed), teacher=taught(teacher))
+        make("alone", seed, rows(0.6, seed), module="SupervisedModule")
+        make("method", seed, rows(0.9 + 0.01 * seed, 10 + seed), teacher=taught(teacher))
     return [tmp_path / "runs/method", tmp_path / "runs/alone"]
 
 
@@ -104,7 +106,6 @@ def test_without_data(trio, tmp_path):
     for name in ("mistakes", "calibration", "soft_targets", "doctor", "data", "curves", "pseudo_labels"):
         assert name not in page.ids
     assert "Calibration :" in page.text and "Doctor :" in page.text
-    assert "49" not in page.text.partition("{{ 7 * 7 }}")[0][-3:]
     for name in NAMES:
         assert name in page.text
 
@@ -137,8 +138,8 @@ def test_worse_and_unclear(make, tmp_path):
 def test_classes(trio):
     """Shares, changes and losses of classes, counted here from the predictions."""
     content = figure_parts.classes_part(figure_parts.Facts(make_cast(trio)))
-    right = {"alone": [rows(0.7, seed) for seed in range(3)]}
-    right |= {"method": [rows(0.85 + 0.01 * seed, 10 + seed) for seed in range(3)], "teacher": [rows(0.95, 99)]}
+    right = {"alone": [rows(0.6, seed) for seed in range(3)]}
+    right |= {"method": [rows(0.9 + 0.01 * seed, 10 + seed) for seed in range(3)], "teacher": [rows(0.95, 99)]}
     for number, name in enumerate(NAMES):
         row = next(row for row in content["rows"] if row.name == name)
         assert row.samples == 100
@@ -166,7 +167,6 @@ def test_not_tested(make):
     (folder / "test.json").unlink()
     page = check_safe(write_report([folder]).read_text())
     assert "No test figures yet" in page.text and "accuracy" not in page.ids
-    assert "has no test figures" not in page.text or True
 
 
 def test_command(trio, tmp_path, capsys):
@@ -221,8 +221,6 @@ def test_commands_can_be_run(experiment):
     text = (experiment / "report.html").read_text()
     command = unescape(re.search(r"<code>kd-lightning (experiment .*?)</code>", text).group(1))
     before = sorted(experiment.parent.glob("*/version_*"))
-    import shlex
-
     main([*shlex.split(command), "--out", str(experiment.parent / "again")])
     assert sorted(experiment.parent.glob("*/version_*")) == before
 
@@ -244,8 +242,6 @@ def test_templates_are_in_the_package():
     for name, _, _ in write._PARTS:
         assert (folder / "parts" / f"{name}.html.j2").is_file()
     pattern = "report/templates/**"
-    from pathlib import Path
-
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'kd_lightning = ["py.typed", "{pattern}"]' in text
 
