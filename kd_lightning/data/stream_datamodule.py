@@ -26,7 +26,8 @@ class StreamDataModule(LightningDataModule):
     :class:`~kd_lightning.data.streams.hugging_face.HuggingFaceStream`), litdata's ``StreamingDataset``, and any object
     whose ``__iter__`` begins anew. Items are those of
     :class:`~kd_lightning.data.sources.dataset_source.DatasetSource`, with one label or one row of labels each. A label
-    of None or -1 is missing: the soft terms and pseudo-labels use the sample.
+    of None, -1 or -100 is missing (NaN among floats): the soft terms and pseudo-labels use the sample. Whole numbers are
+    values if the module's ``task`` is regression.
 
     - **Processes and workers**: each sample is read once in an epoch, in the same batches on one process as on several
       with smaller batches. Streams of Hugging Face and litdata are shared out by their shards instead: the order then
@@ -63,7 +64,8 @@ class StreamDataModule(LightningDataModule):
         eval_transform: Transform for validation and test. Default: None, which means the one of ``image_size``.
 
     Raises:
-        InputError: For values out of range, and for a stream that can be read once only.
+        InputError: For values out of range; for a stream that can be read once only, or has no samples; for litdata's
+            dataset of one part that is that of another part, too.
     """
 
     def __init__(
