@@ -26,8 +26,8 @@ class StreamDataModule(LightningDataModule):
     :class:`~kd_lightning.data.streams.hugging_face.HuggingFaceStream`), litdata's ``StreamingDataset``, and any object
     whose ``__iter__`` begins anew. Items are those of
     :class:`~kd_lightning.data.sources.dataset_source.DatasetSource`, with one label or one row of labels each. A label
-    of None, -1 or -100 is missing (NaN among floats): the soft terms and pseudo-labels use the sample. Whole numbers are
-    values if the module's ``task`` is regression.
+    of None, -1 or -100 is missing (NaN among floats): the soft terms and pseudo-labels use the sample. Whole numbers
+    are values if the module's ``task`` is regression.
 
     - **Processes and workers**: each sample is read once in an epoch, in the same batches on one process as on several
       with smaller batches. Streams of Hugging Face and litdata are shared out by their shards instead: the order then
