@@ -51,7 +51,8 @@ class StreamDataModule(LightningDataModule):
         class_names: Names of the classes, by number. Needed if labels are texts. Default: None, which means those of a
             ``ClassLabel`` of Hugging Face, if there is one.
         shared: Whether streams themselves give each process and worker samples of its own (as webdataset's do). Those
-            of Hugging Face and litdata are known. Default: False, which means that each of them gives all samples.
+            of Hugging Face and litdata are known. A list names the parts for which it holds, such as ``[train]``.
+            Default: False, which means that each of them gives all samples.
         batch_size: Samples per batch on each process, at least 1.
         num_workers: Worker processes of each loader, at least 0.
         seed: Seed of the augmentation. Streams shuffle by themselves.
@@ -78,7 +79,7 @@ class StreamDataModule(LightningDataModule):
         input: str | None = None,
         label: str | None = None,
         class_names: list[str] | None = None,
-        shared: bool = False,
+        shared: bool | list[str] = False,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
@@ -95,7 +96,10 @@ class StreamDataModule(LightningDataModule):
         self.streams = {"train": train, "val": val, "test": test}
         self.labeled = labeled
         self.columns = (input, label)
-        self.shared = shared
+        parts = [*self.streams] if shared is True else shared or []
+        if {*parts} - {*self.streams}:
+            raise InputError(f"shared must be a boolean, or some of {', '.join(self.streams)}, got {shared}")
+        self.shared = parts
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -112,7 +116,7 @@ class StreamDataModule(LightningDataModule):
         for part, stream in self.streams.items():
             if stream is None or part in self._readers:
                 continue
-            self._readers[part] = reader = make_reader(stream, part, shared=self.shared)
+            self._readers[part] = reader = make_reader(stream, part, shared=part in self.shared)
             same = [name for name in self._readers if name != part and self._readers[name].dataset is reader.dataset]
             if same and reader.has_own_pass:
                 raise InputError(f"{part}: it is the {type(reader.dataset).__name__} of {same[0]}; give each its own")

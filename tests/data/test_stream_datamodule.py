@@ -276,6 +276,15 @@ class TestHuggingFace:
             HuggingFaceStream(path, shuffle_buffer=1)
 
 
+def test_shared_of_some_parts():
+    data = StreamDataModule(Rows(), Rows(), shared=["train"])
+    data.setup("fit")
+    assert not data.train_dataloader().dataset.reader.deals
+    assert data.val_dataloader().dataset.reader.deals
+    with pytest.raises(InputError, match=r"^shared must be a boolean, or some of train, val, test, got \['valid'\]"):
+        StreamDataModule(Rows(), shared=["valid"])
+
+
 class TestNeedsRandomAccess:
     """What cannot work on a stream is refused in one line that names what does."""
 
