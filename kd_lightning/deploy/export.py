@@ -17,6 +17,7 @@ from kd_lightning.deploy.onnx_files import load_onnx, read_onnx_metadata, write_
 from kd_lightning.deploy.program_files import (
     load_executorch,
     load_torch_export,
+    quiet_executorch,
     read_executorch_metadata,
     read_torch_export_metadata,
     write_executorch,
@@ -65,8 +66,9 @@ def check_packages(file_format: str, *, quantized: bool) -> None:
     kind = file_format.partition("_")[0]
     names = [*_PACKAGES.get(kind, ()), *["onnxoptimizer"] * (quantized and kind == "onnx")]
     try:
-        for name in names:
-            importlib.import_module(name)
+        with quiet_executorch():
+            for name in names:
+                importlib.import_module(name)
     except ImportError as error:
         raise _missing_extra(file_format, file_format, error) from error
 

@@ -63,11 +63,13 @@ def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 def write_half(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a float student in half precision. Inputs and outputs stay float32."""
     onnx = importlib.import_module("onnx")
-    convert = importlib.import_module("onnxruntime.transformers.float16").convert_float_to_float16
     write_onnx(student, x, path, metadata)
-    with warnings.catch_warnings():
+    model = importlib.import_module("onnxruntime.transformers.onnx_model").OnnxModel(onnx.load(path))
+    with warnings.catch_warnings(), _quiet_root_logger():
         warnings.simplefilter("ignore")  # of weights that are too small for half precision
-        onnx.save(convert(onnx.load(path), keep_io_types=True), path)
+        model.convert_float_to_float16(use_symbolic_shape_infer=False, keep_io_types=True)
+    model.topological_sort()
+    onnx.save(model.model, path)
     set_metadata(path, metadata)
 
 
@@ -77,7 +79,8 @@ def write_integers(
     """Write a float student with weights and activations of 8 bits (static, QuantizeLinear and DequantizeLinear).
 
     Weights are signed, with a scale for each output channel. Activations are unsigned, with the range of the
-    calibration.
+    calibration. Weights use 7 of their bits: with 8, CPUs of x86 without VNNI add pairs of products in 16 bits, where
+    they overflow (logits of a trained CNN were off by 16 % instead of 2 %).
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
     (2018), https://arxiv.org/abs/1712.05877.
@@ -109,6 +112,7 @@ def write_integers(
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
+            reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )

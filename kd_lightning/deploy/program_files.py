@@ -66,7 +66,7 @@ def write_executorch(student: nn.Module, x: Inputs, path: Path, metadata: Mappin
     if token_inputs(x):
         raise InputError("executorch takes inputs of one shape, not sequences of tokens; onnx takes them")
     one = take_rows(x, slice(0, 1), len(next(iter(named_tensors(x).values()))))
-    with _quiet_lowering():
+    with quiet_executorch():
         exir = importlib.import_module("executorch.exir")
         partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         with torch.no_grad():
@@ -128,8 +128,8 @@ def _as_torch_operations(network: nn.Module, tensors: Sequence[Tensor]) -> Itera
 
 
 @contextmanager
-def _quiet_lowering() -> Iterator[None]:
-    """Hide the advice that ExecuTorch's packages log and warn of when they are loaded."""
+def quiet_executorch() -> Iterator[None]:
+    """Hide what ExecuTorch's packages log and warn of when they are loaded."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

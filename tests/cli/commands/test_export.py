@@ -1,5 +1,6 @@
 """export, from its command line: the content of each format, its logits against PyTorch's, and bad input."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch import nn
 
 from kd_lightning.__main__ import main
 from kd_lightning.data import Digits
+from kd_lightning.data.evaluation_batches import calibration_batches
 from kd_lightning.data.preprocessing import describe_preprocessing
 from kd_lightning.data.splits import make_split
 from kd_lightning.deploy.comparison import (
@@ -31,8 +33,9 @@ from kd_lightning.deploy.comparison import (
     collect_logits,
     compare_logits,
 )
-from kd_lightning.deploy.export import export_student, load_exported
+from kd_lightning.deploy.export import FORMATS, export_student, load_exported, read_file_metadata
 from kd_lightning.deploy.exporter import infer_task, predictor
+from kd_lightning.deploy.metadata import KEYS
 from kd_lightning.deploy.signature import without_last_token
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import predicted_labels
@@ -470,6 +473,178 @@ def test_tolerances_are_in_the_help(capsys):
         main(["export", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"default {TOLERANCE:g}, for quantised students {QUANTIZED_TOLERANCE:g}" in text
+
+
+# Formats that round, and all formats.
+
+
+@pytest.fixture(scope="module")
+def good(trained, tmp_path_factory):
+    """A run whose student is trained well: rounding shows in accuracy, not on random weights."""
+    run = Path(shutil.copytree(trained / "plain/version_0", tmp_path_factory.mktemp("good") / "run"))
+    data = Run(run).datamodule()
+    rows = data.split.labeled + data.split.unlabeled
+    x, y = IMAGES[rows], Digits().load().train.targets[rows]
+    torch.manual_seed(0)
+    net = DigitsCNN(4)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(400):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    save_weights(net.state_dict(), run / "student.safetensors", Run(run).metadata)
+    assert accuracy_of(net.eval(), data) > 0.9
+    return run
+
+
+def accuracy_of(network, data):
+    """Right predictions on the validation part."""
+    right = [network(batch.x).argmax(1) == batch.y for batch in data.val_dataloader()]
+    return float(torch.cat(right).float().mean())
+
+
+@pytest.fixture(scope="module")
+def every(good):
+    """All files of the well-trained run, and what was printed."""
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *a, **_: lines.append(" ".join(map(str, a))))
+        patch.setattr("rich.console.Console.print", lambda self, table: lines.append(table))
+        main(["export", str(good), "--all"])
+    return good / "export", lines
+
+
+def test_all_formats_are_in_the_table(every):
+    folder, lines = every
+    table = next(line for line in lines if not isinstance(line, str))
+    names, sizes, latencies, _, accuracies, differences = ([*column.cells] for column in table.columns)
+    installed = importlib.util.find_spec("executorch") is not None
+    expected = [name for name in FORMATS if name != "executorch" or installed]
+    assert names == ["PyTorch", *expected]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"student{FORMATS[name]}" for name in expected)
+    for name, size in zip(names[1:], sizes[1:], strict=True):
+        assert float(size) == pytest.approx((folder / f"student{FORMATS[name]}").stat().st_size / 1000, abs=0.1)
+    assert all(float(latency) > 0 for latency in latencies)
+    assert all("of 119)" in accuracy for accuracy in accuracies)
+    assert all(float(difference) < 1e-4 for name, difference in zip(names, differences, strict=True) if name == "onnx")
+    text = "\n".join(line for line in lines if isinstance(line, str))
+    assert ("left out: executorch needs the extra edge: pip install 'kd-lightning[edge]'" in text) != installed
+
+
+@pytest.mark.parametrize(("name", "limit", "size"), [("fp16", 2e-3, 0.75), ("int8", 0.1, 0.75)])
+def test_rounded_files(good, every, name, limit, size):
+    path = every[0] / f"student.{name}.onnx"
+    data, net = Run(good).datamodule(), load_weights(DigitsCNN(4), good / "student.safetensors").eval()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"
+
+    def run(x):
+        return torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])
+
+    with torch.no_grad():
+        expected, found = net(IMAGES[:200]), run(IMAGES[:200])
+    assert 0 < float((found - expected).abs().max() / expected.abs().max()) < limit
+    before, after = accuracy_of(net, data), accuracy_of(run, data)
+    assert after >= before - 0.02
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(metadata["accuracy"])["value"] == pytest.approx(after, abs=1e-6)
+    assert metadata["format"] == f"onnx_{name}"
+    assert metadata["onnxruntime"] == onnxruntime.__version__
+    weights = [tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 4]
+    kind = {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}[name]
+    assert len(weights) == 3 and all(tensor.data_type == kind for tensor in weights)
+    if name == "int8":
+        levels = np.concatenate([numpy_helper.to_array(tensor).ravel() for tensor in weights])
+        assert levels.min() >= -64 and levels.max() <= 64  # 7 bits: CPUs without VNNI overflow with 8
+
+
+def test_a_rounded_file_that_is_worse_is_not_written(good, tmp_path, capsys, monkeypatch):
+    """Ranges of other inputs spoil the integers."""
+    monkeypatch.setattr(
+        "kd_lightning.deploy.exporter.calibration_batches", lambda *_: [SimpleNamespace(x=IMAGES[:64] * 0.01)]
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(good), "--out", str(tmp_path / "student.int8.onnx")])
+    assert end.value.code == 1
+    text = capsys.readouterr().out
+    assert re.search(
+        r"STOP: .*PyTorch \(\d+ of 119 predictions are wrong that PyTorch has right, allowed are 1 \+ 0.01", text
+    )
+    assert not [*tmp_path.iterdir()]
+
+
+def test_calibration_is_on_training_images_under_the_evaluation_transform(good):
+    data = Run(good).datamodule()
+    found = torch.cat([batch.x for batch in calibration_batches(data, torch.device("cpu"), 100)])
+    assert found.shape == (100, 1, 8, 8)
+    own = {tuple(image.flatten().tolist()) for image in IMAGES[data.split.labeled + data.split.unlabeled]}
+    val = {tuple(image.flatten().tolist()) for image in IMAGES[data.split.val]}
+    drawn = {tuple(image.flatten().tolist()) for image in found}
+    assert drawn <= own and len(drawn & val) <= len(own & val)
+    again = torch.cat([batch.x for batch in calibration_batches(data, torch.device("cpu"), 100)])
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("name", ["onnx_fp16", "onnx_int8", "executorch"])
+def test_students_of_low_precision_are_refused(trained, fails, tmp_path, name):
+    args = ["export", str(trained / "quant/version_0"), "--out", str(tmp_path / "x"), "--format", name]
+    assert f"{name} takes float students; onnx holds the integers of one of low precision" in fails(*args)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_all_of_a_student_of_low_precision(trained, tmp_path, capsys):
+    main(["export", str(trained / "quant/version_0"), "--all", "--out", str(tmp_path / "all")])
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [f"student.{suffix}" for suffix in SUFFIXES]
+    text = capsys.readouterr().out
+    for name in ("onnx_fp16", "onnx_int8", "executorch"):
+        assert f"left out: {name}: takes float students\n" in text
+
+
+def test_default_path_and_options_that_do_not_fit(run, fails, capsys):
+    main(["export", str(run)])
+    assert [path.name for path in (run / "export").iterdir()] == ["student.onnx"]
+    main(["export", str(run), "--format", "safetensors"])
+    assert (run / "export/student.safetensors").is_file()
+    capsys.readouterr()
+    assert "--all writes all formats; leave out one of --format and --all" in fails(
+        "export", str(run), "--all", "--format", "onnx"
+    )
+    file = str(run / "config.yaml")
+    assert f"out must be a folder with --all, got the file {file}" in fails("export", str(run), "--all", "--out", file)
+
+
+def test_preprocessing_that_gives_other_inputs_is_not_described(run, tmp_path, monkeypatch, capsys):
+    wrong = describe_preprocessing(Digits().eval_transform, (1, 8, 8)) | {"mean": [0.1], "std": [1.0]}
+    monkeypatch.setattr("kd_lightning.deploy.exporter.describe_data", lambda *_: wrong)
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert read_file_metadata(tmp_path / "x.safetensors")["preprocessing"] == "null"
+    assert "do not describe the way from a picture to the input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metadata_are_read_by_one_function(files, suffix, tmp_path):
+    found = read_file_metadata(files[0] / f"plain.{suffix}")
+    assert found["format"] == FORMAT_OF[suffix]
+    assert found.keys() - {"torch", "onnx"} <= KEYS.keys()
+    (tmp_path / f"x.{suffix}").write_bytes(b"no file of that kind")
+    with pytest.raises(InputError, match=f"x.{suffix} cannot be read: "):
+        read_file_metadata(tmp_path / f"x.{suffix}")
+
+
+@pytest.mark.slow
+def test_executorch(good, tmp_path):
+    runtime = pytest.importorskip("executorch.runtime")
+    path = tmp_path / "student.pte"
+    main(["export", str(good), "--out", str(path)])
+    method = runtime.Runtime.get().load_program(path).load_method("forward")
+    net = load_weights(DigitsCNN(4), good / "student.safetensors").eval()
+    for x in IMAGES[:20].split(1):
+        with torch.no_grad():
+            torch.testing.assert_close(method.execute([x])[0], net(x), rtol=1e-4, atol=1e-4)
+    found = read_file_metadata(path)
+    assert json.loads(found["preprocessing"]) == describe_preprocessing(Digits().eval_transform, (1, 8, 8))
+    assert found["format"] == "executorch"
+    assert sys.prefix.encode() not in path.read_bytes() and str(good).encode() not in path.read_bytes()
 
 
 # Dense outputs, several inputs, and values.
