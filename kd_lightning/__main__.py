@@ -74,7 +74,7 @@ def _run(args: list[str]) -> None:
 
 
 def _run_command(args: list[str]) -> None:
-    from kd_lightning.cli.arguments import COMMANDS, is_for_verb, parse, parse_verb, verb_help
+    from kd_lightning.cli.arguments import COMMANDS, VERBS, is_for_verb, parse, parse_verb, verb_help
     from kd_lightning.cli.quiet import is_verbose, silence_lightning
     from kd_lightning.cli.start import libraries_loaded_quickly, print_first_line
 
@@ -85,10 +85,11 @@ def _run_command(args: list[str]) -> None:
         silence_lightning()
         command.main(options)
     else:
-        if {*args[1:]} & {"-h", "--help"} and not is_verbose():
-            print(verb_help(args[0]))
-            return
-        args = parse_verb(args[0], args[1:])
+        if args[0] in VERBS:  # LightningCLI takes options before its command, too
+            if {*args[1:]} & {"-h", "--help"} and not is_verbose():
+                print(verb_help(args[0]))
+                return
+            args = parse_verb(args[0], args[1:])
         print_first_line(args)
         with libraries_loaded_quickly():
             from kd_lightning.cli.key_help import key_help, wanted_help

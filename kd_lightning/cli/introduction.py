@@ -65,7 +65,8 @@ class Introduction(Callback):
             text = describe_network(teacher.network, None if x is None else teacher.prepare(x), None)
             known = known_accuracy(files[number]) if len(files) == len(teachers) else ""
             yield "teacher", f"{text}{known}"
-        yield "folder", str(folder)
+        if trainer.loggers:
+            yield "folder", str(folder)
 
 
 def describe_network(network: nn.Module, x: Inputs | None, run: Any = None) -> str:

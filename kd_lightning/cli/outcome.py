@@ -53,7 +53,7 @@ def print_next_steps(args: Sequence[str], cli: Any) -> None:
     folder, steps = cli.run_folder, []
     if folder is None or not writes_files(cli.trainer):
         return
-    run, same = shlex.quote(str(folder)), shlex.join(_without(args[1:], "--ckpt_path"))
+    run, same = shlex.quote(str(folder)), as_written(args[1:])
     if args[0] == "fit":
         steps.append((f"test {same}", ""))
     if args[0] in ("fit", "test"):
@@ -63,22 +63,31 @@ def print_next_steps(args: Sequence[str], cli: Any) -> None:
             steps.append((f"report {run}", ""))
         if find_student(cli.model) is not None:
             steps.append((f"export {run} --out student.onnx", ""))
+    print_steps(steps)
+
+
+def print_steps(steps: Sequence[tuple[str, str]]) -> None:
+    """Print commands, each with the reason for it, which may be empty."""
     for number, (step, why) in enumerate(steps):
         print(f"{'' if number else 'next:':<6}kd-lightning {step}" + (f"   # {why}" if why else ""))
 
 
-def _without(args: Sequence[str], *names: str) -> list[str]:
-    """Return arguments without some options and their values, and configs as plain arguments."""
+def as_written(args: Sequence[str]) -> str:
+    """Return arguments of ``fit`` for a shell, without ``--ckpt_path``, and configs as plain arguments.
+
+    >>> as_written(["--config=a.yaml", "--ckpt_path", "last", "--name", "my run"])
+    "a.yaml --name 'my run'"
+    """
     kept, is_value = [], False
     for argument in args:
         name, equals, value = argument.partition("=")
         if is_value:
             is_value = False
-        elif name in names:
+        elif name == "--ckpt_path":
             is_value = not equals
         else:
-            kept.append(value if name == "--config" and equals else argument)
-    return kept
+            kept.append(value if name == "--config" and value.endswith((".yaml", ".yml")) else argument)
+    return shlex.join(kept)
 
 
 def _order(name: str) -> tuple[int, str]:

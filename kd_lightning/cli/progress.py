@@ -35,6 +35,14 @@ class OneLineProgress(RichProgressBar):
             if self.progress is not None:
                 self.progress.expand = True
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs at the end of training. Ends the bar, so that later lines stand below it."""
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        if not self._progress_stopped:
+            super()._stop_progress()
+
     def _texts_of_metrics(self) -> Generator[str, None, None]:
         metrics = {} if self._metric_component is None else self._metric_component._metrics
         for name, value in metrics.items():

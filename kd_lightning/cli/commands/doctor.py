@@ -1,4 +1,4 @@
-"""``doctor --config ...``: check a teacher on the data before training. Takes the arguments of ``fit``."""
+"""``doctor CONFIG``: check a teacher on the data before training. Takes the arguments of ``fit``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from kd_lightning.cli.main import InspectCLI
+from kd_lightning.cli.outcome import as_written, print_steps
 from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.modules.teaching import Teaching
@@ -27,6 +28,7 @@ def main(options: Namespace) -> None:
     print_findings(findings)
     if any(finding.severity == "error" for finding in findings):
         sys.exit(1)
+    print_steps([(f"fit {as_written(options.overrides)}", "")])
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
