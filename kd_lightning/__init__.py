@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     )
     from kd_lightning.modules.teaching import teach
     from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+    from kd_lightning.runs.run import Run
     from kd_lightning.runs.weights import load_weights
     from kd_lightning.schedules import ChainedSchedule, SequentialSchedule
     from kd_lightning.teachers.teacher import Teacher
@@ -93,6 +94,7 @@ __all__ = [
     "PseudoLabelRefresh",
     "QuantizedWeightHistograms",
     "RotatedClasses",
+    "Run",
     "SeedEveryStep",
     "SemiSupervisedDataModule",
     "StreamDataModule",
@@ -145,6 +147,7 @@ _HOMES = {
     "PseudoLabelRefresh": "callbacks",
     "QuantizedWeightHistograms": "callbacks",
     "RotatedClasses": "data",
+    "Run": "runs.run",
     "SeedEveryStep": "callbacks",
     "SemiSupervisedDataModule": "data",
     "SequentialSchedule": "schedules",

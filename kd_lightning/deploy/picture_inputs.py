@@ -96,7 +96,7 @@ class PictureInputs:
             return transform, self.loader, None
         loader, probed = self.loader, self._probe(transform, "RGB")
         if self.loader is load_image and self.shape[0] == 1 and (probed is None or probed[0][0] != 1):
-            loader, probed = _load_grey, self._probe(transform, "L")
+            loader, probed = load_grey, self._probe(transform, "L")
         if probed is not None and self.loader is load_image and probed[0][0] != self.shape[0]:
             raise InputError(
                 f"the transform of pictures gives {probed[0][0]} channels, but the network takes {self.shape[0]}"
@@ -194,7 +194,8 @@ class _Files(Dataset[Any]):
         return " ".join(text.removeprefix(f"image {printable(path)} cannot be read: ").split())
 
 
-def _load_grey(path: str) -> Image.Image:
+def load_grey(path: str) -> Image.Image:
+    """Load an image file as a grey picture of 8 bits; the one of :func:`load_image` without its colours."""
     return load_image(path).convert("L")
 
 

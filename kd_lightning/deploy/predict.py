@@ -18,8 +18,11 @@ from kd_lightning.data.preprocessing import transform_of
 from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS
 from kd_lightning.data.sources.image_loader import load_image
+from kd_lightning.data.sources.images import path_of
+from kd_lightning.data.sources.pixels import read_pixels
+from kd_lightning.data.transforms.base import to_tensor
 from kd_lightning.deploy.export import FORMATS, format_of, load_exported, read_file_metadata
-from kd_lightning.deploy.picture_inputs import PictureInputs
+from kd_lightning.deploy.picture_inputs import PictureInputs, load_grey
 from kd_lightning.deploy.pictures import find_pictures
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
@@ -236,7 +239,8 @@ def _of_run(run: Run, weights: Path | None = None) -> Predictor:
         return logits_of(seams.call(student, batch.x), "the student")
 
     task = _read_task(arguments.get("task") or metadata.get("task"))
-    return Predictor(network, inputs, task, class_dim, run.class_names, weights or run.folder)
+    names = _read_json(metadata, "classes") or run.class_names
+    return Predictor(network, inputs, task, class_dim, names, weights or run.folder)
 
 
 def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> PictureInputs:
@@ -264,6 +268,7 @@ def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> Pic
 
 def _loader_of(dataset: Any, run: Run) -> Any:
     """Return the function by which a dataset of the user reads its files, such as torchvision's ``ImageFolder``."""
+    whole = dataset
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
@@ -272,7 +277,20 @@ def _loader_of(dataset: Any, run: Run) -> Any:
             "data.eval_transform can have all steps"
         )
     loader = getattr(dataset, "loader", None)
-    return loader if callable(loader) else load_image
+    if callable(loader):
+        return loader
+    path = path_of([whole], 0) if len(whole) else None
+    if path is not None and Path(path).is_file() and not _is_decoded_alike(read_pixels([whole], 0), path):
+        raise InputError(
+            f"{run.folder}: {type(dataset).__name__} decodes {path} in another way than load_image, and has no "
+            "attribute loader, which predict would use"
+        )
+    return load_image
+
+
+def _is_decoded_alike(pixels: Tensor, path: str) -> bool:
+    """Return whether pixels (C, H, W) are those of a file, in grey if they have one channel."""
+    return torch.equal(pixels, to_tensor(load_image(path) if len(pixels) != 1 else load_grey(path)))
 
 
 def _of_file(path: Path, kind: str) -> Predictor:

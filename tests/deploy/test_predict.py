@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 
 from kd_lightning.__main__ import main
 from kd_lightning.deploy.export import export_student
@@ -263,6 +264,32 @@ def test_a_dataset_with_a_loader_or_a_transform_of_its_own(make_run, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match="ImageFolder has a transform of its own"):
         Run(run).predict(tmp_path / "data")
+
+
+class OwnDataset(Dataset):
+    """Reads files in its own way."""
+
+    def __init__(self, path: str, order: list[int]) -> None:
+        self.paths, self.order, self.targets = [path], order, [0]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index):
+        return np.asarray(Image.open(self.paths[0]))[:, :, self.order].copy(), 0
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_a_dataset_that_decodes_in_its_own_way(make_run, tmp_path, order):
+    path = picture(tmp_path / "a.png", (6, 6))
+    dataset = {"class_path": f"{__name__}.OwnDataset", "init_args": {"path": path, "order": order}}
+    run, net = make_run({}, shape=[3, 6, 6], source={"class_path": "DatasetSource", "init_args": {"train": dataset}})
+    if order == [0, 1, 2]:
+        expected = net(values_of(path)).softmax(1)
+        torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+    else:
+        with pytest.raises(InputError, match=r"OwnDataset decodes .*a\.png in another way than load_image"):
+            Run(run).predict(path)
 
 
 def load_red(path):
