@@ -18,7 +18,7 @@ from kd_lightning.cli.short.students import Candidate, choose, write_students
 from kd_lightning.errors import InputError
 from kd_lightning.report.numbers import count_text
 from kd_lightning.runs.folder import next_version
-from kd_lightning.runs.run import WEIGHTS, Run
+from kd_lightning.runs.run import SPLIT, WEIGHTS, Run
 
 CANDIDATES = (
     "resnet8",
@@ -76,18 +76,20 @@ class Distillation:
     def configs(self) -> dict[str, str]:
         """The configs, by name. The teacher's weights are those of its next run, which may already be there."""
         recipe, found = self.plan.recipe, {}
-        weights = self.start.path
+        folder = None
         if not self.start.ready:
             found[self.teacher_name] = self._teacher_yaml()
-            weights = next_version(recipe.root / self.teacher_name) / WEIGHTS
-        assert weights is not None
-        return found | {name: self._student_yaml(name, weights) for name in self.students}
+            folder = next_version(recipe.root / self.teacher_name)
+        return found | {name: self._student_yaml(name, folder) for name in self.students}
 
     def _teacher_yaml(self) -> str:
         return teacher_yaml(self.plan.recipe, self.teacher, self.teacher_name, self.start.path, self.start.classes)
 
-    def _student_yaml(self, name: str, weights: Path) -> str:
-        return distill_yaml(self.plan.recipe, self.students[name], self.teacher, name, weights)
+    def _student_yaml(self, name: str, teacher: Path | None) -> str:
+        """Return the config of a student, whose teacher was trained in a run's folder, or elsewhere (None)."""
+        weights, split = (self.start.path, None) if teacher is None else (teacher / WEIGHTS, teacher / SPLIT)
+        assert weights is not None
+        return distill_yaml(self.plan.recipe, self.students[name], self.teacher, name, weights, split)
 
     def run(self) -> Run:
         """Train, test, compare and deploy. What is finished is not repeated; what was stopped goes on.
@@ -100,17 +102,16 @@ class Distillation:
         """
         self.plan.write()
         root = self.plan.recipe.root
-        weights = self.start.path
+        folder = None
         if not self.start.ready:
             path = root / f"{self.teacher_name}.yaml"
             write_config(path, self._teacher_yaml())
             print(f"teacher: {self.teacher.name}")
-            weights = fit_config(path, test=True).weights
-        assert weights is not None
+            folder = fit_config(path, test=True).folder
         candidates = []
         for name, student in self.students.items():
             path = root / f"{name}.yaml"
-            write_config(path, self._student_yaml(name, weights))
+            write_config(path, self._student_yaml(name, folder))
             print(f"student: {student.name}")
             check_teacher(path)
             result = run_experiment(["--config", str(path)], self.seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,8 +77,11 @@ class Pictures:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes of the training part."""
-        return sorted({picture.label for picture in self.pictures if picture.part == "train"} - {""})
+        """Names of the classes of the training part in the order of their numbers: whole numbers by value."""
+        names = {picture.label for picture in self.pictures if picture.part == "train"} - {""}
+        if all(re.fullmatch("-?[0-9]+", name) for name in names):
+            return sorted(names, key=lambda name: (int(name), name))
+        return sorted(names)
 
 
 def read_folder(folder: Path) -> Pictures:

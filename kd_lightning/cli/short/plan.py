@@ -52,7 +52,7 @@ class FolderPlan:
             raise InputError(
                 f"--out: {root} needs about {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB free"
             )
-        write_table(self.recipe.table, self.pictures.pictures)
+        write_table(self.recipe.table, self.pictures)
 
 
 def plan_folder(
@@ -103,6 +103,10 @@ def plan_folder(
         image_size = max(fixed, default=image_size_of(pictures.side))
     costs = {network.name: measure(models[network.name], network, classes, image_size) for network in networks}
     recipe = _recipe(pictures, folder, root, classes, labels_per_class, epochs, image_size)
+    if labels_per_class is not None and (pool := pictures.counts("unlabeled").total()):
+        lines.append(
+            f"{count_text(pool, 'picture')} of the unlabeled part do not train: --labels-per-class hides labels"
+        )
     return FolderPlan(pictures, recipe, costs, [*_describe(pictures, recipe), *lines])
 
 

@@ -66,7 +66,10 @@ def find_start(teacher: Network, given: str | None, classes: Sequence[str], *, d
             return _other_classes(teacher, path, None)
         except InputError:
             raise error from None
-    return Start(path, True, None, f"{teacher.name} has the weights of {path}, and is not trained")
+    line = (
+        f"{teacher.name} has the weights of {path}, and is not trained; its accuracy is too high if it was trained on "
+    )
+    return Start(path, True, None, f"{line}test pictures")
 
 
 def _other_classes(teacher: Network, path: Path, count: int | None) -> Start:

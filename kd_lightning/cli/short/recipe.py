@@ -123,8 +123,20 @@ def teacher_yaml(recipe: Recipe, teacher: Network, name: str, start: Path | None
     return _join(recipe, name, head, model, unlabeled="none")
 
 
-def distill_yaml(recipe: Recipe, student: Network, teacher: Network, name: str, weights: Path) -> str:
-    """Return the config that distils the teacher into the student."""
+def distill_yaml(
+    recipe: Recipe, student: Network, teacher: Network, name: str, weights: Path, split: Path | None
+) -> str:
+    """Return the config that distils the teacher into the student.
+
+    Args:
+        recipe: The settings.
+        student: The student.
+        teacher: The teacher.
+        name: Name of the runs.
+        weights: The teacher's weights.
+        split: The teacher's split, so that both have the same labels, and no picture that the teacher has learned from
+            validates. None for a split of the student's own.
+    """
     head = [
         f"{teacher.name} teaches {student.name}.",
         *_commands(recipe, name),
@@ -140,7 +152,7 @@ def distill_yaml(recipe: Recipe, student: Network, teacher: Network, name: str, 
     soft_weight: 0.9
     soft_loss: {{class_path: kd_lightning.losses.KDLoss, init_args: {{temperature: 4.0}}}}
 {_optimizer(recipe, 0.001)}"""
-    return _join(recipe, name, head, model, unlabeled=recipe.unlabeled)
+    return _join(recipe, name, head, model, unlabeled=recipe.unlabeled, split=split)
 
 
 def supervised_yaml(recipe: Recipe, student: Network, name: str) -> str:
@@ -203,16 +215,27 @@ def _optimizer(recipe: Recipe, rate: float) -> str:
 
 
 def _join(
-    recipe: Recipe, name: str, head: list[str], model: str, *, unlabeled: str, trainer: str = "", data: str = ""
+    recipe: Recipe,
+    name: str,
+    head: list[str],
+    model: str,
+    *,
+    unlabeled: str,
+    split: Path | None = None,
+    trainer: str = "",
+    data: str = "",
 ) -> str:
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head)
     monitor = ""
     if recipe.val_pictures < _FEW:
         why = f"{recipe.val_pictures} validation pictures are too few to choose by"
         monitor = f"checkpoint:\n  monitor: null  # deploys the last weights: {why}\n"
-    labeled = "" if recipe.labeled is None else f"    labeled: {recipe.labeled}  # labels of each class\n"
-    labeled += "    labeled_at_most: true  # a class of few pictures has what it has\n"
-    val = "" if recipe.val_size is None else f"    val_size: {recipe.val_size:g}  # of the training pictures\n"
+    if split is not None:
+        labeled, val = f"    labeled: {_text(split)}  # the teacher's split: the same labels, and validation\n", ""
+    else:
+        labeled = "" if recipe.labeled is None else f"    labeled: {recipe.labeled}  # labels of each class\n"
+        labeled += "    labeled_at_most: true  # a class of few pictures has what it has\n"
+        val = "" if recipe.val_size is None else f"    val_size: {recipe.val_size:g}  # of the training pictures\n"
     pool = {
         "rest": "the pictures of training without a label also train",
         "source": "those of split unlabeled also train",

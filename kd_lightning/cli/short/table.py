@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from kd_lightning.cli.short.folder import PARTS, Picture, Pictures, split_test
+from kd_lightning.cli.short.folder import PARTS, Pictures, split_test
+from kd_lightning.data.sources.image_table import ImageTable
 from kd_lightning.data.sources.images import printable
 from kd_lightning.data.tables import read_table
 from kd_lightning.errors import InputError
@@ -66,14 +67,40 @@ def _as_before(pictures: Pictures, table: Path) -> tuple[Pictures, list[str]]:
     return replace(pictures, pictures=parts), lines
 
 
-def write_table(path: Path, pictures: Sequence[Picture]) -> None:
-    """Write the table, unless it is there with the same content."""
-    weighted = any(one.weight for one in pictures)
-    rows = [[one.path, one.label, one.part, *([one.weight] if weighted else [])] for one in pictures]
+def write_table(path: Path, pictures: Pictures) -> None:
+    """Write the table, unless it is there with the same content.
+
+    Raises:
+        InputError: If a config would read other classes, parts or pictures from it.
+    """
+    listed = pictures.pictures
+    more = ["weight"] if any(one.weight for one in listed) else []
     part = path.with_name(f".{path.name}.part")
     with part.open("w", newline="", encoding="utf-8") as file:
-        SafeWriter(file, "\n").writerows([[*_COLUMNS, *(["weight"] if weighted else [])], *rows])
-    if path.is_file() and path.read_bytes() == part.read_bytes():
-        part.unlink()
-    else:
-        part.replace(path)
+        table = SafeWriter(file, "\n")
+        table.writerow([*_COLUMNS, *more])
+        table.writerows([one.path, one.label, one.part, *[one.weight for _ in more]] for one in listed)
+    try:
+        _check_table(part, pictures)
+        if not path.is_file() or path.read_bytes() != part.read_bytes():
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_table(path: Path, pictures: Pictures) -> None:
+    """Raise InputError if a config would read other classes, parts or pictures from the table.
+
+    Names that differ in space around them, or in ``1`` and ``1.0``, are one to it.
+    """
+    parts = ImageTable(str(path), str(pictures.root)).load()
+    if parts.class_names != pictures.classes:
+        other = sorted({*pictures.classes} ^ {*(parts.class_names or ())})
+        raise InputError(f"FOLDER: names of classes differ in a table; rename {', '.join(map(repr, other[:3]))}")
+    for name in ("train", "val", "test"):
+        part = getattr(parts, name)
+        found = [] if part is None else [os.path.relpath(one, pictures.root) for one in part.images.paths]
+        listed = [os.path.normpath(one.path) for one in pictures.pictures if one.part == name]
+        if found != listed:
+            other = sorted({*found} ^ {*listed})
+            raise InputError(f"FOLDER: names of pictures differ in a table; rename {', '.join(map(repr, other[:3]))}")

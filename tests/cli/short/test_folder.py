@@ -126,7 +126,7 @@ def test_the_test_part_is_the_same_each_time_and_has_whole_copies(class_folders,
 def test_a_rerun_has_the_parts_of_the_table(class_folders, tmp_path, picture):
     folder, table = class_folders({"cat": 10, "dog": 10}), tmp_path / "split.csv"
     before, _ = with_parts(read_folder(folder), table, test=True)
-    write_table(table, before.pictures)
+    write_table(table, before)
     gone = next(one.path for one in before.pictures if one.part == "test")
     (folder / gone).unlink()
     picture(folder / "cat" / "new.png")
@@ -136,14 +136,15 @@ def test_a_rerun_has_the_parts_of_the_table(class_folders, tmp_path, picture):
     assert lines[1:] == ["new, and training: 1 picture (cat/new.png)", f"gone: 1 picture of {table} ({gone})"]
 
 
-def test_the_table_is_what_the_datamodule_reads(class_folders, tmp_path):
+@pytest.mark.parametrize("counts", [{"cat": 10, 'a, "b"': 10, "=7": 9}, {"10": 5, "9": 5, "-1": 5}])
+def test_the_table_is_what_the_datamodule_reads(class_folders, tmp_path, counts):
     from kd_lightning import ImageTable
 
-    folder = class_folders({"cat": 10, 'a, "b"': 10, "7": 9})
+    folder = class_folders(counts)
     found = plan(folder, tmp_path)
     found.write()
     parts = ImageTable(str(found.recipe.table), str(found.recipe.folder)).load()
-    assert sorted(parts.class_names) == sorted(found.pictures.classes)
+    assert parts.class_names == found.pictures.classes
     for name, part in (("train", parts.train), ("test", parts.test)):
         listed = [Path(path).relative_to(folder).as_posix() for path in part.images.paths]
         assert listed == [one.path for one in found.pictures.pictures if one.part == name]
@@ -187,3 +188,19 @@ def test_a_network_of_one_size_sets_the_image_size(class_folders, tmp_path):
     options = {"out": tmp_path / "runs", "name": None, "test": "needed"}
     assert plan_folder(folder, networks, **options).recipe.image_size == 160
     assert plan_folder(folder, networks[1:], **options).recipe.image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("counts", "more", "text"),
+    [
+        ({"1": 5, "1.0": 5, "cat": 5}, None, "names of classes differ in a table; rename '1.0'"),
+        ({"cat": 5, "dog": 5}, "cat/4.png.png", "fits several images"),
+    ],
+)
+def test_names_that_a_table_cannot_have(class_folders, tmp_path, picture, counts, more, text):
+    folder = class_folders(counts)
+    if more is not None:
+        picture(folder / more)
+    with pytest.raises(InputError, match=text):
+        plan(folder, tmp_path).write()
+    assert not [*(tmp_path / "runs/photos").iterdir()]
