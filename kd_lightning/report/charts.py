@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -147,10 +148,12 @@ def rounds(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> Mar
     with drawing_style():
         figure = Figure(figsize=(4.8, 2.9), layout="constrained")
         axes = figure.subplots()
+        every = max(1, len(steps) // 12)
         styles = zip(("method", "teacher", "alone"), ("-", "--", "-."), shares.items(), strict=False)
         for kind, style, (name, values) in styles:
             percent = [100 * value for value in values]
-            axes.plot(steps, percent, style, color=color(kind), label=name, marker=marker_of(kind), markersize=4)
+            marks: dict[str, Any] = {"marker": marker_of(kind), "markersize": 5, "markevery": every}
+            axes.plot(steps, percent, style, color=color(kind), label=name, **marks)
         axes.set(xlabel="optimiser step", ylabel="%", ylim=(0, 103))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(fontsize=9, loc="lower right")

@@ -7,6 +7,7 @@ import shlex
 from datetime import datetime
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 
 from kd_lightning.errors import InputError
@@ -64,8 +65,10 @@ def doctor_part(facts: Facts) -> Context:
     """Findings of doctor's checks of the method."""
     run = facts.cast.main.run
     try:
-        module = build(LightningModule, run.config["model"])
-        found = list(examine(module, run.datamodule()))
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed or 0)  # of the student's first weights
+            module = build(LightningModule, run.config["model"])
+            found = list(examine(module, run.datamodule()))
     except (InputError, OSError) as error:
         raise Unavailable(str(error)) from error
     findings = [(_MARKS[one.severity], one.name, one.text, one.hint) for one in found]

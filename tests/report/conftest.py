@@ -53,7 +53,7 @@ def experiment(tmp_path_factory):
                 Image.fromarray(pixels).save(folder / f"{k} <b>.png")
     source = {"class_path": "ImageFolder", "init_args": {"train": str(root / "train"), "test": str(root / "test")}}
     source["init_args"]["image_size"] = 12
-    network = {"class_path": "kd_lightning.models.resnet8", "dict_kwargs": {"num_classes": 3}}
+    network = {"class_path": "kd_lightning.models.resnet8", "init_args": {"num_classes": 3}}
     config = {
         "name": "teacher",
         "seed_everything": 0,
