@@ -20,10 +20,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import kd_lightning.models  # noqa: F401  (short class names in YAML resolve once imported)
 from kd_lightning.callbacks import (
     ActivationCalibration,
+    BoardWriter,
     EvaluationWriter,
     ExactResume,
     PredictionWriter,
     QuantizedWeightHistograms,
+    SampleFigures,
     SeedEveryStep,
     StudentWriter,
 )
@@ -222,7 +224,8 @@ class DistillCLI(LightningCLI):
             callbacks.append(OneLineProgress())
         if not is_verbose():
             trainer["enable_model_summary"] = bool(trainer["enable_model_summary"])
-        callbacks.append(Introduction(self._own_config.as_dict()))
+        plain = self._own_config.as_dict()
+        callbacks += [Introduction(plain), BoardWriter(plain, resumes=self.selection.run is not None), SampleFigures()]
         if config["checkpoint"].save_last:
             config["checkpoint"].save_last = None
             settings = self._own_config.checkpoint
@@ -282,8 +285,17 @@ class DistillCLI(LightningCLI):
             folder = self.selection.run.folder
             root, name, version = str(folder.parent.parent), folder.parent.name, folder.name
         root = root or str(Path.cwd())
-        board = TensorBoardLogger(root, name=name, version=version, default_hp_metric=False, purge_step=step)
+        options: dict[str, Any] = {"default_hp_metric": False, "purge_step": step, "sub_dir": self._board_name}
+        board = TensorBoardLogger(root, name=name, version=version, **options)
         return [board, ResumableCSVLogger(root, name=name, version=version, purge_step=step)]
+
+    @property
+    def _board_name(self) -> str:
+        """The end of the run's name in TensorBoard, such as ``distill-seed0``: TensorBoard names runs by folder."""
+        config = self._own_config
+        method = str(config.model.class_path).rpartition(".")[2].removesuffix("Module")
+        seed = config.get("seed_everything")
+        return method.lower() + ("" if seed is None or isinstance(seed, bool) else f"-seed{seed}")
 
     # The commands. LightningCLI calls these in place of the trainer's methods.
 
@@ -296,7 +308,10 @@ class DistillCLI(LightningCLI):
         self._evaluate(self.trainer.validate, model, kwargs, "val")
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
-        """Test in the folder of the evaluated run."""
+        """Test in the folder of the evaluated run. Loggers get the figures at the last step of its fit."""
+        run, path = self.selection.run or self.selection.origin, self.selection.checkpoint
+        steps = self._first_step if path is not None else 0 if run is None else run.state.get("step") or 0
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, steps - 1)  # counted from 0
         self._evaluate(self.trainer.test, model, kwargs, "test")
 
     def _evaluate(self, start: Callable[..., Any], model: LightningModule, kwargs: dict[str, Any], part: str) -> None:

@@ -47,7 +47,7 @@ def log_figure(owner: Trainer | LightningModule, name: str, draw: Callable[[], F
     senders: list[tuple[str, Callable[[Figure], None]]] = []
     for logger in trainer.loggers:
         with only_warn(f"figure {name} in {type(logger).__name__}"):
-            if (sender := _sender(logger, name, trainer.global_step)) is not None:
+            if (sender := _sender(logger, name, _step(trainer))) is not None:
                 senders.append((type(logger).__name__, sender))
     if not senders:
         return
@@ -57,6 +57,11 @@ def log_figure(owner: Trainer | LightningModule, name: str, draw: Callable[[], F
             with only_warn(f"figure {name} in {logger_name}"):
                 send(figure)
         plt.close(figure)
+
+
+def _step(trainer: Any) -> int:
+    """Return the current step; of an evaluation that has none, the step at which its metrics are logged."""
+    return int(trainer.global_step or trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _sender(logger: Any, name: str, step: int) -> Callable[[Figure], None] | None:
