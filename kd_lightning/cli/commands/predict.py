@@ -30,7 +30,7 @@ def main(options: Namespace) -> None:
     workers = options.workers
     if workers is None:
         few = len(paths) <= 2 * options.batch_size
-        workers = 0 if few else min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+        workers = 0 if few else min(_MOST_WORKERS, os.cpu_count() or 1)
     start, done, unreadable = time.perf_counter(), 0, 0
     with _open(out, every=options.all) as file, _Progress(len(paths)) as progress:
         for batch in predictor.batches(paths, options.batch_size, workers):
