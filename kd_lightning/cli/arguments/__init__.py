@@ -17,6 +17,7 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     labels,
     layers,
     predict,
+    push,
     query,
     report,
 )
