@@ -99,7 +99,7 @@ def render(cast: Cast) -> str:
         try:
             content = make(facts)
             if content is not None:
-                parts.append(Part(name, title, content))
+                parts.append(Part(name, content.get("heading", title), content))
         except Unavailable as error:
             left_out[title] = str(error)
         except Exception as error:  # a part that fails must not end the report
