@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -45,7 +46,7 @@ class Distillation:
         start: The teacher's weights before it is trained.
         seeds: Number of seeds.
         limits: Largest size in MB and latency in ms of the student to deploy; None for no limit.
-        lines: What to print about it.
+        left_out: Names of students above the limits.
     """
 
     plan: FolderPlan
@@ -54,12 +55,31 @@ class Distillation:
     start: Start
     seeds: int
     limits: tuple[float | None, float | None]
-    lines: list[str]
+    left_out: list[str]
 
     @property
     def teacher_name(self) -> str:
         """Name of the teacher's runs."""
         return f"teacher_{self.teacher.slug}"
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print about it."""
+        lines, costs, name = [*self.plan.lines], self.plan.costs, self.teacher.name
+        if self.left_out:
+            lines.append(f"above the limit, and not trained: {', '.join(self.left_out)}")
+        lines.append(self.start.line)
+        for student in self.students.values():
+            one, times = costs[student.name], costs[name].parameters / costs[student.name].parameters
+            size = (
+                f"{one.parameters:,} parameters, {one.megabytes:.2f} MB, {one.macs / 1e6:,.0f} million multiplications"
+            )
+            lines.append(f"{student.name}: {size}; the teacher {name} has {times:.1f} times as many parameters")
+            if times <= 1:
+                lines.append(f"warning: the student {student.name} is not smaller than the teacher {name}")
+        fits = (0 if self.start.ready else 1) + 2 * self.seeds * len(self.students)
+        time = "" if torch.cuda.is_available() else f", about {_minutes(self.seconds)} on this CPU"
+        return [*lines, f"{count_text(fits, 'fit')}{time}; everything lies in {self.plan.recipe.root}"]
 
     @property
     def seconds(self) -> float:
@@ -135,7 +155,9 @@ class Distillation:
             f"{100 * chosen.alone:.1f} % alone"
         ]
         if self.seeds < 3:
-            lines.append("does the teacher help? One fit cannot tell: --seeds 3 fits the missing ones")
+            lines.append(
+                f"does the teacher help? {count_text(self.seeds, 'seed')} cannot tell: --seeds 3 fits the others"
+            )
         lines += [f"run      {run.folder}", f"config   {root / run.name}.yaml", f"compared {chosen.result.out}"]
         return lines + [f"file     {file}" for file in files]
 
@@ -186,21 +208,33 @@ def plan_distillation(
     fitting = [each for each in several if _fits(plan, each, limits)]
     if not fitting:
         raise InputError(_too_large(plan, several, limits))
-    lines = [*plan.lines]
-    if left := [each.name for each in several if each not in fitting]:
-        lines.append(f"above the limit, and not trained: {', '.join(left)}")
+    left_out = [each.name for each in several if each not in fitting]
     if not students:
         fitting = sorted(fitting, key=lambda each: plan.costs[each.name].parameters)[-_MOST_STUDENTS:]
     start = find_start(one, pretrained, plan.pictures.classes, download=download)
-    found = Distillation(plan, one, _by_run_name(fitting), start, seeds, limits, [])
-    return _with_lines(found, [*lines, start.line])
+    return Distillation(plan, one, _by_run_name(fitting), start, seeds, limits, left_out)
+
+
+class DistillOptions(TypedDict, total=False):
+    """The options of :func:`distill`."""
+
+    labels_per_class: int | None
+    epochs: int | None
+    pretrained: str | None
+    download: bool
+    image_size: int | None
+    max_size: float | None
+    max_latency: float | None
+    seeds: int
+    name: str | None
+    out: str | Path
 
 
 def distill(
     folder: str | Path,
     student: str | Sequence[str] = (),
     teacher: str = "torchvision/resnet50",
-    **options: object,
+    **options: Unpack[DistillOptions],
 ) -> Run:
     """Distil a teacher into a student on a folder of pictures: train, test, compare, and write the files to deploy.
 
@@ -225,7 +259,7 @@ def distill(
         InputError: If the folder cannot be trained on, or an option is wrong.
     """
     students = [student] if isinstance(student, str) else [*student]
-    found = plan_distillation(folder, teacher, students, **options)  # type: ignore[arg-type]
+    found = plan_distillation(folder, teacher, students, **options)
     print("\n".join(found.lines))
     return found.run()
 
@@ -257,24 +291,6 @@ def _by_run_name(networks: Sequence[Network]) -> dict[str, Network]:
         slug if slugs.count(slug) == 1 else f"{slug}_{number}": network
         for number, (slug, network) in enumerate(zip(slugs, networks, strict=True), 1)
     }
-
-
-def _with_lines(found: Distillation, lines: list[str]) -> Distillation:
-    costs, teacher = found.plan.costs, found.plan.costs[found.teacher.name]
-    for student in found.students.values():
-        one = costs[student.name]
-        lines.append(
-            f"{student.name}: {one.parameters:,} parameters, {one.megabytes:.2f} MB, {one.macs / 1e6:,.0f} million "
-            f"multiplications; the teacher {found.teacher.name} has {teacher.parameters / one.parameters:.1f} times as "
-            "many parameters"
-        )
-        if one.parameters >= teacher.parameters:
-            lines.append(f"warning: the student {student.name} is not smaller than the teacher {found.teacher.name}")
-    fits = (0 if found.start.ready else 1) + 2 * found.seeds * len(found.students)
-    time = "" if torch.cuda.is_available() else f", about {_minutes(found.seconds)} on this CPU"
-    lines.append(f"{count_text(fits, 'fit')}{time}; everything lies in {found.plan.recipe.root}")
-    found.lines.extend(lines)
-    return found
 
 
 def _minutes(seconds: float) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from kd_lightning.cli.commands.experiment import run_experiment
 from kd_lightning.cli.commands.labels import report as print_labels
@@ -31,15 +32,20 @@ class Labeling:
         plan: The folder, and the settings.
         student: The student.
         labeled_batch_size: Labeled pictures of a batch.
+        labels: Number of labels.
         seeds: Number of seeds.
-        lines: What to print about it.
     """
 
     plan: FolderPlan
     student: Network
     labeled_batch_size: int
+    labels: int
     seeds: int
-    lines: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print about it."""
+        return [*self.plan.lines, f"{count_text(self.labels, 'label')}; everything lies in {self.plan.recipe.root}"]
 
     @property
     def name(self) -> str:
@@ -143,14 +149,21 @@ def plan_labeling(
     pictures = max(recipe.batch_size, round(pictures))
     epochs = epochs if epochs is not None else epochs_of(pictures, recipe.batch_size)
     plan = replace(plan, recipe=replace(recipe, pictures=pictures, epochs=epochs))
-    found = Labeling(plan, network, size, seeds, [*plan.lines])
-    found.lines.append(
-        f"{count_text(labeled, 'label')}, {count_text(others, 'picture')} without; everything lies in {recipe.root}"
-    )
-    return found
+    return Labeling(plan, network, size, labeled, seeds)
 
 
-def label(folder: str | Path, student: str = "resnet20", **options: object) -> Run:
+class LabelOptions(TypedDict, total=False):
+    """The options of :func:`label`."""
+
+    labels_per_class: int | None
+    epochs: int | None
+    image_size: int | None
+    seeds: int
+    name: str | None
+    out: str | Path
+
+
+def label(folder: str | Path, student: str = "resnet20", **options: Unpack[LabelOptions]) -> Run:
     """Train a student on few labels and on pseudo-labels of the other pictures (FixMatch), and label these.
 
     Everything lies in ``OUT/NAME``: the config (YAML), the table of the parts, the runs, the labels
@@ -169,7 +182,7 @@ def label(folder: str | Path, student: str = "resnet20", **options: object) -> R
     Raises:
         InputError: If the folder cannot be trained on, or an option is wrong.
     """
-    found = plan_labeling(folder, student, **options)  # type: ignore[arg-type]
+    found = plan_labeling(folder, student, **options)
     print("\n".join(found.lines))
     return found.run()
 
