@@ -20,7 +20,7 @@ from kd_lightning.data.evaluation_batches import batches_of
 from kd_lightning.features.layers import count_macs
 from kd_lightning.inputs import Inputs
 from kd_lightning.runs.class_paths import walk_config
-from kd_lightning.runs.folder import run_folder
+from kd_lightning.runs.folder import folder_on_rank_zero
 from kd_lightning.runs.run import run_of
 from kd_lightning.runs.student import find_student
 from kd_lightning.teachers import Ensemble, Teacher
@@ -46,7 +46,7 @@ class Introduction(Callback):
                 print(_wrap(name, text))
 
     def _lines(self, trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:
-        folder = run_folder(trainer)
+        folder = folder_on_rank_zero(trainer)
         epochs = trainer.max_epochs
         length = f", {epochs} epoch{'s' * (epochs != 1)}" if epochs not in (None, -1) else ""
         devices = f"{trainer.num_devices * trainer.num_nodes} x " if trainer.world_size > 1 else ""

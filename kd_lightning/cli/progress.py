@@ -11,7 +11,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.table import Column
 from rich.text import Text
 
-from kd_lightning.runs.folder import run_folder
+from kd_lightning.runs.folder import folder_on_rank_zero
 
 
 class OneLineProgress(RichProgressBar):
@@ -74,4 +74,4 @@ class _Batches(ProgressColumn):
 
 def _version(trainer: Trainer) -> str:
     """Return the name of the run's folder, empty without a logger that has one."""
-    return run_folder(trainer).name if trainer.loggers else ""
+    return folder_on_rank_zero(trainer).name if trainer.loggers else ""
