@@ -69,7 +69,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)  # rules for the page
-    text = re.sub(r' id="[a-z]\w*(\.\w+)?_\d+"', "", text)  # figure_1, axes_1 ... are in every drawing
+    text = re.sub(r' id="[A-Za-z]\w*(\.\w+)?_\d+"', "", text)  # figure_1, axes_1 ... are in every drawing
     text = re.sub(r"font-family: [^;\"]*;?", "", text)  # the page's font
     text = re.sub(r"\s*\n\s*", "\n", text)
     view = re.search(r'viewBox="[^"]*"', text)
