@@ -187,6 +187,9 @@ def test_outputs(cast: Cast) -> TestOutputs:
         chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:MOST_SAMPLES]
         index = index[chosen.sort().values]
     network = Network(main.run)
+    test = network.data.samples.parts.test
+    if test is None or int(index.max()) >= len(test.images):
+        raise Unavailable(f"the test samples of {network.run.folder} have changed since its test")
     labels, (student, teacher) = network.run_test(index, network.student, network.module.teacher_logits)
     assert student is not None
     _check_same(rows, index, labels, student, network)

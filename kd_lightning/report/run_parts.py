@@ -134,17 +134,13 @@ def _text(value: Any) -> str:
 
 def commands_part(facts: Facts) -> Context:
     """The commands that repeat the runs, and that deploy the student."""
-    main, teacher, alone = facts.cast.main, facts.cast.find("teacher"), facts.cast.find("alone")
-    again: list[tuple[str, str]] = []
-    if teacher is not None and teacher is not main:
-        again.append(("Train the teacher again", _fit(teacher.run)))
-    seeds = [run.seed for run in main.group.runs.values()]
-    if alone is not None and main.kind == "method" and seeds == [*range(len(seeds))]:
-        config = str(main.run.folder / CONFIG)
-        command = ["kd-lightning", "experiment", config, "--seeds", str(len(seeds))]
-        again.append(("Repeat the experiment; runs that are there are not repeated", shlex.join(command)))
-    else:
-        again += [(f"Train with seed {_text(run.seed)} again", _fit(run)) for run in main.group.runs.values()]
+    main = facts.cast.main
+    roles = sorted(facts.cast.roles, key=lambda role: role.kind != "teacher")  # its weights come first
+    again = [
+        (f"{role.label}, seed {_text(run.seed)}", f"{_of_config('fit', run)} && {_of_config('test', run)}")
+        for role in roles
+        for run in role.group.runs.values()
+    ]
     best = main.run
     deploy = [
         ("Write an ONNX file, compared with PyTorch", _command("export", str(best.folder), "--out", "student.onnx")),
@@ -154,8 +150,8 @@ def commands_part(facts: Facts) -> Context:
     return {"again": again, "deploy": deploy if best.has_student else [], "code": code if best.has_student else ""}
 
 
-def _fit(run: Run) -> str:
-    return _command("fit", "--config", str(run.folder / CONFIG))
+def _of_config(command: str, run: Run) -> str:
+    return _command(command, "--config", str(run.folder / CONFIG))
 
 
 def _command(*words: str) -> str:

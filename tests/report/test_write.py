@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from kd_lightning.__main__ import main
 from kd_lightning.errors import InputError
@@ -216,13 +217,18 @@ def test_of_an_experiment(experiment):
     assert len((experiment / "report.html").read_bytes()) < 1_000_000
 
 
-def test_commands_can_be_run(experiment):
-    """The command of the page repeats the experiment: every run is there."""
+def test_commands_repeat_a_run(experiment):
+    """The command of the page trains the same weights again."""
     text = (experiment / "report.html").read_text()
-    command = unescape(re.search(r"<code>kd-lightning (experiment .*?)</code>", text).group(1))
-    before = sorted(experiment.parent.glob("*/version_*"))
-    main([*shlex.split(command), "--out", str(experiment.parent / "again")])
-    assert sorted(experiment.parent.glob("*/version_*")) == before
+    commands = [unescape(command) for command in re.findall(r"<code>kd-lightning (fit .*?)</code>", text)]
+    assert len(commands) == 5 and "/teacher/" in commands[0]
+    fit, _, test = commands[-1].partition(" && kd-lightning ")
+    before = Run(Path(shlex.split(fit)[-1]).parent)
+    assert before.name == "distil & <i>" and shlex.split(test)[:2] == ["test", "--config"]
+    main(shlex.split(fit))
+    after = before.folder.with_name("version_2")
+    weights = load_file(before.weights)
+    assert all(weights[name].equal(tensor) for name, tensor in load_file(after / before.weights.name).items())
 
 
 def test_changed_pictures_are_left_out(experiment, tmp_path):
