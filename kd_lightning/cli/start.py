@@ -24,7 +24,7 @@ GROUPS = {
 _SUMMARIES = {
     "distill": "FOLDER: train a teacher and a small student, report, export",
     "label": "FOLDER: train on few labels, and label the rest",
-    "clean": "CONFIG: find labels that are probably wrong",
+    "clean": "CONFIG or FOLDER: find labels that are probably wrong",
     "fit": "CONFIG: train",
     "test": "CONFIG: evaluate the newest run on the test part",
     "experiment": "CONFIG: with and without the teacher, over seeds",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from kd_lightning.cli.arguments._folder import NAMES, add_folder, check_folder
 from kd_lightning.cli.arguments._parsing import command
@@ -14,10 +13,10 @@ from kd_lightning.errors import InputError
 @command("From a folder of pictures to a distilled student: writes the YAML, trains, tests, compares and exports.")
 def distill(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Read the arguments."""
-    add_folder(parser)
     parser.add_argument("--teacher", metavar="NAME", required=True, help=f"{NAMES}, such as resnet20")
     parser.add_argument("--student", metavar="NAME", help=f"{NAMES}, such as resnet8")
     parser.add_argument("--students", metavar="A,B,C", help="several students; the most accurate one is exported")
+    add_folder(parser)
     text = "largest size of the student in MB; without students, some of this package and torchvision are tried"
     parser.add_argument("--max-size", metavar="MB", type=float, help=text)
     parser.add_argument("--max-latency", metavar="MS", type=float, help="largest time of a picture on this CPU in ms")
@@ -36,6 +35,4 @@ def distill(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     if "" in several:
         raise InputError(f"--students must be names with commas between them, got {options.students!r}")
     options.students = several or ([] if options.student is None else [options.student])
-    if options.download and options.pretrained not in (None, "cache") and Path(options.pretrained).exists():
-        raise InputError(f"--download is for weights that no cache has, got --pretrained {options.pretrained}")
     return options

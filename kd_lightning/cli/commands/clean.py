@@ -1,4 +1,4 @@
-"""``clean CONFIG``: find labels that are probably wrong by confident learning, and write a file that corrects them."""
+"""``clean CONFIG``, ``clean FOLDER``: find labels that are probably wrong, and write a file that corrects them."""
 
 from __future__ import annotations
 

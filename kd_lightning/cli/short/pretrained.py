@@ -52,6 +52,8 @@ def find_start(teacher: Network, given: str | None, classes: Sequence[str], *, d
         path, where = _find_cached(teacher, download=download)
         _check(teacher, path, None)
         return Start(path, False, None, f"{teacher.name} begins with weights {where}: {path}; its last layer is new")
+    if download:
+        raise InputError(f"--download is for weights of a cache; leave it out, or --pretrained {given}")
     path = Path(given).expanduser()
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():

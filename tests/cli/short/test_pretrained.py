@@ -64,6 +64,12 @@ def test_no_weights(teacher, given, text, no_network):
         find_start(teacher, given, CLASSES, download=False)
 
 
+def test_a_file_is_not_downloaded(teacher, tmp_path, no_network):
+    torch.save(resnet8(3).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(InputError, match="--download is for weights of a cache; leave it out, or --pretrained"):
+        find_start(teacher, str(tmp_path / "a.pt"), CLASSES, download=True)
+
+
 def test_a_file_that_does_not_fit(teacher, tmp_path):
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"--pretrained: weights in .*a.pt do not fit CifarResNet"):
