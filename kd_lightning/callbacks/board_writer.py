@@ -16,7 +16,7 @@ from kd_lightning.runs.report.log_figure import only_warn
 
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 """Settings of the trainer that are hyperparameters; the others are about the machine and the output."""
-_LEFT_OUT = ("checkpoint", "ckpt_path", "early_stopping", "name", "fast")
+_LEFT_OUT = ("config", "checkpoint", "ckpt_path", "early_stopping", "name", "fast")
 
 
 class BoardWriter(Callback):
@@ -47,7 +47,7 @@ class BoardWriter(Callback):
                 text = yaml.safe_dump(plain(self.config), sort_keys=False)
                 board = logger.experiment
                 board.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), trainer.global_step)
-                _, start, _ = hparams(dict(scalars(self.config)), {})
+                _, start, _ = hparams(dict(scalars(self.config)), {})  # type: ignore[no-untyped-call]
                 writer = board._get_file_writer()  # add_hparams() would begin a run of its own
                 writer.add_summary(start)
 

@@ -65,10 +65,10 @@ class SampleFigures(Callback):
         if self._batch is None and batch_idx == dataloader_idx == 0 and _draws(trainer) and _compares(pl_module):
             with only_warn("figure samples/teacher_and_student"):
                 rows = unpack(pl_module, batch)
-                parts = {"x": rows.x, "y": rows.y, "index": rows.index, "teacher_inputs": rows.teacher_inputs}
                 if _is_picture(rows.x):
-                    few = {name: part[:_EXAMINED].cpu() for name, part in parts.items() if isinstance(part, Tensor)}
-                    self._batch = Batch(**few)
+                    parts = (rows.x, rows.y, rows.teacher_inputs)
+                    x, y, inputs = (part[:_EXAMINED].cpu() if isinstance(part, Tensor) else None for part in parts)
+                    self._batch = Batch(x, y, teacher_inputs=inputs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of training. Draws the validation samples with the outputs of student and teacher."""

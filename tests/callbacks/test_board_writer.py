@@ -14,6 +14,7 @@ from kd_lightning.runs.csv_logger import read_metrics
 
 CONFIG = {
     "name": "x",
+    "config": ["x.yaml"],
     "seed_everything": 3,
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "callbacks": [{"class_path": "a.B"}]},
     "model": {"class_path": "kd.Module", "init_args": {"student": {"class_path": "a.Net", "init_args": {"width": 8}}}},

@@ -1,6 +1,7 @@
 """The command line as a user meets it, in one process."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def rows(run):
 
 
 def scalars(run):
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    (board,) = {path.parent for path in Path(run).rglob("events.*")}
+    events = EventAccumulator(str(board), size_guidance={"scalars": 0}).Reload()
     return events.Tags()
 
 
@@ -64,7 +66,10 @@ class TestStory:
         assert expected <= set(last)
         tags = scalars(run)
         assert expected <= set(tags["scalars"])
-        assert tags["images"] == ["test/confusion_matrix"]
+        pictures = {"samples/augmentation", "samples/teacher_and_student", "test/confusion_matrix"}
+        assert {*tags["images"]} == pictures and "config/text_summary" in tags["tensors"]
+        steps = json.loads((run / "run.json").read_text())["step"]
+        assert {row["step"] for row in rows(run) if row["test/accuracy"]} == {str(steps - 1)}
 
         with (run / "predictions.csv").open() as file:
             predictions = list(csv.DictReader(file))

@@ -73,7 +73,11 @@ class TestOneRun:
         commands = [] if story.whole.datamodule.val_size == 0 else ["validate"]
         for command in [*commands, "test", "predict"]:
             main([command, *story.args, "--ckpt_path", "last"])
-        tags = set(EventAccumulator(str(RUN)).Reload().Tags()["scalars"])
+        (board,) = {path.parent for path in RUN.rglob("events.*")}
+        tags = set(EventAccumulator(str(board)).Reload().Tags()["scalars"])
+        rates = {tag for tag in tags if tag.startswith("lr/")}
+        assert rates
+        tags -= rates
         taught = story.teachers or getattr(story.whole.model, "teacher", None) is not None
         figures = FIGURES | (TEACHER_FIGURES if taught else set())
         figures = VALUE_FIGURES if story.whole.model.task == "regression" else figures

@@ -6,6 +6,7 @@ import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from kd_lightning.runs.report.statistics import Difference, Interval
 
 _COLORS = ("#6b7280", "#0b6bcb", "#2f855a", "#b7471d", "#7c3aed", "#b58900", "#0e7490", "#be185d")
 _INK, _MUTED, _RULE = "#1f2933", "#5b6673", "#dfe3e8"
-_STYLE = {
+_STYLE: Any = {
     "text.parse_math": False,  # names may have a $
     "text.color": _INK,
     "font.size": 10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 MOST_CELLS = 20
 """Number of classes up to which each cell has its number; beyond, the worst confusions are listed."""
 _NAME_WIDTH = 22
-_STYLE = {"text.parse_math": False, "font.size": 9}  # names may have a $
+_STYLE: Any = {"text.parse_math": False, "font.size": 9}  # names may have a $
 
 
 def draw_confusion_matrix(counts: npt.ArrayLike, names: Sequence[str] | None = None) -> Figure:
@@ -107,14 +108,14 @@ def _draw_worst(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Figure:
 def _draw_labels(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Figure:
     """Draw a row for each label; of many labels those with the smallest share of found positives."""
     percent = row_percent(counts).reshape(len(counts), 4)
-    order = range(len(counts))
+    order = [*range(len(counts))]
     if len(counts) > MOST_CELLS:
         order = sorted(order, key=lambda n: (math.isnan(percent[n, 3]), percent[n, 3], n))[:MOST_CELLS]
     rows = [f"{names[n]}  (n = {counts[n, 1].sum():,})" for n in order]
     figure = Figure(figsize=(7, 1.7 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     columns = ["true negative", "false positive", "false negative", "true positive"]
-    _draw_cells(axes, percent[[*order]], rows, columns)
+    _draw_cells(axes, percent[order], rows, columns)
     axes.axvline(1.5, color="white", linewidth=4)
     few = f"; the {len(rows)} of {len(counts)} labels with the lowest recall" if len(rows) < len(counts) else ""
     size = counts[0].sum() if len(counts) else 0
