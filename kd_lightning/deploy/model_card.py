@@ -39,7 +39,8 @@ def write_card(facts: CardFacts) -> str:
     ]
     title = facts.repository.partition("/")[2]
     verdict = verdict_of(facts.cast)
-    lines = [f"# {title}", "", f"**{_plain(verdict.headline)}.** {_plain(verdict.sentence)}", ""]
+    sentence = _plain(verdict.sentence).replace("this report", "this card")
+    lines = [f"# {title}", "", f"**{_plain(verdict.headline)}.** {sentence}", ""]
     for heading, body in parts:
         lines += [f"## {heading}", "", *(body if body[-1] else body[:-1]), ""] if body else []
     front = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
@@ -91,7 +92,7 @@ def _intended_use() -> list[str]:
 
 
 def _limits(facts: CardFacts) -> list[str]:
-    lines = [f"{TODO} pictures and groups on which it fails, and known biases of the data.", ""]
+    lines = [f"{TODO} samples and groups on which it fails, and known biases of the data.", ""]
     result = facts.result
     if result is None:
         lines.append("- It was not tested: its accuracy is not known.")
