@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kd_lightning.cli.commands.experiment import Experiment
 from kd_lightning.cli.short.costs import Costs
@@ -107,7 +109,9 @@ def write_students(candidates: Sequence[Candidate], chosen: Candidate, out: Path
         The files.
     """
     ordered = sorted(candidates, key=lambda one: one.costs.megabytes)
-    view = Table("student", "accuracy %", "alone %", "size MB", "latency ms", "front", box=SIMPLE_HEAD)
+    view = Table(
+        Column("student", overflow="fold"), "accuracy %", "alone %", "size MB", "latency ms", "front", box=SIMPLE_HEAD
+    )
     rows = []
     for one in ordered:
         front = not one.is_dominated(candidates)
@@ -134,25 +138,26 @@ def draw_students(candidates: Sequence[Candidate], chosen: Candidate) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, title, key in ((axes[0], "size, MB", "megabytes"), (axes[1], "latency, ms", "latency")):
-        points = [(getattr(one.costs, key), 100 * one.accuracy, one) for one in candidates]
-        points.sort(key=lambda point: (point[0], -point[1]))
-        front, best = [], -1.0
-        for x, y, _ in points:
-            if y > best:
-                best = y
-                front.append((x, y))
-        ax.step(*zip(*front, strict=True), where="post", color="tab:blue", alpha=0.5, label="front")
+        points = sorted(((getattr(one.costs, key), 100 * one.accuracy, one) for one in candidates), key=lambda p: p[0])
+        lowest, highest = points[0][0] / 1.5, points[-1][0] * 1.5
+        best = [max(y for x, y, _ in points if x <= here) for here, _, _ in points]
+        ax.step([x for x, _, _ in points] + [highest], [*best, best[-1]], where="post", color="tab:blue", alpha=0.4)
         for x, y, one in points:
-            ax.scatter(
-                [x], [y], s=90 if one is chosen else 40, color="tab:orange" if one is chosen else "tab:blue", zorder=3
-            )
-            ax.annotate(one.name.rpartition("/")[2], (x, y), xytext=(6, -12), textcoords="offset points", fontsize=8)
+            colour = "tab:orange" if one is chosen else "tab:blue"
+            ax.scatter([x], [y], s=90 if one is chosen else 40, color=colour, zorder=3)
+            right = x > math.sqrt(lowest * highest)
+            place = {"xytext": (-6 if right else 6, -14), "ha": "right" if right else "left"}
+            ax.annotate(one.name.rpartition("/")[2], (x, y), textcoords="offset points", fontsize=8, **place)
         ax.set_xscale("log")
+        ax.set_xlim(lowest, highest)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(title)
-        ax.margins(0.15)
+        ax.margins(y=0.15)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"accuracy % of {chosen.samples} test pictures")
-    figure.suptitle(f"Students; {chosen.name} is chosen")
+    figure.suptitle(f"{chosen.name.rpartition('/')[2]} (orange) is chosen; the line is the best accuracy up to there")
     return figure
 
 
