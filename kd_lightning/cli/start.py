@@ -37,7 +37,7 @@ _SUMMARIES = {
     "report": "RUN ...: one HTML page",
     "labels": "RUN: pseudo-labels, and the least confident of them",
     "query": "RUN ...: select the samples to label next",
-    "export": "RUN: write the student as ONNX, torch.export or safetensors",
+    "export": "RUN: write files to deploy (ONNX, int8, ExecuTorch ...)",
     "push": "RUN: a model card and files for Hugging Face",
     "cache": "CONFIG: fill the caches of the teachers before training",
     "completion": "bash, zsh or tcsh: print a script that completes commands",
