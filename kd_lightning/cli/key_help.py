@@ -32,16 +32,17 @@ _SCREEN = 24  # lines
 
 
 def wanted_help(args: Sequence[str]) -> tuple[str, str] | None:
-    """Return the key and the class of the first ``--KEY.help CLASS`` on a command line, None if there is none.
+    """Return the key and the class of the last ``--KEY.help CLASS`` on a command line, None if there is none.
 
     >>> wanted_help(["--model.help", "DistillModule"]), wanted_help(["--data.help"]), wanted_help(["--name", "x"])
     (('model', 'DistillModule'), ('data', ''), None)
     """
+    found = None
     for argument, following in zip(args, [*args[1:], "-"], strict=True):
         name, equals, value = argument.partition("=")
         if name.startswith("--") and name.endswith(_END):
-            return name[2 : -len(_END)], value if equals else "" if following.startswith("-") else following
-    return None
+            found = name[2 : -len(_END)], value if equals else "" if following.startswith("-") else following
+    return found
 
 
 def key_help(key: str, name: str) -> str:
@@ -109,9 +110,8 @@ def _arguments(owner: Any, how: str) -> str:
     lines = []
     for one, default in zip(arguments, defaults, strict=True):
         start = f"  {one.name:<{width}}  {default:<{column}}  "
-        lines.append(
-            textwrap.wrap(_sentence(one.text), _width(), initial_indent=start, subsequent_indent=" " * len(start))
-        )
+        indent = {"initial_indent": start, "subsequent_indent": " " * len(start)}
+        lines.append(textwrap.wrap(_sentence(one.text), _width(), **indent) or [start.rstrip()])
     if sum(map(len, lines)) > _SCREEN:
         lines = [[line[0] if len(line) == 1 else f"{line[0][: _width() - 3].rstrip()}..."] for line in lines]
     head = textwrap.fill(": ".join(filter(None, (name_of(owner), _summary(owner)))), _width())

@@ -16,7 +16,14 @@ from kd_lightning.deploy.export import FORMATS
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER
 
-OF_A_RUN = {"compare": [], "report": [], "export": ["--out", "x.onnx"], "labels": [], "query": ["--n", "1"], "duplicates": []}
+OF_A_RUN = {
+    "compare": [],
+    "report": [],
+    "export": ["--out", "x.onnx"],
+    "labels": [],
+    "query": ["--n", "1"],
+    "duplicates": [],
+}
 OF_A_CONFIG = ["fit", "validate", "test", "experiment", "clean", "cache", "doctor", "layers", "duplicates"]
 
 

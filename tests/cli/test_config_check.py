@@ -387,12 +387,10 @@ def test_arguments_behind_kwargs_are_checked(arguments, message, monkeypatch):
 
 @pytest.mark.parametrize("module", ["DistillModule", "HintModule"])
 def test_help_shows_the_shared_arguments(module, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--model.help", module])
-    assert not end.value.code
+    main(["fit", "--model.help", module])
     text = capsys.readouterr().out
     for name in ("student", "soft_weight", "task", "hard_loss", "optimizer", "lr_scheduler", "lr_interval"):
-        assert f"--model.init_args.{name} " in text or f"--model.{name} " in text
+        assert f"\n  {name} " in text
 
 
 def test_what_is_right_is_left_alone(config, capsys):
