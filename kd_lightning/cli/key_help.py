@@ -110,7 +110,7 @@ def _arguments(owner: Any, how: str) -> str:
     lines = []
     for one, default in zip(arguments, defaults, strict=True):
         start = f"  {one.name:<{width}}  {default:<{column}}  "
-        indent = {"initial_indent": start, "subsequent_indent": " " * len(start)}
+        indent: Any = {"initial_indent": start, "subsequent_indent": " " * len(start)}
         lines.append(textwrap.wrap(_sentence(one.text), _width(), **indent) or [start.rstrip()])
     if sum(map(len, lines)) > _SCREEN:
         lines = [[line[0] if len(line) == 1 else f"{line[0][: _width() - 3].rstrip()}..."] for line in lines]
