@@ -11,14 +11,21 @@ from functools import cache, partial
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from jsonargparse.typing import register_type
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from kd_lightning.runs.yaml_file import unshared
+
 _BUILDING = ContextVar("building", default=False)  # objects from a config, after it was parsed
 WRITTEN_AS = "a tensor must be written as"
 """How each message about the value of a tensor begins."""
+
+
+_load = get_loader("yaml")
+set_loader("yaml", lambda text: unshared(_load(text)), (yaml.YAMLError,))  # of files that a config names, too
 
 
 class ArgumentTypes:
@@ -36,6 +43,11 @@ class ArgumentTypes:
             annotation, param = annotation | None, replace(param, default=None)
         param = replace(param, annotation=annotation)
         return super()._add_signature_parameter(container, nested_key, param, *args, **kwargs)  # type: ignore[misc]
+
+    def parse_object(self, config: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config that is a mapping."""
+        parsed: Namespace = super().parse_object(unshared(config), *args, **kwargs)  # type: ignore[misc]
+        return parsed
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:
         """Build the objects of a parsed config."""

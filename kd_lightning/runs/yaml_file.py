@@ -22,9 +22,19 @@ def load_yaml(text: str) -> Any:
     """
     root = compose_yaml(text)
     try:
-        return None if root is None else yaml.SafeLoader("").construct_document(root)
+        return None if root is None else unshared(yaml.SafeLoader("").construct_document(root))
     except (ValueError, OverflowError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def unshared(value: Any) -> Any:
+    """Return a copy of a config in which no mapping or list stands at two places, as those of aliases (*name) do.
+
+    Jsonargparse takes ``dict_kwargs`` out of a mapping that it has read, so that a second place would lose them.
+    """
+    if type(value) is dict:
+        return {key: unshared(part) for key, part in value.items()}
+    return [*map(unshared, value)] if type(value) is list else value
 
 
 def compose_yaml(text: str) -> yaml.Node | None:

@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LRSchedulerCallable
 
 from kd_lightning import SupervisedModule
 from kd_lightning.__main__ import main
+from kd_lightning.cli.parse import parse_config
+from kd_lightning.runs.build import build
 from kd_lightning.runs.run import Run
 
 WEIGHT = [1, 2.5, 0.1, 1, 1, 1, 1, 1, 1, 1e-3]
@@ -205,3 +207,24 @@ def test_null_counts_as_left_out(config):
     Path("config.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "config.yaml"])
     assert last_checkpoint()["lr_schedulers"][0]["T_max"] == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_aliases_stand_for_values_of_their_own(nested, tmp_path, monkeypatch):
+    """The second place of an alias lost its dict_kwargs: a teacher of 1000 classes in place of 7."""
+    monkeypatch.chdir(tmp_path)
+    network = "{class_path: torchvision.models.resnet18, dict_kwargs: {num_classes: 7}}"
+    model = f"class_path: DistillModule\ninit_args:\n  student: &net {network}\n  teacher: *net\n"
+    data = "data: {class_path: SemiSupervisedDataModule, init_args: {source: {class_path: FakeData}}}\n"
+    if nested:
+        Path("model.yaml").write_text(model)
+        Path("config.yaml").write_text(f"model: model.yaml\n{data}")
+    else:
+        Path("config.yaml").write_text("model:\n  " + model.replace("\n", "\n  ") + f"\n{data}")
+    arguments = parse_config(["--config=config.yaml"], "fit")["model"]["init_args"]
+    for role in ("student", "teacher"):
+        assert arguments[role]["init_args"]["num_classes"] == 7
+    same = {"class_path": "torchvision.models.resnet18", "dict_kwargs": {"num_classes": 7}}
+    config = {"class_path": "DistillModule", "init_args": {"student": same, "teacher": same}}
+    built = build(LightningModule, config)
+    assert built.student.fc.out_features == built.teacher.network.fc.out_features == 7
