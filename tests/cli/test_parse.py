@@ -25,3 +25,14 @@ def test_data_are_needed(config, tmp_path):
     del config["data"]
     with pytest.raises(InputError, match="clean needs data"):
         parse_config(config, "clean")
+
+
+def test_the_config_of_a_run(config, tmp_path):
+    """A saved config has what fit alone takes; a value there would be passed over."""
+    config["trainer"]["max_epochs"] = 1
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "tiny.yaml"])
+    saved = str(tmp_path / "runs/tiny/version_0/config.yaml")
+    assert parse_config(["--config", saved], "clean") == parse_config(["--config", "tiny.yaml"], "clean")
+    with pytest.raises(InputError, match="^ckpt_path: last is for fit; leave it out for clean$"):
+        parse_config(["--config", saved, "--ckpt_path", "last"], "clean")

@@ -20,5 +20,5 @@ def report(findings: list[Finding], teacher: str = "teacher") -> None:
         rank_zero_info("; ".join(fine))
     for finding in findings:
         if finding.hint is not None:
-            advice = "python -m kd_lightning doctor examines it further"
+            advice = "kd-lightning doctor examines it further"
             rank_zero_warn(f"{finding.name}: {finding.text}: {finding.hint} ({advice})")
