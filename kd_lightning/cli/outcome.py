@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_lightning.cli.arguments import COMMANDS
 from kd_lightning.cli.introduction import teachers_of
+from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.runs.folder import writes_files
 from kd_lightning.runs.results import read_result
 from kd_lightning.runs.student import find_student
@@ -57,12 +58,12 @@ def print_next_steps(args: Sequence[str], cli: Any) -> None:
     if args[0] == "fit":
         steps.append((f"test {same}", ""))
     if args[0] in ("fit", "test"):
-        if teachers_of(cli.model):
+        if teachers_of(cli.model) and isinstance(cli.datamodule, SemiSupervisedDataModule):
             steps.append((f"experiment {same}", "does the teacher help?"))
         if args[0] == "test" and "report" in COMMANDS:
             steps.append((f"report {run}", ""))
         if find_student(cli.model) is not None:
-            steps.append((f"export {run} --out student.onnx", ""))
+            steps.append((f"export {run}", ""))
     print_steps(steps)
 
 

@@ -68,7 +68,7 @@ def test_a_run_is_introduced_and_quiet(config, capsys, handlers, unranked):
     assert lines[6:] == [
         "next: kd-lightning test config.yaml",
         "      kd-lightning experiment config.yaml   # does the teacher help?",
-        f"      kd-lightning export {run} --out student.onnx",
+        f"      kd-lightning export {run}",
     ]
     assert any(text.startswith("student written to") for text in handlers)
     assert not [text for text in handlers if any(advert in text for advert in ADVERTS)]

@@ -95,7 +95,7 @@ def main(options: Namespace) -> None:
         return
     files = " and ".join(name for name in ("suspects.png", "suspects.csv") if (out / name).is_file())
     print(f"check {out / files}, and delete the rows of correct labels from labels.csv")
-    command = ["python", "-m", "kd_lightning", "fit", *options.overrides]
+    command = ["kd-lightning", "fit", *options.overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
     if options.part == "val":

@@ -93,7 +93,7 @@ def query(
     samples = select_samples(strategy, pool, n)
     selected: list[int] = index[samples.rows].tolist()
     shown = _write_query(out, data, selected, samples, pool.probabilities[samples.rows], images, strategy)
-    command = ["python", "-m", "kd_lightning", "fit", "--config", str(first.folder / CONFIG)]
+    command = ["kd-lightning", "fit", "--config", str(first.folder / CONFIG)]
     if first.split_file is not None:
         command += ["--data.labeled", str(first.split_file)]
     sheet = f", with {out.with_suffix('.png')}" if shown else ""

@@ -309,7 +309,7 @@ def _command(run: Run, part: str) -> str:
     """Return the command that measures the deployed weights of a run."""
     command = "validate" if part == "val" else "test"
     weights = ["--ckpt_path", str(run.weights)] if run.weights.is_file() else []
-    return shlex.join(["python", "-m", "kd_lightning", command, "--config", str(run.folder / CONFIG), *weights])
+    return shlex.join(["kd-lightning", command, "--config", str(run.folder / CONFIG), *weights])
 
 
 def figure_of(groups: Sequence[Group]) -> str:

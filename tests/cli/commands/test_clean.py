@@ -147,7 +147,7 @@ def test_again_trains_nothing(there, capsys):
     assert "the same method with 1/2 of the labels" in text and "The noise is simulated" in text
     assert f"{100 * hits / len(index):.1f} % of the suspects" in text
     assert f"{100 * hits / wrong:.1f} % of the {wrong} wrong labels" in text
-    command_line = "python -m kd_lightning fit --config=config.yaml --data.num_workers 0 --data.label_file"
+    command_line = "kd-lightning fit --config=config.yaml --data.num_workers 0 --data.label_file"
     assert f"drop the suspects: {command_line} elsewhere/labels.csv\n" in text
 
 

@@ -94,8 +94,8 @@ def test_the_commands_end_well(table_config, kind, capsys):
         writer = csv.DictWriter(file, [*found[0]])
         writer.writeheader()
         writer.writerows(labels)
-    line = shlex.split(text[text.index("python -m kd_lightning fit") :].replace("\\\n", " "))
-    main(line[3:])
+    line = shlex.split(text[text.index("kd-lightning fit") :].replace("\\\n", " "))
+    main(line[1:])
     next_split = yaml.safe_load(Path("runs/tiny/version_1/split.json").read_text())
     expected = sorted([int(row["index"]), int(hidden[int(row["index"])]), "clean", 1.0] for row in found)
     assert next_split["label_rows"] == expected

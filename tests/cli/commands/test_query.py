@@ -327,7 +327,7 @@ def test_images_come_and_go_between_the_fits(config, capsys):
     Path(renamed["path"]).rename(gone["path"])  # under the name of the deleted one
     other.unlink()
     write_images("train", ["cats/000.png", "dogs/000.png"], start=100)
-    main(shlex.split(printed[printed.index("python -m kd_lightning fit") :].replace("\\\n", " "))[3:])
+    main(shlex.split(printed[printed.index("kd-lightning fit") :].replace("\\\n", " "))[1:])
     after = Run(Path("runs/tiny/version_1")).datamodule()
     found = {after.content(index): label for index, label, *_ in after.split.label_rows}
     expected = {row["content"]: after.class_names.index(row["label"]) for row in (renamed, *others)}
@@ -357,8 +357,8 @@ def test_from_fit_to_fit(config, capsys):
             writer = csv.DictWriter(file, [*rows[0]])
             writer.writeheader()
             writer.writerows(rows)
-        line = shlex.split(printed[printed.index("python -m kd_lightning fit") :].replace("\\\n", " "))
-        main(line[3:])
+        line = shlex.split(printed[printed.index("kd-lightning fit") :].replace("\\\n", " "))
+        main(line[1:])
         before, split = (json.loads((one / "split.json").read_text()) for one in (run, after))
         assert split["label_rows"] == sorted(labeled)
         assert split["labeled"] == sorted(before["labeled"] + [int(row["index"]) for row in rows[:4]])

@@ -98,7 +98,7 @@ def test_an_untested_run_shows_dashes_and_its_command(make, two_groups, student,
     assert {row[key] for key in row if key not in ("run", "seeds")} == {"-"} and row["seeds"] == "0 of 1"
     assert table["method"]["verdict"] == "better" and "accuracy % (test, n = 200)" in table["method"]
     (note,) = comparison.notes()
-    command = f"python -m kd_lightning test --config {teacher}/config.yaml --ckpt_path {teacher}/student.safetensors"
+    command = f"kd-lightning test --config {teacher}/config.yaml --ckpt_path {teacher}/student.safetensors"
     assert note.endswith(command)
     assert any(line.endswith(command) for line in capsys.readouterr().out.splitlines())  # whole, to be copied
 
