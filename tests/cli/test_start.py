@@ -58,7 +58,8 @@ def test_no_command(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("comparee", "compare"), ("fitt", "fit"), ("exporrt", "export"), ("expirement", "experiment")]
+    ("name", "meant"),
+    [("comparee", "compare"), ("fitt", "fit"), ("exporrt", "export"), ("expirement", "experiment")],  # codespell:ignore
 )
 def test_a_typo_names_the_nearest_command_and_all(name, meant, fails):
     text = fails(name)
