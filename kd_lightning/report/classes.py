@@ -15,6 +15,9 @@ _MOST_CLASSES = 1000
 MOST_ROWS = 40
 """Most classes in the table: of more those that lose and gain the most."""
 
+LEAST = 30
+"""Fewest samples of a class for an interval: of fewer, the bootstrap is too narrow."""
+
 _Table = dict[tuple[int, str], float]
 
 
@@ -27,7 +30,8 @@ class ClassRow:
         samples: Number of test samples.
         shares: {kind of role: share of right predictions, a mean over the seeds}.
         change: The method's share minus that of the student alone; None without both.
-        interval: 95 % interval of the change over samples, by the bootstrap; None if all samples agree.
+        interval: 95 % interval of the change over samples, by the bootstrap; None if all samples agree, and
+            for fewer than ``LEAST`` samples.
     """
 
     name: str
@@ -72,7 +76,8 @@ def class_rows(cast: Cast) -> list[ClassRow]:
         if "alone" in values and "method" in values:
             differences = values["method"] - values["alone"]
             change = float(differences.mean())
-            interval = sample_interval(differences) if np.ptp(differences) > 1e-9 else None
+            judged = len(differences) >= LEAST and np.ptp(differences) > 1e-9
+            interval = sample_interval(differences) if judged else None
         shares = {kind: float(one.mean()) for kind, one in values.items()}
         rows.append(ClassRow(name, len(samples[name]), shares, change, interval))
     return rows

@@ -151,6 +151,13 @@ def test_classes(trio):
         assert (row in content["lost"]) == (row.change < 0)
 
 
+def test_a_class_of_few_samples_has_no_interval(trio, monkeypatch):
+    """The bootstrap of a handful of samples is far too narrow."""
+    monkeypatch.setattr("kd_lightning.report.classes.LEAST", 101)
+    content = figure_parts.classes_part(figure_parts.Facts(make_cast(trio)))
+    assert all(row.interval is None and not row.clearly for row in content["rows"])
+
+
 def test_a_part_that_fails_says_so_in_its_place(trio, monkeypatch):
     def fail(facts):
         raise RuntimeError("no <pen>\nsecond line")
