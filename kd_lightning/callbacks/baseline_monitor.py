@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from kd_lightning.callbacks.any_batch import count_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.runs.csv_logger import read_metrics, validations
+from kd_lightning.runs.figures.statistics import LEAST_SAMPLES
 from kd_lightning.runs.metric_direction import direction_of
-from kd_lightning.runs.report.statistics import LEAST_SAMPLES
 from kd_lightning.runs.run import METRICS, SPLIT, Run
 
 ACCURACY = "val/accuracy"

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams
 
-from kd_lightning.runs.report.log_figure import only_warn
+from kd_lightning.runs.figures.log_figure import only_warn
 
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 """Settings of the trainer that are hyperparameters; the others are about the machine and the output."""

@@ -30,8 +30,8 @@ from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
 from kd_lightning.pseudo_labels.table import check_classes, check_threshold
 from kd_lightning.ranks import gather
+from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 from kd_lightning.runs.folder import run_folder, writes_files
-from kd_lightning.runs.report.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.runs.student import student_path
 from kd_lightning.teachers.cache_fill import fill_caches, move_batch

@@ -11,7 +11,7 @@ from torch import nn
 
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import weight_levels
-from kd_lightning.runs.report.log_figure import log_figure, only_warn
+from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.runs.student import STUDENT, find_network
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kd_lightning.batch import Batch, class_labels, unpack
-from kd_lightning.runs.report.contact_sheet import contact_sheet, picture_values
-from kd_lightning.runs.report.log_figure import log_figure, only_warn
+from kd_lightning.runs.figures.contact_sheet import contact_sheet, picture_values
+from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 
 _SAMPLES = 6  # on a figure
 _EXAMINED = 32  # validation samples of which those are shown on which student and teacher differ most

@@ -24,7 +24,7 @@ from kd_lightning.modules._shared.optimizers import build_optimizer, build_optim
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
 from kd_lightning.modules._shared.soft_loss import call_soft_loss
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.runs.report.log_figure import only_warn
+from kd_lightning.runs.figures.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
 from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.teacher import Teacher, check_outputs

@@ -31,7 +31,7 @@ from kd_lightning.modules._shared.schedules import check_schedule, check_schedul
 from kd_lightning.modules._shared.stage_callbacks import check_monitors, pause_early_stopping, reset_best
 from kd_lightning.modules._shared.stage_gradients import check_first_gradients, with_all_gradients
 from kd_lightning.modules.distill import DistillModule
-from kd_lightning.runs.report.log_figure import log_figure
+from kd_lightning.runs.figures.log_figure import log_figure
 
 _SAMPLES = 4  # that the projectors are built from and the figures are drawn of
 

@@ -1,1 +1,1 @@
-"""The report: one HTML page about runs. The comparison of figures behind it is in ``runs/report``."""
+"""The report: one HTML page about runs. The comparison of figures behind it is in ``runs/figures``."""

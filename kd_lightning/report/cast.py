@@ -10,9 +10,9 @@ from typing import Any
 
 from kd_lightning.errors import InputError
 from kd_lightning.report.svg import OTHERS
-from kd_lightning.runs.report.comparison import Comparison, measure_costs
-from kd_lightning.runs.report.run_groups import Group, find_groups
-from kd_lightning.runs.report.statistics import Difference
+from kd_lightning.runs.figures.comparison import Comparison, measure_costs
+from kd_lightning.runs.figures.run_groups import Group, find_groups
+from kd_lightning.runs.figures.statistics import Difference
 from kd_lightning.runs.results import Result
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.teacher_runs import teacher_runs

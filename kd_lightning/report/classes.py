@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_lightning.report.cast import Cast, Role
-from kd_lightning.runs.report.statistics import Interval, sample_interval
+from kd_lightning.runs.figures.statistics import Interval, sample_interval
 from kd_lightning.runs.results import Prediction, labeled
 
 _MOST_CLASSES = 1000

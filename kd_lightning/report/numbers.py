@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kd_lightning.runs.report.statistics import Interval
+from kd_lightning.runs.figures.statistics import Interval
 
 _PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error", "balanced_accuracy", "f1")
 MISSING = "\N{EN DASH}"

@@ -13,7 +13,7 @@ from kd_lightning.data.datamodule import SemiSupervisedDataModule
 from kd_lightning.data.sources.images import read_image
 from kd_lightning.data.sources.items import picture_of
 from kd_lightning.errors import InputError
-from kd_lightning.runs.report.contact_sheet import picture_values
+from kd_lightning.runs.figures.contact_sheet import picture_values
 
 _SIDE = 176  # pixels of the longer side
 _SMALL = 64  # a picture up to this side is stored without loss, and shown with hard pixels

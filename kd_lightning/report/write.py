@@ -22,7 +22,7 @@ from kd_lightning.report.facts import Facts
 from kd_lightning.report.numbers import change_text, interval_text
 from kd_lightning.report.outputs import Unavailable
 from kd_lightning.runs.environment import describe_hardware
-from kd_lightning.runs.report.comparison import Comparison
+from kd_lightning.runs.figures.comparison import Comparison
 from kd_lightning.runs.run import CONFIG, Run
 
 NAME = "report.html"

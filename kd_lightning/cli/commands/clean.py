@@ -34,7 +34,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.student import has_student

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from kd_lightning.runs.report.comparison import compare_runs
+from kd_lightning.runs.figures.comparison import compare_runs
 
 
 def main(options: Namespace) -> None:

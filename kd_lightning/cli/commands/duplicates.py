@@ -37,7 +37,7 @@ from kd_lightning.data.sources.source import Part
 from kd_lightning.data.sources.targets import has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.contact_sheet import contact_sheet
+from kd_lightning.runs.figures.contact_sheet import contact_sheet
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.spreadsheet import SafeWriter
 

@@ -21,8 +21,8 @@ from kd_lightning.errors import InputError
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.comparison import Comparison, compare_runs
-from kd_lightning.runs.report.log_figure import only_warn
+from kd_lightning.runs.figures.comparison import Comparison, compare_runs
+from kd_lightning.runs.figures.log_figure import only_warn
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.student import has_student, is_taught
 from kd_lightning.runs.teacher_runs import teacher_runs

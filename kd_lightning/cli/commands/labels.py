@@ -32,7 +32,7 @@ from kd_lightning.data.row_samples import RowName, RowSamples
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
-from kd_lightning.runs.report.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.weights import check_classes
 

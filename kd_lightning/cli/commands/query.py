@@ -24,7 +24,7 @@ from kd_lightning.active.strategies import (
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
-from kd_lightning.runs.report.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.weights import check_classes

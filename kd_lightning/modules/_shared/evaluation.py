@@ -28,7 +28,7 @@ from kd_lightning.modules._shared.counting_metrics import (
     recalls,
     zero_and_one,
 )
-from kd_lightning.runs.report.confusion_matrix import draw_confusion_matrix
+from kd_lightning.runs.figures.confusion_matrix import draw_confusion_matrix
 from kd_lightning.teachers.teacher import check_outputs
 
 _MOST_CLASSES = 1000  # of a confusion matrix

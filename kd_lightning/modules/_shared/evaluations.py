@@ -17,7 +17,7 @@ from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules._shared.dense import dense_predictions
 from kd_lightning.modules._shared.hard_loss import hard_loss_of, labels_fit
 from kd_lightning.modules._shared.own_evaluation import OwnEvaluation
-from kd_lightning.runs.report.log_figure import log_figure
+from kd_lightning.runs.figures.log_figure import log_figure
 
 if TYPE_CHECKING:
     from kd_lightning.modules.supervised import SupervisedModule

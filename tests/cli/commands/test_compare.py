@@ -1,4 +1,4 @@
-"""compare: its command line. The tables are tested in ``tests/runs/report``."""
+"""compare: its command line. The tables are tested in ``tests/runs/figures``."""
 
 import pytest
 import yaml

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from kd_lightning.errors import InputError
-from kd_lightning.runs.report.run_groups import find_groups
+from kd_lightning.runs.figures.run_groups import find_groups
 from kd_lightning.runs.results import Result, write_result
 from kd_lightning.runs.run import Run
 

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kd_lightning.runs.report.log_figure import log_figure, only_warn
+from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 
 
 class Calls:

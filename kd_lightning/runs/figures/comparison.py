@@ -24,9 +24,9 @@ from kd_lightning.errors import InputError
 from kd_lightning.inputs import arguments_of, call
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import precision_of, size_of
-from kd_lightning.runs.report.comparison_picture import draw_comparison
-from kd_lightning.runs.report.run_groups import Group, LeftOut, find_groups
-from kd_lightning.runs.report.statistics import (
+from kd_lightning.runs.figures.comparison_picture import draw_comparison
+from kd_lightning.runs.figures.run_groups import Group, LeftOut, find_groups
+from kd_lightning.runs.figures.statistics import (
     LEAST_SAMPLES,
     Difference,
     Interval,

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from kd_lightning.errors import InputError
-from kd_lightning.runs.report.contact_sheet import contact_sheet, write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import contact_sheet, write_contact_sheet
 
 
 def drawn(image):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, ttest_1samp
 
-from kd_lightning.runs.report.statistics import difference, sample_interval, seed_interval
+from kd_lightning.runs.figures.statistics import difference, sample_interval, seed_interval
 from kd_lightning.runs.results import Prediction, Result, write_result
 
 

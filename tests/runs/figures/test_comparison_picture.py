@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kd_lightning.runs.report.comparison_picture import describe, draw_comparison
-from kd_lightning.runs.report.run_groups import Group
-from kd_lightning.runs.report.statistics import Difference
+from kd_lightning.runs.figures.comparison_picture import describe, draw_comparison
+from kd_lightning.runs.figures.run_groups import Group
+from kd_lightning.runs.figures.statistics import Difference
 from kd_lightning.runs.results import Result
 
 BETTER = Difference(0.06, 3, (0.05, 0.07), (0.04, 0.08))

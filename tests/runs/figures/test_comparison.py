@@ -12,7 +12,7 @@ from rich.console import Console
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
-from kd_lightning.runs.report.comparison import compare_runs
+from kd_lightning.runs.figures.comparison import compare_runs
 from kd_lightning.runs.results import Prediction, Result, write_result
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import save_weights

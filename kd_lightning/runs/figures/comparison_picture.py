@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from kd_lightning.runs.report.run_groups import Group
-from kd_lightning.runs.report.statistics import Difference, Interval
+from kd_lightning.runs.figures.run_groups import Group
+from kd_lightning.runs.figures.statistics import Difference, Interval
 
 _COLORS = ("#6b7280", "#0b6bcb", "#2f855a", "#b7471d", "#7c3aed", "#b58900", "#0e7490", "#be185d")
 _INK, _MUTED, _RULE = "#1f2933", "#5b6673", "#dfe3e8"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kd_lightning.runs.report.confusion_matrix import draw_confusion_matrix, row_percent, worst_confusions
+from kd_lightning.runs.figures.confusion_matrix import draw_confusion_matrix, row_percent, worst_confusions
 
 
 def texts(axes):
