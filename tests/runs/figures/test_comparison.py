@@ -108,7 +108,7 @@ def test_validation_on_request(make):
     untested = make("b", test=rows(0.5))
     comparison = compare_runs([folder, untested], part="val")
     assert "accuracy % (val, n = 150)" in cells(comparison)["a"]
-    assert "kd_lightning validate --config" in comparison.notes()[0]
+    assert "kd-lightning validate --config" in comparison.notes()[0]
 
 
 def test_a_verdict_is_never_drawn_from_six_images(make):
