@@ -10,7 +10,8 @@ from typing import Any
 
 from kd_lightning.cli.arguments import COMMANDS
 from kd_lightning.cli.introduction import teachers_of
-from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data import SemiSupervisedDataModule, StreamDataModule
+from kd_lightning.errors import InputError
 from kd_lightning.runs.folder import writes_files
 from kd_lightning.runs.results import read_result
 from kd_lightning.runs.student import find_student
@@ -55,7 +56,7 @@ def print_next_steps(args: Sequence[str], cli: Any) -> None:
     if folder is None or not writes_files(cli.trainer):
         return
     run, same = shlex.quote(str(folder)), as_written(args[1:])
-    if args[0] == "fit":
+    if args[0] == "fit" and _has_test_part(cli.datamodule):
         steps.append((f"test {same}", ""))
     if args[0] in ("fit", "test"):
         if teachers_of(cli.model) and isinstance(cli.datamodule, SemiSupervisedDataModule):
@@ -89,6 +90,16 @@ def as_written(args: Sequence[str]) -> str:
         else:
             kept.append(value if name == "--config" and value.endswith((".yaml", ".yml")) else argument)
     return shlex.join(kept)
+
+
+def _has_test_part(datamodule: Any) -> bool:
+    """Whether ``test`` can run on a datamodule of this package; True for any other."""
+    if isinstance(datamodule, SemiSupervisedDataModule | StreamDataModule):
+        try:
+            datamodule.test_dataloader()
+        except InputError:
+            return False
+    return True
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from rich.console import Console
 from torch import nn
+from torch.utils.data import IterableDataset
 
+from kd_lightning import StreamDataModule, SupervisedModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli.introduction import describe_network, known_accuracy
 from kd_lightning.cli.outcome import print_figures, print_next_steps
@@ -215,6 +217,24 @@ class TestFigures:
 def test_next_steps_without_a_run(capsys):
     print_next_steps(["fit", "--config=a.yaml"], SimpleNamespace(run_folder=None))
     assert not capsys.readouterr().out
+
+
+class NumberStream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.randn(16), k % 3) for k in range(8)])
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_no_test_is_proposed_without_a_test_part(has_test, tmp_path, capsys):
+    data = StreamDataModule(NumberStream(), test=NumberStream() if has_test else None)
+    cli = SimpleNamespace(
+        run_folder=tmp_path, trainer=Trainer(logger=False), model=SupervisedModule(nn.Linear(16, 3)), datamodule=data
+    )
+    print_next_steps(["fit", "a.yaml"], cli)
+    lines = capsys.readouterr().out.splitlines()
+    proposed = ["next: kd-lightning test a.yaml"] if has_test else []
+    assert [line for line in lines if " test " in line] == proposed
+    assert lines[0].startswith("next: ") and lines[-1].endswith(f"kd-lightning export {tmp_path}")
 
 
 class TestNetwork:
