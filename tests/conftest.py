@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning.__main__ import main
@@ -27,6 +28,15 @@ def pytest_runtestloop():
     gc.freeze()
     gc.set_threshold(10_000)
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _blank_sample_figures(request, monkeypatch):
+    """Leaves the pictures of samples blank, but where they are tested: drawing takes longer than most fits here."""
+    if "sample_figures" not in request.node.nodeid:
+        blank = lambda *args, **kwargs: Figure(figsize=(1, 1))  # noqa: E731
+        for name in ("draw_views", "draw_outputs"):
+            monkeypatch.setattr(f"kd_lightning.callbacks.sample_figures.{name}", blank)
 
 
 @pytest.fixture
