@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset
+from torchvision.transforms import v2
 
 from kd_lightning import (
     CoTeachingModule,
@@ -264,6 +265,23 @@ class TestHuggingFace:
         assert batch.y.tolist() == [1, 0]
         with pytest.raises(InputError, match="must have 'colour', got text, value, kind"):
             next(iter(StreamDataModule(stream, **(options | {"input": "colour"})).train_dataloader()))
+
+    def test_pictures_as_bytes(self, tmp_path):
+        """Parquet of other packages has {bytes, path} without the type of a picture."""
+        picture = Image.new("RGB", (20, 10), (200, 0, 0))
+        exif = picture.getexif()
+        exif[0x0112] = 6  # turned by a quarter
+        picture.save(tmp_path / "a.jpg", exif=exif)
+        content = (tmp_path / "a.jpg").read_bytes()
+        items = [{"image": {"bytes": content, "path": None}, "label": 1}]
+        items += [{"image": {"bytes": None, "path": str(tmp_path / "a.jpg")}, "label": 0}]
+        transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+        (batch,) = StreamDataModule(items, train_transform=transform).train_dataloader()
+        assert batch.x.shape == (2, 3, 20, 10)
+        assert torch.equal(batch.x[0], batch.x[1])
+        items[0]["image"]["bytes"] = b"none"
+        with pytest.raises(InputError, match="^train: sample 0 of the stream: image cannot be read: Unidentified"):
+            next(iter(StreamDataModule(items, train_transform=transform).train_dataloader()))
 
     @pytest.mark.parametrize(("path", "split"), [("nowhere", "train"), ("saved", "holdout")])
     def test_cannot_be_opened(self, tmp_path, monkeypatch, path, split):

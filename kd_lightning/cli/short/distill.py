@@ -14,7 +14,15 @@ from kd_lightning.cli.short.networks import Network, find_network
 from kd_lightning.cli.short.plan import FolderPlan, plan_folder
 from kd_lightning.cli.short.pretrained import Start, find_start
 from kd_lightning.cli.short.recipe import distill_yaml, teacher_yaml
-from kd_lightning.cli.short.steps import check_teacher, deploy, fit_config, keep_recipe, report, write_config
+from kd_lightning.cli.short.steps import (
+    check_teacher,
+    deploy,
+    fit_config,
+    keep_recipe,
+    missing_for_onnx,
+    report,
+    write_config,
+)
 from kd_lightning.cli.short.students import Candidate, choose, write_students
 from kd_lightning.errors import InputError
 from kd_lightning.report.numbers import count_text
@@ -77,6 +85,7 @@ class Distillation:
             lines.append(f"{student.name}: {size}; the teacher {name} has {times:.1f} times as many parameters")
             if times <= 1:
                 lines.append(f"warning: the student {student.name} is not smaller than the teacher {name}")
+        lines += [line for line in [missing_for_onnx()] if line]
         fits = (0 if self.start.ready else 1) + 2 * self.seeds * len(self.students)
         time = "" if torch.cuda.is_available() else f", about {_minutes(self.seconds)} on this CPU"
         return [*lines, f"{count_text(fits, 'fit')}{time}; everything lies in {self.plan.recipe.root}"]

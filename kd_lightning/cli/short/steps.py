@@ -126,15 +126,20 @@ def report(runs: Sequence[Run], out: Path) -> Path:
     return write_report([run.folder for run in runs], out)
 
 
+def missing_for_onnx() -> str:
+    """Return in one line which packages the ONNX file needs; empty if they are there."""
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    return f"no ONNX file: {' and '.join(missing)} not installed: pip install 'kd-lightning[export]'" if missing else ""
+
+
 def deploy(run: Run, out: Path) -> Path | None:
     """Write a run's student as ONNX if the packages are there; return the file, None without them.
 
     Raises:
         InputError: If the file differs from PyTorch.
     """
-    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"no ONNX file: {' and '.join(missing)} not installed: pip install 'kd-lightning[export]'")
+    if line := missing_for_onnx():
+        print(line)
         return None
     if not export(run.folder, out):
         raise InputError(f"{out}: the file differs from PyTorch; the weights are {run.weights}")

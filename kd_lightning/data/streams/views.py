@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX, Batch, is_labeled
@@ -99,9 +101,9 @@ class StreamViews:
         return self._dataset.finish(batch)
 
     def _named(self, item: Any, place: str) -> Any:
-        """Return (inputs, label) of an item whose columns are named, and any other as it is. Lists become tensors."""
+        """Return (inputs, label) of an item whose columns are named, and any other as it is. Columns are decoded."""
         if isinstance(item, Mapping):
-            item = {name: _tensor(value, f"{place}: {name}") for name, value in item.items()}
+            item = {name: _decoded(value, f"{place}: {name}") for name, value in item.items()}
         inputs, label = self.columns
         if inputs is None and label is None:
             return item
@@ -163,8 +165,17 @@ class StreamViews:
         return y
 
 
-def _tensor(value: Any, place: str) -> Any:
-    """Return a list of numbers, as Hugging Face's columns hold them, as a tensor, and any other value as it is."""
+def _decoded(value: Any, place: str) -> Any:
+    """Return what Hugging Face's columns hold: a list of numbers as a tensor, ``{bytes, path}`` as a picture.
+
+    Any other value is returned as it is.
+    """
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+        try:
+            picture = Image.open(value["path"] if value["bytes"] is None else BytesIO(value["bytes"]))
+            return ImageOps.exif_transpose(picture)
+        except Exception as error:  # decoders raise errors of any class
+            raise InputError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(value, list) or not value or not is_number(value):
         return value
     try:
