@@ -197,7 +197,8 @@ class TestCommandLine:
         sys.modules["wandb"].finish()
         for folder in folders:
             (own,) = Path("logs/wandb").glob(f"offline-run-*-{folder.name}")
-            assert wandb_media(own) == dict.fromkeys(FIGURES - {"test/confusion_matrix"}, 2)
+            own_figures = dict.fromkeys(FIGURES - {"test/confusion_matrix"}, 2)
+            assert wandb_media(own) == own_figures | {"samples/augmentation": 1}
 
     def test_mlflow(self):
         arguments = {"tracking_uri": "sqlite:///runs.db", "artifact_location": "artifacts"}
@@ -209,7 +210,7 @@ class TestCommandLine:
         check_runs(folders, configs=True)
         for folder in folders:
             found = mlflow_artifacts(Path("artifacts"), folder.name)
-            assert found == {
+            assert found == {"samples/augmentation_step_0.png"} | {
                 f"pseudo_labels/{name}_step_{step}.png" for name in ("confidence", "classes") for step in (2, 4)
             }
         assert {*metrics_of("runs.db")} == {folder.name for folder in folders}
