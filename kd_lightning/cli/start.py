@@ -42,7 +42,7 @@ _SUMMARIES = {
     "cache": "CONFIG: fill the caches of the teachers before training",
     "completion": "bash, zsh or tcsh: print a script that completes commands",
 }
-"""What the screen says of each command; the help of a command says it at more length."""
+"""The line of each command on the first screen; the help of a command has more."""
 
 
 def overview() -> str:

@@ -90,7 +90,10 @@ class HuggingFaceReader(SharedReader):
 
 
 class LitDataReader(SharedReader):
-    """Read a ``StreamingDataset`` of the package litdata. Its own position needs litdata's loader, and is not used."""
+    """Read a ``StreamingDataset`` of the package litdata, each of its samples once: ``drop_last`` is not used.
+
+    Its own position needs litdata's loader, and is not used either.
+    """
 
     checks = False
     has_own_pass = True
@@ -99,6 +102,7 @@ class LitDataReader(SharedReader):
         """Runs before each pass: set the share of this process, which the dataset finds before processes are known."""
         data = self.dataset
         data.distributed_env = type(data.distributed_env)(world, rank, 1)
+        data.drop_last = False  # its default depends on whether the process knew the number of processes when made
         data.shuffler = None
         data.set_num_workers(workers)
         data.set_batch_size(batch_size)

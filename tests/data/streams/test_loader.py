@@ -247,6 +247,15 @@ class TestLitData:
         found = [flat(read_rank(StreamingDataset(optimized, shuffle=shuffle), rank, 2, 4)) for rank in range(2)]
         assert sorted(found[0] + found[1]) == [*range(COUNT)]
 
+    def test_made_with_and_without_a_known_number_of_processes(self, optimized, monkeypatch):
+        """A process that a launcher has started knows the number, and litdata then drops samples in that one alone."""
+        first = StreamingDataset(optimized, shuffle=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        second = StreamingDataset(optimized, shuffle=True)
+        assert (first.drop_last, second.drop_last) == (False, True)
+        found = [flat(read_rank(dataset, rank, 2, 4)) for rank, dataset in enumerate((first, second))]
+        assert sorted(found[0] + found[1]) == [*range(COUNT)]
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resume(self, optimized, workers):
         def make():
