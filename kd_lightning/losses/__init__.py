@@ -2,7 +2,7 @@
 
 - Soft losses compare logits: ``loss(student_logits, teacher_logits, target=None)``.
 - Hard losses compare logits with labels: ``loss(logits, target)``. torch's own losses are hard losses, too.
-- The feature loss compares features: ``loss(projected, hint)``.
+- Feature losses compare features: ``loss(student_feature, teacher_feature, batch)``.
 
 :mod:`kd_lightning.losses.protocols` holds what a loss may declare about itself.
 """
@@ -11,9 +11,9 @@ from kd_lightning.losses.coarse import CoarseLoss
 from kd_lightning.losses.dist import DISTLoss
 from kd_lightning.losses.dkd import DKDLoss
 from kd_lightning.losses.early_learning import EarlyLearningLoss
+from kd_lightning.losses.features import HintLoss
 from kd_lightning.losses.forward_correction import ForwardCorrectionLoss, estimate_transition
 from kd_lightning.losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
-from kd_lightning.losses.hint import HintLoss
 from kd_lightning.losses.kd import KDLoss
 from kd_lightning.losses.label_kind import LabelKindLoss
 from kd_lightning.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss

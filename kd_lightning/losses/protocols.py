@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kd_lightning.batch import Batch
 
 RowField = Literal["kind", "index"]
 """A field of :class:`~kd_lightning.batch.Batch` that a hard loss may take for each row."""
@@ -70,6 +76,41 @@ class SoftLoss(Protocol):
     @property
     def supports_top_k(self) -> bool:
         """Whether the teacher's top k logits and the sum of its other probabilities are enough. Default: False."""
+
+
+class FeatureLoss(Protocol):
+    """A loss between features: ``loss(student_feature, teacher_feature, batch)``, a scalar mean over the samples.
+
+    Both features are (B, C) or (B, C, ...): tokens and maps have their channels in dimension 1, whatever the layers
+    return. The student's comes out of the projector, if there is one. The teacher's has no gradient. The loss may have
+    parameters, which train beside the student, and buffers; both are in checkpoints, and are never deployed. A term
+    with several pairs of layers has a copy of the loss for each one. All declarations are optional.
+    """
+
+    @property
+    def needs_projector(self) -> bool:
+        """Whether the two features must have one shape, so that a projector is built. Default: True."""
+
+    @property
+    def trains_only(self) -> bool:
+        """Whether the loss has no value in validation, as where it depends on a memory of the training samples.
+
+        Default: False.
+        """
+
+    def build(self, student: Sequence[int], teacher: Sequence[int], samples: int | None) -> None:
+        """Make what depends on the shapes. Called once before training, and before weights are loaded.
+
+        Random numbers come from torch's generator, which is seeded alike on all processes. Default: nothing to make.
+
+        Args:
+            student: Shape (C, ...) of the student's feature of one sample, after the projector.
+            teacher: Shape of the teacher's.
+            samples: Number of samples of the data, where it is known; ``Batch.index`` is below it.
+        """
+
+    def __call__(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch) -> Tensor:
+        """Return the loss, a scalar."""
 
 
 def is_own(loss: object) -> bool:

@@ -115,7 +115,7 @@ def test_empty_batch_gives_zero_in_the_graph(shape):
     ],
 )
 def test_other_shapes_are_refused(projected, hint):
-    both = re.escape(f"hint and projected map must have one shape, got {[*hint]} and {[*projected]}")
+    both = re.escape(f"must have one shape, got {[*projected]} and {[*hint]}")
     with pytest.raises(InputError, match=both):
         HintLoss()(torch.zeros(projected), torch.zeros(hint))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from kd_lightning.errors import InputError
+from kd_lightning.batch import Batch
 from kd_lightning.losses.base import Reduction, check_reduction, reduce_rows
+from kd_lightning.losses.features.base import pair_features
 
 
 class HintLoss(nn.Module):
@@ -29,21 +31,20 @@ class HintLoss(nn.Module):
     Raises:
         InputError: If the reduction is unknown, or the shapes differ.
 
+    >>> import torch
     >>> HintLoss()(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
     tensor(12.5000)
     """
+
+    needs_projector: ClassVar[bool] = True
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
         self.reduction = reduction
 
-    def forward(self, projected: Tensor, hint: Tensor) -> Tensor:
+    def forward(self, projected: Tensor, hint: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
-        if projected.shape != hint.shape:
-            raise InputError(
-                f"hint and projected map must have one shape, got {[*hint.shape]} and {[*projected.shape]}"
-            )
-        dtype = torch.promote_types(projected.dtype, torch.float32)
-        distance = (hint.detach().to(dtype) - projected.to(dtype)).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
+        student, teacher = pair_features(projected, hint)
+        distance = (teacher - student).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
         return reduce_rows(distance, self.reduction)
