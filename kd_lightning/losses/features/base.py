@@ -11,7 +11,7 @@ from kd_lightning.losses.base import at_least_float32
 
 
 def pair_features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two features of one shape in at least float32; the teacher's has no gradient.
+    """Return two features of one shape in the student's type, at least float32; the teacher's has no gradient.
 
     Args:
         student: (B, C, ...), after the projector.
@@ -25,11 +25,12 @@ def pair_features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"features of student and teacher must have one shape, got {[*student.shape]} and {[*teacher.shape]}; "
             "a projector joins them"
         )
-    return at_least_float32(student), at_least_float32(teacher.detach())
+    student = at_least_float32(student)
+    return student, teacher.detach().to(student.dtype)
 
 
 def pair_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two features of any shapes in at least float32, where only their numbers of samples must agree.
+    """Return two features of any shapes in the student's type, at least float32; their numbers of samples must agree.
 
     Args:
         student: (B, ...).
@@ -43,7 +44,8 @@ def pair_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"features of student and teacher must be (B, C, ...) of the same samples, got {[*student.shape]} and "
             f"{[*teacher.shape]}"
         )
-    return at_least_float32(student), at_least_float32(teacher.detach())
+    student = at_least_float32(student)
+    return student, teacher.detach().to(student.dtype)
 
 
 def counted_positions(feature: Tensor, batch: Batch | None) -> Tensor | None:
