@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics import Metric
@@ -19,28 +16,21 @@ from torchmetrics import Metric
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import describe_choice, logits_of
-from kd_lightning.inputs import Inputs, call
+from kd_lightning.inputs import Inputs
 from kd_lightning.losses.base import Task, check_row_fields, check_weight, reset_state
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
-from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs, check_start
+from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs
 from kd_lightning.modules._shared.class_weights import ClassWeights, Weights
 from kd_lightning.modules._shared.dense import check_dense, dense_probabilities
 from kd_lightning.modules._shared.dense_checks import DenseChecks
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.evaluations import Evaluations
-from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.hard_loss import default_loss, must_synchronize
-from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
+from kd_lightning.modules._shared.hard_loss import default_loss
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
-from kd_lightning.modules._shared.network_errors import explain_shapes, explain_single_row
-from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
-from kd_lightning.modules._shared.parameter_groups import check_groups
+from kd_lightning.modules._shared.network_errors import explain_shapes
 from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
 from kd_lightning.modules._shared.row_module import RowModule
-from kd_lightning.modules._shared.schedules import check_schedules
-from kd_lightning.runs.resume import prepare_resume, store_position
-from kd_lightning.runs.weights import check_fit, match_keys
-from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.teacher import check_outputs
 
 
@@ -129,11 +119,15 @@ class SupervisedModule(RowModule):
         auxiliary_weight: float = 0.3,
         weight_decay_exclude_1d: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            student,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+            weight_decay_exclude_1d=weight_decay_exclude_1d,
+        )
         check_choice("task", task, get_args(Task))
-        check_choice("lr_interval", lr_interval, ("epoch", "step"))
         self.save_hyperparameters("task", "lr_interval", "class_dim", "causal")
-        self.student = student
         self.task: Task = task
         self.class_dim = class_dim
         self.causal = causal
@@ -146,39 +140,15 @@ class SupervisedModule(RowModule):
             None if class_weights is None else ClassWeights(class_weights, self.hard_loss, task, dense)
         )
         check_dense(class_dim, causal, task, self.hard_loss)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
         check_weight("auxiliary_weight", auxiliary_weight)
         self.auxiliary_weight = auxiliary_weight
-        self.weight_decay_exclude_1d = weight_decay_exclude_1d
         self._auxiliary_heads = AuxiliaryHeads()
         self._outputs_are_checked = True  # until a fit begins
         self._dense_checks = DenseChecks()
-        self._guards: dict[str, InputGuard] = {}
         self._evaluations = Evaluations()
-        self._finite_check = FiniteCheck()
-
-    def call(self, network: nn.Module, x: Inputs) -> Any:
-        """Call the student, or another network that trains, with inputs. Returns what the network returns.
-
-        A project whose networks are called in another way overrides this. A frozen teacher's ``preprocess`` may do so.
-        """
-        return call(network, x)
-
-    def guarded_call(self, role: str, network: nn.Module, x: Inputs) -> Any:
-        """Call a network by :meth:`call`. One that changes its inputs in place gets a copy: others get them, too.
-
-        Args:
-            role: Name of the network in this module, such as "student".
-            network: The network.
-            x: The inputs.
-        """
-        with self._guards.setdefault(role, InputGuard(role)).protect(x) as given:
-            return self.call(network, given)
 
     def forward(self, x: Inputs) -> Tensor:
         """Return the student's logits."""
@@ -202,24 +172,13 @@ class SupervisedModule(RowModule):
 
     def setup(self, stage: str) -> None:
         """Runs at the start of fit, validate, test and predict. Resets what an earlier run stored."""
-        self._guards.clear()
+        super().setup(stage)
         self._evaluations.clear()
-        self._finite_check = FiniteCheck()
-        self._epoch_means.clear()
         self._outputs_are_checked = stage != TrainerFn.FITTING
         self._dense_checks = DenseChecks()
-        check_start(self.student, self._trainer, stage)
         if stage == TrainerFn.FITTING:
             reset_state(self.hard_loss)
             self.balance_classes(getattr(self.trainer, "datamodule", None))
-
-    @property
-    def is_fitting(self) -> bool:
-        """Whether a trainer is fitting this module: not validate, test or predict, and no fit that has ended."""
-        if self._trainer is None:
-            return False
-        state = self.trainer.state
-        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     # What a method overrides.
 
@@ -249,51 +208,29 @@ class SupervisedModule(RowModule):
 
     # The steps.
 
-    def on_train_start(self) -> None:
-        """Runs before the first epoch. Raises InputError if a learning rate schedule ends before training does."""
-        self._check_schedules()
-        self._log_means_of_whole_epoch()  # of an epoch that was interrupted after its last batch
-
-    def _check_schedules(self) -> None:
-        check_schedules(self)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Runs for each training batch, also without a Trainer. Returns the weighted sum of the terms."""
-        batch = self.unpack(batch)
+    def step_terms(self, batch: Batch) -> dict[str, LossTerm]:
+        """Return the terms of a training step, by name, with that of the auxiliary heads."""
         self._mean_labels, self._rows = batch.mean_labels, len(batch)
         if self.class_dim is not None:
             self._dense_checks.check(self, batch)
         self._auxiliary_heads.clear()
-        try:
-            terms = self.losses(batch)
-            if (value := self._auxiliary_heads.hard_term(self, batch)) is not None:
-                terms["auxiliary_hard"] = LossTerm(self.auxiliary_weight, value)
-        except ValueError as error:
-            explain_single_row(error, len(batch))
-            raise
-        loss = weighted_sum(terms)
-        if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
-            self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
-        if self._may_synchronize(loss):
-            self._finite_check.check()
-        if self._trainer is not None:
-            rows, mean = max(self._rows, 1e-9), self._mean_labels
-            # Hard terms are means over labels; a batch without any counts next to nothing.
-            labels = rows if mean is None else max(float(mean), 1e-9)
-            add = self._epoch_means.add
-            for name, (weight, value) in terms.items():
-                count = len(batch) if name == "hint" else rows  # a mean over samples
-                add(f"train/{name}", value, labels if name.endswith("hard") else count)
-                if name != "hard":
-                    add(f"{name}_weight", weight, rows)
-            of_labels = self.class_dim is not None and all(name.endswith("hard") for name in terms)
-            add("train/loss", loss, labels if of_labels else rows)  # processes may have other numbers of positions
-            if self._is_logging_step():
-                self.log("train/loss_step", loss)  # not in the progress bar, which would synchronize each step
-        return loss
+        terms = self.losses(batch)
+        if (value := self._auxiliary_heads.hard_term(self, batch)) is not None:
+            terms["auxiliary_hard"] = LossTerm(self.auxiliary_weight, value)
+        return terms
 
-    # Lightning inspects the signature in each step, unless it is stored
-    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
+    def record_terms(self, terms: dict[str, LossTerm], loss: Tensor, batch: Batch) -> None:
+        """Add the terms and their weighted sum to the means over the epoch: hard terms are means over labels."""
+        rows, mean = max(self._rows, 1e-9), self._mean_labels
+        labels = rows if mean is None else max(float(mean), 1e-9)  # a batch without any counts next to nothing
+        add = self._epoch_means.add
+        for name, (weight, value) in terms.items():
+            count = len(batch) if name == "hint" else rows  # a mean over samples
+            add(f"train/{name}", value, labels if name.endswith("hard") else count)
+            if name != "hard":
+                add(f"{name}_weight", weight, rows)
+        of_labels = self.class_dim is not None and all(name.endswith("hard") for name in terms)
+        add("train/loss", loss, labels if of_labels else rows)  # processes may have other numbers of positions
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Runs for each validation batch. Updates the metrics, and returns the predicted labels."""
@@ -341,32 +278,3 @@ class SupervisedModule(RowModule):
         names = getattr(data, "class_names", None)
         self._evaluations.log_figures(self, prefix, lambda evaluation: evaluation.figures(names))
         self._evaluations.log(self, prefix)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint is written. Raises InputError if a term or weight is not finite.
-
-        Adds what an exact resume needs.
-        """
-        self._finite_check.check(checkpoint["state_dict"])
-        if self._trainer is not None:
-            store_position(self.trainer, checkpoint)
-            self._epoch_means.store(self, checkpoint)
-
-    def on_train_end(self) -> None:
-        """Runs at the end of training, before the student is deployed. Raises InputError as before a checkpoint."""
-        self._finite_check.check(self.state_dict())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint's weights are loaded. Raises InputError, in one line, if they do not fit."""
-        state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
-        if self._trainer is not None and self.strict_loading:  # without a trainer, load_state_dict knows whether it is
-            name = type(self).__name__
-            check_fit(state, self.state_dict(), f"ckpt_path: the checkpoint does not fit {name}")
-        if self.is_fitting:
-            check_groups(checkpoint, self.weight_decay_exclude_1d)
-            prepare_resume(self.trainer, checkpoint)
-            self._epoch_means.restore(self, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
-        return build_optimizers(self, build_optimizer(self, self.parameters()))

@@ -20,11 +20,11 @@ from kd_lightning.runs.metric_direction import check_direction
 from kd_lightning.schedules import build_scheduler, takes_length
 
 if TYPE_CHECKING:
-    from kd_lightning.modules.supervised import SupervisedModule
+    from kd_lightning.modules._shared.student_module import StudentModule
 
 
 def build_optimizer(
-    module: SupervisedModule,
+    module: StudentModule,
     parameters: Iterable[nn.Parameter],
     name: str = "optimizer",
     prefix: str = "",
@@ -56,7 +56,7 @@ def build_optimizer(
 
 
 def build_optimizers(
-    module: SupervisedModule,
+    module: StudentModule,
     optimizer: Optimizer,
     name: str = "lr_scheduler",
     *,

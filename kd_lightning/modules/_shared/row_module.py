@@ -13,10 +13,10 @@ from kd_lightning.losses.base import Task
 from kd_lightning.modules._shared.class_weights import ClassWeights
 from kd_lightning.modules._shared.dense import count_dense, dense_to_rows
 from kd_lightning.modules._shared.hard_loss import hard_loss_of
-from kd_lightning.modules._shared.lean_module import LeanModule
+from kd_lightning.modules._shared.student_module import StudentModule
 
 
-class RowModule(LeanModule):
+class RowModule(StudentModule):
     """Turn batches into rows, and scale means over rows so that processes and accumulated batches add up.
 
     A row is a sample, or with ``class_dim`` a position of a dense sample that counts.
@@ -29,14 +29,10 @@ class RowModule(LeanModule):
     num_classes: int | None
     _class_weights: ClassWeights | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, student: nn.Module, **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
         self._mean_labels: float | Tensor | None = None  # of this step, see Batch.mean_labels
         self._rows: float = 0  # of this batch; with class_dim their mean over the batches of the step
-
-    def unpack(self, batch: Any) -> Batch:
-        """Convert a batch of the data loader. A project with batches of another kind overrides this."""
-        return Batch.from_any(batch)
 
     @property
     def training_loss(self) -> nn.Module:
