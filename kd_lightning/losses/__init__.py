@@ -11,7 +11,13 @@ from kd_lightning.losses.coarse import CoarseLoss
 from kd_lightning.losses.dist import DISTLoss
 from kd_lightning.losses.dkd import DKDLoss
 from kd_lightning.losses.early_learning import EarlyLearningLoss
-from kd_lightning.losses.features import HintLoss
+from kd_lightning.losses.features import (
+    AttentionTransferLoss,
+    CosineLoss,
+    HintLoss,
+    MSEFeatureLoss,
+    SmoothL1FeatureLoss,
+)
 from kd_lightning.losses.forward_correction import ForwardCorrectionLoss, estimate_transition
 from kd_lightning.losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
 from kd_lightning.losses.kd import KDLoss
@@ -19,7 +25,9 @@ from kd_lightning.losses.label_kind import LabelKindLoss
 from kd_lightning.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss
 
 __all__ = [
+    "AttentionTransferLoss",
     "CoarseLoss",
+    "CosineLoss",
     "DISTLoss",
     "DKDLoss",
     "EarlyLearningLoss",
@@ -28,6 +36,8 @@ __all__ = [
     "HintLoss",
     "KDLoss",
     "LabelKindLoss",
+    "MSEFeatureLoss",
+    "SmoothL1FeatureLoss",
     "SymmetricCrossEntropyLoss",
     "estimate_transition",
 ]

@@ -4,6 +4,16 @@ All of them are called as ``loss(student_feature, teacher_feature, batch)``. ``F
 :mod:`kd_lightning.losses.protocols` describes what they get, and what they may declare.
 """
 
+from kd_lightning.losses.features.attention_transfer import AttentionTransferLoss
+from kd_lightning.losses.features.cosine import CosineLoss
 from kd_lightning.losses.features.hint import HintLoss
+from kd_lightning.losses.features.mse import MSEFeatureLoss
+from kd_lightning.losses.features.smooth_l1 import SmoothL1FeatureLoss
 
-__all__ = ["HintLoss"]
+__all__ = [
+    "AttentionTransferLoss",
+    "CosineLoss",
+    "HintLoss",
+    "MSEFeatureLoss",
+    "SmoothL1FeatureLoss",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.batch import Batch
@@ -58,4 +59,81 @@ def counted_positions(feature: Tensor, batch: Batch | None) -> Tensor | None:
     mask = None if batch is None else batch.position_mask
     if mask is None or mask.shape != feature.shape[:1] + feature.shape[2:]:
         return None
-    return mask.to(feature.device, torch.bool).flatten(1)
+    return mask.to(feature.device, torch.bool).unsqueeze(-1).flatten(1)
+
+
+def at_positions(feature: Tensor, counted: Tensor | None) -> Tensor:
+    """Return a feature (B, C, ...) as (B, C, P), with 0 at the positions that do not count.
+
+    Args:
+        feature: A vector (B, C) has one position.
+        counted: (B, P), or None if all positions count.
+    """
+    feature = feature.unsqueeze(-1).flatten(2)
+    return feature if counted is None else feature.masked_fill(~counted.unsqueeze(1), 0)
+
+
+def pair_positions(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return two features of one shape as (B, C, P), and which positions count, (B, P) or None.
+
+    Args:
+        student: (B, C, ...), after the projector.
+        teacher: The same shape.
+        batch: See :func:`counted_positions`.
+
+    Returns:
+        The features, see :func:`pair_features` and :func:`at_positions`, and :func:`counted_positions`.
+
+    Raises:
+        InputError: If the shapes differ, or are not (B, C, ...).
+    """
+    student, teacher = pair_rows(*pair_features(student, teacher))
+    counted = counted_positions(student, batch)
+    return at_positions(student, counted), at_positions(teacher, counted), counted
+
+
+def mean_of_positions(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the mean over the samples of each one's mean over its positions that count, a scalar.
+
+    A sample without such a position contributes 0. The mean of no samples is 0, in the graph.
+
+    Args:
+        values: (B, P).
+        counted: (B, P), or None if all positions count.
+    """
+    if counted is None:
+        return values.sum() / max(values.numel(), 1)
+    rows = values.masked_fill(~counted, 0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    return rows.sum() / max(len(rows), 1)
+
+
+def unit_vectors(values: Tensor, dim: int) -> Tensor:
+    """Scale vectors along ``dim`` to length 1. Zero vectors stay zero, with zero gradients."""
+    length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+    return values / length.masked_fill(length == 0, torch.inf)
+
+
+def smaller_size(student: Tensor, teacher: Tensor) -> torch.Size:
+    """Return the smaller of two features' sizes along each side.
+
+    Args:
+        student: (B, C, ...).
+        teacher: (B, C, ...).
+
+    Raises:
+        InputError: If one has more sides than the other.
+    """
+    if student.ndim != teacher.ndim:
+        raise InputError(
+            f"features of student and teacher must have as many sides, got {[*student.shape]} and {[*teacher.shape]}"
+        )
+    return torch.Size(map(min, student.shape[2:], teacher.shape[2:]))
+
+
+def pool_to(maps: Tensor, size: torch.Size) -> Tensor:
+    """Average maps (B, C, ...) in equal areas of their positions, to sides that are not longer."""
+    for dim, side in enumerate(size, 2):
+        if maps.shape[dim] != side and maps.shape[dim] % side == 0:
+            # this has a deterministic gradient on all devices
+            maps = maps.unflatten(dim, (side, -1)).mean(dim + 1)
+    return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="area")

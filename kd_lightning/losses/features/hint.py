@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.losses.base import Reduction, check_reduction, reduce_rows
-from kd_lightning.losses.features.base import pair_features
+from kd_lightning.losses.features.base import pair_positions
 
 
 class HintLoss(nn.Module):
@@ -16,8 +16,8 @@ class HintLoss(nn.Module):
 
     .. math:: \tfrac{1}{2} \lVert u - r(v) \rVert^2
 
-    for a hint :math:`u` and a projector's output :math:`r(v)`, summed over all entries of a sample, then averaged over
-    the batch. The loss grows with the size of the features. The hint gets no gradient.
+    for a hint :math:`u` and a projector's output :math:`r(v)`, summed over all entries of a sample at positions that
+    count, then averaged over the batch. The loss grows with the size of the features. The hint gets no gradient.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (2014), https://arxiv.org/abs/1412.6550, equation 3.
 
@@ -25,7 +25,7 @@ class HintLoss(nn.Module):
         reduction: "mean" (a scalar) or "none" (one value per row).
 
     Shape:
-        - projected, hint: (B, ...), the same shape. Half precision is computed in float32.
+        - projected, hint: (B, C, ...), the same shape. Half precision is computed in float32.
         - output: scalar, or (B,) for reduction "none".
 
     Raises:
@@ -45,6 +45,6 @@ class HintLoss(nn.Module):
 
     def forward(self, projected: Tensor, hint: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
-        student, teacher = pair_features(projected, hint)
-        distance = (teacher - student).square().unsqueeze(-1).flatten(1).sum(dim=1) / 2
+        student, teacher, _ = pair_positions(projected, hint, batch)
+        distance = (teacher - student).square().flatten(1).sum(dim=1) / 2
         return reduce_rows(distance, self.reduction)
