@@ -5,6 +5,7 @@ from kd_lightning.features.heads import find_head, input_of_head, reset_classifi
 from kd_lightning.features.layers import list_layers
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.features.regressors import build_projector
+from kd_lightning.features.standardization import ChannelStandardization, PHIStandardization
 
 __all__ = [
     "capture",
@@ -16,4 +17,6 @@ __all__ = [
     "list_layers",
     "logits_of",
     "build_projector",
+    "ChannelStandardization",
+    "PHIStandardization",
 ]
