@@ -78,6 +78,14 @@ class TeacherOutputs:
     def __contains__(self, name: str) -> bool:
         return name in self.outputs
 
+    def features(self, name: str, layers: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Return stored features of a teacher; None unless all of these layers are stored. Here none is.
+
+        Args:
+            name: Name of the teacher.
+            layers: How each layer is pooled, by its dotted path.
+        """
+
     def is_on(self, device: torch.device) -> bool:
         """Whether all tensors are on a device."""
         parts = self.outputs.values() if self.inputs is None else (*self.outputs.values(), self.inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import feature_of_output
 from kd_lightning.inputs import tensors_of
 
 
@@ -29,7 +30,8 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
 
     Args:
         network: The network.
-        names: Dotted paths of the layers, as in ``named_modules``.
+        names: Dotted paths of the layers, as in ``named_modules``. "" is the network's own output, see
+            :func:`~kd_lightning.features.outputs.feature_of_output`.
         stop: End the forward pass as soon as all layers have been computed. The layers above them are not computed, and
             the pass returns nothing, so it must be the last statement of the block.
 
@@ -47,7 +49,7 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     >>> outputs["1"].shape
     torch.Size([5, 3])
     """
-    names = [*dict.fromkeys(names)]
+    names, owner = [*dict.fromkeys(names)], type(network).__name__
     layers = [find_layer(network, name) for name in names]
     outputs: dict[str, Tensor] = {}
     versions: dict[str, int] = {}  # a tensor's version increases with each change in place
@@ -58,7 +60,8 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
             if torch._C._current_graph_task_id() != -1:  # in a backward pass: gradient checkpointing
                 return
             if not isinstance(output, Tensor):
-                output = features_of(layer, (args, kwargs), output, name)
+                inputs = (args, kwargs)
+                output = features_of(layer, inputs, output, name) if name else feature_of_output(output, owner)
             if output.is_nested:  # nn.TransformerEncoder in eval mode, with a padding mask
                 output = output.to_padded_tensor(0.0)
             if name in outputs:
@@ -142,14 +145,14 @@ def layers_of(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """Return the layer of a dotted path.
+    """Return the layer of a dotted path; the network itself if it is empty.
 
     Raises:
         InputError: If the network has no such layer. The message names similar ones.
     """
     network = network._modules.get("_orig_mod") or network  # under torch.compile
     layer: nn.Module | None = network
-    for part in name.split("."):  # not named_modules: a large network has hundreds
+    for part in name.split(".") if name else ():  # not named_modules: a large network has hundreds
         layer = None if layer is None else layer._modules.get(part)
     if layer is not None:
         return layer

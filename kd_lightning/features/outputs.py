@@ -1,4 +1,4 @@
-"""Take the logits out of a network's output."""
+"""Take the logits, or the features, out of a network's output."""
 
 from __future__ import annotations
 
@@ -44,6 +44,44 @@ def logits_of(output: Any, owner: str) -> Tensor:
     raise InputError(
         f"{owner} must return logits: a tensor, an object with a part named logits or out, a tuple whose first tensor "
         f"they are, or a mapping with one tensor; got {type(output).__name__}{f' with {held}' if held else ''}"
+    )
+
+
+def feature_of_output(output: Any, owner: str) -> Tensor:
+    """Take the feature out of the output of a network that has no logits, such as a backbone.
+
+    Args:
+        output: One of these:
+
+            - a tensor;
+            - a mapping, named tuple or object with ``pooler_output``, else with ``last_hidden_state`` (the backbones of
+              Hugging Face);
+            - a mapping, tuple or list with one tensor of floating point that is no scalar.
+        owner: Name of the network in the error message.
+
+    Raises:
+        InputError: For any other output.
+
+    >>> import torch
+    >>> output = {"last_hidden_state": torch.zeros(2, 5, 8), "pooler_output": torch.zeros(2, 8)}
+    >>> feature_of_output(output, "the teacher").shape
+    torch.Size([2, 8])
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts = dict(output) if isinstance(output, Mapping) else dict(enumerate(output)) if _is_row(output) else {}
+    for name in ("pooler_output", "last_hidden_state"):
+        part = parts[name] if name in parts else getattr(output, name, None)
+        if isinstance(part, Tensor):
+            return part
+    found = [part for part in parts.values() if isinstance(part, Tensor) and part.ndim and part.is_floating_point()]
+    if len(found) == 1:
+        return found[0]
+    held = ", ".join(f"{name}: {_describe(part)}" for name, part in parts.items())
+    raise InputError(
+        f"{owner} must return a feature: a tensor, an object with pooler_output or last_hidden_state, or a mapping or "
+        f"tuple with one tensor of floats; got {type(output).__name__}{f' with {held}' if held else ''}; or use one of "
+        "its layers"
     )
 
 

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kd_lightning.batch import Batch
 from kd_lightning.cache.content import fingerprint
-from kd_lightning.cache.tensors import hash_rows
+from kd_lightning.cache.tensors import token_mask
 from kd_lightning.errors import InputError
-from kd_lightning.features.capture import layers_of
+from kd_lightning.features.capture import capture, layers_of
 from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.pooling import Pool
+from kd_lightning.features.trace import check_rows
 from kd_lightning.inputs import Inputs, arguments_of, call, explain_call, map_inputs
 from kd_lightning.runs.class_paths import network_reader
 from kd_lightning.teachers.exported import ExportedNetwork, is_exported
 from kd_lightning.teachers.fingerprint import TeacherFingerprint, hash_extra_state, hash_weights
+from kd_lightning.teachers.frozen_parameters import freeze
 from kd_lightning.teachers.input_guard import InputGuard
 from kd_lightning.teachers.preprocess import Preprocess
 from kd_lightning.teachers.scripted import check_scripts
 from kd_lightning.teachers.shared_layers import SharedLayers, is_training
-
-CHECK_EVERY = 500
-"""Number of batches of which one is always compared with the inputs of its stored outputs."""
+from kd_lightning.teachers.stored_lookup import StoredLookup
 
 
 class Teacher(nn.Module):
@@ -109,11 +108,13 @@ class Teacher(nn.Module):
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
         self.cache_top_k = cache_top_k
-        self.class_dim: int | None = None  # of dense outputs; the module that learns from it sets it
+        # the module that learns from the teacher sets these three:
+        self.class_dim: int | None = None  # of dense outputs
+        self.layers: Mapping[str, Pool | None] = {}  # layers of its features, see features(), and how they are pooled
+        self.needs_logits = True
         self.output_name: str | None = None  # name of its outputs in batches, in a fit with a cache
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views
-        self._lookups = [0]  # of stored outputs; in a list, since to set a module's attribute takes ten times as long
-        self._inputs_changed = False
+        self._lookup = StoredLookup()
         self._guard = InputGuard()
         self._architecture: str | None = None
         self._identity = TeacherFingerprint(self._hidden)
@@ -158,6 +159,64 @@ class Teacher(nn.Module):
         args, kwargs = arguments_of(batch.teacher_x)
         return logits_of(self.run(*args, **kwargs), "the teacher").to(batch.device)
 
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the outputs of ``layers`` for a batch. They are computed unless the batch holds them.
+
+        The pass ends at the deepest of these layers.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            The outputs (B, ...) by the layer's dotted path, where "" is the network's own output. They are as the layer
+            returns them, or vectors (B, C) where ``layers`` has a pool.
+
+        Raises:
+            InputError: If the network has no such layer, or never calls it; if its output is no tensor of floats with a
+                row for each sample.
+        """
+        return self._features(batch, {}) if self.layers else {}
+
+    @contextmanager
+    def capturing(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """Take the features out of the pass inside the block, if there is one, so that one pass gives logits, too.
+
+        Args:
+            batch: The batch of the pass.
+
+        Yields:
+            What :meth:`features` returns. It is empty until the block ends.
+        """
+        found: dict[str, Tensor] = {}
+        if not self.layers:
+            yield found
+            return
+        with capture(self.network, [*self.layers]) as captured:
+            yield found
+        found.update(self._features(batch, captured))
+
+    def _features(self, batch: Batch, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the features of a batch, some of which a pass may have captured."""
+        stored = None if captured else self._stored_features(batch)
+        return self.compute_features(batch, captured) if stored is None else stored
+
+    @torch.no_grad()
+    def compute_features(self, batch: Batch, captured: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Compute the features of a batch, or pool those that a pass has captured; see :meth:`features`."""
+        if not captured:
+            args, kwargs = arguments_of(batch.teacher_x)
+            with capture(self.network, [*self.layers], stop=True) as captured:
+                self.run(*args, **kwargs)
+        check_rows("teacher", captured, self.layers, len(batch))
+        mask = batch.position_mask if batch.teacher_inputs is None else token_mask(batch.teacher_x)
+        found = {}
+        for name, pool in self.layers.items():
+            feature = captured[name]
+            if not feature.is_floating_point():
+                raise InputError(f"the teacher's layer {name!r} must return floats, got {feature.dtype}")
+            found[name] = (feature if pool is None else pool(feature, mask)).to(batch.device)
+        return found
+
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Preprocess the arguments of a call, and return what the network returns for them, without a gradient.
@@ -173,7 +232,8 @@ class Teacher(nn.Module):
             except TypeError as error:
                 explain_call(error, self.network, args, kwargs, "teacher's network")
                 raise
-        self._identity.note_forward()
+            finally:  # also after a pass that ends at the deepest captured layer
+                self._identity.note_forward()
         return output
 
     @contextmanager
@@ -194,27 +254,15 @@ class Teacher(nn.Module):
         return self._shared.mode_of(layer)
 
     def stored(self, batch: Batch) -> Tensor | None:
-        """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs.
+        """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs."""
+        held = self._lookup.find(batch, self.output_name, self.cache_folders.values()) if self.needs_logits else None
+        return None if held is None else _to(held[str(self.output_name)], batch.device)
 
-        The inputs must be those that the logits belong to. The tensor that the loader has made is, unless it was
-        changed in place. The hashes of any other tensor are compared on a CPU; on other devices, which would have to
-        wait, in one of ``CHECK_EVERY`` batches. So are those of the loader's tensor.
-        """
-        held, name = batch.teacher, self.output_name
-        if held is None or name is None or name not in held:
-            return None
-        source = held.sources.get(name, "")
-        if source and all(source != str(folder) for folder in self.cache_folders.values()):
-            return None  # outputs of another teacher of this name
-        if held.inputs is not None:
-            is_due = self._lookups[0] % CHECK_EVERY == 0 or self._inputs_changed
-            is_due = is_due or (not held.are_of(batch.teacher_x) and batch.device.type == "cpu")
-            self._lookups[0] += 1
-            if is_due and not np.array_equal(hash_rows(batch.teacher_x), held.inputs.cpu().numpy().view(np.uint64)):
-                self._warn_of_inputs()
-                return None
-        logits, device = held[name], batch.device
-        return logits if logits.device == device else logits.to(device, non_blocking=True)
+    def _stored_features(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Return the features of this teacher that a batch holds; None unless all of them are there."""
+        held = self._lookup.find(batch, self.output_name, self.cache_folders.values())
+        features = None if held is None else held.features(str(self.output_name), self.layers)
+        return None if features is None else {name: _to(part, batch.device) for name, part in features.items()}
 
     def start_fit(self, name: str, views: str) -> None:
         """Forget the stored outputs of an earlier fit.
@@ -225,17 +273,7 @@ class Teacher(nn.Module):
         """
         self.output_name = name
         self.cache_folders.pop(views, None)
-        self._inputs_changed = False
-
-    def _warn_of_inputs(self) -> None:
-        if not self._inputs_changed:
-            warnings.warn(
-                "cache: the inputs of a batch are not those that its stored teacher outputs belong to, since something "
-                "changes them after the data loader (a hook, a callback, training_step). The teacher computes such "
-                "batches; remove cache, or make that change in the transform",
-                stacklevel=2,
-            )
-        self._inputs_changed = True
+        self._lookup.start_fit()
 
     def arrange(self, logits: Tensor) -> Tensor:
         """Bring the network's logits (B, M), or dense ones, into the student's class order (B, C)."""
@@ -329,23 +367,8 @@ def _checked_classes(classes: Sequence[int | None]) -> list[int | None]:
     return numbers
 
 
-def freeze(parameter: Tensor) -> None:
-    """Freeze a parameter, and note on it if it was trained before, see :func:`was_trained`."""
-    if parameter.requires_grad:
-        parameter.requires_grad_(False)
-        parameter._is_frozen_by_teacher = True  # type: ignore[attr-defined]
-
-
-def unfreeze(parameter: Tensor) -> None:
-    """Undo :func:`freeze`. A parameter that was frozen before stays frozen."""
-    if getattr(parameter, "_is_frozen_by_teacher", False):
-        parameter.requires_grad_(True)
-        del parameter._is_frozen_by_teacher  # type: ignore[attr-defined]
-
-
-def was_trained(parameter: Tensor) -> bool:
-    """Whether a parameter is trained, or was until a teacher froze it."""
-    return parameter.requires_grad or getattr(parameter, "_is_frozen_by_teacher", False)
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def check_outputs(student: Tensor, teacher: Tensor | None) -> None:

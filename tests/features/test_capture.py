@@ -469,12 +469,39 @@ class TestDry:
     [
         ("layer1.0.conv3", "layer 'layer1.0.conv3': CifarResNet has none of that name; nearest: layer1.0.conv[12]"),
         ("zzz", "has none of that name; it has conv1, bn1, relu, layer1, layer1.0, ..."),
-        ("", "layer '': CifarResNet has none of that name"),
+        ("layer1.", "layer 'layer1.': CifarResNet has none of that name"),
     ],
 )
 def test_unknown_names(name, message):
     with pytest.raises(InputError, match=message):
         find_layer(resnet8(), name)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_the_network_itself(network, stop):
+    with capture(network, ["", "0"], stop=stop) as outputs:
+        network(X)
+    assert torch.equal(outputs[""], network(X))
+    assert torch.equal(outputs["0"], network[0](X))
+    assert find_layer(network, "") is network
+    compiled = torch.compile(network, backend="eager")
+    with capture(compiled, ["", "0"]) as outputs:
+        compiled(X)
+    assert torch.equal(outputs[""], network(X))
+
+
+def test_the_output_of_a_backbone():
+    class Backbone(nn.Module):
+        def forward(self, x):
+            return {"last_hidden_state": x[:, None], "pooler_output": x + 1}
+
+    with capture(Backbone(), [""]) as outputs:
+        Backbone()(X)
+    assert outputs == {}  # of another network
+    network = Backbone()
+    with capture(network, [""]) as outputs:
+        network(X)
+    assert torch.equal(outputs[""], X + 1)
 
 
 class TestList:

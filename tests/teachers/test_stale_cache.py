@@ -373,7 +373,7 @@ def test_only_inputs_that_a_hook_replaces_are_hashed_in_each_step(
     """8 steps: an unchanged tensor of the loader is known; one of them is checked all the same."""
     module, calls = make(network(0, 4), Teacher(network(), cache=tmp_path)), []
     monkeypatch.setattr(
-        "kd_lightning.teachers.teacher.hash_rows", lambda x: calls.append(len(x)) or tensors.hash_rows(x)
+        "kd_lightning.teachers.stored_lookup.hash_rows", lambda x: calls.append(len(x)) or tensors.hash_rows(x)
     )
     quiet_trainer(max_epochs=2).fit(module, datamodule=digits(num_workers=workers))
     assert len(calls) == hashed

@@ -15,9 +15,10 @@ from kd_lightning.losses.base import Task
 from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.ensemble import Ensemble
+from kd_lightning.teachers.frozen_parameters import unfreeze, was_trained
 from kd_lightning.teachers.shared_layers import is_training as mode_of
 from kd_lightning.teachers.shared_layers import set_training
-from kd_lightning.teachers.teacher import Teacher, unfreeze, was_trained
+from kd_lightning.teachers.teacher import Teacher
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
