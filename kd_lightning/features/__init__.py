@@ -3,8 +3,10 @@
 from kd_lightning.features.capture import capture, evaluating, find_layer
 from kd_lightning.features.heads import find_head, input_of_head, reset_classifier
 from kd_lightning.features.layers import list_layers
+from kd_lightning.features.mlp_projector import MLPProjector
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.features.regressors import build_projector
+from kd_lightning.features.review_fusion import ReviewFusion
 from kd_lightning.features.standardization import ChannelStandardization, PHIStandardization
 
 __all__ = [
@@ -18,5 +20,7 @@ __all__ = [
     "logits_of",
     "build_projector",
     "ChannelStandardization",
+    "MLPProjector",
     "PHIStandardization",
+    "ReviewFusion",
 ]

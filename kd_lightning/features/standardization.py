@@ -181,4 +181,5 @@ class PHIStandardization(_Standardization):
     def _find_scale(self, centred: Tensor, dead: Tensor) -> Tensor:
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
         variances = variances.clamp(min=0)
-        return equal_variance_rotation(variances) @ directions.T / variances.mean().sqrt()
+        scale: Tensor = equal_variance_rotation(variances) @ directions.T / variances.mean().sqrt()
+        return scale
