@@ -6,14 +6,24 @@ All of them are called as ``loss(student_feature, teacher_feature, batch)``. ``F
 
 from kd_lightning.losses.features.attention_transfer import AttentionTransferLoss
 from kd_lightning.losses.features.cosine import CosineLoss
+from kd_lightning.losses.features.cwd import ChannelWiseLoss
 from kd_lightning.losses.features.hint import HintLoss
 from kd_lightning.losses.features.mse import MSEFeatureLoss
+from kd_lightning.losses.features.pkt import PKTLoss
+from kd_lightning.losses.features.rkd import RKDLoss
+from kd_lightning.losses.features.similarity_preserving import SimilarityPreservingLoss
 from kd_lightning.losses.features.smooth_l1 import SmoothL1FeatureLoss
+from kd_lightning.losses.features.vid import VIDLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "ChannelWiseLoss",
     "CosineLoss",
     "HintLoss",
     "MSEFeatureLoss",
+    "PKTLoss",
+    "RKDLoss",
+    "SimilarityPreservingLoss",
     "SmoothL1FeatureLoss",
+    "VIDLoss",
 ]

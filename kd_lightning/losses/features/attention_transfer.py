@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.features.base import (
-    at_positions,
-    counted_positions,
     mean_of_positions,
+    pair_pooled,
     pair_rows,
-    pool_to,
-    smaller_size,
     unit_vectors,
+    without_padding,
 )
 
 
@@ -52,26 +49,15 @@ class AttentionTransferLoss(nn.Module):
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
-        size = smaller_size(student_feature, teacher_feature)
-        if size.numel() < 2:
+        maps = (
+            without_padding(feature, batch).square().mean(dim=1, keepdim=True)
+            for feature in pair_rows(student_feature, teacher_feature)
+        )
+        student, teacher, counted = pair_pooled(*maps, batch)
+        if student.shape[2] < 2:
             raise InputError(
                 f"attention maps need 2 positions or more, got features {[*student_feature.shape]} and "
                 f"{[*teacher_feature.shape]}"
             )
-        student, teacher = pair_rows(student_feature, teacher_feature)
-        student, student_counted = _attention(student, size, batch)
-        teacher, teacher_counted = _attention(teacher, size, batch)
-        masks = [counted for counted in (student_counted, teacher_counted) if counted is not None]
-        counted = torch.stack(masks).all(dim=0) if masks else None
-        student, teacher = (unit_vectors(at_positions(q, counted), dim=2).squeeze(1) for q in (student, teacher))
-        return mean_of_positions((student - teacher).square(), counted)
-
-
-def _attention(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Tensor, Tensor | None]:
-    """Return the attention map of a feature (B, C, ...), (B, 1, *size), and which of its positions count, (B, P)."""
-    counted = counted_positions(feature, batch)
-    maps = at_positions(feature, counted).square().mean(dim=1, keepdim=True).view(len(feature), 1, *feature.shape[2:])
-    if counted is None:
-        return pool_to(maps, size), None
-    shares = pool_to(counted.to(maps.dtype).view_as(maps), size)
-    return pool_to(maps, size) / shares.masked_fill(shares == 0, 1), (shares > 0).flatten(1)
+        student, teacher = unit_vectors(student, dim=2), unit_vectors(teacher, dim=2)
+        return mean_of_positions((student - teacher).square().squeeze(1), counted)

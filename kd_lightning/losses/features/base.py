@@ -73,6 +73,11 @@ def at_positions(feature: Tensor, counted: Tensor | None) -> Tensor:
     return feature if counted is None else feature.masked_fill(~counted.unsqueeze(1), 0)
 
 
+def without_padding(feature: Tensor, batch: Batch | None) -> Tensor:
+    """Return a feature (B, C, ...) with 0 at the positions that do not count, see :func:`counted_positions`."""
+    return at_positions(feature, counted_positions(feature, batch)).view_as(feature)
+
+
 def pair_positions(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return two features of one shape as (B, C, P), and which positions count, (B, P) or None.
 
@@ -113,21 +118,45 @@ def unit_vectors(values: Tensor, dim: int) -> Tensor:
     return values / length.masked_fill(length == 0, torch.inf)
 
 
-def smaller_size(student: Tensor, teacher: Tensor) -> torch.Size:
-    """Return the smaller of two features' sizes along each side.
+def pair_pooled(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return two features as (B, C, P) of the same positions, and which of them count, (B, P) or None.
+
+    Along each side, the larger feature is averaged to the size of the smaller one. An average is one over the positions
+    that count, and counts if there is one.
 
     Args:
         student: (B, C, ...).
-        teacher: (B, C, ...).
+        teacher: (B, D, ...), with as many sides.
+        batch: See :func:`counted_positions`.
+
+    Returns:
+        The features in the student's type, at least float32, with 0 at the positions that do not count. The teacher's
+        has no gradient.
 
     Raises:
-        InputError: If one has more sides than the other.
+        InputError: If their numbers of samples or of sides differ.
     """
     if student.ndim != teacher.ndim:
         raise InputError(
-            f"features of student and teacher must have as many sides, got {[*student.shape]} and {[*teacher.shape]}"
+            f"features of student and teacher must have as many sides, got {[*student.shape[2:]]} and "
+            f"{[*teacher.shape[2:]]} after the channels"
         )
-    return torch.Size(map(min, student.shape[2:], teacher.shape[2:]))
+    student, teacher = pair_rows(student, teacher)
+    size = torch.Size(map(min, student.shape[2:], teacher.shape[2:]))
+    student, of_student = _pooled(student, size, batch)
+    teacher, of_teacher = _pooled(teacher, size, batch)
+    masks = [counted for counted in (of_student, of_teacher) if counted is not None]
+    counted = torch.stack(masks).all(dim=0) if masks else None
+    return at_positions(student, counted), at_positions(teacher, counted), counted
+
+
+def _pooled(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Tensor, Tensor | None]:
+    counted = counted_positions(feature, batch)
+    pooled = pool_to(at_positions(feature, counted).view_as(feature), size)
+    if counted is None:
+        return pooled, None
+    shares = pool_to(counted.to(feature.dtype).view(len(feature), 1, *feature.shape[2:]), size)
+    return pooled / shares.masked_fill(shares == 0, 1), (shares > 0).unsqueeze(-1).flatten(2).squeeze(1)
 
 
 def pool_to(maps: Tensor, size: torch.Size) -> Tensor:
@@ -137,3 +166,24 @@ def pool_to(maps: Tensor, size: torch.Size) -> Tensor:
             # this has a deterministic gradient on all devices
             maps = maps.unflatten(dim, (side, -1)).mean(dim + 1)
     return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="area")
+
+
+def pair_samples(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
+    """Return two features of any shapes as one vector for each sample, (B, D) and (B, E), see :func:`pair_rows`.
+
+    Args:
+        student: (B, C, ...).
+        teacher: (B, ...).
+        batch: See :func:`counted_positions`. Entries at positions that do not count are 0.
+
+    Raises:
+        InputError: If their numbers of samples differ.
+    """
+    student, teacher = pair_rows(student, teacher)
+    return without_padding(student, batch).flatten(1), without_padding(teacher, batch).flatten(1)
+
+
+def products(vectors: Tensor) -> Tensor:
+    """Return the products (..., B, B) of all pairs of vectors (..., B, D), in their type also under autocast."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return vectors @ vectors.transpose(-1, -2)

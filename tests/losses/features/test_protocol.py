@@ -32,7 +32,8 @@ def build(of, size, dtype=torch.float32):
             loss.build(student.shape[1:], teacher.shape[1:], SAMPLES)
         copy.deepcopy(loss)(student, teacher, batch_of(student))
     except InputError as error:
-        assert "\n" not in str(error)
+        if "\n" in str(error):
+            raise
         pytest.skip(str(error))
     return loss.to(dtype)
 
