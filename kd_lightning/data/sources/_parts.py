@@ -77,6 +77,31 @@ def dataset_parts(
     return Parts(Part(train, targets), test, unlabeled, names, val=val)
 
 
+def unlabeled_parts(images: Any, test: Part | None, val: Part | None, class_names: Sequence[str] | None) -> Parts:
+    """Images without labels as the training part of a source. Its test and validation parts may have labels.
+
+    Args:
+        images: The images.
+        test: The test part; None for none.
+        val: The source's own validation part; None for none.
+        class_names: Names of the classes; None if they are unknown.
+    """
+    like = next((part.targets for part in (val, test) if part is not None), torch.zeros(0, dtype=torch.long))
+    missing = float("nan") if like.is_floating_point() or like.ndim > 1 else IGNORE_INDEX
+    targets = torch.full((len(images), *like.shape[1:]), missing)
+    return Parts(Part(images, targets), test, None, None if class_names is None else [*class_names], val=val)
+
+
+def parts_without_labels(images: Any, test: Any, class_names: Sequence[str] | None = None, *, val: Any = None) -> Parts:
+    """The same of map-style datasets whose training part has no labels; for the rest see :func:`dataset_parts`."""
+    if val is None and test is None:
+        return unlabeled_parts(images, None, None, class_names)
+    first, second = (val, test) if val is not None else (test, None)
+    found = dataset_parts(first, second, None, class_names)
+    parts = (found.test, found.train) if val is not None else (found.train, None)
+    return unlabeled_parts(images, *parts, found.class_names)
+
+
 def check_map_style(name: str, dataset: Any) -> None:
     """Raise InputError for a dataset without length or index; ``name`` is that of the argument."""
     whole = hasattr(type(dataset), "__len__") and hasattr(type(dataset), "__getitem__")

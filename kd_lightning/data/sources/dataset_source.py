@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_lightning.data.sources._parts import check_map_style, dataset_parts
+from kd_lightning.data.sources._parts import check_map_style, dataset_parts, parts_without_labels
 from kd_lightning.data.sources.class_names import class_names_of
 from kd_lightning.data.sources.dense_labels import LabelRules, dense_part
 from kd_lightning.data.sources.images import inputs_of, read_item
@@ -58,7 +58,7 @@ class DatasetSource(Source):
     Args:
         train: The training part. Labels are read from its ``targets``, ``labels`` or ``tensors`` if these are the
             labels of the items, else from the items. The same holds for the dataset of a ``Subset``, and for the parts
-            of a ``ConcatDataset``.
+            of a ``ConcatDataset``. None: the images of ``unlabeled`` are the training part, which has no label.
         test: The test part. If both parts have ``classes``, these are matched by name. Default: None, which means none.
         unlabeled: Images without labels. Default: None, which means none.
         class_names: Names of the classes, by index. Default: None, which means the ``classes`` of ``train``, if any,
@@ -69,8 +69,8 @@ class DatasetSource(Source):
             the training part.
 
     Raises:
-        InputError: For ``void`` without ``dense``, and for a dataset without length or index, such as an
-            ``IterableDataset``.
+        InputError: For ``void`` without ``dense``, without ``train`` and ``unlabeled``, and for a dataset without
+            length or index, such as an ``IterableDataset``.
     """
 
     dense = False
@@ -78,7 +78,7 @@ class DatasetSource(Source):
 
     def __init__(
         self,
-        train: Dataset,  # type: ignore[type-arg]  # jsonargparse refuses init_args of Dataset[Any]
+        train: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse refuses init_args of Dataset[Any]
         test: Dataset | None = None,  # type: ignore[type-arg]
         unlabeled: Dataset | None = None,  # type: ignore[type-arg]
         class_names: list[str] | None = None,
@@ -88,6 +88,8 @@ class DatasetSource(Source):
     ) -> None:
         if void is not None and not dense:
             raise InputError(f"void: {void} needs dense: true; a sample of one class has the label -1 for none")
+        if train is None and unlabeled is None:
+            raise InputError("train or unlabeled must be a dataset, got neither")
         for name, dataset in {"train": train, "test": test, "unlabeled": unlabeled, "val": val}.items():
             if dataset is not None:
                 check_map_style(name, dataset)
@@ -98,7 +100,7 @@ class DatasetSource(Source):
         self.class_names = class_names
         self.dense = dense
         self.void = void
-        images: Any = train
+        images: Any = unlabeled if train is None else train
         item = read_item(images, 0) if len(images) else None
         first = inputs_of(item, images, 0) if len(images) else None
         if isinstance(first, Mapping | tuple | list):
@@ -121,12 +123,16 @@ class DatasetSource(Source):
         """Read the labels."""
         if self.dense:
             return self._load_dense()
+        if self.train is None:
+            return parts_without_labels(self.unlabeled, self.test, self.class_names, val=self.val)
         return dataset_parts(self.train, self.test, self.unlabeled, self.class_names, val=self.val)
 
     def _load_dense(self) -> Parts:
         names = [*map(str, self.class_names)] if self.class_names else class_names_of(self.train)
         rules = LabelRules(None if names is None else len(names), self.void)
         unlabeled: Any = self.unlabeled
+        if self.train is None:
+            raise InputError("dense: a training part is needed, whose labels may all be missing, got none")
         test, val = (None if part is None else dense_part(part, rules) for part in (self.test, self.val))
         return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void, val=val)
 

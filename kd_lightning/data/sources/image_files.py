@@ -93,7 +93,8 @@ class ClassFolders(Dataset[Any]):
         listing = _Listing(part, self.root, content, endings)
         folders = listing.class_folders()
         if not folders:
-            raise InputError(f"{part}: {root} must hold {content}, got no subfolder")
+            hint = "; images without labels are unlabeled" if part == "train" else ""
+            raise InputError(f"{part}: {root} must hold {content}, got no subfolder{hint}")
         self.classes = sorted(folders) if classes is None else [*classes]
         if extra := sorted(folders.keys() - {*self.classes}):
             raise InputError(
@@ -122,6 +123,12 @@ class ClassFolders(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def class_names(roots: Iterable[str]) -> list[str] | None:
+    """Return the names of the class folders of some folders, sorted; None without any folder."""
+    listings = [_Listing("val", str(Path(root).expanduser()), "a subfolder for each class", ()) for root in roots]
+    return sorted({name for listing in listings for name in listing.class_folders()}) if listings else None
 
 
 class FlatFolder(Dataset[Any]):

@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from kd_lightning import DatasetSource, InputError, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning.batch import is_labeled
 from kd_lightning.cli.main import DistillCLI
 
 
@@ -269,3 +270,44 @@ def test_a_dataset_of_ones_own_from_yaml(tmp_path, monkeypatch):
     (tmp_path / "made.yaml").write_text(yaml.safe_dump(content))
     data = DistillCLI(["fit", "--config", "made.yaml"]).datamodule
     assert data.image(3).tolist() == [1.5, 1.5, 1.5]
+
+
+class Alone(Dataset):
+    """Images alone."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), index, dtype=torch.uint8)
+
+
+class TestWithoutTraining:
+    """The unlabeled part is the training part."""
+
+    @pytest.mark.parametrize("labels", [torch.arange(6) % 3, (torch.arange(12).view(6, 2) % 3 > 0).long()])
+    def test_validation_has_labels(self, labels):
+        labeled = TensorDataset(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), labels)
+        data = SemiSupervisedDataModule(DatasetSource(unlabeled=Alone(), val=labeled, test=labeled), batch_size=10)
+        data.setup("fit")
+        batches = [*data.train_dataloader()]
+        assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == [*range(30)]
+        assert not any(is_labeled(batch.y).any() for batch in batches)
+        assert batches[0].x.dtype == torch.float32  # the default transforms of pictures
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            (batch,) = loader
+            assert torch.equal(batch.y.long(), labels)
+
+    def test_test_alone_and_none(self):
+        labeled = TensorDataset(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 3)
+        parts = DatasetSource(unlabeled=Alone(), test=labeled, class_names=["a", "b", "c"]).load()
+        assert (parts.class_names, parts.val, parts.test.targets.tolist()) == ([*"abc"], None, [0, 1, 2] * 2)
+        parts = DatasetSource(unlabeled=Alone()).load()
+        assert (parts.class_names, parts.val, parts.test) == (None, None, None)
+        assert parts.train.targets.tolist() == [-100] * 30
+
+    def test_neither_and_dense(self):
+        with pytest.raises(InputError, match=r"^train or unlabeled must be a dataset, got neither$"):
+            DatasetSource()
+        with pytest.raises(InputError, match=r"^dense: a training part is needed"):
+            DatasetSource(unlabeled=Alone(), dense=True).load()

@@ -46,6 +46,61 @@ class Grey:
         return torch.full((3, 20, 20), self.value, dtype=torch.uint8)
 
 
+class TestWithoutTraining:
+    """Images that have no labels are the training part; validation and test have some."""
+
+    def make(self, root, val=(), test=None):
+        write(root / "photos", count=3)  # their folders are no classes
+        Image.new("RGB", (20, 16)).save(root / "photos" / "flat.png")
+        write(root / "val", without=val)
+        if test is not None:
+            write(root / "test")
+        folders = {name: str(root / name) for name in ("val", "test") if (root / name).exists()}
+        return ImageFolder(unlabeled=str(root / "photos"), image_size=8, **folders)
+
+    def test_all_images_train_without_labels(self, tmp_path):
+        data = SemiSupervisedDataModule(self.make(tmp_path), batch_size=4)
+        data.setup("fit")
+        batches = [*data.train_dataloader()]
+        assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == [*range(13)]
+        assert {*torch.cat([batch.y for batch in batches]).tolist()} == {-100}
+        assert data.class_names == [*COLORS]
+        validated = [*data.val_dataloader()]
+        assert torch.cat([batch.y for batch in validated]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert batches[0].x.shape[1:] == validated[0].x.shape[1:] == (3, 8, 8)
+
+    def test_classes_are_those_of_validation_and_test(self, tmp_path):
+        source = self.make(tmp_path, test=True)
+        (tmp_path / "val" / "cats").rename(tmp_path / "val" / "ants")
+        parts = source.load()
+        assert parts.class_names == ["ants", *COLORS]
+        assert parts.val.targets.tolist() == [0, 0, 1, 1, 3, 3, 4, 4]
+        assert parts.test.targets.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+
+    def test_images_alone(self, tmp_path):
+        write(tmp_path / "photos")
+        data = SemiSupervisedDataModule(ImageFolder(unlabeled=str(tmp_path / "photos"), image_size=8))
+        data.setup("fit")
+        assert len(next(iter(data.train_dataloader()))) == 8
+        assert data.class_names is None
+        assert data.val_dataloader() == []
+
+    def test_of_yaml(self, tmp_path):
+        self.make(tmp_path)
+        arguments = {"train": None, "unlabeled": str(tmp_path / "photos"), "val": str(tmp_path / "val")}
+        parts = build(ImageFolder, {"class_path": "kd_lightning.ImageFolder", "init_args": arguments}).load()
+        assert (len(parts.train.images), parts.unlabeled) == (13, None)
+
+    def test_neither(self):
+        with pytest.raises(InputError, match=r"^train or unlabeled must name a folder of images, got neither$"):
+            ImageFolder(val="val")
+
+    def test_a_flat_training_folder_is_explained(self, tmp_path):
+        Image.new("RGB", (20, 16)).save(tmp_path / "flat.png")
+        with pytest.raises(InputError, match=r"got no subfolder; images without labels are unlabeled$"):
+            ImageFolder(str(tmp_path)).load()
+
+
 class TestClasses:
     def test_labels_of_the_test_part_follow_names(self, tmp_path):
         write(tmp_path / "train")
