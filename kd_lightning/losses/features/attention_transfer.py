@@ -49,11 +49,11 @@ class AttentionTransferLoss(nn.Module):
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
-        maps = (
-            without_padding(feature, batch).square().mean(dim=1, keepdim=True)
-            for feature in pair_rows(student_feature, teacher_feature)
+        features = pair_rows(student_feature, teacher_feature)
+        squares, teacher_squares = (
+            without_padding(feature, batch).square().mean(dim=1, keepdim=True) for feature in features
         )
-        student, teacher, counted = pair_pooled(*maps, batch)
+        student, teacher, counted = pair_pooled(squares, teacher_squares, batch)
         if student.shape[2] < 2:
             raise InputError(
                 f"attention maps need 2 positions or more, got features {[*student_feature.shape]} and "

@@ -114,7 +114,7 @@ def mean_of_positions(values: Tensor, counted: Tensor | None) -> Tensor:
 
 def unit_vectors(values: Tensor, dim: int) -> Tensor:
     """Scale vectors along ``dim`` to length 1. Zero vectors stay zero, with zero gradients."""
-    length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / length.masked_fill(length == 0, torch.inf)
 
 
@@ -143,14 +143,24 @@ def pair_pooled(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[
         )
     student, teacher = pair_rows(student, teacher)
     size = torch.Size(map(min, student.shape[2:], teacher.shape[2:]))
-    student, of_student = _pooled(student, size, batch)
-    teacher, of_teacher = _pooled(teacher, size, batch)
+    student, of_student = pool(student, size, batch)
+    teacher, of_teacher = pool(teacher, size, batch)
     masks = [counted for counted in (of_student, of_teacher) if counted is not None]
     counted = torch.stack(masks).all(dim=0) if masks else None
     return at_positions(student, counted), at_positions(teacher, counted), counted
 
 
-def _pooled(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Tensor, Tensor | None]:
+def pool(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Tensor, Tensor | None]:
+    """Average a feature (B, C, ...) in equal areas of its positions that count.
+
+    Args:
+        feature: (B, C, ...).
+        size: Sizes of the sides of the result, not longer than the feature's.
+        batch: See :func:`counted_positions`.
+
+    Returns:
+        The averages (B, C, ...), 0 where no position counts, and where there is one, (B, P), or None if all count.
+    """
     counted = counted_positions(feature, batch)
     pooled = pool_to(at_positions(feature, counted).view_as(feature), size)
     if counted is None:
@@ -162,9 +172,9 @@ def _pooled(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Ten
 def pool_to(maps: Tensor, size: torch.Size) -> Tensor:
     """Average maps (B, C, ...) in equal areas of their positions, to sides that are not longer."""
     for dim, side in enumerate(size, 2):
-        if maps.shape[dim] != side and maps.shape[dim] % side == 0:
-            # this has a deterministic gradient on all devices
-            maps = maps.unflatten(dim, (side, -1)).mean(dim + 1)
+        length, rest = divmod(maps.shape[dim], side)
+        if length > 1 and not rest:  # torch has no deterministic gradient for the other case on a GPU
+            maps = maps.reshape(*maps.shape[:dim], side, length, *maps.shape[dim + 1 :]).mean(dim + 1)
     return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="area")
 
 

@@ -87,11 +87,12 @@ class VIDLoss(nn.Module):
         if not hasattr(self, "mean"):
             raise InputError("VIDLoss has no parameters before build(student_shape, teacher_shape, samples)")
         student, teacher, counted = pair_pooled(student_feature, teacher_feature, batch)
-        weight = self.mean[0].weight
-        built, got = (weight.shape[1], weight.shape[0]), (student.shape[1], teacher.shape[1])
-        if got != built:
-            raise InputError(f"VIDLoss is built for {built[0]} and {built[1]} channels, got {got[0]} and {got[1]}")
-        mean = at_least_float32(self.mean(student.to(weight.dtype)))
+        target, channels, _ = next(self.mean.parameters()).shape
+        if (channels, target) != (student.shape[1], teacher.shape[1]):
+            raise InputError(
+                f"VIDLoss is built for {channels} and {target} channels, got {student.shape[1]} and {teacher.shape[1]}"
+            )
+        mean = at_least_float32(self.mean(student.to(self.alpha.dtype)))
         variance = F.softplus(at_least_float32(self.alpha)).unsqueeze(-1) + _LEAST_VARIANCE
         density = ((teacher - mean).square() / variance + variance.log()) / 2
         return mean_of_positions(density.mean(dim=1), counted)

@@ -67,6 +67,19 @@ def test_sides_that_are_no_multiples(randn):
     assert torch.autograd.gradcheck(AttentionTransferLoss(), [student, teacher])
 
 
+@pytest.mark.parametrize("size", [(4, 6), (3, 4)])
+def test_empty_batches_and_channels_last_are_averaged_too(randn, size):
+    student, teacher = randn(2, 3, 8, 6), randn(2, 5, *size, seed=1)
+    value = AttentionTransferLoss()(student, teacher)
+    last = AttentionTransferLoss()(*(f.to(memory_format=torch.channels_last) for f in (student, teacher)))
+    torch.testing.assert_close(last, value, rtol=1e-12, atol=0)
+    empty = student[:0].requires_grad_()
+    mask = torch.ones(0, 8, 6, dtype=torch.bool)
+    for batch in (None, Batch(empty, mask=mask)):
+        value = AttentionTransferLoss()(empty, teacher[:0], batch)
+        assert value == 0 and value.requires_grad
+
+
 def test_positions_that_do_not_count(randn):
     student, teacher = randn(3, 4, 6), randn(3, 5, 6, seed=1)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
