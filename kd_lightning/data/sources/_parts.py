@@ -96,10 +96,11 @@ def parts_without_labels(images: Any, test: Any, class_names: Sequence[str] | No
     """The same of map-style datasets whose training part has no labels; for the rest see :func:`dataset_parts`."""
     if val is None and test is None:
         return unlabeled_parts(images, None, None, class_names)
-    first, second = (val, test) if val is not None else (test, None)
-    found = dataset_parts(first, second, None, class_names)
-    parts = (found.test, found.train) if val is not None else (found.train, None)
-    return unlabeled_parts(images, *parts, found.class_names)
+    if val is None:
+        found = dataset_parts(test, None, None, class_names)
+        return unlabeled_parts(images, found.train, None, found.class_names)
+    found = dataset_parts(val, test, None, class_names)
+    return unlabeled_parts(images, found.test, found.train, found.class_names)
 
 
 def check_map_style(name: str, dataset: Any) -> None:

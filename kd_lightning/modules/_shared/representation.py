@@ -55,7 +55,7 @@ def probe_accuracy(features: Tensor, y: Tensor) -> float:
     deviation = x.std(dim=0, correction=0)
     is_constant = deviation <= 1e-10 * x.abs().amax(dim=0)
     x = ((x - x.mean(dim=0)) / deviation)[:, ~is_constant]
-    classes, labels = y.unique(return_inverse=True)
+    classes, labels = torch.unique(y, return_inverse=True)
     targets = F.one_hot(labels, len(classes)).double()
     centred, n = targets - targets.mean(dim=0), len(x)
     # X X' = U diag(s) U'; of fewer features than samples by the smaller matrix X' X

@@ -88,7 +88,7 @@ class RepresentationPass:
         own = _smallest(self._joined()) if self._parts else {}
         keys = own.get(_KEY, torch.zeros(0, dtype=torch.long))
         self._parts, count, self._count = [], self._count, 0
-        all_keys = torch.cat(gather(trainer, keys)).unique()[:MOST]
+        all_keys = torch.unique(torch.cat(gather(trainer, keys)))[:MOST]
         limit = int(all_keys[-1]) if len(all_keys) else 0
         parts = gather(trainer, {name: value[keys <= limit] for name, value in own.items()})
         names = {name for part in parts for name in part}
@@ -127,10 +127,10 @@ def _figures(rows: dict[str, Tensor]) -> tuple[dict[str, float], list[str]]:
     found: dict[str, float] = {}
     y, n = rows[_LABEL], len(student)
     known = is_labeled(y)
-    labeled, classes = int(known.sum()), len(y[known].unique())
+    labeled, classes = int(known.sum()), len(torch.unique(y[known]))
     of_labels = "knn_accuracy and probe_accuracy"
     if labeled > NEIGHBORS and classes > 1:
-        y = y[known].unique(return_inverse=True)[1]
+        y = torch.unique(y[known], return_inverse=True)[1]
         found |= {"knn_accuracy": knn_accuracy(student[known], y), "probe_accuracy": probe_accuracy(student[known], y)}
         found |= {f"{name}_knn_accuracy": knn_accuracy(part[known], y) for name, part in teachers.items()}
         notes = [f"{of_labels} are of {labeled:,} labeled ones of {classes} classes"]
