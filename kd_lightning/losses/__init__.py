@@ -13,19 +13,32 @@ from kd_lightning.losses.dkd import DKDLoss
 from kd_lightning.losses.early_learning import EarlyLearningLoss
 from kd_lightning.losses.features import (
     AttentionTransferLoss,
+    ChannelWiseLoss,
     CosineLoss,
     HintLoss,
     MSEFeatureLoss,
+    PKTLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
     SmoothL1FeatureLoss,
+    VIDLoss,
 )
 from kd_lightning.losses.forward_correction import ForwardCorrectionLoss, estimate_transition
 from kd_lightning.losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
+from kd_lightning.losses.hard_distillation import HardDistillationLoss
+from kd_lightning.losses.js import JSDLoss
 from kd_lightning.losses.kd import KDLoss
 from kd_lightning.losses.label_kind import LabelKindLoss
+from kd_lightning.losses.mlkd import MLKDLoss
+from kd_lightning.losses.nkd import NKDLoss
+from kd_lightning.losses.reverse_kl import ReverseKLLoss
+from kd_lightning.losses.rld import RLDLoss
 from kd_lightning.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss
+from kd_lightning.losses.ttm import TTMLoss, WTTMLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "ChannelWiseLoss",
     "CoarseLoss",
     "CosineLoss",
     "DISTLoss",
@@ -33,11 +46,23 @@ __all__ = [
     "EarlyLearningLoss",
     "ForwardCorrectionLoss",
     "GeneralizedCrossEntropyLoss",
+    "HardDistillationLoss",
     "HintLoss",
+    "JSDLoss",
     "KDLoss",
     "LabelKindLoss",
+    "MLKDLoss",
     "MSEFeatureLoss",
+    "NKDLoss",
+    "PKTLoss",
+    "RKDLoss",
+    "RLDLoss",
+    "ReverseKLLoss",
+    "SimilarityPreservingLoss",
     "SmoothL1FeatureLoss",
     "SymmetricCrossEntropyLoss",
+    "TTMLoss",
+    "VIDLoss",
+    "WTTMLoss",
     "estimate_transition",
 ]

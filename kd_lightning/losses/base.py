@@ -31,10 +31,10 @@ def check_reduction(reduction: str) -> None:
         raise InputError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Raise InputError unless ``temperature`` is finite and above 0."""
     if not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be finite and above 0, got {temperature}")
+        raise InputError(f"{name} must be finite and above 0, got {temperature}")
 
 
 def check_weight(name: str, weight: float) -> None:

@@ -82,6 +82,8 @@ class DISTLoss(nn.Module):
         """Return the loss; see the class for shapes."""
         check_temperature(self.temperature)
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
+        if not len(student):  # columns without rows have no largest entry
+            return reduce_rows(student.sum(dim=1), self.reduction)
         student_log = F.log_softmax(student / self.temperature, dim=1)
         teacher_log = F.log_softmax(teacher / self.temperature, dim=1)
         rows = self.beta * _one_minus_pearson(student_log, teacher_log, dim=1)

@@ -2,12 +2,8 @@
 
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.batch import IGNORE_INDEX, class_labels
-from kd_lightning.errors import InputError
 from kd_lightning.losses.base import (
     Reduction,
     Task,
@@ -17,7 +13,9 @@ from kd_lightning.losses.base import (
     kl_divergence,
     pair_logits,
     reduce_rows,
+    standardize_logits,
 )
+from kd_lightning.losses.target_class import split_target, target_class
 
 
 class DKDLoss(nn.Module):
@@ -33,13 +31,15 @@ class DKDLoss(nn.Module):
 
     Source: Zhao et al., "Decoupled Knowledge Distillation" (2022), https://arxiv.org/abs/2203.08679. Its beta depends
     on the pair of networks (8 for many, 2 for a weak teacher). It also raises the loss linearly over the first 20
-    epochs; this class does not.
+    epochs; this class does not. ``standardize``: Sun et al., "Logit Standardization in Knowledge Distillation" (2024),
+    https://arxiv.org/abs/2403.01427.
 
     Args:
         alpha: Weight of the target-class term, at least 0.
         beta: Weight of the term among the other classes, at least 0.
         temperature: T, finite and above 0. Every call reads it, so a callback may anneal it.
         reduction: "mean" (a scalar) or "none" (one value per row).
+        standardize: Replace both sides' logits by (z - mean) / (1e-7 + std) per sample, as in :class:`KDLoss`.
 
     Shape:
         - student_logits, teacher_logits: (B, C), C >= 2. Half precision is computed in float32.
@@ -61,11 +61,14 @@ class DKDLoss(nn.Module):
     """
 
     task: ClassVar[Task] = "multiclass"
-    standardize: ClassVar[bool] = False
-    supports_top_k: ClassVar[bool] = True  # the classes outside the top k count as equally likely
 
     def __init__(
-        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        reduction: Reduction = "mean",
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         check_weight("alpha", alpha)
@@ -76,35 +79,29 @@ class DKDLoss(nn.Module):
         self.beta = float(beta)
         self.temperature = float(temperature)
         self.reduction = reduction
+        self.standardize = standardize
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
         check_temperature(self.temperature)
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
-        if target is None:
-            raise InputError("target must be given to DKDLoss, got None")
-        target = class_labels(target) if target.shape == student.shape else target
-        if target.dtype != torch.long or target.shape != student.shape[:1]:
-            raise InputError(
-                f"target must be long of shape {tuple(student.shape[:1])}, "
-                f"got {target.dtype} of shape {tuple(target.shape)}"
-            )
-        target = torch.where(target == IGNORE_INDEX, teacher.argmax(dim=1), target).unsqueeze(1)
-        student_target, student_others = self._split(student, target)
-        teacher_target, teacher_others = self._split(teacher, target)
+        target = target_class("DKDLoss", target, teacher)
+        if self.standardize:
+            student, teacher = standardize_logits(student), standardize_logits(teacher)
+        student_target, student_others = split_target(student / self.temperature, target)
+        teacher_target, teacher_others = split_target(teacher / self.temperature, target)
         rows = self.alpha * kl_divergence(student_target, teacher_target)
         rows = rows + self.beta * kl_divergence(student_others, teacher_others)
         return reduce_rows(self.temperature**2 * rows, self.reduction)
 
-    def _split(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of target and rest, (B, 2), and of the classes within the rest, (B, C - 1)."""
-        log_p = F.log_softmax(logits / self.temperature, dim=1)
-        # The others are gathered, since masking the target would put infinities into the graph.
-        others = torch.arange(log_p.shape[1] - 1, device=log_p.device)
-        log_others = log_p.gather(1, others + (others >= target))
-        log_rest = log_others.logsumexp(dim=1, keepdim=True)
-        return torch.cat([log_p.gather(1, target), log_rest], dim=1), log_others - log_rest
+    @property
+    def supports_top_k(self) -> bool:
+        """Whether top k logits are enough: yes, unless all must be standardized. The others count as equally likely."""
+        return not self.standardize
 
     def extra_repr(self) -> str:
         """Show the arguments in ``print(loss)``."""
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}"
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}, "
+            f"standardize={self.standardize}"
+        )

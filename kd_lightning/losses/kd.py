@@ -82,7 +82,7 @@ class KDLoss(nn.Module):
         student, teacher = pair_logits(student_logits, teacher_logits, self.task)
         if self.standardize:
             student, teacher = standardize_logits(student), standardize_logits(teacher)
-        parts = kl_terms(self._log_probabilities(student), self._log_probabilities(teacher))
+        parts = kl_terms(*(soften(logits, self.temperature, self.task) for logits in (student, teacher)))
         outputs = 1 if self.task == "multiclass" else max(student.shape[1], 1)  # each with a distribution of its own
         if self.reduction == "none":
             return parts.flatten(1).sum(dim=1) * (self.temperature**2 / outputs)
@@ -93,16 +93,17 @@ class KDLoss(nn.Module):
         """Whether top k logits are enough: yes for multiclass, unless all logits must be standardized."""
         return self.task == "multiclass" and not self.standardize
 
-    def _log_probabilities(self, logits: Tensor) -> Tensor:
-        """Return (B, C) for multiclass, else (B, L, 2) for label present and absent."""
-        softened = logits / self.temperature
-        if self.task == "multiclass":
-            return F.log_softmax(softened, dim=-1)
-        return torch.stack([F.logsigmoid(softened), F.logsigmoid(-softened)], dim=-1)
-
     def extra_repr(self) -> str:
         """Show the arguments in ``print(loss)``."""
         return (
             f"temperature={self.temperature}, task={self.task!r}, "
             f"standardize={self.standardize}, reduction={self.reduction!r}"
         )
+
+
+def soften(logits: Tensor, temperature: float, task: Task) -> Tensor:
+    """Return log-probabilities of logits / T: (B, C) for multiclass, else (B, L, 2) for label present and absent."""
+    softened = logits / temperature
+    if task == "multiclass":
+        return F.log_softmax(softened, dim=-1)
+    return torch.stack([F.logsigmoid(softened), F.logsigmoid(-softened)], dim=-1)

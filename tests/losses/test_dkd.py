@@ -88,7 +88,7 @@ def test_temperature_squared_and_annealing():
     torch.testing.assert_close(loss(student, teacher, target), expected)
     loss.temperature = 1.0
     torch.testing.assert_close(loss(student, teacher, target), DKDLoss(temperature=1.0)(student, teacher, target))
-    assert repr(loss) == "DKDLoss(alpha=1.0, beta=8.0, temperature=1.0, reduction='mean')"
+    assert repr(loss) == "DKDLoss(alpha=1.0, beta=8.0, temperature=1.0, reduction='mean', standardize=False)"
     assert DKDLoss.task == "multiclass"
 
 
@@ -174,3 +174,28 @@ def test_probabilities_mean_the_most_likely_class():
     soft = torch.tensor([[0.7, 0.3, 0], [0, 1, 0], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [torch.nan] * 3])
     expected = DKDLoss()(student, teacher, torch.tensor([0, 1, 2, 1, -100]))
     assert torch.equal(DKDLoss()(student, teacher, soft), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_standardized_logits(dtype):
+    student, teacher, target = randn(11, dtype=dtype)
+    scaled = [
+        torch.tensor((z - z.mean(1, keepdims=True)) / (1e-7 + z.std(1, ddof=1, keepdims=True)))
+        for z in (student.double().numpy(), teacher.double().numpy())
+    ]
+    target_kl, others_kl, _ = reference_terms(*scaled, target, 2.0)
+    found = DKDLoss(temperature=2.0, reduction="none", standardize=True)(student, teacher, target)
+    atol = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(found.double(), 4 * (target_kl + 8 * others_kl), rtol=1e-6, atol=atol)
+
+
+def test_standardized_loss_ignores_shift_and_scale():
+    student, teacher, target = randn(12)
+    target[0] = -100
+    loss = DKDLoss(temperature=2.0, standardize=True)
+    expected = loss(student, teacher, target)
+    torch.testing.assert_close(loss(5 * student + 3, 0.2 * teacher - 1, target), expected, rtol=1e-6, atol=1e-6)
+    assert not loss.supports_top_k and DKDLoss().supports_top_k
+    constant = torch.full_like(student, 0.1, requires_grad=True)
+    loss(constant, teacher, target).backward()
+    assert 0 < constant.grad.abs().max() < 10
