@@ -78,7 +78,7 @@ def test_reading_a_value_on_meta_fails():
 def test_the_loss_is_the_same(make, labeled, monkeypatch, quiet_trainer):
     ends = []
     for synchronizes in (False, True):
-        for module in ("supervised", "_shared.hard_loss"):
+        for module in ("_shared.student_module", "_shared.hard_loss"):
             name = f"kd_lightning.modules.{module}.must_synchronize"
             monkeypatch.setattr(name, lambda tensor, value=synchronizes: value)
         seed_everything(0, verbose=False)
