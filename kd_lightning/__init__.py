@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from kd_lightning.errors import InputError
     from kd_lightning.features.heads import reset_classifier
+    from kd_lightning.features.simkd import SimKDStudent
     from kd_lightning.modules import (
         ApprenticeModule,
         CoTeachingModule,
@@ -97,6 +98,7 @@ __all__ = [
     "Run",
     "SeedEveryStep",
     "SemiSupervisedDataModule",
+    "SimKDStudent",
     "StreamDataModule",
     "SequentialSchedule",
     "SoftWeightAnnealing",
@@ -150,6 +152,7 @@ _HOMES = {
     "Run": "runs.run",
     "SeedEveryStep": "callbacks",
     "SemiSupervisedDataModule": "data",
+    "SimKDStudent": "features.simkd",
     "SequentialSchedule": "schedules",
     "SoftWeightAnnealing": "callbacks",
     "StudentWriter": "callbacks",

@@ -7,6 +7,7 @@ from kd_lightning.features.mlp_projector import MLPProjector
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.features.regressors import build_projector
 from kd_lightning.features.review_fusion import ReviewFusion
+from kd_lightning.features.simkd import SimKDStudent
 from kd_lightning.features.standardization import ChannelStandardization, PHIStandardization
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "list_layers",
     "logits_of",
     "build_projector",
+    "SimKDStudent",
     "ChannelStandardization",
     "MLPProjector",
     "PHIStandardization",
