@@ -10,9 +10,11 @@ from kd_lightning.losses.features.cwd import ChannelWiseLoss
 from kd_lightning.losses.features.hint import HintLoss
 from kd_lightning.losses.features.mse import MSEFeatureLoss
 from kd_lightning.losses.features.pkt import PKTLoss
+from kd_lightning.losses.features.review import ReviewLoss
 from kd_lightning.losses.features.rkd import RKDLoss
 from kd_lightning.losses.features.similarity_preserving import SimilarityPreservingLoss
 from kd_lightning.losses.features.smooth_l1 import SmoothL1FeatureLoss
+from kd_lightning.losses.features.token_similarity import TokenSimilarityLoss
 from kd_lightning.losses.features.vid import VIDLoss
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "MSEFeatureLoss",
     "PKTLoss",
     "RKDLoss",
+    "ReviewLoss",
     "SimilarityPreservingLoss",
     "SmoothL1FeatureLoss",
+    "TokenSimilarityLoss",
     "VIDLoss",
 ]
