@@ -23,7 +23,7 @@ from kd_lightning import (
     SupervisedModule,
     Teacher,
 )
-from kd_lightning.losses import DISTLoss, DKDLoss, GeneralizedCrossEntropyLoss
+from kd_lightning.losses import DISTLoss, DKDLoss, GeneralizedCrossEntropyLoss, MLKDLoss, RLDLoss, WTTMLoss
 from kd_lightning.models import DigitsCNN
 
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -164,6 +164,9 @@ STEPS = {
     "distill": lambda: DistillModule(net(0), net(1)),
     "DKD": lambda: DistillModule(net(0), net(1), soft_loss=DKDLoss()),
     "DIST": lambda: DistillModule(net(0), net(1), soft_loss=DISTLoss()),
+    "RLD": lambda: DistillModule(net(0), net(1), soft_loss=RLDLoss()),
+    "WTTM": lambda: DistillModule(net(0), net(1), soft_loss=WTTMLoss()),
+    "MLKD": lambda: DistillModule(net(0), net(1), soft_loss=MLKDLoss()),
     "ensemble": lambda: EnsembleDistillModule(net(0), [net(1), net(2)]),
     "confidence": lambda: EnsembleDistillModule(net(0), [net(1), net(2)], teacher_weights="confidence"),
     "apprentice": lambda: ApprenticeModule(net(0), net(1), "joint", mutual=True),

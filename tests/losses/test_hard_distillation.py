@@ -42,6 +42,8 @@ def test_only_the_decision_counts():
     student, teacher = randn(2, 7, 5)
     loss = HardDistillationLoss()
     assert loss(student, teacher) == loss(student, 0.01 * teacher + 3)
+    cached = torch.where(teacher < teacher.topk(2, dim=1).values[:, 1:], teacher.amin(dim=1, keepdim=True), teacher)
+    assert loss(student, cached) == loss(student, teacher)  # the top 2, and one value for all others
     unknown = teacher.clone()  # classes that a teacher does not know
     unknown.scatter_(1, teacher.argmin(dim=1, keepdim=True), -torch.inf)
     assert loss(student, unknown) == loss(student, teacher)

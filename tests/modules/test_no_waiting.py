@@ -19,7 +19,7 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     SupervisedModule,
 )
-from kd_lightning.losses import DISTLoss, DKDLoss, GeneralizedCrossEntropyLoss
+from kd_lightning.losses import DISTLoss, DKDLoss, GeneralizedCrossEntropyLoss, MLKDLoss, RLDLoss, WTTMLoss
 from kd_lightning.models import DigitsCNN
 
 
@@ -34,6 +34,9 @@ MODULES = {
     "distill": lambda: DistillModule(net(0), net(1)),
     "decoupled": lambda: DistillModule(net(0), net(1), soft_loss=DKDLoss()),
     "correlation": lambda: DistillModule(net(0), net(1), soft_loss=DISTLoss()),
+    "refined": lambda: DistillModule(net(0), net(1), soft_loss=RLDLoss()),
+    "transformed": lambda: DistillModule(net(0), net(1), soft_loss=WTTMLoss()),
+    "levels": lambda: DistillModule(net(0), net(1), soft_loss=MLKDLoss()),
     "average": lambda: EnsembleDistillModule(net(0), [net(1), net(2)]),
     "confidence": lambda: EnsembleDistillModule(net(0), [net(1), net(2)], teacher_weights="confidence"),
     "apprentice": lambda: ApprenticeModule(net(0), net(1), "joint", mutual=True),
