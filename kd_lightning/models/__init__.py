@@ -1,6 +1,7 @@
 """Small networks that torchvision and timm lack.
 
 Functions such as ``kd_lightning.models.resnet20`` build the networks of the usual distillation benchmark on CIFAR-100.
+``from_pretrained`` loads trained networks of transformers.
 """
 
 from kd_lightning.models.cifar_resnet import (
@@ -19,6 +20,7 @@ from kd_lightning.models.crepe import Crepe
 from kd_lightning.models.digits import DigitsCNN
 from kd_lightning.models.fitnet import FitNet
 from kd_lightning.models.harmonic_net import HarmonicNet
+from kd_lightning.models.hugging_face import from_pretrained
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.unet import UNet
 from kd_lightning.models.vgg import CifarVGG, vgg8, vgg13
@@ -49,4 +51,5 @@ __all__ = [
     "CifarVGG",
     "vgg8",
     "vgg13",
+    "from_pretrained",
 ]
