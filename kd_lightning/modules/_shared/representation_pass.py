@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.batch import Batch, is_labeled
-from kd_lightning.modules._shared.representation import (
+from kd_lightning.features.representation import (
     NEIGHBORS,
     knn_accuracy,
     neighbor_agreement,

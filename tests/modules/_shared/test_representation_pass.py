@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kd_lightning import Batch
+from kd_lightning.features.representation import knn_accuracy, neighbor_agreement, probe_accuracy, rankme
 from kd_lightning.modules._shared import representation_pass
-from kd_lightning.modules._shared.representation import knn_accuracy, neighbor_agreement, probe_accuracy, rankme
 from kd_lightning.modules._shared.representation_pass import RepresentationPass
 
 

@@ -10,8 +10,8 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from kd_lightning.modules._shared import representation
-from kd_lightning.modules._shared.representation import knn_accuracy, neighbor_agreement, probe_accuracy, rankme
+from kd_lightning.features import representation
+from kd_lightning.features.representation import knn_accuracy, neighbor_agreement, probe_accuracy, rankme
 
 
 @pytest.fixture

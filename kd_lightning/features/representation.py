@@ -1,4 +1,4 @@
-"""How good the features of a backbone are, on validation samples: figures that need few labels, or none."""
+"""How good the features of a backbone are: figures that need few labels, or none."""
 
 from __future__ import annotations
 
