@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kd_lightning.errors import InputError
     from kd_lightning.features.heads import reset_classifier
     from kd_lightning.features.simkd import SimKDStudent
+    from kd_lightning.features.term import FeatureTerm
     from kd_lightning.modules import (
         ApprenticeModule,
         CoTeachingModule,
@@ -80,6 +81,7 @@ __all__ = [
     "EvaluationWriter",
     "ExactResume",
     "FakeData",
+    "FeatureTerm",
     "GraphPseudoLabels",
     "HintModule",
     "HuggingFaceSource",
@@ -134,6 +136,7 @@ _HOMES = {
     "EvaluationWriter": "callbacks",
     "ExactResume": "callbacks",
     "FakeData": "data",
+    "FeatureTerm": "features.term",
     "GraphPseudoLabels": "pseudo_labels.graph_labels",
     "HintModule": "modules",
     "HuggingFaceSource": "data",

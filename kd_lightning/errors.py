@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message has the name of the key, what is allowed, and what came. The command line prints the message and exits
     with status 2. In Python it is a ``ValueError``.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

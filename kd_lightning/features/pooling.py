@@ -11,6 +11,9 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 from kd_lightning.features.channels import Layout
 
+How = Literal["mean", "first"]
+"""How a feature with positions becomes one vector: their mean, or the first token."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -29,7 +32,7 @@ class Pool:
     tensor([[0., 1.]])
     """
 
-    how: Literal["mean", "first"]
+    how: How
     layout: Layout = "first"
 
     def __post_init__(self) -> None:

@@ -16,13 +16,12 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import is_stateful
-from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.paired_optimizer import PairedOptimizer
-from kd_lightning.modules._shared.soft_loss import call_soft_loss
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, has_own_loss, soft_losses_of
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.runs.figures.log_figure import only_warn
 from kd_lightning.runs.weights import load_weights
@@ -81,7 +80,7 @@ class ApprenticeModule(DistillModule):
         *,
         teacher_weight: float = 1.0,
         soft_weight: float = 0.5,
-        soft_loss: nn.Module | None = None,
+        soft_loss: nn.Module | dict[str, tuple[float, nn.Module]] | None = None,
         teacher_optimizer: OptimizerCallable | None = None,
         mutual: bool = False,
         initial_weights: str | Path | None = None,
@@ -116,25 +115,28 @@ class ApprenticeModule(DistillModule):
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the student's terms and, in scheme A, the teacher's."""
-        target = self.teacher_logits(batch) if self.scheme == "joint" else None
-        if target is None:
+        if self.scheme != "joint" or self.teacher is None:
             return super().losses(batch)
-        logits = self(batch.x)
+        with self.capture_features(batch) as captured:
+            target: Any = self.teacher_logits(batch)
+            logits = self(batch.x)
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        if not is_own(self.soft_loss):
+        if not has_own_loss(self.soft_loss):
             check_outputs(logits, target)
         rows, logits, target = self.to_rows(batch, logits, target)
         hard, teacher_hard = self.hard_term(logits, rows), self.hard_term(target, rows)
-        soft = self.step_mean(call_soft_loss(self.soft_loss, logits, target.detach(), rows.y), rows)
         terms = {
             "hard": LossTerm(1.0 - self.soft_weight, hard),
-            "soft": LossTerm(self.soft_weight, soft),
+            **self.soft_terms(logits, target.detach(), rows),
             "teacher_hard": LossTerm(self.teacher_weight, teacher_hard),
+            **self.feature_losses(captured, batch),
         }
         if (value := self._teacher_heads.hard_term(self, batch)) is not None:
             terms["teacher_auxiliary_hard"] = LossTerm(self.teacher_weight * self.auxiliary_weight, value)
         if self.mutual:
-            soft = self.step_mean(call_soft_loss(self.soft_loss, target, logits.detach(), rows.y), rows)
+            losses = soft_losses_of(self.soft_loss).values()
+            parts = [weight * call_soft_loss(loss, target, logits.detach(), rows.y) for weight, loss in losses]
+            soft = self.step_mean(torch.stack(parts).sum(), rows)
             terms["teacher_soft"] = LossTerm(self.teacher_weight * self.soft_weight, soft)
         return terms
 

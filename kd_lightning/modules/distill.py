@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.features.term import FeatureTerm
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, has_own_loss, make_soft_loss, soft_terms
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -26,16 +28,23 @@ _NO_TEACHER = "training needs the teacher; teacher=None is for test and predict 
 class DistillModule(SupervisedModule):
     """Train a student on a frozen teacher's soft targets and on the labels that there are (Hinton et al. 2015).
 
-    The objective is ``(1 - soft_weight) * hard + soft_weight * soft``. The hard term is over the labeled rows, the
-    soft term over all rows. It takes all inputs, outputs and tasks of :class:`SupervisedModule`.
+    The objective is ``(1 - soft_weight) * hard + soft_weight * soft``, plus the feature terms, if there are any. The
+    hard term is over the labeled rows, the others over all rows. It takes all inputs, outputs and tasks of
+    :class:`SupervisedModule`.
+
+    Logs what :class:`SupervisedModule` does, and of each feature term ``train/<name>`` (without its weight),
+    ``<name>_weight`` and ``val/<name>``.
 
     Args:
         student: Network to train, see :class:`SupervisedModule`.
         teacher: The trained network, or a :class:`Teacher` around it. None is for ``test`` and ``predict`` alone.
         soft_loss: Loss called as ``(student_logits, teacher_logits, target)``, or without the target if it takes two
-            arguments. A project's own loss may compare outputs of two shapes. Default: None, which means ``KDLoss`` at
-            temperature 4, or ``MSELoss`` for regression.
+            arguments. A project's own loss may compare outputs of two shapes. A dict ``{name: (weight, loss)}`` is a
+            sum; each part is logged as ``train/<name>``. Default: None, which means ``KDLoss`` at temperature 4, or
+            ``MSELoss`` for regression.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        features: Terms that compare layers of student and teacher, by name. Their projectors and losses train with the
+            student. Default: None, which means none.
         **kwargs: The arguments of :class:`SupervisedModule`.
 
     Raises:
@@ -53,8 +62,9 @@ class DistillModule(SupervisedModule):
         student: nn.Module,
         teacher: nn.Module | None,
         *,
-        soft_loss: nn.Module | None = None,
+        soft_loss: nn.Module | dict[str, tuple[float, nn.Module]] | None = None,
         soft_weight: float = 0.9,
+        features: dict[str, FeatureTerm] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
@@ -69,21 +79,49 @@ class DistillModule(SupervisedModule):
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
         self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)
         self.soft_weight = soft_weight
+        self.features = FeatureTerms(features)
         self._probe: TeacherProbe | None = None
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """Return the hard and the soft term."""
-        target = self.teacher_logits(batch)  # first: the student's activations would take memory meanwhile
-        if target is None:
-            raise InputError(_NO_TEACHER)
-        logits = self(batch.x)
+        """Return the hard term, the soft terms and the feature terms."""
+        with self.capture_features(batch) as captured:
+            target = self.teacher_logits(batch)  # first: the student's activations would take memory meanwhile
+            if target is None:
+                raise InputError(_NO_TEACHER)
+            logits = self(batch.x)
         check_soft_weight(self.soft_weight)  # a callback may have set it
-        if not is_own(self.soft_loss):
+        if not has_own_loss(self.soft_loss):
             check_outputs(logits, target)
         rows, logits, target = self.to_rows(batch, logits, target)
         hard = self.hard_term(logits, rows)  # first, since it checks the labels
-        soft = self.step_mean(call_soft_loss(self.soft_loss, logits, target, rows.y), rows)
-        return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
+        return {
+            "hard": LossTerm(1.0 - self.soft_weight, hard),
+            **self.soft_terms(self.distilled_logits(logits), target, rows),
+            **self.feature_losses(captured, batch),
+        }
+
+    def distilled_logits(self, logits: Tensor) -> Tensor:
+        """Return the student's outputs that the soft terms compare with the teacher's. Default: its logits.
+
+        Args:
+            logits: The student's logits, as rows of :meth:`to_rows`.
+        """
+        return logits
+
+    def soft_terms(self, logits: Tensor, target: Tensor, rows: Batch) -> dict[str, LossTerm]:
+        """Return the soft terms of rows of :meth:`to_rows`."""
+        return soft_terms(
+            self.soft_loss,
+            self.soft_weight,
+            lambda loss: self.step_mean(call_soft_loss(loss, logits, target, rows.y), rows),
+        )
+
+    @property
+    def feature_teachers(self) -> Sequence[nn.Module]:
+        """The teacher, whose layers the feature terms compare with the student's."""
+        if self.teacher is None:
+            raise InputError(_NO_TEACHER)
+        return [self.teacher]
 
     def teacher_logits(self, batch: Batch) -> Tensor | None:
         """Return the teacher's logits."""
@@ -91,7 +129,7 @@ class DistillModule(SupervisedModule):
         return None if teacher is None else teacher(batch)
 
     def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
-        return teacher is None or teacher.numel() == logits.numel() or not is_own(self.soft_loss)
+        return teacher is None or teacher.numel() == logits.numel() or not has_own_loss(self.soft_loss)
 
     def setup(self, stage: str) -> None:
         """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them."""
@@ -107,6 +145,7 @@ class DistillModule(SupervisedModule):
         """Runs at the start of fit. Fills the teacher's cache, if it has one, and checks its first outputs."""
         if self._probe is not None:  # of an interrupted fit
             self._probe.close()
+        super().on_fit_start()
         if not isinstance(self.teacher, Teacher):
             return
         fill_caches(self.teacher, self.trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
+from kd_lightning.features.term import FeatureTerm
 from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of
 from kd_lightning.modules._shared.checks import (
     check_choice,
@@ -26,8 +27,9 @@ from kd_lightning.modules._shared.checks import (
     check_two_networks,
 )
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation, EnsembleRegressionEvaluation
+from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss, soft_terms
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -36,6 +38,8 @@ from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe
 from kd_lightning.teachers.teacher import check_outputs
 from kd_lightning.teachers.teacher_weights import weighted_choice
+
+_NO_TEACHERS = "training needs the teachers; teachers=None is for test and predict alone"
 
 
 class EnsembleDistillModule(SupervisedModule):
@@ -76,8 +80,12 @@ class EnsembleDistillModule(SupervisedModule):
         use_vmap: Compute teachers of one architecture as one network, for ``average`` and in validation, see
             :class:`Ensemble`. The first outputs of the teachers are then not checked.
         soft_loss: Loss called as ``(student_logits, teacher_logits, target)``, or without the target if it takes two
-            arguments. Default: None, which means ``KDLoss`` at temperature 4, or ``MSELoss`` for regression.
+            arguments, or a sum ``{name: (weight, loss)}``. Default: None, which means ``KDLoss`` at temperature 4, or
+            ``MSELoss`` for regression.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        features: Terms that compare layers of the student and of teachers, by name, see :class:`DistillModule`. A
+            teacher's layer begins with the teacher's number: ``"0.layer3"``. Except for ``average``, the features take
+            a pass of their own. Default: None, which means none.
         **kwargs: The arguments of :class:`SupervisedModule`.
 
     Raises:
@@ -96,8 +104,9 @@ class EnsembleDistillModule(SupervisedModule):
         teacher_weights: list[float] | Literal["confidence"] | None = None,
         draw_per: Literal["batch", "sample"] = "batch",
         use_vmap: bool = False,
-        soft_loss: nn.Module | None = None,
+        soft_loss: nn.Module | dict[str, tuple[float, nn.Module]] | None = None,
         soft_weight: float = 0.9,
+        features: dict[str, FeatureTerm] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
@@ -123,32 +132,50 @@ class EnsembleDistillModule(SupervisedModule):
         self.draw_per = draw_per
         self.soft_loss = make_soft_loss(soft_loss, self.task, self.ensemble or ())
         self.soft_weight = soft_weight
+        self.features = FeatureTerms(features, several=True)
         self._probes: list[TeacherProbe] = []
         self._warned_of_views = self._logged_agreement = False
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """Return the hard and the soft term."""
+        """Return the hard term, the soft terms and the feature terms."""
         if self.ensemble is None:
-            raise InputError("training needs the teachers; teachers=None is for test and predict alone")
+            raise InputError(_NO_TEACHERS)
         check_soft_weight(self.soft_weight)  # a callback may have set it
         # teachers first: the student's activations would take memory meanwhile
         averaged = self.strategy == "average" and len(self.ensemble) > 1
         selected = None if averaged else self._select_teachers(self.ensemble, batch)
         alone, logits = selected is not None and self.ensemble.are_complete(), None
-        if alone is None:  # it depends on the student's number of classes
-            logits = self(batch.x)
-            alone = bool(self.ensemble.known_classes(self._classes_of(logits)).all())
-        if alone and selected is not None:
-            outputs = self.ensemble.selected_logits(batch, selected).unsqueeze(0)
-        else:
-            outputs = self.ensemble(batch)
-        logits = self(batch.x) if logits is None else logits
+        with self.capture_features(batch) as captured:
+            if alone is None:  # it depends on the student's number of classes
+                logits = self(batch.x)
+                alone = bool(self.ensemble.known_classes(self._classes_of(logits)).all())
+            if alone and selected is not None:
+                outputs = self.ensemble.selected_logits(batch, selected).unsqueeze(0)
+            else:
+                outputs = self.ensemble(batch)
+            logits = self(batch.x) if logits is None else logits
         if alone:
             check_outputs(logits, outputs[0])
         rows, logits, outputs, selected = self._rows_of(batch, logits, outputs, selected)
         hard = self.hard_term(logits, rows)  # first, since it checks the labels
-        soft = self.step_mean(self._soft_term(self.ensemble, outputs, logits, rows, selected, alone), rows)
-        return {"hard": LossTerm(1.0 - self.soft_weight, hard), "soft": LossTerm(self.soft_weight, soft)}
+        soft = partial(self._soft_term, self.ensemble, outputs, logits, rows, selected, alone)
+        return {
+            "hard": LossTerm(1.0 - self.soft_weight, hard),
+            **soft_terms(self.soft_loss, self.soft_weight, lambda loss: self.step_mean(soft(loss), rows)),
+            **self.feature_losses(captured, batch),
+        }
+
+    @property
+    def feature_teachers(self) -> Sequence[nn.Module]:
+        """The teachers, whose layers the feature terms compare with the student's."""
+        if self.ensemble is None:
+            raise InputError(_NO_TEACHERS)
+        return [*self.ensemble]
+
+    @property
+    def teachers_compute_all(self) -> bool:
+        """Whether each teacher's pass in a training step is over all samples."""
+        return self.strategy == "average"
 
     def _rows_of(
         self, batch: Batch, logits: Tensor, outputs: Tensor, selected: Tensor | None = None
@@ -184,7 +211,14 @@ class EnsembleDistillModule(SupervisedModule):
         return logits.shape[-1 if self.class_dim is None else self.class_dim]
 
     def _soft_term(
-        self, ensemble: Ensemble, outputs: Tensor, logits: Tensor, rows: Batch, selected: Tensor | None, alone: bool
+        self,
+        ensemble: Ensemble,
+        outputs: Tensor,
+        logits: Tensor,
+        rows: Batch,
+        selected: Tensor | None,
+        alone: bool,
+        soft_loss: nn.Module,
     ) -> Tensor:
         """Return the soft loss.
 
@@ -195,8 +229,9 @@ class EnsembleDistillModule(SupervisedModule):
             rows: The batch.
             selected: The number of each row's teacher, (N,); None if teachers are averaged.
             alone: Whether the selected teachers alone have computed.
+            soft_loss: The loss.
         """
-        soft_loss, weights = self.soft_loss, None
+        weights = None
         if selected is not None:
             weights = F.one_hot(selected, len(ensemble)).double()
         if alone:
@@ -290,6 +325,7 @@ class EnsembleDistillModule(SupervisedModule):
         for probe in self._probes:  # of an interrupted fit
             probe.close()
         self._probes.clear()
+        super().on_fit_start()
         if self.ensemble is None:
             return
         fill_caches(self.ensemble, self.trainer)

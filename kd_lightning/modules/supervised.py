@@ -26,7 +26,7 @@ from kd_lightning.modules._shared.dense_checks import DenseChecks
 from kd_lightning.modules._shared.evaluation import Evaluation
 from kd_lightning.modules._shared.evaluations import Evaluations
 from kd_lightning.modules._shared.hard_loss import default_loss
-from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules._shared.loss_terms import LossTerm, SampleTerm
 from kd_lightning.modules._shared.loss_weights import check_loss_weights
 from kd_lightning.modules._shared.network_errors import explain_shapes
 from kd_lightning.modules._shared.regression_evaluation import RegressionEvaluation
@@ -224,8 +224,9 @@ class SupervisedModule(RowModule):
         rows, mean = max(self._rows, 1e-9), self._mean_labels
         labels = rows if mean is None else max(float(mean), 1e-9)  # a batch without any counts next to nothing
         add = self._epoch_means.add
-        for name, (weight, value) in terms.items():
-            count = len(batch) if name == "hint" else rows  # a mean over samples
+        for name, term in terms.items():
+            weight, value = term
+            count = len(batch) if isinstance(term, SampleTerm) else rows
             add(f"train/{name}", value, labels if name.endswith("hard") else count)
             if name != "hard":
                 add(f"{name}_weight", weight, rows)
@@ -249,7 +250,13 @@ class SupervisedModule(RowModule):
         return dense_probabilities(self(self.unpack(batch).x), self.task, self.class_dim)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Tensor:
-        return self._evaluations.evaluate(self, stage, self.unpack(batch), batch_idx, dataloader_idx)
+        batch = self.unpack(batch)
+        if not (names := self.evaluated_features()):
+            return self._evaluations.evaluate(self, stage, batch, batch_idx, dataloader_idx)
+        with self.capture_features(batch, names) as captured:
+            predicted = self._evaluations.evaluate(self, stage, batch, batch_idx, dataloader_idx)
+        self.features.record(captured, batch, names)
+        return predicted
 
     def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
         """Whether metrics can compare student and teacher. If not, a soft loss of the project's own does."""
@@ -270,6 +277,7 @@ class SupervisedModule(RowModule):
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs its metrics."""
         self._evaluations.log(self, "val")
+        self.log_feature_means()
 
     def on_test_epoch_end(self) -> None:
         """Runs at the end of the test. Logs its metrics and figures."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kd_lightning.features.projectors import Projectors
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,6 @@ from torchvision.models.vision_transformer import VisionTransformer
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import capture
-from kd_lightning.features.projectors import Projectors
 from kd_lightning.features.regressors import TokensToMap, build_projector, map_shape, target_of, to_map
 from kd_lightning.losses import HintLoss
 from kd_lightning.modules._shared.hint_figure import hint_figure

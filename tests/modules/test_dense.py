@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kd_lightning.features.projectors import Projectors
 from lightning.pytorch import LightningDataModule
 from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import nn
@@ -40,7 +41,6 @@ from kd_lightning import (
 from kd_lightning.batch import LabelKind
 from kd_lightning.data import transforms
 from kd_lightning.data.views.dense_means import with_dense_means
-from kd_lightning.features.projectors import Projectors
 from kd_lightning.losses import GeneralizedCrossEntropyLoss, KDLoss, LabelKindLoss
 from kd_lightning.modules._shared.dense_checks import check_strong_transform
 

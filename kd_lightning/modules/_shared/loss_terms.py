@@ -15,6 +15,10 @@ class LossTerm(NamedTuple):
     value: Tensor
 
 
+class SampleTerm(LossTerm):
+    """A term that is a mean over samples, also where rows are positions of dense outputs."""
+
+
 def weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
     """Return the sum of weight * value, a scalar."""
     (first_weight, first), *others = terms.values()

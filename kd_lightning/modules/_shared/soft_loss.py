@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,18 +11,113 @@ from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task, supports_top_k
+from kd_lightning.losses.base import Task, check_weight, standardizes, supports_top_k, temperature_of
 from kd_lightning.losses.protocols import is_own
+from kd_lightning.modules._shared.feature_terms import check_name
+from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.teachers.teacher import Teacher
 
 
+class WeightedLoss(nn.Module):
+    """A soft loss and its weight, which a callback may anneal: ``attribute: soft_loss.<name>.weight``.
+
+    Args:
+        weight: At least 0.
+        loss: The loss.
+    """
+
+    def __init__(self, weight: float, loss: nn.Module) -> None:
+        super().__init__()
+        check_weight("weight", weight)
+        self.weight = weight
+        self.loss = loss
+
+
+class SoftLosses(nn.ModuleDict):
+    """A sum of soft losses by name: ``{name: (weight, loss)}``.
+
+    Args:
+        losses: Weight and loss by name.
+
+    Raises:
+        InputError: If there is none, a weight is below 0, or a name is taken.
+    """
+
+    def __init__(self, losses: Mapping[str, tuple[float, nn.Module]]) -> None:
+        if not losses:
+            raise InputError("soft_loss must name at least one loss, {name: (weight, loss)}, got none")
+        parts = {}
+        for name, part in losses.items():
+            check_name("soft_loss", name)
+            if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[1], nn.Module):
+                raise InputError(f"soft_loss.{name} must be (weight, loss), got {part!r}")
+            try:
+                parts[name] = WeightedLoss(*part)
+            except InputError as error:
+                raise InputError(f"soft_loss.{name}: {error}") from error
+        super().__init__(parts)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the first loss, for the checks of its soft targets."""
+        return temperature_of(self._first)
+
+    @property
+    def standardize(self) -> bool:
+        """Whether the first loss standardizes the logits."""
+        return standardizes(self._first)
+
+    @property
+    def _first(self) -> nn.Module:
+        (_, first), *_ = soft_losses_of(self).values()
+        return first
+
+    @property
+    def supports_top_k(self) -> bool:
+        """Whether the teacher's top k logits are enough for all of them."""
+        return all(supports_top_k(part.loss) for part in self.values())  # type: ignore[arg-type]
+
+
+def soft_losses_of(soft_loss: nn.Module) -> dict[str, tuple[float, nn.Module]]:
+    """Return weight and loss by name: those of a sum, or ``soft`` for a single one."""
+    if not isinstance(soft_loss, SoftLosses):
+        return {"soft": (1.0, soft_loss)}
+    found: dict[str, tuple[float, nn.Module]] = {}
+    for name, part in soft_loss.items():
+        check_weight(f"soft_loss.{name}.weight", part.weight)  # type: ignore[arg-type]  # a callback may have set it
+        found[name] = part.weight, part.loss  # type: ignore[assignment]
+    return found
+
+
+def has_own_loss(soft_loss: nn.Module) -> bool:
+    """Whether a soft loss, or one of a sum, is a project's own; it may compare outputs of two shapes."""
+    return any(is_own(loss) for _, loss in soft_losses_of(soft_loss).values())
+
+
+def soft_terms(
+    soft_loss: nn.Module, soft_weight: float, value_of: Callable[[nn.Module], Tensor]
+) -> dict[str, LossTerm]:
+    """Return the soft terms: one for each loss of a sum, by its name.
+
+    Args:
+        soft_loss: A soft loss, or a sum of some.
+        soft_weight: Weight of their sum.
+        value_of: Returns the value of a loss.
+    """
+    losses = soft_losses_of(soft_loss).items()
+    return {name: LossTerm(soft_weight * weight, value_of(loss)) for name, (weight, loss) in losses}
+
+
 def make_soft_loss(
-    soft_loss: nn.Module | None, task: Task, teachers: Iterable[nn.Module | None] = (), temperature: float = 4.0
+    soft_loss: nn.Module | Mapping[str, tuple[float, nn.Module]] | None,
+    task: Task,
+    teachers: Iterable[nn.Module | None] = (),
+    temperature: float = 4.0,
 ) -> nn.Module:
     """Check a given soft loss, or make the default one.
 
     Args:
-        soft_loss: The given loss. If None, ``KDLoss`` of the task; ``MSELoss`` for regression.
+        soft_loss: The given loss, or a sum of some. If None, ``KDLoss`` of the task; ``MSELoss`` for regression.
         task: The module's task.
         teachers: The module's teachers.
         temperature: Temperature of the default loss, above 0.
@@ -32,9 +127,12 @@ def make_soft_loss(
     """
     if soft_loss is None:
         soft_loss = nn.MSELoss() if task == "regression" else KDLoss(temperature=temperature, task=task)
-    if getattr(soft_loss, "task", task) != task:
-        raise InputError(f"soft_loss is for the {soft_loss.task} task, but the module's task is {task}")
-    check_takes_logits(soft_loss)
+    if not isinstance(soft_loss, nn.Module):
+        soft_loss = SoftLosses(soft_loss)
+    for _, loss in soft_losses_of(soft_loss).values():
+        if getattr(loss, "task", task) != task:
+            raise InputError(f"soft_loss is for the {loss.task} task, but the module's task is {task}")
+        check_takes_logits(loss)
     check_top_k(soft_loss, teachers)
     return soft_loss
 

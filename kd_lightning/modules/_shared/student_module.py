@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,16 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from kd_lightning.batch import Batch
+from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.modules._shared.checks import check_choice, check_start
+from kd_lightning.modules._shared.feature_terms import Captured, FeatureTerms, sum_of
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.hard_loss import must_synchronize
 from kd_lightning.modules._shared.lean_module import LeanModule
-from kd_lightning.modules._shared.loss_terms import LossTerm, weighted_sum
+from kd_lightning.modules._shared.loss_terms import LossTerm, SampleTerm, weighted_sum
 from kd_lightning.modules._shared.network_errors import explain_single_row
 from kd_lightning.modules._shared.optimizers import build_optimizer, build_optimizers
 from kd_lightning.modules._shared.parameter_groups import check_groups
 from kd_lightning.modules._shared.schedules import check_schedules
+from kd_lightning.modules._shared.stage_gradients import with_all_gradients
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
 from kd_lightning.teachers.input_guard import InputGuard
@@ -67,6 +72,7 @@ class StudentModule(LeanModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.weight_decay_exclude_1d = weight_decay_exclude_1d
+        self.features = FeatureTerms(None)  # a method may set others
         self._guards: dict[str, InputGuard] = {}
         self._finite_check = FiniteCheck()
 
@@ -112,6 +118,84 @@ class StudentModule(LeanModule):
             add(f"{name}_weight", weight, rows)
         add("train/loss", loss, rows)
 
+    # Feature terms.
+
+    @property
+    def feature_teachers(self) -> Sequence[nn.Module]:
+        """The teachers whose layers the feature terms compare with the student's."""
+        return ()
+
+    @property
+    def teachers_compute_all(self) -> bool:
+        """Whether each teacher's pass in a training step is over all samples, so that features are captured in it."""
+        return True
+
+    @property
+    def term_epoch(self) -> int:
+        """The epoch that decides the weights of feature terms: it counts from the first one that has them."""
+        return self.current_epoch
+
+    def capture_features(self, batch: Batch, names: Collection[str] | None = None) -> AbstractContextManager[Captured]:
+        """Capture the layers of feature terms in the passes of all networks inside the block.
+
+        Args:
+            batch: The batch.
+            names: The terms that are needed. Default: None, which means those that have a weight in this epoch.
+        """
+        if not self.features:
+            return nullcontext(Captured())
+        if not self.features.is_built:
+            self.build_features(batch)
+        names = self.features.active(self.term_epoch) if names is None else names
+        return self.features.capturing(
+            self.student, self.feature_teachers, batch, names, apart=not self.teachers_compute_all
+        )
+
+    def feature_losses(self, captured: Captured, batch: Batch) -> dict[str, LossTerm]:
+        """Return the feature terms of a training batch."""
+        if not self.features:
+            return {}
+        terms: dict[str, LossTerm] = {}
+        for name, weight in self.features.active(self.term_epoch).items():
+            values = self.features.pair_values(name, captured, batch, self.student)
+            if self._trainer is not None and len(values) > 1:
+                for layer, value in values.items():
+                    self._record_mean(f"train/{name}/{layer}", value, len(batch))
+            terms[name] = SampleTerm(weight, sum_of(values))
+        return terms
+
+    def build_features(self, batch: Batch) -> None:
+        """Build the feature terms, which depend on the shapes of layers, from the inputs of a batch.
+
+        A Trainer's fit does so. Without one, call it before ``configure_optimizers``.
+        """
+        self.features.build(self, self.feature_teachers, batch)
+
+    def configure_model(self) -> None:
+        """Runs after setup. In a fit, builds the feature terms from the first training inputs."""
+        if self.is_fitting and self.features:
+            self.features.configure(self, self.feature_teachers)
+            self._ddp_params_and_buffers_to_ignore = self.features.own_buffers()  # torch's DDP reads this
+
+    def on_fit_start(self) -> None:
+        """Runs at the start of fit, on the device. Fits the standardizations of teachers' features."""
+        if self.features:
+            self.features.fit_standardizations(self, self.feature_teachers)
+            self.features.report()
+
+    def log_feature_means(self) -> dict[str, Tensor]:
+        """Log the means of the feature terms over a validation, and return them by chart."""
+        values = self.features.means()
+        self.log_dict(values, sync_dist=True)
+        return values
+
+    def evaluated_features(self) -> list[str]:
+        """Return the names of the feature terms that a validation measures."""
+        if not self.features or not self.is_fitting:
+            return []
+        active = self.features.active(self.term_epoch)
+        return [name for name in active if not self.features.all[name].trains_only]
+
     # The steps.
 
     def setup(self, stage: str) -> None:
@@ -146,6 +230,8 @@ class StudentModule(LeanModule):
             explain_single_row(error, len(batch))
             raise
         loss = weighted_sum(terms)
+        if unused := self.features.unused_parameters(self.term_epoch) if self.features else set():
+            loss = with_all_gradients(self, loss, lambda: (p for p in self.parameters() if id(p) not in unused))
         if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
             self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_synchronize(loss):
@@ -165,6 +251,8 @@ class StudentModule(LeanModule):
         Adds what an exact resume needs.
         """
         self._finite_check.check(checkpoint["state_dict"])
+        if self.features:
+            checkpoint["features"] = self.features.shapes()
         if self._trainer is not None:
             store_position(self.trainer, checkpoint)
             self._epoch_means.store(self, checkpoint)
@@ -175,6 +263,8 @@ class StudentModule(LeanModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Raises InputError, in one line, if they do not fit."""
+        if self.features:
+            self.features.restore(checkpoint.get("features", {}), checkpoint["state_dict"], self.device)
         state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
         if self._trainer is not None and self.strict_loading:  # without a trainer, load_state_dict knows whether it is
             name = type(self).__name__
@@ -186,4 +276,6 @@ class StudentModule(LeanModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Runs at the start of fit. Builds the optimiser of all trainable parameters, and the scheduler."""
+        if not self.features.is_built:
+            raise InputError("features: not built yet; use Trainer.fit, or call build_features(batch) before")
         return build_optimizers(self, build_optimizer(self, self.parameters()))
