@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_lightning.__main__ import main
 from kd_lightning.data import Digits
 from kd_lightning.models import DigitsCNN
+
+sys.path.insert(0, str(Path(__file__).parent / "processes"))
+from forked import Processes
 
 torch.set_num_threads(1)  # the networks are tiny
 gc.disable()  # until all tests are collected
@@ -183,6 +187,14 @@ def fails(capsys):
         return last
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts commands and scripts in processes of their own that need no imports."""
+    processes = Processes()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -226,20 +224,12 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_find_what_one_finds(tmp_path, monkeypatch):
+def test_two_processes_find_what_one_finds(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(SCRIPT)
     monkeypatch.setattr(sys, "argv", ["train.py", "1"])
     exec(SCRIPT, {"__name__": "__main__"})
-    end = subprocess.run(
-        [sys.executable, "train.py", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert not end.returncode, end.stderr[-3000:]
+    processes.run_ranks(["train.py", "2"])
     one, first, second = (
         json.loads(Path(tmp_path, name).read_text()) for name in ("0_of_1.json", "0_of_2.json", "1_of_2.json")
     )

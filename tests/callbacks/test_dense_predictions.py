@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,7 +415,8 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(tmp_path):
+def test_two_processes_write_what_one_writes(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
     for devices, strategy in ((1, "auto"), (2, "ddp")):
         root = tmp_path / str(devices)
         script = tmp_path / f"run{devices}.py"
@@ -426,8 +424,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
         script.write_text(
             text.format(folder=str(Path(__file__).parent), root=str(root), devices=devices, strategy=strategy)
         )
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, str(script)], check=True, env=environment, cwd=tmp_path, timeout=600)
+        processes.run_ranks([script.name], world=devices)
     one, two = (tmp_path / number / "name/version_0" for number in "12")
     assert (one / "predictions.csv").read_text() == (two / "predictions.csv").read_text()
     assert read_result(one, "test").predictions() == read_result(two, "test").predictions() != []

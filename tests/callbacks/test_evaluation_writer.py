@@ -1,8 +1,6 @@
 """EvaluationWriter: which weights count, the figures, and the predictions row by row."""
 
 import hashlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -282,14 +280,15 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_write_each_sample_once(tmp_path, folder):
+def test_two_processes_write_each_sample_once(tmp_path, folder, monkeypatch, processes):
     """Lightning's sampler repeats one of the 11 samples."""
     torch.manual_seed(0)
     module = SupervisedModule(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     x = torch.randn(11, 4)
     deploy(module, folder)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=300)
+    processes.run_ranks(["script.py"])
     result = read_result(folder, "test")
     rows = result.predictions()
     assert result.samples == 11 and [row.index for row in rows] == list(range(11))

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -434,7 +432,7 @@ class TestTaught:
 
     @pytest.mark.slow
     @pytest.mark.dist
-    def test_two_processes(self, tmp_path):
+    def test_two_processes(self, tmp_path, processes):
         """They learn what one process learns at the same global batch (all samples, since Lightning shuffles), write
         one student, and test it.
         """
@@ -448,11 +446,8 @@ class TestTaught:
         config["trainer"] |= {"devices": 2, "strategy": "ddp"}
         Path("two.yaml").write_text(yaml.safe_dump(config))
         Path("their_project.py").write_text(source.replace("batch_size=6", "batch_size=12"))
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
         for verb in ("fit", "test", "predict"):
-            command = [sys.executable, "-m", "kd_lightning", verb, "--config", "two.yaml"]
-            end = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-            assert not end.returncode, end.stderr[-3000:]
+            processes.run_ranks([verb, "--config", "two.yaml"], PYTHONPATH=str(tmp_path))
         run = Run("runs/two/version_0")
         assert run.result("test").weights == run.weights_hash
         two = torch.load(run.folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

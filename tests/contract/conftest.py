@@ -1,11 +1,8 @@
 """Quick runs of the shipped configs: the same method on small data for a few steps."""
 
-import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
@@ -315,55 +312,6 @@ def _blank_hint_figures(monkeypatch):
 def environment():
     """For processes of their own."""
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-
-
-class Processes:
-    """Starts commands of the package in processes of their own, which a server forks (see fork_server.py)."""
-
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, str(HERE / "fork_server.py")],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert json.loads(self.server.stdout.readline()) == {"ready": True}
-
-    def _request(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def run(self, *commands, timeout=150):
-        """Run commands at the same time, each a tuple of arguments and variables of the environment.
-
-        Returns:
-            The exit status of each, None where one ran longer than ``timeout`` seconds, and what each printed.
-        """
-        outputs = [Path.cwd() / f"output_{number}.txt" for number in range(len(commands))]
-        pids = [
-            self._request(argv=argv, env=environment() | extra, cwd=str(Path.cwd()), output=str(output))["pid"]
-            for (argv, extra), output in zip(commands, outputs, strict=True)
-        ]
-        codes = [self._request(pid=pid, timeout=timeout)["returncode"] for pid in pids]
-        for pid, code in zip(pids, codes, strict=True):
-            if code is None:
-                os.kill(pid, signal.SIGKILL)
-                self._request(pid=pid, timeout=timeout)
-        return codes, [output.read_text() for output in outputs]
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """Starts commands in processes of their own that need no imports."""
-    processes = Processes()
-    yield processes
-    processes.close()
 
 
 BIG = re.compile("cifar|imagenet")  # their methods are those of the configs of the digits

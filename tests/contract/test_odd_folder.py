@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from odd_folder import NFC, NFD, make_odd_folder, picture
-from test_processes import run_ranks
 
 from kd_lightning import SemiSupervisedDataModule
 from kd_lightning.__main__ import main
@@ -213,13 +212,13 @@ def test_two_processes_equal_one(folder, processes):
     cached = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*") if path.is_file()}
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     arguments += ["--name", "two"]
-    run_ranks(processes, ["fit", *arguments, *two], nodes=1)
+    processes.run_ranks(["fit", *arguments, *two])
     run = newest("two")
     for name in ("split.json", "samples.json"):
         assert (run / name).read_text() == (one / name).read_text()
     assert cached
     assert {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*") if path.is_file()} == cached
-    run_ranks(processes, ["test", *arguments, *two], nodes=1)
+    processes.run_ranks(["test", *arguments, *two])
     found = read_result(run, "test")
     rows = found.predictions()
     main(["test", *arguments])
@@ -241,7 +240,7 @@ def test_fewer_test_samples_than_processes(folder, processes):
         devices = ["--trainer.devices", str(world), "--trainer.strategy", "ddp"] if world > 1 else []
         for command in ("test", "predict"):
             argv = [command, *arguments, *devices]
-            run_ranks(processes, argv, nodes=1, world=world) if world > 1 else main(argv)
+            processes.run_ranks(argv, world=world) if world > 1 else main(argv)
         result = read_result(run, "test")
         rows = table(run / "predictions.csv")
         assert [row["path"] for row in rows] == [row.path for row in result.predictions()]

@@ -1,13 +1,11 @@
 """Several processes learn what one learns at the same global batch: two on one machine, two nodes, plain loaders.
 
-Each config's processes are forked (see fork_server.py), which saves their imports. One config is started by Lightning's
-own launcher and by ``torchrun``, too.
+Each config's processes are forked (see tests/processes/fork_server.py), which saves their imports. One config is
+started by Lightning's own launcher and by ``torchrun``, too.
 """
 
 import json
-import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import free_port
 from safetensors.torch import load_file
 
 from kd_lightning.__main__ import main
@@ -81,29 +80,14 @@ def half(arguments):
 
 def test_two_processes_and_two_nodes_equal_one(arguments, half, processes):
     main(arguments)
-    run_ranks(processes, [*arguments, *half, "--trainer.devices", "2"], nodes=1)
+    processes.run_ranks([*arguments, *half, "--trainer.devices", "2"])
     assert_equal_to_one_process()
     # where every row has its label, or every batch the same number, there is nothing to be uneven
     whole = all(batch["labels"] == ROWS for batch in recorded(1)[0]["batches"])
     assert is_uneven() or whole or any("labeled_batch_size" in argument for argument in half)
     forget_two()
-    run_ranks(processes, [*arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"], nodes=2)
+    processes.run_ranks([*arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"], nodes=2)
     assert_equal_to_one_process()
-
-
-def run_ranks(processes, argv, nodes, end=0, world=2, **environment):
-    """Processes that find each other as ``torchrun``'s do; once more on another port where they do not."""
-    for last in (False, True):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)} | environment
-        shared |= {"LOCAL_WORLD_SIZE": str(world // nodes), "TORCHELASTIC_RUN_ID": "none"}
-        ranks = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank % (world // nodes)), "GROUP_RANK": str(rank * nodes // world)}
-            for rank in range(world)
-        ]
-        codes, outputs = processes.run(*((argv, shared | rank) for rank in ranks))
-        if None not in codes or last:
-            assert codes == [end] * world, "\n\n".join(output[-3000:] for output in outputs)
-            return
 
 
 @pytest.mark.parametrize("each_module", [("cached_digits", {}), ("fixmatch_digits", {})], ids=str, indirect=True)
@@ -111,13 +95,13 @@ def test_two_processes_are_killed_twice(arguments, half, processes):
     """Both at once: after an epoch's last batch, and within the next epoch. Their losses are those of all batches."""
     often = ["--checkpoint.every_n_train_steps", "1", "--trainer.max_epochs", "3"]
     argv = [*arguments, *half, *often, "--trainer.devices", "2"]
-    run_ranks(processes, argv, nodes=1)
+    processes.run_ranks(argv)
     whole = recorded(2)[0]["losses"]
     argv += ["--name", "killed"]
-    run_ranks(processes, argv, nodes=1, end=-signal.SIGKILL, KILL_AT="4")
+    processes.run_ranks(argv, end=-signal.SIGKILL, KILL_AT="4")
     resume = ["--ckpt_path", "runs/killed/version_0/checkpoints/last.ckpt"]
-    run_ranks(processes, [*argv, *resume], nodes=1, end=-signal.SIGKILL, KILL_AT="7")
-    run_ranks(processes, [*argv, *resume], nodes=1)
+    processes.run_ranks([*argv, *resume], end=-signal.SIGKILL, KILL_AT="7")
+    processes.run_ranks([*argv, *resume])
     assert [path.name for path in Path("runs/killed").iterdir()] == ["version_0"]
     ends = [load_file(f"runs/{name}/version_0/student.safetensors") for name in ("quick", "killed")]
     assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
@@ -148,7 +132,7 @@ def test_lightning_and_torchrun_start_them(arguments, half, contract):
 def run_two_nodes(training, contract):
     """Both nodes on this machine; once more on another port where they do not find each other."""
     for last in (False, True):
-        port = _free_port()
+        port = free_port()
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         outputs = [Path(f"node_{rank}.txt") for rank in range(2)]
@@ -174,15 +158,6 @@ def run_two_nodes(training, contract):
         for node, output in zip(nodes, outputs, strict=True):
             assert not node.returncode, output.read_text()[-3000:]
         return
-
-
-def _free_port():
-    """Below those that the system gives to outgoing connections, one of which might take it in the meantime."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)  # others may have been seeded alike
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 SCRIPT = """

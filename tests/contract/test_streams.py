@@ -9,7 +9,7 @@ import pytest
 import torch
 from parts import StoppedError, save_stream
 from safetensors.torch import load_file
-from test_processes import recorded, run_ranks
+from test_processes import recorded
 
 from kd_lightning.__main__ import main
 
@@ -108,7 +108,7 @@ class TestProcesses:
     def test_several_equal_one(self, nodes, contract, processes):
         main(["fit", *contract.Story.write(make_config("dealt"), "config.yaml")])
         arguments = ["fit", *contract.Story.write(make_config("dealt", ROWS // 2), "two.yaml"), "--name", "two"]
-        run_ranks(processes, [*arguments, *devices(nodes)], nodes=nodes)
+        processes.run_ranks([*arguments, *devices(nodes)], nodes=nodes)
         rows = [len(batch["index"]) for batch in recorded(1)[0]["batches"]]
         assert rows == [ROWS, ROWS, ROWS, ROWS, 8] * EPOCHS
         (one,), several = recorded(1), recorded(2)
@@ -126,7 +126,7 @@ class TestProcesses:
     def test_shares_of_hugging_face(self, contract, processes):
         """Each sample once, and no more batches on one process than on the other."""
         arguments = ["fit", *contract.Story.write(make_config("hugging face", 8), "config.yaml"), *devices(1)]
-        run_ranks(processes, arguments, nodes=1)
+        processes.run_ranks(arguments)
         first, second = (rank["batches"] for rank in recorded(2))
         assert len(first) == len(second)
         names = [name for rank in (first, second) for batch in rank[: len(rank) // EPOCHS] for name in batch["index"]]
@@ -138,13 +138,13 @@ class TestProcesses:
         config["checkpoint"]["every_n_train_steps"] = 1
         config["trainer"]["accumulate_grad_batches"] = 2
         arguments = ["fit", *contract.Story.write(config, "config.yaml"), *devices(1)]
-        run_ranks(processes, arguments, nodes=1)
+        processes.run_ranks(arguments)
         expected = student()
         argv = [*arguments, "--name", "killed"]
-        run_ranks(processes, argv, nodes=1, end=-signal.SIGKILL, KILL_AT="3")
+        processes.run_ranks(argv, end=-signal.SIGKILL, KILL_AT="3")
         resume = ["--ckpt_path", "runs/killed/version_0/checkpoints/last.ckpt"]
-        run_ranks(processes, [*argv, *resume], nodes=1, end=-signal.SIGKILL, KILL_AT="6")
-        run_ranks(processes, [*argv, *resume], nodes=1)
+        processes.run_ranks([*argv, *resume], end=-signal.SIGKILL, KILL_AT="6")
+        processes.run_ranks([*argv, *resume])
         for name, tensor in student("killed").items():
             assert torch.equal(tensor, expected[name]), name
 
@@ -152,7 +152,7 @@ class TestProcesses:
         config = make_config("dealt", ROWS // 2)
         config["data"]["init_args"]["val"]["init_args"]["count"] = 1
         arguments = ["fit", *contract.Story.write(config, "config.yaml"), *devices(1)]
-        run_ranks(processes, arguments, nodes=1, end=2)
+        processes.run_ranks(arguments, end=2)
         assert "val: each of 2 processes needs a sample" in Path("output_0.txt").read_text()
 
 

@@ -1,9 +1,6 @@
 """Modules that are not ours train on SemiSupervisedDataModule: its batches unpack as ``x, y``."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -169,19 +166,11 @@ with open(f"{trainer.global_rank}_of_{processes}.json", "w") as file:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["digits", "texts"])
-def test_two_processes_learn_what_one_does(name, tmp_path, monkeypatch):
+def test_two_processes_learn_what_one_does(name, tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(_SCRIPT)
-    for processes in "12":
-        end = subprocess.run(
-            [sys.executable, "train.py", name, processes],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert not end.returncode, end.stderr[-3000:]
+    for world in (1, 2):
+        processes.run_ranks(["train.py", name, str(world)], world=world, PYTHONPATH=str(Path(__file__).parent))
     one, first, second = (json.loads(Path(f"{part}.json").read_text()) for part in ("0_of_1", "0_of_2", "1_of_2"))
     assert first == second
     for key, value in one.items():

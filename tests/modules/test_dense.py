@@ -1,9 +1,5 @@
 """Dense outputs: each term row by row in float64, steps of several batches and processes, metrics, what is refused."""
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -971,26 +967,11 @@ def fit(name, form, batches, trainer, kind=Counted):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_that_accumulate_equal_one_batch(tmp_path, quiet_trainer):
+def test_two_processes_that_accumulate_equal_one_batch(tmp_path, quiet_trainer, monkeypatch, processes):
     """Each method, with two batches of each process, all of different lengths."""
-    (tmp_path / "run.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
-    command = [sys.executable, "run.py", str(Path(__file__).parent)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in ("0", "1")
-    ]
-    ends = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), ends[0][-3000:] + ends[1][-3000:]
+    monkeypatch.chdir(tmp_path)
+    Path("run.py").write_text(SCRIPT)
+    processes.run_ranks(["run.py", str(Path(__file__).parent)])
     for (name, form, kind), (outputs, means) in torch.load(tmp_path / "found.pt").items():
         one, expected = fit(name, form, [batch_of(form, view=torch.arange(B))], quiet_trainer())
         torch.testing.assert_close(outputs, one, rtol=1e-6, atol=1e-8, msg=f"{name}, {form}, {kind}")

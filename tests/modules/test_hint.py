@@ -4,9 +4,6 @@ import copy
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -1089,12 +1086,10 @@ with open(f"{rank}.json", "w") as file:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_processes_whose_first_images_have_other_sizes(tmp_path, monkeypatch):
+def test_processes_whose_first_images_have_other_sizes(tmp_path, monkeypatch, processes):
     """All build the projectors of the first process."""
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(_SIZES_BY_RANK)
-    command, threads = [sys.executable, "train.py"], os.environ | {"OMP_NUM_THREADS": "1"}
-    end = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=300, check=False)
-    assert not end.returncode, end.stderr[-3000:]
+    processes.run_ranks(["train.py"])
     first, second = (json.loads(Path(f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first[0] == [[[3, 8, 8], [4, 4, 4]]]

@@ -1,9 +1,6 @@
 """Each method fits, tests and predicts with BatchNorm where one row is left for the last batch."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -205,13 +202,11 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, monkeypatch, processes):
     """33 samples are 17 on each process: two batches of 8 and one row. Both join it, and end with the same weights."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-    end = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, **options)
-    assert not end.returncode, end.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(SCRIPT)
+    processes.run_ranks(["script.py"], PYTHONPATH=str(Path(__file__).parent))
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one["rows"] == two["rows"] == [8, 9] * 2
     assert one["steps"] == two["steps"] == 4

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -779,19 +776,11 @@ with open(f"{trainer.global_rank}_of_{processes}.json", "w") as file:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(_SCRIPT)
-    for processes in "12":
-        end = subprocess.run(
-            [sys.executable, "train.py", processes],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert not end.returncode, end.stderr[-3000:]
+    for world in (1, 2):
+        processes.run_ranks(["train.py", str(world)], world=world)
     one, first, second = (json.loads(Path(f"{name}.json").read_text()) for name in ("0_of_1", "0_of_2", "1_of_2"))
     assert first == second
     for expected, found in zip(one, first, strict=True):

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -418,15 +417,14 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_two_processes_fill_one_table(tmp_path):
+def test_two_processes_fill_one_table(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
     results = []
     for number, cache in enumerate((None, str(tmp_path / "cache"), str(tmp_path / "cache"))):
         out = str(tmp_path / f"{number}.pt")
         script = textwrap.dedent(SCRIPT).format(folder=str(Path(__file__).parent), cache=repr(cache), out=out)
-        path = tmp_path / f"run{number}.py"
-        path.write_text(script)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, str(path)], check=True, env=environment, cwd=tmp_path, timeout=600)
+        Path(f"run{number}.py").write_text(script)
+        processes.run_ranks([f"run{number}.py"])
         results.append(torch.load(out))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])

@@ -1,9 +1,6 @@
 """Labels and rows of an optimiser step of dense batches, compared with counts by hand."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -148,13 +145,10 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(("window", "limit"), [(1, 4), (3, 4), (2, 3)])
-def test_two_processes(tmp_path, window, limit):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-    command = [sys.executable, "script.py", str(window), str(limit)]
-    end = subprocess.run(command, cwd=tmp_path, env=environment, **options)
-    assert not end.returncode, end.stderr[-3000:]
+def test_two_processes(tmp_path, window, limit, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(SCRIPT)
+    processes.run_ranks(["script.py", str(window), str(limit)], PYTHONPATH=str(Path(__file__).parent))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     check([rank["seen"] for rank in ranks], window, {*ranks[0]["labeled"]}, limit)

@@ -5,6 +5,7 @@ can be killed, and several of them can be the ranks of one run.
 
 Requests and replies are JSON objects, one a line:
     {"argv": [...], "env": {...}, "cwd": "...", "output": "..."} -> {"pid": 1}     runs ``python -m kd_lightning *argv``
+                                                                                  (a name of a script: ``python *argv``)
     {"pid": 1, "timeout": 60} -> {"returncode": 0}                                null if the process still runs
 """
 
@@ -12,12 +13,15 @@ import atexit
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
+import pytest  # noqa: F401  (scripts import test files)
 
 import kd_lightning.cli.main
 from kd_lightning.__main__ import main
@@ -42,10 +46,15 @@ def start(argv, env, cwd, output):
         os.environ.clear()
         os.environ.update(env)
         sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
-        sys.argv = ["kd_lightning", *argv]
         random.seed()
         np.random.seed()
-        main()
+        if argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            sys.argv = ["kd_lightning", *argv]
+            main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
