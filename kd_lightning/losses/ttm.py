@@ -17,14 +17,15 @@ class TTMLoss(nn.Module):
     .. math:: \mathrm{KL}(q \,\|\, p^s), \qquad q_k = (p^t_k)^g / \sum_j (p^t_j)^g
 
     in nats, averaged over the batch. q is the teacher's softmax at temperature 1 / g. :class:`KDLoss` softens both
-    sides, and has a factor T²; here the student alone stays as it is, and there is no factor. At g = 1 both are the
+    sides, and has a factor T²; here the teacher alone is softened, and there is no factor. At g = 1 both are the
     same loss at temperature 1.
 
     Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024),
     https://arxiv.org/abs/2402.11148. It adds the loss to cross-entropy of weight 1, with an exponent and a weight for
-    each pair of networks: 0.1 and 45 for VGG-13 and VGG-8 on CIFAR-100, the defaults of the authors' example. In
-    ``(1 - soft_weight) * hard + soft_weight * soft`` the same ratio is soft_weight 45 / 46, and all gradients are 46
-    times smaller, so the learning rate of an optimizer such as SGD must be as many times larger.
+    each pair of networks: 0.1 and 45 for VGG-13 and VGG-8 on CIFAR-100. In the modules' objective,
+    ``(1 - soft_weight) * hard + soft_weight * soft``, ``soft_loss={"ttm": (45.0, TTMLoss(0.1))}`` with a soft_weight of
+    0.5 is half of the paper's sum. A single loss with a soft_weight of 45 / 46 is 1 / 46 of it: with SGD the learning
+    rate must be as many times larger, and the weight decay smaller.
 
     In an ensemble, the teachers' q are averaged.
 
@@ -85,9 +86,8 @@ class WTTMLoss(nn.Module):
 
     Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024),
     https://arxiv.org/abs/2402.11148. It adds the loss to cross-entropy of weight 1, with an exponent and a weight for
-    each pair of networks: 0.2 and 4 beside CRD for VGG-13 and VGG-8 on CIFAR-100. In
-    ``(1 - soft_weight) * hard + soft_weight * soft`` a weight of b is soft_weight b / (1 + b), and all gradients are
-    1 + b times smaller.
+    each pair of networks: 0.2 and 4 beside CRD for VGG-13 and VGG-8 on CIFAR-100. :class:`TTMLoss` has how such a
+    weight fits the modules' objective.
 
     In an ensemble, the teachers' q are averaged, and U is that of the probabilities whose power is this average.
 

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
+from kd_lightning.losses import HardDistillationLoss, TTMLoss, WTTMLoss
 from kd_lightning.losses.base import Task, standardize_logits, standardizes, temperature_of
 from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
 from kd_lightning.teachers.regression_checks import (
@@ -256,6 +257,8 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
         sample: The sample of each row, whose rows count as one. Default: None, which means that each row is a sample.
     """
     name = "soft targets"
+    if isinstance(soft_loss, HardDistillationLoss):
+        return Finding(name, "not checked: the loss compares with the teacher's decision")
     finite = logits.isfinite().all(dim=1)
     logits, sample = logits[finite], None if sample is None else sample[finite]
     if not len(logits):
@@ -276,10 +279,13 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
     text = f"entropy {share:.1%} of the largest possible ({about}), at temperature {temperature:g}"
     if n < LEAST:
         return Finding(name, f"{text}; {n} samples are too few to judge")
+    powers = isinstance(soft_loss, TTMLoss | WTTMLoss)  # the temperature is 1 / exponent
+    softer = "lower the exponent" if powers else "raise the temperature"
+    sharper = "raise the exponent" if powers else "lower the temperature"
     if high < ONE_HOT:
-        return Finding(name, text, "nearly one-hot: they add little to hard targets; raise the temperature")
+        return Finding(name, text, f"nearly one-hot: they add little to hard targets; {softer}")
     if low > UNIFORM:
-        return Finding(name, text, "nearly uniform: classes hardly differ; lower the temperature")
+        return Finding(name, text, f"nearly uniform: classes hardly differ; {sharper}")
     return Finding(name, text)
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from kd_lightning.batch import Batch
 from kd_lightning.data import Digits
 from kd_lightning.errors import InputError
-from kd_lightning.losses import DISTLoss, KDLoss
+from kd_lightning.losses import DISTLoss, HardDistillationLoss, KDLoss, TTMLoss, WTTMLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.modules import DistillModule
 from kd_lightning.teachers.checks import (
@@ -438,6 +438,14 @@ class TestSoftTargets:
             finding = soft_targets(logits, loss, "multiclass")
             assert finding.hint is None if advice is None else advice in finding.hint
             assert finding.severity != "error"
+
+    def test_advice_names_what_the_loss_has(self):
+        logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+        for loss in (TTMLoss(1.0), WTTMLoss(1.0)):
+            assert "lower the exponent" in soft_targets(1000 * logits, loss, "multiclass").hint
+            assert "raise the exponent" in soft_targets(0.001 * logits, loss, "multiclass").hint
+        finding = soft_targets(1000 * logits, HardDistillationLoss(), "multiclass")
+        assert finding.hint is None and finding.text == "not checked: the loss compares with the teacher's decision"
 
     @pytest.mark.parametrize(("share", "advice"), [(0.008, "raise"), (0.012, None), (0.994, None), (0.996, "lower")])
     def test_thresholds(self, share, advice):
