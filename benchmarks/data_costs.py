@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from kd_lightning.cache.codecs import DenseCodec
-from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
+from kd_lightning.cache.outputs import OutputRows, StoredOutputs
+from kd_lightning.cache.row_format import Part, RowFormat
 from kd_lightning.cache.store import OutputCache
 from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.data import ImageFolder, SemiSupervisedDataModule
@@ -66,9 +67,9 @@ def loading(size, picture):
         data = SemiSupervisedDataModule(ImageFolder(folder, image_size=size), val_size=0, batch_size=BATCH, num_views=1)
         data.setup("fit")
         table, loader = data.train_views(), data.train_dataloader()
-        codec = DenseCodec(1000, "float16")
-        cache = OutputCache(Path(folder) / "cache", "a", {}, len(table), codec.row_bytes + HASH_BYTES, chunk=BATCH)
-        stored = StoredOutputs(cache, codec, torch.Size([1000]), torch.float32)
+        format = RowFormat(Part(DenseCodec(1000, "float16"), torch.Size([1000]), torch.float32))
+        cache = OutputCache(Path(folder) / "cache", "a", {}, len(table), format.row_bytes, chunk=BATCH)
+        stored = StoredOutputs(cache, format)
         for number in range(cache.chunks):
             (batch,) = table.read([cache.rows_of(number)])
             hashes = hash_rows(batch.x)

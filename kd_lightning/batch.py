@@ -73,10 +73,17 @@ class TeacherOutputs:
         self._x: dict[str, tuple[Tensor, int]] | None = None  # the tensors that ``inputs`` are of, and their versions
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.outputs[name]
+        logits = self.logits(name)
+        if logits is None:
+            raise KeyError(name)
+        return logits
 
     def __contains__(self, name: str) -> bool:
         return name in self.outputs
+
+    def logits(self, name: str) -> Tensor | None:
+        """Return the stored logits of a teacher; None if there are none."""
+        return self.outputs.get(name)
 
     def features(self, name: str, layers: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return stored features of a teacher; None unless all of these layers are stored. Here none is.

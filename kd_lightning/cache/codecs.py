@@ -1,4 +1,4 @@
-"""Codecs: they turn logits into rows of bytes, and back."""
+"""Codecs: they turn logits or features into rows of bytes, and back."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ class Codec(Protocol):
 
     Attributes:
         name: Identifies the codec and its settings.
+        dtype: Type of the stored values.
         row_bytes: Bytes of one row.
     """
 
     name: str
+    dtype: torch.dtype
     row_bytes: int
 
     def encode(self, logits: Tensor) -> Bytes | None:
         """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
 
-    def decode(self, rows: Bytes) -> Tensor:
-        """Return logits (B, C) in float32."""
+    def decode(self, rows: Tensor) -> Tensor:
+        """Return logits (B, C) in float32, on the device of the rows (B, row_bytes), which are uint8."""
 
 
 class DenseCodec:
-    """Stores every logit.
+    """Stores every logit, or every value of a feature.
 
     Args:
         classes: C.
@@ -43,17 +45,18 @@ class DenseCodec:
 
     def __init__(self, classes: int, dtype: str) -> None:
         self.name = f"{dtype} logits of {classes} classes"
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.row_bytes = classes * self.dtype.itemsize
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.value = np.dtype(dtype).newbyteorder("<")
+        self.row_bytes = classes * self.value.itemsize
 
     def encode(self, logits: Tensor) -> Bytes | None:
         """Return rows (B, row_bytes), or None if a finite logit is too large for them."""
-        values = _cast(logits.float().cpu(), self.dtype)
+        values = _cast(logits.float().cpu(), self.value)
         return None if values is None else values.view(np.uint8)
 
-    def decode(self, rows: Bytes) -> Tensor:
-        """Return logits (B, C) in float32."""
-        return torch.from_numpy(rows.view(self.dtype).astype(np.float32, copy=False))
+    def decode(self, rows: Tensor) -> Tensor:
+        """Return logits (B, C) in float32, on the device of the rows (B, row_bytes), which are uint8."""
+        return rows.view(self.dtype).float()
 
 
 class TopKCodec:
@@ -62,7 +65,7 @@ class TopKCodec:
     Outputs that are none of the student's classes do not count: they are not stored, and have no share.
 
     At temperature 1 the probabilities of the k classes are exact, and so is the sum of the others. At T > 1 the sum of
-    the others is too small (Jensen's inequality), the more so the more their logits differ.
+    the others is too large (Jensen's inequality), the more so the more their logits differ.
 
     Args:
         classes: C.
@@ -109,11 +112,7 @@ class TopKCodec:
         classes = classes if kept is None else kept[classes]
         return torch.cat([top, rest[:, None]], dim=1).cpu(), classes.cpu()
 
-    def decode(self, rows: Bytes) -> Tensor:
-        """Return logits (B, C) in float32."""
-        return self.unpack(torch.from_numpy(rows))
-
-    def unpack(self, rows: Tensor) -> Tensor:
+    def decode(self, rows: Tensor) -> Tensor:
         """Return logits (B, C) in float32, on the device of the rows (B, row_bytes), which are uint8."""
         split = (self.k + 1) * self.dtype.itemsize
         values, classes = (

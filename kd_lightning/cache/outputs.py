@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from kd_lightning.batch import TeacherOutputs
-from kd_lightning.cache.codecs import Bytes, Codec, TopKCodec
+from kd_lightning.cache.codecs import Bytes
+from kd_lightning.cache.row_format import HASH_BYTES, RowFormat
 from kd_lightning.cache.store import OutputCache
 from kd_lightning.cache.tensors import Hashes, Lengths
-from kd_lightning.errors import InputError
-
-HASH_BYTES = 16  # of both hashes
 
 
 @dataclass(frozen=True)
@@ -27,69 +25,100 @@ class OutputRows:
     Attributes:
         views: (B,) hash of each view as the dataset returns it.
         inputs: (B,) hash of each input as the teacher gets it: after the batch hooks, in the training's precision.
-        outputs: (B, ...) outputs, as the network returned them.
-        lengths: (B,) lengths of the token sequences. None if all outputs have one shape.
+        logits: (B, ...) logits, as the network returned them. None if they are not needed.
+        features: (B, ...) outputs of layers by their dotted path.
+        lengths: (B,) lengths of the token sequences. None if all logits have one shape.
+        tokens: Number of tokens of the inputs, padding included. None if the inputs have no ``attention_mask``.
     """
 
     views: Hashes
     inputs: Hashes
-    outputs: Tensor
+    logits: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Lengths | None = None
+    tokens: int | None = None
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors, by the names of :attr:`RowFormat.parts`."""
+        features = {f"layer {name}": feature for name, feature in self.features.items()}
+        return features if self.logits is None else {**features, "logits": self.logits}
+
+    def cpu(self) -> OutputRows:
+        """Return the rows on the CPU."""
+        logits = None if self.logits is None else self.logits.cpu()
+        return replace(self, logits=logits, features={name: part.cpu() for name, part in self.features.items()})
 
     def row(self, number: int) -> OutputRows:
         """Return one row, as a table of one."""
         rows = slice(number, number + 1)
-        lengths = None if self.lengths is None else self.lengths[rows]
-        return OutputRows(self.views[rows], self.inputs[rows], self.outputs[rows], lengths)
+        return OutputRows(
+            self.views[rows],
+            self.inputs[rows],
+            None if self.logits is None else self.logits[rows],
+            {name: feature[rows] for name, feature in self.features.items()},
+            None if self.lengths is None else self.lengths[rows],
+            self.tokens,
+        )
 
 
 @dataclass(frozen=True)
-class Unpack:
-    """Turns packed outputs (B, bytes) of a top-k codec into outputs (B, ...), on their device.
+class PackedRows:
+    """Some rows of a table as they are stored.
 
     Attributes:
-        codec: The codec of each position.
-        shape: Shape of one output; of tokens its length does not count.
-        dtype: Type of the outputs.
-        class_dim: Dimension of the outputs (B, ...) that holds classes.
+        packed: (B, bytes), uint8, with the hashes.
     """
 
-    codec: TopKCodec
-    shape: torch.Size
-    dtype: torch.dtype
-    class_dim: int
+    packed: Bytes
 
-    def __call__(self, packed: Tensor) -> Tensor:
-        """Return the outputs."""
-        rows = self.codec.unpack(packed.reshape(-1, self.codec.row_bytes)).to(self.dtype)
-        positions = [size for dim, size in enumerate(self.shape, 1) if dim != self.class_dim]
-        positions = positions if len(positions) > 1 else [-1]  # tokens: those of the batch
-        return rows.reshape(len(packed), *positions, rows.shape[1]).movedim(-1, self.class_dim)
+    @property
+    def views(self) -> Hashes:
+        """(B,) hashes, see :class:`OutputRows`."""
+        return self._hashes[:, 0]
+
+    @property
+    def inputs(self) -> Hashes:
+        """(B,) hashes, see :class:`OutputRows`."""
+        return self._hashes[:, 1]
+
+    @property
+    def _hashes(self) -> Hashes:
+        return np.ascontiguousarray(self.packed[:, :HASH_BYTES]).view("<u8").astype(np.uint64)
 
 
 class PackedOutputs(TeacherOutputs):
-    """Stored outputs of teachers, some of them packed: a large vocabulary is whole only where it is used.
+    """Stored outputs of teachers as they are stored: they have their own size and type only where they are used.
 
     Args:
-        outputs: See :class:`~kd_lightning.batch.TeacherOutputs`. Packed ones are (B, bytes), uint8.
-        unpack: What unpacks them, by the teacher's name.
+        outputs: Rows (B, bytes), uint8, by the teacher's name.
+        formats: What they hold, by the teacher's name.
         kwargs: Other arguments of ``TeacherOutputs``.
     """
 
-    def __init__(self, outputs: Mapping[str, Tensor], unpack: Mapping[str, Unpack], **kwargs: Any) -> None:
+    def __init__(self, outputs: Mapping[str, Tensor], formats: Mapping[str, RowFormat], **kwargs: Any) -> None:
         super().__init__(outputs, **kwargs)
-        self.unpack = {**unpack}
+        self.formats = {**formats}
 
-    def __getitem__(self, name: str) -> Tensor:
-        outputs = self.outputs[name]
-        return self.unpack[name](outputs) if name in self.unpack else outputs
+    def logits(self, name: str) -> Tensor | None:
+        """Return the stored logits of a teacher; None if there are none."""
+        return self.formats[name].logits_of(self.outputs[name]) if name in self.formats else None
+
+    def features(self, name: str, layers: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Return stored features of a teacher; None unless all of these layers are stored.
+
+        Args:
+            name: Name of the teacher.
+            layers: How each layer is pooled, by its dotted path.
+        """
+        return self.formats[name].features_of(self.outputs[name], layers) if name in self.formats else None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedOutputs:
         """Return a copy with all tensors changed."""
         plain = super().map(change)
         return PackedOutputs(
             plain.outputs,
-            self.unpack,
+            self.formats,
             sources=plain.sources,
             inputs=plain.inputs,
             changed=plain.changed,
@@ -101,108 +130,74 @@ class StoredOutputs:
     """Outputs of a teacher for a table of views. Any process can read them; a copy is small.
 
     Args:
-        cache: The table on disk. Its rows have ``HASH_BYTES`` more bytes than the codec's, or than those of all
-            positions. If it is ragged, outputs are tokens, and each row has the length of its own sequence.
-        codec: Codec of the outputs, or of each position.
-        shape: Shape of one output.
-        dtype: Type of the outputs that the network returns.
-        class_dim: Dimension of the outputs (B, ...) that holds classes, if the codec is for each position. Default:
-            None, which means that it is for whole outputs.
+        cache: The table on disk.
+        format: What its rows hold.
     """
 
-    def __init__(
-        self, cache: OutputCache, codec: Codec, shape: torch.Size, dtype: torch.dtype, class_dim: int | None = None
-    ) -> None:
+    def __init__(self, cache: OutputCache, format: RowFormat) -> None:
         self.cache = cache
-        self.codec = codec
-        self.shape = shape
-        self.dtype = dtype
-        self.class_dim = class_dim
+        self.format = format
 
     @property
     def folder(self) -> Path:
         """The folder of the table."""
         return self.cache.folder
 
-    @property
-    def unpack(self) -> Unpack | None:
-        """What unpacks the outputs of :meth:`read_packed`; None if they are not packed."""
-        if self.class_dim is None or not isinstance(self.codec, TopKCodec):
-            return None
-        return Unpack(self.codec, self.shape, self.dtype, self.class_dim)
-
     def encode(self, rows: OutputRows) -> Bytes | list[Bytes] | None:
-        """Return rows of bytes, or None if a finite output is too large for the codec.
+        """Return rows of bytes, or None if a finite output is too large for the format.
 
         Raises:
             InputError: If outputs have another shape than the others.
         """
-        self._check(rows)
-        outputs = rows.outputs if self.class_dim is None else rows.outputs.movedim(self.class_dim, -1)
-        flat = outputs.reshape(len(outputs), -1) if self.class_dim is None else outputs.flatten(0, -2)
-        encoded = self.codec.encode(flat)
+        self.format.check_tokens(rows.tokens)
+        encoded = self.format.encode(rows.parts)
         if encoded is None:
             return None
         hashes = np.stack([rows.views, rows.inputs], axis=1).astype("<u8")
-        table = np.concatenate([hashes.view(np.uint8), encoded.reshape(len(outputs), -1)], axis=1)
-        if rows.lengths is None:
+        table = np.concatenate([hashes.view(np.uint8), encoded], axis=1)
+        if rows.lengths is None or self.format.logits is None:
             return table
-        sizes = (HASH_BYTES + rows.lengths * self.codec.row_bytes).tolist()
+        sizes = (self.format.fixed_bytes + rows.lengths * self.format.logits.codec.row_bytes).tolist()
         return [row[:size] for row, size in zip(table, sizes, strict=True)]
 
-    def _check(self, rows: OutputRows) -> None:
-        found, wanted = [*rows.outputs.shape[1:]], [*self.shape]
-        if rows.lengths is not None and self.class_dim is not None and len(found) == len(wanted):
-            place = 2 - self.class_dim  # of the tokens, in (T, C) or (C, T)
-            wanted[place] = found[place]  # a length of its own
-        if found != wanted:
-            raise InputError(
-                f"cache: outputs of the teacher must have one shape for all samples, got {wanted} and {found}; tokens "
-                "may have lengths of their own if the module has class_dim and the inputs attention_mask"
-            )
-
-    def read(self, numbers: np.ndarray[Any, Any], length: int | None = None) -> OutputRows:
+    def read_packed(self, numbers: np.ndarray[Any, Any], tokens: int | None = None) -> PackedRows:
         """Read rows by their numbers (B,).
 
         Args:
             numbers: The numbers.
-            length: Number of tokens of the batch, to which outputs of ragged rows are padded with zeros. Default: None,
+            tokens: Number of tokens of the batch, to which logits of ragged rows are padded with zeros. Default: None,
                 which means that of the longest row.
+
+        Raises:
+            InputError: If a file is gone or too short; if features are stored for another number of tokens.
         """
-        return self._decoded(self._read(numbers, length))
+        self.format.check_tokens(tokens)
+        return self._read(numbers, tokens)
 
-    def read_packed(self, numbers: np.ndarray[Any, Any], length: int | None = None) -> OutputRows:
-        """Read rows as :meth:`read` does, but leave the outputs of a top-k codec for positions packed."""
-        return self._decoded(self._read(numbers, length), packed=True)
+    def read(self, numbers: np.ndarray[Any, Any], length: int | None = None) -> OutputRows:
+        """Read rows, and unpack them. Logits of ragged rows get ``length`` tokens, or those of the longest row."""
+        return self._unpacked(self._read(numbers, length))
 
-    def _read(self, numbers: np.ndarray[Any, Any], length: int | None) -> Bytes:
-        return self._padded(numbers, length) if self.cache.ragged else self.cache.read(numbers)
+    def _read(self, numbers: np.ndarray[Any, Any], tokens: int | None) -> PackedRows:
+        return PackedRows(self._padded(numbers, tokens) if self.cache.ragged else self.cache.read(numbers))
 
-    def _decoded(self, rows: Bytes, packed: bool = False) -> OutputRows:
-        """Return rows of bytes, all of one length, as outputs; those of a top-k codec for positions if ``packed``."""
-        hashes = np.ascontiguousarray(rows[:, :HASH_BYTES]).view("<u8").astype(np.uint64)
-        data, unpack = np.ascontiguousarray(rows[:, HASH_BYTES:]), self.unpack
-        if unpack is not None:
-            outputs = torch.from_numpy(data) if packed else unpack(torch.from_numpy(data))
-        elif self.class_dim is None:
-            outputs = self.codec.decode(data).reshape(len(rows), *self.shape).to(self.dtype)
-        else:
-            outputs = self.codec.decode(data.reshape(-1, self.codec.row_bytes))
-            outputs = outputs.reshape(len(rows), -1, outputs.shape[1]).movedim(-1, self.class_dim).to(self.dtype)
-        return OutputRows(hashes[:, 0], hashes[:, 1], outputs)
-
-    def rounded(self, rows: OutputRows) -> Tensor | None:
-        """Return outputs as they are when they were stored and read, or None if one is too large for the codec."""
+    def rounded(self, rows: OutputRows) -> OutputRows | None:
+        """Return rows as they are when they were stored and read, or None if a value is too large for the format."""
         encoded = self.encode(rows)
-        if encoded is None:
-            return None
-        return self._decoded(np.stack([*encoded])).outputs
+        return None if encoded is None else self._unpacked(PackedRows(np.stack([*encoded])))
 
-    def _padded(self, numbers: np.ndarray[Any, Any], length: int | None) -> Bytes:
+    def _unpacked(self, rows: PackedRows) -> OutputRows:
+        packed = torch.from_numpy(rows.packed)
+        layers = {name: part.pool for name, part in self.format.features.items()}
+        features = self.format.features_of(packed, layers) or {}
+        return OutputRows(rows.views, rows.inputs, self.format.logits_of(packed), features)
+
+    def _padded(self, numbers: np.ndarray[Any, Any], tokens: int | None) -> Bytes:
         """Read ragged rows, and bring them to one length."""
-        found = self.cache.read_ragged(numbers)
-        size = max((len(row) for row in found), default=HASH_BYTES)
-        size = size if length is None else HASH_BYTES + length * self.codec.row_bytes
+        found, logits = self.cache.read_ragged(numbers), self.format.logits
+        size = max((len(row) for row in found), default=self.format.fixed_bytes)
+        if tokens is not None and logits is not None:
+            size = self.format.fixed_bytes + tokens * logits.codec.row_bytes
         rows = np.zeros((len(found), size), np.uint8)
         for row, data in zip(rows, found, strict=True):
             row[: len(data)] = data[:size]  # a batch that is shorter than a row is another one, see its hash

@@ -16,18 +16,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
-from kd_lightning.cache.codecs import Bytes, Codec
-from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
+from kd_lightning.cache.codecs import Bytes
+from kd_lightning.cache.outputs import OutputRows, StoredOutputs
+from kd_lightning.cache.row_format import RowFormat
 from kd_lightning.cache.store import OutputCache, format_size
 from kd_lightning.cache.tensors import hash_rows, token_lengths, token_mask
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import map_inputs
 from kd_lightning.ranks import gather, on_all_ranks
 from kd_lightning.teachers.cache_key import environment, key_of
-from kd_lightning.teachers.output_layout import Distance, Layout, codec_of, layout_of
+from kd_lightning.teachers.output_layout import Distances, format_of
 from kd_lightning.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
     Call it on every process at the start of a fit. All processes fill together. If another run fills the same cache,
     they wait for it. Outputs that are stored for other views than those of this fit are not used.
 
-    With the module's ``class_dim``, ``cache_top_k`` counts for each position, and token sequences with an
-    ``attention_mask`` are stored in their own lengths.
+    The features of the teacher's ``layers`` lie beside its logits, for training views alone. With the module's
+    ``class_dim``, ``cache_top_k`` counts for each position, and logits of token sequences with an ``attention_mask``
+    are stored in their own lengths.
 
     Args:
         teachers: A teacher, or a module that contains teachers. Those without ``cache`` are skipped. Their outputs have
@@ -97,7 +99,7 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
     with isolate_rng():  # so that a run is the same whether a cache is filled or found
         parts = table.parts() | environment(trainer)
         for name, teacher in named.items():
-            stored[name] = _CacheFill(teacher, trainer, table, parts).run()
+            stored[name] = _CacheFill(teacher, trainer, table, parts, views == "train_views").run()
             teacher.cache_folders[views] = stored[name].folder
     table.outputs.set(stored)
 
@@ -113,8 +115,12 @@ class _Sample:
 class _CacheFill:
     """Fills the cache of one teacher for one table of views. Every method is called on all processes."""
 
-    def __init__(self, teacher: Teacher, trainer: Trainer, table: Views, parts: dict[str, str]) -> None:
+    def __init__(
+        self, teacher: Teacher, trainer: Trainer, table: Views, parts: dict[str, str], is_training: bool
+    ) -> None:
         self.teacher = teacher
+        self.has_features = is_training and bool(teacher.layers)
+        self.has_logits = teacher.needs_logits or not self.has_features
         self.trainer = trainer
         self.table = table
         self.parts = parts | key_of(teacher)
@@ -130,23 +136,21 @@ class _CacheFill:
         computed: list[_Sample] = []
         on_all_ranks(self.trainer, lambda: computed.append(self._compute_twice(numbers)), "cache")
         (sample,) = computed
-        layout = layout_of(self.teacher, sample.now, self.class_dim)
         for dtype in dict.fromkeys((self.teacher.cache_dtype, "float32")):
-            codec = codec_of(self.teacher, sample.now.outputs.shape, dtype, layout)
-            if stored := self._find(codec, layout, sample):
+            if stored := self._find(format_of(self.teacher, sample.now, dtype, self.class_dim), sample):
                 return stored
-            rank_zero_warn(f"cache: a logit is too large for {dtype}, so the outputs are stored in float32")
-        raise InputError("cache: a logit of the teacher is too large for float32")
+            rank_zero_warn(f"cache: an output is too large for {dtype}, so the outputs are stored in float32")
+        raise InputError("cache: an output of the teacher is too large for float32")
 
-    def _find(self, codec: Codec, layout: Layout, sample: _Sample) -> StoredOutputs | None:
+    def _find(self, format: RowFormat, sample: _Sample) -> StoredOutputs | None:
         """Find the table of these views, and compute what is missing in it. If there is none, start one.
 
         Returns:
-            The outputs, or None if a logit is too large for the codec.
+            The outputs, or None if one is too large for the format.
         """
         why = ""  # a table is of other data
         for version in count():
-            stored = self._open(codec, layout, version, sample)
+            stored = self._open(format, version, sample)
             written = [*{*range(stored.cache.chunks)} - {*stored.cache.absent()}]
             if found := self._differs(stored, sample, written):
                 why = f"{found} are not those in {stored.folder}"
@@ -165,15 +169,14 @@ class _CacheFill:
         raise AssertionError
 
     def _compute_twice(self, numbers: Bytes) -> _Sample:
-        """Compute the logits of some rows. Refuse data and teachers that are random."""
+        """Compute the outputs of some rows. Refuse data and teachers that are random."""
         passes = []
         for seed in (0, 1):
             torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
             (batch,) = self.table.read([numbers], seed)
             if self.teacher.has_preprocess and not seed:
                 self._check_preprocess(batch)
-            rows = self._outputs(batch)
-            passes.append(replace(rows, outputs=rows.outputs.cpu()))
+            passes.append(self._outputs(batch).cpu())
         first, again = passes
         if (first.views != again.views).any() or (first.inputs != again.inputs).any():
             raise InputError(
@@ -181,10 +184,9 @@ class _CacheFill:
                 "has a random generator of its own. Use torch's, numpy's or Python's global generator in "
                 "train_transform, or remove cache"
             )
-        distance = Distance()
-        for one, other in zip(first.outputs, again.outputs, strict=True):
-            distance.add(one, other)
-        if not distance.within(self._noise):
+        distances = Distances()
+        distances.add(first, again)
+        if not distances.within(self._noise):
             raise InputError("cache: the teacher's outputs for the same batch differ in each pass; remove cache")
         return _Sample(numbers, first)
 
@@ -202,28 +204,27 @@ class _CacheFill:
 
     @property
     def _noise(self) -> float:
-        """Tolerance for rounding, as a share of the largest logit, since kernels differ in the order of sums."""
+        """Tolerance for rounding, as a share of the largest output, since kernels differ in the order of sums."""
         return 0.02 if "16" in str(self.trainer.precision) else 1e-4
 
-    def _open(self, codec: Codec, layout: Layout, version: int, sample: _Sample) -> StoredOutputs:
+    def _open(self, format: RowFormat, version: int, sample: _Sample) -> StoredOutputs:
         """Open a table, and drop its damaged parts. Tables of other data have other versions."""
         root = self.teacher.cache
         assert root is not None
         kind = type(self.teacher.network).__name__
-        parts = self.parts | {"format": codec.name} | ({"version": str(version)} if version else {})
-        shape, size = sample.now.outputs.shape[1:], codec.row_bytes
-        if layout.class_dim is not None:
-            positions = [count for dim, count in enumerate(shape, 1) if dim != layout.class_dim]
-            parts["format"] += f" in dimension {layout.class_dim} of {'tokens' if layout.ragged else positions}"
-            size *= math.prod(positions)
-        if layout.ragged and sample.now.lengths is not None:
-            size = math.ceil(float(sample.now.lengths.mean()) * codec.row_bytes)
-        size = gather(self.trainer, size + HASH_BYTES)[0]  # ragged samples differ
+        keys = gather(self.trainer, format.key)  # of other samples in each process
+        if any(key != keys[0] for key in keys):
+            raise InputError(f"cache: outputs of the teacher must have one shape for all samples, got {keys}")
+        parts = self.parts | format.key | ({"version": str(version)} if version else {})
+        size = format.row_bytes
+        if format.ragged and format.logits is not None and sample.now.lengths is not None:
+            size = format.fixed_bytes + math.ceil(float(sample.now.lengths.mean()) * format.logits.codec.row_bytes)
+        size = gather(self.trainer, size)[0]  # ragged samples differ
         chunk = max(1, min(CHUNK, CHUNK_BYTES // size) // self.batch_size) * self.batch_size
         opened: list[OutputCache] = []
 
         def prepare() -> None:
-            cache = OutputCache(root, kind, parts, len(self.table), size, chunk=chunk, ragged=layout.ragged)
+            cache = OutputCache(root, kind, parts, len(self.table), size, chunk=chunk, ragged=format.ragged)
             opened.append(cache)
             if damaged := cache.damaged(range(cache.chunks)[self.trainer.local_rank :: self.trainer.num_devices]):
                 cache.drop(damaged)
@@ -232,13 +233,13 @@ class _CacheFill:
                 )
 
         on_all_ranks(self.trainer, prepare, "cache")
-        return StoredOutputs(opened[0], codec, shape, sample.now.outputs.dtype, layout.class_dim)
+        return StoredOutputs(opened[0], format)
 
     def _fill(self, stored: StoredOutputs, why: str) -> int | None:
         """Compute what is missing.
 
         Returns:
-            Number of chunks that were missing; None if a logit is too large for the codec.
+            Number of chunks that were missing; None if an output is too large for the format.
         """
         trainer, cache, lock = self.trainer, stored.cache, None
         try:
@@ -302,28 +303,37 @@ class _CacheFill:
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> OutputRows:
-        """Compute the logits (B, ...) of a batch from the data loader, as a training step does.
+        """Compute logits and features (B, ...) of a batch from the data loader, as a training step does.
 
-        They have lengths if each position is a token of the inputs.
+        They have lengths if each position of the logits is a token of the inputs.
         """
         trainer, views = self.trainer, hash_rows(batch.teacher_x)
         batch = move_batch(trainer, self.table.finish(batch))
+        logits: Tensor | None = None
+        features: dict[str, Tensor] = {}
         with trainer.precision_plugin.forward_context():
-            logits = self.teacher.compute(batch)
+            if not self.has_logits:
+                features = self.teacher.features(batch)
+            elif not self.has_features:
+                logits = self.teacher.compute(batch)
+            else:
+                with self.teacher.capturing(batch) as features:
+                    logits = self.teacher.compute(batch)
         mask, lengths = token_mask(batch.teacher_x), None
-        if mask is not None and logits.ndim == 3 and self.class_dim is not None and self.cuts_padding:
-            tokens = logits.shape[2 if self.class_dim % 3 == 1 else 1]
+        if mask is not None and logits is not None and logits.ndim == 3 and self.cuts_padding:
+            tokens = logits.shape[2 if self.class_dim is not None and self.class_dim % 3 == 1 else 1]
             lengths = token_lengths(mask) if tokens == mask.shape[1] else None
-        return OutputRows(views, hash_rows(batch.teacher_x), logits, lengths)
+        count = None if mask is None else mask.shape[1]
+        return OutputRows(views, hash_rows(batch.teacher_x), logits, features, lengths, count)
 
     @staticmethod
     def _fitted(rows: OutputRows, stored: StoredOutputs) -> OutputRows:
         """Return rows with lengths if the table's rows have some, else without."""
         if not stored.cache.ragged:
             return replace(rows, lengths=None)
-        if rows.lengths is None:
+        if rows.lengths is None and rows.logits is not None:
             raise InputError(
-                f"cache: the teacher's outputs {[*rows.outputs.shape]} of a batch have no output for each token"
+                f"cache: the teacher's outputs {[*rows.logits.shape]} of a batch have no output for each token"
             )
         return rows
 
@@ -336,29 +346,30 @@ class _CacheFill:
     def _compare(self, stored: StoredOutputs, sample: _Sample, chunks: list[int]) -> str:
         rows = np.flatnonzero(np.isin(sample.numbers // stored.cache.chunk, chunks))
         changed = {"images": 0, "inputs of the teacher": 0}
-        distance = Distance()
+        distances = Distances()
         for number in rows.tolist():  # one by one, since outputs may be large
             now = self._fitted(sample.now.row(number), stored)
-            then = stored.read(sample.numbers[[number]], None if now.lengths is None else int(now.lengths[0]))
+            length = None if now.lengths is None else int(now.lengths[0])
+            then = stored.read(sample.numbers[[number]], length)
             changed["images"] += int(then.views[0] != now.views[0])
             changed["inputs of the teacher"] += int(then.inputs[0] != now.inputs[0])
             if not any(changed.values()):
                 rounded = stored.rounded(now)
                 if rounded is None:
                     return "the teacher's outputs"
-                distance.add(then.outputs.float(), rounded.float())
+                distances.add(then, rounded)
         for text, others in changed.items():
             if others:
                 return f"{others} of {len(rows)} compared {text}"
-        return "" if self._near(distance, "float16" in stored.codec.name) else "the teacher's outputs"
+        return "" if self._near(distances, stored.format.is_half) else "the teacher's outputs"
 
-    def _near(self, distance: Distance, halves: bool) -> bool:
+    def _near(self, distances: Distances, halves: bool) -> bool:
         """Whether stored outputs are the teacher's present ones."""
         noise = max(self._noise, 0.02 if halves else 0)
-        near = distance.within(noise)
+        near = distances.within(noise)
         if halves and self._noise < noise and self.parts["device"] == "cpu":
             # rounding changes few float16 values; a small change of network or data changes most of them
-            near = near and distance.changed < 0.2 * max(distance.count, 1)
+            near = near and not distances.changes(0.2)
         return near
 
     def _any_rank(self, condition: bool) -> bool:

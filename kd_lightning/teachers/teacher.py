@@ -255,8 +255,9 @@ class Teacher(nn.Module):
 
     def stored(self, batch: Batch) -> Tensor | None:
         """Return the logits (B, M) of this teacher that a batch holds; None if there are none for these inputs."""
-        held = self._lookup.find(batch, self.output_name, self.cache_folders.values()) if self.needs_logits else None
-        return None if held is None else _to(held[str(self.output_name)], batch.device)
+        held = self._lookup.find(batch, self.output_name, self.cache_folders.values())
+        logits = None if held is None else held.logits(str(self.output_name))
+        return None if logits is None else _to(logits, batch.device)
 
     def _stored_features(self, batch: Batch) -> dict[str, Tensor] | None:
         """Return the features of this teacher that a batch holds; None unless all of them are there."""

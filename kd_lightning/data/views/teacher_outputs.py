@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_lightning.batch import Batch, TeacherOutputs
+from kd_lightning.batch import Batch
 from kd_lightning.cache.outputs import PackedOutputs, StoredOutputs
 from kd_lightning.cache.tensors import hash_rows, token_mask
 from kd_lightning.data.views.worker_limits import share
@@ -63,13 +63,13 @@ class ViewOutputs:
             others = int(((rows.views != views) | (numbers < 0)).sum())
             changed = max(changed, others)
             if not others and (inputs is None or np.array_equal(inputs, rows.inputs)):
-                found[name], inputs = share(rows.outputs), rows.inputs
+                found[name], inputs = share(torch.from_numpy(rows.packed)), rows.inputs
         sources = {name: str(self._stored[name].folder) for name in found}
         hashes = None if inputs is None else share(torch.from_numpy(inputs.view(np.int64)))
         of_images = inputs is not None and np.array_equal(inputs, views)
-        unpack = {name: one for name in found if (one := self._stored[name].unpack) is not None}
+        formats = {name: self._stored[name].format for name in found}
         about: dict[str, Any] = {"sources": sources, "inputs": hashes, "changed": changed, "of_images": of_images}
-        batch.teacher = PackedOutputs(found, unpack, **about) if unpack else TeacherOutputs(found, **about)
+        batch.teacher = PackedOutputs(found, formats, **about)
         return batch
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from kd_lightning import DatasetSource, SemiSupervisedDataModule
 from kd_lightning.batch import Batch
 from kd_lightning.cache.codecs import DenseCodec
-from kd_lightning.cache.outputs import HASH_BYTES, OutputRows, StoredOutputs
+from kd_lightning.cache.outputs import OutputRows, StoredOutputs
+from kd_lightning.cache.row_format import Part, RowFormat
 from kd_lightning.cache.store import OutputCache
 from kd_lightning.cache.tensors import hash_rows
 from kd_lightning.data.views.dataset import collate
@@ -42,8 +43,9 @@ def logits_of(x):
 def store(table, root, name="teacher", dtype=torch.float32):
     """Store what ``logits_of`` computes for every row."""
     codec = DenseCodec(CLASSES, "float32")
-    cache = OutputCache(root, name, table.parts(), len(table), codec.row_bytes + HASH_BYTES, chunk=16)
-    stored = StoredOutputs(cache, codec, torch.Size([CLASSES]), dtype)
+    format = RowFormat(Part(codec, torch.Size([CLASSES]), dtype))
+    cache = OutputCache(root, name, table.parts(), len(table), format.row_bytes, chunk=16)
+    stored = StoredOutputs(cache, format)
     for number in cache.absent():
         (batch,) = table.read([cache.rows_of(number)])
         hashes = hash_rows(batch.x)
