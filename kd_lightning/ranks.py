@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed
+from torch import Tensor
 
 from kd_lightning.errors import InputError
 
@@ -27,6 +29,19 @@ def gather(trainer: Trainer | None, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows (N, ...) of all processes, in the order of their ranks, without gradient.
+
+    All processes must call this. Their numbers of rows may differ, and may be 0.
+    """
+    if not is_distributed():
+        return rows.detach()
+    from torchmetrics.utilities.distributed import gather_all_tensors  # the command line starts without it
+
+    return torch.cat(gather_all_tensors(rows.detach().contiguous()))
 
 
 def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: str) -> None:

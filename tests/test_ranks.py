@@ -4,16 +4,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from kd_lightning.errors import InputError
-from kd_lightning.ranks import gather, is_distributed, on_all_ranks
+from kd_lightning.ranks import gather, gather_rows, is_distributed, on_all_ranks
 
 # a reduction right before the end: without the wait at exit, about one process in four aborts
 SCRIPT = """
 import sys
 import torch
 from kd_lightning.errors import InputError
-from kd_lightning.ranks import gather, is_distributed, on_all_ranks
+from kd_lightning.ranks import gather, gather_rows, is_distributed, on_all_ranks
 
 class Trainer:
     world_size = 2
@@ -26,6 +27,10 @@ rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 assert is_distributed()
 assert gather(Trainer, f"of {rank}") == ["of 0", "of 1"]
+for counts in ([2, 1], [0, 3], [1, 0], [0, 0]):
+    rows = torch.full((counts[rank], 2), float(rank), requires_grad=True)
+    gathered = gather_rows(rows)
+    assert gathered.tolist() == [[0.0, 0.0]] * counts[0] + [[1.0, 1.0]] * counts[1] and not gathered.requires_grad
 on_all_ranks(Trainer, lambda: None, "cache")
 try:
     on_all_ranks(Trainer, wrong, "cache")
@@ -54,6 +59,8 @@ def test_two_processes_hear_of_one_another_and_end_well(tmp_path):
 def test_a_single_process():
     assert not is_distributed()
     assert gather(None, 3) == [3]
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert gather_rows(rows).tolist() == rows.tolist() and not gather_rows(rows).requires_grad
     done = []
     on_all_ranks(None, lambda: done.append(1), "cache")
     assert done == [1]

@@ -15,9 +15,11 @@ from kd_lightning.losses.features import (
     AttentionTransferLoss,
     ChannelWiseLoss,
     CosineLoss,
+    CRDLoss,
     HintLoss,
     MSEFeatureLoss,
     PKTLoss,
+    QueueSimilarityLoss,
     ReviewLoss,
     RKDLoss,
     SimilarityPreservingLoss,
@@ -40,6 +42,7 @@ from kd_lightning.losses.ttm import TTMLoss, WTTMLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "CRDLoss",
     "ChannelWiseLoss",
     "CoarseLoss",
     "CosineLoss",
@@ -57,6 +60,7 @@ __all__ = [
     "MSEFeatureLoss",
     "NKDLoss",
     "PKTLoss",
+    "QueueSimilarityLoss",
     "RKDLoss",
     "RLDLoss",
     "ReverseKLLoss",

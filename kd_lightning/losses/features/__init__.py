@@ -6,10 +6,12 @@ All of them are called as ``loss(student_feature, teacher_feature, batch)``. ``F
 
 from kd_lightning.losses.features.attention_transfer import AttentionTransferLoss
 from kd_lightning.losses.features.cosine import CosineLoss
+from kd_lightning.losses.features.crd import CRDLoss
 from kd_lightning.losses.features.cwd import ChannelWiseLoss
 from kd_lightning.losses.features.hint import HintLoss
 from kd_lightning.losses.features.mse import MSEFeatureLoss
 from kd_lightning.losses.features.pkt import PKTLoss
+from kd_lightning.losses.features.queue import QueueSimilarityLoss
 from kd_lightning.losses.features.review import ReviewLoss
 from kd_lightning.losses.features.rkd import RKDLoss
 from kd_lightning.losses.features.similarity_preserving import SimilarityPreservingLoss
@@ -19,11 +21,13 @@ from kd_lightning.losses.features.vid import VIDLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "CRDLoss",
     "ChannelWiseLoss",
     "CosineLoss",
     "HintLoss",
     "MSEFeatureLoss",
     "PKTLoss",
+    "QueueSimilarityLoss",
     "RKDLoss",
     "ReviewLoss",
     "SimilarityPreservingLoss",
