@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import TensorDataset
 from torchvision.transforms import InterpolationMode
@@ -30,7 +32,7 @@ class Digits(Source):
 
     def load(self) -> Parts:
         """Load 1197 training and 600 test images."""
-        table = np.loadtxt(_digits_file(), delimiter=",")  # rows of 64 pixels from 0 to 16, and the class
+        table = _read_table()
         images = torch.from_numpy(table[:, :-1] / 16).float().view(-1, 1, 8, 8)
         targets = torch.from_numpy(table[:, -1]).long()
         order = torch.from_numpy(np.random.RandomState(0).permutation(len(targets)))
@@ -40,6 +42,12 @@ class Digits(Source):
             Part(TensorDataset(images[test]), targets[test]),
             class_names=[str(number) for number in range(10)],
         )
+
+
+@cache
+def _read_table() -> npt.NDArray[np.float64]:
+    """Return a row for each image: 64 pixels from 0 to 16, and the class. A process reads the file once."""
+    return np.loadtxt(_digits_file(), delimiter=",")
 
 
 def _digits_file() -> Path:
