@@ -31,9 +31,9 @@ class CRDLoss(nn.Module):
 
     Each network has a memory of an embedding of each sample, which starts at random, and moves to each new one by
     ``m <- momentum * m + (1 - momentum) * v``, scaled to length 1. The negatives are drawn once for all samples of a
-    batch (the authors' code: for each one, which costs B times as much). A sample's own class is left out, as far as
-    the labels of the batches so far are known ("exact" mode of the authors' code); the other negatives stand for the
-    left out ones, so that they count as K.
+    batch (the authors' code: for each one, which costs B times as much). Left out are a sample's own class, as far as
+    the batches so far had labels ("exact" mode of the authors' code), and samples that were in no batch so far, as a
+    validation part; the other negatives stand for them, so that they count as K.
 
     While it trains, all processes exchange embeddings, so that all have the same memories. These are part of
     ``state_dict``: 2 * samples * dim numbers. The loss has no value in validation, whose samples are in no memory.
@@ -102,7 +102,7 @@ class CRDLoss(nn.Module):
         bound = math.sqrt(3 / self.dim)  # so that the mean square of their length is 1
         self.register_buffer("student_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
         self.register_buffer("teacher_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
-        self.register_buffer("labels", torch.full((samples,), -1))  # -1 for unknown ones
+        self.register_buffer("labels", torch.full((samples,), -2))  # -1 for unknown ones, -2 before the first batch
         self.register_buffer("log_scale", torch.full((2,), torch.nan))  # logarithms of Z
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
@@ -119,12 +119,11 @@ class CRDLoss(nn.Module):
         every = gather_rows(torch.stack([index, labels], dim=1))
         self._store_labels(*every.unbind(1))
         drawn = torch.randint(len(self.labels), (self.negatives,), device=index.device)
-        same = (drawn == index.unsqueeze(1)) | (
-            (self.labels[drawn] == labels.unsqueeze(1)) & (labels >= 0).unsqueeze(1)
-        )
+        known = self.labels[drawn]
+        left_out = (drawn == index.unsqueeze(1)) | (known == -2) | ((known == labels.unsqueeze(1)) & (known >= 0))
         pairs = ((student, self.teacher_memory), (teacher, self.student_memory))
         scores = [self._scores(embedding, memory, index, drawn) for embedding, memory in pairs]
-        others = (~same).to(student.dtype)
+        others = (~left_out).to(student.dtype)
         factors = others * (self.negatives / others.sum(dim=1, keepdim=True).clamp(min=1))
         self._set_scale(scores, factors)
         value = student.new_zeros(())
@@ -184,7 +183,7 @@ class CRDLoss(nn.Module):
     @torch.no_grad()
     def _store_labels(self, index: Tensor, labels: Tensor) -> None:
         last = self._last_rows(index)
-        self.labels[index] = torch.where(labels[last] >= 0, labels[last], self.labels[index])
+        self.labels[index] = torch.where(labels[last] >= 0, labels[last], self.labels[index].clamp(min=-1))
 
     @torch.no_grad()
     def _store_embeddings(self, index: Tensor, embeddings: Tensor) -> None:

@@ -47,17 +47,18 @@ class ByHand:
         ]
         self.memories = [loss.student_memory.numpy().copy(), loss.teacher_memory.numpy().copy()]
         self.tau, self.momentum, self.K = loss.temperature, loss.momentum, loss.negatives
-        self.labels, self.z = {}, None
+        self.seen, self.labels, self.z = set(), {}, None
 
     def step(self, features, index, y, drawn):
         embeddings = []
         for feature, (weight, bias) in zip(features, self.weights, strict=True):
             v = feature.detach().numpy() @ weight.T + bias
             embeddings.append(v / np.linalg.norm(v, axis=1, keepdims=True))
+        self.seen |= {*index}
         self.labels |= {i: label for i, label in zip(index, y, strict=True) if label >= 0}
         score = lambda v, m: np.exp(v @ m / self.tau)  # noqa: E731
         negatives = [
-            [k for k in drawn if k != i and (label < 0 or self.labels.get(k) != label)]
+            [k for k in drawn if k != i and k in self.seen and (label < 0 or self.labels.get(k) != label)]
             for i, label in zip(index, y, strict=True)
         ]
         pairs = [(embeddings[0], self.memories[1]), (embeddings[1], self.memories[0])]
@@ -65,7 +66,7 @@ class ByHand:
             self.z = []
             for v, memory in pairs:
                 sums = [
-                    score(v[row], memory[i]) + self.K * np.mean([score(v[row], memory[k]) for k in ks])
+                    score(v[row], memory[i]) + (self.K * np.mean([score(v[row], memory[k]) for k in ks]) if ks else 0)
                     for row, (i, ks) in enumerate(zip(index, negatives, strict=True))
                 ]
                 self.z.append(np.mean(sums) / (self.K + 1) * N)
@@ -102,6 +103,7 @@ def test_values_and_memories_by_hand(temperature, momentum, labeled):
             np.testing.assert_allclose(memory.numpy(), expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(loss.log_scale.exp().numpy() * N, reference.z, rtol=1e-8)
     known = {i: label for i, label in enumerate(loss.labels.tolist()) if label >= 0}
+    assert [i for i, label in enumerate(loss.labels.tolist()) if label == -2] == [6, 8, 10, 11]
     assert known == ({0: 0, 3: 1, 7: 0, 1: 1, 4: 2, 5: 2, 2: 1, 9: 1} if labeled else {})
 
 
@@ -165,7 +167,7 @@ def test_labels_that_are_no_classes_are_not_used():
     for y in ([[0.5, 0.5]] * 2, [0.1, 0.2], [[0, 1]] * 2):
         loss = built()
         loss(randn(2, 5), randn(2, 3), batch_of([0, 1], y))
-        assert (loss.labels == -1).all()
+        assert loss.labels.tolist() == [-1] * 2 + [-2] * 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

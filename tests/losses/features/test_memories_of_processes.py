@@ -1,7 +1,6 @@
 """Losses with a memory of earlier samples: processes share it, and have the memory of one process."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from kd_lightning.losses.features.queue import QueueSimilarityLoss
 SCRIPT = """
 import sys
 import torch
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[1])
 from test_memories_of_processes import run
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
-torch.save(run(rank), f"{sys.argv[2]}/{rank}.pt")
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.save(run(rank), f"{rank}.pt")
 """
 STEPS = [  # samples of the first and the second process
     ([0, 3], [7]),
@@ -48,18 +47,12 @@ def run(rank=None):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_have_the_memories_of_one(tmp_path):
-    command = [sys.executable, "-c", SCRIPT]
-    folder = __file__.rpartition("/")[0]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path), folder], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, message = process.communicate(timeout=300)
-        assert process.returncode == 0, message[-3000:]
+def test_two_processes_have_the_memories_of_one(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    Path("run.py").write_text(SCRIPT)
+    processes.run_ranks(["run.py", str(Path(__file__).parent)])
     values, *states = run()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = [torch.load(f"{rank}.pt") for rank in range(2)]
     for _, *of_rank in found:
         for state, expected in zip(of_rank, states, strict=True):
             assert state.keys() == expected.keys()
