@@ -5,6 +5,7 @@ from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.co_teaching import CoTeachingModule
 from kd_lightning.modules.distill import DistillModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
+from kd_lightning.modules.feature_distill import FeatureDistillModule
 from kd_lightning.modules.hint import HintModule
 from kd_lightning.modules.pseudo_label import PseudoLabelModule
 from kd_lightning.modules.supervised import SupervisedModule
@@ -17,5 +18,6 @@ __all__ = [
     "ApprenticeModule",
     "PseudoLabelModule",
     "CoTeachingModule",
+    "FeatureDistillModule",
     "LossTerm",
 ]
