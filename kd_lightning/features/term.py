@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, first_line
 from kd_lightning.features.pair import FeaturePair, Layouts, Shapes
 from kd_lightning.features.pooling import How
 from kd_lightning.features.trace import check_rows
@@ -172,6 +172,10 @@ class FeatureTerm(nn.Module):
         zeros = [[torch.zeros(1, *shape, dtype=dtype) for shape in of_pair] for of_pair in shapes]
         try:
             found = self._join([student for student, _ in zeros], [teacher for _, teacher in zeros], None)
+        except InputError:
+            raise
+        except Exception as error:  # the user's own projector may raise anything
+            raise InputError(f"projector: one does not fit its layer: {first_line(error)}") from error
         finally:
             self.train(training)
         return [([*student.shape[1:]], [*teacher.shape[1:]]) for student, teacher in found]

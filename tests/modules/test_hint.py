@@ -30,7 +30,7 @@ from kd_lightning import (
     SupervisedModule,
     Teacher,
 )
-from kd_lightning.losses import KDLoss
+from kd_lightning.losses import HintLoss, KDLoss
 from kd_lightning.models import DigitsCNN, FitNet
 
 HINTS = {"5": "5"}  # of DigitsCNN: the second ReLU, (2 * width, 8, 8)
@@ -45,6 +45,11 @@ def part(network, layers):
 
 def snapshot(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def projectors(module):
+    """The projectors of the hint term."""
+    return [pair.projector for pair in module.features["hint"].pairs]
 
 
 def changed(before, module):
@@ -99,7 +104,7 @@ class TestObjective:
     def test_joint_adds_the_weighted_hint(self, student, teacher):
         x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, -100, 3, 1])
         module = HintModule(student, teacher, HINTS, 0, hint_weight=0.01, input_shape=SHAPE).eval()
-        hint = module.hint_loss(module.projectors["0"](part(student, 6)(x)), part(teacher, 6)(x))
+        hint = HintLoss()(projectors(module)[0](part(student, 6)(x)), part(teacher, 6)(x))
         plain = DistillModule(student, teacher).eval().training_step((x, y), 0)
         assert module.training_step((x, y), 0).item() == pytest.approx((plain + 0.01 * hint).item(), rel=1e-5)
 
@@ -119,7 +124,7 @@ class TestObjective:
         loss = module.training_step((x, torch.zeros(3, dtype=torch.long)), 0)
         hint = part(teacher, 6).eval()(x / 2)
         assert loss.item() == pytest.approx(
-            module.hint_loss(module.projectors["0"](part(student, 6)(x)), hint).item(), rel=1e-5
+            HintLoss()(projectors(module)[0](part(student, 6)(x)), hint).item(), rel=1e-5
         )
         assert seen == [(4, 1, 8, 8), (3, 1, 8, 8)]
         assert not changed(before, teacher)
@@ -159,7 +164,7 @@ class TestStages:
         kinds, trained = zip(*watch.optimizers, strict=True)
         assert kinds == (SGD, SGD, Adam, Adam)
         below = {f"student.{name}" for name in BELOW}
-        projectors = {name for name in names.values() if name.startswith("projectors.")}
+        projectors = {name for name in names.values() if name.startswith("features.hint.")}
         assert {names[p] for p in trained[0]} == below | projectors
         assert {names[p] for p in trained[2]} == set(names.values()) - projectors
         assert watch.rates == pytest.approx([1e-4, 5e-5, 1e-3, 1e-4])
@@ -287,7 +292,7 @@ class TestStages:
         averages = EMAWeightAveraging(decay=0.5)
         quiet_trainer(max_epochs=3, callbacks=[averages]).fit(module, loader())
         assert not changed(snapshot(averages._average_model.module), module)  # the end takes the averages over
-        assert {key for key in snapshot(copy.deepcopy(module)) if key.startswith("projectors.")}
+        assert {key for key in snapshot(copy.deepcopy(module)) if key.startswith("features.hint.")}
         assert not any(layer._forward_hooks for layer in [*student.modules(), *teacher.modules()])
 
 
@@ -301,10 +306,10 @@ class TestEndOfStageOne:
         def on_validation_start(self, trainer, pl_module):
             if not trainer.sanity_checking:
                 value = next(self.values, 0.0)
-                pl_module._distances = lambda guided, hints, rows: {"5": torch.tensor(value)}
+                pl_module.features.pair_values = lambda *_: {"5": torch.tensor(value)}
 
         def on_validation_end(self, trainer, pl_module):
-            pl_module.__dict__.pop("_distances", None)
+            pl_module.features.__dict__.pop("pair_values", None)
 
     @pytest.mark.parametrize(
         ("losses", "patience", "begin"),
@@ -494,7 +499,7 @@ class TestCharts:
         student[1].reset_running_stats(), student[4].reset_running_stats()
         mine = part(student, 6).train()
         mine(loader().dataset.tensors[0][:4])
-        expected = module.hint_loss(module.projectors["0"](mine.eval()(x)), part(teacher, 6)(x))
+        expected = HintLoss()(projectors(module)[0](mine.eval()(x)), part(teacher, 6)(x))
         assert trainer.callback_metrics["val/hint"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -568,7 +573,8 @@ class TestResume:
         trainer.fit(HintModule(student, teacher, HINTS, 1), loader())
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         other = HintModule(student, teacher, {"2": "2"}, 1)
-        with pytest.raises(InputError, match=r"hints: the checkpoint was trained with \{'5': '5'\}, got \{'2': '2'\}"):
+        message = r"features: the checkpoint was trained with \{'hint': \{'5': '5'\}\}, got \{'hint': \{'2': '2'\}\}"
+        with pytest.raises(InputError, match=message):
             quiet_trainer(max_epochs=3).fit(other, loader(), ckpt_path=tmp_path / "end.ckpt")
 
 
@@ -598,19 +604,19 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"hints": {}}, "hints must name at least one pair"),
+            ({"hints": {}}, "hints: layers must name at least one pair"),
             ({"hint_epochs": -1}, "hint_epochs must be at least 0, got -1"),
             ({"hint_patience": 0}, "hint_patience must be at least 1, got 0"),
             ({"hint_weight": -0.5}, "hint_weight must be finite and at least 0, got -0.5"),
             ({"hint_weight": math.nan}, "hint_weight must be finite and at least 0, got nan"),
             ({"hints": {"55": "5"}}, "hints: layer '55': DigitsCNN has none of that name; nearest: 5"),
             ({"hints": {"5": "x"}}, "hints: layer 'x': DigitsCNN has none of that name"),
-            ({"projectors": {"2": nn.Identity()}}, "projectors: '2' is no guided layer; hints has 5"),
+            ({"projectors": {"2": nn.Identity()}}, "hints: projector: '2' is no layer of the student; layers has 5"),
             (
                 {"projectors": {"5": nn.Conv2d(8, 15, 1)}},
-                r"projectors: that of 5 gives \[15, 8, 8\] .* 5 is \[16, 8, 8\]",
+                r"hints: the projector of 5 gives \[15, 8, 8\] .* 5 is \[16, 8, 8\]",
             ),
-            ({"projectors": {"5": nn.Conv2d(9, 16, 1)}}, "projectors: one does not fit its layer"),
+            ({"projectors": {"5": nn.Conv2d(9, 16, 1)}}, "hints: projector: one does not fit its layer"),
             ({"hints": {"5": "11"}}, r"no built-in projector maps 5 \[8, 8, 8\] to 11 \[32\] \(for one sample\)"),
             ({"input_shape": [3, 8, 8]}, r"cannot take inputs of shape|expected input"),
         ],
@@ -671,8 +677,8 @@ def test_building_projectors_leaves_the_generator_with_a_random_preprocess(stude
 
     module = HintModule(student, Teacher(teacher, preprocess=Noise()), HINTS, 1)
     before = torch.get_rng_state()
-    module._build_projectors(Batch(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))))
-    assert module.projectors.shapes
+    module.build_features(Batch(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))))
+    assert [pair.shapes for pair in module.features["hint"].pairs]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -707,7 +713,7 @@ class Bytes(LightningDataModule):
 def test_first_inputs_go_through_the_datamodules_hooks(quiet_trainer, student, teacher, iterable):
     module = HintModule(student, teacher, HINTS, 1)
     quiet_trainer(max_epochs=2).fit(module, datamodule=Bytes(iterable))
-    assert module.projectors.shapes == [([8, 8, 8], [16, 8, 8])]
+    assert [pair.shapes for pair in module.features["hint"].pairs] == [([8, 8, 8], [16, 8, 8])]
 
 
 def test_validation_step_without_a_trainer(student, teacher):
@@ -720,7 +726,7 @@ def test_thin_and_deep(quiet_trainer, loader, teacher):
     student = FitNet(((4,) * 2, (4,) * 2, (4,) * 2), hidden=None, in_channels=1)
     module = HintModule(student, teacher, {"stage3": "5", "pool1": "9"}, 1)
     quiet_trainer(max_epochs=2).fit(module, loader())
-    assert [layer.kernel_size for layer in module.projectors["0"]] == [(1, 1)]
+    assert [layer.kernel_size for layer in projectors(module)[0]] == [(1, 1)]
 
 
 class Waves(nn.Module):
@@ -756,22 +762,22 @@ class TestMapsOfAnyDimension:
         trainer.fit(
             module, DataLoader(TensorDataset(x, torch.arange(8)), 4), DataLoader(TensorDataset(x, torch.arange(8)))
         )
-        sizes = [[*projector[0].kernel_size] for projector in module.projectors.values()]
+        sizes = [[*projector[0].kernel_size] for projector in projectors(module)]
         assert sizes == [[3] * dimensions, [1] * dimensions, [1] * dimensions]
         assert trainer.callback_metrics["val/hint"].isfinite()
         found = set(EventAccumulator(board.log_dir).Reload().Tags()["images"])
         assert found >= {f"hints/{name}/stage_{n}" for name in ("body", "body.2", "down") for n in (1, 2)}
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         other = HintModule.load_from_checkpoint(tmp_path / "end.ckpt", student=waves(3, dimensions), teacher=None)
-        assert repr(other.projectors) == repr(module.projectors)
-        assert other.projectors.layouts == [("first", "first")] * 3
+        assert repr(other.features) == repr(module.features)
+        assert [pair.layouts for pair in other.features["hint"].pairs] == [("first", "first")] * 3
 
     def test_stage_one_by_hand(self):
         student, teacher = waves(3, 1, norm=False), waves(5, 1, 1, norm=False)
         module = HintModule(student, teacher, {"body": "body"}, 1, input_shape=[1, 6])
         x = torch.randn(4, 1, 6)
         loss = module.training_step((x, torch.zeros(4, dtype=torch.long)), 0)
-        weight, bias = (p.double() for p in module.projectors["0"].parameters())
+        weight, bias = (p.double() for p in projectors(module)[0].parameters())
         projected = torch.einsum("bcl,oc->bol", student.body(x).double(), weight[..., 0]) + bias[:, None]
         expected = ((projected - teacher.body(x)) ** 2).sum() / 2 / 4
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -782,14 +788,14 @@ class TestBatchesOfSeveralSizes:
         student, teacher = waves(3, 2, norm=False), waves(5, 2, 1, norm=False)
         batches = [(torch.randn(2, 1, size, size + 2), torch.arange(2)) for size in (8, 12, 6, 9)]
         module = HintModule(student, teacher, {"body": "down", "down": "body"}, 1, hint_optimizer=partial(SGD, lr=0.0))
-        module.projectors.build_from_networks(student, batches[0][0], module.teacher.network, batches[0][0])
+        module.build_features(Batch(batches[0][0]))
         for x, y in batches:
             loss = module.training_step((x, y), 0)
             expected = 0.0
             for number, (guided, hint) in enumerate([("body", "down"), ("down", "body")]):
                 own = {"body": student.body(x), "down": student.down(student.body(x))}[guided]
                 target = {"body": teacher.body(x), "down": teacher.down(teacher.body(x))}[hint]
-                maps = nn.functional.conv2d(own, *module.projectors[str(number)][0].parameters())
+                maps = nn.functional.conv2d(own, *projectors(module)[number][0].parameters())
                 if maps.shape[2:] != target.shape[2:]:
                     maps = nn.functional.interpolate(maps, target.shape[2:], mode="bilinear")
                 expected += ((maps - target) ** 2).sum().item() / 2 / 2
@@ -987,7 +993,10 @@ class TestBatchesOfManyTensors:
 
         whole = run()
         size = 7 if form == "teacher_inputs" else 4
-        assert whole.projectors.shapes == [([4, 6, 6], [6, size, size]), ([4, 4, 4], [6, size + 2, size + 2])]
+        assert [pair.shapes for pair in whole.features["hint"].pairs] == [
+            ([4, 6, 6], [6, size, size]),
+            ([4, 4, 4], [6, size + 2, size + 2]),
+        ]
         for step in (2, 6, 8):  # the boundary is at 6
             again = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), weights_only=True)
             assert not changed(snapshot(whole), again), step
@@ -999,7 +1008,7 @@ class TestBatchesOfManyTensors:
         batch = next(iter(NamedRows(form)))
         loss = module.training_step(batch, 0)
         image = batch["image"] if form == "mapping" else batch[0][0]
-        mine = module.projectors["0"](student.deep(student.body(image)))
+        mine = projectors(module)[0](student.deep(student.body(image)))
         expected = ((mine - teacher.eval().deep(teacher.body(image))) ** 2).sum().item() / 2 / 4
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -1049,8 +1058,8 @@ class TestBatchesOfManyTensors:
         module = HintModule(student, teacher, hints, 1)
         trainer = quiet_trainer(max_epochs=2, logger=True)
         trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 4))
-        assert module.projectors.shapes == [([7, 8], [7, 12])] * 2
-        assert module.projectors.layouts == [("last", "last")] * 2
+        assert [pair.shapes for pair in module.features["hint"].pairs] == [([7, 8], [7, 12])] * 2
+        assert [pair.layouts for pair in module.features["hint"].pairs] == [("last", "last")] * 2
         assert trainer.callback_metrics["val/accuracy"].isfinite()
 
 
@@ -1080,7 +1089,7 @@ trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, us
 trainer.fit(module, DataLoader(Images(), batch_size=None))
 values = [value for p in module.parameters() for value in p.flatten().tolist()]
 with open(f"{rank}.json", "w") as file:
-    json.dump([module.projectors.shapes, values], file)
+    json.dump([[pair.shapes for pair in module.features["hint"].pairs], values], file)
 """
 
 

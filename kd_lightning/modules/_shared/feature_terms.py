@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError, first_line
-from kd_lightning.features.capture import capture, evaluating
+from kd_lightning.features.capture import capture, evaluating, find_layer
 from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
 from kd_lightning.features.trace import TracedLayers, are_frozen, check_gradients, trace_student, trace_teacher
@@ -124,15 +124,15 @@ class FeatureTerms(nn.ModuleDict):
         layers = self.teacher_layers(len(teachers))
         try:
             students = {
-                name: trace_student(module.student, batch.x, term.layers, module.call)
+                name: self._named(name, partial(trace_student, module.student, batch.x, term.layers, module.call))
                 for name, term in self.all.items()
             }
             traced = [
-                self._trace_teacher(teacher, batch, [*paths], module.call) if paths else None
+                self._trace_teacher(teacher, batch, paths, module.call) if paths else None
                 for teacher, paths in zip(teachers, layers, strict=True)
             ]
-        except InputError as error:
-            raise InputError(f"features: {error}") from error
+        except InputError:
+            raise
         except (RuntimeError, TypeError) as error:
             reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
             raise InputError(f"features: {reason}") from error
@@ -155,8 +155,16 @@ class FeatureTerms(nn.ModuleDict):
                 self._named(name, partial(term.projected, students[name].outputs, outputs, len(batch)))
 
     def _trace_teacher(
-        self, teacher: nn.Module, batch: Batch, names: list[str], run: Callable[..., Any]
+        self, teacher: nn.Module, batch: Batch, paths: Mapping[str, str], run: Callable[..., Any]
     ) -> TracedLayers:
+        network = teacher.network if isinstance(teacher, Teacher) else teacher
+        for name, term in self.all.items():
+            for path in [path for path, layer in paths.items() if layer in term.layers.values()]:
+                self._named(name, partial(find_layer, network, path))
+        first = next(name for name, term in self.all.items() if {*term.layers.values()} & {*paths.values()})
+        return self._named(first, partial(self._trace, teacher, batch, [*paths], run))
+
+    def _trace(self, teacher: nn.Module, batch: Batch, names: list[str], run: Callable[..., Any]) -> TracedLayers:
         if not isinstance(teacher, Teacher):
             with evaluating(teacher):
                 return trace_teacher(teacher, batch.teacher_x, names, run)
@@ -318,7 +326,7 @@ class FeatureTerms(nn.ModuleDict):
         try:
             return function()
         except InputError as error:
-            raise InputError(f"features.{name}: {error}") from error
+            raise InputError(f"{'hints' if name == 'hint' else f'features.{name}'}: {error}") from error
 
     # Checkpoints.
 
