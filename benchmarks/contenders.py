@@ -229,7 +229,7 @@ def compete(make_student, make_teacher, size, epochs, cache, log):
         "torchdistill": partial(torchdistill, fresh(), first(), TensorDataset(x, y)),
         "modelopt": partial(modelopt, fresh(), first(), TensorDataset(x, y)),
     }
-    return _take_turns(ways, Turns(epochs + 1, size // BATCH), log)
+    return take_turns(ways, Turns(epochs + 1, size // BATCH), log)
 
 
 def compete_end_to_end(make_student, make_teacher, x, y, transforms, epochs, each, cache, log):
@@ -259,10 +259,11 @@ def compete_end_to_end(make_student, make_teacher, x, y, transforms, epochs, eac
         "torchdistill": partial(torchdistill, fresh(), expert(), data),
         "modelopt": partial(modelopt, fresh(), expert(), data),
     }
-    return _take_turns(ways, Turns(epochs + 1, len(x) // BATCH, each), log)
+    return take_turns(ways, Turns(epochs + 1, len(x) // BATCH, each), log)
 
 
-def _take_turns(ways, turns, log):
+def take_turns(ways, turns, log):
+    """Train all contenders, in turns: {name: seconds of each epoch}."""
     for name, way in ways.items():
         log(f"preparing {name}")
         turns.add(name, way)

@@ -96,9 +96,9 @@ class Images:
         options |= {"train_transform": train_transform, "eval_transform": eval_transform}
         return SemiSupervisedDataModule(source, val_size=0, batch_size=BATCH, seed=self.seed, **options)
 
-    def fit(self, method, data, lr, steps=STEPS, network=STUDENT):
+    def fit(self, method, data, lr, steps=STEPS, network=STUDENT, callbacks=()):
         """Train, and return the network, its accuracy and its balanced accuracy in %."""
-        module = train(steps, self.seed, network, method, data, lr=lr)
+        module = train(steps, self.seed, network, method, data, callbacks, lr)
         found = module.student.eval()
         with torch.no_grad():
             predicted = torch.cat([found(batch.x).argmax(dim=1) for batch in data.test_dataloader()])

@@ -69,17 +69,17 @@ def spread(values, digits=2):
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference(values, others):
-    """Mean of the paired differences, and its 95 % interval."""
+def difference(values, others, comparisons=1):
+    """Mean of the paired differences, and its 95 % interval, corrected (Bonferroni) for the number of comparisons."""
     gaps = [one - other for one, other in zip(values, others, strict=True)]
-    half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    half = stats.t.ppf(1 - 0.025 / comparisons, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
     mean = statistics.mean(gaps)
     return mean, mean - half, mean + half
 
 
-def interval(values, others, digits=2):
+def interval(values, others, digits=2, comparisons=1):
     """The same as text."""
-    mean, low, high = (f"{number:+.{digits}f}" for number in difference(values, others))
+    mean, low, high = (f"{number:+.{digits}f}" for number in difference(values, others, comparisons))
     return f"{mean} [{low}, {high}]"
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from scipy import stats
 
 from kd_lightning import SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.data import Digits
@@ -72,3 +73,11 @@ def test_a_training_does_not_depend_on_what_was_drawn_before(training):
 
     first, second = weights(1), weights(2)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interval_is_that_of_a_paired_t_test_and_is_corrected_for_the_number_of_comparisons(training):
+    values, others = [3.0, 5.0, 4.0, 7.0], [1.0, 4.5, 3.0, 3.0]
+    test = stats.ttest_rel(values, others)
+    for comparisons, level in ((1, 0.95), (10, 0.995)):
+        low, high = test.confidence_interval(level)
+        assert training.difference(values, others, comparisons) == pytest.approx((1.875, low, high))

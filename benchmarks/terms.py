@@ -1,0 +1,197 @@
+"""All losses that distil, on Fashion-MNIST: one student, one teacher, as many steps and as many tries for each of them.
+
+Run: python benchmarks/fashion.py --package DIR --prepare data/fashion                 (a minute)
+     python benchmarks/terms.py [--seeds 5] [--store FILE] [--processes 2]             (about 2 hours of CPU time)
+     python benchmarks/terms.py --only KD DKD AT ...                                   (some of the losses)
+
+Package, in the folder DIR: apt-get download dataset-fashion-mnist (MIT). A seed selects 10,000 training images, 50 of
+each class with their labels, and sets initial weights and order. The teacher was trained on all 50,000 training images.
+Its logits and vectors are cached, its maps are not. A logit loss replaces KD's. A feature loss is added to KD, at a
+soft weight of 0.9. SimKD's student ends in its teacher's classifier, and is larger.
+
+Each loss has four tries: two learning rates with two weights, the published one among them where there is one (without
+a weight: four learning rates). One seed that serves nothing else selects among them, on validation images. The table
+has test images. Differences from KD are paired by seed, with 95 % intervals, corrected (Bonferroni) for the number of
+losses.
+"""
+
+import itertools
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from fashion import STUDENT, TEACHER, Images
+from torch import nn
+from training import Fits, in_parallel, interval, make_parser, quiet, spread, versions
+
+from kd_lightning import CompileNetworks, DistillModule, FeatureDistillModule, FeatureTerm, SupervisedModule, Teacher
+from kd_lightning.features import ReviewFusion, SimKDStudent
+from kd_lightning.losses import (
+    AttentionTransferLoss,
+    ChannelWiseLoss,
+    CosineLoss,
+    CRDLoss,
+    DISTLoss,
+    DKDLoss,
+    HardDistillationLoss,
+    HintLoss,
+    JSDLoss,
+    KDLoss,
+    MLKDLoss,
+    MSEFeatureLoss,
+    NKDLoss,
+    PKTLoss,
+    ReverseKLLoss,
+    ReviewLoss,
+    RKDLoss,
+    RLDLoss,
+    SimilarityPreservingLoss,
+    SmoothL1FeatureLoss,
+    TTMLoss,
+    VIDLoss,
+    WTTMLoss,
+)
+
+STEPS, LABELED_BATCH, VIEWS = 600, 16, 4
+POOL, LABELS = 10_000, 50
+SETTING_SEED = 100
+RATES, FOUR_RATES = (0.01, 0.03), (0.003, 0.01, 0.03, 0.1)
+SOFT = {  # loss, and two soft weights
+    "KD": (partial(KDLoss, 4.0), (0.5, 0.9)),
+    "KD, standardized": (partial(KDLoss, 2.0, standardize=True), (0.5, 0.9)),
+    "DKD": (DKDLoss, (0.5, 0.9)),
+    "DKD, standardized": (partial(DKDLoss, temperature=2.0, standardize=True), (0.5, 0.9)),
+    "DIST": (DISTLoss, (0.5, 0.9)),
+    "TTM": (TTMLoss, (0.9, 0.98)),
+    "WTTM": (WTTMLoss, (0.9, 0.98)),
+    "NKD": (NKDLoss, (0.5, 0.9)),
+    "RLD": (RLDLoss, (0.5, 0.9)),
+    "MLKD": (MLKDLoss, (0.5, 0.9)),
+    "JS": (JSDLoss, (0.5, 0.9)),
+    "reverse KL": (ReverseKLLoss, (0.5, 0.9)),
+    "hard labels": (HardDistillationLoss, (0.5, 0.9)),
+}
+ALL = {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3"}
+MIDDLE, LAST, VECTOR = ({name: name} for name in ("layer2", "layer3", "flatten"))
+FEATURES = {  # layers, loss, and two weights
+    "hints": (MIDDLE, HintLoss, (0.003, 0.03)),
+    "AT": (ALL, AttentionTransferLoss, (100.0, 1000.0)),
+    "SP": (LAST, SimilarityPreservingLoss, (300.0, 3000.0)),
+    "RKD": (VECTOR, RKDLoss, (0.1, 1.0)),
+    "VID": (ALL, VIDLoss, (0.1, 1.0)),
+    "PKT": (VECTOR, PKTLoss, (3000.0, 30_000.0)),
+    "CRD": (VECTOR, partial(CRDLoss, negatives=4096), (0.08, 0.8)),
+    "ReviewKD": (ALL, ReviewLoss, (0.1, 1.0)),
+    "CWD": (LAST, ChannelWiseLoss, (5.0, 50.0)),
+    "cosine": (VECTOR, CosineLoss, (1.0, 10.0)),
+    "smooth L1": (VECTOR, SmoothL1FeatureLoss, (1.0, 10.0)),
+}
+PROJECTORS = {"ReviewKD": ReviewFusion}
+METHODS = ("alone", *SOFT, *FEATURES, "SimKD")
+
+
+def tries(method):
+    """The settings of a method: (learning rate, weight)."""
+    if method in ("alone", "SimKD"):
+        return [(lr, None) for lr in FOUR_RATES]
+    return [*itertools.product(RATES, (SOFT.get(method) or FEATURES[method])[-1])]
+
+
+class Fit:
+    """The images of a seed, and the training of each method.
+
+    Args:
+        folder: Folder that benchmarks/fashion.py has prepared. The teacher's weights lie there, too.
+        cache: Folder of the teacher's outputs.
+        part: The part that is measured: ``"val"`` or ``"test"``.
+        seed: Seed of images, labels, networks and order.
+    """
+
+    def __init__(self, folder, cache, part, seed):
+        self.folder, self.cache = Path(folder), cache
+        self.images = Images(folder, part, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = torch.randperm(len(self.images.parts["train"][1]), generator=generator)[:POOL].sort().values
+
+    def __call__(self, method, lr, weight):
+        """Train, and return accuracies in %."""
+        network = STUDENT
+        if method == "alone":
+            options = {"unlabeled": "none", "views_per_epoch": VIEWS}
+            made = SupervisedModule
+        else:
+            options = {"labeled_batch_size": LABELED_BATCH}
+            expert = TEACHER()
+            expert.load_state_dict(torch.load(self.folder / "teacher.pt", weights_only=True))
+            cached = method in SOFT or FEATURES.get(method, [None])[0] == VECTOR
+            teacher = Teacher(expert, cache=self.cache if cached else None)
+            if method == "SimKD":
+                network = lambda: SimKDStudent(STUDENT(), expert, "layer3", "layer3")  # noqa: E731
+                term = FeatureTerm({"projector": "layer3"}, MSEFeatureLoss(), projector=nn.Identity())
+                made = partial(FeatureDistillModule, teachers=teacher, features={"map": term})
+            else:
+                made = partial(DistillModule, teacher=teacher, **terms(method, weight))
+        data = self.images.make_data(self.rows, labeled=LABELS, num_views=VIEWS, **options)
+        callbacks = [CompileNetworks(backend=None, channels_last=True)]
+        return self.images.fit(made, data, lr, STEPS, network, callbacks)[1]
+
+
+def terms(method, weight):
+    """The soft loss and the feature term of a method."""
+    if method in SOFT:
+        return {"soft_loss": SOFT[method][0](), "soft_weight": weight}
+    layers, loss, _ = FEATURES[method]
+    projector = PROJECTORS[method]() if method in PROJECTORS else None
+    term = FeatureTerm(layers, loss(), weight, projector=projector)
+    return {"soft_loss": KDLoss(4.0), "soft_weight": 0.9, "features": {"feature": term}}
+
+
+def get(fits, folder, cache, case):
+    """The figures of one fit."""
+    part, seed, *settings = case
+    return fits.get([*case], partial(Fit(folder, cache, part, seed), *settings))
+
+
+def run(fits, folder, cache, methods, seeds, processes):
+    """Print the tables of test accuracies and of tries."""
+    measure = partial(get, fits, folder, cache)
+    cases = [("val", SETTING_SEED, method, *setting) for method in methods for setting in tries(method)]
+    found = in_parallel(measure, cases, processes)
+    tried = {method: {} for method in methods}
+    for (_, _, method, *setting), figures in zip(cases, found, strict=True):
+        tried[method][tuple(setting)] = figures["accuracy"]
+    best = {method: max(own, key=own.get) for method, own in tried.items()}
+    cases = [("test", seed, method, *best[method]) for seed in range(seeds) for method in methods]
+    found = in_parallel(measure, cases, processes)
+    values = {method: [] for method in methods}
+    for (_, _, method, *_), figures in zip(cases, found, strict=True):
+        values[method].append(figures["accuracy"])
+    print("| loss | learning rate, weight | accuracy % | over KD |\n|---|---|---|---|")
+    for method, own in values.items():
+        over = "" if method == "KD" else interval(own, values["KD"], comparisons=len(methods) - 1)
+        print(f"| {method} | {text(best[method])} | {spread(own)} | {over} |")
+    print("\n| loss | accuracy % of the validation images, by learning rate and weight |\n|---|---|")
+    for method, own in tried.items():
+        print(f"| {method} | {'; '.join(f'{text(setting)}: {value:.2f}' for setting, value in own.items())} |")
+
+
+def text(setting):
+    """Learning rate and weight as text."""
+    return ", ".join(f"{number:g}" for number in setting if number is not None)
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", default="data/fashion", help="folder that fashion.py --prepare has written")
+    parser.add_argument("--only", nargs="*", default=METHODS, choices=METHODS, help="KD, and some of the others")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    quiet()
+    fits = Fits(options.store)
+    teacher = fits.get(["teacher"], Images(options.folder, "test", 0).teach)
+    print(f"teacher: {teacher['accuracy']:.2f} % of the test images\n")
+    with tempfile.TemporaryDirectory(dir=options.folder) as cache:
+        methods = [method for method in METHODS if method in {"KD", *options.only}]
+        run(fits, options.folder, cache, methods, options.seeds, options.processes)
+    print(versions())
