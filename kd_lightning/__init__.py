@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from kd_lightning.modules import (
         ApprenticeModule,
         CoTeachingModule,
+        DistillationTokenModule,
         DistillModule,
         EnsembleDistillModule,
         FeatureDistillModule,
@@ -78,6 +79,7 @@ __all__ = [
     "DatasetSource",
     "Digits",
     "DistillModule",
+    "DistillationTokenModule",
     "EnsembleDistillModule",
     "EvaluationWriter",
     "ExactResume",
@@ -134,6 +136,7 @@ _HOMES = {
     "DatasetSource": "data",
     "Digits": "data",
     "DistillModule": "modules",
+    "DistillationTokenModule": "modules",
     "EnsembleDistillModule": "modules",
     "EvaluationWriter": "callbacks",
     "ExactResume": "callbacks",

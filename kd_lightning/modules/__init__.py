@@ -4,6 +4,7 @@ from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.co_teaching import CoTeachingModule
 from kd_lightning.modules.distill import DistillModule
+from kd_lightning.modules.distillation_token import DistillationTokenModule
 from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.feature_distill import FeatureDistillModule
 from kd_lightning.modules.hint import HintModule
@@ -13,6 +14,7 @@ from kd_lightning.modules.supervised import SupervisedModule
 __all__ = [
     "SupervisedModule",
     "DistillModule",
+    "DistillationTokenModule",
     "HintModule",
     "EnsembleDistillModule",
     "ApprenticeModule",

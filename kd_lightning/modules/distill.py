@@ -96,15 +96,16 @@ class DistillModule(SupervisedModule):
         hard = self.hard_term(logits, rows)  # first, since it checks the labels
         return {
             "hard": LossTerm(1.0 - self.soft_weight, hard),
-            **self.soft_terms(self.distilled_logits(logits), target, rows),
+            **self.soft_terms(self.distilled_logits(logits, batch), target, rows),
             **self.feature_losses(captured, batch),
         }
 
-    def distilled_logits(self, logits: Tensor) -> Tensor:
+    def distilled_logits(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the student's outputs that the soft terms compare with the teacher's. Default: its logits.
 
         Args:
             logits: The student's logits, as rows of :meth:`to_rows`.
+            batch: The batch.
         """
         return logits
 

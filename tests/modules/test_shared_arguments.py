@@ -8,6 +8,7 @@ from torch import nn
 from kd_lightning import (
     ApprenticeModule,
     CoTeachingModule,
+    DistillationTokenModule,
     DistillModule,
     EnsembleDistillModule,
     HintModule,
@@ -28,13 +29,16 @@ def net():
 MAKE = {
     SupervisedModule: (net,),
     DistillModule: (net, net),
+    DistillationTokenModule: (net, net),
     HintModule: (net, net, lambda: {"0": "0"}, lambda: 1),
     EnsembleDistillModule: (net, lambda: [net()]),
     ApprenticeModule: (net, net),
     PseudoLabelModule: (net,),
     CoTeachingModule: (net, net, lambda: 0.2),
 }
-DEFAULTS = {DistillModule: SOFT, HintModule: SOFT, EnsembleDistillModule: SOFT, ApprenticeModule: SOFT}
+HALF = SOFT | {"soft_weight": 0.5}
+DEFAULTS = {DistillModule: SOFT, HintModule: SOFT, EnsembleDistillModule: SOFT}
+DEFAULTS |= {ApprenticeModule: HALF, DistillationTokenModule: HALF}
 
 
 def make(kind, **kwargs):
@@ -51,8 +55,7 @@ def actions(kind):
 def test_parser_has_them_all(kind):
     found, base = actions(kind), actions(SupervisedModule)
     for name, default in (SHARED | DEFAULTS.get(kind, {})).items():
-        expected = 0.5 if (kind, name) == (ApprenticeModule, "soft_weight") else default
-        assert found[name].default == expected, name
+        assert found[name].default == default, name
         assert not found[name].required
         assert found[name].help
     for name in [*SHARED, "optimizer"]:
