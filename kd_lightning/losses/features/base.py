@@ -191,9 +191,3 @@ def pair_samples(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple
     """
     student, teacher = pair_rows(student, teacher)
     return without_padding(student, batch).flatten(1), without_padding(teacher, batch).flatten(1)
-
-
-def products(vectors: Tensor) -> Tensor:
-    """Return the products (..., B, B) of all pairs of vectors (..., B, D), in their type also under autocast."""
-    with torch.autocast(vectors.device.type, enabled=False):
-        return vectors @ vectors.transpose(-1, -2)

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
-from kd_lightning.losses.features.base import pair_samples, products, unit_vectors
+from kd_lightning.losses.features.base import pair_samples, unit_vectors
+from kd_lightning.losses.products import products
 
 _EPSILON = 1e-7  # as in the authors' code; keeps the logarithm finite at opposite features
 

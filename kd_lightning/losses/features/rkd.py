@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import check_weight
-from kd_lightning.losses.features.base import pair_samples, products, unit_vectors
+from kd_lightning.losses.features.base import pair_samples, unit_vectors
+from kd_lightning.losses.products import products
 
 
 class RKDLoss(nn.Module):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
-from kd_lightning.losses.features.base import pair_samples, products, unit_vectors
+from kd_lightning.losses.features.base import pair_samples, unit_vectors
+from kd_lightning.losses.products import products
 
 
 class SimilarityPreservingLoss(nn.Module):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import check_temperature, kl_divergence
-from kd_lightning.losses.features.base import counted_positions, mean_of_positions, pair_rows, products, unit_vectors
+from kd_lightning.losses.features.base import (
+    counted_positions,
+    mean_of_positions,
+    pair_rows,
+    unit_vectors,
+    without_padding,
+)
+from kd_lightning.losses.products import products
 
 _MODES = {2: "bilinear", 3: "trilinear"}
 
@@ -59,7 +66,7 @@ class TokenSimilarityLoss(nn.Module):
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
-        student, teacher = pair_rows(student_feature, teacher_feature)
+        student, teacher = (without_padding(f, batch) for f in pair_rows(student_feature, teacher_feature))
         size = teacher.shape[2:]
         if not size or student.ndim != teacher.ndim or (student.shape[2:] != size and len(size) not in _MODES):
             raise InputError(
