@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ class _Standardization(nn.Module):
     def _multiply(scale: Tensor, feature: Tensor) -> Tensor:
         if scale.ndim == 1:
             return feature * scale.view(-1, *[1] * (feature.ndim - 2))
-        with torch.autocast(feature.device.type, enabled=False):
+        device = feature.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return (feature.movedim(1, -1) @ scale.T).movedim(-1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Standardization:

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 
-def products(vectors: Tensor) -> Tensor:
-    """Return the products (..., B, B) of all pairs of vectors (..., B, D), in their type also under autocast."""
+def products(vectors: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return the products (..., A, B) of all pairs of vectors (..., A, D) and (..., B, D), in their type.
+
+    The type stays under autocast, too.
+
+    Args:
+        vectors: (..., A, D).
+        others: (..., B, D), of the same type. Default: None, which means ``vectors``.
+    """
+    others = vectors if others is None else others
     device = vectors.device.type
     own_type = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with own_type:
-        return vectors @ vectors.transpose(-1, -2)
+        return vectors @ others.transpose(-1, -2)

@@ -21,3 +21,10 @@ def test_under_autocast():
         assert (vectors @ vectors.T).dtype == torch.bfloat16  # the comparison can fail
     assert found.dtype == torch.float32 and torch.equal(found, vectors @ vectors.T)
     assert products(vectors.to("meta")).shape == (4, 4)
+
+
+def test_products_with_other_vectors():
+    one, other = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 2, 5, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products(one, other)
+    torch.testing.assert_close(found, torch.einsum("sad,sbd->sab", one, other))

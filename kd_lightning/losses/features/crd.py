@@ -14,6 +14,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import check_temperature
 from kd_lightning.losses.features.base import pair_rows, unit_vectors
+from kd_lightning.losses.products import products
 from kd_lightning.ranks import gather_rows
 
 
@@ -163,9 +164,7 @@ class CRDLoss(nn.Module):
     def _scores(self, embedding: Tensor, memory: Tensor, index: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return products with the memory of the same samples (B,) and of the drawn ones (B, K), over temperature."""
         own, others = memory[index].to(embedding.dtype), memory[drawn].to(embedding.dtype)
-        with torch.autocast(embedding.device.type, enabled=False):
-            products = embedding @ others.T
-        return (embedding * own).sum(dim=1) / self.temperature, products / self.temperature
+        return (embedding * own).sum(dim=1) / self.temperature, products(embedding, others) / self.temperature
 
     @torch.no_grad()
     def _set_scale(self, scores: Sequence[tuple[Tensor, Tensor]], factors: Tensor) -> None:

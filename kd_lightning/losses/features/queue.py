@@ -12,6 +12,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import check_temperature, kl_divergence
 from kd_lightning.losses.features.base import pair_features, unit_vectors
+from kd_lightning.losses.products import products
 from kd_lightning.ranks import gather_rows
 
 _SIZE = 8192
@@ -106,8 +107,7 @@ class QueueSimilarityLoss(nn.Module):
             feature: (B, C).
             own: The teacher's features of the same samples, (B, C).
         """
-        with torch.autocast(feature.device.type, enabled=False):
-            similarities = feature @ self.queue.to(feature.dtype).T
+        similarities = products(feature, self.queue.to(feature.dtype))
         filled = torch.arange(len(self.queue), device=self.count.device) < self.count
         similarities = similarities.masked_fill(~filled, -1e9)
         if not self.training:

@@ -209,6 +209,17 @@ def test_a_resumed_fit_goes_on_to_the_bit():
         assert all(torch.equal(*pair) for pair in zip(second[0].buffers(), unbroken.buffers(), strict=True))
 
 
+def test_a_step_does_not_wait_for_its_device():
+    """Tensors on the meta device have no values, so reading one fails."""
+    loss = built()
+    for _ in range(2):  # the first ones look whether the scale is set
+        loss(randn(3, 5), randn(3, 3), batch_of([0, 3, 7], [0, 1, 0]))
+    batch = Batch(torch.zeros(2, 1, device="meta"), *torch.zeros(2, 2, dtype=torch.long, device="meta"))
+    student = randn(2, 5).to("meta").requires_grad_()
+    loss.to("meta")(student, randn(2, 3).to("meta"), batch).backward()
+    assert student.grad.shape == (2, 5)
+
+
 def test_bad_input_is_one_line():
     s, t, batch = randn(2, 5), randn(2, 3), batch_of([0, 1])
     for call, message in [

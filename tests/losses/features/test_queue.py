@@ -115,6 +115,13 @@ def test_a_resumed_queue_goes_on_to_the_bit():
         assert torch.equal(second[0].queue, unbroken.queue)
 
 
+def test_a_step_does_not_wait_for_its_device():
+    """Tensors on the meta device have no values, so reading one fails."""
+    loss, student = built(size=7).to("meta"), randn(3, 5).to("meta").requires_grad_()
+    loss(student, randn(3, 5).to("meta")).backward()
+    assert loss.eval()(student, student).device.type == "meta" and student.grad.shape == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("size", "samples", "length"), [(None, None, 8192), (None, 10**6, 8192), (None, 100, 50), (None, 1, 1), (9, 9, 9)]
 )
