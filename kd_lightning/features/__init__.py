@@ -3,6 +3,7 @@
 from kd_lightning.features.capture import capture, evaluating, find_layer
 from kd_lightning.features.heads import find_head, input_of_head, reset_classifier
 from kd_lightning.features.layers import list_layers
+from kd_lightning.features.margin_relu import MarginReLU
 from kd_lightning.features.mlp_projector import MLPProjector
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.features.regressors import build_projector
@@ -23,6 +24,7 @@ __all__ = [
     "SimKDStudent",
     "ChannelStandardization",
     "MLPProjector",
+    "MarginReLU",
     "PHIStandardization",
     "ReviewFusion",
 ]

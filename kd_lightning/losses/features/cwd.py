@@ -23,7 +23,7 @@ class ChannelWiseLoss(nn.Module):
     tasks: for features, and for the logits of each position.
 
     Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021),
-    https://arxiv.org/abs/2011.13256, equations 3 and 4. The authors use T = 4, and the weight 50 for features and 3 for
+    https://arxiv.org/abs/2011.13256. The authors use T = 4, and the weight 50 for features and 3 for
     logits.
 
     Args:

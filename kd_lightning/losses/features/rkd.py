@@ -31,9 +31,8 @@ class RKDLoss(nn.Module):
     from that of one process at the same global batch. Angles take memory for B² vectors of each network: use vectors,
     as by ``pool="mean"`` of a term, not maps.
 
-    Source: Park et al., "Relational Knowledge Distillation" (CVPR 2019), https://arxiv.org/abs/1904.05068, equations 5
-    to 9. The paper's weights are 25 and 50 for classification (with a term's weight of 1), and 1 and 2 for metric
-    learning.
+    Source: Park et al., "Relational Knowledge Distillation" (CVPR 2019), https://arxiv.org/abs/1904.05068. The paper's
+    weights are 25 and 50 for classification (with a term's weight of 1), and 1 and 2 for metric learning.
 
     Args:
         distance_weight: w_d, the weight of the distances, finite and at least 0.

@@ -26,7 +26,7 @@ class SimilarityPreservingLoss(nn.Module):
     loss differs from that of one process at the same global batch.
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019),
-    https://arxiv.org/abs/1907.09682, equations 1 to 4. The paper's weight is 3000, for a network's last map.
+    https://arxiv.org/abs/1907.09682. The paper's weight is 3000, for a network's last map.
 
     Shape:
         - student_feature, teacher_feature: (B, C, ...), of any shapes. Half precision is computed in float32.

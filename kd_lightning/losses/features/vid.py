@@ -31,7 +31,7 @@ class VIDLoss(nn.Module):
     to the size of the smaller one, along each side. The loss is in nats, and may be below 0.
 
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer" (CVPR 2019),
-    https://arxiv.org/abs/1904.05835, equations 5 and 6. The networks, the first variance of 5, and the weight 1 for
+    https://arxiv.org/abs/1904.05835. The networks, the first variance of 5, and the weight 1 for
     each pair of layers are those of Tian et al. (https://arxiv.org/abs/1910.10699).
 
     Args:

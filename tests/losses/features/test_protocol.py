@@ -14,6 +14,7 @@ from kd_lightning.losses import features
 
 SAMPLES = 16
 ARGUMENTS = {"CRDLoss": {"negatives": SAMPLES}}  # those without a default that fits
+OF_EQUAL_CHANNELS = {"SimKDLoss"}  # though they need no projector
 SIZES = {"vector": (), "tokens": (9,), "map": (4, 6)}
 LOSSES = [
     getattr(features, name)
@@ -43,7 +44,8 @@ def is_allowed(of, size):
 
 def pair(of, size, rows=5, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    channels = (6, 6) if getattr(of, "needs_projector", True) else (4, 7)
+    is_equal = getattr(of, "needs_projector", True) or of.__name__ in OF_EQUAL_CHANNELS
+    channels = (6, 6) if is_equal else (4, 7)
     student, teacher = (torch.randn(rows, c, *size, generator=generator, dtype=torch.float64) for c in channels)
     return student.to(dtype).requires_grad_(), teacher.to(dtype).requires_grad_()
 
