@@ -196,7 +196,7 @@ class OutputCache:
         if needed > free:
             raise InputError(
                 f"cache: {format_size(needed)} of outputs do not fit into {self.root}, where {format_size(free)} are "
-                "free; set another folder, fewer num_views, or cache_top_k"
+                "free; set another folder, fewer num_views, cache_top_k, or pool features"
             )
 
     def write(self, number: int, rows: Sequence[np.ndarray[Any, Any]] | np.ndarray[Any, Any]) -> None:
