@@ -10,6 +10,7 @@ from kd_lightning.losses.features.crd import CRDLoss
 from kd_lightning.losses.features.cwd import ChannelWiseLoss
 from kd_lightning.losses.features.hint import HintLoss
 from kd_lightning.losses.features.mse import MSEFeatureLoss
+from kd_lightning.losses.features.ofd import OFDLoss
 from kd_lightning.losses.features.pkt import PKTLoss
 from kd_lightning.losses.features.queue import QueueSimilarityLoss
 from kd_lightning.losses.features.review import ReviewLoss
@@ -26,6 +27,7 @@ __all__ = [
     "CosineLoss",
     "HintLoss",
     "MSEFeatureLoss",
+    "OFDLoss",
     "PKTLoss",
     "QueueSimilarityLoss",
     "RKDLoss",
