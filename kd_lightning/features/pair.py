@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.features.arrange import arrange_pair, usual_layout
+from kd_lightning.features.arrange import arrange_pair, channels_first, usual_layout
 from kd_lightning.features.channels import Layout
 from kd_lightning.features.pooling import How, Pool
 from kd_lightning.features.regressors import Regressor, build_projector
@@ -60,8 +59,14 @@ class FeaturePair(nn.Module):
         for who, name, shape, layout in zip(("student", "teacher"), names, shapes, layouts, strict=True):
             if len(shape) > 1 and layout is None and self.projector is None:
                 raise InputError(
-                    f"no layer around the {who}'s {name} {shape} (for one sample) shows which dimension holds the "
-                    "channels; set another layer, or your own projector for this pair (nn.Identity() for none)"
+                    f"no layer around the {who}'s {name or 'output'} {shape} (for one sample) shows which dimension "
+                    "holds the channels; set another layer, or your own projector for this pair (nn.Identity() for "
+                    "none)"
+                )
+            if len(shape) > 1 and layout is None:
+                rank_zero_warn(
+                    f"features: no layer around the {who}'s {name or 'output'} {shape} (for one sample) shows which "
+                    f"dimension holds the channels; the {usual_layout(shape)} one is taken"
                 )
         student, teacher = self.arranged_shapes()
         if self.projector is None and self.needs_projector:
@@ -70,8 +75,8 @@ class FeaturePair(nn.Module):
             except InputError as error:
                 one, other = shapes
                 raise InputError(
-                    f"no built-in projector maps {self.student} {one} to {self.teacher} {other} (for one sample): "
-                    f"{error}; set other layers, or your own projector"
+                    f"no built-in projector maps {self.student or 'output'} {one} to {self.teacher or 'output'} "
+                    f"{other} (for one sample): {error}; set other layers, or your own projector"
                 ) from error
         elif callable(make := getattr(self.projector, "build", None)):
             make(student, teacher)
@@ -87,6 +92,12 @@ class FeaturePair(nn.Module):
         assert self.shapes is not None
         student, teacher = self.arrange(*(torch.zeros(1, *shape) for shape in self.shapes))
         return [*student.shape[1:]], [*teacher.shape[1:]]
+
+    def arrange_teacher(self, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the teacher's feature as :meth:`arrange` does."""
+        assert self.shapes is not None
+        student = teacher.new_zeros(()).expand(len(teacher), *self.shapes[0])
+        return self.arrange(student, teacher, mask)[1]
 
     def arrange(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return both features pooled, where that is set, and with the channels first.
@@ -105,9 +116,12 @@ class FeaturePair(nn.Module):
         try:
             if self.pool is None:
                 return arrange_pair(student, teacher, (first, second))
-            return Pool(self.pool, first)(student, mask), Pool(self.pool, second)(teacher, mask)
+            student, teacher = channels_first(student, first), channels_first(teacher, second)
+            if self.pool == "mean" and mask is not None:
+                self._warn_of_padding(student, teacher, mask)
+            return Pool(self.pool)(student, mask), Pool(self.pool)(teacher, mask)
         except InputError as error:
-            raise InputError(f"{self.student} -> {self.teacher}: {error}") from error
+            raise InputError(f"{self.name}: {error}") from error
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the student's projected feature and the teacher's, with the channels first.
@@ -115,14 +129,19 @@ class FeaturePair(nn.Module):
         Both are 0 at positions that do not exist, if they have the mask's positions.
 
         Raises:
-            InputError: If they must have one shape, and do not.
+            InputError: If they must have one shape, and do not; if the built-in projector would have to resize tokens.
         """
         student, teacher = self.arrange(student, teacher, mask)
         if isinstance(self.projector, Regressor):
+            if self.layouts == ("last", "last") and student.ndim == 3 and student.shape[2] != teacher.shape[2]:
+                raise InputError(
+                    f"{self.name}: no built-in projector maps {student.shape[2]} tokens to {teacher.shape[2]}, which "
+                    "are no square grids; set pool, other layers, or your own projector"
+                )
             try:
                 student = self.projector(student, teacher.shape[2:])
             except InputError as error:
-                raise InputError(f"{self.student} -> {self.teacher}: {error}") from error
+                raise InputError(f"{self.name}: {error}") from error
         elif self.projector is not None:
             student = self.projector(student)
         return self.finish(student, teacher, mask)
@@ -131,31 +150,42 @@ class FeaturePair(nn.Module):
         """Check the shapes of features after the projector, and mask them."""
         if self.needs_projector and student.shape != teacher.shape:
             raise InputError(
-                f"the projector of {self.student} gives {[*student.shape[1:]]} for one sample, but the teacher's "
-                f"{self.teacher} is {[*teacher.shape[1:]]}, with the channels first"
+                f"the projector of {self.student or 'the output'} gives {[*student.shape[1:]]} for one sample, but the "
+                f"teacher's {self.teacher or 'output'} is {[*teacher.shape[1:]]}, with the channels first"
             )
         return (student, teacher) if mask is None else self._masked(student, teacher, mask)
 
     def _masked(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both features with 0 at the positions that do not exist. Warn once if they have other positions."""
-        positions = [feature.shape[:1] + feature.shape[2:] for feature in (student, teacher)]
-        if all(len(found) == mask.ndim and found != mask.shape for found in positions):
-            if not self._warned and not mask.all():
+        """Return both features with 0 at the positions that do not exist. Warn once if one has other positions."""
+        self._warn_of_padding(student, teacher, mask)
+        return _zeroed(student, mask), _zeroed(teacher, mask)
+
+    def _warn_of_padding(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
+        for name, feature in ((self.student, student), (self.teacher, teacher)):
+            positions = _positions(feature)
+            if len(positions) == mask.ndim and positions != mask.shape and not self._warned and not mask.all():
                 self._warned = True
                 rank_zero_warn(
-                    f"features: padded positions count in that of {self.student}, since it has the positions "
-                    f"{[*positions[0][1:]]}, and the mask {[*mask.shape[1:]]}"
+                    f"features: padded positions count in that of {name or 'the output'}, since it has the positions "
+                    f"{[*positions[1:]]}, and the mask {[*mask.shape[1:]]}"
                 )
-            return student, teacher
-        return _zeroed(student, positions[0], mask), _zeroed(teacher, positions[1], mask)
+
+    @property
+    def name(self) -> str:
+        """Both layers, for messages."""
+        return f"{self.student or 'output'} -> {self.teacher or 'output'}"
 
     def describe(self) -> str:
         """Describe the pair, and its shapes."""
         shapes: Any = ("", "") if self.shapes is None else self.shapes
-        return f"{self.student} {shapes[0]} -> {self.teacher} {shapes[1]}"
+        return f"{self.student or 'output'} {shapes[0]} -> {self.teacher or 'output'} {shapes[1]}"
 
 
-def _zeroed(feature: Tensor, positions: Sequence[int], mask: Tensor) -> Tensor:
-    if tuple(positions) != tuple(mask.shape):
+def _positions(feature: Tensor) -> torch.Size:
+    return feature.shape[:1] + feature.shape[2:]
+
+
+def _zeroed(feature: Tensor, mask: Tensor) -> Tensor:
+    if _positions(feature) != mask.shape:
         return feature
     return feature.masked_fill((mask == 0).to(feature.device).unsqueeze(1), 0)

@@ -77,10 +77,14 @@ class Regressor(nn.Sequential):
                 Default: None, which means the sizes that it was built for.
 
         Raises:
-            InputError: If the map is smaller than the kernel.
+            InputError: If the map is smaller than the kernel, or has another number of sides.
         """
         (convolution,) = self
         kernel: tuple[int, ...] = convolution.kernel_size  # type: ignore[assignment]
+        if feature.ndim != len(kernel) + 2:
+            raise InputError(
+                f"the projector was built for {len(kernel)} sides, got a feature {[*feature.shape[1:]]} for one sample"
+            )
         if any(one < least for one, least in zip(feature.shape[2:], kernel, strict=True)):
             raise InputError(
                 f"a map of {[*feature.shape[2:]]} is smaller than the projector's kernel {[*kernel]}; give larger "

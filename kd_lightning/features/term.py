@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError, first_line
+from kd_lightning.features.capture import evaluating
 from kd_lightning.features.pair import FeaturePair, Layouts, Shapes
 from kd_lightning.features.pooling import How
 from kd_lightning.features.trace import check_rows
@@ -167,17 +168,15 @@ class FeatureTerm(nn.Module):
     @torch.no_grad()
     def _projected_shapes(self, shapes: list[Shapes], dtype: torch.dtype) -> list[Shapes]:
         """Return the shapes of the features that the losses get, for one sample."""
-        training = self.training
-        self.to("cpu", dtype).eval()
+        self.to("cpu", dtype)
         zeros = [[torch.zeros(1, *shape, dtype=dtype) for shape in of_pair] for of_pair in shapes]
         try:
-            found = self._join([student for student, _ in zeros], [teacher for _, teacher in zeros], None)
+            with evaluating(self):
+                found = self._join([student for student, _ in zeros], [teacher for _, teacher in zeros], None)
         except InputError:
             raise
         except Exception as error:  # the user's own projector may raise anything
             raise InputError(f"projector: one does not fit its layer: {first_line(error)}") from error
-        finally:
-            self.train(training)
         return [([*student.shape[1:]], [*teacher.shape[1:]]) for student, teacher in found]
 
     def _join(self, students: list[Tensor], teachers: list[Tensor], mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
@@ -196,12 +195,19 @@ class FeatureTerm(nn.Module):
             found.append(pair.finish(student, teacher, mask))
         return found
 
-    def fit_standardizations(self, teacher: Mapping[str, Tensor]) -> None:
-        """Fit those that are not fitted yet to the teacher's features (B, ...), by the layer's name in ``layers``."""
+    def fit_standardizations(self, teacher: Mapping[str, Tensor], mask: Tensor | None = None) -> None:
+        """Fit those that are not fitted yet to the teacher's features.
+
+        Args:
+            teacher: Features (B, ...), by the layer's name in ``layers``.
+            mask: Which positions exist, (B, ...). Others do not count, if a feature has the mask's positions.
+        """
         for standardize, pair in zip(self.standardizations, self.pairs, strict=False):
             if not standardize.is_fitted:
-                feature = pair.arrange(teacher[pair.teacher], teacher[pair.teacher])[1]
-                standardize.fit(feature.flatten(2).movedim(1, -1).flatten(0, -2) if feature.ndim > 2 else feature)
+                feature = pair.arrange_teacher(teacher[pair.teacher], mask)
+                rows = feature.movedim(1, -1)
+                is_masked = mask is not None and mask.shape == rows.shape[:-1]
+                standardize.fit(rows[mask != 0] if is_masked else rows.flatten(0, -2))
 
     def features(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], rows: int, mask: Tensor | None = None
@@ -220,8 +226,8 @@ class FeatureTerm(nn.Module):
         """
         found = self.projected(student, teacher, rows, mask)
         if self.standardizations:
-            pairs = zip(self.standardizations, found, strict=True)
-            found = [(mine, standardize(theirs)) for standardize, (mine, theirs) in pairs]
+            parts = zip(self.pairs, self.standardizations, found, strict=True)
+            found = [pair.finish(mine, standardize(theirs), mask) for pair, standardize, (mine, theirs) in parts]
         return dict(zip(self.layers, found, strict=True))
 
     def projected(
@@ -273,6 +279,10 @@ def _given(
         return None, {next(iter(layers)): projector}
     if unknown := [name for name in projector if name not in layers]:
         raise InputError(f"projector: {unknown[0]!r} is no layer of the student; layers has {', '.join(layers)}")
+    if joint := [name for name, own in projector.items() if getattr(own, "joint", False)]:
+        raise InputError(
+            f"projector: {type(projector[joint[0]]).__name__} joins all pairs; give it alone, not in a dict"
+        )
     return None, {**projector}
 
 

@@ -106,11 +106,11 @@ def check_rows(who: str, outputs: Mapping[str, Tensor], names: Iterable[str], ro
     """
     for name in names:
         if name not in outputs:
-            raise InputError(f"the {who}'s layer {name} is never called in its forward pass")
+            raise InputError(f"the {who}'s {shown(name)} is never called in its forward pass")
         output = outputs[name]
         if not output.ndim or len(output) != rows:
             raise InputError(
-                f"the {who}'s layer {name} must return a row for each of {rows} samples, got {[*output.shape]}; "
+                f"the {who}'s {shown(name)} must return a row for each of {rows} samples, got {[*output.shape]}; "
                 "use another layer (one with batch_first=True)"
             )
 
@@ -125,11 +125,17 @@ def check_gradients(outputs: Iterable[tuple[str, Tensor]], are_frozen: Callable[
     """
     for name, output in outputs:
         if not output.requires_grad and not are_frozen():
+            of = f"output of the student's layer {name}" if name else "student's output"
             raise InputError(
-                f"the output of the student's layer {name} has no gradient, so that nothing below it learns; "
+                f"the {of} has no gradient, so that nothing below it learns; "
                 "all parameters below it are frozen, it is detached, or it lies in gradient checkpointing with "
                 "use_reentrant=True (use_reentrant=False works)"
             )
+
+
+def shown(name: str) -> str:
+    """Return how messages name a layer; "" is the network's own output."""
+    return f"layer {name}" if name else "output"
 
 
 def are_frozen(network: nn.Module, names: frozenset[str]) -> bool:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kd_lightning.features.projectors import Projectors
 from lightning.pytorch import LightningDataModule
 from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import nn
@@ -37,6 +36,7 @@ from kd_lightning import (
 from kd_lightning.batch import LabelKind
 from kd_lightning.data import transforms
 from kd_lightning.data.views.dense_means import with_dense_means
+from kd_lightning.features.pair import FeaturePair
 from kd_lightning.losses import GeneralizedCrossEntropyLoss, KDLoss, LabelKindLoss
 from kd_lightning.modules._shared.dense_checks import check_strong_transform
 
@@ -748,7 +748,7 @@ class TestHints:
         """By hand, and to rounding for each length of padding: loss, gradient, and the mean of validation."""
         student, teacher = Tokens(4, 0, pooled), Tokens(6, 1, pooled)
         dense = {} if pooled else {"class_dim": -1}
-        projector = nn.Linear(4, 6).double()
+        projector = nn.Conv1d(4, 6, 1).double()  # tokens have their channels first
         module = HintModule(
             student,
             teacher,
@@ -773,7 +773,7 @@ class TestHints:
         for sample in range(4):
             for token in range(int(REAL[sample].sum())):
                 mine, hint = (net.hidden(net.embed(IDS[sample, token])) for net in (student, teacher))
-                expected += float((projector(mine) - hint).square().sum()) / 2 / 4
+                expected += float((projector(mine[:, None])[:, 0] - hint).square().sum()) / 2 / 4
         batch = text_batch()
         batch.y = torch.tensor([0, 1, -100, 2]) if pooled else batch.y
         terms = module.losses(batch)
@@ -786,45 +786,47 @@ class TestHints:
         module.optimizer = partial(torch.optim.SGD, lr=0.0)
         trainer = quiet_trainer()
         trainer.fit(module, *(DataLoader([text_batch(length=length)], batch_size=None) for _ in range(2)))
-        projector = module.projectors["0"].double()
+        projector = module.features["hint"].pairs[0].projector.double()
         expected = 0.0
         for ids in IDS:
             mine, hint = (net.hidden(net.embed(ids[ids != 0])) for net in (student, teacher))
-            expected += float((projector(mine) - hint).square().sum()) / 2 / 4
-        for name in ("val/hint", "train/hint", "train/hint/hidden"):
+            expected += float((projector(mine.T[None], (len(hint),))[0] - hint.T).square().sum()) / 2 / 4
+        for name in ("val/hint", "train/hint"):
             assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-5)
 
     def test_means_of_joint_hints_are_over_samples(self, quiet_trainer):
         """Batches of other lengths have other numbers of positions."""
-        module = HintModule(Tokens(4, 0), Tokens(6, 1), {"hidden": "hidden"}, 0, hint_weight=0.1, class_dim=-1)
+        hints = {"hidden": "hidden", "embed": "embed"}
+        module = HintModule(Tokens(4, 0), Tokens(6, 1), hints, 0, hint_weight=0.1, class_dim=-1)
         module.optimizer = partial(torch.optim.SGD, lr=0.0)
         trainer = quiet_trainer()
         trainer.fit(module, DataLoader([text_batch([0, 1]), text_batch([1, 2])], batch_size=None))
         means = trainer.callback_metrics
-        assert means["train/hint"].item() == pytest.approx(means["train/hint/hidden"].item(), rel=1e-6)
+        pairs = [means[f"train/hint/{layer}"].item() for layer in hints]
+        assert min(pairs) > 0 and means["train/hint"].item() == pytest.approx(sum(pairs), rel=1e-6)
 
     @pytest.mark.parametrize("layout", ["map", "own"])
     def test_maps_with_the_positions_of_the_mask(self, layout):
         """Masked pixels of maps (B, C, H, W) do not count either."""
-        projectors = Projectors({"a": "b"}, {"a": nn.Identity()} if layout == "own" else None)
-        projectors.build([([2, H, W], [2, H, W])], torch.device("cpu"), torch.float64)
+        pair = FeaturePair("a", "b", nn.Identity() if layout == "own" else None, True, None)
+        pair.build(([2, H, W], [2, H, W]), ("first", "first"), torch.device("cpu"), torch.float64)
         guided, hint = random(B, 2, H, W), random(B, 2, H, W, seed=1)
         mask = mask_of("maps")
-        projected, target = projectors.pairs({"a": guided}, {"b": hint}, B, mask)["a"]
+        projected, target = pair(guided, hint, mask)
         assert (projected[~mask.unsqueeze(1).expand_as(projected)] == 0).all()
         assert torch.equal(target, hint * mask.unsqueeze(1))
 
     def test_features_of_another_resolution_are_reported_once(self):
-        projectors = Projectors({"a": "b"}, {"a": nn.Identity()})
-        projectors.build([([2, 1, 1], [2, 1, 1])], torch.device("cpu"), torch.float64)
-        feature = {"a": random(B, 2, 1, 1), "b": random(B, 2, 1, 1)}
+        pair = FeaturePair("a", "b", nn.Identity(), True, None)
+        pair.build(([2, 1, 1], [2, 1, 1]), ("first", "first"), torch.device("cpu"), torch.float64)
+        feature = random(B, 2, 1, 1)
         with pytest.warns(
             UserWarning, match=r"padded positions count in that of a, .* positions \[1, 1\], .* \[2, 3\]"
         ):
-            projectors.pairs(feature, feature, B, mask_of("maps"))
+            pair(feature, feature, mask_of("maps"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            projectors.pairs(feature, feature, B, mask_of("maps"))
+            pair(feature, feature, mask_of("maps"))
 
 
 class Counted(DataLoader):

@@ -384,7 +384,7 @@ class TestBadInput:
             def forward(self, x):
                 return super().forward(x).detach()
 
-        with pytest.raises(InputError, match="the output of the student's layer  has no gradient"):
+        with pytest.raises(InputError, match="the student's output has no gradient"):
             built(batch, Detached(), Backbone(9))
 
     def test_outputs_that_are_no_features(self, batch):

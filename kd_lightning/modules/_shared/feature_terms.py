@@ -35,9 +35,11 @@ class Captured:
 
     Attributes:
         student: By the layer's dotted path.
+        weights: Weights of the terms that are needed, by name.
         teacher: By the dotted path as in ``FeatureTerm.layers``. Filled at the end of :meth:`FeatureTerms.capturing`.
     """
 
+    weights: Mapping[str, float] = field(default_factory=dict)
     student: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
 
@@ -147,7 +149,8 @@ class FeatureTerms(nn.ModuleDict):
             shapes = [(student.shape(mine), part.shape(path)) for mine, part, path in parts]
             layouts = [(student.layouts[mine], part.layouts[path]) for mine, part, path in parts]
             if not term.is_built:
-                self._named(name, partial(term.build, shapes, layouts, samples, module.device))
+                dtype = student.outputs[next(iter(term.layers))].dtype
+                self._named(name, partial(term.build, shapes, layouts, samples, module.device, dtype))
         self.set_teacher_layers(teachers)
         outputs = {name: part.outputs[path] for name, (part, path) in places.items()}
         for name, term in self.all.items():
@@ -162,7 +165,8 @@ class FeatureTerms(nn.ModuleDict):
             for path in [path for path, layer in paths.items() if layer in term.layers.values()]:
                 self._named(name, partial(find_layer, network, path))
         first = next(name for name, term in self.all.items() if {*term.layers.values()} & {*paths.values()})
-        return self._named(first, partial(self._trace, teacher, batch, [*paths], run))
+        traced: TracedLayers = self._named(first, partial(self._trace, teacher, batch, [*paths], run))
+        return traced
 
     def _trace(self, teacher: nn.Module, batch: Batch, names: list[str], run: Callable[..., Any]) -> TracedLayers:
         if not isinstance(teacher, Teacher):
@@ -194,12 +198,13 @@ class FeatureTerms(nn.ModuleDict):
         batch, features = first_inputs(module, _TO_STANDARDIZE), []
         with module.trainer.precision_plugin.forward_context():
             for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
-                some = some.to(module.device)
+                some = module.trainer.precision_plugin.convert_input(some.to(module.device))
                 captured = self.teacher_features(teachers, some)
                 features.append({name: part.float().cpu() for name, part in captured.items()})
+        mask = None if batch.position_mask is None else batch.position_mask.cpu()
         joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
         for term in self.all.values():
-            term.fit_standardizations(joined)
+            term.fit_standardizations(joined, mask)
         for part in parts:  # rows differ between processes
             state = module.trainer.strategy.broadcast({k: v.cpu() for k, v in part.state_dict().items()})
             part.load_state_dict(state)
@@ -230,7 +235,7 @@ class FeatureTerms(nn.ModuleDict):
         student: nn.Module,
         teachers: Sequence[nn.Module],
         batch: Batch,
-        names: Collection[str],
+        weights: Mapping[str, float],
         apart: bool = False,
     ) -> Iterator[Captured]:
         """Capture the layers of all networks in the passes inside the block.
@@ -241,12 +246,12 @@ class FeatureTerms(nn.ModuleDict):
             student: The student.
             teachers: Its teachers.
             batch: The batch.
-            names: The terms that are needed.
+            weights: Weights of the terms that are needed, by name.
             apart: Whether the teachers' features are read or computed apart from the passes inside the block, which may
                 be over some of the samples.
         """
-        captured = Captured()
-        if not names:
+        captured = Captured(weights)
+        if not weights:
             yield captured
             return
         if apart:
@@ -343,24 +348,27 @@ class FeatureTerms(nn.ModuleDict):
             if term.is_built
         }
 
-    def restore(self, shapes: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device) -> None:
+    def restore(
+        self, shapes: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Build the terms that are not built yet as in a checkpoint, and load the standardizations.
 
         Args:
             shapes: What :meth:`shapes` returned.
             state: The module's ``state_dict`` in the checkpoint.
             device: Of what is built.
+            dtype: Of what is built.
 
         Raises:
-            InputError: If the checkpoint has other terms, or other layers.
+            InputError: If the checkpoint has other terms, or other layers, or these in another order.
         """
         layers = {name: saved["layers"] for name, saved in shapes.items()}
         own = {name: term.layers for name, term in self.all.items()}
-        if layers != own:
+        if layers != own or any([*pairs] != [*own[name]] for name, pairs in layers.items()):  # pairs go by number
             raise InputError(f"features: the checkpoint was trained with {layers or 'none'}, got {own or 'none'}")
         for name, saved in shapes.items():
             if not self.all[name].is_built:
-                self.all[name].build(saved["shapes"], saved["layouts"], saved["samples"], device)
+                self.all[name].build(saved["shapes"], saved["layouts"], saved["samples"], device, dtype)
         for name, term in self.all.items():
             for number, standardize in enumerate(term.standardizations):  # their sizes depend on the fit
                 prefix = f"features.{name}.standardizations.{number}."

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -146,9 +147,9 @@ class StudentModule(LeanModule):
             return nullcontext(Captured())
         if not self.features.is_built:
             self.build_features(batch)
-        names = self.features.active(self.term_epoch) if names is None else names
+        weights = self.features.active(self.term_epoch) if names is None else dict.fromkeys(names, 1.0)
         return self.features.capturing(
-            self.student, self.feature_teachers, batch, names, apart=not self.teachers_compute_all
+            self.student, self.feature_teachers, batch, weights, apart=not self.teachers_compute_all
         )
 
     def feature_losses(self, captured: Captured, batch: Batch) -> dict[str, LossTerm]:
@@ -156,7 +157,7 @@ class StudentModule(LeanModule):
         if not self.features:
             return {}
         terms: dict[str, LossTerm] = {}
-        for name, weight in self.features.active(self.term_epoch).items():
+        for name, weight in captured.weights.items():
             values = self.features.pair_values(name, captured, batch, self.student)
             if self._trainer is not None and len(values) > 1:
                 for layer, value in values.items():
@@ -179,9 +180,15 @@ class StudentModule(LeanModule):
 
     def on_fit_start(self) -> None:
         """Runs at the start of fit, on the device. Fits the standardizations of teachers' features."""
+        self.features.set_teacher_layers(self.feature_teachers)  # also without terms: an earlier fit may have had some
         if self.features:
             self.features.fit_standardizations(self, self.feature_teachers)
             self.features.report()
+
+    def _parameters_in_use(self) -> list[nn.Parameter]:
+        """Return the parameters of all but feature terms whose weight is 0 in this epoch."""
+        unused = self.features.unused_parameters(self.term_epoch)
+        return [p for p in self.parameters() if id(p) not in unused]
 
     def log_feature_means(self) -> dict[str, Tensor]:
         """Log the means of the feature terms over a validation, and return them by chart."""
@@ -230,8 +237,8 @@ class StudentModule(LeanModule):
             explain_single_row(error, len(batch))
             raise
         loss = weighted_sum(terms)
-        if unused := self.features.unused_parameters(self.term_epoch) if self.features else set():
-            loss = with_all_gradients(self, loss, lambda: (p for p in self.parameters() if id(p) not in unused))
+        if self.features:
+            loss = with_all_gradients(self, loss, self._parameters_in_use)
         if must_synchronize(loss) or not math.isfinite(loss.item()):  # else all terms are finite
             self._finite_check.record({name: value for name, (_, value) in terms.items()}, self.global_step)
         if self._may_synchronize(loss):
@@ -264,7 +271,8 @@ class StudentModule(LeanModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Raises InputError, in one line, if they do not fit."""
         if self.features:
-            self.features.restore(checkpoint.get("features", {}), checkpoint["state_dict"], self.device)
+            dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+            self.features.restore(checkpoint.get("features", {}), checkpoint["state_dict"], self.device, dtype)
         state = checkpoint["state_dict"] = match_keys(checkpoint["state_dict"], self.state_dict())
         if self._trainer is not None and self.strict_loading:  # without a trainer, load_state_dict knows whether it is
             name = type(self).__name__
