@@ -141,6 +141,13 @@ class DistillCLI(LightningCLI):
         for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
             self.parser.add_instantiator(OwnHyperparameters(self, key), kind, subclasses=True)
 
+    def _dump_config(self) -> None:
+        """Note the config for the hyperparameters of modules and data, without checking it a second time."""
+        if not hasattr(self, "config_dump"):
+            parser = self._parser(self.subcommand)
+            text = parser.dump(self._own_config, skip_link_targets=False, skip_unset=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line counts, not the hyperparameters in the checkpoint."""
 
