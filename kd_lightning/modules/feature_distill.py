@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -196,6 +196,7 @@ class FeatureDistillModule(StudentModule):
             state = checkpoint["state_dict"].items()
             checkpoint["state_dict"] = {key: value for key, value in state if not key.startswith("features.")}
         super().on_load_checkpoint(checkpoint)
+        self.features.set_teacher_layers([*self.teachers])
         saved = checkpoint.get("teacher_fingerprints")
         if not self.is_fitting or not saved:
             return
@@ -230,7 +231,7 @@ class FeatureDistillModule(StudentModule):
         teachers, (layer, how) = [*self.teachers], self._evaluated
         if teachers and not self.features.is_built:
             self.build_features(batch)
-        capturing = self.features.capturing(self.student, teachers, batch, [*self.features.all])
+        capturing = self.features.capturing(self.student, teachers, batch, dict.fromkeys(self.features.all, 1.0))
         with capture(self.student, [layer]) as own, capturing if teachers else nullcontext(Captured()) as captured:
             self._call_student(batch.x)
         self.features.record(captured, batch, self.evaluated_features())
@@ -238,7 +239,7 @@ class FeatureDistillModule(StudentModule):
             return
         vectors = {}
         for number, name in enumerate(self._teacher_names()):
-            vectors[name] = self._teacher_vector(number, captured, batch)
+            vectors[name] = self.teacher_vector(number, captured.teacher, batch)
         collected = self._passes.setdefault(loader, RepresentationPass())
         vector = self._vector(layer, own[layer], batch, how)
         collected.add(batch, vector, vectors, self.global_rank, self.trainer.world_size)
@@ -246,12 +247,18 @@ class FeatureDistillModule(StudentModule):
     def _teacher_names(self) -> list[str]:
         return [f"teacher_{number}" if self.features.several else "teacher" for number in range(len(self.teachers))]
 
-    def _teacher_vector(self, number: int, captured: Captured, batch: Batch) -> Tensor:
-        """Return the feature of a teacher in the first term that has one of it, as vectors (B, C)."""
+    def teacher_vector(self, number: int, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Return the feature of a teacher in the first term that has one of it, as vectors (B, C).
+
+        Args:
+            number: Number of the teacher.
+            outputs: Outputs of teachers' layers, by their names in the terms.
+            batch: The batch.
+        """
         names = {*self.features.teacher_layers(len(self.teachers))[number].values()}
         pairs = next(found for term in self.features.all.values() if (found := _of_teacher(term, names)))
         pair = pairs[-1]
-        feature, (_, layout) = captured.teacher[pair.teacher], pair.layouts or (None, None)
+        feature, (_, layout) = outputs[pair.teacher], pair.layouts or (None, None)
         if feature.ndim < 3:  # it may be pooled already
             return feature.view(len(feature), -1)
         return Pool(pair.pool or "mean", layout or usual_layout(feature.shape[1:]))(feature, batch.position_mask)

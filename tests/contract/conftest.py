@@ -143,6 +143,8 @@ def quick(path, **changes):
         arguments = node.get("init_args") or {}
         if node.get("class_path") == "DigitsCNN" and node is float_student(config):
             arguments["dropout"] = 0.2
+        if str(node.get("class_path")).endswith("CRDLoss"):
+            arguments |= {"negatives": 8, "dim": 4}
         if "weights" in arguments:  # pretrained ones would be downloaded
             arguments["weights"] = None
     save_teachers(config)
@@ -228,6 +230,9 @@ def without_batch_statistics(config):
                     node[role] = {"class_path": "parts.PlainMaps" if dense else "parts.Plain", "init_args": plain}
     for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
         config["model"]["init_args"][name] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    for term in config["model"]["init_args"].get("features", {}).values():
+        plain_loss = {"class_path": "kd_lightning.losses.HintLoss"}  # of each row alone
+        term["init_args"] |= {"layers": {"layers.3": "layers.3"}, "loss": plain_loss, "weight": 0.001}
     if "hints" in config["model"]["init_args"]:
         config["model"]["init_args"]["hints"] = {"layers.3": "layers.3"}
         config["model"]["init_args"]["hint_optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}

@@ -66,6 +66,7 @@ class CRDLoss(nn.Module):
     teacher_memory: Tensor
     labels: Tensor
     log_scale: Tensor
+    has_scale: Tensor
 
     def __init__(
         self, dim: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5
@@ -81,7 +82,7 @@ class CRDLoss(nn.Module):
         self.negatives = negatives
         self.temperature = float(temperature)
         self.momentum = float(momentum)
-        self._is_scaled = False  # whether log_scale is known to be set: to read it would wait for the device
+        self._is_scaled = False  # whether has_scale is known to be set: to read it would wait for the device
 
     def build(self, student: Sequence[int], teacher: Sequence[int], samples: int | None) -> None:
         """Make the embeddings and memories, see :class:`~kd_lightning.losses.protocols.FeatureLoss`.
@@ -104,7 +105,8 @@ class CRDLoss(nn.Module):
         self.register_buffer("student_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
         self.register_buffer("teacher_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
         self.register_buffer("labels", torch.full((samples,), -2))  # -1 for unknown ones, -2 before the first batch
-        self.register_buffer("log_scale", torch.full((2,), torch.nan))  # logarithms of Z
+        self.register_buffer("log_scale", torch.zeros(2))  # logarithms of Z
+        self.register_buffer("has_scale", torch.zeros((), dtype=torch.bool))
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
@@ -171,13 +173,14 @@ class CRDLoss(nn.Module):
         """Set Z in the first training step, from the rows of all processes."""
         if self._is_scaled:
             return
-        if not self.log_scale.isnan().any():
+        if self.has_scale:
             self._is_scaled = True
             return
         sums = [torch.cat([own.unsqueeze(1), others + factors.log()], dim=1).logsumexp(dim=1) for own, others in scores]
         rows = gather_rows(torch.stack(sums, dim=1))
         if len(rows):
             self.log_scale.copy_(rows.logsumexp(dim=0) - math.log(len(rows) * (1 + self.negatives)))
+            self.has_scale.fill_(True)
 
     @torch.no_grad()
     def _store_labels(self, index: Tensor, labels: Tensor) -> None:
