@@ -41,7 +41,7 @@ class PredictionWriter(BasePredictionWriter):
 
     - Probabilities (B, C), or (B,) of the binary task: the columns are the class names.
     - Integers (B,): they are the predicted classes, and there is no further column. Of the multilabel task (B, L).
-    - Other floats (B, C) or (B,), such as logits or regressed values: the columns are ``output_<class>``, or
+    - Other floats (B, C) or (B,), such as logits, regressed values or features: the columns are ``output_<class>``, or
       ``output``. The highest of them is the predicted class if the module has the multiclass task, or the datamodule
       as many classes; else no class is predicted.
 
@@ -270,6 +270,7 @@ class _Table:
     def __init__(self, kind: tuple[Kind, int], names: Any, module: Any) -> None:
         self.task = getattr(module, "task", None)
         self.kind, width = kind
+        names = None if self.task == "features" else names
         wanted = None if self.kind == "classes" and self.task != "multilabel" else max(width, 2)
         self.is_named = isinstance(names, list | tuple) and wanted in (None, len(names))
         self.names = [str(name) for name in names] if self.is_named else [str(number) for number in range(wanted or 0)]

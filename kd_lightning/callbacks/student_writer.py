@@ -32,11 +32,11 @@ class StudentWriter(Callback):
     The weights are those of the best checkpoint if a checkpoint callback monitors a metric, else the last ones. If the
     best checkpoint is gone or cannot be read, a warning names it, and the last ones are written. The file's
     metadata holds their origin, the task, the input shape of one sample, the precision, the size of the weights at
-    that precision in bytes, the datamodule's class names, its evaluation transform as text, and as JSON the way
-    from a picture to the input, ``preprocessing`` (:data:`~kd_lightning.data.preprocessing.Description`; null if it
-    has none). The origin ``weights`` is the path of the checkpoint in the folder of checkpoints, or ``step N``.
-    Metadata that cannot be determined are left out, with a warning. Works on any LightningModule. The command line
-    adds this callback to every fit of a module with a student.
+    that precision in bytes, the datamodule's class names (null for a backbone), its evaluation transform as text, and
+    as JSON the way from a picture to the input, ``preprocessing``
+    (:data:`~kd_lightning.data.preprocessing.Description`; null if it has none). The origin ``weights`` is the path of
+    the checkpoint in the folder of checkpoints, or ``step N``. Metadata that cannot be determined are left out, with a
+    warning. Works on any LightningModule. The command line adds this callback to every fit of a module with a student.
 
     Where the network is called with several tensors, ``input_shape`` holds the shape of each: as a mapping by the names
     of arguments, or as a list of shapes. Where they are not floats, ``input_dtype`` holds their types in the same form.
@@ -133,7 +133,7 @@ class StudentWriter(Callback):
 
     def _metadata(self, trainer: Trainer, module: LightningModule, student: torch.nn.Module) -> dict[str, str]:
         """Return the metadata but the origin, without those that cannot be determined."""
-        data = getattr(trainer, "datamodule", None)
+        data, is_backbone = getattr(trainer, "datamodule", None), getattr(module, "task", None) == "features"
         parts: dict[str, Callable[[], Any]] = {
             "kd_lightning": lambda: version("kd-lightning"),
             "task": lambda: getattr(module, "task", None),
@@ -141,7 +141,7 @@ class StudentWriter(Callback):
             **({} if self.input_dtype is None else {"input_dtype": lambda: self.input_dtype}),
             "precision": lambda: precision_of(student),
             "size_bytes": lambda: math.ceil(size_of(student).stored),
-            "classes": lambda: getattr(data, "class_names", None),
+            "classes": lambda: None if is_backbone else getattr(data, "class_names", None),
             "transform": lambda: repr(getattr(data, "eval_transform", None)),
             "preprocessing": lambda: describe_data(data, self.input_shape),
         }

@@ -45,7 +45,7 @@ from kd_lightning.cli.selection import Selection, select_for_evaluation, select_
 from kd_lightning.cli.stop_signals import record_sigterm
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.runs.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
@@ -221,7 +221,10 @@ class DistillCLI(LightningCLI):
         if not self._validates(trainer):
             config["checkpoint"].monitor = None
         elif config["checkpoint"].monitor == _MONITOR and not isinstance(self.model, SupervisedModule):
-            callbacks[0] = config["checkpoint"] = BestCheckpoint(**self._own_config.checkpoint.as_dict())
+            settings = self._own_config.checkpoint.as_dict()
+            if isinstance(self.model, FeatureDistillModule):
+                settings |= {"monitor": "val/loss", "mode": "min"}
+            callbacks[0] = config["checkpoint"] = BestCheckpoint(**settings)
         if config["early_stopping"] is not None:
             monitor = config["checkpoint"].monitor
             if monitor is None:

@@ -202,7 +202,7 @@ def predictor(task: Task, class_dim: int | None) -> Predict | None:
 
 def infer_task(run: Run, logits: Tensor) -> Task:
     """Return the task of the run's module, or if it has none, the one that fits the shape of the logits."""
-    tasks: dict[str, Task] = {name: name for name in get_args(Task)}
+    tasks: dict[str, Task] = {name: name for name in get_args(Task)} | {"features": "regression"}
     task = tasks.get(run.model_arguments.get("task") or run.metadata.get("task", ""))  # a taught module has its own
     return task or ("binary" if logits[0].numel() == 1 else "multiclass")
 

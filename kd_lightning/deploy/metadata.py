@@ -53,13 +53,14 @@ def describe_file(
     shapes = {name: [*part.shape[1:]] for name, part in named_tensors(x).items()}
     types = {name: str(part.dtype).removeprefix("torch.") for name, part in named_tensors(x).items()}
     class_dim, alone = run.model_arguments.get("class_dim"), [*shapes] == [INPUT]
-    quantized = bool(quantized_layers(student))
+    quantized, names = bool(quantized_layers(student)), getattr(data, "class_names", None)
     return {
         "format": file_format,
         **package_versions(file_format, quantized=quantized),
         "task": task,
         **({} if class_dim is None else {"class_dim": class_dim}),
-        "classes": run.class_names or getattr(data, "class_names", None),  # those of the data may have changed since
+        # those of the data may have changed since; features are no classes
+        "classes": None if run.metadata.get("task") == "features" else run.class_names or names,
         "input_shape": shapes[INPUT] if alone else shapes,
         "input_dtype": types[INPUT] if alone else types,
         "preprocessing": preprocessing,

@@ -326,5 +326,5 @@ def _read_shape(origin: Path, metadata: Mapping[str, str]) -> tuple[int, ...] | 
 
 
 def _read_task(text: Any) -> Task | None:
-    tasks: dict[str, Task] = {name: name for name in get_args(Task)}
+    tasks: dict[str, Task] = {name: name for name in get_args(Task)} | {"features": "regression"}
     return tasks.get(text)

@@ -27,8 +27,9 @@ from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task, temperature_of
 from kd_lightning.losses.protocols import is_own
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
+from kd_lightning.report.feature_examination import examine_features
 from kd_lightning.runs.student import batch_of_step, check_plain_logits, find_network
 from kd_lightning.teachers.checks import (
     accuracy,
@@ -55,8 +56,8 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
     """Run all checks of a module on its training data. If it has teachers, they are checked first.
 
     Args:
-        owner: A SupervisedModule with ``teacher`` or ``ensemble`` and ``soft_loss``, or without; or any LightningModule
-            that :class:`~kd_lightning.teach` has changed.
+        owner: A SupervisedModule with ``teacher`` or ``ensemble`` and ``soft_loss``, or without; a
+            FeatureDistillModule; or any LightningModule that :class:`~kd_lightning.teach` has changed.
         data: A datamodule, or a module with its own loaders.
 
     Raises:
@@ -71,6 +72,10 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
     loader = data.train_dataloader()
     training = _training_batch(loader, _read_by(owner, data, module.unpack), owner.device)
     module.eval()
+    if isinstance(module, FeatureDistillModule):
+        found = evaluation_batches(_read_by(owner, data, module.unpack), owner.device)
+        yield from examine_features(module, training, *(found or ([training], "labels of a training batch")))
+        return
     if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
         read = module.unpack_evaluation if isinstance(module, _Taught) else module.unpack
         found = evaluation_batches(_read_by(owner, data, read), owner.device)

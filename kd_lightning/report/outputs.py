@@ -112,7 +112,7 @@ class Network:
         try:
             self.module: Any = build(LightningModule, run.config["model"])
             if not isinstance(self.module, SupervisedModule):
-                raise InputError(f"{type(self.module).__name__} is no module of this package")
+                raise InputError(f"{type(self.module).__name__} gives no probabilities of classes")
             load_weights(self.module.student, run.weights)
             self.data: Any = run.datamodule()
         except (InputError, OSError) as error:

@@ -212,12 +212,21 @@ def normalisation(
 
 
 @torch.no_grad()
-def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
-    """Check that the teacher's logits of an image depend neither on the call nor on the rest of the batch."""
-    name = "eval mode"
+def eval_mode(
+    teacher: Teacher, batch: Batch, outputs: Callable[[Batch], Tensor] | None = None, what: str = "logits"
+) -> Finding:
+    """Check that the teacher's outputs of an image depend neither on the call nor on the rest of the batch.
+
+    Args:
+        teacher: The teacher.
+        batch: Some images.
+        outputs: Gives the outputs (B, ...) of a batch. Default: None, which means the teacher's logits.
+        what: Name of the outputs in the text.
+    """
+    name, compute = "eval mode", outputs or teacher
     batch = batch.select(torch.arange(min(len(batch), 8)))
     before = {key: buffer.clone() for key, buffer in teacher.network.named_buffers()}
-    together = teacher(batch)
+    together = compute(batch)
     buffers = dict(teacher.network.named_buffers())
     changed = [key for key, buffer in before.items() if not torch.equal(buffer, buffers[key])]
     if changed:
@@ -226,22 +235,23 @@ def eval_mode(teacher: Teacher, batch: Batch) -> Finding:
         hint = "its forward pass must not change buffers in eval mode; make that depend on self.training"
         return Finding(name, f"a forward pass changes its buffers {', '.join(changed[:3])}", hint)
     if not together.isfinite().all():
-        return Finding(name, "not checked: its logits are not finite")
-    if not _is_close(teacher(batch), together):
+        return Finding(name, f"not checked: its {what} are not finite")
+    if not _is_close(compute(batch), together):
         hint = "something random ignores eval mode, such as F.dropout without training=self.training"
-        return Finding(name, "two passes give different logits for the same images", hint)
+        return Finding(name, f"two passes give different {what} for the same images", hint)
     norms = [key for key, m in teacher.network.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
     cause = f"{', '.join(norms[:3])} with track_running_stats=False" if norms else "normalisation over the batch"
     hint = f"it uses the statistics of the batch in eval mode: {cause}"
     try:
-        alone = torch.cat([teacher(row) for row in batch.split([1] * len(batch))])
+        alone = torch.cat([compute(row) for row in batch.split([1] * len(batch))])
     except (ValueError, RuntimeError) as error:  # such as BatchNorm with a single value
         if isinstance(error, InputError):
             raise
         return Finding(name, f"it cannot compute an image alone: {error}", hint)
     if not _is_close(alone.reshape(together.shape), together):
-        return Finding(name, "its logits of an image differ alone and in a batch", hint)
-    return Finding(name, "its logits of an image are the same in two passes, alone and in a batch; no buffer changes")
+        return Finding(name, f"its {what} of an image differ alone and in a batch", hint)
+    text = f"its {what} of an image are the same in two passes, alone and in a batch; no buffer changes"
+    return Finding(name, text)
 
 
 def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tensor | None = None) -> Finding:

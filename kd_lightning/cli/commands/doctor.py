@@ -14,11 +14,12 @@ from torch import nn
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.cli.outcome import as_written, print_steps
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
 from kd_lightning.report.examination import examine
 from kd_lightning.teachers.findings import Finding
 
+_KINDS = (SupervisedModule, FeatureDistillModule)
 MARKS = {"info": "ok", "warning": "warn", "error": "STOP"}
 
 
@@ -47,8 +48,10 @@ class DoctorCLI(InspectCLI):
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Called in place of ``Trainer.fit``. Runs the checks."""
         taught = isinstance(getattr(model, "teaching", None), Teaching)
-        if not isinstance(model, LightningModule) or not (taught or isinstance(model, SupervisedModule)):
-            raise InputError(f"model: doctor needs a SupervisedModule, or teach, got {type(model).__name__}")
+        if not isinstance(model, LightningModule) or not (taught or isinstance(model, _KINDS)):
+            raise InputError(
+                f"model: doctor needs a SupervisedModule, a FeatureDistillModule, or teach, got {type(model).__name__}"
+            )
         if ckpt_path is not None:
             raise InputError(f"ckpt_path: doctor checks the start of a run, so it must be left out, got {ckpt_path}")
         if is_overridden("configure_model", model):
