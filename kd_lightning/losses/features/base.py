@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,13 +171,13 @@ def pool(feature: Tensor, size: torch.Size, batch: Batch | None) -> tuple[Tensor
     return pooled / shares.masked_fill(shares == 0, 1), (shares > 0).unsqueeze(-1).flatten(2).squeeze(1)
 
 
-def pool_to(maps: Tensor, size: torch.Size) -> Tensor:
+def pool_to(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Average maps (B, C, ...) in equal areas of their positions, to sides that are not longer."""
     for dim, side in enumerate(size, 2):
         length, rest = divmod(maps.shape[dim], side)
         if length > 1 and not rest:  # torch has no deterministic gradient for the other case on a GPU
             maps = maps.reshape(*maps.shape[:dim], side, length, *maps.shape[dim + 1 :]).mean(dim + 1)
-    return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="area")
+    return maps if [*maps.shape[2:]] == [*size] else F.interpolate(maps, [*size], mode="area")
 
 
 def pair_samples(student: Tensor, teacher: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
