@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         FeatureDistillModule,
         HintModule,
         PseudoLabelModule,
+        SimKDModule,
         SupervisedModule,
     )
     from kd_lightning.modules.teaching import teach
@@ -104,6 +105,7 @@ __all__ = [
     "Run",
     "SeedEveryStep",
     "SemiSupervisedDataModule",
+    "SimKDModule",
     "SimKDStudent",
     "StreamDataModule",
     "SequentialSchedule",
@@ -161,6 +163,7 @@ _HOMES = {
     "Run": "runs.run",
     "SeedEveryStep": "callbacks",
     "SemiSupervisedDataModule": "data",
+    "SimKDModule": "modules",
     "SimKDStudent": "features.simkd",
     "SequentialSchedule": "schedules",
     "SoftWeightAnnealing": "callbacks",

@@ -81,7 +81,11 @@ class SimKDStudent(nn.Module):
         """Return the logits (B, K)."""
         maps = self.backbone(x)
         if self.size is not None:
-            maps = F.adaptive_avg_pool2d(maps, self.size)
+            (height, width), (rows, columns) = maps.shape[2:], self.size
+            if height % rows or width % columns:
+                maps = F.adaptive_avg_pool2d(maps, self.size)
+            else:  # it has a deterministic gradient on a GPU
+                maps = F.avg_pool2d(maps, (height // rows, width // columns))
         logits: Tensor = self.head(self.projector(maps))
         return logits
 

@@ -9,6 +9,7 @@ from kd_lightning.modules.ensemble import EnsembleDistillModule
 from kd_lightning.modules.feature_distill import FeatureDistillModule
 from kd_lightning.modules.hint import HintModule
 from kd_lightning.modules.pseudo_label import PseudoLabelModule
+from kd_lightning.modules.simkd import SimKDModule
 from kd_lightning.modules.supervised import SupervisedModule
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DistillModule",
     "DistillationTokenModule",
     "HintModule",
+    "SimKDModule",
     "EnsembleDistillModule",
     "ApprenticeModule",
     "PseudoLabelModule",

@@ -56,6 +56,8 @@ class DistillModule(SupervisedModule):
 
     default_temperature: ClassVar[float] = 4.0
     """Temperature of the default soft loss."""
+    saved_arguments: ClassVar[tuple[str, ...]] = ("soft_weight",)
+    """Arguments of the constructor that a checkpoint holds, beside those of SupervisedModule."""
 
     def __init__(
         self,
@@ -70,7 +72,8 @@ class DistillModule(SupervisedModule):
         super().__init__(student, **kwargs)
         check_soft_weight(soft_weight)
         check_two_networks("teacher", teacher, student)
-        self.save_hyperparameters("soft_weight")
+        if self.saved_arguments:
+            self.save_hyperparameters(*self.saved_arguments)
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         if self.teacher is not None:
             self.teacher.share_layers(student)

@@ -16,6 +16,7 @@ from kd_lightning.losses.features.queue import QueueSimilarityLoss
 from kd_lightning.losses.features.review import ReviewLoss
 from kd_lightning.losses.features.rkd import RKDLoss
 from kd_lightning.losses.features.similarity_preserving import SimilarityPreservingLoss
+from kd_lightning.losses.features.simkd import SimKDLoss
 from kd_lightning.losses.features.smooth_l1 import SmoothL1FeatureLoss
 from kd_lightning.losses.features.token_similarity import TokenSimilarityLoss
 from kd_lightning.losses.features.vid import VIDLoss
@@ -32,6 +33,7 @@ __all__ = [
     "QueueSimilarityLoss",
     "RKDLoss",
     "ReviewLoss",
+    "SimKDLoss",
     "SimilarityPreservingLoss",
     "SmoothL1FeatureLoss",
     "TokenSimilarityLoss",
