@@ -50,7 +50,8 @@ class FeatureTerm(nn.Module):
             of the weight in the first one.
 
     Raises:
-        InputError: If there is no pair; if a number is out of range; if a projector is of no pair.
+        InputError: If there is no pair; if a number is out of range; if a projector is of no pair; if ``standardize``
+            cannot be fitted.
     """
 
     pairs: Any  # a ModuleList of FeaturePair
@@ -80,6 +81,11 @@ class FeatureTerm(nn.Module):
                 raise InputError(f"{name} must be at least 0, got {number}")
         if pool not in (None, *get_args(How)):
             raise InputError(f"pool must be one of {get_args(How)} or None, got {pool!r}")
+        if standardize is not None and not hasattr(standardize, "is_fitted"):
+            raise InputError(
+                "standardize must be fitted, as ChannelStandardization and PHIStandardization are, got "
+                f"{type(standardize).__name__}"
+            )
         self.layers = {str(student): str(teacher) for student, teacher in layers.items()}
         self.weight = weight
         self.begin_epoch = begin_epoch
@@ -168,6 +174,7 @@ class FeatureTerm(nn.Module):
     @torch.no_grad()
     def _projected_shapes(self, shapes: list[Shapes], dtype: torch.dtype) -> list[Shapes]:
         """Return the shapes of the features that the losses get, for one sample."""
+        dtype = torch.promote_types(dtype, torch.float32)  # the CPU lacks operations in half precision
         self.to("cpu", dtype)
         zeros = [[torch.zeros(1, *shape, dtype=dtype) for shape in of_pair] for of_pair in shapes]
         try:
