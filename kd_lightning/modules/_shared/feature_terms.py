@@ -93,11 +93,11 @@ class FeatureTerms(nn.ModuleDict):
         found: list[dict[str, str]] = [{} for _ in range(teachers)]
         for name, term in self.all.items():
             for layer in term.layers.values():
-                number, _, path = layer.partition(".") if self.several else ("0", "", layer)
-                if not number.isdecimal() or int(number) >= teachers:
+                number, dot, path = layer.partition(".") if self.several else ("0", ".", layer)
+                if not dot or number not in map(str, range(teachers)):  # "00.layer3" would be a second name
                     raise InputError(
                         f"features.{name}: a teacher's layer must begin with its number, from 0 to {teachers - 1}, "
-                        f"such as '0.layer3', got {layer!r}"
+                        f"such as '0.layer3', or '0.' for its output, got {layer!r}"
                     )
                 found[int(number)][path] = layer
         return found
