@@ -97,6 +97,8 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
     expected = module.num_classes or (len(names) if names else None)
     taught = isinstance(teacher, Teacher) or ensemble is not None
     yield labels(y, len(training), classes, task, what, taught=taught, expected=expected, positions=positions)
+    if (features := getattr(module, "features", None)) and not features.is_built:
+        module.build_features(training, samples=len(data.samples) if hasattr(data, "samples") else None)
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
     yield gradients(terms, module.student, labeled=count_labels(training) > 0)

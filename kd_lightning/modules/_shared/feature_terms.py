@@ -116,8 +116,15 @@ class FeatureTerms(nn.ModuleDict):
         self.build(module, teachers, inputs)
         return inputs
 
-    def build(self, module: Any, teachers: Sequence[nn.Module], batch: Batch) -> None:
+    def build(self, module: Any, teachers: Sequence[nn.Module], batch: Batch, samples: int | None = None) -> None:
         """Find the shapes of all layers by one pass of each network, and build what depends on them.
+
+        Args:
+            module: The module.
+            teachers: Its teachers.
+            batch: The inputs.
+            samples: Number of samples of the data. Default: None, which means that of the trainer's datamodule, if
+                there is one.
 
         Raises:
             InputError: If a layer does not exist, is not called or has no gradient; if no projector or loss fits.
@@ -142,7 +149,7 @@ class FeatureTerms(nn.ModuleDict):
         places: dict[str, tuple[TracedLayers, str]] = {}
         for part, paths in zip(traced, layers, strict=True):
             places |= {name: (part, path) for path, name in paths.items() if part is not None}
-        samples = _count_samples(module)
+        samples = _count_samples(module) if samples is None else samples
         for name, term in self.all.items():
             student = students[name]
             parts = [(mine, *places[theirs]) for mine, theirs in term.layers.items()]
@@ -193,21 +200,39 @@ class FeatureTerms(nn.ModuleDict):
     def fit_standardizations(self, module: Any, teachers: Sequence[nn.Module]) -> None:
         """Runs in ``on_fit_start``. Fits standardizations that no checkpoint holds, to the first training inputs."""
         parts = [s for term in self.all.values() for s in term.standardizations]
-        if not any(not s.is_fitted for s in parts):
+        if all(s.is_fitted for s in parts):
             return
-        batch, features = first_inputs(module, _TO_STANDARDIZE), []
         with module.trainer.precision_plugin.forward_context():
-            for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
-                some = module.trainer.precision_plugin.convert_input(some.to(module.device))
-                captured = self.teacher_features(teachers, some)
-                features.append({name: part.float().cpu() for name, part in captured.items()})
+            convert = module.trainer.precision_plugin.convert_input
+            self.standardize_by(teachers, first_inputs(module, _TO_STANDARDIZE), module.device, convert)
+        for part in parts:  # rows differ between processes
+            state = module.trainer.strategy.broadcast({k: v.cpu() for k, v in part.state_dict().items()})
+            part.load_state_dict(state)
+
+    @torch.no_grad()
+    def standardize_by(
+        self,
+        teachers: Sequence[nn.Module],
+        batch: Batch,
+        device: torch.device,
+        convert: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        """Fit standardizations that are not fitted yet to the teachers' features of a batch.
+
+        Args:
+            teachers: The teachers.
+            batch: The inputs. 64 are computed at a time.
+            device: Of the passes.
+            convert: Converts a batch to the precision of the passes.
+        """
+        features = []
+        for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
+            captured = self.teacher_features(teachers, convert(some.to(device)))
+            features.append({name: part.float().cpu() for name, part in captured.items()})
         mask = None if batch.position_mask is None else batch.position_mask.cpu()
         joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
         for term in self.all.values():
             term.fit_standardizations(joined, mask)
-        for part in parts:  # rows differ between processes
-            state = module.trainer.strategy.broadcast({k: v.cpu() for k, v in part.state_dict().items()})
-            part.load_state_dict(state)
 
     def teacher_features(self, teachers: Sequence[nn.Module], batch: Batch) -> dict[str, Tensor]:
         """Return the teachers' features of a batch, by their name in the terms: stored ones, or computed."""
@@ -318,8 +343,12 @@ class FeatureTerms(nn.ModuleDict):
     def means(self) -> dict[str, Tensor]:
         """Return the means of a validation over all processes, ``val/<name>``; begin anew."""
         values = {chart: mean.compute() for chart, mean in self._means.items()}
-        self._means = {}
+        self.clear_means()
         return values
+
+    def clear_means(self) -> None:
+        """Forget the means of a validation."""
+        self._means = {}
 
     def unused_parameters(self, epoch: int) -> set[int]:
         """Return the ids of the parameters of terms whose weight is 0 in this epoch."""

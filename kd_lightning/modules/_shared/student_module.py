@@ -165,12 +165,18 @@ class StudentModule(LeanModule):
             terms[name] = SampleTerm(weight, sum_of(values))
         return terms
 
-    def build_features(self, batch: Batch) -> None:
-        """Build the feature terms, which depend on the shapes of layers, from the inputs of a batch.
+    def build_features(self, batch: Batch, samples: int | None = None) -> None:
+        """Build the feature terms, which depend on the shapes of layers, and fit their standardizations.
 
         A Trainer's fit does so. Without one, call it before ``configure_optimizers``.
+
+        Args:
+            batch: A batch of training inputs, all of which standardizations are fitted to.
+            samples: Number of samples of the data, for losses that store each one.
         """
-        self.features.build(self, self.feature_teachers, batch)
+        self.features.build(self, self.feature_teachers, batch, samples)
+        if any(term.standardizations for term in self.features.all.values()):
+            self.features.standardize_by(self.feature_teachers, batch, self.device)
 
     def configure_model(self) -> None:
         """Runs after setup. In a fit, builds the feature terms from the first training inputs."""
@@ -210,6 +216,7 @@ class StudentModule(LeanModule):
         self._guards.clear()
         self._finite_check = FiniteCheck()
         self._epoch_means.clear()
+        self.features.clear_means()  # of an interrupted validation
         check_start(self.student, self._trainer, stage)
 
     @property

@@ -196,8 +196,8 @@ def test_stages_of_hints(quiet_trainer, loader):
     groups = Groups()
     run(quiet_trainer, "hint", loader(), callbacks=[groups])
     first, second = groups.names
-    assert any(name.startswith("projectors.") for name in first["decay"])
-    assert not any(name.startswith("projectors.") for name in second["decay"])
+    assert any(name.startswith("features.hint.") for name in first["decay"])
+    assert not any(name.startswith("features.hint.") for name in second["decay"])
     assert "student.13.weight" in second["decay"]
     assert "student.13.bias" in second["no_decay"]
 
