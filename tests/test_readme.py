@@ -43,13 +43,15 @@ def test_yaml(root, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one_line, first, hints, several, quantised, few, weak = blocks(root, "python")
+    one_line, first, hints, terms, several, quantised, few, weak = blocks(root, "python")
     exec(compile(one_line, "README.md", "exec"), {})
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
     names = {}
     exec(compile(hints, "README.md", "exec"), names)
     assert names["module"].distilling
+    exec(compile(terms, "README.md", "exec"), names)
+    assert names["module"].features.is_built
     exec(compile(several, "README.md", "exec"), names)
     assert len(names["module"].ensemble) == 3
     exec(compile(quantised, "README.md", "exec"), names)
