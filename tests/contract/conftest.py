@@ -209,6 +209,9 @@ def save_teachers(config, seed=0):
             torch.save(network.state_dict(), node["init_args"]["path"])
 
 
+TWO_HEADS = "VisionTransformerDistilled"  # without batch statistics
+
+
 def without_batch_statistics(config):
     """The same method on networks whose rows do not know one another, under plain SGD."""
     config = deepcopy(config)
@@ -226,7 +229,7 @@ def without_batch_statistics(config):
                     node[role]["init_args"]["skip"] = ["last"]  # of two layers
                 elif node[role]["class_path"] in ("parts.WordNetwork", "parts.ValueNetwork"):
                     node[role]["init_args"].pop("dropout", None)
-                elif node[role]["class_path"].rsplit(".", 1)[-1] not in ("load_weights", "Teacher"):
+                elif node[role]["class_path"].rsplit(".", 1)[-1] not in ("load_weights", "Teacher", TWO_HEADS):
                     node[role] = {"class_path": "parts.PlainMaps" if dense else "parts.Plain", "init_args": plain}
     for name in {"optimizer", "teacher_optimizer"} & config["model"]["init_args"].keys():
         config["model"]["init_args"][name] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
@@ -289,7 +292,10 @@ def teachers_of(model):
     """The frozen ones, by the name that complaints give them."""
     if isinstance(teacher := getattr(model, "teacher", None), Teacher):
         return {"teacher": teacher}
-    return {f"teachers[{number}]": teacher for number, teacher in enumerate(getattr(model, "ensemble", None) or ())}
+    if getattr(model, "task", None) == "features" and not model.features.several:
+        return {"teachers": model.teachers[0]}
+    several = getattr(model, "ensemble", None) or getattr(model, "teachers", None) or ()
+    return {f"teachers[{number}]": teacher for number, teacher in enumerate(several)}
 
 
 @pytest.fixture(scope="module", params=cases([*CONFIGS, *TEXTS], VARIANTS | PRECISIONS))

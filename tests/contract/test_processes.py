@@ -39,6 +39,8 @@ def arguments(each_module, tmp_path, monkeypatch, contract):
     """A quick run of one config of each module, on networks without batch statistics, that records what it sees."""
     monkeypatch.chdir(tmp_path)
     path, changes = each_module
+    if contract.module_of(path) == "SimKDModule":
+        pytest.skip("its projector has batch statistics")
     config = contract.without_batch_statistics(contract.quick(path, **changes))
     record = {"class_path": "parts.Record", "init_args": {"folder": "seen"}}
     config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), record]
@@ -52,7 +54,7 @@ def arguments(each_module, tmp_path, monkeypatch, contract):
 def assert_equal_to_one_process(world=2):
     """Same losses in every epoch, on disjoint shards whose labels are mixed unevenly."""
     (one,), several = recorded(1), recorded(world)
-    assert one["losses"][-1].keys() >= {"train/loss", "train/hard"}
+    assert one["losses"][-1].keys() >= {"train/loss", "train/hard"} or not sum(b["labels"] for b in one["batches"])
     for epoch, losses in enumerate(one["losses"]):
         for rank in several:
             assert rank["losses"][epoch].keys() == losses.keys()
@@ -83,7 +85,7 @@ def test_two_processes_and_two_nodes_equal_one(arguments, half, processes):
     processes.run_ranks([*arguments, *half, "--trainer.devices", "2"])
     assert_equal_to_one_process()
     # where every row has its label, or every batch the same number, there is nothing to be uneven
-    whole = all(batch["labels"] == ROWS for batch in recorded(1)[0]["batches"])
+    whole = all(batch["labels"] in (0, ROWS) for batch in recorded(1)[0]["batches"])
     assert is_uneven() or whole or any("labeled_batch_size" in argument for argument in half)
     forget_two()
     processes.run_ranks([*arguments, *half, "--trainer.devices", "1", "--trainer.num_nodes", "2"], nodes=2)
