@@ -119,7 +119,10 @@ class FeaturePair(nn.Module):
             student, teacher = channels_first(student, first), channels_first(teacher, second)
             if self.pool == "mean" and mask is not None:
                 self._warn_of_padding(student, teacher, mask)
-            return Pool(self.pool)(student, mask), Pool(self.pool)(teacher, mask)
+            pooled = Pool(self.pool)(student, mask)
+            if self.projector is not None:  # its weights may be in half precision, but means are not
+                pooled = pooled.to(student.dtype)
+            return pooled, Pool(self.pool)(teacher, mask)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 

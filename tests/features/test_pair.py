@@ -294,6 +294,19 @@ class TestPool:
         for found, feature in ((mine, x), (theirs, y)):
             torch.testing.assert_close(found, torch.stack([feature[0].mean(0), feature[1, :2].mean(0)]))
 
+    @pytest.mark.parametrize("own", [nn.Linear(4, 6), None])
+    def test_in_half_precision(self, own):
+        """Means are float32, which weights in half precision do not take."""
+        pair = FeaturePair("a", "b", own, True, "mean")
+        pair.build(([4, 3, 3], [6, 3, 3]), FIRST, CPU, torch.bfloat16)
+        x, y = (f.bfloat16() for f in features((4, 3, 3), (6, 3, 3)))
+        projected, target = pair(x, y)
+        expected = pair.projector(x.float().mean((2, 3)).bfloat16())
+        assert torch.equal(projected, expected) and torch.equal(target, y.float().mean((2, 3)))
+        relation = FeaturePair("a", "b", None, False, "mean")
+        relation.build(([4, 3, 3], [6, 3, 3]), FIRST, CPU, torch.bfloat16)
+        assert torch.equal(relation(x, y)[0], x.float().mean((2, 3)))
+
     def test_a_teachers_feature_that_is_pooled_already(self):
         """As a cache stores it."""
         pair = built((5, 4), (5, 6), LAST, pool="mean", needs=False)

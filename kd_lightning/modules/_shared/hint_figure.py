@@ -10,7 +10,7 @@ def hint_figure(hint: Tensor, projected: Tensor, title: str, samples: int = 2, c
     """Draw hint maps above the student's projected maps, for the first samples and the channels that vary most.
 
     Args:
-        hint: The teacher's features: maps (B, C, H, W). Tokens (B, N, C), sequences (B, C, L) and vectors (B, C) become
+        hint: The teacher's features: maps (B, C, H, W). Tokens (B, C, N), sequences (B, C, L) and vectors (B, C) become
             one matrix a sample. Of volumes (B, C, ..., H, W) the middle slice is drawn.
         projected: The projector's output, of the same shape.
         title: Title of the figure.
