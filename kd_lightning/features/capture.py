@@ -51,6 +51,12 @@ def capture(network: nn.Module, names: Sequence[str], *, stop: bool = False) -> 
     """
     names, owner = [*dict.fromkeys(names)], type(network).__name__
     layers = [find_layer(network, name) for name in names]
+    for name, layer in zip(names, layers, strict=True):
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise InputError(
+                f"layer {name!r} is TorchScript, whose outputs cannot be captured; put the program into nn.Sequential, "
+                "whose own output is layer ''"
+            )
     outputs: dict[str, Tensor] = {}
     versions: dict[str, int] = {}  # a tensor's version increases with each change in place
     handles = []
@@ -150,13 +156,17 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     Raises:
         InputError: If the network has no such layer. The message names similar ones.
     """
-    network = network._modules.get("_orig_mod") or network  # under torch.compile
+    network = _child(network, "_orig_mod") or network  # under torch.compile
     layer: nn.Module | None = network
     for part in name.split(".") if name else ():  # not named_modules: a large network has hundreds
-        layer = None if layer is None else layer._modules.get(part)
+        layer = None if layer is None else _child(layer, part)
     if layer is not None:
         return layer
     layers = dict(network.named_modules())
     near = difflib.get_close_matches(name, [n for n in layers if n], n=3, cutoff=0.4)
     hint = f"; nearest: {', '.join(near)}" if near else f"; it has {', '.join([n for n in layers if n][:5])}, ..."
     raise InputError(f"layer {name!r}: {type(network).__name__} has none of that name{hint}")
+
+
+def _child(layer: nn.Module, name: str) -> nn.Module | None:
+    return layer._modules[name] if name in layer._modules else None  # noqa: SIM401 (TorchScript's has no get)

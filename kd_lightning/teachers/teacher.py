@@ -52,15 +52,17 @@ class Teacher(nn.Module):
             student's class order.
         device: Device that the teacher computes on, such as ``"cpu"`` or ``"cuda:1"``. Its logits are moved to the
             device of the inputs. Default: None, which means the student's device.
-        cache: Folder that stores the teacher's outputs for every training view. They are computed once, at the start of
-            a fit; later fits read them. Needs a datamodule with ``num_views``. Teachers and runs may share the folder.
-            Default: None, which means that the outputs are computed in each step.
-        cache_dtype: Type of the stored logits, ``"float16"`` (default) or ``"float32"``. Logits too large for float16
-            are stored as float32. With float32, a run with a cache equals a run without it to the bit, provided that
-            the network computes in at most 32 bits and its logits of a sample do not depend on the batch.
+        cache: Folder that stores the teacher's outputs for every training view: logits, and the features that the
+            module uses. They are computed once, at the start of a fit; later fits read them. Needs a datamodule with
+            ``num_views``. Teachers and runs may share the folder. Default: None, which means that the outputs are
+            computed in each step.
+        cache_dtype: Type of the stored values, ``"float16"`` (default) or ``"float32"``. If one is too large for
+            float16, all are stored as float32. With float32, a run with a cache equals a run without it to the bit,
+            provided that the network computes in at most 32 bits and its outputs of a sample do not depend on the
+            batch.
         cache_top_k: Number of largest logits to store, at least 1. The other classes share the rest of the probability
-            evenly. For losses that compare only probabilities: ``KDLoss`` and ``DKDLoss``. With the module's
-            ``class_dim`` it is a number for each position. Default: None, which means all logits.
+            evenly. For losses that need no others, such as ``KDLoss``. With the module's ``class_dim`` it is a number
+            for each position. Features are stored whole. Default: None, which means all logits.
 
     Shapes:
         Input: a ``Batch``, or inputs: a tensor (B, ...), or a mapping or tuple of such tensors. Output: logits (B, C)
@@ -68,6 +70,13 @@ class Teacher(nn.Module):
         teacher does not know are minus infinity. Dense logits, such as (B, C, H, W) or (B, T, C), stay dense; where a
         module sets ``class_dim``, the student's order is that of this dimension. Token sequences whose inputs have an
         ``attention_mask`` are stored in their own lengths.
+
+    Attributes:
+        class_dim: Dimension of dense outputs that holds classes. The module that learns from the teacher sets it, and
+            the next two.
+        layers: Layers whose outputs are the teacher's features, by dotted path, and how each one is pooled (None: not).
+            "" is the network's own output, see :func:`~kd_lightning.features.outputs.feature_of_output`.
+        needs_logits: Whether logits are used. If not, a cache stores features alone.
 
     Raises:
         InputError: If ``classes`` repeats a class, has a negative one, or does not fit the network's outputs; for
@@ -108,9 +117,8 @@ class Teacher(nn.Module):
         self.cache = None if cache is None else Path(cache)
         self.cache_dtype = cache_dtype
         self.cache_top_k = cache_top_k
-        # the module that learns from the teacher sets these three:
-        self.class_dim: int | None = None  # of dense outputs
-        self.layers: Mapping[str, Pool | None] = {}  # layers of its features, see features(), and how they are pooled
+        self.class_dim: int | None = None
+        self.layers: Mapping[str, Pool | None] = {}
         self.needs_logits = True
         self.output_name: str | None = None  # name of its outputs in batches, in a fit with a cache
         self.cache_folders: dict[str, Path] = {}  # folders of its outputs by name of the table of views

@@ -490,6 +490,20 @@ def test_the_network_itself(network, stop):
     assert torch.equal(outputs[""], network(X))
 
 
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda network: torch.jit.trace(network, X)])
+def test_torchscript(compile):
+    program = compile(nn.Sequential(nn.Sequential(nn.Linear(4, 3)), nn.ReLU()).eval())
+    for name in ("", "0", "0.0"):
+        with pytest.raises(InputError, match=f"^layer {name!r} is TorchScript, .* into nn.Sequential, "):
+            capture(program, [name]).__enter__()
+    with pytest.raises(InputError, match="layer '0.1': .* has none of that name; nearest: "):
+        find_layer(program, "0.1")
+    network = nn.Sequential(program)
+    with capture(network, [""]) as outputs:
+        network(X)
+    assert torch.equal(outputs[""], program(X))
+
+
 def test_the_output_of_a_backbone():
     class Backbone(nn.Module):
         def forward(self, x):

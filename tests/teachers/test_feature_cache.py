@@ -216,6 +216,14 @@ def test_a_fill_that_was_killed_goes_on(quiet_trainer, tmp_path, monkeypatch):
     assert computed(whole) - computed(rest) == 2 * 2 * BATCH  # of the two parts that were there
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+def test_equal_for_trainers(options, quiet_trainer, tmp_path):
+    def run(**cache):
+        return fit(lambda **kwargs: quiet_trainer(**kwargs, **options), **cache)
+
+    assert_same(run(), run(cache=tmp_path, cache_dtype="float32"))
+
+
 @pytest.mark.parametrize("weight", ["head.weight", "stem.bias"])
 def test_a_changed_teacher(weight, quiet_trainer, tmp_path):
     first = folder_of(fit(quiet_trainer, cache=tmp_path))
