@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from copy import deepcopy
@@ -76,6 +77,13 @@ class FeatureTerm(nn.Module):
             raise InputError("layers must name at least one pair, {student's layer: teacher's layer}, got none")
         if not isinstance(loss, nn.Module):
             raise InputError(f"loss must be a module, got {type(loss).__name__}")
+        try:
+            inspect.signature(loss.forward).bind(None, None, None)
+        except TypeError as error:
+            raise InputError(
+                "loss must take (student_feature, teacher_feature, batch), as those of kd_lightning.losses.features "
+                f"do, got {type(loss).__name__}{inspect.signature(loss.forward)}"
+            ) from error
         for name, number in (("begin_epoch", begin_epoch), ("ramp_epochs", ramp_epochs)):
             if number < 0:
                 raise InputError(f"{name} must be at least 0, got {number}")
@@ -124,7 +132,8 @@ class FeatureTerm(nn.Module):
         Raises:
             InputError: If the weight is not a number of at least 0; a callback may have set it.
 
-        >>> FeatureTerm({"1": "2"}, nn.Identity(), weight=2.0, begin_epoch=1, ramp_epochs=4).weight_in(2)
+        >>> from kd_lightning.losses.features import MSEFeatureLoss
+        >>> FeatureTerm({"1": "2"}, MSEFeatureLoss(), weight=2.0, begin_epoch=1, ramp_epochs=4).weight_in(2)
         1.0
         """
         if not (math.isfinite(self.weight) and self.weight >= 0):

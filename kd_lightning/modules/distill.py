@@ -14,7 +14,13 @@ from kd_lightning.features.term import FeatureTerm
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, has_own_loss, make_soft_loss, soft_terms
+from kd_lightning.modules._shared.soft_loss import (
+    call_soft_loss,
+    has_own_loss,
+    make_soft_loss,
+    soft_losses_of,
+    soft_terms,
+)
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -82,7 +88,7 @@ class DistillModule(SupervisedModule):
             raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
         self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)
         self.soft_weight = soft_weight
-        self.features = FeatureTerms(features)
+        self.features = FeatureTerms(features, taken=soft_losses_of(self.soft_loss))
         self._probe: TeacherProbe | None = None
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:

@@ -29,7 +29,7 @@ from kd_lightning.modules._shared.checks import (
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation, EnsembleRegressionEvaluation
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss, soft_terms
+from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss, soft_losses_of, soft_terms
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -132,7 +132,7 @@ class EnsembleDistillModule(SupervisedModule):
         self.draw_per = draw_per
         self.soft_loss = make_soft_loss(soft_loss, self.task, self.ensemble or ())
         self.soft_weight = soft_weight
-        self.features = FeatureTerms(features, several=True)
+        self.features = FeatureTerms(features, several=True, taken=soft_losses_of(self.soft_loss))
         self._probes: list[TeacherProbe] = []
         self._warned_of_views = self._logged_agreement = False
 

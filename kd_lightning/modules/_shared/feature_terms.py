@@ -22,11 +22,11 @@ from kd_lightning.features.term import FeatureTerm
 from kd_lightning.features.trace import TracedLayers, are_frozen, check_gradients, trace_student, trace_teacher
 from kd_lightning.inputs import describe, map_inputs
 from kd_lightning.modules._shared.first_inputs import first_inputs
+from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
 
 SAMPLES = 4  # whose shapes the terms are built from
 _TO_STANDARDIZE = 512  # samples that standardizations are fitted to
-_TAKEN = {"accuracy", "agreement", "f1", "hard", "hint", "loss", "soft", "stage", "teacher_hard", "teacher_soft"}
 
 
 @dataclass
@@ -50,6 +50,7 @@ class FeatureTerms(nn.ModuleDict):
     Args:
         terms: The terms. None means that there are none.
         several: Whether the module has several teachers, so that a teacher's layer begins with its number.
+        taken: Names of the module's soft terms.
 
     Attributes:
         parameters_below: Names of the student's parameters that a term's layers depend on, by the term's name.
@@ -58,9 +59,15 @@ class FeatureTerms(nn.ModuleDict):
         InputError: If a name is not allowed, or a value is no FeatureTerm.
     """
 
-    def __init__(self, terms: Mapping[str, FeatureTerm] | None, several: bool = False) -> None:
+    def __init__(
+        self, terms: Mapping[str, FeatureTerm] | None, several: bool = False, taken: Collection[str] = ()
+    ) -> None:
+        if not isinstance(terms, Mapping | None):
+            raise InputError(f"features must be a dict {{name: FeatureTerm}}, got {type(terms).__name__}")
         for name, term in (terms or {}).items():
             check_name("features", name)
+            if name in taken:
+                raise InputError(f"features.{name}: soft_loss has a loss of that name; rename one of them")
             if not isinstance(term, FeatureTerm):
                 raise InputError(f"features.{name} must be a FeatureTerm, got {type(term).__name__}")
         super().__init__(terms or {})
@@ -241,6 +248,13 @@ class FeatureTerms(nn.ModuleDict):
             pass
         return captured.teacher
 
+    def check_trainable(self, student: nn.Module) -> None:
+        """Raise InputError if all of the student's parameters that a term's layers depend on are frozen."""
+        for name, below in self.parameters_below.items():
+            if name != "hint" and are_frozen(student, below):  # the hint module checks its own
+                layers = ", ".join(layer or "output" for layer in self.all[name].layers)
+                raise InputError(f"features.{name}: no parameter below the student's {layers} requires a gradient")
+
     def own_buffers(self) -> list[str]:
         """Return the names of buffers that agree on all processes by themselves, so that DDP need not send them."""
         names = [name for name, _ in self.named_buffers(prefix="features")]
@@ -296,7 +310,7 @@ class FeatureTerms(nn.ModuleDict):
                 parts.append(stack.enter_context(source) if paths else {})
             yield
         for part, paths in zip(parts, layers, strict=True):
-            captured.teacher.update({name: part[path] for path, name in paths.items()})
+            captured.teacher.update({name: part[path].detach() for path, name in paths.items()})  # it may train, too
 
     def weights(self, epoch: int) -> dict[str, float]:
         """Return the weight of each term in an epoch, by name."""
@@ -404,17 +418,6 @@ class FeatureTerms(nn.ModuleDict):
                 own_state = {key.removeprefix(prefix): part for key, part in state.items() if key.startswith(prefix)}
                 if own_state:
                     standardize.load_state_dict(own_state)
-
-
-def check_name(key: str, name: str) -> None:
-    """Raise InputError unless a term's name can be that of a chart, and of no other one.
-
-    Args:
-        key: Key of the terms in the message.
-        name: Name of the term.
-    """
-    if not name.isidentifier() or name in _TAKEN or hasattr(nn.ModuleDict, name):
-        raise InputError(f"{key}: a term's name must be a word that no other term or metric has, got {name!r}")
 
 
 def sum_of(values: Mapping[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -188,6 +189,8 @@ class StudentModule(LeanModule):
         """Runs at the start of fit, on the device. Fits the standardizations of teachers' features."""
         self.features.set_teacher_layers(self.feature_teachers)  # also without terms: an earlier fit may have had some
         if self.features:
+            if not any(isinstance(part, BaseFinetuning) for part in self.trainer.callbacks):  # it unfreezes later
+                self.features.check_trainable(self.student)
             self.features.fit_standardizations(self, self.feature_teachers)
             self.features.report()
 

@@ -1,0 +1,47 @@
+"""Tiny networks without BatchNorm, whose results do not depend on the other samples of a batch."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+def small(width=3, seed=0, classes=4):
+    """Two convolutions and a linear layer for pictures (B, 1, 8, 8)."""
+    torch.manual_seed(seed)
+    layers = OrderedDict(
+        first=nn.Conv2d(1, width, 3, padding=1),
+        act=nn.Tanh(),
+        second=nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        act2=nn.Tanh(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flat=nn.Flatten(),
+        head=nn.Linear(2 * width, classes),
+    )
+    return nn.Sequential(layers)
+
+
+class Counting(nn.Module):
+    """Counts its passes."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.network(x)
+
+
+def layers_of(network, x):
+    """The outputs of all layers, by name; "" is that of the last one."""
+    outputs = {}
+    for name, layer in network.named_children():
+        x = outputs[name] = layer(x)
+    return outputs | {"": x}
+
+
+def pictures(count=12, seed=5, classes=4):
+    """Pictures and labels."""
+    x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return x, torch.arange(count) % classes
