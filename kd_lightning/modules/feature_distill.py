@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.arrange import usual_layout
-from kd_lightning.features.capture import capture
+from kd_lightning.features.capture import capture, evaluating
 from kd_lightning.features.channels import Layout, layout_of_layer
 from kd_lightning.features.outputs import feature_of_output
 from kd_lightning.features.pair import FeaturePair
 from kd_lightning.features.pooling import How as Pooling
 from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.inputs import Inputs
+from kd_lightning.features.trace import check_rows
+from kd_lightning.inputs import Inputs, rows_of, take_rows
 from kd_lightning.losses.features import CosineLoss
 from kd_lightning.modules._shared.checks import check_same_teacher, check_two_networks
 from kd_lightning.modules._shared.feature_terms import Captured, FeatureTerms
@@ -46,8 +48,8 @@ class FeatureDistillModule(StudentModule):
 
     Logs ``train/loss``, and of each term ``train/<name>`` (without its weight), ``<name>_weight`` and ``val/<name>``.
     ``val/loss`` is the sum of the terms that have a value in validation, with their whole weights, so that epochs of a
-    warm-up compare. Validation and test also measure the student's features (the last layer of the first term's
-    ``layers``, as one vector of each sample), on at most 4096 samples:
+    warm-up compare. Validation and test also measure the student's features (the deepest layer that a term names, as
+    one vector of each sample), on at most 4096 samples:
 
     - ``knn_accuracy`` and ``probe_accuracy``: accuracies of a vote of 20 neighbours, and of a linear probe, both by
       leaving out one sample. They need labels, which training does not see.
@@ -107,13 +109,15 @@ class FeatureDistillModule(StudentModule):
         terms = FeatureTerms(_default_terms(len(given) if several else None) if features is None else features, several)
         if not terms:
             raise InputError("features must hold at least one term, got none")
-        pair = next(iter(terms.all.values())).pairs[-1]
-        self._evaluated: tuple[str, Pooling] = pair.student, pair.pool or "mean"
+        self._pools: dict[str, Pooling] = {
+            pair.student: pair.pool or "mean" for term in terms.all.values() for pair in term.pairs
+        }
+        self._deepest_last: list[str] = []  # the student's layers, see layers_in_order()
         for number, layers in enumerate(terms.teacher_layers(len(given)) if given else ()):
             if not layers:
                 raise InputError(f"{self._name_of(number, several)}: no term of features has a layer of it")
         self.features = terms if given else FeatureTerms(None, several)
-        self._layouts: dict[str, Layout] = {}  # of the student's layers, see _vector()
+        self._layouts: dict[str, Layout] = {}  # of the student's layers, see student_vector()
         self._passes: dict[int, RepresentationPass] = {}  # by number of the data loader
         self._is_announced = False
 
@@ -221,14 +225,14 @@ class FeatureDistillModule(StudentModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Runs for each batch of predict. Returns the student's output as one vector (B, C) of each sample."""
         batch = self.unpack(batch)
-        return self._vector("", self(batch.x), batch)
+        return self.student_vector("", self(batch.x), batch)
 
     def evaluated_features(self) -> list[str]:
         """Return the names of the terms that a validation measures: in a fit, all that have a value there."""
         return [name for name, term in self.features.all.items() if self.is_fitting and not term.trains_only]
 
     def _evaluate(self, batch: Batch, loader: int) -> None:
-        teachers, (layer, how) = [*self.teachers], self._evaluated
+        teachers, layer = [*self.teachers], self.layers_in_order(batch)[-1]
         if teachers and not self.features.is_built:
             self.build_features(batch)
         capturing = self.features.capturing(self.student, teachers, batch, dict.fromkeys(self.features.all, 1.0))
@@ -241,14 +245,14 @@ class FeatureDistillModule(StudentModule):
         for number, name in enumerate(self._teacher_names()):
             vectors[name] = self.teacher_vector(number, captured.teacher, batch)
         collected = self._passes.setdefault(loader, RepresentationPass())
-        vector = self._vector(layer, own[layer], batch, how)
+        vector = self.student_vector(layer, own[layer], batch)
         collected.add(batch, vector, vectors, self.global_rank, self.trainer.world_size)
 
     def _teacher_names(self) -> list[str]:
         return [f"teacher_{number}" if self.features.several else "teacher" for number in range(len(self.teachers))]
 
     def teacher_vector(self, number: int, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Return the feature of a teacher in the first term that has one of it, as vectors (B, C).
+        """Return a teacher's feature that a term compares with the deepest layer of the student, as vectors (B, C).
 
         Args:
             number: Number of the teacher.
@@ -256,21 +260,32 @@ class FeatureDistillModule(StudentModule):
             batch: The batch.
         """
         names = {*self.features.teacher_layers(len(self.teachers))[number].values()}
-        pairs = next(found for term in self.features.all.values() if (found := _of_teacher(term, names)))
-        pair = pairs[-1]
+        pairs = [pair for term in self.features.all.values() for pair in term.pairs if pair.teacher in names]
+        order = self.layers_in_order(batch)
+        pair: FeaturePair = max(pairs, key=lambda pair: (order.index(pair.student), pair.teacher))
         feature, (_, layout) = outputs[pair.teacher], pair.layouts or (None, None)
         if feature.ndim < 3:  # it may be pooled already
             return feature.view(len(feature), -1)
         return Pool(pair.pool or "mean", layout or usual_layout(feature.shape[1:]))(feature, batch.position_mask)
 
-    def _vector(self, layer: str, feature: Tensor, batch: Batch, how: Pooling = "mean") -> Tensor:
+    def layers_in_order(self, batch: Batch) -> list[str]:
+        """Return the student's layers that the terms name, the deepest one last: by a pass of some samples."""
+        if not self._deepest_last:
+            x = take_rows(batch.x, slice(2), rows_of(batch.x))
+            with evaluating(self.student), torch.no_grad(), capture(self.student, [*self._pools]) as outputs:
+                self.call(self.student, x)
+            check_rows("student", outputs, self._pools, rows_of(x))
+            self._deepest_last = [*outputs]  # in the order of their calls
+        return self._deepest_last
+
+    def student_vector(self, layer: str, feature: Tensor, batch: Batch) -> Tensor:
         """Return an output of one of the student's layers as vectors (B, C)."""
         if feature.ndim < 3:
             return feature.view(len(feature), -1)
         if layer not in self._layouts:
             found = layout_of_layer(self.student, layer, batch.x, self.call)
             self._layouts[layer] = found or usual_layout(feature.shape[1:])
-        return Pool(how, self._layouts[layer])(feature, batch.position_mask)
+        return Pool(self._pools.get(layer, "mean"), self._layouts[layer])(feature, batch.position_mask)
 
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs the terms, their sum, and the figures of the features."""
@@ -300,8 +315,3 @@ def _default_terms(teachers: int | None) -> dict[str, FeatureTerm]:
     if teachers is None:
         return {"global": FeatureTerm({"": ""}, CosineLoss(), pool="mean")}
     return {f"global_{k}": FeatureTerm({"": f"{k}."}, CosineLoss(), pool="mean") for k in range(teachers)}
-
-
-def _of_teacher(term: FeatureTerm, names: set[str]) -> list[FeaturePair]:
-    """Return the pairs of a term whose teacher's layer has one of these names."""
-    return [pair for pair in term.pairs if pair.teacher in names]
