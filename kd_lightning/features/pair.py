@@ -166,7 +166,7 @@ class FeaturePair(nn.Module):
     def _warn_of_padding(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
         for name, feature in ((self.student, student), (self.teacher, teacher)):
             positions = _positions(feature)
-            if len(positions) == mask.ndim and positions != mask.shape and not self._warned and not mask.all():
+            if len(positions) > 1 and positions != mask.shape and not self._warned and not mask.all():
                 self._warned = True
                 rank_zero_warn(
                     f"features: padded positions count in that of {name or 'the output'}, since it has the positions "

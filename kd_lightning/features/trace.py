@@ -54,8 +54,9 @@ def trace_student(
         find_layer(student, name)
     parameters = dict(student.named_parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters.values()]
-    student.requires_grad_(True)  # what lies below includes frozen ones
     try:
+        for parameter in parameters.values():  # what lies below includes frozen ones
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         with evaluating(student), torch.enable_grad(), torch.autocast(device_of(x).type, enabled=False):
             with capture(student, names) as outputs, ChannelTrace() as trace:
                 run(student, x)

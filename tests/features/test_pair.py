@@ -396,6 +396,14 @@ class TestMask:
             warnings.simplefilter("error")
             pair(x, y, self.MASK)
 
+    @pytest.mark.parametrize("pool", [None, "mean"])
+    def test_tokens_beside_a_mask_of_maps_and_the_reverse(self, pool):
+        for shape, mask in (((4, 3), self.MASK.view(3, 2, 2)), ((2, 2, 3), self.MASK)):
+            pair = built(shape, shape, LAST, pool=pool)
+            x, y = features(shape, shape)
+            with pytest.warns(UserWarning, match=r"padded positions count in that of a, .* and the mask"):
+                pair(x, y, mask)
+
     def test_vectors_and_full_masks_are_not_reported(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -117,6 +117,12 @@ class TestParametersBelow:
         assert [p.requires_grad for p in student.parameters()] == flags
         assert are_frozen(student, frozenset(STEM)) and not are_frozen(student, frozenset(MID))
 
+    def test_whole_numbers_among_them(self, student):
+        """As weights of few bits, which take no gradient."""
+        student.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+        assert trace_student(student, X, ["mid"]).parameters == MID
+        assert not student.codes.requires_grad
+
     def test_compiled_student(self, student):
         torch._dynamo.reset()
         wrapped = torch.compile(student, backend="eager")
