@@ -90,6 +90,7 @@ def folders(root):
 METHODS = {
     "distill": lambda **c: DistillModule(network(0, 4), Teacher(network(), **c)),
     "hint": lambda **c: HintModule(network(0, 4), Teacher(network(), **c), {"5": "5"}, 1),
+    "joint hint": lambda **c: HintModule(network(0, 4), Teacher(network(), **c), {"5": "5"}, 0, hint_weight=0.1),
     "apprentice": lambda **c: ApprenticeModule(network(0, 4), Teacher(network(), **c), "fixed_teacher"),
     "average": lambda **c: EnsembleDistillModule(network(0, 4), [Teacher(network(s), **c) for s in (1, 2)]),
     "use_vmap": lambda **c: EnsembleDistillModule(
@@ -502,11 +503,6 @@ def test_losses_that_need_every_logit(loss):
     with pytest.raises(InputError, match="soft_loss: .* cache_top_k"):
         EnsembleDistillModule(network(), [network(), few], soft_loss=loss)
     DistillModule(network(), few, soft_loss=DKDLoss())
-
-
-def test_joint_hints_need_the_teacher():
-    with pytest.raises(InputError, match="hint_weight must be 0 with a teacher that has a cache"):
-        HintModule(network(), Teacher(network(), cache="c"), {"5": "5"}, 0, hint_weight=0.1)
 
 
 @pytest.mark.parametrize("kwargs", [{"cache_dtype": "bfloat16"}, {"cache_top_k": 0}, {"cache": ""}])

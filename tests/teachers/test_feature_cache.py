@@ -161,6 +161,14 @@ def test_other_layers_have_other_tables(quiet_trainer, tmp_path, caplog):
     assert caplog.text.count("the most similar cache differs in: layers") == 3
 
 
+def test_a_teacher_of_an_earlier_fit(quiet_trainer, tmp_path):
+    """The second module has no terms, so that its table holds logits alone."""
+    teacher = Teacher(Net(1, 6), cache=tmp_path)
+    fit(quiet_trainer, ("maps",), teacher=teacher)
+    module = fit(quiet_trainer, (), teacher=teacher)
+    assert (folder_of(module) / "outputs").stat().st_size == 2 * TRAINING * (HASH_BYTES + 2 * CLASSES)
+
+
 def test_resumed_in_mid_epoch(quiet_trainer, tmp_path):
     live = fit(quiet_trainer)
     saves = ModelCheckpoint(tmp_path, "mid", every_n_train_steps=7)
