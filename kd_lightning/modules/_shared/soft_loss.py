@@ -49,7 +49,8 @@ class SoftLosses(nn.ModuleDict):
         parts = {}
         for name, part in losses.items():
             check_name("soft_loss", name)
-            if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[1], nn.Module):
+            is_pair = isinstance(part, tuple | list) and len(part) == 2
+            if not is_pair or not isinstance(part[0], int | float) or not isinstance(part[1], nn.Module):
                 raise InputError(f"soft_loss.{name} must be (weight, loss), got {part!r}")
             try:
                 parts[name] = WeightedLoss(*part)
@@ -71,11 +72,6 @@ class SoftLosses(nn.ModuleDict):
     def _first(self) -> nn.Module:
         (_, first), *_ = soft_losses_of(self).values()
         return first
-
-    @property
-    def supports_top_k(self) -> bool:
-        """Whether the teacher's top k logits are enough for all of them."""
-        return all(supports_top_k(part.loss) for part in self.values())  # type: ignore[arg-type]
 
 
 def soft_losses_of(soft_loss: nn.Module) -> dict[str, tuple[float, nn.Module]]:
@@ -128,6 +124,8 @@ def make_soft_loss(
     if soft_loss is None:
         soft_loss = nn.MSELoss() if task == "regression" else KDLoss(temperature=temperature, task=task)
     if not isinstance(soft_loss, nn.Module):
+        if not isinstance(soft_loss, Mapping):
+            raise InputError(f"soft_loss must be a loss, or a dict {{name: (weight, loss)}}, got {soft_loss!r}")
         soft_loss = SoftLosses(soft_loss)
     for _, loss in soft_losses_of(soft_loss).values():
         if getattr(loss, "task", task) != task:
@@ -152,9 +150,10 @@ def check_takes_logits(soft_loss: nn.Module) -> None:
 def check_top_k(soft_loss: nn.Module, teachers: Iterable[nn.Module | None]) -> None:
     """Raise InputError if a soft loss needs all logits while a teacher's cache holds its top k alone."""
     top_k = any(isinstance(teacher, Teacher) and teacher.cache_top_k is not None for teacher in teachers)
-    if top_k and not supports_top_k(soft_loss):
+    losses = [loss for _, loss in soft_losses_of(soft_loss).values() if not supports_top_k(loss)]
+    if top_k and losses:
         raise InputError(
-            f"soft_loss: {soft_loss} needs all logits, but a teacher's cache_top_k stores its highest ones alone; "
+            f"soft_loss: {losses[0]} needs all logits, but a teacher's cache_top_k stores its highest ones alone; "
             "leave cache_top_k out, or use KDLoss or DKDLoss without standardize"
         )
 

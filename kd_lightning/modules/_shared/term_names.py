@@ -21,6 +21,6 @@ def check_name(key: str, name: str) -> None:
         key: Key of the terms in the message.
         name: Name of the term.
     """
-    is_taken = name in _TAKEN or name.startswith(_TAKEN_STARTS) or hasattr(nn.ModuleDict(), name)
-    if is_taken or not name.isidentifier():
+    is_word = isinstance(name, str) and name.isidentifier()
+    if not is_word or name in _TAKEN or name.startswith(_TAKEN_STARTS) or hasattr(nn.ModuleDict(), name):
         raise InputError(f"{key}: a term's name must be a word that no other term or metric has, got {name!r}")
