@@ -169,11 +169,9 @@ def probe(network, data, strength):
 
 
 def distill(fits, folder, case):
-    """Distil one student, unless its weights are there."""
+    """Distil one student. Its weights lie in the folder, which goes with the store."""
     part, seed, pictures = case
-    stamps = Stamps(folder, part, seed)
-    if not stamps.weights(pictures).exists():
-        fits.get(["distill", *case], partial(stamps.distill, pictures))
+    fits.get(["distill", *case], partial(Stamps(folder, part, seed).distill, pictures))
 
 
 def learn(fits, folder, case):
