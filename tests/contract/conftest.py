@@ -209,7 +209,7 @@ def save_teachers(config, seed=0):
             torch.save(network.state_dict(), node["init_args"]["path"])
 
 
-TWO_HEADS = "VisionTransformerDistilled"  # without batch statistics
+TWO_HEADS = "create_model"  # timm's transformer, without batch statistics
 
 
 def without_batch_statistics(config):
