@@ -10,23 +10,42 @@ import sys
 from pathlib import Path
 
 
-class Processes:
-    """A server that forks processes (see fork_server.py). They import what the calling test can import."""
+class Server:
+    """Forks processes (see fork_server.py)."""
 
-    def __init__(self):
-        self.server = subprocess.Popen(
+    def __init__(self, hash_seed):
+        self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "fork_server.py")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": hash_seed},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert json.loads(self.server.stdout.readline()) == {"ready": True}
 
-    def _request(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+    def read(self):
+        return json.loads(self.process.stdout.readline())
+
+    def request(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self):
+        """End it, and all processes that still run."""
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+class Processes:
+    """Starts processes that import what the calling test can import.
+
+    There are two servers: sets are in another order in the first process than in the second, as in two processes that
+    are started afresh.
+    """
+
+    def __init__(self):
+        self.servers = [Server(hash_seed) for hash_seed in "12"]
+        assert [server.read() for server in self.servers] == [{"ready": True}] * 2
 
     def run(self, *commands, timeout=150):
         """Run commands at the same time.
@@ -41,15 +60,18 @@ class Processes:
         """
         outputs = [Path.cwd() / f"output_{number}.txt" for number in range(len(commands))]
         shared = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        servers = [self.servers[number % 2] for number in range(len(commands))]
         pids = [
-            self._request(argv=argv, env=shared | extra, cwd=str(Path.cwd()), output=str(output))["pid"]
-            for (argv, extra), output in zip(commands, outputs, strict=True)
+            server.request(argv=argv, env=shared | extra, cwd=str(Path.cwd()), output=str(output))["pid"]
+            for server, (argv, extra), output in zip(servers, commands, outputs, strict=True)
         ]
-        codes = [self._request(pid=pid, timeout=timeout)["returncode"] for pid in pids]
-        for pid, code in zip(pids, codes, strict=True):
+        codes = [
+            server.request(pid=pid, timeout=timeout)["returncode"] for server, pid in zip(servers, pids, strict=True)
+        ]
+        for server, pid, code in zip(servers, pids, codes, strict=True):
             if code is None:
                 os.kill(pid, signal.SIGKILL)
-                self._request(pid=pid, timeout=30)
+                server.request(pid=pid, timeout=30)
         return codes, [output.read_text() for output in outputs]
 
     def run_ranks(self, argv, nodes=1, end=0, world=2, **environment):
@@ -81,9 +103,9 @@ class Processes:
                 return
 
     def close(self):
-        """End the server, and all processes that still run."""
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
+        """End the servers."""
+        for server in self.servers:
+            server.close()
 
 
 def free_port():

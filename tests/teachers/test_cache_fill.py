@@ -1,9 +1,7 @@
-import os
 import pickle
 import random
-import subprocess
-import sys
 import textwrap
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -628,22 +626,17 @@ class Slow(Counting):
         return super().forward(x)
 
 
-def script(tmp_path, body, count=1):
+def write_script(folder, body):
     names = {"tests": str(Path(__file__).parent), "package": str(Path(__file__).parents[2])}
-    text = textwrap.dedent(SCRIPT).format(**names) + textwrap.dedent(body)
-    (tmp_path / "script.py").write_text(text)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
-    running = [subprocess.Popen([sys.executable, "script.py"], **pipes) for _ in range(count)]
-    ends = [process.communicate(timeout=280) for process in running]
-    assert [process.returncode for process in running] == [0] * count, ends
-    return ends
+    (folder / "script.py").write_text(textwrap.dedent(SCRIPT).format(**names) + textwrap.dedent(body))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, processes):
     root = tmp_path_factory.mktemp("undisturbed")
-    script(root, "torch.save(fit(), 'student.pt')")
+    write_script(root, "torch.save(fit(), 'student.pt')")
+    with chdir(root):
+        processes.run_ranks(["script.py"], world=1)
     (folder,) = (root / "cache").iterdir()
     return folder.name, (folder / "outputs").read_bytes(), torch.load(root / "student.pt")
 
@@ -656,9 +649,10 @@ def assert_undisturbed(root, undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments(tmp_path, undisturbed):
+def test_killed_at_ten_moments(tmp_path, monkeypatch, undisturbed, processes):
     """Each run is killed while it fills; the last one ends with the cache of an undisturbed one."""
-    ends = script(
+    monkeypatch.chdir(tmp_path)
+    write_script(
         tmp_path,
         """
         def start():
@@ -682,36 +676,42 @@ def test_killed_at_ten_moments(tmp_path, undisturbed):
         torch.save(fit(), "student.pt")
         """,
     )
-    assert ends[0][0].count("killed True") >= 5
+    processes.run_ranks(["script.py"], world=1)
+    assert Path("output_0.txt").read_text().count("killed True") >= 5
     assert_undisturbed(tmp_path, undisturbed)
     assert_same(torch.load(tmp_path / "student.pt"), undisturbed[2])
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_runs_fill_at_once(tmp_path, undisturbed):
-    ends = script(tmp_path, "torch.save(fit(), f'{os.getpid()}.pt')", count=2)
+def test_two_runs_fill_at_once(tmp_path, monkeypatch, undisturbed, processes):
+    monkeypatch.chdir(tmp_path)
+    write_script(tmp_path, "torch.save(fit(), f'{os.getpid()}.pt')")
+    codes, outputs = processes.run(*[(["script.py"], {})] * 2)
+    assert codes == [0, 0], outputs
     assert_undisturbed(tmp_path, undisturbed)
     students = [torch.load(path) for path in tmp_path.glob("*.pt")]
-    assert len(students) == 2, ends
+    assert len(students) == 2, outputs
     for student in students:
         assert_same(student, undisturbed[2])
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_fill_together(tmp_path, undisturbed):
+def test_two_processes_fill_together(tmp_path, monkeypatch, undisturbed, processes):
     """Each has computed its share, and none has computed all."""
-    script(
+    monkeypatch.chdir(tmp_path)
+    write_script(
         tmp_path,
         """
         if __name__ == "__main__":
             import gc
             fit(strategy="ddp", devices=2)
             computed = [len(s.sizes) for s in gc.get_objects() if isinstance(s, t.Slow)]
-            open(f"computed_{os.environ.get('LOCAL_RANK', 0)}", "w").write(str(sum(computed)))
+            open(f"computed_{os.environ['LOCAL_RANK']}", "w").write(str(sum(computed)))
         """,
     )
+    processes.run_ranks(["script.py"])
     assert_undisturbed(tmp_path, undisturbed)
     counts = [int((tmp_path / f"computed_{rank}").read_text()) for rank in (0, 1)]
     batches = -(-130 * 40 // 32)
@@ -721,15 +721,16 @@ def test_two_processes_fill_together(tmp_path, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_find_that_images_have_changed(tmp_path):
+def test_two_processes_find_that_images_have_changed(tmp_path, monkeypatch, processes):
     """Though only one of them reads an image that has changed."""
-    script(
+    monkeypatch.chdir(tmp_path)
+    write_script(tmp_path, "fit()")
+    processes.run_ranks(["script.py"], world=1)
+    write_script(
         tmp_path,
         """
         if __name__ == "__main__":
-            original, rank = t.digits, int(os.environ.get("LOCAL_RANK", 0))
-            if not rank:
-                fit(devices=1)
+            original, rank = t.digits, int(os.environ["LOCAL_RANK"])
 
             def digits(**kwargs):
                 data = original(**kwargs)
@@ -741,15 +742,17 @@ def test_two_processes_find_that_images_have_changed(tmp_path):
             torch.save(fit(strategy="ddp", devices=2), f"student_{rank}.pt")
         """,
     )
+    processes.run_ranks(["script.py"])
     assert len(folders(tmp_path / "cache")) == 2
     assert_same(torch.load(tmp_path / "student_0.pt"), torch.load(tmp_path / "student_1.pt"))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_one_process_without_room_ends_both(tmp_path):
-    (tmp_path / "cache").touch()
-    ends = script(
+def test_one_process_without_room_ends_both(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    Path("cache").touch()
+    write_script(
         tmp_path,
         """
         if __name__ == "__main__":
@@ -759,7 +762,9 @@ def test_one_process_without_room_ends_both(tmp_path):
                 print("refused", error)
         """,
     )
-    assert "refused cache: " in ends[0][0]
+    processes.run_ranks(["script.py"])
+    for rank in range(2):
+        assert "refused cache: " in Path(f"output_{rank}.txt").read_text()
 
 
 def test_a_loader_gives_no_outputs_without_a_cache():

@@ -1,8 +1,6 @@
 """Programs of torch.export as teachers."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -333,7 +331,8 @@ def test_fingerprints_are_equal_for_equal_programs_alone(exported, file):
     assert teacher.double().fingerprint(anew=True) == before
 
 
-def test_the_fingerprint_is_the_same_in_another_process(file):
+def test_the_fingerprint_is_the_same_in_another_process(file, tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
     code = f"""
 from kd_lightning import Teacher
 from kd_lightning.teachers.ensemble import Ensemble
@@ -342,9 +341,11 @@ teacher = Teacher(ExportedNetwork({str(file)!r}))
 
 print(teacher.fingerprint(), teacher.architecture())
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (tmp_path / "script.py").write_text(code)
+    codes, (output,) = processes.run((["script.py"], {}))
+    assert codes == [0], output
     copy.deepcopy(ExportedNetwork(file))  # changes no fingerprint
-    assert tuple(run.stdout.split()) == fingerprints(file)
+    assert tuple(output.split()) == fingerprints(file)
 
 
 def digits(**kwargs):

@@ -2,8 +2,6 @@
 
 import functools
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -109,14 +107,14 @@ print(Teacher(nn.Linear(2, 2), preprocess=lambda x: x * {factor}).fingerprint())
 
 
 @pytest.mark.slow
-def test_another_process_finds_the_same(tmp_path):
-    prints = []
-    for factor in (2, 2, 3):
-        path = tmp_path / f"{len(prints)}.py"
-        path.write_text(_SCRIPT.format(factor=factor))
-        end = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
-        prints.append(end.stdout.split()[-1])
-    assert prints[0] == prints[1] != prints[2]
+def test_another_process_finds_the_same(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    for number, factor in enumerate((2, 2, 3)):
+        (tmp_path / f"{number}.py").write_text(_SCRIPT.format(factor=factor))
+    codes, outputs = processes.run(*(([f"{number}.py"], {}) for number in range(3)))
+    assert codes == [0, 0, 0], outputs
+    first, second, other = (output.split()[-1] for output in outputs)
+    assert first == second != other
 
 
 def student():

@@ -1,8 +1,5 @@
 """TorchScript programs that compute as in training mode, whatever their mode is."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,18 +81,21 @@ def test_a_program_inside_a_network_is_named():
 
 
 @pytest.mark.slow
-def test_the_example_of_a_trace_does_not_count():
+def test_the_example_of_a_trace_does_not_count(tmp_path, monkeypatch, processes):
     """In two processes it may be another one."""
-    prints = []
-    for seed in (0, 1):
-        code = f"""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(
+        """
+import sys
 import torch
 from kd_lightning import Teacher
 torch.manual_seed(0)
 network = torch.nn.Linear(4, 3)
-torch.manual_seed({seed})
+torch.manual_seed(int(sys.argv[1]))
 print(Teacher(torch.jit.trace(network, torch.rand(2, 4))).fingerprint())
 """
-        end = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-        prints.append(end.stdout.split()[-1])
-    assert prints[0] == prints[1]
+    )
+    codes, outputs = processes.run((["script.py", "0"], {}), (["script.py", "1"], {}))
+    assert codes == [0, 0], outputs
+    first, second = (output.split()[-1] for output in outputs)
+    assert first == second
