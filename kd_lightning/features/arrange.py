@@ -10,6 +10,10 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 from kd_lightning.features.channels import Layout
 
+_BEFORE = (0, 1, 2, 5)
+"""Numbers of tokens before the grid."""
+_LEAST_SIDE = 4
+
 
 def usual_layout(shape: Sequence[int]) -> Layout:
     """Return the layout that a sample's shape has in most networks: tokens (N, C), and maps (C, H, W)."""
@@ -55,18 +59,25 @@ def arrange_pair(student: Tensor, teacher: Tensor, layouts: tuple[Layout, Layout
 
 
 def grid_side(tokens: int) -> int:
-    """Return the side of the square grid of tokens, with or without a class token; 0 if it is not square."""
-    for grid in (tokens, tokens - 1):
+    """Return the side of the square grid of tokens; 0 if it is not square.
+
+    None, 1, 2 or 5 tokens come before it: a class token, with a distillation token (DeiT), or with four registers
+    (DINOv3, and DINOv2 with registers). The last two are for grids of at least 4 x 4: a sequence of a few tokens may
+    have any number.
+
+    >>> [grid_side(196 + others) for others in (0, 1, 2, 5)]
+    [14, 14, 14, 14]
+    """
+    for others in _BEFORE:
+        grid = tokens - others
         side = math.isqrt(max(grid, 0))
-        if side and side * side == grid:
+        if side * side == grid and side >= (1 if others < 2 else _LEAST_SIDE):
             return side
     return 0
 
 
 def to_map(tokens: Tensor) -> Tensor:
-    """Arrange tokens (B, N, C) as a map (B, C, g, g), with N = g * g, or N = g * g + 1 with a class token first.
-
-    The class token is left out.
+    """Arrange tokens (B, N, C) as a map (B, C, g, g). Those before the grid, see :func:`grid_side`, are left out.
 
     Raises:
         InputError: If the grid is not square.

@@ -23,7 +23,9 @@ def set_out(tokens, side):
 
 class TestTokens:
     @pytest.mark.parametrize(
-        ("tokens", "side"), [(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (196, 14), (197, 14), (1025, 32)]
+        ("tokens", "side"),
+        [(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (196, 14), (197, 14), (1025, 32), (18, 4)]
+        + [(198, 14), (201, 14), (21, 4)],  # with a distillation token; with four registers
     )
     def test_raster_order_without_the_class_token(self, tokens, side):
         x = random_tensor(2, tokens, 3)
@@ -38,7 +40,7 @@ class TestTokens:
         tokens = outputs["encoder.dropout"] - vit.encoder.pos_embedding
         torch.testing.assert_close(to_map(tokens), outputs["conv_proj"])
 
-    @pytest.mark.parametrize("tokens", [0, 3, 6, 7, 8, 11, 198])
+    @pytest.mark.parametrize("tokens", [0, 3, 6, 7, 8, 11, 199, 202])
     def test_no_square(self, tokens):
         assert grid_side(tokens) == 0
         message = f"the grid of {tokens} tokens is not square, with or without a class token"
