@@ -112,7 +112,10 @@ class FeatureTerms(nn.ModuleDict):
     # Before training.
 
     def configure(self, module: Any, teachers: Sequence[nn.Module]) -> Batch | None:
-        """Runs in ``configure_model`` of a fit. Builds the terms from the first training inputs, and returns these."""
+        """Runs in ``configure_model`` of a fit. Builds the terms from the first training inputs, and returns these.
+
+        Standardizations are fitted here, before callbacks copy the module: the sizes of their buffers stay then.
+        """
         if not self or (self.is_built and self.parameters_below):
             return None
         try:
@@ -121,6 +124,7 @@ class FeatureTerms(nn.ModuleDict):
             raise InputError(f"features: cannot read the first training inputs ({first_line(error)})") from error
         inputs = module.trainer.strategy.broadcast(inputs)  # sizes may differ between processes
         self.build(module, teachers, inputs)
+        self.fit_standardizations(module, teachers)
         return inputs
 
     def build(self, module: Any, teachers: Sequence[nn.Module], batch: Batch, samples: int | None = None) -> None:
@@ -205,36 +209,30 @@ class FeatureTerms(nn.ModuleDict):
 
     @torch.no_grad()
     def fit_standardizations(self, module: Any, teachers: Sequence[nn.Module]) -> None:
-        """Runs in ``on_fit_start``. Fits standardizations that no checkpoint holds, to the first training inputs."""
+        """Fit standardizations that are not fitted yet to the first training inputs, on the device of the training."""
         parts = [s for term in self.all.values() for s in term.standardizations]
         if all(s.is_fitted for s in parts):
             return
-        with module.trainer.precision_plugin.forward_context():
-            convert = module.trainer.precision_plugin.convert_input
-            self.standardize_by(teachers, first_inputs(module, _TO_STANDARDIZE), module.device, convert)
+        device = module.trainer.strategy.root_device
+        for teacher in teachers:
+            teacher.to(device)  # it goes there soon
+        self.standardize_by(teachers, first_inputs(module, _TO_STANDARDIZE), device)
         for part in parts:  # rows differ between processes
             state = module.trainer.strategy.broadcast({k: v.cpu() for k, v in part.state_dict().items()})
             part.load_state_dict(state)
 
     @torch.no_grad()
-    def standardize_by(
-        self,
-        teachers: Sequence[nn.Module],
-        batch: Batch,
-        device: torch.device,
-        convert: Callable[[Batch], Batch] = lambda batch: batch,
-    ) -> None:
+    def standardize_by(self, teachers: Sequence[nn.Module], batch: Batch, device: torch.device) -> None:
         """Fit standardizations that are not fitted yet to the teachers' features of a batch.
 
         Args:
             teachers: The teachers.
             batch: The inputs. 64 are computed at a time.
             device: Of the passes.
-            convert: Converts a batch to the precision of the passes.
         """
         features = []
         for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
-            captured = self.teacher_features(teachers, convert(some.to(device)))
+            captured = self.teacher_features(teachers, some.to(device))
             features.append({name: part.float().cpu() for name, part in captured.items()})
         mask = None if batch.position_mask is None else batch.position_mask.cpu()
         joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}

@@ -186,12 +186,12 @@ class StudentModule(LeanModule):
             self._ddp_params_and_buffers_to_ignore = self.features.own_buffers()  # torch's DDP reads this
 
     def on_fit_start(self) -> None:
-        """Runs at the start of fit, on the device. Fits the standardizations of teachers' features."""
+        """Runs at the start of fit. Sets the layers that teachers give, and reports the feature terms."""
         self.features.set_teacher_layers(self.feature_teachers)  # also without terms: an earlier fit may have had some
         if self.features:
-            if not any(isinstance(part, BaseFinetuning) for part in self.trainer.callbacks):  # it unfreezes later
+            callbacks: Any = getattr(self.trainer, "callbacks", ())
+            if not any(isinstance(part, BaseFinetuning) for part in callbacks):  # it unfreezes later
                 self.features.check_trainable(self.student)
-            self.features.fit_standardizations(self, self.feature_teachers)
             self.features.report()
 
     def _parameters_in_use(self) -> list[nn.Parameter]:

@@ -1,6 +1,5 @@
 """Feature terms of a module: how they are built, with several teachers, from a checkpoint; standardizations."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -172,10 +171,8 @@ class TestStandardizations:
         terms = FeatureTerms({"one": term({"embed": "embed"}, standardize=ChannelStandardization())})
         module = module_of(Tokens(4, 0))
         terms.build(module, teachers, batch)
-        plugin = SimpleNamespace(forward_context=nullcontext, convert_input=lambda x: x)
-        module.trainer = SimpleNamespace(
-            precision_plugin=plugin, strategy=SimpleNamespace(broadcast=lambda state: state)
-        )
+        strategy = SimpleNamespace(broadcast=lambda state: state, root_device=torch.device("cpu"))
+        module.trainer = SimpleNamespace(strategy=strategy)
         monkeypatch.setattr(feature_terms, "first_inputs", lambda module, samples: batch)
         terms.fit_standardizations(module, teachers)
         rows = teachers[0].network.embed(ids[ids != 0])
