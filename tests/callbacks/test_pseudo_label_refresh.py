@@ -396,7 +396,8 @@ def test_exact_resume(fit, tmp_path, name):
     whole, refresh = run(tmp_path / "whole", steps, ends)
     paths = sorted(tmp_path.glob("*/*.ckpt"))
     assert len(paths) == 9
-    for number, path in enumerate(paths):
+    # all moments for one source of labels; for the others each other one, in mid-epoch and at an end
+    for number, path in enumerate(paths if name == "student" else paths[1::2]):
         torch.load(path, weights_only=True)
         root = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", root)

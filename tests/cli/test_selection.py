@@ -189,18 +189,32 @@ class TestResume:
 class TestSeedsOfEvaluation:
     """Runs of one config with the seeds 0 and 1 of both kinds, as ``experiment`` sets them, and one of 2 and 0."""
 
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        """Where the runs lie once the first test has trained them."""
+        return tmp_path_factory.mktemp("seeds") / "runs"
+
     @pytest.fixture
-    def runs(self, config):
+    def runs(self, config, trained):
         config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1}
         write(config)
-        for seed, seed_of_data in ((0, 0), (1, 1), (2, 0)):
-            seeds = ["--seed_everything", str(seed), "--data.init_args.seed", str(seed_of_data)]
-            main(["fit", "--config", "config.yaml", *seeds])
+        if trained.exists():
+            shutil.copytree(trained, "runs")
+        else:
+            for seed, seed_of_data in ((0, 0), (1, 1), (2, 0)):
+                seeds = ["--seed_everything", str(seed), "--data.init_args.seed", str(seed_of_data)]
+                main(["fit", "--config", "config.yaml", *seeds])
+            shutil.copytree("runs", trained)
         return [Run(f"runs/tiny/version_{number}") for number in range(3)]
 
     def test_the_run_of_the_seeds(self, runs):
-        for command, which in (("validate", []), ("test", []), ("validate", ["--ckpt_path", "last"])):
-            for number, seeds in enumerate(([0], [1], [2], [0, 0], [1, 1], [2, 0])):
+        each = list(enumerate(([0], [1], [2], [0, 0], [1, 1], [2, 0])))
+        for command, which, some in (
+            ("validate", [], each),
+            ("test", [], each[1::4]),
+            ("validate", ["--ckpt_path", "last"], each[1::4]),
+        ):
+            for number, seeds in some:
                 options = [f"--seed_everything={seeds[0]}", *(f"--data.init_args.seed={seed}" for seed in seeds[1:])]
                 cli = DistillCLI([command, "--config", "config.yaml", *options, *which])
                 assert cli.run_folder == runs[number % 3].folder
@@ -439,22 +453,25 @@ class TestDeployedWeights:
 @pytest.mark.slow
 @pytest.mark.dist
 class TestProcesses:
-    @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-    def test_ranks_share_one(self, launcher, config):
+    @pytest.mark.parametrize(("launcher", "first"), [("lightning", True), ("torchrun", False)])
+    def test_ranks_share_one(self, launcher, first, config):
         import subprocess
         import sys
 
+        names = ["version_0"]
+        if not first:
+            main(["fit", "--config", write(config)])
+            names.append("version_1")
         config["trainer"] |= {"devices": 2, "strategy": "ddp"}
         module = ["-m", "kd_lightning", "fit", "--config", write(config)]
         command = [sys.executable, *module]
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *module]
-        for number in range(2):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr
-            folders = sorted(Path("runs/tiny").iterdir())
-            assert [path.name for path in folders] == ["version_0", "version_1"][: number + 1]
-            assert Run(folders[-1]).finished
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        folders = sorted(Path("runs/tiny").iterdir())
+        assert [path.name for path in folders] == names
+        assert Run(folders[-1]).finished
         assert {path.name for path in Path().iterdir()} == {"config.yaml", "teacher.pt", "runs"}
 
 
