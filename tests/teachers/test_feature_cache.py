@@ -403,7 +403,7 @@ def test_top_logits_of_a_module_without_logits(quiet_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"blok": None}, "layer 'blok': Backbone has none of that name"),
+        ({"emb": None}, "layer 'emb': Backbone has none of that name"),
         ({"embed": FIRST}, "pool: first needs tokens"),
         ({"norm": None, "embed.0": None}, "layer 'embed.0': Backbone has none of that name"),
     ],
