@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_lightning.callbacks import CompileNetworks
 from kd_lightning.cli.record_run import dump_config
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run, find_runs, run_of
 from kd_lightning.runs.student import is_taught
@@ -175,7 +175,7 @@ def _pick_networks(plain: Config, device: str, picks: _Picks) -> None:
     if _networks(plain):
         return
     kind = find_class(plain["model"]["class_path"])
-    if not (isinstance(kind, type) and issubclass(kind, SupervisedModule)):
+    if not (isinstance(kind, type) and issubclass(kind, SupervisedModule | FeatureDistillModule)):
         theirs = plain["model"]["init_args"]["module"] if is_taught(plain["model"]) else plain["model"]
         picks.reasons.append(f"not channels last, not compiled: {theirs['class_path']} is not of kd_lightning")
         return

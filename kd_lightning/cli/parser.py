@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning.cli.config_check import known_keys
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.runs.argument_types import ArgumentTypes
 from kd_lightning.runs.class_paths import find_class, name_of
 from kd_lightning.runs.parser_errors import explain_parser_error
 
 _WRITTEN: ContextVar[str | None] = ContextVar("written", default=None)  # text of the option that is being parsed
+_COMPLETING = (SupervisedModule, FeatureDistillModule)
 _COMPLETED = ("lr_scheduler", "hint_lr_scheduler")  # arguments of this package's modules, see schedules.takes_length
 
 
@@ -94,6 +95,6 @@ def check_length(place: str, key: str, value: Any, owner: Any) -> None:
     if not isinstance(kind, type) or not issubclass(kind, CosineAnnealingLR):
         return
     arguments, module = value.get("init_args") or {}, find_class(owner)
-    completes = isinstance(module, type) and issubclass(module, SupervisedModule) and key in _COMPLETED
+    completes = isinstance(module, type) and issubclass(module, _COMPLETING) and key in _COMPLETED
     if not completes and arguments.get("T_max", 0) is None:
         raise InputError(f"{place}.init_args.T_max: missing, but {name_of(kind)} needs it")

@@ -133,6 +133,8 @@ def quick(path, **changes):
         for node in nodes(config["model"]):
             if node.get("class_path") in small:
                 node["init_args"] = small[node["class_path"]]
+    if path.stem.startswith("feature"):
+        small_backbones(config)
     sooner(config)
     config["trainer"]["callbacks"] = [*config["trainer"].get("callbacks", []), {"class_path": "parts.Stop"}]
     if config["model"]["init_args"].get("strategy") == "relabel":
@@ -149,6 +151,20 @@ def quick(path, **changes):
             arguments["weights"] = None
     save_teachers(config)
     return config
+
+
+def small_backbones(config):
+    """Transformers of two thin layers, without their weights, which would be downloaded."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    thin = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    for node in nodes(config["model"]):
+        arguments = node.get("init_args") or {}
+        arguments |= {"pretrained": False} if "pretrained" in arguments else {}
+        if str(arguments.get("model_name")).startswith("vit"):
+            node["dict_kwargs"] |= thin
+        if str(node.get("class_path")).endswith("from_pretrained"):
+            dino = {"class_path": "transformers.Dinov2Config", "init_args": sizes}
+            node |= {"class_path": arguments["model"], "init_args": {"config": dino}}
 
 
 def small_texts(config):
@@ -325,7 +341,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
 
-BIG = re.compile("cifar|imagenet")  # their methods are those of the configs of the digits
+BIG = re.compile("cifar|imagenet|feature_dino|feature_siglip")  # their methods are those of the configs of the digits
 OTHER_DATA = re.compile("cached_digits-(balanced|DigitsWithVal|TableOfDigits|SavedDigits)")
 
 

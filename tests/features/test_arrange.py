@@ -24,8 +24,14 @@ def set_out(tokens, side):
 class TestTokens:
     @pytest.mark.parametrize(
         ("tokens", "side"),
-        [(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (196, 14), (197, 14), (1025, 32), (18, 4)]
-        + [(198, 14), (201, 14), (21, 4)],  # with a distillation token; with four registers
+        # the last four with a distillation token, or with four registers
+        [
+            *[(1, 1), (2, 1), (4, 2), (5, 2), (9, 3), (10, 3), (197, 14), (1025, 32)],
+            (18, 4),
+            (198, 14),
+            (21, 4),
+            (201, 14),
+        ],
     )
     def test_raster_order_without_the_class_token(self, tokens, side):
         x = random_tensor(2, tokens, 3)

@@ -18,9 +18,10 @@ from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
+from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.figures.comparison import Comparison, compare_runs
 from kd_lightning.runs.figures.log_figure import only_warn
 from kd_lightning.runs.run import Run
@@ -142,6 +143,12 @@ def _model_alone(model: Config) -> Config:
     if is_taught(model):
         alone: Config = deepcopy(arguments["module"])
         return alone
+    kind = find_class(model["class_path"])
+    if isinstance(kind, type) and issubclass(kind, FeatureDistillModule):
+        raise InputError(
+            f"experiment compares a student with itself trained on labels, and {kind.__name__} has none: fit "
+            "it, then name a config that trains its student.safetensors on with labels"
+        )
     if not has_student(model):
         raise InputError(f"experiment needs a model with a student, {model['class_path']} has none")
     shared = inspect.signature(SupervisedModule.__init__).parameters
