@@ -38,10 +38,10 @@ def fitted(terms, tmp_path, monkeypatch):
     return lambda method, part="test": terms.Fit(tmp_path, tmp_path / "cache", part, 0)(method, *terms.tries(method)[0])
 
 
-def test_every_method_has_four_tries_and_a_loss(terms):
+def test_every_method_has_six_tries_and_a_loss(terms):
     for method in terms.METHODS:
         tries = terms.tries(method)
-        assert len(tries) == len({*tries}) == 4
+        assert len(tries) == len({*tries}) == 6
         if method not in ("alone", "SimKD"):
             options = terms.terms(method, tries[0][1])
             assert isinstance(options["soft_loss"], nn.Module)
