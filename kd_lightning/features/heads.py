@@ -209,6 +209,8 @@ def logits_from(layer: nn.Module) -> int:
 def reset_classifier(network: nn.Module, num_classes: int, head: str | None = None) -> nn.Module:
     """Replace the head of a trained network by a new one, for other classes.
 
+    A backbone of timm without a head (``num_classes=0``) gets one by timm's own method.
+
     Args:
         network: The network, changed in place. In YAML it is often the result of ``kd_lightning.load_weights`` or of a
             factory of torchvision or timm.
@@ -227,6 +229,10 @@ def reset_classifier(network: nn.Module, num_classes: int, head: str | None = No
     """
     if num_classes < 1:
         raise InputError(f"num_classes must be at least 1, got {num_classes}")
+    add: Any = getattr(network, "reset_classifier", None)  # of timm's networks
+    if head is None and getattr(network, "num_classes", None) == 0 and callable(add):
+        add(num_classes)
+        return network.to(next(network.parameters()))
     name = find_head(network, head)
     old = network.get_submodule(name)
     if isinstance(old, LazyModuleMixin) and old.has_uninitialized_params():

@@ -312,7 +312,6 @@ def declaring(num_classes):
         (nn.Sequential(nn.LazyLinear(4)), {}, "0 has no weights yet; run the network once"),
         (declaring(6), {}, "head must be named: HeadFirst has num_classes 6, but its last layer, 'fc', has 10 outputs"),
         (declaring(7), {}, "head must be named: HeadFirst has num_classes 7, but no layer with so many outputs"),
-        (timm.create_model("test_vit", num_classes=0), {}, "has num_classes 0, but no layer"),
         (Branching(nn.Linear(4, 6), nn.Linear(6, 10)), {}, "head must be named: .*Branching.* cannot be traced"),
         (nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 10)]), {}, "head must be named: .*ModuleList.* cannot be traced"),
         (timm.create_model("levit_128s"), {}, "head must be named: Levit.* has several, head.linear, head_dist.linear"),
@@ -433,3 +432,16 @@ def test_shared_parameters_are_taken_once():
 def test_head_alone():
     bare, in_sequence = nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     assert layers_of(bare, bare) == layers_of(in_sequence, in_sequence[1]) == []
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_a_backbone_of_timm_gets_a_head(name):
+    backbone = timm.create_model(name, num_classes=0).double()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    network = reset_classifier(backbone, 3)
+    state = network.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in before.items())
+    x = torch.rand(2, *network.pretrained_cfg["input_size"], dtype=torch.double)
+    assert network.eval()(x).shape == (2, 3)
+    assert network.get_submodule(find_head(network)).weight.dtype == torch.double
+    assert {*state} > {*before}
