@@ -15,8 +15,7 @@ from kd_lightning import load_weights
 from kd_lightning.__main__ import main
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
-TIMM = {"class_path": "timm.create_model", "init_args": {"model_name": "test_resnet"}}
-TIMM["dict_kwargs"] = {"num_classes": 0}
+TIMM = {
     "class_path": "timm.create_model",
     "init_args": {"model_name": "test_resnet"},
     "dict_kwargs": {"num_classes": 0},
