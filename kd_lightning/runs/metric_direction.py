@@ -19,7 +19,7 @@ _MIN = re.compile(
 )
 _MAX = re.compile(
     "acc|accuracy|f1|fbeta|precision|recall|sensitivity|specificity|t[pn]r|auroc|auc|auprc|m?ap|agreement|coverage|"
-    "confidence|r2|m?iou|jaccard|dice|kappa|mcc|psnr|ssim|ndcg|mrr|bleu"
+    "confidence|r2|rankme|m?iou|jaccard|dice|kappa|mcc|psnr|ssim|ndcg|mrr|bleu"
 )
 # terms of this package's objectives, also of the teacher or the peer that train beside the student
 _TERM = re.compile("(teacher_|peer_)?(hard|soft|hint|unsupervised)")

@@ -91,12 +91,10 @@ def input_size(network: nn.Module, x: Any) -> Finding:
         return Finding(name, "not checked: the network does not declare it")
     if not isinstance(x, Tensor) or x.ndim != 4:
         return Finding(name, "not checked: the inputs are no pictures")
-    got = [*x.shape[1:]]
-    text = f"{got}, the network was made for {[*wanted]}"
-    if got == [*wanted]:
-        return Finding(name, text)
-    hint = f"resize them: Teacher(network, preprocess=v2.Resize({[*wanted[1:]]})), or set the size of the network"
-    return Finding(name, text, hint if min(got[1:]) < min(wanted[1:]) or got[0] != wanted[0] else None)
+    got, wanted = [*x.shape[2:]], [*wanted[-2:]]
+    text = f"{got}, the network was made for {wanted}"
+    hint = f"resize them: Teacher(network, preprocess=v2.Resize({wanted})), or set the size of the network"
+    return Finding(name, text, hint if min(got) < min(wanted) else None)
 
 
 def input_range(network: nn.Module, x: Any) -> Finding:
@@ -125,18 +123,15 @@ def input_range(network: nn.Module, x: Any) -> Finding:
 
 
 def _declared(network: nn.Module) -> Mapping[str, Any]:
-    """Return the input size (C, H, W), mean and standard deviation that a network declares, as far as it does."""
+    """Return the input size (..., H, W), mean and standard deviation that a network declares, as far as it does."""
     given = getattr(network, "pretrained_cfg", None)  # of timm
     if given is not None:
         given = given if isinstance(given, Mapping) else vars(given)
         found = {name: given.get(name) for name in ("input_size", "mean", "std")}
         size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-        return found | ({} if size is None else {"input_size": (found["input_size"] or (3,))[:1] + tuple(size)})
-    config = getattr(network, "config", None)  # of transformers
-    side, count = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    if isinstance(side, int):
-        return {"input_size": (count, side, side)}
-    return {"input_size": (count, *side)} if isinstance(side, list | tuple) else {}
+        return found if size is None else found | {"input_size": size}
+    side = getattr(getattr(network, "config", None), "image_size", None)  # of transformers
+    return {} if side is None else {"input_size": side if isinstance(side, list | tuple) else (side, side)}
 
 
 def _short(values: Any) -> list[float]:

@@ -182,8 +182,8 @@ class TestNetworks:
         for name, value in student.state_dict().items():
             assert torch.equal(value, before[name]) == name.startswith("classifier"), name
 
-    def test_two_processes(self, quiet_trainer):
-        """The unused classifier has no gradient; DDP would wait for it."""
+    def test_ddp_does_not_wait_for_what_no_term_reaches(self, quiet_trainer):
+        """Of the unused classifier there is no gradient."""
         student = Backbone()
         trainer = quiet_trainer(limit_train_batches=2, limit_val_batches=2, devices=1, strategy="ddp")
         trainer.fit(FeatureDistillModule(student, Backbone(9)), datamodule=digits())

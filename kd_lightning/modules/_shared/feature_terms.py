@@ -153,7 +153,7 @@ class FeatureTerms(nn.ModuleDict):
             ]
         except InputError:
             raise
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # timm and transformers raise any
             reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
             raise InputError(f"features: {reason}") from error
         self.parameters_below = {name: student.parameters for name, student in students.items()}
