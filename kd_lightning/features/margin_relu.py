@@ -23,7 +23,7 @@ class MarginReLU(nn.Module):
     https://arxiv.org/abs/1904.01866.
 
     Attributes:
-        margin: (C,) margins. (0,) before the fit.
+        margin: (C,) margins, at most 0. Zeros before the fit, (0,) before :meth:`build`.
 
     Shape:
         - fit: (M, C), rows are samples, or positions of maps.
@@ -41,11 +41,17 @@ class MarginReLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("margin", torch.zeros(0))
+        self._is_fitted = False  # to read the margins would wait for the device
 
     @property
     def is_fitted(self) -> bool:
         """Whether :meth:`fit` has run, or the values of a fit were loaded."""
-        return len(self.margin) > 0
+        return self._is_fitted
+
+    def build(self, channels: int) -> None:
+        """Set the number of margins before they are fitted, so that averages of weights can have copies of them."""
+        if not self.is_fitted:
+            self.margin = self.margin.new_zeros(channels)
 
     def fit(self, features: Tensor) -> None:
         """Find the margins, in float64 on the CPU.
@@ -69,6 +75,7 @@ class MarginReLU(nn.Module):
             raise InputError("MarginReLU: no feature of the teacher is below 0; set the layer before the ReLU")
         margin = rows.masked_fill(~below, 0).sum(dim=0) / below.sum(dim=0).clamp(min=1)
         self.margin = margin.to(self.margin.device, torch.float32)
+        self._is_fitted = True
 
     def forward(self, feature: Tensor) -> Tensor:
         """Return the limited feature.
@@ -91,3 +98,4 @@ class MarginReLU(nn.Module):
         if (stored := state_dict.get(f"{prefix}margin")) is not None and stored.shape != self.margin.shape:
             self.margin = self.margin.new_zeros(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_fitted = bool(self.margin.any())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,30 @@ class _Standardization(nn.Module):
     """A linear map of features to mean 0, fitted once.
 
     Attributes:
-        mean: (C,) means that are subtracted. (0,) before the fit.
-        scale: (C,) factors, or a matrix (C, C), that the rest is multiplied by. (0,) before the fit.
+        mean: (C,) means that are subtracted. Zeros before the fit, (0,) before :meth:`build`.
+        scale: (C,) factors, or a matrix (C, C), that the rest is multiplied by. Zeros before the fit.
     """
 
     mean: Tensor
     scale: Tensor
+    _scale_dims: ClassVar[int]
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(0))
         self.register_buffer("scale", torch.zeros(0))
+        self._is_fitted = False  # to read the values would wait for the device
 
     @property
     def is_fitted(self) -> bool:
         """Whether :meth:`fit` has run, or the values of a fit were loaded."""
-        return len(self.mean) > 0
+        return self._is_fitted
+
+    def build(self, channels: int) -> None:
+        """Set the sizes of the values before they are fitted, so that averages of weights can have copies of them."""
+        if not self.is_fitted:
+            self.mean = self.mean.new_zeros(channels)
+            self.scale = self.mean.new_zeros([channels] * self._scale_dims)
 
     def fit(self, features: Tensor) -> None:
         """Find the means and scales. It is computed in float64 on the CPU, and stored in float32.
@@ -64,6 +72,7 @@ class _Standardization(nn.Module):
             raise InputError(f"{name}: all {len(dead)} channels are constant in {len(rows)} rows of features")
         self.mean = mean.to(self.mean.device, torch.float32)
         self.scale = self._find_scale(rows - mean, dead).to(self.scale.device, torch.float32)
+        self._is_fitted = True
 
     def _find_scale(self, centred: Tensor, dead: Tensor) -> Tensor:
         """Return the factors (C,) or the matrix (C, C), of centred features (M, C) and of which channels are dead."""
@@ -124,6 +133,7 @@ class _Standardization(nn.Module):
             if stored is not None and stored.shape != getattr(self, name).shape:
                 setattr(self, name, getattr(self, name).new_zeros(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_fitted = bool(self.scale.any())
 
 
 class ChannelStandardization(_Standardization):
@@ -147,6 +157,8 @@ class ChannelStandardization(_Standardization):
     >>> standardize(torch.tensor([[3.0, 10.0]]))
     tensor([[ 1., -1.]])
     """
+
+    _scale_dims: ClassVar[int] = 1
 
     def _find_scale(self, centred: Tensor, dead: Tensor) -> Tensor:
         variance = centred.square().mean(dim=0)
@@ -179,6 +191,8 @@ class PHIStandardization(_Standardization):
     >>> standardize(torch.tensor([[3.0, 0.0], [0.0, 1.0]])).square().sum(dim=1)  # 9 and 1, divided by (9 + 1) / 4
     tensor([3.6000, 0.4000])
     """
+
+    _scale_dims: ClassVar[int] = 2
 
     def _find_scale(self, centred: Tensor, dead: Tensor) -> Tensor:
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))

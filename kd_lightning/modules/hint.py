@@ -190,6 +190,10 @@ class HintModule(DistillModule):
             check_first_gradients(self.student, self._guided_parameters)
             self._gradients_are_checked = True
 
+    def unused_parameters(self) -> set[int]:
+        """Return the ids of the parameters of feature terms whose weight is 0 in this epoch; none in stage 1."""
+        return super().unused_parameters() if self.distilling else set()
+
     # The run.
 
     def setup(self, stage: str) -> None:

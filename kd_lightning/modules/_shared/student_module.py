@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
@@ -194,10 +194,20 @@ class StudentModule(LeanModule):
                 self.features.check_trainable(self.student)
             self.features.report()
 
+    def unused_parameters(self) -> set[int]:
+        """Return the ids of the parameters of feature terms whose weight is 0 in this epoch."""
+        return self.features.unused_parameters(self.term_epoch)
+
     def _parameters_in_use(self) -> list[nn.Parameter]:
-        """Return the parameters of all but feature terms whose weight is 0 in this epoch."""
-        unused = self.features.unused_parameters(self.term_epoch)
+        unused = self.unused_parameters()
         return [p for p in self.parameters() if id(p) not in unused]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Runs before each optimiser step. Removes gradients of 0, which DDP needs: weight decay would follow them."""
+        if self.features and (unused := self.unused_parameters()):
+            for parameter in self.features.parameters():
+                if id(parameter) in unused:
+                    parameter.grad = None
 
     def log_feature_means(self) -> dict[str, Tensor]:
         """Log the means of the feature terms over a validation, and return them by chart."""
