@@ -24,5 +24,5 @@ def test_each_ratio_is_a_row(speed):
         def add(self, name, of, over, most, unit):
             rows.append((name, len(of), len(over), most))
 
-    speed.measure(Table(), rounds=2, size=128)
+    speed.measure(Table(), rounds=2, size=64)
     assert rows == [(f"{of} / {over}", 2, 2, most) for of, over, most in speed.RATIOS]
