@@ -97,6 +97,11 @@ class ApprenticeModule(DistillModule):
         super().__init__(student, None if joint else teacher, soft_loss=soft_loss, soft_weight=soft_weight, **kwargs)
         if joint and teacher is not None:
             self.teacher = _check_trainable(teacher, student)  # type: ignore[assignment]  # not a Teacher: it trains
+        for name, term in self.features.all.items() if joint else ():
+            if term.standardizations:
+                raise InputError(
+                    f"features.{name}: standardize is fitted once, to a frozen teacher; scheme joint trains the teacher"
+                )
         if joint and is_stateful(self.hard_loss):
             raise InputError(
                 f"hard_loss: {type(self.hard_loss).__name__} stores values of samples, for one network only"

@@ -84,8 +84,8 @@ class EnsembleDistillModule(SupervisedModule):
             ``MSELoss`` for regression.
         soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
         features: Terms that compare layers of the student and of teachers, by name, see :class:`DistillModule`. A
-            teacher's layer begins with the teacher's number: ``"0.layer3"``. Except for ``average``, the features take
-            a pass of their own. Default: None, which means none.
+            teacher's layer begins with the teacher's number: ``"0.layer3"``. Except for ``average`` without
+            ``use_vmap``, the features take a pass of their own. Default: None, which means none.
         **kwargs: The arguments of :class:`SupervisedModule`.
 
     Raises:
@@ -175,7 +175,7 @@ class EnsembleDistillModule(SupervisedModule):
     @property
     def teachers_compute_all(self) -> bool:
         """Whether each teacher's pass in a training step is over all samples."""
-        return self.strategy == "average"
+        return self.strategy == "average" and not (self.ensemble is not None and self.ensemble.use_vmap)
 
     def _rows_of(
         self, batch: Batch, logits: Tensor, outputs: Tensor, selected: Tensor | None = None
