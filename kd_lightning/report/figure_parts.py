@@ -69,7 +69,7 @@ def accuracy_part(facts: Facts) -> Context:
         row = {"kind": "teacher", "label": "teacher", "name": "not a run; run for this report", "seeds": 1, **empty}
         rows.append({**row, "value": value, "samples": f"{teacher.samples:,}", "verdict": ""})
     return {
-        "heading": "Accuracy" if figure == "accuracy" else "Error",
+        "heading": "Error" if figure == "mae" else "Accuracy",
         "svg": dot_plot(series, title),
         "title": title,
         "rows": rows,

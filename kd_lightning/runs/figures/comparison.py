@@ -36,9 +36,13 @@ from kd_lightning.runs.figures.statistics import (
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.student import example_inputs
 
-_PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error")
+_FIGURES = ("accuracy", "mae", "knn_accuracy")  # the first that is known is compared
+_OF_FEATURES = ("probe_accuracy", "rankme", "neighbor_agreement")
+_PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error", "knn_accuracy", *_OF_FEATURES[::2])
 _TITLES = {"accuracy": "accuracy %", "mae": "MAE", "mean_iou": "mean IoU %", "agreement": "agreement %"}
 _TITLES |= {"calibration_error": "calib. error %", "rmse": "RMSE", "r2": "R2", "teacher_difference": "to teacher"}
+_TITLES |= {"knn_accuracy": "k-NN accuracy %", "probe_accuracy": "probe %", "rankme": "RankMe"}
+_TITLES |= {"neighbor_agreement": "neighbours %"}
 _LESS = ": less is better"
 _COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
 
@@ -106,7 +110,7 @@ class Comparison:
 
     @property
     def figure_name(self) -> str:
-        """The figure that is compared: ``accuracy``, or ``mae`` of the regression task."""
+        """The figure that is compared: ``accuracy``, ``mae`` of the regression task, ``knn_accuracy`` of features."""
         return figure_of(self.groups)
 
     @property
@@ -114,6 +118,8 @@ class Comparison:
         """The figures beside it."""
         if self.figure_name == "mae":
             return "rmse", "r2", "teacher_difference"
+        if self.figure_name == "knn_accuracy":
+            return _OF_FEATURES
         dense = any(group.values("mean_iou") for group in self.groups)
         return (*["mean_iou"] * dense, "agreement", "calibration_error")
 
@@ -314,8 +320,7 @@ def _command(run: Run, part: str) -> str:
 
 def figure_of(groups: Sequence[Group]) -> str:
     """Return the name of the figure that groups are compared by."""
-    values = {name: any(group.values(name) for group in groups) for name in ("accuracy", "mae")}
-    return "mae" if values["mae"] and not values["accuracy"] else "accuracy"
+    return next((name for name in _FIGURES if any(group.values(name) for group in groups)), "accuracy")
 
 
 def _format(value: float, figure: str, sign: str = "") -> str:

@@ -35,7 +35,7 @@ _STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
-_NAMES = {"accuracy": "accuracy", "mae": "mean absolute error"}
+_NAMES = {"accuracy": "accuracy", "mae": "mean absolute error", "knn_accuracy": "k-NN accuracy"}
 _PARTS = {"test": "test", "val": "validation"}
 _MOST_NAMES = 6  # of groups in the legend
 _NAME_WIDTH = 24  # letters of a row's name in a line
@@ -96,7 +96,7 @@ def describe(
     base = "the same student alone" if first.name == f"{second.name}_alone" else first.name
     change = _value(abs(found.mean), figure, "points")
     verb = {"better": "gains", "worse": "loses"}.get(found.verdict or "", "")
-    if figure != "accuracy" and verb:
+    if figure == "mae" and verb:
         verb = {"better": "lowers", "worse": "raises"}[found.verdict or ""]
         message = f"{second.name} {verb} the {title} by {change} against {base}"
     elif verb:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
-from kd_lightning.runs.figures.comparison import compare_runs
+from kd_lightning.runs.figures.comparison import compare_runs, figure_of
 from kd_lightning.runs.results import Prediction, Result, write_result
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import save_weights
@@ -290,3 +291,17 @@ def test_dense_runs_have_mean_iou(of_figures, tmp_path):
     folders = [of_figures(name, "correct", scale, mean_iou=0.25) for name, scale in (("base", 0.1), ("method", 0.2))]
     table = cells(compare_runs(folders))
     assert table["method"]["mean IoU %"] == "25.00 ± 0.00" and table["method"]["verdict"] == "better"
+
+
+@pytest.mark.parametrize(
+    ("known", "figure"),
+    [
+        ([{"accuracy", "mae"}, {"knn_accuracy"}], "accuracy"),
+        ([set(), {"mae"}], "mae"),
+        ([{"knn_accuracy", "rankme"}], "knn_accuracy"),  # of backbones
+        ([set()], "accuracy"),
+    ],
+)
+def test_the_figure_that_is_compared(known, figure):
+    groups = [SimpleNamespace(values=lambda name, names=names: [0.5] * (name in names)) for names in known]
+    assert figure_of(groups) == figure
