@@ -6,8 +6,8 @@ import math
 
 from kd_lightning.runs.figures.statistics import Interval
 
-_PERCENT = ("accuracy", "mean_iou", "agreement", "calibration_error", "balanced_accuracy", "f1")
-_PERCENT += ("knn_accuracy", "probe_accuracy", "neighbor_agreement")
+_PERCENT = {"accuracy", "mean_iou", "agreement", "calibration_error", "balanced_accuracy", "f1"}
+_PERCENT |= {"knn_accuracy", "probe_accuracy", "neighbor_agreement"}
 MISSING = "\N{EN DASH}"
 """What stands in a table for a value that is not known."""
 TITLES = {"accuracy": "accuracy", "mae": "mean absolute error", "loss": "loss", "knn_accuracy": "k-NN accuracy"}
