@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import Config
 from kd_lightning.runs.config_identity import hash_files, identity_of, seeds_of
 from kd_lightning.runs.run import Run, find_runs
+from kd_lightning.runs.yaml_file import dump_yaml
 
 
 def find_fits(config: Config, samples: Mapping[str, str] | None = None) -> list[Run]:
@@ -55,5 +54,5 @@ def config_file(config: Config) -> Iterator[str]:
     """Write a config to a temporary file, and return its path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        path.write_text(dump_yaml(config), encoding="utf-8")
         yield str(path)

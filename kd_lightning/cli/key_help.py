@@ -124,6 +124,8 @@ def _arguments(owner: Any, how: str) -> str:
 def _default(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         value = value["class_path"]
+    if value is not None and type(value) not in (bool, int, float, str, list, tuple, dict):
+        return name_of(value)
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text.rpartition(".")[2] if all(map(str.isidentifier, text.split("."))) else text
 

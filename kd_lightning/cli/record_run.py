@@ -19,6 +19,8 @@ from kd_lightning.runs.environment import describe_environment
 from kd_lightning.runs.folder import run_folder
 from kd_lightning.runs.results import clear_results
 from kd_lightning.runs.run import CONFIG, Run, register_run
+from kd_lightning.runs.saved_values import check_saved
+from kd_lightning.runs.yaml_file import load_yaml
 
 
 class RecordRun(SaveConfigCallback):
@@ -95,5 +97,14 @@ def unversioned_loggers(trainer: Trainer) -> list[Any]:
 
 
 def dump_config(parser: LightningArgumentParser, config: Any) -> str:
-    """Return a config as YAML, in one file also if it was read from several."""
-    return str(parser.dump(config, skip_unset=False, skip_validation=True))
+    """Return a config as YAML, in one file also if it was read from several.
+
+    Raises:
+        InputError: If the text would hold another value than the config.
+    """
+    try:
+        text = str(parser.dump(config, skip_unset=False, skip_validation=True))
+    except yaml.representer.RepresenterError as error:
+        raise InputError(f"the config of a run cannot hold {' '.join(repr(error.args[-1]).split())}") from error
+    check_saved(config, load_yaml(text))
+    return text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,12 +14,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader
 from jsonargparse.typing import register_type
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from kd_lightning.runs.yaml_file import unshared
+from kd_lightning.runs.saved_values import can_be_saved
+from kd_lightning.runs.yaml_file import dump_yaml, unshared
 
 _BUILDING = ContextVar("building", default=False)  # objects from a config, after it was parsed
 WRITTEN_AS = "a tensor must be written as"
@@ -26,6 +29,7 @@ WRITTEN_AS = "a tensor must be written as"
 
 _load = get_loader("yaml")
 set_loader("yaml", lambda text: unshared(_load(text)), (yaml.YAMLError,))  # of files that a config names, too
+set_dumper("yaml", dump_yaml)
 
 
 class ArgumentTypes:
@@ -35,12 +39,18 @@ class ArgumentTypes:
     of the argument's default, if that is a tensor; else torch's default float type, since weights multiply losses, or
     booleans, if the list holds booleans alone. A class path of a function that returns a tensor is accepted, too.
     ``T_max`` of CosineAnnealingLR may be left out.
+
+    A default that a config cannot hold, such as a lambda or an object, is not part of it; objects that are built take it
+    from the signature.
     """
 
     def _add_signature_parameter(self, container: Any, nested_key: Any, param: Any, *args: Any, **kwargs: Any) -> Any:
         annotation = _with_lists(param.annotation, number_list(_dtype_of(param.default)))
         if param.name == "T_max" and CosineAnnealingLR in (param.parent, param.component):  # see schedules.takes_length
             annotation, param = annotation | None, replace(param, default=None)
+        if not takes_lists(annotation) and not can_be_saved(param.default, param.annotation):
+            annotation = Any if annotation is inspect.Parameter.empty else annotation
+            param = replace(param, default=SUPPRESS)
         param = replace(param, annotation=annotation)
         return super()._add_signature_parameter(container, nested_key, param, *args, **kwargs)  # type: ignore[misc]
 

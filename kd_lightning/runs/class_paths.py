@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+from argparse import SUPPRESS
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class Argument(NamedTuple):
     Attributes:
         name: Its name.
         text: What its docstring says.
-        default: Its default; of an object the mapping that describes it.
+        default: Its default; of an object the mapping that describes it, or the object if a config cannot hold it.
         needed: Whether it has none.
     """
 
@@ -139,7 +140,12 @@ def describe_arguments(owner: Any) -> list[Argument]:
     found = [(name, actions[f"{_PREFIX}.{name}"]) for name in arguments_of(owner) if f"{_PREFIX}.{name}" in actions]
     own = inspect.signature(owner).parameters if found else {}
     needed = {name for name, parameter in own.items() if parameter.default is parameter.empty}
-    return [Argument(name, str(action.help or ""), action.default, name in needed) for name, action in found]
+    described = []
+    for name, action in found:
+        left_out = action.default == SUPPRESS and name in own  # a config cannot hold it
+        default = own[name].default if left_out else action.default
+        described.append(Argument(name, str(action.help or ""), default, name in needed))
+    return described
 
 
 def takes_any_argument(owner: Any) -> bool:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 _MOST_REPEATED = 100_000
 """The most values that aliases may add to those that a text spells out."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text such as ``1e3``, too, which is a number for jsonargparse and YAML 1.2."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class UnboundedYAMLError(yaml.YAMLError):
@@ -25,6 +35,17 @@ def load_yaml(text: str) -> Any:
         return None if root is None else unshared(yaml.SafeLoader("").construct_document(root))
     except (ValueError, OverflowError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def dump_yaml(value: Any, **options: Any) -> str:
+    """Return a value as YAML, which each reader of this package reads as the same value.
+
+    Args:
+        value: Mappings, lists, numbers, texts and None.
+        **options: Those of ``yaml.dump``.
+    """
+    options = {"sort_keys": False, "allow_unicode": True, **options}
+    return str(yaml.dump(value, Dumper=_Dumper, **options))
 
 
 def unshared(value: Any) -> Any:

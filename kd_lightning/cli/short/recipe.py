@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd_lightning.cli.short.networks import Network
+from kd_lightning.runs.yaml_file import dump_yaml
 
 _SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 _STEPS = 3000  # of a fit, between _EPOCHS
@@ -268,9 +267,9 @@ trainer:
 
 def _text(value: Any) -> str:
     """Return a text as YAML."""
-    return yaml.safe_dump(str(value), width=10**9, allow_unicode=True).strip().removesuffix("...").strip()
+    return dump_yaml(str(value), width=10**9).strip().removesuffix("...").strip()
 
 
 def _flow(value: Any) -> str:
     """Return a mapping as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False).strip()
+    return dump_yaml(value, default_flow_style=True, width=10**9).strip()
