@@ -40,8 +40,8 @@ class ArgumentTypes:
     booleans, if the list holds booleans alone. A class path of a function that returns a tensor is accepted, too.
     ``T_max`` of CosineAnnealingLR may be left out.
 
-    A default that a config cannot hold, such as a lambda or an object, is not part of it; objects that are built take it
-    from the signature.
+    A default that a config cannot hold, such as a lambda or an object, is not part of it. The signature's own counts
+    where an object is built.
     """
 
     def _add_signature_parameter(self, container: Any, nested_key: Any, param: Any, *args: Any, **kwargs: Any) -> Any:
