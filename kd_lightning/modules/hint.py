@@ -150,7 +150,7 @@ class HintModule(DistillModule):
         values = self.features.pair_values("hint", self._capture_hints(batch), batch, self.student)
         if self._trainer is not None and len(values) > 1:
             for layer, value in values.items():
-                self._record_mean(f"train/hint/{layer}", value, len(batch))
+                self._record_mean(f"train/hint/{layer or 'output'}", value, len(batch))
         value = with_all_gradients(self, sum_of(values), partial(self._stage_parameters, False))
         return {"hint": SampleTerm(1.0, value)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -49,9 +48,6 @@ def examine_features(
         assert isinstance(teacher, Teacher)
         for finding in _check_teacher(module, number, teacher, batches, what):
             yield with_teacher_name(finding, f"teachers[{number}]") if module.features.several else finding
-    parts = [_features(module, number, training) for number in range(len(module.teachers))]
-    for term in module.features.all.values():
-        term.fit_standardizations(dict(chain.from_iterable(part.items() for part in parts)))
     module.train()
     yield gradients(module.losses(training), module.student)
 

@@ -9,24 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError, first_line
-from kd_lightning.features.capture import capture, evaluating, find_layer
+from kd_lightning.features.capture import capture
 from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.features.trace import TracedLayers, are_frozen, check_gradients, trace_student, trace_teacher
-from kd_lightning.inputs import describe, map_inputs
+from kd_lightning.features.trace import are_frozen, check_gradients
 from kd_lightning.modules._shared.first_inputs import first_inputs
+from kd_lightning.modules._shared.term_building import build_terms, fit_standardizations
 from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
 
 SAMPLES = 4  # whose shapes the terms are built from
-_TO_STANDARDIZE = 512  # samples that standardizations are fitted to
 
 
 @dataclass
@@ -124,77 +122,12 @@ class FeatureTerms(nn.ModuleDict):
             raise InputError(f"features: cannot read the first training inputs ({first_line(error)})") from error
         inputs = module.trainer.strategy.broadcast(inputs)  # sizes may differ between processes
         self.build(module, teachers, inputs)
-        self.fit_standardizations(module, teachers)
+        fit_standardizations(self, module, teachers)
         return inputs
 
     def build(self, module: Any, teachers: Sequence[nn.Module], batch: Batch, samples: int | None = None) -> None:
-        """Find the shapes of all layers by one pass of each network, and build what depends on them.
-
-        Args:
-            module: The module.
-            teachers: Its teachers.
-            batch: The inputs.
-            samples: Number of samples of the data. Default: None, which means that of the trainer's datamodule, if
-                there is one.
-
-        Raises:
-            InputError: If a layer does not exist, is not called or has no gradient; if no projector or loss fits.
-        """
-        batch = batch.to(module.device)
-        layers = self.teacher_layers(len(teachers))
-        try:
-            students = {
-                name: self._named(name, partial(trace_student, module.student, batch.x, term.layers, module.call))
-                for name, term in self.all.items()
-            }
-            traced = [
-                self._trace_teacher(teacher, batch, paths, module.call) if paths else None
-                for teacher, paths in zip(teachers, layers, strict=True)
-            ]
-        except InputError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # timm and transformers raise any
-            reason = f"the networks cannot take inputs of shape {describe(batch.x)}: {first_line(error)}"
-            raise InputError(f"features: {reason}") from error
-        self.parameters_below = {name: student.parameters for name, student in students.items()}
-        places: dict[str, tuple[TracedLayers, str]] = {}
-        for part, paths in zip(traced, layers, strict=True):
-            places |= {name: (part, path) for path, name in paths.items() if part is not None}
-        samples = _count_samples(module) if samples is None else samples
-        for name, term in self.all.items():
-            student = students[name]
-            parts = [(mine, *places[theirs]) for mine, theirs in term.layers.items()]
-            shapes = [(student.shape(mine), part.shape(path)) for mine, part, path in parts]
-            layouts = [(student.layouts[mine], part.layouts[path]) for mine, part, path in parts]
-            if not term.is_built:
-                dtype = student.outputs[next(iter(term.layers))].dtype
-                self._named(name, partial(term.build, shapes, layouts, samples, module.device, dtype))
-        self.set_teacher_layers(teachers)
-        outputs = {name: part.outputs[path] for name, (part, path) in places.items()}
-        for name, term in self.all.items():
-            with evaluating(term), torch.no_grad():
-                self._named(name, partial(term.projected, students[name].outputs, outputs, len(batch)))
-
-    def _trace_teacher(
-        self, teacher: nn.Module, batch: Batch, paths: Mapping[str, str], run: Callable[..., Any]
-    ) -> TracedLayers:
-        network = teacher.network if isinstance(teacher, Teacher) else teacher
-        for name, term in self.all.items():
-            for path in [path for path, layer in paths.items() if layer in term.layers.values()]:
-                self._named(name, partial(find_layer, network, path))
-        first = next(name for name, term in self.all.items() if {*term.layers.values()} & {*paths.values()})
-        traced: TracedLayers = self._named(first, partial(self._trace, teacher, batch, [*paths], run))
-        return traced
-
-    def _trace(self, teacher: nn.Module, batch: Batch, names: list[str], run: Callable[..., Any]) -> TracedLayers:
-        if not isinstance(teacher, Teacher):
-            with evaluating(teacher):
-                return trace_teacher(teacher, batch.teacher_x, names, run)
-        with teacher.evaluating(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            no_autocast = torch.autocast(batch.device.type, enabled=False)
-            with no_autocast:
-                x = teacher.prepare(map_inputs(torch.clone, batch.teacher_x))  # it may change them
-            return trace_teacher(teacher.network, x, names)
+        """Find the shapes of all layers, and build what depends on them, see :func:`build_terms`."""
+        build_terms(self, module, teachers, batch, samples)
 
     def set_teacher_layers(self, teachers: Sequence[nn.Module]) -> None:
         """Set the layers whose outputs the teachers give: pooled, where all terms want that."""
@@ -206,38 +139,6 @@ class FeatureTerms(nn.ModuleDict):
         pairs = [pair for term in self.all.values() for pair in term.pairs if pair.teacher == layer]
         pools = {pair.teacher_pool() for pair in pairs}
         return pools.pop() if len(pools) == 1 else None
-
-    @torch.no_grad()
-    def fit_standardizations(self, module: Any, teachers: Sequence[nn.Module]) -> None:
-        """Fit standardizations that are not fitted yet to the first training inputs, on the device of the training."""
-        parts = [s for term in self.all.values() for s in term.standardizations]
-        if all(s.is_fitted for s in parts):
-            return
-        device = module.trainer.strategy.root_device
-        for teacher in teachers:
-            teacher.to(device)  # it goes there soon
-        self.standardize_by(teachers, first_inputs(module, _TO_STANDARDIZE), device)
-        for part in parts:  # rows differ between processes
-            state = module.trainer.strategy.broadcast({k: v.cpu() for k, v in part.state_dict().items()})
-            part.load_state_dict(state)
-
-    @torch.no_grad()
-    def standardize_by(self, teachers: Sequence[nn.Module], batch: Batch, device: torch.device) -> None:
-        """Fit standardizations that are not fitted yet to the teachers' features of a batch.
-
-        Args:
-            teachers: The teachers.
-            batch: The inputs. 64 are computed at a time.
-            device: Of the passes.
-        """
-        features = []
-        for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
-            captured = self.teacher_features(teachers, some.to(device))
-            features.append({name: part.float().cpu() for name, part in captured.items()})
-        mask = None if batch.position_mask is None else batch.position_mask.cpu()
-        joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
-        for term in self.all.values():
-            term.fit_standardizations(joined, mask)
 
     def teacher_features(self, teachers: Sequence[nn.Module], batch: Batch) -> dict[str, Tensor]:
         """Return the teachers' features of a batch, by their name in the terms: stored ones, or computed."""
@@ -312,7 +213,7 @@ class FeatureTerms(nn.ModuleDict):
 
     def weights(self, epoch: int) -> dict[str, float]:
         """Return the weight of each term in an epoch, by name."""
-        return {name: self._named(name, partial(term.weight_in, epoch)) for name, term in self.all.items()}
+        return {name: self.named(name, partial(term.weight_in, epoch)) for name, term in self.all.items()}
 
     def active(self, epoch: int) -> dict[str, float]:
         """Return the weights of the terms that have one in an epoch, by name."""
@@ -334,8 +235,8 @@ class FeatureTerms(nn.ModuleDict):
         if student is not None and torch.is_grad_enabled():
             layers = [(layer, captured.student[layer]) for layer in term.layers if layer in captured.student]
             frozen = partial(are_frozen, student, self.parameters_below.get(name, frozenset()))
-            self._named(name, partial(check_gradients, layers, frozen))
-        values: dict[str, Tensor] = self._named(name, partial(term, captured.student, captured.teacher, batch))
+            self.named(name, partial(check_gradients, layers, frozen))
+        values: dict[str, Tensor] = self.named(name, partial(term, captured.student, captured.teacher, batch))
         return values
 
     def record(self, captured: Captured, batch: Batch, names: Collection[str]) -> None:
@@ -346,7 +247,9 @@ class FeatureTerms(nn.ModuleDict):
         for name in names:
             values = self.pair_values(name, captured, batch)
             charts = {f"val/{name}": sum_of(values)}
-            charts |= {f"val/{name}/{layer}": value for layer, value in values.items()} if len(values) > 1 else {}
+            charts |= (
+                {f"val/{name}/{layer or 'output'}": value for layer, value in values.items()} if len(values) > 1 else {}
+            )
             for chart, value in charts.items():
                 if chart not in self._means:
                     self._means[chart] = MeanMetric().to(value.device)
@@ -367,7 +270,7 @@ class FeatureTerms(nn.ModuleDict):
         unused = [self.all[name] for name, weight in self.weights(epoch).items() if not weight]
         return {id(parameter) for term in unused for parameter in term.parameters()}
 
-    def _named(self, name: str, function: Callable[[], Any]) -> Any:
+    def named(self, name: str, function: Callable[[], Any]) -> Any:
         """Call a function. The name of the term is put before the message of an InputError."""
         try:
             return function()
@@ -421,9 +324,3 @@ class FeatureTerms(nn.ModuleDict):
 def sum_of(values: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of scalars."""
     return next(iter(values.values())) if len(values) == 1 else torch.stack([*values.values()]).sum()
-
-
-def _count_samples(module: LightningModule) -> int | None:
-    """Return the number of samples of the module's data, where it is known."""
-    samples: Any = getattr(getattr(module._trainer, "datamodule", None), "samples", None)
-    return len(samples) if hasattr(samples, "__len__") else None

@@ -30,6 +30,7 @@ from kd_lightning.modules._shared.optimizers import build_optimizer, build_optim
 from kd_lightning.modules._shared.parameter_groups import check_groups
 from kd_lightning.modules._shared.schedules import check_schedules
 from kd_lightning.modules._shared.stage_gradients import with_all_gradients
+from kd_lightning.modules._shared.term_building import standardize_by
 from kd_lightning.runs.resume import prepare_resume, store_position
 from kd_lightning.runs.weights import check_fit, match_keys
 from kd_lightning.teachers.input_guard import InputGuard
@@ -162,7 +163,7 @@ class StudentModule(LeanModule):
             values = self.features.pair_values(name, captured, batch, self.student)
             if self._trainer is not None and len(values) > 1:
                 for layer, value in values.items():
-                    self._record_mean(f"train/{name}/{layer}", value, len(batch))
+                    self._record_mean(f"train/{name}/{layer or 'output'}", value, len(batch))
             terms[name] = SampleTerm(weight, sum_of(values))
         return terms
 
@@ -177,7 +178,7 @@ class StudentModule(LeanModule):
         """
         self.features.build(self, self.feature_teachers, batch, samples)
         if any(term.standardizations for term in self.features.all.values()):
-            self.features.standardize_by(self.feature_teachers, batch, self.device)
+            standardize_by(self.features, self.feature_teachers, batch, self.device)
 
     def configure_model(self) -> None:
         """Runs after setup. In a fit, builds the feature terms from the first training inputs."""

@@ -13,7 +13,7 @@ from kd_lightning.features.standardization import ChannelStandardization
 from kd_lightning.features.term import FeatureTerm
 from kd_lightning.inputs import call
 from kd_lightning.losses import HintLoss
-from kd_lightning.modules._shared import feature_terms
+from kd_lightning.modules._shared import term_building
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.teachers.teacher import Teacher
 
@@ -173,8 +173,8 @@ class TestStandardizations:
         terms.build(module, teachers, batch)
         strategy = SimpleNamespace(broadcast=lambda state: state, root_device=torch.device("cpu"))
         module.trainer = SimpleNamespace(strategy=strategy)
-        monkeypatch.setattr(feature_terms, "first_inputs", lambda module, samples: batch)
-        terms.fit_standardizations(module, teachers)
+        monkeypatch.setattr(term_building, "first_inputs", lambda module, samples: batch)
+        term_building.fit_standardizations(terms, module, teachers)
         rows = teachers[0].network.embed(ids[ids != 0])
         (standardize,) = terms.all["one"].standardizations
         torch.testing.assert_close(standardize.mean, rows.mean(0))
