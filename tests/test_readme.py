@@ -43,7 +43,7 @@ def test_yaml(root, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_python(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one_line, first, hints, terms, several, quantised, few, weak = blocks(root, "python")
+    one_line, first, hints, terms, backbone, several, quantised, few, weak = blocks(root, "python")
     exec(compile(one_line, "README.md", "exec"), {})
     exec(compile(first, "README.md", "exec"), {})
     assert Path("student.pt").is_file()
@@ -52,6 +52,8 @@ def test_python(root, tmp_path, monkeypatch):
     assert names["module"].distilling
     exec(compile(terms, "README.md", "exec"), names)
     assert names["module"].features.is_built
+    exec(compile(backbone, "README.md", "exec"), names)
+    assert names["backbone"].fc.out_features == 3
     exec(compile(several, "README.md", "exec"), names)
     assert len(names["module"].ensemble) == 3
     exec(compile(quantised, "README.md", "exec"), names)
