@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
+from kd_lightning.cache.tensors import token_mask
 from kd_lightning.errors import InputError
 from kd_lightning.features.arrange import usual_layout
 from kd_lightning.features.capture import capture, evaluating
@@ -23,7 +24,7 @@ from kd_lightning.features.pooling import How as Pooling
 from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
 from kd_lightning.features.trace import check_rows
-from kd_lightning.inputs import Inputs, rows_of, take_rows
+from kd_lightning.inputs import Inputs, call, map_inputs, rows_of, take_rows
 from kd_lightning.losses.features import CosineLoss
 from kd_lightning.modules._shared.checks import check_same_teacher, check_two_networks
 from kd_lightning.modules._shared.feature_terms import Captured, FeatureTerms
@@ -117,7 +118,7 @@ class FeatureDistillModule(StudentModule):
             if not layers:
                 raise InputError(f"{self._name_of(number, several)}: no term of features has a layer of it")
         self.features = terms if given else FeatureTerms(None, several)
-        self._layouts: dict[str, Layout] = {}  # of the student's layers, see student_vector()
+        self._layouts: dict[tuple[str, str], Layout] = {}  # of networks' layers, see _layout_of()
         self._passes: dict[int, RepresentationPass] = {}  # by number of the data loader
         self._is_announced = False
 
@@ -233,8 +234,9 @@ class FeatureDistillModule(StudentModule):
 
     def _evaluate(self, batch: Batch, loader: int) -> None:
         teachers, layer = [*self.teachers], self.layers_in_order(batch)[-1]
-        if teachers and not self.features.is_built:
-            self.build_features(batch)
+        if teachers and not self.features.is_built:  # no fit: terms are built from training inputs alone
+            for teacher, paths in zip(self.teachers, self.features.teacher_layers(len(teachers)), strict=True):
+                teacher.layers = dict.fromkeys(paths)
         capturing = self.features.capturing(self.student, teachers, batch, dict.fromkeys(self.features.all, 1.0))
         with capture(self.student, [layer]) as own, capturing if teachers else nullcontext(Captured()) as captured:
             self._call_student(batch.x)
@@ -259,14 +261,22 @@ class FeatureDistillModule(StudentModule):
             outputs: Outputs of teachers' layers, by their names in the terms.
             batch: The batch.
         """
-        names = {*self.features.teacher_layers(len(self.teachers))[number].values()}
-        pairs = [pair for term in self.features.all.values() for pair in term.pairs if pair.teacher in names]
+        paths = {name: path for path, name in self.features.teacher_layers(len(self.teachers))[number].items()}
+        pairs = [pair for term in self.features.all.values() for pair in term.pairs if pair.teacher in paths]
         order = self.layers_in_order(batch)
         pair: FeaturePair = max(pairs, key=lambda pair: (order.index(pair.student), pair.teacher))
-        feature, (_, layout) = outputs[pair.teacher], pair.layouts or (None, None)
+        feature, teacher = outputs[pair.teacher], self.teachers[number]
+        assert isinstance(teacher, Teacher)
         if feature.ndim < 3:  # it may be pooled already
             return feature.view(len(feature), -1)
-        return Pool(pair.pool or "mean", layout or usual_layout(feature.shape[1:]))(feature, batch.position_mask)
+
+        def run(network: nn.Module, x: Inputs) -> Any:
+            return call(network, teacher.prepare(map_inputs(torch.clone, x)))  # it may change them
+
+        where = f"teacher {number}", teacher.network, paths[pair.teacher]
+        layout = self._layout_of(*where, feature, batch.teacher_x, run)
+        mask = batch.position_mask if batch.teacher_inputs is None else token_mask(batch.teacher_x)
+        return Pool(pair.pool or "mean", layout)(feature, mask)
 
     def layers_in_order(self, batch: Batch) -> list[str]:
         """Return the student's layers that the terms name, the deepest one last: by a pass of some samples."""
@@ -282,10 +292,16 @@ class FeatureDistillModule(StudentModule):
         """Return an output of one of the student's layers as vectors (B, C)."""
         if feature.ndim < 3:
             return feature.view(len(feature), -1)
-        if layer not in self._layouts:
-            found = layout_of_layer(self.student, layer, batch.x, self.call)
-            self._layouts[layer] = found or usual_layout(feature.shape[1:])
-        return Pool(self._pools.get(layer, "mean"), self._layouts[layer])(feature, batch.position_mask)
+        layout = self._layout_of("student", self.student, layer, feature, batch.x, self.call)
+        return Pool(self._pools.get(layer, "mean"), layout)(feature, batch.position_mask)
+
+    def _layout_of(
+        self, who: str, network: nn.Module, layer: str, feature: Tensor, x: Inputs, run: Callable[..., Any]
+    ) -> Layout:
+        if (who, layer) not in self._layouts:
+            found = layout_of_layer(network, layer, x, run)
+            self._layouts[who, layer] = found or usual_layout(feature.shape[1:])
+        return self._layouts[who, layer]
 
     def on_validation_epoch_end(self) -> None:
         """Runs at the end of each validation. Logs the terms, their sum, and the figures of the features."""

@@ -54,6 +54,11 @@ class Watched(nn.Module):
         return self.network(x)
 
 
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 class InTraining(CosineLoss):
     """Has no value in validation."""
 
@@ -241,6 +246,35 @@ class TestFigures:
         assert {*both} - {*alone} == {
             f"test/teacher_{number}_{name}" for number in range(2) for name in ("knn_accuracy", "neighbor_agreement")
         }
+
+    def test_an_evaluation_before_the_fit_changes_nothing(self, quiet_trainer):
+        ends, figures = [], []
+        for evaluates in (False, True):
+            terms = {"maps": FeatureTerm({"maps": "maps"}, MSEFeatureLoss(), standardize=ChannelStandardization())}
+            module = FeatureDistillModule(Backbone(), Backbone(9), terms)
+            if evaluates:
+                figures += quiet_trainer().validate(module, datamodule=digits(), verbose=False)
+            trainer = quiet_trainer(limit_train_batches=2, limit_val_batches=0)
+            trainer.fit(module, datamodule=digits())
+            ends.append(module.state_dict())
+            figures += quiet_trainer().validate(module, datamodule=digits(), verbose=False)
+        for key, value in ends[0].items():
+            assert torch.equal(value, ends[1][key])
+        assert (
+            figures[0] == figures[2]
+            and figures[1]["val/teacher_knn_accuracy"] == figures[0]["val/teacher_knn_accuracy"]
+        )
+
+    @pytest.mark.parametrize("pool", ["mean", None])
+    def test_tokens_of_a_teacher_before_the_fit(self, quiet_trainer, pool):
+        teacher = nn.Sequential(nn.Conv2d(1, 6, 4, 4), nn.Flatten(2), Transposed(), nn.Linear(6, 6))
+        module = FeatureDistillModule(
+            Backbone(), teacher, {"maps": FeatureTerm({"maps": "3"}, CosineLoss(), pool=pool)}
+        )
+        batch = Batch(torch.rand(5, 1, 8, 8))
+        expected = teacher(batch.x).mean(1)
+        assert module.teacher_vector(0, {"3": teacher(batch.x)}, batch).shape == expected.shape
+        torch.testing.assert_close(module.teacher_vector(0, {"3": teacher(batch.x)}, batch), expected)
 
     def test_without_labels(self, quiet_trainer):
         x = torch.rand(150, 1, 8, 8)

@@ -18,9 +18,9 @@ from kd_lightning.inputs import Inputs
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
-    """Return a batch of the first inputs alone, without labels."""
+    """Return a batch of the first inputs alone, with their mask, without labels."""
     rows = torch.arange(min(count, len(batch)), device=batch.device)
-    return Batch(batch.x, teacher_inputs=batch.teacher_inputs).select(rows)
+    return Batch(batch.x, teacher_inputs=batch.teacher_inputs, mask=batch.mask).select(rows)
 
 
 def first_inputs(module: LightningModule, count: int) -> Batch:
