@@ -127,9 +127,18 @@ class _Standardization(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the sizes of the stored values, which are not known before the fit."""
-        for name in ("mean", "scale"):
+        """Take the sizes of the stored values, which are not known before the fit.
+
+        Raises:
+            InputError: If they are those of another kind of standardization.
+        """
+        for name, dims in (("mean", 1), ("scale", self._scale_dims)):
             stored = state_dict.get(prefix + name)
+            if stored is not None and stored.numel() and stored.ndim != dims:
+                raise InputError(
+                    f"standardize: {prefix}{name} {[*stored.shape]} of the file is of another standardization than "
+                    f"{type(self).__name__}"
+                )
             if stored is not None and stored.shape != getattr(self, name).shape:
                 setattr(self, name, getattr(self, name).new_zeros(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -236,7 +236,7 @@ class FeatureDistillModule(StudentModule):
         teachers, layer = [*self.teachers], self.layers_in_order(batch)[-1]
         if teachers and not self.features.is_built:  # no fit: terms are built from training inputs alone
             for teacher, paths in zip(self.teachers, self.features.teacher_layers(len(teachers)), strict=True):
-                teacher.layers = dict.fromkeys(paths)
+                teacher.layers = dict.fromkeys(paths)  # type: ignore[assignment]
         capturing = self.features.capturing(self.student, teachers, batch, dict.fromkeys(self.features.all, 1.0))
         with capture(self.student, [layer]) as own, capturing if teachers else nullcontext(Captured()) as captured:
             self._call_student(batch.x)

@@ -127,6 +127,16 @@ def test_state_dict(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
+def test_values_of_the_other_kind_are_refused(kind):
+    (other,) = {*BOTH} - {kind}
+    state = nn.Sequential(fitted(other, features(channels=8))).state_dict()
+    with pytest.raises(
+        InputError, match=rf"^standardize: 0.scale \[.*\] of the file is of another .* {kind.__name__}$"
+    ):
+        nn.Sequential(kind()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", BOTH)
 def test_bad_input_is_one_line(kind):
     name, rows = kind.__name__, features(channels=8)
     bad = rows.clone()

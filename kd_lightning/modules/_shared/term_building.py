@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from kd_lightning.batch import Batch
+from kd_lightning.cache.tensors import token_mask
 from kd_lightning.errors import InputError, first_line
 from kd_lightning.features.capture import evaluating, find_layer
 from kd_lightning.features.trace import TracedLayers, trace_student, trace_teacher
@@ -128,7 +129,8 @@ def standardize_by(terms: FeatureTerms, teachers: Sequence[nn.Module], batch: Ba
     for some in batch.split([min(64, len(batch) - n) for n in range(0, len(batch), 64)]):
         captured = terms.teacher_features(teachers, some.to(device))
         features.append({name: part.float().cpu() for name, part in captured.items()})
-    mask = None if batch.position_mask is None else batch.position_mask.cpu()
+    mask = batch.position_mask if batch.teacher_inputs is None else token_mask(batch.teacher_x)
+    mask = None if mask is None else mask.cpu()
     joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
     for term in terms.all.values():
         term.fit_standardizations(joined, mask)
