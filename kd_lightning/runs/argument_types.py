@@ -54,6 +54,15 @@ class ArgumentTypes:
         param = replace(param, annotation=annotation)
         return super()._add_signature_parameter(container, nested_key, param, *args, **kwargs)  # type: ignore[misc]
 
+    def _dump_cleanup_actions(self, cfg: Namespace, actions: Any, dump_kwargs: Any, prefix: str = "") -> None:
+        """Write values; a mapping, where an object can stand, is not the arguments of the hint's class."""
+        mappings = [key for key, value in cfg.items() if type(value) is dict and "class_path" not in value]
+        super()._dump_cleanup_actions(cfg, actions, dump_kwargs, prefix)  # type: ignore[misc]
+        for key in mappings:
+            written = cfg.get(key)
+            if isinstance(written, dict | Namespace) and "class_path" in written:
+                cfg.update(dict(written["init_args"]), key)
+
     def parse_object(self, config: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a config that is a mapping."""
         parsed: Namespace = super().parse_object(unshared(config), *args, **kwargs)  # type: ignore[misc]

@@ -72,6 +72,8 @@ def check_saved(config: Any, saved: Any, path: str = "") -> None:
         saved: The same as the file holds it.
         path: The place of the part.
     """
+    if isinstance(config, Mapping) and isinstance(saved, Mapping) and "class_path" in saved.keys() - config.keys():
+        raise InputError(f"{path}: the config of a run must hold the mapping {config}, but would hold an object")
     if isinstance(config, Mapping | Namespace) and isinstance(saved, Mapping):
         for key, value in vars(config).items() if isinstance(config, Namespace) else config.items():
             if key in saved:

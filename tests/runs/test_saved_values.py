@@ -161,6 +161,30 @@ def test_a_value_is_read_again_or_refused(project, hint, text):
     assert again == first.value
 
 
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [
+        (nn.Module | dict[str, tuple[float, nn.Module]] | None, "{a: [0.8, {class_path: project.Embed}]}"),
+        (nn.Module | dict[str, nn.Module] | None, "{a: {class_path: project.Embed, init_args: {size: 2}}, b: ReLU}"),
+        (nn.Module | dict[str, float], "{a: 1.5}"),
+    ],
+)
+def test_a_mapping_where_an_object_can_stand(project, hint, text):
+    """Jsonargparse would save it as the arguments of the class of the hint."""
+    network(project, hint)
+    first, saved = fit_and_save(f"object: {{class_path: project.Users, init_args: {{value: {text}}}}}")
+    assert saved["init_args"]["value"].keys() == first.value.keys()
+    again = build(nn.Module, saved).value
+    assert [*map(str, again.values())] == [*map(str, first.value.values())]
+    assert again.keys() == first.value.keys()
+
+
+def test_a_mapping_in_a_list_where_an_object_can_stand(project):
+    network(project, list[nn.Module | dict[str, float]])
+    with pytest.raises(InputError, match=r"object.init_args.value\[0\]: the config of a run must hold the mapping"):
+        fit_and_save("object: {class_path: project.Users, init_args: {value: [{a: 1.5}]}}")
+
+
 def test_objects_without_a_path_are_refused(project):
     network(project, Callable)
     with pytest.raises(InputError, match=r"can(not)? hold.* <method 'relu'"):
