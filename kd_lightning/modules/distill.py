@@ -62,6 +62,9 @@ class DistillModule(SupervisedModule):
 
     default_temperature: ClassVar[float] = 4.0
     """Temperature of the default soft loss."""
+    has_soft_term: ClassVar[bool] = True
+    """Whether the objective has a soft term, so that soft targets are worth a check. One of weight 0 counts: a callback
+    may anneal it."""
     saved_arguments: ClassVar[tuple[str, ...]] = ("soft_weight",)
     """Arguments of the constructor that a checkpoint holds, beside those of SupervisedModule."""
 
@@ -160,7 +163,9 @@ class DistillModule(SupervisedModule):
             return
         fill_caches(self.teacher, self.trainer)
         if self.trainer.is_global_zero:
-            self._probe = TeacherProbe(self.teacher, self.soft_loss, self.task, self._report, self.to_rows)
+            self._probe = TeacherProbe(
+                self.teacher, self.soft_loss if self.has_soft_term else None, self.task, self._report, self.to_rows
+            )
 
     def _report(self, findings: list[Finding]) -> None:
         if self.is_fitting:  # the probe of an interrupted fit may still be on the teacher

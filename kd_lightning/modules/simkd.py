@@ -43,6 +43,7 @@ class SimKDModule(DistillModule):
     """
 
     saved_arguments: ClassVar[tuple[str, ...]] = ()
+    has_soft_term: ClassVar[bool] = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, **kwargs: Any) -> None:
         network = student._modules.get("_orig_mod") or student  # under torch.compile
@@ -52,6 +53,7 @@ class SimKDModule(DistillModule):
             raise InputError("teacher: classes must be left out, since the student returns what the teacher does")
         features = {"feature": FeatureTerm({"projector": network.teacher_layer}, SimKDLoss())}
         super().__init__(student, teacher, soft_loss=None, soft_weight=0.0, features=features, **kwargs)
+        del self.soft_weight  # SoftWeightAnnealing would have no effect
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the feature term."""

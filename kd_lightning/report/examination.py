@@ -85,7 +85,8 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
         student = sample.rows(lambda batch: module(batch.x), task)
         soft_loss = getattr(module, "soft_loss", nn.Identity())
         if isinstance(teacher, Teacher):
-            yield from _check_teacher(teacher, student, sample, soft_loss, task)
+            has_soft_term = getattr(module, "has_soft_term", True)
+            yield from _check_teacher(teacher, student, sample, soft_loss if has_soft_term else None, task)
         elif isinstance(ensemble, Ensemble):
             yield from _check_ensemble(ensemble, student, sample, soft_loss, task)
     rows = collect_rows(lambda batch: module(batch.x), [training], task, getattr(module, "to_rows", None))
@@ -196,10 +197,10 @@ class _Sample(NamedTuple):
 
 
 def _check_teacher(
-    teacher: Teacher, student: Rows, sample: _Sample, soft_loss: nn.Module, task: Task
+    teacher: Teacher, student: Rows, sample: _Sample, soft_loss: nn.Module | None, task: Task
 ) -> Iterator[Finding]:
     rows = sample.rows(teacher, task)
-    if not is_own(soft_loss):
+    if soft_loss is None or not is_own(soft_loss):
         check_outputs(student.logits, rows.logits)
     matched = sample.match(rows, task)
     yield accuracy(matched, sample.match(student, task), task, sample.what)
@@ -210,7 +211,8 @@ def _check_teacher(
     yield normalised
     yield class_order(corrected, task, teacher.classes)
     yield eval_mode(teacher, sample.batches[0])
-    yield soft_targets(rows.logits, soft_loss, task, rows.sample)
+    if soft_loss is not None:
+        yield soft_targets(rows.logits, soft_loss, task, rows.sample)
 
 
 def _check_ensemble(

@@ -230,9 +230,11 @@ def soft_targets(cast: Cast) -> SoftTargets:
     """Return soft targets of training samples under the evaluation transform.
 
     Raises:
-        Unavailable: If there is no teacher or no soft loss, or the data are gone.
+        Unavailable: If there is no teacher or no soft term, or the data are gone.
     """
     network = Network(cast.main.run)
+    if not getattr(network.module, "has_soft_term", True):
+        raise Unavailable(f"{type(network.module).__name__} has no soft term")
     loss = getattr(network.module, "soft_loss", None)
     loader = network.data.train_dataloader()
     indices = loader.dataset.indices.unique()

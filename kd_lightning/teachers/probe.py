@@ -22,7 +22,7 @@ class TeacherProbe:
 
     Args:
         teacher: The teacher.
-        soft_loss: The loss that compares the student with it.
+        soft_loss: The loss that compares the student with it. None if there is none: soft targets are not checked.
         task: Of teacher and student.
         report: Called with the findings.
         to_rows: Turns a batch and its dense outputs into rows, as that of a module. Default: None, which means that
@@ -32,7 +32,7 @@ class TeacherProbe:
     def __init__(
         self,
         teacher: Teacher,
-        soft_loss: nn.Module,
+        soft_loss: nn.Module | None,
         task: Task,
         report: Callable[[list[Finding]], Any],
         to_rows: Callable[..., Any] | None = None,
@@ -67,6 +67,6 @@ class TeacherProbe:
     def _check(self) -> list[Finding]:
         logits, y, sample = join(self._recorded)
         found = [accuracy(match_labels(logits, y, self.task, sample), None, self.task, "labels")]
-        if self.task != "regression":
+        if self.task != "regression" and self.soft_loss is not None:
             found.append(soft_targets(logits, self.soft_loss, self.task, sample))
         return found

@@ -1,6 +1,7 @@
 """SimKDModule: the objective against a plain loop, the classifier's copy, and what a run leaves."""
 
 import copy
+import warnings
 from functools import partial
 from itertools import islice
 
@@ -19,10 +20,12 @@ from kd_lightning import (
     SemiSupervisedDataModule,
     SimKDModule,
     SimKDStudent,
+    SoftWeightAnnealing,
     Teacher,
 )
 from kd_lightning.__main__ import main
 from kd_lightning.models import DigitsCNN
+from kd_lightning.report.examination import examine
 
 LAYER = "9"  # the last ReLU of DigitsCNN
 
@@ -73,6 +76,25 @@ def test_equals_a_plain_loop(quiet_trainer):
     assert {"val/feature", "val/accuracy", "val/agreement", "val/teacher_accuracy"} <= {*found}
     assert "train/hard" not in found
     assert "train/soft" not in found
+
+
+def test_no_report_of_soft_targets(quiet_trainer, caplog):
+    """Neither a fit nor doctor checks soft targets, which the objective does not have."""
+    student, teacher = networks()
+    with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
+        module = fit(quiet_trainer(limit_train_batches=1, limit_val_batches=3), student, teacher)
+    findings = {finding.name: finding for finding in examine(module, data())}
+    assert {"teacher", "class order", "eval mode", "gradients"} <= {*findings}
+    assert "soft targets" not in findings
+    texts = [record.getMessage() for record in caplog.records] + [str(warning.message) for warning in caught]
+    assert any(text.startswith("teacher: ") for text in texts)
+    assert not any("soft targets" in text for text in texts)
+
+
+def test_a_soft_weight_cannot_be_annealed(quiet_trainer):
+    student, teacher = networks()
+    with pytest.raises(InputError, match="'soft_weight' to anneal: SimKDModule has no attribute"):
+        fit(quiet_trainer(callbacks=[SoftWeightAnnealing(0.9, 0.0)]), student, teacher)
 
 
 def test_agrees_with_the_teacher_where_maps_agree(quiet_trainer):
