@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.runs.metric_direction import direction_of
 
 _TAKEN = {  # terms and metrics of the modules
     *("accuracy", "agreement", "balanced_accuracy", "calibration_error", "disagreement", "f1", "hard", "hint", "loss"),
@@ -24,3 +25,5 @@ def check_name(key: str, name: str) -> None:
     is_word = isinstance(name, str) and name.isidentifier()
     if not is_word or name in _TAKEN or name.startswith(_TAKEN_STARTS) or hasattr(nn.ModuleDict(), name):
         raise InputError(f"{key}: a term's name must be a word that no other term or metric has, got {name!r}")
+    if direction_of(f"val/{name}") == "max":  # a checkpoint that follows it would be the worst one
+        raise InputError(f"{key}: {name!r} reads as a metric of which more is better; give the term another name")
