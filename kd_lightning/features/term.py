@@ -84,6 +84,12 @@ class FeatureTerm(nn.Module):
                 "loss must take (student_feature, teacher_feature, batch), as those of kd_lightning.losses.features "
                 f"do, got {type(loss).__name__}{inspect.signature(loss.forward)}"
             ) from error
+        is_own = type(loss).__module__.partition(".")[0] not in ("torch", "kd_lightning")
+        if not is_own and not hasattr(loss, "needs_projector"):
+            raise InputError(
+                f"loss must be one of kd_lightning.losses.features, or your own, got {type(loss).__name__}; losses of "
+                "logits are for soft_loss"
+            )
         for name, number in (("begin_epoch", begin_epoch), ("ramp_epochs", ramp_epochs)):
             if number < 0:
                 raise InputError(f"{name} must be at least 0, got {number}")

@@ -23,6 +23,7 @@ from kd_lightning import (
     SoftWeightAnnealing,
     Teacher,
 )
+from kd_lightning.losses import DKDLoss, KDLoss
 from kd_lightning.losses.features import AttentionTransferLoss, CosineLoss, CRDLoss, MSEFeatureLoss, VIDLoss
 
 
@@ -219,7 +220,9 @@ def test_charts(quiet_trainer):
     for part, x in (("train", train.tensors[0]), ("val", both)):
         values, pairs = by_hand(student, teacher, {"mse": mse, "cosine": cosine}, x.double())
         expected |= {f"{part}/{name}": value.item() for name, value in values.items()}
-        expected |= {f"{part}/cosine/{name}": value.item() for name, value in zip(("flat", ""), pairs, strict=True)}
+        expected |= {
+            f"{part}/cosine/{name}": value.item() for name, value in zip(("flat", "output"), pairs, strict=True)
+        }
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert {name: found.get(name) for name in expected} == pytest.approx(expected, rel=1e-5)
     assert not any("mse/" in name or "at/" in name for name in found)
@@ -437,6 +440,12 @@ class TestBadInput:
     def test_losses_of_two_arguments(self):
         with pytest.raises(InputError, match=r"loss must take \(student_feature, teacher_feature, batch\).* MSELoss\("):
             FeatureTerm({"act": "act"}, nn.MSELoss())
+
+    @pytest.mark.parametrize("loss", [KDLoss(), DKDLoss(), nn.CosineEmbeddingLoss()])
+    def test_losses_of_logits(self, loss):
+        message = f"loss must be one of kd_lightning.losses.features, or your own, got {type(loss).__name__}; "
+        with pytest.raises(InputError, match=message):
+            FeatureTerm({"": ""}, loss)
 
     def test_annealing_below_zero(self, quiet_trainer):
         loader = DataLoader(TensorDataset(*pictures(4)), 4)

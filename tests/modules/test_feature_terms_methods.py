@@ -111,7 +111,7 @@ class TestEnsemble:
         module = EnsembleDistillModule(small(), [small(5, 1), small(5, 2)], "random", features=of_two())
         trainer = quiet_trainer(max_epochs=2)
         trainer.fit(module, LOADER, LOADER)
-        charts = {"train/first", "train/both", "train/both/act2", "val/first", "val/both/", "first_weight"}
+        charts = {"train/first", "train/both", "train/both/act2", "val/first", "val/both/output", "first_weight"}
         assert charts <= trainer.callback_metrics.keys()
 
     @pytest.mark.parametrize("layer", ["act", "2.act", "-1.act", "", "x.act", "0"])

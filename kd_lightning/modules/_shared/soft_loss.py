@@ -139,7 +139,12 @@ _OF_PROBABILITIES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.BCELoss, nn.N
 
 
 def check_takes_logits(soft_loss: nn.Module) -> None:
-    """Raise InputError for a loss of torch whose target is probabilities or classes: it would get logits."""
+    """Raise InputError for a loss of torch whose target is probabilities or classes, and for one between features."""
+    if hasattr(soft_loss, "needs_projector"):
+        raise InputError(
+            f"soft_loss: {type(soft_loss).__name__} compares features; give it to a FeatureTerm, with layer '' for the "
+            "outputs"
+        )
     if type(soft_loss) in _OF_PROBABILITIES:
         raise InputError(
             f"soft_loss: {type(soft_loss).__name__} needs probabilities or classes as its target, but a soft loss gets "

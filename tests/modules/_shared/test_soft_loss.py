@@ -17,7 +17,7 @@ from kd_lightning import (
     InputError,
     Teacher,
 )
-from kd_lightning.losses import DISTLoss, DKDLoss, KDLoss, ReverseKLLoss
+from kd_lightning.losses import CosineLoss, DISTLoss, DKDLoss, KDLoss, ReverseKLLoss
 from kd_lightning.modules._shared.soft_loss import SoftLosses
 
 
@@ -265,6 +265,8 @@ class TestBadInput:
             ({1: (1.0, KD)}, "got 1"),
             ({"kd": (1.0, KDLoss(task="binary"))}, "soft_loss.* is for the binary task"),
             ({"ce": (1.0, nn.CrossEntropyLoss())}, "CrossEntropyLoss needs probabilities or classes"),
+            ({"at": (1.0, CosineLoss())}, "soft_loss: CosineLoss compares features; give it to a FeatureTerm"),
+            (CosineLoss(), "soft_loss: CosineLoss compares features; give it to a FeatureTerm"),
             ([(1.0, KD)], r"soft_loss must be a loss, or a dict \{name: \(weight, loss\)\}, got"),
             ((1.0, KD), r"soft_loss must be a loss, or a dict \{name: \(weight, loss\)\}, got"),
             ("kd", r"soft_loss must be a loss, or a dict \{name: \(weight, loss\)\}, got"),
