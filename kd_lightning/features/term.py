@@ -114,6 +114,7 @@ class FeatureTerm(nn.Module):
         self._checks_shapes = needs_projector
         self.losses = nn.ModuleList(_copies(loss, len(self.layers)))
         self.standardizations = nn.ModuleList(deepcopy(standardize) for _ in self.layers if standardize is not None)
+        self.fitted_to: list[str] | None = None  # fingerprints of the teachers that standardizations are fitted to
         self.samples: int | None = None
 
     @property

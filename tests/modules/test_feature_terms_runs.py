@@ -355,3 +355,27 @@ def test_two_processes_equal_one(tmp_path, quiet_trainer, monkeypatch, processes
         )
     metrics = {name: value for name, value in metrics.items() if name != "train/loss_step"}
     assert {name: first[1].get(name) for name in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", ["the same terms", "a checkpoint"])
+def test_standardizations_of_another_teacher(way, quiet_trainer, tmp_path):
+    """Its features have other means and scales."""
+
+    def terms():
+        return {"mse": FeatureTerm({"second": "second"}, MSEFeatureLoss(), standardize=ChannelStandardization())}
+
+    loader, first = DataLoader(TensorDataset(*pictures(8)), 4), terms()
+    module, trainer = DistillModule(small(), small(5, seed=1), features=first), quiet_trainer()
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for seed in (1, 2):
+        if way == "a checkpoint":
+            networks = {"student": small(), "teacher": small(5, seed)}
+            again = DistillModule.load_from_checkpoint(tmp_path / "a.ckpt", **networks, features=terms())
+        else:
+            again = DistillModule(small(), small(5, seed), features=first)
+        if seed == 1:
+            quiet_trainer().fit(again, loader)
+            continue
+        with pytest.raises(InputError, match="^features.mse: standardize is fitted to another teacher; make a new"):
+            quiet_trainer().fit(again, loader)

@@ -20,7 +20,7 @@ from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
 from kd_lightning.features.trace import are_frozen, check_gradients
 from kd_lightning.modules._shared.first_inputs import first_inputs
-from kd_lightning.modules._shared.term_building import build_terms, fit_standardizations
+from kd_lightning.modules._shared.term_building import build_terms, check_standardizations, fit_standardizations
 from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
 
@@ -114,6 +114,7 @@ class FeatureTerms(nn.ModuleDict):
 
         Standardizations are fitted here, before callbacks copy the module: the sizes of their buffers stay then.
         """
+        check_standardizations(self, teachers)
         if not self or (self.is_built and self.parameters_below):
             return None
         try:
@@ -287,6 +288,7 @@ class FeatureTerms(nn.ModuleDict):
                 "shapes": [pair.shapes for pair in term.pairs],
                 "layouts": [pair.layouts for pair in term.pairs],
                 "samples": term.samples,
+                "fitted_to": term.fitted_to,
             }
             for name, term in self.all.items()
             if term.is_built
@@ -314,6 +316,7 @@ class FeatureTerms(nn.ModuleDict):
             if not self.all[name].is_built:
                 self.all[name].build(saved["shapes"], saved["layouts"], saved["samples"], device, dtype)
         for name, term in self.all.items():
+            term.fitted_to = shapes[name].get("fitted_to")
             for number, standardize in enumerate(term.standardizations):  # their sizes depend on the fit
                 prefix = f"features.{name}.standardizations.{number}."
                 own_state = {key.removeprefix(prefix): part for key, part in state.items() if key.startswith(prefix)}

@@ -133,7 +133,18 @@ def standardize_by(terms: FeatureTerms, teachers: Sequence[nn.Module], batch: Ba
     mask = None if mask is None else mask.cpu()
     joined = {name: torch.cat([part[name] for part in features]) for name in features[0]}
     for term in terms.all.values():
-        term.fit_standardizations(joined, mask)
+        if not all(standardize.is_fitted for standardize in term.standardizations):
+            term.fit_standardizations(joined, mask)
+            term.fitted_to = [teacher.fingerprint() for teacher in teachers if isinstance(teacher, Teacher)]
+
+
+def check_standardizations(terms: FeatureTerms, teachers: Sequence[nn.Module]) -> None:
+    """Raise InputError if standardizations are fitted to other teachers, as those of a term of an earlier module."""
+    for name, term in terms.all.items():
+        own = [teacher for teacher in teachers if isinstance(teacher, Teacher)]
+        saved = own and term.fitted_to  # the teachers that train have none
+        if saved and not (len(saved) == len(own) and all(map(Teacher.matches, own, saved))):
+            raise InputError(f"features.{name}: standardize is fitted to another teacher; make a new FeatureTerm")
 
 
 def _count_samples(module: LightningModule) -> int | None:
