@@ -96,7 +96,7 @@ class Stamps:
             x = torch.cat([x, *[stamps] * round(len(x) / (3 * len(stamps)))])  # a quarter of the pictures
         source = DatasetSource(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)))
         layers = {"conv5": "features"}
-        terms = {"vector": FeatureTerm(layers, CosineLoss(), pool="mean"), "map": FeatureTerm(layers, CosineLoss())}
+        terms = {"vector": FeatureTerm(layers, CosineLoss(), pool="mean"), "maps": FeatureTerm(layers, CosineLoss())}
         teacher = Teacher(self.teacher(), cache=self.folder / "cache")  # the views of all seeds are the same
         method = partial(FeatureDistillModule, teachers=teacher, features=terms)
         data = make_data(source, 0, BATCH, num_views=VIEWS)

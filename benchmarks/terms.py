@@ -129,7 +129,7 @@ class Fit:
             if method == "SimKD":
                 network = lambda: SimKDStudent(STUDENT(), expert, "layer3", "layer3")  # noqa: E731
                 term = FeatureTerm({"projector": "layer3"}, MSEFeatureLoss(), projector=nn.Identity())
-                made = partial(FeatureDistillModule, teachers=teacher, features={"map": term})
+                made = partial(FeatureDistillModule, teachers=teacher, features={"maps": term})
             else:
                 made = partial(DistillModule, teacher=teacher, **terms(method, weight))
         data = self.images.make_data(self.rows, labeled=LABELS, num_views=VIEWS, **options)
