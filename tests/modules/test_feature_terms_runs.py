@@ -379,3 +379,17 @@ def test_standardizations_of_another_teacher(way, quiet_trainer, tmp_path):
             continue
         with pytest.raises(InputError, match="^features.mse: standardize is fitted to another teacher; make a new"):
             quiet_trainer().fit(again, loader)
+
+
+def test_a_warm_up_is_measured_in_validation(quiet_trainer, tmp_path):
+    """A checkpoint may follow a term that begins later."""
+    loader = DataLoader(TensorDataset(*pictures(8)), 4)
+    features = {
+        "late": FeatureTerm({"second": "second"}, MSEFeatureLoss(), begin_epoch=1),
+        "off": FeatureTerm({"second": "second"}, MSEFeatureLoss(), 0.0),
+    }
+    best = ModelCheckpoint(tmp_path, monitor="val/late", mode="min")
+    trainer = quiet_trainer(enable_checkpointing=True, callbacks=[best])
+    trainer.fit(DistillModule(small(), small(5, seed=1), features=features), loader, loader)
+    assert best.best_model_score == trainer.callback_metrics["val/late"] > 0
+    assert not {"train/late", "val/off"} & trainer.callback_metrics.keys()

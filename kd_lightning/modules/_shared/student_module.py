@@ -217,11 +217,10 @@ class StudentModule(LeanModule):
         return values
 
     def evaluated_features(self) -> list[str]:
-        """Return the names of the feature terms that a validation measures."""
+        """Return the names of the feature terms that a validation measures: from the start of a warm-up, too."""
         if not self.features or not self.is_fitting:
             return []
-        active = self.features.active(self.term_epoch)
-        return [name for name in active if not self.features.all[name].trains_only]
+        return [name for name, term in self.features.all.items() if term.weight and not term.trains_only]
 
     # The steps.
 
