@@ -1,6 +1,7 @@
 """What many tests share."""
 
 import gc
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -201,3 +202,14 @@ def processes():
 def root():
     """The repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def alone():
+    """Leaves nothing of a process group."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 from functools import partial
 
 import pytest
@@ -233,17 +232,6 @@ def test_decay_of_one_is_plain_training(quiet_trainer, loader, student):
 
 
 # Freezing.
-
-
-@pytest.fixture
-def alone():
-    """Leaves nothing of a process group."""
-    before = dict(os.environ)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize(

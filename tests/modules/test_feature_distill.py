@@ -187,6 +187,7 @@ class TestNetworks:
         for name, value in student.state_dict().items():
             assert torch.equal(value, before[name]) == name.startswith("classifier"), name
 
+    @pytest.mark.usefixtures("alone")
     def test_ddp_does_not_wait_for_what_no_term_reaches(self, quiet_trainer):
         """Of the unused classifier there is no gradient."""
         student = Backbone()
