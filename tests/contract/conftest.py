@@ -146,7 +146,7 @@ def quick(path, **changes):
         if node.get("class_path") == "DigitsCNN" and node is float_student(config):
             arguments["dropout"] = 0.2
         if str(node.get("class_path")).endswith("CRDLoss"):
-            arguments |= {"negatives": 8, "dim": 4}
+            node["init_args"] = arguments | {"negatives": 8, "dim": 4}
         if "weights" in arguments:  # pretrained ones would be downloaded
             arguments["weights"] = None
     save_teachers(config)
