@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, get_args
 
@@ -174,9 +175,7 @@ class FeatureTerm(nn.Module):
             InputError: If no projector or loss fits the shapes, or it is not known where the channels are.
         """
         self.samples = samples
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            # not torch.manual_seed, which also seeds accelerators
-            torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)
+        with _seeded():
             for pair, of_pair, where in zip(self.pairs, shapes, layouts, strict=True):
                 pair.build(of_pair, where, torch.device("cpu"), dtype)
             for pair, standardize in zip(self.pairs, self.standardizations, strict=False):
@@ -189,6 +188,18 @@ class FeatureTerm(nn.Module):
                 if callable(make := getattr(loss, "build", None)):
                     make(student, teacher, samples)
         self.to(device, dtype)
+
+    def start_fit(self, samples: int | None) -> None:
+        """Runs at the start of each further fit. Deletes what losses have stored of samples: they may be others now.
+
+        Args:
+            samples: Number of samples of the data. Default: None, which means as many as before.
+        """
+        self.samples = self.samples if samples is None else samples
+        with _seeded():
+            for loss in self.losses:
+                if callable(reset := getattr(loss, "reset", None)):
+                    reset(self.samples)
 
     @torch.no_grad()
     def _projected_shapes(self, shapes: list[Shapes], dtype: torch.dtype) -> list[Shapes]:
@@ -286,6 +297,15 @@ class FeatureTerm(nn.Module):
     def size(self) -> int:
         """Number of parameters of projectors and losses."""
         return sum(p.numel() for p in self.parameters())
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed torch's generator for the CPU alike on all processes. Its state is as before after the block."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which also seeds accelerators
+        torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)
+        yield
 
 
 def _given(

@@ -109,6 +109,13 @@ class FeatureLoss(Protocol):
             samples: Number of samples of the data, where it is known; ``Batch.index`` is below it.
         """
 
+    def reset(self, samples: int | None) -> None:
+        """Delete what is stored of samples. Called at the start of each further fit. Default: nothing to delete.
+
+        Args:
+            samples: Number of samples of the data, where it is known.
+        """
+
     def __call__(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch) -> Tensor:
         """Return the loss, a scalar."""
 

@@ -95,6 +95,18 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_second_fit_forgets_the_samples_of_the_first(quiet_trainer, tmp_path):
+    """They may be others now: CRD's memory and labels go by number, and the queue holds their features."""
+    module, _ = fit(quiet_trainer, tmp_path, max_epochs=1)
+    crd, queue = (module.features.all[name].loss for name in ("crd", "queue"))
+    assert (crd.labels > -2).any() and queue.count > 0
+    memory, number = crd.student_memory.clone(), len(crd.labels)
+    fewer = SemiSupervisedDataModule(Digits(), labeled=5, unlabeled="none", val_size=0.8, batch_size=16, seed=2)
+    quiet_trainer(max_epochs=0).fit(module, datamodule=fewer)
+    assert (crd.labels == -2).all() and not crd.has_scale and queue.count == 0 and not queue.queue.any()
+    assert len(crd.labels) == number and not torch.equal(crd.student_memory, memory)
+
+
 class TestResume:
     def test_to_the_bit_from_every_step_and_twice(self, quiet_trainer, tmp_path):
         whole, trainer = fit(quiet_trainer, tmp_path)

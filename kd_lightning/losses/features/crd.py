@@ -95,18 +95,25 @@ class CRDLoss(nn.Module):
             raise InputError(
                 f"CRDLoss compares vectors (C,), got {[*student]} and {[*teacher]} of one sample; set pool"
             )
+        self.student_embedding = nn.Linear(student[0], self.dim)
+        self.teacher_embedding = nn.Linear(teacher[0], self.dim)
+        self.reset(samples)
+
+    def reset(self, samples: int | None) -> None:
+        """Make new memories, as :meth:`build` does. Called at the start of each further fit."""
         if samples is None:
             raise InputError("CRDLoss stores each sample, so it needs data of a known number of samples, and no stream")
         if self.negatives > samples:
             raise InputError(f"negatives must be at most the number of samples, {samples}, got {self.negatives}")
-        self.student_embedding = nn.Linear(student[0], self.dim)
-        self.teacher_embedding = nn.Linear(teacher[0], self.dim)
+        weight = self.student_embedding.weight
         bound = math.sqrt(3 / self.dim)  # so that the mean square of their length is 1
-        self.register_buffer("student_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
-        self.register_buffer("teacher_memory", torch.empty(samples, self.dim).uniform_(-bound, bound))
-        self.register_buffer("labels", torch.full((samples,), -2))  # -1 for unknown ones, -2 before the first batch
-        self.register_buffer("log_scale", torch.zeros(2))  # logarithms of Z
-        self.register_buffer("has_scale", torch.zeros((), dtype=torch.bool))
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, torch.empty(samples, self.dim).uniform_(-bound, bound).to(weight))
+        labels = torch.full((samples,), -2)  # -1 for unknown ones, -2 before the first batch
+        self.register_buffer("labels", labels.to(weight.device))
+        self.register_buffer("log_scale", torch.zeros(2).to(weight))  # logarithms of Z
+        self.register_buffer("has_scale", torch.zeros((), dtype=torch.bool).to(weight.device))
+        self._is_scaled = False
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""

@@ -83,6 +83,15 @@ class QueueSimilarityLoss(nn.Module):
         self.register_buffer("queue", torch.zeros(self.size or size, teacher[0]))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))  # of all features that came in
 
+    def reset(self, samples: int | None) -> None:
+        """Empty the queue. Called at the start of each further fit.
+
+        Args:
+            samples: Number of samples of the data. The queue has as many places as before.
+        """
+        self.queue.zero_()
+        self.count.zero_()
+
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
         if not hasattr(self, "queue"):

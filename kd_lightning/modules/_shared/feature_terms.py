@@ -20,7 +20,12 @@ from kd_lightning.features.pooling import Pool
 from kd_lightning.features.term import FeatureTerm
 from kd_lightning.features.trace import are_frozen, check_gradients
 from kd_lightning.modules._shared.first_inputs import first_inputs
-from kd_lightning.modules._shared.term_building import build_terms, check_standardizations, fit_standardizations
+from kd_lightning.modules._shared.term_building import (
+    build_terms,
+    check_standardizations,
+    count_samples,
+    fit_standardizations,
+)
 from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
 
@@ -108,6 +113,12 @@ class FeatureTerms(nn.ModuleDict):
         return found
 
     # Before training.
+
+    def start_fit(self, module: Any) -> None:
+        """Runs in ``setup`` of a fit. Of terms that are built already, losses forget the samples of an earlier fit."""
+        for name, term in self.all.items():
+            if term.is_built:
+                self.named(name, partial(term.start_fit, count_samples(module)))
 
     def configure(self, module: Any, teachers: Sequence[nn.Module]) -> Batch | None:
         """Runs in ``configure_model`` of a fit. Builds the terms from the first training inputs, and returns these.

@@ -230,6 +230,8 @@ class StudentModule(LeanModule):
         self._finite_check = FiniteCheck()
         self._epoch_means.clear()
         self.features.clear_means()  # of an interrupted validation
+        if stage == TrainerFn.FITTING:
+            self.features.start_fit(self)
         check_start(self.student, self._trainer, stage)
 
     @property

@@ -61,7 +61,7 @@ def build_terms(
     places: dict[str, tuple[TracedLayers, str]] = {}
     for part, paths in zip(traced, layers, strict=True):
         places |= {name: (part, path) for path, name in paths.items() if part is not None}
-    samples = _count_samples(module) if samples is None else samples
+    samples = count_samples(module) if samples is None else samples
     for name, term in terms.all.items():
         student = students[name]
         parts = [(mine, *places[theirs]) for mine, theirs in term.layers.items()]
@@ -147,7 +147,7 @@ def check_standardizations(terms: FeatureTerms, teachers: Sequence[nn.Module]) -
             raise InputError(f"features.{name}: standardize is fitted to another teacher; make a new FeatureTerm")
 
 
-def _count_samples(module: LightningModule) -> int | None:
+def count_samples(module: LightningModule) -> int | None:
     """Return the number of samples of the module's data, where it is known."""
     samples: Any = getattr(getattr(module._trainer, "datamodule", None), "samples", None)
     return len(samples) if hasattr(samples, "__len__") else None
