@@ -1,19 +1,16 @@
 """Batch: conversion, selection of rows, and moving to a device."""
 
-import copy
-import pickle
 from collections import UserDict, namedtuple
-from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Batch, InputError
-from kd_lightning.batch import LabelKind, TeacherOutputs, class_labels, is_labeled
+from kd_lightning.batch import LabelKind, class_labels, is_labeled
 from kd_lightning.inputs import tensors_of
+from kd_lightning.teacher_outputs import TeacherOutputs
 
 X, Y = torch.randn(4, 3), torch.arange(4)
 NAN = float("nan")
@@ -191,46 +188,6 @@ def test_what_is_there_stays_and_the_batch_is_a_copy():
     assert batch.x is X
 
 
-class TestInputsOfTeacherOutputs:
-    """Whether x is the tensor that outputs belong to is known without a hash."""
-
-    @pytest.fixture
-    def batch(self):
-        batch = Batch(X.clone(), Y, teacher=TeacherOutputs({"teacher": X}, {}, Y))
-        assert not batch.teacher.are_of(batch.x)
-        batch.teacher.note_inputs(batch.x)
-        assert batch.teacher.are_of(batch.x)
-        return batch
-
-    def test_moves_and_selections_are_followed(self, batch):
-        for other in (batch.to("cpu"), batch.to("meta"), batch.select(torch.tensor([2, 0])), replace(batch, y=None)):
-            assert other.teacher.are_of(other.x)
-        assert not batch.to("meta").teacher.are_of(batch.x)
-
-    def test_what_changes_x_is_another_tensor(self, batch):
-        assert not (other := batch.map(lambda tensor: tensor + 1)).teacher.are_of(other.x)
-
-    def test_another_tensor_is_noticed(self, batch):
-        batch.x = batch.x.clone()
-        assert not batch.teacher.are_of(batch.x)
-        assert not batch.to("meta").teacher.are_of(batch.x)
-
-    def test_a_change_in_place_is_noticed_also_after_a_move(self, batch):
-        batch.x.mul_(2)
-        for other in (batch, batch.to("cpu"), batch.to("meta"), batch.select(Y)):
-            assert not other.teacher.are_of(other.x)
-
-    def test_a_copy_is_another_tensor(self, batch):
-        for other in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
-            assert not other.teacher.are_of(other.x)
-
-    def test_inference_tensors_are_never_known(self):
-        with torch.inference_mode():
-            batch = Batch(X.clone(), teacher=TeacherOutputs({"teacher": X}))
-            batch.teacher.note_inputs(batch.x)
-            assert not batch.teacher.are_of(batch.x)
-
-
 def test_pseudo_labels_move_and_are_pinned(monkeypatch):
     whole = Batch(X, Y, kind=Y, soft=X, x_strong=X, mean_labels=1.5, mean_pseudo=0.5, mean_rows=4.0)
     moved = move_data_to_device(whole, torch.device("meta"))
@@ -294,12 +251,3 @@ def test_some_of_the_rows(rows):
 )
 def test_is_labeled(y, known):
     assert is_labeled(y).tolist() == known
-
-
-@pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), HalfPrecision("bf16-true"), DoublePrecision()])
-def test_precision_plugins_cast_no_stored_outputs(plugin):
-    batch = plugin.convert_input(Batch(X, teacher={"teacher": X}))
-    assert batch.x.dtype != X.dtype
-    assert batch.teacher["teacher"] is X
-    assert "teacher" in batch.teacher
-    assert "teachers.0" not in batch.teacher

@@ -21,6 +21,7 @@ ORDER = [
     {"runs"},
     {"cache", "quantization", "features", "losses", "models", "schedules"},
     {"batch", "ranks"},
+    {"teacher_outputs"},
     {"inputs"},
     {"errors"},
 ]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_lightning.batch import TeacherOutputs
 from kd_lightning.cache.codecs import Bytes
 from kd_lightning.cache.row_format import HASH_BYTES, RowFormat
 from kd_lightning.cache.store import OutputCache
 from kd_lightning.cache.tensors import Hashes, Lengths
+from kd_lightning.teacher_outputs import TeacherOutputs
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_lightning.batch import Batch, TeacherOutputs
+from kd_lightning.batch import Batch
 from kd_lightning.cache.tensors import hash_rows
+from kd_lightning.teacher_outputs import TeacherOutputs
 
 CHECK_EVERY = 500
 """Number of batches of which one is always compared with the inputs of its stored outputs."""

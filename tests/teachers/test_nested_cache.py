@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kd_lightning import DatasetSource, DistillModule, EnsembleDistillModule, SemiSupervisedDataModule, Teacher
-from kd_lightning.batch import Batch, TeacherOutputs
+from kd_lightning.batch import Batch
 from kd_lightning.cache.tensors import hash_rows
+from kd_lightning.teacher_outputs import TeacherOutputs
 
 SIZE, LENGTH, WORDS, CLASSES = 40, 5, 30, 3
 IDS = torch.randint(WORDS, (SIZE, LENGTH), generator=torch.Generator().manual_seed(2))
