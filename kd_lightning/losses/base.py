@@ -1,6 +1,5 @@
-"""What the losses share: checks of arguments and shapes, probabilities, reductions, and what losses declare."""
+"""What the losses share: checks of arguments and shapes, probabilities, and reductions."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -8,9 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.protocols import RowField, StatefulLoss
+from kd_lightning.losses.protocols import row_fields_of
 
 Task = Literal["multiclass", "multilabel", "binary", "regression"]
 Reduction = Literal["mean", "none"]
@@ -314,88 +312,3 @@ def mean_of_known(
         )
     values = values if weight is None else values * weight.unsqueeze(1)
     return values.masked_fill(~known, 0).sum() / known.sum()
-
-
-# What losses declare: see losses/protocols.py.
-
-
-def row_fields_of(loss: nn.Module) -> tuple[RowField, ...]:
-    """Return the row fields that a hard loss declares; () if it declares none."""
-    if not hasattr(type(loss), "row_fields") and "row_fields" not in vars(loss):
-        return ()  # an attribute that a module lacks is looked up for longer than all of this takes
-    fields: tuple[RowField, ...] = loss.row_fields  # type: ignore[assignment]
-    return fields
-
-
-def row_values(loss: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return the row fields (B,) that a hard loss declares and a batch has, by name."""
-    if not (fields := row_fields_of(loss)):
-        return {}
-    if "index" in fields and batch.partner is not None:
-        raise InputError(f"{type(loss).__name__} stores values of single samples; mixed rows (mix) are of two samples")
-    values = {name: getattr(batch, name) for name in fields}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def is_stateful(loss: nn.Module) -> bool:
-    """Whether a hard loss, or a loss inside it, stores values of each sample."""
-    return any(isinstance(part, StatefulLoss) and part.is_stateful for part in loss.modules())
-
-
-def reset_state(loss: nn.Module) -> None:
-    """Call ``reset()`` of a hard loss and of the losses inside it, where they are stateful."""
-    for part in loss.modules():
-        if isinstance(part, StatefulLoss) and part.is_stateful:
-            part.reset()
-
-
-def check_row_fields(name: str, loss: nn.Module) -> None:
-    """Check once that a hard loss declares the row fields that its ``forward`` takes, and whether it is stateful.
-
-    Args:
-        name: Name of the loss's key in error messages.
-        loss: The hard loss.
-
-    Raises:
-        InputError: If ``forward`` has a parameter named like a row field and the loss declares no ``row_fields``; if a
-            declared field is unknown or no parameter; if a loss that takes ``index`` does not declare ``is_stateful``;
-            if a stateful loss has no method ``reset``.
-    """
-    owner, known = type(loss).__name__, get_args(RowField)
-    declared = row_fields_of(loss)
-    if not isinstance(declared, tuple) or not set(declared) <= set(known):
-        raise InputError(f"{name}: {owner}.row_fields must be a tuple of names out of {known}, got {declared!r}")
-    parameters = inspect.signature(loss.forward).parameters
-    taken = tuple(field for field in known if field in parameters)
-    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if not accepts_all and set(declared) - set(taken):
-        raise InputError(f"{name}: {owner}.row_fields is {declared}, but forward takes {taken or 'none of them'}")
-    if taken and not hasattr(loss, "row_fields"):
-        raise InputError(
-            f"{name}: {owner}.forward takes {' and '.join(taken)}, but {owner} does not declare row_fields; add "
-            f"row_fields = {taken} to the class to receive them, or rename the parameters"
-        )
-    parts = [part for part in loss.modules() if hasattr(part, "is_stateful")]
-    if "index" in declared and not parts:
-        raise InputError(
-            f"{name}: {owner} takes index, but does not declare is_stateful; add is_stateful = True and a method "
-            "reset() if the loss stores values of each sample, else is_stateful = False"
-        )
-    for part in parts:
-        if part.is_stateful and not isinstance(part, StatefulLoss):
-            raise InputError(f"{name}: {type(part).__name__} is stateful, so it must have a method reset()")
-
-
-def temperature_of(loss: nn.Module) -> float:
-    """Return the temperature that a soft loss declares; 1 if it declares none."""
-    return float(getattr(loss, "temperature", 1.0))
-
-
-def standardizes(loss: nn.Module) -> bool:
-    """Whether a soft loss declares that it standardizes the logits."""
-    return bool(getattr(loss, "standardize", False))
-
-
-def supports_top_k(loss: nn.Module) -> bool:
-    """Whether a soft loss declares that the teacher's top k logits are enough."""
-    return bool(getattr(loss, "supports_top_k", False))

@@ -11,14 +11,11 @@ from kd_lightning.losses.base import (
     at_least_float32,
     check_reducible,
     check_reduction,
-    check_row_fields,
     check_target,
-    is_stateful,
     per_row,
     reduce_rows,
-    row_fields_of,
 )
-from kd_lightning.losses.protocols import RowField
+from kd_lightning.losses.protocols import RowField, check_row_fields, is_stateful, row_fields_of
 
 
 class LabelKindLoss(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.losses.base import is_stateful
+from kd_lightning.losses.protocols import is_stateful
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_soft_weight, check_two_networks
 from kd_lightning.modules._shared.loss_terms import LossTerm

@@ -13,15 +13,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import auxiliary_logits_of, logits_of
-from kd_lightning.losses.base import (
-    at_least_float32,
-    check_reducible,
-    class_weights,
-    is_stateful,
-    per_row,
-    row_values,
-)
+from kd_lightning.losses.base import at_least_float32, check_reducible, class_weights, per_row
 from kd_lightning.losses.coarse import coarse_rows
+from kd_lightning.losses.protocols import is_stateful, row_values
 from kd_lightning.modules._shared.checks import check_trainable, check_two_networks
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.loss_weights import without_class_weights

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of
+from kd_lightning.losses.base import standardize_logits
+from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.modules._shared.checks import (
     check_choice,
     check_different_teachers,

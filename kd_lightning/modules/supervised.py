@@ -17,7 +17,8 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import describe_choice, logits_of
 from kd_lightning.inputs import Inputs
-from kd_lightning.losses.base import Task, check_row_fields, check_weight, reset_state
+from kd_lightning.losses.base import Task, check_weight
+from kd_lightning.losses.protocols import check_row_fields, reset_state
 from kd_lightning.modules._shared.auxiliary_heads import AuxiliaryHeads
 from kd_lightning.modules._shared.checks import check_choice, check_number_of_outputs
 from kd_lightning.modules._shared.class_weights import ClassWeights, Weights

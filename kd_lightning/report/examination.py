@@ -25,8 +25,8 @@ from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
-from kd_lightning.losses.base import Task, temperature_of
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.protocols import is_own, temperature_of
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
 from kd_lightning.report.feature_examination import examine_features

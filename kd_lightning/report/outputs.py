@@ -20,7 +20,8 @@ from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import arguments_of
-from kd_lightning.losses.base import standardize_logits, standardizes, temperature_of, to_probabilities
+from kd_lightning.losses.base import standardize_logits, to_probabilities
+from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.modules import SupervisedModule
 from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.report.cast import Cast, Role

@@ -17,7 +17,8 @@ from torchvision.transforms import v2
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses import HardDistillationLoss, TTMLoss, WTTMLoss
-from kd_lightning.losses.base import Task, standardize_logits, standardizes, temperature_of
+from kd_lightning.losses.base import Task, standardize_logits
+from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
 from kd_lightning.teachers.regression_checks import (
     FEW,

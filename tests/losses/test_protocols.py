@@ -26,7 +26,10 @@ from kd_lightning.losses import (
     TTMLoss,
     WTTMLoss,
 )
-from kd_lightning.losses.base import (
+from kd_lightning.losses.protocols import (
+    RowLoss,
+    SoftLoss,
+    StatefulLoss,
     check_row_fields,
     is_stateful,
     reset_state,
@@ -36,7 +39,6 @@ from kd_lightning.losses.base import (
     supports_top_k,
     temperature_of,
 )
-from kd_lightning.losses.protocols import RowLoss, SoftLoss, StatefulLoss
 
 HARD = [
     CoarseLoss([[0], [1]]),

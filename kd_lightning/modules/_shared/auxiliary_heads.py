@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.features.outputs import auxiliary_logits_of
-from kd_lightning.losses.base import is_stateful
+from kd_lightning.losses.protocols import is_stateful
 
 if TYPE_CHECKING:
     from kd_lightning.modules.supervised import SupervisedModule

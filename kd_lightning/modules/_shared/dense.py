@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task, class_weights, is_stateful, predicted_labels, to_probabilities
+from kd_lightning.losses.base import Task, class_weights, predicted_labels, to_probabilities
+from kd_lightning.losses.protocols import is_stateful
 from kd_lightning.losses.rows import to_rows
 
 _OF_SAMPLES = ("index", "view", "kind", "weight")

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import (
-    Task,
-    at_least_float32,
-    class_weights,
-    is_stateful,
-    mean_loss,
-    mean_of_known,
-    row_fields_of,
-    row_values,
-)
+from kd_lightning.losses.base import Task, at_least_float32, class_weights, mean_loss, mean_of_known
 from kd_lightning.losses.coarse import coarse_rows
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.losses.protocols import is_own, is_stateful, row_fields_of, row_values
 
 
 class HardLoss(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task, check_weight, standardizes, supports_top_k, temperature_of
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.losses.base import Task, check_weight
+from kd_lightning.losses.protocols import is_own, standardizes, supports_top_k, temperature_of
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
