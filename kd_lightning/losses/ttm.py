@@ -76,7 +76,7 @@ class TTMLoss(nn.Module):
         return f"exponent={self.exponent}, reduction={self.reduction!r}"
 
 
-class WTTMLoss(nn.Module):
+class WTTMLoss(TTMLoss):
     r""":class:`TTMLoss` with a weight for each sample, which is large where the teacher is uncertain.
 
     .. math:: U \, \mathrm{KL}(q \,\|\, p^s), \qquad U = \sum_j (p^t_j)^g
@@ -111,16 +111,7 @@ class WTTMLoss(nn.Module):
         0.369
     """
 
-    task: ClassVar[Task] = "multiclass"
-    standardize: ClassVar[bool] = False
     supports_top_k: ClassVar[bool] = False  # the weight depends on how the other classes differ
-
-    def __init__(self, exponent: float = 0.1, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        _check_exponent(exponent)
-        check_reduction(reduction)
-        self.exponent = float(exponent)
-        self.reduction = reduction
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the loss; see the class for shapes."""
@@ -128,15 +119,6 @@ class WTTMLoss(nn.Module):
         transformed, log_weight = _transform(teacher, self.exponent)
         rows = kl_divergence(student.log_softmax(dim=1), transformed)
         return reduce_rows(log_weight.exp() * rows, self.reduction)
-
-    @property
-    def temperature(self) -> float:
-        """The teacher's temperature, 1 / g, at which an ensemble averages its teachers."""
-        return 1 / self.exponent
-
-    def extra_repr(self) -> str:
-        """Show the arguments in ``print(loss)``."""
-        return f"exponent={self.exponent}, reduction={self.reduction!r}"
 
 
 def _check_exponent(exponent: float) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses import HardDistillationLoss, TTMLoss, WTTMLoss
+from kd_lightning.losses import HardDistillationLoss, TTMLoss
 from kd_lightning.losses.base import Task, standardize_logits
 from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
@@ -290,7 +290,7 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
     text = f"entropy {share:.1%} of the largest possible ({about}), at temperature {temperature:g}"
     if n < LEAST:
         return Finding(name, f"{text}; {n} samples are too few to judge")
-    powers = isinstance(soft_loss, TTMLoss | WTTMLoss)  # the temperature is 1 / exponent
+    powers = isinstance(soft_loss, TTMLoss)  # or WTTMLoss: the temperature is 1 / exponent
     softer = "lower the exponent" if powers else "raise the temperature"
     sharper = "raise the exponent" if powers else "lower the temperature"
     if high < ONE_HOT:
