@@ -4,9 +4,7 @@ import json
 import os
 import pickle
 import sys
-import textwrap
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -396,38 +394,8 @@ def test_top_k_of_all_classes_is_refused(quiet_trainer, tmp_path):
         fit(quiet_trainer, cache=tmp_path, cache_top_k=CLASSES)
 
 
-# Several processes.
-
-SCRIPT = """
-    import sys, torch
-    sys.path.insert(0, {folder!r})
-    from test_dense_cache import *
-    from lightning.pytorch import Trainer
-
-    if __name__ == "__main__":
-        torch.set_num_threads(1)
-        trainer = lambda **kwargs: Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, devices=2, strategy="ddp", **kwargs
-        )
-        module = fit(trainer, cache={cache}, cache_dtype="float32")
-        if module.global_rank == 0:
-            torch.save(module.student.state_dict(), {out!r})
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_fill_one_table(tmp_path, monkeypatch, processes):
-    monkeypatch.chdir(tmp_path)
-    results = []
-    for number, cache in enumerate((None, str(tmp_path / "cache"), str(tmp_path / "cache"))):
-        out = str(tmp_path / f"{number}.pt")
-        script = textwrap.dedent(SCRIPT).format(folder=str(Path(__file__).parent), cache=repr(cache), out=out)
-        Path(f"run{number}.py").write_text(script)
-        processes.run_ranks([f"run{number}.py"])
-        results.append(torch.load(out))
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
-    (folder,) = (tmp_path / "cache").iterdir()
+def test_two_processes_fill_one_table(table_of_two_processes):
+    folder = table_of_two_processes(__file__)
     chunk = json.loads((folder / "cache.json").read_text())["chunk"]
     assert len([*folder.glob("outputs-*")]) == -(-SAMPLES // chunk)

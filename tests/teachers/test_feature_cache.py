@@ -4,9 +4,7 @@ import json
 import os
 import pickle
 import shutil
-import textwrap
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -515,37 +513,7 @@ def test_a_batch_of_another_length_is_refused(quiet_trainer, tmp_path):
         data.table.outputs.fill(data.batch_of([0, 1]))
 
 
-# Processes.
-
-SCRIPT = """
-    import sys, torch
-    sys.path.insert(0, {folder!r})
-    from test_feature_cache import *
-    from lightning.pytorch import Trainer
-
-    if __name__ == "__main__":
-        torch.set_num_threads(1)
-        trainer = lambda **kwargs: Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, devices=2, strategy="ddp", **kwargs
-        )
-        module = fit(trainer, cache={cache}, cache_dtype="float32")
-        if module.global_rank == 0:
-            torch.save(module.student.state_dict(), {out!r})
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_fill_one_table(tmp_path, monkeypatch, processes):
-    monkeypatch.chdir(tmp_path)
-    results = []
-    for number, cache in enumerate((None, str(tmp_path / "cache"), str(tmp_path / "cache"))):
-        out = str(tmp_path / f"{number}.pt")
-        script = textwrap.dedent(SCRIPT).format(folder=str(Path(__file__).parent), cache=repr(cache), out=out)
-        Path(f"run{number}.py").write_text(script)
-        processes.run_ranks([f"run{number}.py"])
-        results.append(torch.load(out))
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert "block" in json.loads(json.loads((folder / "cache.json").read_text())["parts"]["layers"])
+def test_two_processes_fill_one_table(table_of_two_processes):
+    parts = json.loads((table_of_two_processes(__file__) / "cache.json").read_text())["parts"]
+    assert "block" in json.loads(parts["layers"])
