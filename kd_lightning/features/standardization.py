@@ -19,8 +19,8 @@ class _Standardization(nn.Module):
     """A linear map of features to mean 0, fitted once.
 
     Attributes:
-        mean: (C,) means that are subtracted. Zeros before the fit, (0,) before :meth:`build`.
-        scale: (C,) factors, or a matrix (C, C), that the rest is multiplied by. Zeros before the fit.
+        mean: (C,) means that are subtracted; (0,) before the fit.
+        scale: (C,) factors, or a matrix (C, C), that the rest is multiplied by; (0,) before the fit.
     """
 
     mean: Tensor
@@ -37,12 +37,6 @@ class _Standardization(nn.Module):
     def is_fitted(self) -> bool:
         """Whether :meth:`fit` has run, or the values of a fit were loaded."""
         return self._is_fitted
-
-    def build(self, channels: int) -> None:
-        """Set the sizes of the values before they are fitted, so that averages of weights can have copies of them."""
-        if not self.is_fitted:
-            self.mean = self.mean.new_zeros(channels)
-            self.scale = self.mean.new_zeros([channels] * self._scale_dims)
 
     def fit(self, features: Tensor) -> None:
         """Find the means and scales. It is computed in float64 on the CPU, and stored in float32.

@@ -178,9 +178,6 @@ class FeatureTerm(nn.Module):
         with _seeded():
             for pair, of_pair, where in zip(self.pairs, shapes, layouts, strict=True):
                 pair.build(of_pair, where, torch.device("cpu"), dtype)
-            for pair, standardize in zip(self.pairs, self.standardizations, strict=False):
-                if callable(make := getattr(standardize, "build", None)):
-                    make(pair.arranged_shapes()[1][0])
             if self.joint is not None and callable(make := getattr(self.joint, "build", None)):
                 arranged = [pair.arranged_shapes() for pair in self.pairs]
                 make([student for student, _ in arranged], [teacher for _, teacher in arranged])
