@@ -161,8 +161,8 @@ class FeatureTerm(nn.Module):
     ) -> None:
         """Build projectors and losses for the shapes of the layers.
 
-        Their weights depend on torch's initial seed alone, so they are the same on every process. The state of torch's
-        generators stays unchanged.
+        Their weights depend on torch's initial seed alone, so they are the same on every process of one seed; of
+        several seeds, DDP sends those of the first process. The state of torch's generators stays unchanged.
 
         Args:
             shapes: Output shapes of each pair of layers, for one sample.
@@ -298,7 +298,7 @@ class FeatureTerm(nn.Module):
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed torch's generator for the CPU alike on all processes. Its state is as before after the block."""
+    """Seed torch's generator for the CPU by its initial seed. Its state is as before after the block."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which also seeds accelerators
         torch.default_generator.manual_seed((torch.initial_seed() + 1) % 2**63)

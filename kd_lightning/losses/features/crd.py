@@ -30,11 +30,11 @@ class CRDLoss(nn.Module):
     The loss is its mean over the samples i, for the student against the teacher's memory plus the reverse. Z is the
     mean of the exponentials in the first training step.
 
-    Each network has a memory of an embedding of each sample, which starts at random, and moves to each new one by
-    ``m <- momentum * m + (1 - momentum) * v``, scaled to length 1. The negatives are drawn once for all samples of a
-    batch (the authors' code: for each one, which costs B times as much). Left out are a sample's own class, as far as
-    the batches so far had labels ("exact" mode of the authors' code), and samples that were in no batch so far, as a
-    validation part; the other negatives stand for them, so that they count as K.
+    Each network has a memory of an embedding of each sample, which starts at random numbers, the same for any seed, and
+    moves to each new one by ``m <- momentum * m + (1 - momentum) * v``, scaled to length 1. The negatives are drawn
+    once for all samples of a batch (the authors' code: for each one, which costs B times as much). Left out are a
+    sample's own class, as far as the batches so far had labels ("exact" mode of the authors' code), and samples that
+    were in no batch so far, as a validation part; the other negatives stand for them, so that they count as K.
 
     While it trains, all processes exchange embeddings, so that all have the same memories. These are part of
     ``state_dict``: 2 * samples * dim numbers. The loss has no value in validation, whose samples are in no memory.
@@ -107,8 +107,10 @@ class CRDLoss(nn.Module):
             raise InputError(f"negatives must be at most the number of samples, {samples}, got {self.negatives}")
         weight = self.student_embedding.weight
         bound = math.sqrt(3 / self.dim)  # so that the mean square of their length is 1
+        generator = torch.Generator().manual_seed(0)  # the same memories on all processes, however they are seeded
         for name in ("student_memory", "teacher_memory"):
-            self.register_buffer(name, torch.empty(samples, self.dim).uniform_(-bound, bound).to(weight))
+            memory = torch.empty(samples, self.dim).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, memory.to(weight))
         labels = torch.full((samples,), -2)  # -1 for unknown ones, -2 before the first batch
         self.register_buffer("labels", labels.to(weight.device))
         self.register_buffer("log_scale", torch.zeros(2).to(weight))  # logarithms of Z

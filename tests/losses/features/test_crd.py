@@ -144,6 +144,22 @@ def test_it_learns_to_tell_samples_apart():
     assert (nearest == torch.arange(32)).float().mean() > 0.8
 
 
+def test_processes_of_other_seeds_start_with_the_same_memories():
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loss = CRDLoss(dim=4, negatives=8)
+        loss.build((5,), (3,), N)
+        states.append(loss.state_dict())
+        loss.reset(N)  # of a further fit
+        states.append(loss.state_dict())
+    for state in states[1:]:
+        for name in ("student_memory", "teacher_memory"):
+            assert torch.equal(state[name], states[0][name])
+    assert not torch.equal(states[0]["student_embedding.weight"], states[2]["student_embedding.weight"])
+    assert not torch.equal(states[0]["student_memory"], states[0]["teacher_memory"])
+
+
 def test_empty_batches_and_padding_leave_the_memories():
     loss = built()
     before = copy.deepcopy(loss.state_dict())
