@@ -104,8 +104,9 @@ class FeatureLoss(Protocol):
     def build(self, student: Sequence[int], teacher: Sequence[int], samples: int | None) -> None:
         """Make what depends on the shapes. Called once before training, and before weights are loaded.
 
-        Random numbers come from torch's generator. Where processes are seeded differently, all get the parameters of
-        the first one, but each has its own buffers: draw these by a generator of a fixed seed. Default: nothing to make.
+        Random numbers come from torch's generator. If processes are seeded differently, all get the parameters of the
+        first one, but each has its own buffers: draw these from a generator with a fixed seed. Default: nothing to
+        make.
 
         Args:
             student: Shape (C, ...) of the student's feature of one sample, after the projector.
