@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,26 @@ def check_name(name: Any, root: Path) -> None:
         raise InputError(f"name must be a folder below {root}, without .., got {name!r}")
 
 
-def set_direction(checkpoint: Any) -> None:
-    """Set the mode of the checkpoint by the name of its monitor, or check it."""
+def term_names(model: Any) -> set[str]:
+    """Return the names of the feature terms and soft losses in the config of a module."""
+    arguments = (model and model.get("init_args")) or {}
+    given = [arguments.get(name) for name in ("features", "soft_loss")]
+    return {name for terms in given if isinstance(terms, dict) and "class_path" not in terms for name in terms}
+
+
+def set_direction(checkpoint: Any, terms: Collection[str] = ()) -> None:
+    """Set the mode of the checkpoint by the name of its monitor, or check it.
+
+    Args:
+        checkpoint: The config of the checkpoint.
+        terms: Names of the objective's terms, see :func:`term_names`.
+    """
     if checkpoint.monitor is None:
         checkpoint.mode = checkpoint.mode or "max"  # without effect
     elif checkpoint.mode is not None:
-        check_direction("checkpoint", checkpoint.monitor, checkpoint.mode)
+        check_direction("checkpoint", checkpoint.monitor, checkpoint.mode, terms)
     else:
-        checkpoint.mode = direction_of(checkpoint.monitor)
+        checkpoint.mode = direction_of(checkpoint.monitor, terms)
     if checkpoint.mode is None:
         raise InputError(
             f"checkpoint.mode is missing: the name {checkpoint.monitor} does not show whether more is better; allowed: "

@@ -30,7 +30,7 @@ from kd_lightning.callbacks import (
     StudentWriter,
 )
 from kd_lightning.cli.claim_folder import claim_folder_of_run
-from kd_lightning.cli.complete_config import check_name, drop_missing_teacher, set_direction
+from kd_lightning.cli.complete_config import check_name, drop_missing_teacher, set_direction, term_names
 from kd_lightning.cli.config_check import check_configs, check_null, read_configs
 from kd_lightning.cli.fast import add_fast, evaluate_uncompiled, pick_settings
 from kd_lightning.cli.introduction import Introduction
@@ -156,7 +156,7 @@ class DistillCLI(LightningCLI):
         config = self._own_config
         root = Path(config.trainer.default_root_dir or Path.cwd())
         check_name(config.name, root)
-        set_direction(config.checkpoint)
+        set_direction(config.checkpoint, term_names(config.get("model")))
         pick_settings(config, self._parser(self.subcommand), self.subcommand, root)
         if self.subcommand is None:
             return
@@ -248,7 +248,7 @@ class DistillCLI(LightningCLI):
         built = self._instantiate_trainer(trainer, callbacks)
         guard_loggers(built)
         record_sigterm(built)
-        check_callbacks(built.callbacks)  # type: ignore[attr-defined]
+        check_callbacks(built.callbacks, term_names(plain.get("model")))  # type: ignore[attr-defined]
         if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one from the config
             built.strategy.checkpoint_io = SafeCheckpointIO(resume=self.subcommand in (None, "fit"))
         return built

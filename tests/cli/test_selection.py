@@ -335,6 +335,18 @@ class TestDirection:
         assert modes == ["min", "min"]
         assert Run(RUN).config["checkpoint"]["mode"] == "min"
 
+    def test_terms_of_the_config_are_losses(self, config, fails):
+        loss = {"class_path": "kd_lightning.losses.AttentionTransferLoss"}
+        term = {"class_path": "kd_lightning.FeatureTerm", "init_args": {"layers": {"5": "5"}, "loss": loss}}
+        config["model"]["init_args"]["features"] = {"attention": term}
+        path = write(config)
+        assert "mode must be min" in fails(
+            "fit", "--config", path, "--checkpoint.monitor", "val/attention", "--checkpoint.mode", "max"
+        )
+        config["checkpoint"] = {"monitor": "val/attention"}
+        cli = DistillCLI(["fit", "--config", write(config), "--trainer.max_epochs", "1"])
+        assert [c.mode for c in cli.trainer.callbacks if getattr(c, "monitor", None) == "val/attention"] == ["min"]
+
     @pytest.mark.parametrize(
         ("override", "key"),
         [

@@ -120,3 +120,15 @@ def test_figures_of_dense_outputs_and_of_regression():
     assert {direction_of(f"val/{name}") for name in least} == {"min"}
     assert {direction_of(f"test/{name}/1") for name in most} == {"max"}
     assert direction_of("val/layer2") is None
+
+
+def test_terms_of_an_objective_are_losses(tmp_path):
+    terms = {"maps", "rows"}
+    for name in ("val/maps", "val/maps/layer1.0", "train/rows"):
+        assert direction_of(name) is None
+        assert direction_of(name, terms) == "min"
+    assert direction_of("val/accuracy", terms) == "max"
+    assert direction_of("maps", terms) is None  # logged by nothing here
+    assert {direction_of(f"val/{name}") for name in ("feature", "global", "global_1")} == {"min"}
+    with pytest.raises(InputError, match="^ModelCheckpoint: mode must be min with monitor val/maps"):
+        check_callbacks([ModelCheckpoint(tmp_path, monitor="val/maps", mode="max")], terms)
