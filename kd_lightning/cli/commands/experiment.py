@@ -18,14 +18,15 @@ from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.modules import FeatureDistillModule, SupervisedModule
+from kd_lightning.features.simkd import SimKDStudent
+from kd_lightning.modules import DistillationTokenModule, FeatureDistillModule, SimKDModule, SupervisedModule
 from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
 from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.figures.comparison import Comparison, compare_runs
 from kd_lightning.runs.figures.log_figure import only_warn
 from kd_lightning.runs.run import Run
-from kd_lightning.runs.student import has_student, is_taught
+from kd_lightning.runs.student import build_student, has_student, is_taught
 from kd_lightning.runs.teacher_runs import teacher_runs
 
 _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonitor")
@@ -82,6 +83,8 @@ def run_experiment(args: list[str], seeds: int, out: str | Path | None = None) -
     data = build(LightningDataModule, config["data"])
     assert isinstance(data, SemiSupervisedDataModule)  # the plan has checked it
     console = Console()
+    if about := _describe_baseline(config["model"]):
+        console.print(f"baseline: {about}")
     folders = []
     for number, run_config in enumerate(plan, 1):
         name, seed = run_config["name"], run_config["seed_everything"]
@@ -107,7 +110,8 @@ def baseline_of(method: Config) -> Config:
     """Return the config of the same student, trained on the same labels without a teacher and unlabeled images.
 
     Steps, augmentation and schedule are the same. Its epoch has as many steps as the method's: each labeled image
-    appears in several views.
+    appears in several views. Of a SimKDStudent the network inside is trained, with its own classifier. A student with
+    two heads (DeiT) stays as it is: their mean learns from the labels.
     """
     baseline = deepcopy(method)
     data = build(LightningDataModule, method["data"])
@@ -143,20 +147,48 @@ def _model_alone(model: Config) -> Config:
     if is_taught(model):
         alone: Config = deepcopy(arguments["module"])
         return alone
-    kind = find_class(model["class_path"])
-    if isinstance(kind, type) and issubclass(kind, FeatureDistillModule):
+    if _is_a(model, FeatureDistillModule):
+        name = model["class_path"].rpartition(".")[2]
         raise InputError(
-            f"experiment compares a student with itself trained on labels, and {kind.__name__} has none: fit "
+            f"experiment compares a student with itself trained on labels, and {name} has none: fit "
             "it, then name a config that trains its student.safetensors on with labels"
         )
     if not has_student(model):
         raise InputError(f"experiment needs a model with a student, {model['class_path']} has none")
     shared = inspect.signature(SupervisedModule.__init__).parameters
     shared_arguments = {name: deepcopy(arguments[name]) for name in shared if name in arguments}
+    student = shared_arguments["student"]
+    if _is_a(student, SimKDStudent):
+        shared_arguments["student"] = student["init_args"]["student"]
+    elif _is_a(model, SimKDModule):
+        raise InputError(
+            "experiment trains the network in model.student alone, too, so this must be a SimKDStudent itself, got "
+            f"{student.get('class_path')}"
+        )
+    if _is_a(model, DistillationTokenModule) and not hasattr(build_student(model), "set_distilled_training"):
+        raise InputError(
+            "experiment needs a student that returns the mean of its two heads unless set_distilled_training(True) is "
+            f"called, as timm's distilled models do, got {student.get('class_path')}"
+        )
     if start := arguments.get("initial_weights"):  # the first weights are no part of the method
         loaded = {"model": shared_arguments["student"], "path": start}
         shared_arguments["student"] = {"class_path": "kd_lightning.load_weights", "init_args": loaded}
     return {"class_path": "kd_lightning.SupervisedModule", "init_args": shared_arguments}
+
+
+def _is_a(spec: Config, kind: type) -> bool:
+    """Return whether the config of an object is that of a class, or of a subclass of it."""
+    found = find_class(spec.get("class_path"))
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+def _describe_baseline(model: Config) -> str | None:
+    """Describe the baseline's network, where it is not the method's, or is trained in another way."""
+    if _is_a((model.get("init_args") or {}).get("student") or {}, SimKDStudent):
+        return "the network in the SimKDStudent, with its own classifier, trained on the labels"
+    if _is_a(model, DistillationTokenModule):
+        return "the same network with two heads; their mean is trained on the labels"
+    return None
 
 
 def fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:
