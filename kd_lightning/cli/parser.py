@@ -19,6 +19,7 @@ from kd_lightning.runs.class_paths import find_class, name_of
 from kd_lightning.runs.parser_errors import explain_parser_error
 
 _WRITTEN: ContextVar[str | None] = ContextVar("written", default=None)  # text of the option that is being parsed
+_OPTION: ContextVar[str] = ContextVar("option", default="")  # given to a parser for the arguments of an object
 _COMPLETING = (SupervisedModule, FeatureDistillModule)
 _COMPLETED = ("lr_scheduler", "hint_lr_scheduler")  # arguments of this package's modules, see schedules.takes_length
 
@@ -45,12 +46,15 @@ class Parser(ArgumentTypes, LightningArgumentParser):
         """
         args = _as_written(args, _WRITTEN.get())
         token = _WRITTEN.set(None)
+        single = str(args[0]) if args is not None and len(args) == 1 else ""
+        option = _OPTION.set(single.partition("=")[0].lstrip("-"))
         try:
             return super().parse_args(args, *more, **kwargs)
         except RecursionError as error:
             raise InputError("a value of the command line or of a config nests too deeply, or holds itself") from error
         finally:
             _WRITTEN.reset(token)
+            _OPTION.reset(option)
 
     def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
         """Note the text of a value before the option's action parses it."""
@@ -59,7 +63,7 @@ class Parser(ArgumentTypes, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""
-        raise explain_parser_error(message, ex, Parser.config, known_keys(self)) from ex
+        raise explain_parser_error(message, ex, Parser.config, known_keys(self), option=_OPTION.get()) from ex
 
 
 def _as_written(args: Sequence[str] | None, written: Any) -> Sequence[str] | None:

@@ -52,6 +52,7 @@ def explain_parser_error(
     config: Config | None = None,
     known: Iterable[str] = (),
     root: str | None = None,
+    option: str = "",
 ) -> ParserError:
     """Turn what jsonargparse gives to ``ArgumentParser.error`` into an error of one line.
 
@@ -61,9 +62,13 @@ def explain_parser_error(
         config: The content of the config files.
         known: All keys of the parser.
         root: A key that the user has not given, left out of the message.
+        option: The option that the parser was given, such as ``features.hint.weight``. In a dict of objects, it has
+            the name of the one that is meant.
     """
     found = re.match(r'Parser key "([^"]+)"', message)
     keys: Keys = (found[1],) if found and found[1] != root else ()
+    if keys and option.startswith(f"{keys[0]}.") and "Subtypes: [dict[str, " in message:
+        keys = (".".join(option.split(".")[: keys[0].count(".") + 2]),)
     causes = [*_causes(error)]
     inner = next((cause for cause in causes if isinstance(cause, ParserError)), None)
     if inner is not None:
@@ -245,6 +250,8 @@ def _unrecognized(argument: str, known: list[str], keys: Keys, config: Config) -
     if not name.startswith("-"):
         return f"{argument} belongs to no option"
     meant = right_key(name.lstrip("-"), config, known)
+    if meant and "[" in meant:
+        return f"{name}: no such option; {meant} can be set in a config file alone"
     return f"{name}: no such option" + (f"; did you mean --{meant}?" if meant else "; 'fit --help' lists them")
 
 

@@ -332,3 +332,22 @@ class Refuses(nn.Module):
 
     def __init__(self):
         raise LookupError("No network today")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("features.hint.weight", "x", "features.hint.init_args.weight: Expected a float, got x"),
+        (
+            "features.at.wieght",
+            "0.5",
+            "features.at.init_args.wieght: FeatureTerm has no such key; did you mean weight?",
+        ),
+    ],
+)
+def test_mistakes_in_a_term_have_its_name(config, fails, option, value, message):
+    loss = {"class_path": "kd_lightning.losses.AttentionTransferLoss"}
+    term = {"class_path": "kd_lightning.FeatureTerm", "init_args": {"layers": {"5": "5"}, "loss": loss}}
+    config["model"]["init_args"]["features"] = {"at": term}
+    text = fails("fit", "--config", write(config, "x.yaml"), f"--model.{option}", value)
+    assert text.startswith(f"error: model.init_args.{message}")
