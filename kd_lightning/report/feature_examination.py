@@ -55,13 +55,6 @@ def examine_features(
 def _check_teacher(
     module: FeatureDistillModule, number: int, teacher: Teacher, batches: Sequence[Batch], what: str
 ) -> Iterator[Finding]:
-    names = {*module.features.teacher_layers(len(module.teachers))[number].values()}
-    pairs = {
-        pair.teacher: (pair, term)
-        for term in module.features.all.values()
-        for pair in term.pairs
-        if pair.teacher in names
-    }
     found = [_features(module, number, batch) for batch in batches]
     vectors = torch.cat(
         [module.teacher_vector(number, part, batch) for part, batch in zip(found, batches, strict=True)]
@@ -74,10 +67,11 @@ def _check_teacher(
         x = teacher.prepare(batches[0].teacher_x)
     yield input_size(teacher.network, x)
     yield input_range(teacher.network, x)
-    for name, (pair, term) in pairs.items():
-        rows = torch.cat([_rows(pair, part[name]) for part in found])
-        standardized, scaled = bool(len(term.standardizations)), isinstance(term.loss, _SCALED)
-        yield channels(name, rows, standardized=standardized, scale_matters=scaled)
+    for path, name in module.features.teacher_layers(len(module.teachers))[number].items():
+        pairs = [(pair, term) for term in module.features.all.values() for pair in term.pairs if pair.teacher == name]
+        rows = torch.cat([_rows(pairs[0][0], part[name]) for part in found])
+        scaled = any(isinstance(term.loss, _SCALED) and not len(term.standardizations) for _, term in pairs)
+        yield channels(path, rows, scale_matters=scaled)
     yield eval_mode(teacher, batches[0], partial(_joined, module, number), "features")
 
 

@@ -42,14 +42,14 @@ def neighbors(features: Tensor, y: Tensor | None, what: str) -> Finding:
     return Finding("teacher", text, hint)
 
 
-def channels(layer: str, rows: Tensor, *, standardized: bool, scale_matters: bool) -> Finding:
+def channels(layer: str, rows: Tensor, *, scale_matters: bool) -> Finding:
     """Check the channels of a teacher's feature: finite, alive, and of comparable scales.
 
     Args:
-        layer: Name of the layer.
+        layer: Dotted path of the layer in the teacher's network.
         rows: Samples, or their positions, (M, C).
-        standardized: Whether the term standardizes the feature.
-        scale_matters: Whether the loss grows with the scale of a channel, as squared distances do.
+        scale_matters: Whether the loss of a term that does not standardize the feature grows with the scale of a
+            channel, as squared distances do.
     """
     name = f"features of {layer or 'the output'}"
     rows = rows.double()
@@ -74,7 +74,7 @@ def channels(layer: str, rows: Tensor, *, standardized: bool, scale_matters: boo
     )
     if dead > _MANY * count:
         return Finding(name, text, "many channels never change: is it the right layer, before or after its activation?")
-    if scale_matters and not standardized and count > 2 and share > _RULES:
+    if scale_matters and count > 2 and share > _RULES:
         return Finding(name, text, "one channel rules the loss; set standardize: ChannelStandardization of the term")
     return Finding(name, text)
 

@@ -1,5 +1,7 @@
 """Doctor on modules that learn from features alone."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
@@ -42,10 +44,26 @@ def test_a_good_teacher(healthy):
 def test_dead_channels_and_one_that_rules():
     terms = {f"of_{number}": FeatureTerm({"11": f"{number}."}, MSEFeatureLoss()) for number in range(2)}
     found = findings([Dead(), Dead(dead=False)], terms)
-    assert found["teachers[0], features of 0."].severity == "error"
-    assert "ChannelStandardization" in found["teachers[1], features of 1."].hint
+    assert found["teachers[0], features of the output"].severity == "error"
+    assert "ChannelStandardization" in found["teachers[1], features of the output"].hint
     terms["of_1"] = FeatureTerm({"11": "1."}, CosineLoss())
-    assert findings([Dead(), Dead(dead=False)], terms)["teachers[1], features of 1."].hint is None
+    assert findings([Dead(), Dead(dead=False)], terms)["teachers[1], features of the output"].hint is None
+
+
+def test_layers_have_the_names_of_their_own_network(healthy):
+    terms = {f"of_{number}": FeatureTerm({"11": f"{number}.11"}, CosineLoss()) for number in range(2)}
+    found = [name for name in findings([healthy, deepcopy(healthy)], terms) if "features" in name]
+    assert found == ["teachers[0], features of 11", "teachers[1], features of 11"]
+
+
+@pytest.mark.parametrize("order", ["scaled first", "scaled last"])
+def test_each_term_of_a_layer_counts(order):
+    """One channel rules the squared distance, whatever other terms of the same layer are."""
+    terms = {"scaled": FeatureTerm({"11": ""}, MSEFeatureLoss()), "cosine": FeatureTerm({"11": ""}, CosineLoss())}
+    terms = terms if order == "scaled first" else dict(reversed(terms.items()))
+    assert "ChannelStandardization" in findings(Dead(dead=False), terms)["features of the output"].hint
+    terms["scaled"] = FeatureTerm({"11": ""}, MSEFeatureLoss(), standardize=PHIStandardization())
+    assert findings(Dead(dead=False), terms)["features of the output"].hint is None
 
 
 def test_size_and_normalisation_that_the_network_declares():

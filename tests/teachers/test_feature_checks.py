@@ -38,7 +38,7 @@ class TestChannels:
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
 
     def check(self, rows, **options):
-        return channels("blocks.3", rows, **{"standardized": False, "scale_matters": True} | options)
+        return channels("blocks.3", rows, **{"scale_matters": True} | options)
 
     def test_usual_ones(self):
         found = self.check(self.rows)
@@ -61,7 +61,6 @@ class TestChannels:
         rows = self.rows.clone()
         rows[:, 0] *= 30
         assert "ChannelStandardization" in self.check(rows).hint
-        assert self.check(rows, standardized=True).hint is None
         assert self.check(rows, scale_matters=False).hint is None
 
     def test_not_finite(self):
