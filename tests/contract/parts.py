@@ -43,6 +43,20 @@ class Stop(Callback):
             raise StoppedError
 
 
+class FixedStatistics(Callback):
+    """The student's batch normalisation divides by its running statistics, which stay as they are.
+
+    Where the last maps have one position, statistics of 4 rows amplify rounding layer by layer. At the same weights,
+    bfloat16 changes the output of the MobileNetV4 of feature_dinov3 by 75 %, and that of the ResNet-18 of
+    feature_dinov2 by 14 %; soon they are other networks. Terms of the same features change by 0.2 % at most.
+    """
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for layer in pl_module.student.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
+
+
 class Record(Callback):
     """Writes which samples each rank saw, how many of them labeled, and the epoch's losses."""
 

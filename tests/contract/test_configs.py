@@ -160,7 +160,8 @@ class TestOneRun:
         for name, teacher in story.teachers.items():
             if before:  # pretrained weights are left out here, and their network is drawn anew each time
                 assert_equal(teacher.network.state_dict(), fresh[name].network.state_dict())
-            assert teacher.fingerprint() == type(teacher)(teacher.network).fingerprint()
+            preprocess = next(iter(teacher._hidden[:-1]), None)
+            assert teacher.fingerprint() == type(teacher)(teacher.network, preprocess=preprocess).fingerprint()
         contract.save_teachers(story.config, seed=9)
         other = [] if before else ["--seed_everything", "9"]
         first = next(iter(story.teachers))
@@ -213,9 +214,14 @@ class TestOneRun:
             if story.whole.model.task == "regression":
                 expected = ["teacher", "eval mode", "gradients"]
         if story.whole.model.task == "features":
-            terms = story.whole.model.features.all.values()
-            layers = [f"features of {layer}" for term in terms for layer in term.layers.values()]
-            expected = ["teacher", "input size", "normalisation", *layers, "eval mode", "gradients"]
+            terms, expected = story.whole.model.features.all.values(), []
+            for number, name in enumerate(story.teachers):
+                own = f"{number}." if story.whole.model.features.several else ""
+                layers = [layer for term in terms for layer in term.layers.values() if layer.startswith(own)]
+                layers = [f"features of {layer.removeprefix(own) or 'the output'}" for layer in layers]
+                checks = ["input size", "normalisation", *layers, "eval mode"]
+                expected += [name, *(f"{name}, {check}" for check in checks)] if own else ["teacher", *checks]
+            expected += ["gradients"]
         elif len(story.teachers) > 1:
             checks = ["", *(f", {check}" for check in expected[1:5])]
             each = [name + check for name in story.teachers for check in checks]
@@ -232,6 +238,8 @@ class TestOneRun:
         for callback in config["trainer"].get("callbacks", []):
             if callback["class_path"].endswith("PseudoLabelRefresh"):  # rounding decides on a sample at the limit
                 callback["init_args"] |= {"threshold": None, "top_k_per_class": None}
+        if story.path.stem.startswith("feature_dinov"):
+            config["trainer"]["callbacks"].append({"class_path": "parts.FixedStatistics"})
         args, losses = contract.Story.write(config, "precision.yaml"), []
         for precision in ("32-true", "bf16-mixed"):
             cli = DistillCLI(["fit", *args, *gentle, "--trainer.precision", precision])
