@@ -8,6 +8,7 @@
 """
 
 from kd_lightning.losses.coarse import CoarseLoss
+from kd_lightning.losses.conditional import ConditionalLoss
 from kd_lightning.losses.dist import DISTLoss
 from kd_lightning.losses.dkd import DKDLoss
 from kd_lightning.losses.early_learning import EarlyLearningLoss
@@ -47,6 +48,7 @@ __all__ = [
     "CRDLoss",
     "ChannelWiseLoss",
     "CoarseLoss",
+    "ConditionalLoss",
     "CosineLoss",
     "DISTLoss",
     "DKDLoss",

@@ -64,6 +64,7 @@ class DISTLoss(nn.Module):
     task: ClassVar[Task] = "multiclass"
     standardize: ClassVar[bool] = False
     supports_top_k: ClassVar[bool] = False
+    compares_rows: ClassVar[bool] = True
 
     def __init__(
         self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0, reduction: Reduction = "mean"

@@ -71,6 +71,7 @@ class MLKDLoss(nn.Module):
     task: ClassVar[Task] = "multiclass"
     standardize: ClassVar[bool] = False
     supports_top_k: ClassVar[bool] = False
+    compares_rows: ClassVar[bool] = True
 
     def __init__(
         self,

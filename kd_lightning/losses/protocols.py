@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from kd_lightning.errors import InputError
 
@@ -61,7 +62,8 @@ class SoftLoss(Protocol):
     """A loss between a student's and a teacher's logits: ``loss(student_logits, teacher_logits, target)``.
 
     All declarations are optional for the soft loss that a user gives to a module. The functions below that read them
-    hold the defaults.
+    hold the defaults. A loss in which the value of a row depends on the other rows of the batch also has
+    ``compares_rows = True``.
     """
 
     @property
@@ -210,3 +212,27 @@ def standardizes(loss: nn.Module) -> bool:
 def supports_top_k(loss: nn.Module) -> bool:
     """Whether a soft loss declares that the teacher's top k logits are enough."""
     return bool(getattr(loss, "supports_top_k", False))
+
+
+def compares_rows(loss: nn.Module) -> bool:
+    """Whether a soft loss declares that the value of a row depends on the other rows of the batch."""
+    return bool(getattr(loss, "compares_rows", False))
+
+
+def takes_target(loss: nn.Module) -> bool:
+    """Whether a soft loss takes a third argument, the target. The losses of torch do not."""
+    forward: Any = loss.forward
+    return _takes_three(getattr(forward, "__func__", forward), inspect.ismethod(forward))
+
+
+@lru_cache
+def _takes_three(forward: Callable[..., Any], is_method: bool) -> bool:
+    try:
+        parameters = [*inspect.signature(forward).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    kinds = [parameter.kind for parameter in parameters]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return True
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in by_position for kind in kinds) - is_method > 2

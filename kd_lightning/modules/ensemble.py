@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.losses.base import standardize_logits
 from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.modules._shared.checks import (
     check_choice,
@@ -30,7 +29,13 @@ from kd_lightning.modules._shared.checks import (
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation, EnsembleRegressionEvaluation
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules._shared.soft_loss import call_soft_loss, make_soft_loss, soft_losses_of, soft_terms
+from kd_lightning.modules._shared.soft_loss import (
+    call_soft_loss,
+    make_soft_loss,
+    soft_losses_of,
+    soft_terms,
+    standardizing_student,
+)
 from kd_lightning.modules._shared.teacher_report import report
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
@@ -242,11 +247,9 @@ class EnsembleDistillModule(SupervisedModule):
             ensemble.check_classes(outputs, 1 if single else logits.shape[-1])
             weights = ensemble.confidence(outputs, rows.y) if self.weights_by_confidence else weights
             standardize = standardizes(soft_loss)
-            if standardize:  # each teacher before the average, and not the average
-                soft_loss = copy(soft_loss)
-                soft_loss.standardize = False  # type: ignore[assignment]
-                logits = standardize_logits(logits.to(outputs.dtype))
             target = ensemble.pool(outputs, weights, temperature_of(soft_loss), standardize)
+            if standardize:  # each teacher before the average, and not the average
+                soft_loss = standardizing_student(soft_loss)
         if len(rows):
             self._log_shares(ensemble.weights if weights is None else weights.mean(dim=0), len(rows))
         target = target.reshape(logits.shape)

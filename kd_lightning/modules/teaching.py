@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import LABEL_KEYS
 from kd_lightning.errors import InputError
-from kd_lightning.losses import KDLoss
+from kd_lightning.losses import ConditionalLoss, KDLoss
 from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
@@ -49,7 +49,9 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
         network: Dotted path of the module's network; "" for the module itself, where ``training_step`` calls
             ``self(...)``.
         soft_loss: Loss called as ``(student_output, teacher_output)``, or with a third argument as
-            ``(student_logits, teacher_logits, None)``. Default: None, which means ``KDLoss`` at temperature 4.
+            ``(student_logits, teacher_logits, target)``. The target is the class indices (B,) of the batch if the
+            network is called with the batch's inputs as they are, and None otherwise and for dense outputs. Default:
+            None, which means ``KDLoss`` at temperature 4.
         soft_weight: Weight of the soft loss, in [0, 1].
         class_dim: The dimension of the outputs that holds classes: -1 for tokens (B, T, C), 1 for maps (B, C, H, W).
             The soft loss gets rows (N, C) then. Default: None, which means that it gets outputs as they are, such as
@@ -213,14 +215,21 @@ class Teaching(nn.Module):
             target = self.teacher.arrange(target)
             self._check_shapes(rows, target)
             counts.append(len(rows) if rows.ndim else 1)
-            parts.append(self._compare(rows, target) if counts[-1] else rows.sum())
+            parts.append(self._compare(rows, target, call.labels) if counts[-1] else rows.sum())
         total = sum(counts)
         value = torch.stack([part * count for part, count in zip(parts, counts, strict=True)]).sum() / max(total, 1)
         mean = self._mean_over_processes(total, value) if mask is not None else total
         return value if mean == total else value * (total / mean), total
 
-    def _compare(self, rows: Tensor, target: Tensor) -> Tensor:
-        loss = call_soft_loss(self.soft_loss, rows, target, None)
+    def _compare(self, rows: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        if self.class_dim is not None or rows.ndim > 2:
+            labels = None  # those of positions may be shifted
+        if labels is None and isinstance(self.soft_loss, ConditionalLoss):
+            raise InputError(
+                f"soft_loss: ConditionalLoss needs labels; teach finds them where {self._calls.name} is called with "
+                "the inputs of the batch as they are, and the batch has one class index (B,) for each row"
+            )
+        loss = call_soft_loss(self.soft_loss, rows, target, labels)
         if loss.ndim:
             raise InputError(f"soft_loss must give one number, got {[*loss.shape]}; its reduction must be mean")
         return loss

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from kd_lightning.batch import Batch, is_labeled
 from kd_lightning.errors import InputError
-from kd_lightning.losses import HardDistillationLoss, TTMLoss
+from kd_lightning.losses import ConditionalLoss, HardDistillationLoss, TTMLoss
 from kd_lightning.losses.base import Task, standardize_logits
 from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
@@ -268,6 +268,8 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
         sample: The sample of each row, whose rows count as one. Default: None, which means that each row is a sample.
     """
     name = "soft targets"
+    while isinstance(soft_loss, ConditionalLoss):
+        soft_loss = soft_loss.loss
     if isinstance(soft_loss, HardDistillationLoss):
         return Finding(name, "not checked: the loss compares with the teacher's decision")
     finite = logits.isfinite().all(dim=1)

@@ -9,6 +9,7 @@ from torch import nn
 from kd_lightning import Batch, InputError, SupervisedModule
 from kd_lightning.losses import (
     CoarseLoss,
+    ConditionalLoss,
     DISTLoss,
     DKDLoss,
     EarlyLearningLoss,
@@ -237,6 +238,8 @@ def test_a_right_declaration_is_accepted(loss):
         (ReverseKLLoss(2.0), (2.0, False, False)),
         (HardDistillationLoss(), (1.0, False, True)),
         (HardDistillationLoss("binary"), (1.0, False, False)),
+        (ConditionalLoss(KDLoss(3.0)), (3.0, False, True)),
+        (ConditionalLoss(KDLoss(3.0, standardize=True)), (3.0, True, False)),
         (nn.MSELoss(), (1.0, False, False)),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 
 from kd_lightning.errors import InputError
 from kd_lightning.losses import (
+    ConditionalLoss,
     DISTLoss,
     DKDLoss,
     HardDistillationLoss,
@@ -38,6 +39,7 @@ LOSSES = {
     "reverse KL": lambda **o: ReverseKLLoss(2.0, **o),
     "reverse KL, multilabel": lambda **o: ReverseKLLoss(2.0, "multilabel", **o),
     "hard": lambda **o: HardDistillationLoss(**o),
+    "conditional": lambda **o: ConditionalLoss(KDLoss(2.0), 0.3, **o),
     "hard, multilabel": lambda **o: HardDistillationLoss("multilabel", **o),
 }
 OF_BATCH = {"DIST", "MLKD"}  # a row's value depends on the other rows

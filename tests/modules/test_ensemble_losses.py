@@ -7,9 +7,11 @@ from torch import nn
 
 from kd_lightning import Batch, DistillModule, EnsembleDistillModule
 from kd_lightning.losses import (
+    ConditionalLoss,
     DKDLoss,
     HardDistillationLoss,
     JSDLoss,
+    KDLoss,
     MLKDLoss,
     NKDLoss,
     ReverseKLLoss,
@@ -122,6 +124,16 @@ def reverse_kl(loss, s, q):
     return loss.temperature**2 * kl(softmax(s, loss.temperature), q).mean()
 
 
+def conditional(loss, s, q):
+    """The labels meet the student's logits as they are, also where the soft loss standardizes them."""
+    standardized = (s - s.mean(1, keepdims=True)) / (1e-7 + s.std(1, ddof=1, keepdims=True))
+    rows = loss.temperature**2 * kl(q, softmax(standardized if loss.standardize else s, loss.temperature))
+    for row, label in enumerate(Y.tolist()):
+        if label >= 0 and q[row].argmax() != label:
+            rows[row] = loss.wrong_weight * rows[row] - (1 - loss.wrong_weight) * np.log(softmax(s)[row, label])
+    return rows.mean()
+
+
 def hard(loss, s, q):
     return -np.log(softmax(s)[np.arange(ROWS), q.argmax(axis=1)]).mean()
 
@@ -141,6 +153,8 @@ LOSSES = {
     "JS": (lambda: JSDLoss(2.0), js),
     "reverse KL": (lambda: ReverseKLLoss(2.0), reverse_kl),
     "hard": (HardDistillationLoss, hard),
+    "conditional": (lambda: ConditionalLoss(KDLoss(2.0), 0.3), conditional),
+    "conditional, standardized": (lambda: ConditionalLoss(KDLoss(2.0, standardize=True), 0.3), conditional),
     "hard, multilabel": (lambda: HardDistillationLoss("multilabel"), hard_multilabel),
 }
 

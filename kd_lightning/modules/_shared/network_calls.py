@@ -30,12 +30,15 @@ class Call(NamedTuple):
         logits: The network's logits.
         version: Number of changes in place that they had when the network returned them.
         target: The teacher's logits.
+        labels: The batch's labels (B,), if the network was called with the batch's inputs, as they are, and they are
+            class indices; else None.
         nodes: Nodes of the graph that the network's output comes from.
     """
 
     logits: Tensor
     version: int
     target: Tensor
+    labels: Tensor | None
     nodes: frozenset[Any]
 
 
@@ -61,7 +64,7 @@ class NetworkCalls:
         self.recorded: list[Call] = []
         self.batch: Any = None
         self._is_watching = False
-        self._targets: list[Tensor] = []  # the teacher's logits for calls that have begun
+        self._targets: list[tuple[Tensor, Tensor | None]] = []  # teacher's logits and labels of calls that have begun
         self._network: nn.Module | None = None
         self._handles: list[Any] = []
         self._is_fitting = False
@@ -180,7 +183,7 @@ class NetworkCalls:
         """Give the teacher what the network is called with: now, since the network may change it in place."""
         if self._is_watching and torch.is_grad_enabled():
             with self.pause():  # the teacher may hold layers of the network
-                self._targets.append(self._teach(args, kwargs))
+                self._targets.append((self._teach(args, kwargs), _labels_of(self.batch, args, kwargs)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_call(self, _network: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -188,7 +191,7 @@ class NetworkCalls:
             logits = self._pick(output, "the network")
             parts = [*tensors_of(output)] if isinstance(output, Tensor | Mapping | tuple) else []
             nodes = frozenset(part.grad_fn for part in (logits, *parts) if part.grad_fn is not None)
-            self.recorded.append(Call(logits, logits._version, self._targets.pop(), nodes))
+            self.recorded.append(Call(logits, logits._version, *self._targets.pop(), nodes))
 
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the teacher's logits for a call."""
@@ -241,6 +244,16 @@ def _teacher_inputs_of(batch: Any) -> Any:
             "own, or return a Batch or a mapping that has them"
         )
     return _teacher_inputs_of(parts[0])
+
+
+def _labels_of(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the class indices (B,) of a batch if the arguments of a call are its very inputs; None otherwise."""
+    try:
+        read = Batch.from_any(batch)
+    except InputError:
+        return None
+    known = read.y is not None and read.y.ndim == 1 and not read.y.is_floating_point()
+    return read.y if known and _is_call_of(read.x, args, kwargs) else None
 
 
 def _is_call_of(x: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

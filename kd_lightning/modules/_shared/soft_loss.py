@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from typing import Any
+from copy import copy
 
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import Task, check_weight
-from kd_lightning.losses.protocols import is_own, standardizes, supports_top_k, temperature_of
+from kd_lightning.losses import ConditionalLoss, KDLoss
+from kd_lightning.losses.base import Task, check_weight, standardize_logits
+from kd_lightning.losses.protocols import is_own, standardizes, supports_top_k, takes_target, temperature_of
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.term_names import check_name
 from kd_lightning.teachers.teacher import Teacher
@@ -83,6 +81,40 @@ def soft_losses_of(soft_loss: nn.Module) -> dict[str, tuple[float, nn.Module]]:
         check_weight(f"soft_loss.{name}.weight", part.weight)  # type: ignore[arg-type]  # a callback may have set it
         found[name] = part.weight, part.loss  # type: ignore[assignment]
     return found
+
+
+class _StandardizingStudent(nn.Module):
+    """A soft loss for teachers that are standardized already: it standardizes the student's logits alone.
+
+    Args:
+        loss: A loss that declares ``standardize``.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = copy(loss)
+        self.loss.standardize = False  # type: ignore[assignment]
+        self.task = getattr(loss, "task", "multiclass")
+        if hasattr(loss, "reduction"):
+            self.reduction = loss.reduction
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """Return the loss."""
+        if hasattr(self, "reduction"):
+            self.loss.reduction = self.reduction
+        return call_soft_loss(self.loss, standardize_logits(student.to(teacher.dtype)), teacher, target)
+
+
+def standardizing_student(loss: nn.Module) -> nn.Module:
+    """Return a loss that standardizes the student's logits, and takes the teacher's as they are.
+
+    Args:
+        loss: A loss that declares ``standardize``, or a conditional one around it, whose labels meet the logits as they
+            are.
+    """
+    if isinstance(loss, ConditionalLoss):
+        return ConditionalLoss(standardizing_student(loss.loss), loss.wrong_weight, loss.reduction)
+    return _StandardizingStudent(loss)
 
 
 def has_own_loss(soft_loss: nn.Module) -> bool:
@@ -171,22 +203,3 @@ def call_soft_loss(loss: nn.Module, student: Tensor, teacher: Tensor, target: Te
         return student.sum()
     value: Tensor = loss(student, teacher, target) if takes_target(loss) else loss(student, teacher)
     return value
-
-
-def takes_target(loss: nn.Module) -> bool:
-    """Whether a soft loss takes a third argument, the target. The losses of torch do not."""
-    forward: Any = loss.forward
-    return _takes_three(getattr(forward, "__func__", forward), inspect.ismethod(forward))
-
-
-@lru_cache
-def _takes_three(forward: Callable[..., Any], is_method: bool) -> bool:
-    try:
-        parameters = [*inspect.signature(forward).parameters.values()]
-    except (TypeError, ValueError):
-        return False
-    kinds = [parameter.kind for parameter in parameters]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return True
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in by_position for kind in kinds) - is_method > 2
