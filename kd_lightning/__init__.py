@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from kd_lightning.runs.run import Run
     from kd_lightning.runs.weights import load_weights
     from kd_lightning.schedules import ChainedSchedule, SequentialSchedule
+    from kd_lightning.teachers.cross_fitted import CrossFittedTeacher
     from kd_lightning.teachers.teacher import Teacher
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "CoTeachingModule",
     "CoarseLabels",
     "CompileNetworks",
+    "CrossFittedTeacher",
     "DatasetSource",
     "Digits",
     "DistillModule",
@@ -135,6 +137,7 @@ _HOMES = {
     "CoTeachingModule": "modules",
     "CoarseLabels": "data",
     "CompileNetworks": "callbacks",
+    "CrossFittedTeacher": "teachers.cross_fitted",
     "DatasetSource": "data",
     "Digits": "data",
     "DistillModule": "modules",

@@ -117,7 +117,7 @@ class ActiveLearningLoop:
         """Return the indices of the samples to label next."""
         device = trainer.strategy.root_device
         module.to(device)
-        teacher = find_teacher(module) if self.strategy == "disagreement" else None
+        teacher = find_teacher(module, data) if self.strategy == "disagreement" else None
         passes = DROPOUT_PASSES if self.strategy == "bald" else 0
         options: dict[str, Any] = {"teacher": teacher, "passes": passes, "seed": self.seed, "device": device}
         student = find_network(module, student_path(module) or "", "make_module")

@@ -184,15 +184,25 @@ def with_unlabeled_pool(data: SemiSupervisedDataModule) -> SemiSupervisedDataMod
     return data
 
 
-def find_teacher(module: LightningModule) -> Callable[[Batch], Tensor]:
+def find_teacher(module: LightningModule, data: SemiSupervisedDataModule | None = None) -> Callable[[Batch], Tensor]:
     """Return a function from a batch to the logits of a module's frozen teacher or ensemble of teachers.
+
+    Args:
+        module: The module.
+        data: The datamodule of the batches, in which teachers that depend on samples find theirs. Default: None, which
+            means that they know them.
 
     Raises:
         InputError: If the module has no frozen teacher.
     """
-    if isinstance(ensemble := getattr(module, "ensemble", None), Ensemble):
+    ensemble = getattr(module, "ensemble", None)
+    found = [*ensemble] if isinstance(ensemble, Ensemble) else []
+    found = found or [getattr(owner, "teacher", None) for owner in (module, getattr(module, "teaching", None))]
+    teachers = [teacher for teacher in found if isinstance(teacher, Teacher)]
+    for teacher in teachers if data is not None else ():
+        teacher.find_samples(data, "train")
+    if isinstance(ensemble, Ensemble):
         return lambda batch: ensemble.pool(ensemble(batch))
-    for owner in (module, getattr(module, "teaching", None)):
-        if isinstance(teacher := getattr(owner, "teacher", None), Teacher):
-            return teacher
+    if teachers:
+        return teachers[0]
     raise InputError(f"disagreement needs a module with a frozen teacher, {type(module).__name__} has none")

@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 
+from kd_lightning.active.pool import Seams
 from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.evaluation_batches import batches_of
+from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.splits import Split
+from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import logits_of
+from kd_lightning.runs.build import build
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
@@ -41,6 +50,16 @@ def labeled_classes(data: Any) -> dict[int, str] | None:
     known = {index: int(labels[index]) for index in (labels >= 0).nonzero().flatten().tolist()}
     names = [normal_name(str(name)) for name in names]
     return {index: names[label] if label < len(names) else str(label) for index, label in known.items()}
+
+
+def build_data(config: Config, command: str) -> SemiSupervisedDataModule:
+    """Build the datamodule of a config, and set it up for a fit; InputError if it has no samples by index."""
+    data = build(LightningDataModule, config["data"])
+    if not isinstance(data, SemiSupervisedDataModule):
+        raise InputError(f"{command} needs data: SemiSupervisedDataModule, got {type(data).__name__}")
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
 
 def stratified_folds(
@@ -128,3 +147,37 @@ def weight_files(config: Config) -> list[str]:
     found = [(key, value, find_class(owner) is load_weights) for _, key, value, owner in walk_config(config["model"])]
     loaded = [file for key, file, weights in found if key == "initial_weights" or (key == "path" and weights)]
     return [*dict.fromkeys(str(file) for file in loaded if file)]
+
+
+@torch.no_grad()
+def predict_fold(
+    run: Run, data: SemiSupervisedDataModule, index: Sequence[int], device: torch.device, command: str
+) -> Tensor:
+    """Return the probabilities of a run's student for samples under evaluation transforms, (N, C) float64.
+
+    Args:
+        run: A finished run.
+        data: The datamodule of the samples, set up.
+        index: The samples.
+        device: Device of the student.
+        command: Name of the command in messages.
+
+    Raises:
+        InputError: If the outputs are not finite, or not one logit for each class.
+    """
+    student = run.student()
+    student.to(device).eval()
+    pool = data.pool_dataloader().dataset
+    assert isinstance(pool, ViewDataset)
+    samples = ViewDataset(pool.images, torch.tensor(index), data.eval_transform, data.seed)
+    options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers}
+    loader = ViewLoader(samples, LabelTable(data.visible_labels()), **options)
+    unpack, call = Seams.of_run(run, device)
+    outputs = (call(student, unpack(batch).x) for batch in batches_of(loader, data, device))
+    logits = torch.cat([logits_of(output, "the student").cpu().double() for output in outputs])
+    classes = len(data.class_names or ()) or int(data.visible_labels().max()) + 1
+    if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
+        raise InputError(f"{command} needs a student with {classes} logits, one for each class, got {[*logits.shape]}")
+    if not logits.isfinite().all():
+        raise InputError(f"the logits of the student of {run.folder} are not finite; did its training diverge?")
+    return logits.softmax(dim=1)

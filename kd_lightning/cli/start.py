@@ -14,7 +14,7 @@ from kd_lightning.errors import InputError
 
 GROUPS = {
     "start": ("distill", "label", "clean"),
-    "train": ("fit", "test", "experiment", "validate", "predict"),
+    "train": ("fit", "test", "experiment", "crossfit", "validate", "predict"),
     "check": ("doctor", "layers", "duplicates"),
     "look": ("compare", "report", "labels", "query"),
     "deploy": ("export", "push"),
@@ -28,6 +28,7 @@ _SUMMARIES = {
     "fit": "CONFIG: train",
     "test": "CONFIG: evaluate the newest run on the test part",
     "experiment": "CONFIG: with and without the teacher, over seeds",
+    "crossfit": "CONFIG: train teachers that each lack a fold of the labels",
     "validate": "CONFIG: evaluate the newest run on the validation part",
     "predict": "RUN SOURCE ...: predict any pictures; CONFIG: the test part",
     "doctor": "CONFIG: check teacher, student and labels before training",

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight, check_two_networks
+from kd_lightning.modules._shared.checks import (
+    check_same_teacher,
+    check_soft_weight,
+    check_two_networks,
+    find_samples,
+)
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import (
@@ -145,14 +150,25 @@ class DistillModule(SupervisedModule):
         return teacher is None or teacher.numel() == logits.numel() or not has_own_loss(self.soft_loss)
 
     def setup(self, stage: str) -> None:
-        """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them."""
+        """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them.
+
+        A teacher that depends on samples finds them in the data.
+        """
         super().setup(stage)
+        if isinstance(self.teacher, Teacher):
+            find_samples([self.teacher], self._trainer, stage)
         if stage != TrainerFn.FITTING:
             return
         if self.teacher is None:
             raise InputError(_NO_TEACHER)
         if isinstance(self.teacher, Teacher):
             self.teacher.fingerprint(anew=True)
+
+    def teardown(self, stage: str) -> None:
+        """Runs at the end of each run. After a test, the numbers of samples are not those of test samples any more."""
+        super().teardown(stage)
+        if stage == TrainerFn.TESTING and isinstance(self.teacher, Teacher):
+            find_samples([self.teacher], None, stage)
 
     def on_fit_start(self) -> None:
         """Runs at the start of fit. Fills the teacher's cache, if it has one, and checks its first outputs."""

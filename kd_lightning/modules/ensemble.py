@@ -25,6 +25,7 @@ from kd_lightning.modules._shared.checks import (
     check_same_teacher,
     check_soft_weight,
     check_two_networks,
+    find_samples,
 )
 from kd_lightning.modules._shared.ensemble_evaluation import EnsembleEvaluation, EnsembleRegressionEvaluation
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
@@ -318,11 +319,18 @@ class EnsembleDistillModule(SupervisedModule):
         """Runs at the start of each run. In a fit, hashes the teachers' weights before a plugin casts them."""
         super().setup(stage)
         self._warned_of_views = self._logged_agreement = False
+        find_samples(self.ensemble or (), self._trainer, stage)
         if stage == TrainerFn.FITTING:
             for teacher in self.ensemble or ():
                 teacher.fingerprint(anew=True)
             if self.ensemble is not None:
                 check_different_teachers(self.ensemble)
+
+    def teardown(self, stage: str) -> None:
+        """Runs at the end of each run. After a test, the numbers of samples are not those of test samples any more."""
+        super().teardown(stage)
+        if stage == TrainerFn.TESTING:
+            find_samples(self.ensemble or (), None, stage)
 
     def on_fit_start(self) -> None:
         """Runs at the start of fit. Fills the teachers' caches, if they have some, and checks their first outputs."""

@@ -38,6 +38,7 @@ from kd_lightning.teachers.checks import (
     normalisation,
     soft_targets,
 )
+from kd_lightning.teachers.cross_fitted import CrossFittedTeacher
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.findings import (
     Finding,
@@ -80,6 +81,10 @@ def examine(owner: Any, data: Any) -> Iterator[Finding]:
         read = module.unpack_evaluation if isinstance(module, _Taught) else module.unpack
         found = evaluation_batches(_read_by(owner, data, read), owner.device)
         batches, what = found or ([training], "labels of a training batch")
+        for one in [teacher] if isinstance(teacher, Teacher) else ensemble or ():
+            one.find_samples(data, "train")
+            if isinstance(one, CrossFittedTeacher):
+                yield Finding("cross-fitting", one.describe_samples())
         to_rows = getattr(module, "to_rows", None)
         sample = _Sample(batches, what, _normalised(data), to_rows, is_own(module.hard_loss) if to_rows else False)
         student = sample.rows(lambda batch: module(batch.x), task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -158,10 +158,18 @@ class Network:
         logits: Tensor = self.module(batch.x)
         return logits
 
+    def find_samples(self, part: Literal["train", "test"]) -> None:
+        """Let the module's teachers find the samples of a part; see :meth:`Teacher.find_samples`."""
+        ensemble = getattr(self.module, "ensemble", None)
+        for teacher in [getattr(self.module, "teacher", None)] if ensemble is None else ensemble:
+            if isinstance(teacher, Teacher):
+                teacher.find_samples(self.data, part)
+
     def run_test(
         self, index: Tensor, *networks: Callable[[Batch], Tensor | None]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run networks on test samples, as :meth:`run_all` does."""
+        self.find_samples("test")
         loader = self.data.test_dataloader()
         return self.run_all(loader.dataset.of(index, self.data.eval_transform), loader.labels, *networks)
 
@@ -236,6 +244,7 @@ def soft_targets(cast: Cast) -> SoftTargets:
     network = Network(cast.main.run)
     if not getattr(network.module, "has_soft_term", True):
         raise Unavailable(f"{type(network.module).__name__} has no soft term")
+    network.find_samples("train")
     loss = getattr(network.module, "soft_loss", None)
     loader = network.data.train_dataloader()
     indices = loader.dataset.indices.unique()

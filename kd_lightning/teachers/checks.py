@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -192,8 +193,12 @@ def normalisation(
         # (raw - other_mean) / other_std, from (raw - mean) / std
         shift, scale = (torch.tensor(other_mean) - mean) / std, torch.tensor(other_std) / std
         transform = v2.Normalize(shift.tolist(), scale.tolist())
-        # without index and rows, so that the teacher computes its outputs
-        rows = collect_rows(lambda batch, f=transform: teacher(Batch(f(batch.x.float()))), batches, task, to_rows)  # type: ignore[misc]
+
+        def transformed(batch: Batch, transform: Any = transform) -> Tensor:
+            logits: Tensor = teacher(replace(batch, x=transform(batch.x.float()), teacher=None))  # so that it computes
+            return logits
+
+        rows = collect_rows(transformed, batches, task, to_rows)
         found = match_labels(rows.logits, rows.y, task, rows.sample)
         if found.correct[half].sum() > best.correct[half].sum():
             best, best_name, best_transform = found, other, transform

@@ -87,10 +87,19 @@ class LabeledLogits(NamedTuple):
         All labels of one sample count as one decision, since they are not independent. So the interval of the
         multilabel task, and that of dense samples, is rather too wide than too narrow.
         """
-        n, right = self.samples, self.accuracy * self.samples
-        low = float(betaincinv(right, n - right + 1, 0.025)) if right > 0 else 0.0
-        high = float(betaincinv(right + 1, n - right, 0.975)) if right < n else 1.0
-        return low, high
+        return share_interval(self.accuracy * self.samples, self.samples)
+
+
+def share_interval(count: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval (Clopper-Pearson) of a share: ``count`` of ``n``.
+
+    >>> low, high = share_interval(8, 10)
+    >>> round(low, 3), round(high, 3)
+    (0.444, 0.975)
+    """
+    low = float(betaincinv(count, n - count + 1, 0.025)) if count > 0 else 0.0
+    high = float(betaincinv(count + 1, n - count, 0.975)) if count < n else 1.0
+    return low, high
 
 
 @torch.no_grad()

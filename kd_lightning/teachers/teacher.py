@@ -225,20 +225,24 @@ class Teacher(nn.Module):
             found[name] = (feature if pool is None else pool(feature, mask)).to(batch.device)
         return found
 
-    @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Preprocess the arguments of a call, and return what the network returns for them, without a gradient.
 
         A network that changes its inputs in place gets a copy of them: they are the student's, too.
         """
+        return self.run_network(self.network, args, kwargs)
+
+    @torch.no_grad()
+    def run_network(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the network, or a part of it, as :meth:`run` does."""
         with self._guard.protect((args, kwargs)) as given, self.evaluating():
             args, kwargs = given if self.device is None else map_inputs(lambda t: t.to(self.device), given)
             for preprocess in self._hidden[:-1]:
                 args, kwargs = arguments_of(preprocess(*args, **kwargs))
             try:
-                output = self.network(*args, **kwargs)
+                output = network(*args, **kwargs)
             except TypeError as error:
-                explain_call(error, self.network, args, kwargs, "teacher's network")
+                explain_call(error, network, args, kwargs, "teacher's network")
                 raise
             finally:  # also after a pass that ends at the deepest captured layer
                 self._identity.note_forward()
@@ -252,6 +256,14 @@ class Teacher(nn.Module):
                 if any(map(is_training, layers_of(module))):  # another module may hold it and call .train()
                     module.eval()  # slower than the check above
             yield
+
+    def find_samples(self, data: Any, part: Literal["train", "test"]) -> None:
+        """Runs at the start of each stage, once the data are set up. Does nothing: the outputs depend on inputs alone.
+
+        Args:
+            data: The datamodule; None if there is none.
+            part: Which samples the ``index`` of batches counts: "train" (validation included) or "test".
+        """
 
     def share_layers(self, student: nn.Module) -> None:
         """Find what the student has, too: outside this teacher's passes such layers have the student's mode."""

@@ -8,6 +8,7 @@ from kd_lightning.cli.arguments import (  # noqa: F401  (each enters itself into
     clean,
     compare,
     completion,
+    crossfit,
     distill,
     doctor,
     duplicates,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from kd_lightning.active.pool import Seams
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.cli.cross_fitting import (
+    build_data,
     fit_folds,
     labeled_classes,
+    predict_fold,
     require_one_process,
     stratified_folds,
     weight_files,
@@ -26,16 +24,9 @@ from kd_lightning.cli.cross_fitting import (
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.cli.short.clean import write_clean_config
 from kd_lightning.data import SemiSupervisedDataModule
-from kd_lightning.data.evaluation_batches import batches_of
-from kd_lightning.data.labels.table import LabelTable
-from kd_lightning.data.views.dataset import ViewDataset
-from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
-from kd_lightning.runs.build import build
 from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
-from kd_lightning.runs.run import Run
 from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.student import has_student
 
@@ -81,7 +72,7 @@ def main(options: Namespace) -> None:
         raise InputError(
             f"--out: {out / 'labels.csv'} is the data.label_file, and would be overwritten; name another folder"
         )
-    data = _build_data(config)
+    data = build_data(config, "clean")
     if options.part == "val":
         result = review_val(config, data, root / "val" / "fit", out)
     else:
@@ -139,7 +130,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
     parts = []
     fits = fit_folds(config, split, held_out, folder, data.samples.hashes)
     for run, fold in zip(fits, held_out, strict=True):
-        parts.append(predict(run, data, fold, device))
+        parts.append(predict_fold(run, data, fold, device, "clean"))
     index, order = torch.tensor([*chain(*held_out)]).sort()
     return _judge(index, data.visible_labels()[index], torch.cat(parts)[order])
 
@@ -168,7 +159,7 @@ def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out
         raise InputError("--part val: no validation sample has a label; set data.val_size, or val of the source")
     out.mkdir(parents=True, exist_ok=True)
     (run,) = fit_folds(config, data.split, [[]], folder, data.samples.hashes)
-    return _judge(torch.tensor(index), labels[index], predict(run, data, index, device))
+    return _judge(torch.tensor(index), labels[index], predict_fold(run, data, index, device, "clean"))
 
 
 def _require_cleanlab() -> None:
@@ -188,27 +179,6 @@ def _judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Review:
     arrays = label.numpy(), probabilities.numpy()
     suspect, quality = find_label_issues(*arrays, n_jobs=1), get_label_quality_scores(*arrays)
     return Review(index, label, probabilities, torch.as_tensor(quality), torch.as_tensor(suspect))
-
-
-@torch.no_grad()
-def predict(run: Run, data: SemiSupervisedDataModule, index: Sequence[int], device: torch.device) -> Tensor:
-    """Return the probabilities of a run's student for samples under evaluation transforms, (N, C) float64."""
-    student = run.student()
-    student.to(device).eval()
-    pool = data.pool_dataloader().dataset
-    assert isinstance(pool, ViewDataset)
-    samples = ViewDataset(pool.images, torch.tensor(index), data.eval_transform, data.seed)
-    options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers}
-    loader = ViewLoader(samples, LabelTable(data.visible_labels()), **options)
-    unpack, call = Seams.of_run(run, device)
-    outputs = (call(student, unpack(batch).x) for batch in batches_of(loader, data, device))
-    logits = torch.cat([logits_of(output, "the student").cpu().double() for output in outputs])
-    classes = len(data.class_names or ()) or int(data.visible_labels().max()) + 1
-    if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
-        raise InputError(f"clean needs a student with {classes} logits, one for each class, got {[*logits.shape]}")
-    if not logits.isfinite().all():
-        raise InputError(f"the logits of the student of {run.folder} are not finite; did its training diverge?")
-    return logits.softmax(dim=1)
 
 
 def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, action: str, weight: float) -> None:
@@ -280,12 +250,3 @@ def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, fo
         text += f"\nThe noise is simulated, so wrong labels are known: {precision} of the suspects are wrong labels "
         text += f"(precision), {recall} of the {int(wrong.sum())} wrong labels are suspects (recall)."
     return text
-
-
-def _build_data(config: Config) -> SemiSupervisedDataModule:
-    data = build(LightningDataModule, config["data"])
-    if not isinstance(data, SemiSupervisedDataModule):
-        raise InputError(f"clean needs data: SemiSupervisedDataModule, got {type(data).__name__}")
-    data.prepare_data()
-    data.setup("fit")
-    return data

@@ -137,7 +137,7 @@ def _evaluate_run(
     device = accelerator or torch.device("cpu")
     teacher = None
     if strategy == "disagreement":
-        teacher = find_teacher(build(LightningModule, run.config["model"]).to(device))
+        teacher = find_teacher(build(LightningModule, run.config["model"]).to(device), data)
     passes = DROPOUT_PASSES if strategy == "bald" and single else 0
     options: dict[str, Any] = {"teacher": teacher, "passes": passes, "seed": seed, "device": device}
     return data, *collect_pool_outputs(student, data, strategy, seams=Seams.of_run(run, device), **options)

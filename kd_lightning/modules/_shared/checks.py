@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -47,6 +47,19 @@ def check_same_teacher(name: str, teacher: Teacher, fingerprint: str) -> None:
             f"{teacher.fingerprint()[:12]}...); resume with the same weights, attributes, preprocess "
             "and classes"
         )
+
+
+def find_samples(teachers: Iterable[Teacher], trainer: Trainer | None, stage: str) -> None:
+    """Let teachers find their samples in the data of a stage. In predict, which has no use for them, they find none.
+
+    Args:
+        teachers: The teachers.
+        trainer: The trainer; None after the stage.
+        stage: Name of the stage: "fit", "validate", "test" or "predict".
+    """
+    data: Any = None if stage == TrainerFn.PREDICTING else getattr(trainer, "datamodule", None)
+    for teacher in teachers:
+        teacher.find_samples(data, "test" if stage == TrainerFn.TESTING else "train")
 
 
 def check_trainable(name: str, network: nn.Module) -> None:

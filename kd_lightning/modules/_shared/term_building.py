@@ -80,6 +80,8 @@ def build_terms(
 def _trace_teacher(
     terms: FeatureTerms, teacher: nn.Module, batch: Batch, paths: Mapping[str, str], run: Callable[..., Any]
 ) -> TracedLayers:
+    if isinstance(teacher, Teacher):
+        teacher.layers = dict.fromkeys(paths)  # one without features refuses them
     network = teacher.network if isinstance(teacher, Teacher) else teacher
     for name, term in terms.all.items():
         for path in [path for path, layer in paths.items() if layer in term.layers.values()]:

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 import kd_lightning.cli.commands.clean as command
 from kd_lightning.batch import LabelKind
 from kd_lightning.cli.arguments import parse
-from kd_lightning.cli.commands.clean import Review, predict, write_review
+from kd_lightning.cli.commands.clean import Review, write_review
+from kd_lightning.cli.cross_fitting import predict_fold
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.data import DatasetSource, Digits, ImageFolder, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.data.splits import Split
@@ -192,12 +193,12 @@ def out_of_fold(monkeypatch, tmp_path):
         calls.append((split, folds, folder))
         yield from (Path(f"run_{number}") for number in range(len(folds)))
 
-    def predict_fold(run, data, index, device):
+    def predict_fold(run, data, index, device, name):
         assert index == calls[-1][1][int(run.name[-1])]
         return probabilities[torch.tensor(index)]
 
     monkeypatch.setattr(command, "fit_folds", fits)
-    monkeypatch.setattr(command, "predict", predict_fold)
+    monkeypatch.setattr(command, "predict_fold", predict_fold)
     Path("config.yaml").write_text(yaml.safe_dump(make_config(labeled=20)))
     probabilities.calls = calls
     return probabilities
@@ -422,7 +423,7 @@ def test_probabilities_are_of_evaluation(data, tmp_path):
     student = DigitsCNN(2, dropout=0.5)
     run = save(student, tmp_path, dropout=0.5)
     index = [900, 3, 77, 5, 6]
-    found = predict(run, data, index, torch.device("cpu"))
+    found = predict_fold(run, data, index, torch.device("cpu"), "clean")
     with torch.no_grad():
         logits = student.eval()(PART.images.tensors[0][index].flip(-1)).double()
     torch.testing.assert_close(found, logits.softmax(1), rtol=1e-5, atol=1e-9)
@@ -459,7 +460,7 @@ def test_the_student_gets_what_its_module_gives_it(data, tmp_path, module):
     run = save(student, tmp_path)
     model = {**run.config["model"], "class_path": f"{__name__}.Caller"} if module == "Caller" else TAUGHT
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
-    found = predict(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"))
+    found = predict_fold(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"), "clean")
     with torch.no_grad():
         logits = student.eval()(1 - PART.images.tensors[0][[900, 3, 77, 5, 6]].flip(-1)).double()
     torch.testing.assert_close(found, logits.softmax(1), rtol=1e-5, atol=1e-9)
@@ -506,7 +507,7 @@ def test_inputs_of_other_forms(tmp_path, form, factor):
     model = {"class_path": "SupervisedModule", "init_args": {"student": {"class_path": f"{__name__}.Scaled"}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
     save_file(student.state_dict(), tmp_path / "student.safetensors")
-    found = predict(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"))
+    found = predict_fold(Run(tmp_path), data, [900, 3, 77, 5, 6], torch.device("cpu"), "clean")
     with torch.no_grad():
         x = PART.images.tensors[0][[900, 3, 77, 5, 6]] * 0.5 * factor
         expected = student.network.eval()(x).double().softmax(1)
@@ -527,15 +528,15 @@ def test_bad_students(data, tmp_path):
     student[-1].bias.data[3] = torch.nan
     run = save(student, tmp_path)
     with pytest.raises(InputError, match=f"the logits of the student of {tmp_path} are not finite"):
-        predict(run, data, [0, 1], torch.device("cpu"))
+        predict_fold(run, data, [0, 1], torch.device("cpu"), "clean")
     for classes in (9, 11):
         run = save(DigitsCNN(2, num_classes=classes), tmp_path, num_classes=classes)
         data.class_names = [*"abcdefghij"]
         with pytest.raises(InputError, match=f"10 logits, one for each class, got .2, {classes}."):
-            predict(run, data, [0, 1], torch.device("cpu"))
+            predict_fold(run, data, [0, 1], torch.device("cpu"), "clean")
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(InputError, match="has no student.safetensors"):
-        predict(run, data, [0], torch.device("cpu"))
+        predict_fold(run, data, [0], torch.device("cpu"), "clean")
 
 
 def test_command_line(out_of_fold, fails):
