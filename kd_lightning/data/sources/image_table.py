@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ class ImageTable(Source):
         group: Name of the column of groups. An empty cell means a group of its own. Default: None, which means none.
         separator: Separates several class names in a cell, for the multilabel task. Default: None, which means one.
         others: Whether images without a row are the unlabeled part, with those of split unlabeled.
+        unlabeled: Another folder of images without labels, at any depth, which join the unlabeled part. An image that
+            has a row stays in its part. Default: None, which means none.
         image_size: Height and width in pixels that the default transforms crop, or one number for a square; at least 1.
         loader: Function from the path of a file to a picture, see :class:`~kd_lightning.data.ImageFolder`.
         endings: Endings of the files that ``loader`` reads. Default: None, which means those of images.
@@ -89,6 +92,7 @@ class ImageTable(Source):
         image_size: int | tuple[int, int] = 224,
         loader: Loader = load_image,
         endings: list[str] | None = None,
+        unlabeled: str | None = None,
     ) -> None:
         if separator is not None and (numbers or isinstance(label, list) or not separator):
             raise InputError(f"separator: {separator!r} is for one column of class names")
@@ -102,6 +106,7 @@ class ImageTable(Source):
         self.group = group
         self.separator = separator
         self.others = others
+        self.unlabeled = unlabeled
         self.loader = loader
         self.endings = IMAGE_ENDINGS if endings is None else tuple(ending.lower() for ending in endings)
         self.train_transform, self.eval_transform = photo_transforms(image_size)
@@ -158,6 +163,10 @@ class ImageTable(Source):
                 f"table: {len(rest)} images of {self.folder} have no row ({relative_path(rest[0], files)}): they {what}"
             )
         unlabeled |= dict.fromkeys(rest, "") if self.others else {}
+        if self.unlabeled is not None:
+            more = FlatFolder("unlabeled", self.unlabeled, self.loader, self.endings).paths
+            known = {os.path.realpath(path) for path in (*found, *unlabeled)}
+            unlabeled |= dict.fromkeys([path for path in more if os.path.realpath(path) not in known], "")
         pool_paths = sorted(unlabeled)
         pool = ListedImages(pool_paths, files.root, self.loader) if unlabeled else None
         pool_groups = [unlabeled[path] for path in pool_paths] if unlabeled and group is not None else None

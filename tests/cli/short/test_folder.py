@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kd_lightning.cli.short.folder import read_folder
 from kd_lightning.cli.short.networks import find_network
 from kd_lightning.cli.short.plan import plan_folder
 from kd_lightning.cli.short.table import with_parts, write_table
+from kd_lightning.data import ImageTable, SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 
 
@@ -30,6 +32,24 @@ def test_class_folders(class_folders, picture):
     assert parts_of(found) == {("train", "cat"): 3, ("train", "dog"): 2, ("unlabeled", ""): 1}
     assert found.classes == ["cat", "dog"] and found.side == 36 and found.kind == "class folders"
     assert [one.path for one in found.pictures] == sorted(one.path for one in found.pictures)
+
+
+def test_unlabeled_may_be_a_link_to_any_pictures(class_folders, tmp_path):
+    """Of other sizes and classes; the median side, and so the image size, is that of all."""
+    folder = class_folders({"cat": 3, "dog": 2})
+    (tmp_path / "elsewhere" / "birds").mkdir(parents=True)
+    Image.new("L", (50, 9)).save(tmp_path / "elsewhere/birds/wide.jpg")
+    Image.new("RGBA", (7, 70)).save(tmp_path / "elsewhere/high.png")
+    (folder / "unlabeled").symlink_to(tmp_path / "elsewhere")
+    found = read_folder(folder)
+    assert parts_of(found) == {("train", "cat"): 3, ("train", "dog"): 2, ("unlabeled", ""): 2}
+    write_table(tmp_path / "split.csv", found)  # it checks that a config reads the same
+    data = SemiSupervisedDataModule(
+        ImageTable(str(tmp_path / "split.csv"), str(folder), image_size=8), unlabeled="source", val_size=0
+    )
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch.x.shape == (7, 3, 8, 8) and (batch.y == -100).sum() == 2
 
 
 def test_folders_of_parts(class_folders):

@@ -154,6 +154,38 @@ def test_images_without_a_row(folder, caplog):
     assert [image.getpixel((0, 0))[0] for image in parts.unlabeled] == [40, 70, 50]
 
 
+def any_pictures(folder):
+    """Photographs of other sizes, kinds and classes than those of the task, in folders of their own."""
+    folder.mkdir()
+    (folder / "birds").mkdir()
+    Image.new("RGB", (37, 11), (1, 2, 3)).save(folder / "wide.jpg")
+    Image.new("L", (9, 50), 4).save(folder / "birds/grey.png")
+    Image.new("RGBA", (5, 5), (5, 6, 7, 100)).save(folder / "birds/transparent.PNG")
+    (folder / "notes.txt").write_text("no picture")
+
+
+def test_unlabeled_pictures_of_another_folder(folder):
+    """Any pictures train beside the labeled ones, without a label, and those that have a row stay where they are."""
+    any_pictures(folder / "photos")
+    (folder / "photos/again.png").symlink_to(folder / "images/a.png")
+    rows = [(path, label or "cat", "") for path, label in ROWS]
+    table = write(("path", "label", "split"), *rows, ("d.png", "", "unlabeled"))
+    source = ImageTable(table, "images", unlabeled="photos", image_size=8)
+    assert [Path(path).name for path in source.load().unlabeled.paths] == [
+        "d.png",
+        "grey.png",
+        "transparent.PNG",
+        "wide.jpg",
+    ]
+    data = SemiSupervisedDataModule(source, unlabeled="source", val_size=0, batch_size=16)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch.x.shape == (8, 3, 8, 8) and (batch.y == -100).sum() == 4
+    assert load(("path", "label"), *ROWS, unlabeled="photos").unlabeled is not None
+    with pytest.raises(InputError, match="unlabeled: nowhere"):
+        load(("path", "label"), *ROWS, unlabeled="nowhere")
+
+
 def test_several_labels(folder):
     rows = [("a.png", "1", "0", "5"), ("b.png", "", "1", "3")]
     for arguments in ({}, {"label": ["red", "blue"]}):
