@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import v2
@@ -21,6 +20,7 @@ from kd_lightning.losses import ConditionalLoss, HardDistillationLoss, TTMLoss
 from kd_lightning.losses.base import Task, standardize_logits
 from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.findings import Finding, LabeledLogits, collect_rows, match_labels
+from kd_lightning.teachers.intervals import mean_interval
 from kd_lightning.teachers.regression_checks import (
     FEW,
     LEAST,
@@ -72,7 +72,7 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
         rows = int((~teacher.logits.isfinite()).any(dim=1).sum())
         of = "samples" if teacher.sample is None else "positions"
         text = f"its logits are not finite for {rows} of {len(teacher.logits)} {of}"
-        return Finding("teacher", text, "check its weights, and whether its inputs are finite", severity="error")
+        return _poor(text, "check its weights, and whether its inputs are finite", severity="error")
     constant, unrelated = _chance(teacher, task)
     against = "" if student is None else f", present student {student.accuracy:.1%}"
     low, high = teacher.interval
@@ -83,20 +83,26 @@ def accuracy(teacher: LabeledLogits, student: LabeledLogits | None, task: Task, 
             return Finding("teacher", text)
         poor = samples >= LEAST and high < constant + POOR * (1 - constant)
         hint = f"it is poor on these; compare it with chance on at least {FEW} labeled samples" if poor else None
-        return Finding("teacher", f"{text}; {samples} labeled samples are too few to judge", hint)
+        few = f"{text}; {samples} labeled samples are too few to judge"
+        return Finding("teacher", few) if hint is None else _poor(few, hint)
     decisions = _decisions(teacher)
     if constant + _error(constant, decisions) >= 1:
         return Finding("teacher", f"{text}; too few labels for a comparison with chance")
     if teacher.accuracy <= constant + _error(constant, decisions):
         if teacher.accuracy <= unrelated + _error(unrelated, decisions) and low <= min(constant, unrelated):
             hint = "it is no better than chance: is it trained? are its weights, class order and inputs the right ones?"
-            return Finding("teacher", text, hint, severity="error")
+            return _poor(text, hint, severity="error")
         if low > constant:
-            return Finding("teacher", text, "it is hardly better than chance; check how it was trained")
-        return Finding("teacher", text, "a constant prediction is right as often; check how it was trained")
+            return _poor(text, "it is hardly better than chance; check how it was trained")
+        return _poor(text, "a constant prediction is right as often; check how it was trained")
     if student is not None and _gains(student.correct, teacher.correct, teacher.owner):
-        return Finding("teacher", text, "the student is better already; use a better teacher, or lower soft_weight")
+        hint = "the student is better already; use a better teacher, or lower soft_weight"
+        return Finding("teacher", text, hint, reason="no better")
     return Finding("teacher", text)
+
+
+def _poor(text: str, hint: str, severity: Literal["warning", "error"] = "warning") -> Finding:
+    return Finding("teacher", text, hint, severity, "poor")
 
 
 def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None] | None = None) -> Finding:
@@ -119,7 +125,8 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None
             return Finding(name, "its positive class is that of the labels")
         n = len(teacher.correct)
         text = f"its positive class is the labels' negative one: {1 - teacher.accuracy:.1%} of {n} are right if swapped"
-        return Finding(name, text, "negate weight and bias of its last layer, or swap 0 and 1 in the labels")
+        hint = "negate weight and bias of its last layer, or swap 0 and 1 in the labels"
+        return Finding(name, text, hint, reason="class order")
 
     if (classes := teacher.logits.shape[1]) > MOST_CLASSES:
         return Finding(name, f"not checked: {classes} classes are too many, at most {MOST_CLASSES}")
@@ -140,7 +147,7 @@ def class_order(teacher: LabeledLogits, task: Task, present: Sequence[int | None
     given = order if present is None else [None if c is None else order[c] for c in present]
     change = f"from {teacher.accuracy:.1%} to {after.accuracy:.1%} of {len(teacher.correct)} labels"
     text = f"another order of the classes raises it {change}"
-    return Finding(name, text, f"Teacher(network, classes={given})")
+    return Finding(name, text, f"Teacher(network, classes={given})", reason="class order")
 
 
 def normalisation(
@@ -214,7 +221,8 @@ def normalisation(
     hint += "; in YAML preprocess: {class_path: torchvision.transforms.v2.Normalize, "
     hint += f"init_args: {{mean: {values['mean']}, std: {values['std']}}}}}"
     right = f"{best.accuracy:.1%} of {len(best.correct)} labels right"
-    return Finding(name, f"it was trained on inputs in {best_name}: with them {right}", hint), best
+    text = f"it was trained on inputs in {best_name}: with them {right}"
+    return Finding(name, text, hint, reason="normalisation"), best
 
 
 @torch.no_grad()
@@ -291,8 +299,8 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
     shares = -(log_p.exp() * log_p).sum(dim=-1).reshape(len(soft), -1).mean(dim=1) / math.log(log_p.shape[-1])
     shares = mean_of_samples(shares, sample)
     share, n = float(shares.mean()), len(shares)
-    error = float(shares.std()) / math.sqrt(n) * float(stdtrit(n - 1, 0.975)) if n > 1 else 1.0
-    low, high = max(share - error, 0.0), min(share + error, 1.0)
+    low, high = mean_interval(shares)
+    low, high = max(low, 0.0), min(high, 1.0)
     about = f"95% interval {low:.1%} to {high:.1%}, {n} samples"
     text = f"entropy {share:.1%} of the largest possible ({about}), at temperature {temperature:g}"
     if n < LEAST:
@@ -301,9 +309,10 @@ def soft_targets(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tenso
     softer = "lower the exponent" if powers else "raise the temperature"
     sharper = "raise the exponent" if powers else "lower the temperature"
     if high < ONE_HOT:
-        return Finding(name, text, f"nearly one-hot: they add little to hard targets; {softer}")
+        hint = f"nearly one-hot: they add little to hard targets; {softer}"
+        return Finding(name, text, hint, reason="one-hot")
     if low > UNIFORM:
-        return Finding(name, text, f"nearly uniform: classes hardly differ; {sharper}")
+        return Finding(name, text, f"nearly uniform: classes hardly differ; {sharper}", reason="uniform")
     return Finding(name, text)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from kd_lightning.batch import Batch, class_labels, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import describe
 from kd_lightning.losses.base import Task
+from kd_lightning.teachers.intervals import share_interval
 
 _POSITIONS = 256  # of a dense sample, evenly spaced: its neighbours tell little more
 _MOST_OUTPUTS = 2**26  # numbers of all dense samples together
@@ -30,12 +30,17 @@ class Finding:
         hint: What to do about it. Default: None, which means that nothing is wrong.
         severity: ``"error"`` means that training is pointless. Otherwise a finding with a hint is a ``"warning"``, and
             one without a hint is an ``"info"``.
+        reason: Why the teacher may not help, a key of :data:`~kd_lightning.teachers.reasons.REASONS`, if the finding
+            is evidence of it. Default: None.
+        lines: Lines of YAML that change the config as the hint proposes. Default: None, which means none.
     """
 
     name: str
     text: str
     hint: str | None = None
     severity: Literal["info", "warning", "error"] = "info"
+    reason: str | None = None
+    lines: str | None = None
 
     def __post_init__(self) -> None:
         if self.hint is not None and self.severity == "info":
@@ -87,19 +92,7 @@ class LabeledLogits(NamedTuple):
         All labels of one sample count as one decision, since they are not independent. So the interval of the
         multilabel task, and that of dense samples, is rather too wide than too narrow.
         """
-        return share_interval(self.accuracy * self.samples, self.samples)
-
-
-def share_interval(count: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval (Clopper-Pearson) of a share: ``count`` of ``n``.
-
-    >>> low, high = share_interval(8, 10)
-    >>> round(low, 3), round(high, 3)
-    (0.444, 0.975)
-    """
-    low = float(betaincinv(count, n - count + 1, 0.025)) if count > 0 else 0.0
-    high = float(betaincinv(count + 1, n - count, 0.975)) if count < n else 1.0
-    return low, high
+        return share_interval(self.accuracy, self.samples)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from kd_lightning.losses.base import Task
 from kd_lightning.teachers.findings import Finding
 
 NEGLIGIBLE = 100.0  # ratio of two gradient norms
+DOMINANT = 10.0
+"""Ratio of soft and hard gradients above which labels hardly count."""
+MOSTLY_LABELED = 0.5
+"""Share of labeled training samples from which on labels should count."""
+ENOUGH = 100
+"""Labels of a class from which on unlabeled samples are not needed."""
 
 
 def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, labeled: bool = True) -> Finding:
@@ -32,12 +39,7 @@ def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, 
             "set requires_grad of its parameters",
             severity="error",
         )
-    norms = {}
-    for term, (weight, value) in terms.items():
-        found: Sequence[Tensor | None] = []
-        if value.requires_grad:
-            found = torch.autograd.grad(weight * value, parameters, retain_graph=True, allow_unused=True)
-        norms[term] = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
+    norms = gradient_norms(terms, parameters)
     each = (f"{term} {norm:.3g} (weight {terms[term][0]:.3g})" for term, norm in norms.items())
     text = f"norms on the student: {', '.join(each)}"
     counted = {term: norm for term, norm in norms.items() if terms[term][0] != 0}
@@ -56,7 +58,83 @@ def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, 
     ratio = counted[strong] / counted[weak]
     text += f"; {strong} {ratio:.3g} times {weak}"
     hint = f"{weak} is negligible beside {strong}: change their weights, or rescale a loss"
-    return Finding(name, text, hint if ratio >= NEGLIGIBLE else None)
+    return Finding(name, text, hint, reason="balance") if ratio >= NEGLIGIBLE else Finding(name, text)
+
+
+def gradient_norms(
+    terms: Mapping[str, tuple[float, Tensor]], parameters: Sequence[Tensor], scale: float = 1.0
+) -> dict[str, float]:
+    """Return the norm of the gradient of each weighted term. The graph stays, so that a backward pass may follow.
+
+    Args:
+        terms: ``{name: (weight, value)}``.
+        parameters: What the gradients are of.
+        scale: Factor of the terms in the backward pass, which norms do not have: small gradients of half precision
+            would vanish.
+    """
+    norms = {}
+    for term, (weight, value) in terms.items():
+        found: Sequence[Tensor | None] = []
+        if value.requires_grad:
+            found = torch.autograd.grad(scale * weight * value, parameters, retain_graph=True, allow_unused=True)
+        norms[term] = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None)) / scale
+    return norms
+
+
+def balance(courses: Mapping[str, Sequence[float]], soft: Collection[str], labeled: float | None, when: str) -> Finding:
+    """Compare the gradients of soft and hard terms over training.
+
+    KDLoss has the factor T², so that the soft gradient does not shrink with the temperature; ``soft_weight`` alone
+    decides the balance. There is a warning if a soft term has more than 10 times the gradient of the hard one most of
+    the time, and at least half of the training samples are labeled: then their labels hardly count.
+
+    Args:
+        courses: Gradient norms of each weighted term, by its name, at the same times.
+        soft: Names of the soft terms.
+        labeled: Share of the training samples that are labeled. None if it is not known.
+        when: Where the norms come from.
+    """
+    name = "gradients over training"
+    hard, others = courses.get("hard", ()), [courses[term] for term in soft if term in courses]
+    pairs = [(max(values), base) for base, *values in zip(hard, *others, strict=True)] if others else []
+    ratios = [strong / base for strong, base in pairs if base > 0 and math.isfinite(strong) and math.isfinite(base)]
+    if not ratios:
+        return Finding(name, "not checked: there are no gradients of a hard and a soft term")
+    middle = statistics.median(ratios)
+    text = f"soft {ratios[0]:.3g} times hard at first, {ratios[-1]:.3g} times at the end"
+    text += f", {middle:.3g} times in the middle of {len(ratios)} measurements" if len(ratios) > 2 else ""
+    text += f" ({when})"
+    often = sum(ratio > DOMINANT for ratio in ratios) > len(ratios) / 2
+    if not often or (labeled is not None and labeled < MOSTLY_LABELED):
+        return Finding(name, text)
+    hint = "labels hardly count beside the teacher: lower soft_weight (KDLoss has the factor T², so that another "
+    hint += "temperature does not change the balance)"
+    return Finding(name, text, hint, reason="balance")
+
+
+def pool(labeled: int, unlabeled: int, classes: int, hidden: int = 0) -> Finding:
+    """Count the unlabeled samples for each labeled one.
+
+    A teacher adds most where labels are missing. There is a warning if there are no unlabeled samples, and fewer than
+    100 labels for each class.
+
+    Args:
+        labeled: Number of labeled training samples.
+        unlabeled: Number of unlabeled ones.
+        classes: Number of classes.
+        hidden: Number of samples of the training part whose labels training may not see, and that it leaves out.
+    """
+    name = "unlabeled samples"
+    text = f"{unlabeled} beside {labeled} labeled ones"
+    if labeled and unlabeled:
+        text += f", {unlabeled / labeled:.3g} for each"
+    if unlabeled or labeled >= ENOUGH * classes:
+        return Finding(name, text)
+    hint = "unlabeled pictures, of any kind, are where a teacher helps most: "
+    if hidden:
+        text += f"; {hidden} more of the training part are left out"
+        return Finding(name, text, f"{hint}train on the rest, too", reason="few")
+    return Finding(name, text, f"{hint}name a folder of them as the source's `unlabeled`", reason="few")
 
 
 def labels(

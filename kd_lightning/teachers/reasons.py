@@ -1,0 +1,58 @@
+"""The verdict of doctor: which single reason is the most probable one if a teacher does not help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kd_lightning.teachers.findings import Finding
+
+REASONS = {
+    "class order": "the teacher's classes are in another order than the labels",
+    "normalisation": "the teacher was trained on inputs of another scale",
+    "no better": "the teacher is no better than the student alone",
+    "memory": "the teacher has memorised its training samples, and has little to add to their labels",
+    "poor": "the teacher is poor on these data",
+    "views": "the training views are too strong for the teacher",
+    "wrong": "the teacher errs on training samples whose labels are known",
+    "one-hot": "the soft targets are one-hot, so that they hold no more than labels",
+    "uniform": "the soft targets are uniform, so that classes hardly differ",
+    "gap": "the student cannot follow the teacher",
+    "balance": "one term of the loss leaves no room for the other",
+    "few": "there are few labels, and no unlabeled samples on which a teacher could add something",
+}
+"""Reasons by name, in the order of :func:`verdict`."""
+
+
+def verdict(findings: Sequence[Finding], *, helps: bool = False) -> Finding:
+    """Name the most probable reason.
+
+    The rule: of the reasons that a finding is evidence of, the first one in the order of :data:`REASONS` counts. A
+    cause stands before its effects:
+
+    - Another class order or scale of the inputs makes the teacher err everywhere.
+    - A teacher that is no better than the student alone has nothing to teach, whatever its soft targets are like.
+    - A teacher that has memorised its samples is poor on others, and its soft targets are one-hot.
+    - A teacher that is poor on validation samples, or on training views, errs on training samples.
+    - Errors on training samples stand before the form of the soft targets.
+    - A student that does not follow, and gradients out of balance, may have all of these as their cause.
+    - Few samples come last: they leave little to gain, but they do no harm.
+
+    Args:
+        findings: All findings.
+        helps: Whether finished runs show that the teacher helps. Then no reason is named.
+    """
+    name = "verdict"
+    if helps:
+        return Finding(name, "the finished run with the teacher is better than the one without; no reason is needed")
+    order = [*REASONS]
+    found = sorted((one for one in findings if one.reason is not None), key=lambda one: order.index(str(one.reason)))
+    if not found:
+        text = "no reason found why the teacher should not help; `kd-lightning experiment CONFIG --tune 20` tunes the "
+        return Finding(name, f"{text}student with it and without it alike")
+    first = found[0]
+    return Finding(
+        name,
+        f"if the teacher does not help, the most probable reason: {REASONS[str(first.reason)]} (see {first.name})",
+        severity="warning",
+        reason=first.reason,
+    )
