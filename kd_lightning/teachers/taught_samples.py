@@ -49,7 +49,9 @@ def memory(seen: Decisions, held_out: Decisions, *, same_views: bool) -> Finding
     if gap.value < LARGE or gap.low <= 0:
         return Finding(name, text)
     hint = "it has memorised its training samples, so that its soft targets are little more than their labels: teach "
-    hint += "each sample by a teacher that has not seen it, `kd-lightning crossfit TEACHER_CONFIG`, or lower soft_weight"
+    hint += (
+        "each sample by a teacher that has not seen it, `kd-lightning crossfit TEACHER_CONFIG`, or lower soft_weight"
+    )
     return Finding(name, text, hint, reason="memory")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.cli.outcome import as_written, print_steps
+from kd_lightning.cli.past_runs import past_runs
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
@@ -33,17 +35,23 @@ def main(options: Namespace) -> None:
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
-    """Print a line for each finding, and its hint."""
+    """Print a line for each finding, its hint, and the lines of YAML that follow it."""
     for finding in findings:
         print(f"{MARKS[finding.severity]:<6}{finding.name}: {finding.text}")
         if finding.hint:
             print(f"      -> {finding.hint}")
+        if finding.lines:
+            print(textwrap.indent(finding.lines.rstrip(), "         "))
 
 
 class DoctorCLI(InspectCLI):
     """Builds what ``fit`` builds, and checks it instead of training it."""
 
     findings: list[Finding]
+
+    def __init__(self, args: list[str]) -> None:
+        self._given = args[1:]
+        super().__init__(args)
 
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Called in place of ``Trainer.fit``. Runs the checks."""
@@ -57,4 +65,5 @@ class DoctorCLI(InspectCLI):
         if is_overridden("configure_model", model):
             model.configure_model()
         model.to(self.trainer.strategy.root_device)
-        self.findings = list(examine(model, model if datamodule is None else datamodule))
+        history = past_runs(self._given, datamodule)
+        self.findings = list(examine(model, model if datamodule is None else datamodule, history))
