@@ -6,6 +6,7 @@ from kd_lightning.callbacks.board_writer import BoardWriter
 from kd_lightning.callbacks.compile_networks import CompileNetworks
 from kd_lightning.callbacks.evaluation_writer import EvaluationWriter
 from kd_lightning.callbacks.exact_resume import ExactResume
+from kd_lightning.callbacks.gradient_balance import GradientBalance
 from kd_lightning.callbacks.layerwise_finetuning import LayerwiseFinetuning
 from kd_lightning.callbacks.prediction_writer import PredictionWriter
 from kd_lightning.callbacks.pseudo_label_refresh import PseudoLabelRefresh
@@ -22,6 +23,7 @@ __all__ = [
     "CompileNetworks",
     "EvaluationWriter",
     "ExactResume",
+    "GradientBalance",
     "LayerwiseFinetuning",
     "PredictionWriter",
     "PseudoLabelRefresh",

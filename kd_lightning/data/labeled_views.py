@@ -76,17 +76,17 @@ def labeled_views(data: Any, read: Read, device: torch.device) -> LabeledViews:
     labels = loader.labels
     indices = _some(data.split.labeled)
     visible = LabelTable(labels.visible, dense=labels.dense)
-    parts = [*_both(data, loader.dataset, visible, indices, read, device)]
+    views, plain = _both(data, loader.dataset, visible, indices, read, device)
+    unseen: list[Batch] = []
+    unseen_plain: list[Batch] = []
     validation = data.val_dataloader()
     if isinstance(validation, ViewLoader):
         held_out = _some(data.split.val)
-        parts += _both(data, validation.dataset, validation.labels, held_out, read, device)
-    else:
-        parts += [[], []]
+        unseen, unseen_plain = _both(data, validation.dataset, validation.labels, held_out, read, device)
     count, pool = len(data.split.labeled), len(data.unlabeled_indices())
     hidden = len(data.split.unlabeled) if data.unlabeled == "none" else 0
     noisy = labels.kind is not None and bool((labels.kind[indices] == LabelKind.NOISY).any())
-    return LabeledViews(*parts, counts=(count, pool, hidden), noisy=noisy)
+    return LabeledViews(views, plain, unseen, unseen_plain, (count, pool, hidden), noisy)
 
 
 def _some(indices: Sequence[int]) -> Tensor:

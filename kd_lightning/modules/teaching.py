@@ -316,8 +316,13 @@ class Teaching(nn.Module):
             for name, value in values.items():
                 size = 1 if name == "unlabeled" else max(rows, 1)
                 owner.log(f"teach/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
-        loss = weight * soft
-        return loss if hard is None else (1.0 - weight) * hard + loss
+        weighted = [factor * value for factor, value in self.terms(hard, soft, weight).values()]
+        return weighted[0] if hard is None else weighted[0] + weighted[1]
+
+    @staticmethod
+    def terms(hard: Tensor | None, soft: Tensor, weight: float) -> dict[str, tuple[float, Tensor]]:
+        """Return weight and value of each term of a step, by name."""
+        return ({} if hard is None else {"hard": (1.0 - weight, hard)}) | {"soft": (weight, soft)}
 
     def _manual_backward(self, own: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the soft loss of the calls that this loss depends on, with manual optimisation."""

@@ -7,17 +7,12 @@ import shlex
 from datetime import datetime
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule
-
-from kd_lightning.errors import InputError
-from kd_lightning.report.examination import examine
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.numbers import MISSING
 from kd_lightning.report.outputs import Unavailable
-from kd_lightning.runs.build import build
 from kd_lightning.runs.config_identity import varying_values
 from kd_lightning.runs.run import CONFIG, Run
+from kd_lightning.teachers.findings import Finding
 
 _MOST_CLASSES, _MOST_KEYS, _MOST_LETTERS = 60, 80, 160
 _PARTS = ("labeled", "unlabeled", "validation", "test")
@@ -63,16 +58,12 @@ def _labels_alone(facts: Facts) -> int | None:
 
 def doctor_part(facts: Facts) -> Context:
     """Findings of doctor's checks of the method."""
-    run = facts.cast.main.run
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(run.seed or 0)  # of the student's first weights
-            module = build(LightningModule, run.config["model"])
-            found = list(examine(module, run.datamodule()))
-    except (InputError, OSError) as error:
-        raise Unavailable(str(error)) from error
-    findings = [(_MARKS[one.severity], one.name, one.text, one.hint) for one in found]
-    return {"findings": findings, "name": facts.cast.main.label}
+    return {"findings": [*map(finding_row, facts.findings)], "name": facts.cast.main.label}
+
+
+def finding_row(finding: Finding) -> tuple[str, str, str, str | None, str]:
+    """Return mark, name, text, hint and lines of YAML of a finding."""
+    return _MARKS[finding.severity], finding.name, finding.text, finding.hint, (finding.lines or "").rstrip()
 
 
 def configs_part(facts: Facts) -> Context:

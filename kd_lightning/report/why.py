@@ -41,11 +41,14 @@ class History(NamedTuple):
         config: The config. Default: None, which means that it is not known.
         taught: A finished run of the config, with the teacher. Default: None.
         alone: A finished run of its baseline, the student without the teacher. Default: None.
+        helps: Whether figures of the test part show that the teacher helps. Default: None, which means that validation
+            samples decide.
     """
 
     config: Mapping[str, Any] | None = None
     taught: Run | None = None
     alone: Run | None = None
+    helps: bool | None = None
 
 
 class Why:
@@ -80,7 +83,7 @@ class Why:
         self._to_rows = getattr(module, "to_rows", None)
         self._own_labels = is_own(module.hard_loss) if self._to_rows else False
         self._found: dict[tuple[str, str], Any] = {}
-        self._helps = False
+        self._helps: bool | None = None
 
     def findings(self, before: Sequence[Finding], training: Batch) -> Iterator[Finding]:
         """Yield all findings, the verdict last. What cannot be measured is named, and is no error.
@@ -107,13 +110,14 @@ class Why:
             except Exception as error:  # of networks and data of any kind; what is not measured must not end a check
                 reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                 yield Finding(name, f"not checked: {reason.partition(chr(10))[0]}")
-        yield verdict(found, helps=self._helps)
+        yield verdict(found, helps=self._helps if self.history.helps is None else self.history.helps)
 
     # What is measured.
 
     @property
     def _labeled(self) -> LabeledViews:
-        return self._once(("views", ""), lambda: labeled_views(self.data, self.read, self.device))
+        found: LabeledViews = self._once(("views", ""), lambda: labeled_views(self.data, self.read, self.device))
+        return found
 
     def _once(self, key: tuple[str, str], make: Callable[[], Any]) -> Any:
         if key not in self._found:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from markupsafe import Markup, escape
 
 from kd_lightning.errors import InputError
-from kd_lightning.report import figure_parts, run_parts, sample_parts
+from kd_lightning.report import figure_parts, run_parts, sample_parts, why_parts
 from kd_lightning.report.cast import Cast, make_cast
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.numbers import change_text, interval_text
@@ -30,6 +30,7 @@ NAME = "report.html"
 # name, title, and what makes it; each has a template of its name
 _PARTS: tuple[tuple[str, str, Callable[[Facts], dict[str, Any] | None]], ...] = (
     ("accuracy", "Accuracy", figure_parts.accuracy_part),
+    ("why", "Why the teacher does not help", why_parts.why_part),
     ("cost", "Size and speed", figure_parts.cost_part),
     ("classes", "Classes", figure_parts.classes_part),
     ("mistakes", "What the student lost", sample_parts.mistakes_part),
@@ -37,6 +38,7 @@ _PARTS: tuple[tuple[str, str, Callable[[Facts], dict[str, Any] | None]], ...] = 
     ("soft_targets", "Soft targets", sample_parts.soft_targets_part),
     ("pseudo_labels", "Pseudo-labels", figure_parts.pseudo_labels_part),
     ("curves", "Learning curves", figure_parts.curves_part),
+    ("balance", "Gradients of the terms", why_parts.balance_part),
     ("data", "Data", run_parts.data_part),
     ("doctor", "Doctor", run_parts.doctor_part),
     ("configs", "Configs", run_parts.configs_part),
@@ -119,6 +121,7 @@ def render(cast: Cast) -> str:
         "interval": partial(interval_text, figure=figure),
         "thousands": "{:,}".format,
         "breakable": _breakable,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     now = datetime.now().astimezone()
     return environment.get_template("report.html.j2").render(

@@ -23,7 +23,7 @@ REASONS = {
 """Reasons by name, in the order of :func:`verdict`."""
 
 
-def verdict(findings: Sequence[Finding], *, helps: bool = False) -> Finding:
+def verdict(findings: Sequence[Finding], *, helps: bool | None = None) -> Finding:
     """Name the most probable reason.
 
     The rule: of the reasons that a finding is evidence of, the first one in the order of :data:`REASONS` counts. A
@@ -39,20 +39,19 @@ def verdict(findings: Sequence[Finding], *, helps: bool = False) -> Finding:
 
     Args:
         findings: All findings.
-        helps: Whether finished runs show that the teacher helps. Then no reason is named.
+        helps: Whether finished runs show that the teacher helps; then no reason is named. Default: None, which means
+            that it is not known.
     """
     name = "verdict"
     if helps:
-        return Finding(name, "the finished run with the teacher is better than the one without; no reason is needed")
+        return Finding(name, "the teacher helps: the student with it is better than the one without")
     order = [*REASONS]
     found = sorted((one for one in findings if one.reason is not None), key=lambda one: order.index(str(one.reason)))
     if not found:
         text = "no reason found why the teacher should not help; `kd-lightning experiment CONFIG --tune 20` tunes the "
-        return Finding(name, f"{text}student with it and without it alike")
+        text += "student with it and without it alike"
+        return Finding(name, text if helps is None else text.replace("should", "does"))
     first = found[0]
-    return Finding(
-        name,
-        f"if the teacher does not help, the most probable reason: {REASONS[str(first.reason)]} (see {first.name})",
-        severity="warning",
-        reason=first.reason,
-    )
+    start = "if the teacher does not help, the most probable reason" if helps is None else "the most probable reason"
+    text = f"{start}: {REASONS[str(first.reason)]} (see {first.name})"
+    return Finding(name, text, severity="warning", reason=first.reason)

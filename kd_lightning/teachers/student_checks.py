@@ -126,8 +126,12 @@ def student_alone(
     return Finding(name, text, hint, reason="no better")
 
 
-def helps(taught: Decisions | None, alone: Decisions | None) -> bool:
-    """Whether a finished run with the teacher is better than the student alone: the 95 % interval is above 0."""
+def helps(taught: Decisions | None, alone: Decisions | None) -> bool | None:
+    """Return whether a finished run with the teacher is better than the student alone, on the same samples.
+
+    The 95 % interval of the difference decides. None if it includes 0, and without such runs.
+    """
     if taught is None or alone is None or len(alone) < LEAST:
-        return False
-    return on_same_samples(taught, alone).low > 0
+        return None
+    change = on_same_samples(taught, alone)
+    return True if change.low > 0 else False if change.high < 0 else None
