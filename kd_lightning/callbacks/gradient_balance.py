@@ -79,7 +79,7 @@ class GradientBalance(Callback):
             self._warned = True
         values = torch.tensor([*norms.values()], dtype=torch.float32, device=loss.device)
         if trainer.world_size > 1:
-            values = trainer.strategy.reduce(values, reduce_op="mean")  # type: ignore[assignment]
+            values = trainer.strategy.reduce(values, reduce_op="mean")
         found = {f"gradient/{name}": v for name, v in zip(norms, values.tolist(), strict=True) if not math.isnan(v)}
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own metrics
         for logger in trainer.loggers if found and trainer.is_global_zero else ():

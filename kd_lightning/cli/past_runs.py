@@ -14,17 +14,13 @@ from kd_lightning.runs.config_identity import hash_files, identity_of, seeds_of
 from kd_lightning.runs.run import Run, find_runs
 
 
-def past_runs(args: list[str], data: Any) -> History:
+def past_runs(config: Config, data: Any) -> History:
     """Return the config, and the newest finished runs that were fitted on the same samples and split.
 
     Args:
-        args: Arguments of ``fit``.
+        config: The config, as ``fit`` saves it.
         data: Its datamodule, set up for a fit. Other data than a SemiSupervisedDataModule have no runs to compare.
     """
-    try:
-        config = parse_config(args, "doctor")
-    except InputError:  # as without data
-        return History()
     if not isinstance(data, SemiSupervisedDataModule):
         return History(config)
     root, name = Path(config["trainer"]["default_root_dir"] or "."), config["name"]

@@ -58,12 +58,14 @@ class Facts:
             Unavailable: If module or data cannot be built.
         """
         run, alone = self.cast.main.run, self.cast.find("alone")
+        trained = run if run.weights.is_file() else None
         helps = {"better": True, "worse": False, "unclear": False}.get(self.verdict.kind)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed or 0)  # of the student's first weights
                 module = build(LightningModule, run.config["model"])
-                return list(examine(module, run.datamodule(), History(run.config, run, same_split(alone, run), helps)))
+                history = History(run.config, trained, same_split(alone, run), helps)
+                return list(examine(module, run.datamodule(), history))
         except (InputError, OSError) as error:
             raise Unavailable(str(error)) from error
 

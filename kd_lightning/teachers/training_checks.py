@@ -95,8 +95,9 @@ def balance(courses: Mapping[str, Sequence[float]], soft: Collection[str], label
         when: Where the norms come from.
     """
     name = "gradients over training"
-    hard, others = courses.get("hard", ()), [courses[term] for term in soft if term in courses]
-    pairs = [(max(values), base) for base, *values in zip(hard, *others, strict=True)] if others else []
+    others = [courses[term] for term in soft if term in courses]
+    both = others and "hard" in courses
+    pairs = [(max(values), base) for base, *values in zip(courses["hard"], *others, strict=True)] if both else []
     ratios = [strong / base for strong, base in pairs if base > 0 and math.isfinite(strong) and math.isfinite(base)]
     if not ratios:
         return Finding(name, "not checked: there are no gradients of a hard and a soft term")

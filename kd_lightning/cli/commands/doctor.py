@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from kd_lightning.cli.main import InspectCLI
 from kd_lightning.cli.outcome import as_written, print_steps
 from kd_lightning.cli.past_runs import past_runs
+from kd_lightning.cli.record_run import dump_config
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
@@ -49,10 +51,6 @@ class DoctorCLI(InspectCLI):
 
     findings: list[Finding]
 
-    def __init__(self, args: list[str]) -> None:
-        self._given = args[1:]
-        super().__init__(args)
-
     def fit(self, model: nn.Module, datamodule: Any = None, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Called in place of ``Trainer.fit``. Runs the checks."""
         taught = isinstance(getattr(model, "teaching", None), Teaching)
@@ -65,5 +63,6 @@ class DoctorCLI(InspectCLI):
         if is_overridden("configure_model", model):
             model.configure_model()
         model.to(self.trainer.strategy.root_device)
-        history = past_runs(self._given, datamodule)
+        config = yaml.safe_load(dump_config(self._parser(self.subcommand), self._own_config))
+        history = past_runs(config, datamodule)
         self.findings = list(examine(model, model if datamodule is None else datamodule, history))
