@@ -72,7 +72,7 @@ class GradientBalance(Callback):
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         try:
             norms = gradient_norms(terms, parameters, scale)
-        except RuntimeError as error:
+        except (RuntimeError, InputError) as error:
             norms = dict.fromkeys(terms, math.nan)  # other processes wait for this one
             if not self._warned:
                 rank_zero_warn(f"GradientBalance: no gradient of a single term: {str(error).partition(chr(10))[0]}")

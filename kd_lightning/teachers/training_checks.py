@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.batch import is_labeled
+from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
 from kd_lightning.teachers.findings import Finding
 
@@ -39,7 +41,10 @@ def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, 
             "set requires_grad of its parameters",
             severity="error",
         )
-    norms = gradient_norms(terms, parameters)
+    try:
+        norms = gradient_norms(terms, parameters)
+    except InputError as error:
+        return Finding(name, f"not checked: {error}")
     each = (f"{term} {norm:.3g} (weight {terms[term][0]:.3g})" for term, norm in norms.items())
     text = f"norms on the student: {', '.join(each)}"
     counted = {term: norm for term, norm in norms.items() if terms[term][0] != 0}
@@ -71,14 +76,33 @@ def gradient_norms(
         parameters: What the gradients are of.
         scale: Factor of the terms in the backward pass, which norms do not have: small gradients of half precision
             would vanish.
+
+    Raises:
+        InputError: If a reentrant checkpoint hides the gradients of parameters.
     """
     norms = {}
+    if any(
+        type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(value for _, value in terms.values())
+    ):
+        raise InputError("reentrant checkpointing hides the gradient of a single term; use_reentrant=False does not")
     for term, (weight, value) in terms.items():
         found: Sequence[Tensor | None] = []
         if value.requires_grad:
             found = torch.autograd.grad(scale * weight * value, parameters, retain_graph=True, allow_unused=True)
         norms[term] = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None)) / scale
     return norms
+
+
+def _nodes(values: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield all nodes of the graphs of some tensors."""
+    seen: set[Any] = set()
+    rest = [value.grad_fn for value in values]
+    while rest:
+        node = rest.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            rest.extend(following for following, _ in node.next_functions)
 
 
 def balance(courses: Mapping[str, Sequence[float]], soft: Collection[str], labeled: float | None, when: str) -> Finding:

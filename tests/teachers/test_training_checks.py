@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from kd_lightning.teachers.training_checks import balance, gradient_norms, pool
+from kd_lightning import InputError
+from kd_lightning.teachers.training_checks import balance, gradient_norms, gradients, pool
 
 
 def test_norms():
@@ -19,6 +21,23 @@ def test_norms():
     assert gradient_norms(terms, [*layer.parameters()], scale=1024.0) == pytest.approx(expected)
     terms["hard"][1].backward()
     assert layer.weight.grad.tolist() == [[3.0, 4.0]]
+
+
+def test_a_reentrant_checkpoint():
+    """It hides parameters from a gradient of a single term, which would be 0."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for reentrant in (True, False):
+        x = checkpoint(network[0], torch.ones(1, 2, requires_grad=True), use_reentrant=reentrant)
+        terms = {"hard": (1.0, network[1](x).sum())}
+        if reentrant:
+            with pytest.raises(InputError, match="use_reentrant=False"):
+                gradient_norms(terms, [*network.parameters()])
+            assert gradients(terms, network).text.startswith("not checked: reentrant checkpointing hides")
+        else:
+            found = gradient_norms(terms, [*network.parameters()])["hard"]
+            terms["hard"][1].backward()
+            expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in network.parameters()))
+            assert found == pytest.approx(expected)
 
 
 class TestBalance:
