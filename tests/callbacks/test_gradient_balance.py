@@ -1,17 +1,21 @@
 """GradientBalance: norms by hand, training to the bit as without it, resumes, processes."""
 
+import json
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kd_lightning import GradientBalance, InputError, SeedEveryStep, teach
+from kd_lightning import Digits, GradientBalance, InputError, SeedEveryStep, SemiSupervisedDataModule, teach
+from kd_lightning.models import DigitsCNN
 from kd_lightning.modules import DistillModule, SupervisedModule
 from kd_lightning.runs.csv_logger import ResumableCSVLogger, read_metrics
 from kd_lightning.teachers.training_checks import gradient_norms
@@ -69,8 +73,6 @@ def test_norms(quiet_trainer, student, teacher, loader, tmp_path):
 
 def test_training_is_the_same_to_the_bit(quiet_trainer, student, teacher, loader, tmp_path):
     """Also of networks with dropout and BatchNorm."""
-    from copy import deepcopy
-
     results = []
     for callbacks in ([], [GradientBalance()]):
         torch.manual_seed(3)
@@ -100,11 +102,8 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize("at", [3, 4])
-def test_exact_resume(at, quiet_trainer, teacher, loader, tmp_path):
+def test_exact_resume(at, quiet_trainer, teacher, tmp_path):
     """A resumed run logs what an unbroken one does, whether it was stopped at an epoch's first step or later."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from kd_lightning.models import DigitsCNN
 
     def fit(folder, *more, **options):
         torch.manual_seed(0)
@@ -113,8 +112,9 @@ def test_exact_resume(at, quiet_trainer, teacher, loader, tmp_path):
         logger = ResumableCSVLogger(tmp_path / folder, name="a", version="v", purge_step=purge)
         save = ModelCheckpoint(tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         callbacks = [SeedEveryStep(7), GradientBalance(), save, *more]
-        trainer = quiet_trainer(max_epochs=3, logger=logger, callbacks=callbacks, enable_checkpointing=True)
-        trainer.fit(one, loader(), **options)
+        settings = {"max_epochs": 3, "limit_train_batches": 3, "enable_checkpointing": True}
+        data = SemiSupervisedDataModule(Digits(), labeled=3, batch_size=16, seed=1)
+        quiet_trainer(logger=logger, callbacks=callbacks, **settings).fit(one, data, **options)
         return [
             {k: v for k, v in row.items() if k == "step" or k.startswith("gradient/")}
             for row in read_metrics(tmp_path / folder / "a" / "v" / "metrics.csv")
@@ -142,8 +142,6 @@ class Lit(LightningModule):
 
 def test_a_taught_module(quiet_trainer, student, teacher, loader, tmp_path):
     """Its norms are those of a DistillModule."""
-    from copy import deepcopy
-
     found = []
     for one in (module(deepcopy(student), teacher), teach(Lit(deepcopy(student)), teacher, soft_weight=0.3)):
         logger = Recorder(tmp_path)
@@ -189,9 +187,7 @@ def test_a_network_without_single_gradients(quiet_trainer, student, teacher, loa
 
 
 def test_refused(quiet_trainer, student, loader):
-    with pytest.raises(
-        InputError, match="GradientBalance needs a module of kd_lightning, or one that teach .* got Lit"
-    ):
+    with pytest.raises(InputError, match="GradientBalance needs a module of kd_lightning, or one .* got Lit"):
         quiet_trainer(callbacks=[GradientBalance()]).fit(Lit(student), loader())
     trainer = quiet_trainer()
     trainer.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
@@ -239,17 +235,13 @@ if trainer.is_global_zero:
 @pytest.mark.dist
 def test_two_processes(processes, tmp_path, monkeypatch):
     """Each epoch is logged once, and the mean over the shares is the mean of the two first batches' norms."""
-    import json
-
-    from kd_lightning.models import DigitsCNN
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(SCRIPT)
     processes.run_ranks(["train.py", "2"])
     found, steps = json.loads((tmp_path / "found_2.json").read_text())
     assert steps == 4 and len(found) == 2
     torch.manual_seed(0)
-    student, teacher = DigitsCNN(4), DigitsCNN(8)
+    student, teacher = DigitsCNN(4).eval(), DigitsCNN(8)
     x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
     norms = []
     for rows in (slice(0, 8, 2), slice(1, 8, 2)):
