@@ -21,6 +21,8 @@ WRONG = 0.10
 """Share of wrong decisions from which on labels had better overrule the teacher: the interval's lower end counts."""
 LABELED = 0.20
 """Share of labeled training samples; below it labels overrule too few decisions to matter."""
+EXPLAINED = 0.5
+"""Share of the wrong decisions under training views that the views must explain to be the reason."""
 _SHOWN = 3  # confusions
 
 
@@ -116,7 +118,7 @@ def view_strength(plain: Decisions, views: Decisions, what: str) -> Finding:
     """Compare the teacher under training views with the same samples under evaluation transforms.
 
     There is a warning if it loses at least 10 points, the 95 % interval of the loss excludes 0, and there are at least
-    10 samples.
+    10 samples. It is a reason only if at least half of the wrong decisions under training views are lost by the views.
 
     Args:
         plain: Its decisions under evaluation transforms.
@@ -131,9 +133,10 @@ def view_strength(plain: Decisions, views: Decisions, what: str) -> Finding:
     text += str(on_same_samples(views, plain))
     if loss.value < LARGE or loss.low <= 0:
         return Finding(name, text)
-    hint = "training views are too strong for it: crop milder (a higher first number of `scale`), or train the teacher "
-    hint += "on these views"
-    return Finding(name, text, hint, reason="views")
+    hint = "training views are too strong for it: make them milder, such as a crop with a larger lowest `scale`, or "
+    hint += "train the teacher on these views"
+    explains = loss.value >= EXPLAINED * (1 - views.accuracy)
+    return Finding(name, text, hint, reason="views" if explains else None)
 
 
 def soft_targets_of_views(logits: Tensor, soft_loss: nn.Module, task: Task, sample: Tensor | None) -> Finding:

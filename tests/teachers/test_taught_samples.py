@@ -102,6 +102,9 @@ class TestViewStrength:
         assert view_strength(decisions(95, 100), decisions(86, 100), "samples").hint is None
         assert view_strength(decisions(95, 100), decisions(84, 100), "samples").reason == "views"
         assert view_strength(decisions(60, 100), decisions(95, 100), "samples").hint is None
+        found = view_strength(decisions(70, 100), decisions(50, 100), "samples")  # 20 of 50 wrong decisions
+        assert found.hint is not None and found.reason is None
+        assert view_strength(decisions(80, 100), decisions(60, 100), "samples").reason == "views"  # 20 of 40
         assert "too few to judge" in view_strength(decisions(9, 9), decisions(0, 9), "samples").text
 
 
