@@ -12,7 +12,7 @@ from torch import nn
 
 from kd_lightning.data.transforms import RGB, Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop
 from kd_lightning.losses import KDLoss
-from kd_lightning.losses.base import temperature_of
+from kd_lightning.losses.protocols import temperature_of
 from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.yaml_file import dump_yaml
 from kd_lightning.teachers.findings import Finding

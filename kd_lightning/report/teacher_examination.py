@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.losses.base import Task, temperature_of
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.protocols import is_own, temperature_of
 from kd_lightning.teachers.checks import accuracy, class_order, eval_mode, normalisation, soft_targets
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.findings import (

@@ -15,8 +15,8 @@ from kd_lightning.data.labeled_views import LabeledViews, Read, labeled_views
 from kd_lightning.errors import InputError
 from kd_lightning.features.layers import count_macs
 from kd_lightning.inputs import call
-from kd_lightning.losses.base import Task, temperature_of
-from kd_lightning.losses.protocols import is_own
+from kd_lightning.losses.base import Task
+from kd_lightning.losses.protocols import is_own, temperature_of
 from kd_lightning.report.cures import with_cure
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.losses.base import Task, standardize_logits, standardizes, temperature_of
+from kd_lightning.losses.base import Task, standardize_logits
+from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.decisions import Decisions, on_same_samples
 from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.intervals import share_interval
