@@ -287,7 +287,8 @@ def test_doctor_of_regressed_values():
     given, y = values(1.0)
     data = Data([Batch(given, y)])
     found = names(examine(DistillModule(Line(0.1), Line(1.0), task="regression"), data))
-    assert [*found] == ["teacher", "eval mode", "labels", "gradients"]
+    why = ["training views", "capacity", "gradients over training", "unlabeled samples", "verdict"]
+    assert [*found] == ["teacher", "eval mode", "labels", "gradients", *why]
     assert "present student" in found["teacher"].text and found["teacher"].hint is None
     assert found["labels"].text == "300 of 300 samples of a training batch labeled"
     found = names(examine(EnsembleDistillModule(Line(0.1), [Line(1.0), Line(0.9)], task="regression"), data))
