@@ -65,7 +65,8 @@ def _lower_weight(module: Any) -> float:
 def _cross_fit(module: Any, data: Any, config: Mapping[str, Any]) -> Cure:
     if not hasattr(module, "teacher"):
         return _model(soft_weight=_lower_weight(module)), ""
-    teacher = {"class_path": "kd_lightning.CrossFittedTeacher", "init_args": {"folder": "runs/TEACHER_crossfit"}}
+    file = "runs/TEACHER_crossfit/crossfit.json"
+    teacher = {"class_path": "kd_lightning.CrossFittedTeacher", "init_args": {"path": file}}
     return _model(teacher=teacher), ""
 
 

@@ -20,7 +20,7 @@ from kd_lightning.inputs import arguments_of
 from kd_lightning.losses.base import Task, at_least_float32
 from kd_lightning.runs.run import Run
 from kd_lightning.teachers.cross_fit import CrossFit
-from kd_lightning.teachers.findings import share_interval
+from kd_lightning.teachers.intervals import share_interval
 from kd_lightning.teachers.teacher import Teacher
 
 _ALL = -1
@@ -183,7 +183,7 @@ class CrossFittedTeacher(Teacher):
         if right is None:
             text += f"of {n} labels is not measured"
         else:
-            low, high = share_interval(right, n)
+            low, high = share_interval(right / n, n)
             text += f"{right / n:.1%} of {n} labels (95% interval {low:.1%} to {high:.1%})"
         if (folds := self._found.folds) is None:
             return text

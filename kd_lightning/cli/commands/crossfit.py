@@ -25,7 +25,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.run import Run, run_of
 from kd_lightning.runs.student import has_student
 from kd_lightning.teachers.cross_fit import CROSS_FIT, CrossFit, Fold
-from kd_lightning.teachers.findings import share_interval
+from kd_lightning.teachers.intervals import share_interval
 
 
 def main(options: Namespace) -> None:
@@ -145,7 +145,7 @@ def describe(fitted: CrossFit, config: Config) -> str:
     if fitted.right is None:
         text = f"{count} teachers; out-of-fold accuracy is measured for task: multiclass with one class a sample alone"
     else:
-        low, high = share_interval(fitted.right, n)
+        low, high = share_interval(fitted.right / n, n)
         text = (
             f"out-of-fold accuracy {fitted.right / n:.1%} of {n} labels (95% interval {low:.1%} to {high:.1%}), each "
         )
