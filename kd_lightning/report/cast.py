@@ -90,6 +90,7 @@ def make_cast(runs: Iterable[Path | Run], comparison: Comparison | None = None) 
     Raises:
         InputError: For a folder that is none of these, or if no run is finished.
     """
+    runs = [*runs]
     folders = [folder for one in runs for folder in _folders_of(one)]
     if not folders:
         raise InputError("report needs at least one run")
@@ -104,7 +105,8 @@ def make_cast(runs: Iterable[Path | Run], comparison: Comparison | None = None) 
     kinds = _kinds_of(groups, {*teachers})
     order = sorted(range(len(groups)), key=lambda number: ("alone", "method", "", "teacher").index(kinds[number]))
     groups = [groups[number] for number in order]
-    made = Comparison("val" if part == "val" else "test", groups, left_out)
+    remarks = _remarks_of(runs) if comparison is None else comparison.remarks
+    made = Comparison("val" if part == "val" else "test", groups, left_out, remarks)
     _take_costs(groups, comparison)
     return Cast(_roles(groups, [kinds[number] for number in order], made), made)
 
@@ -122,6 +124,13 @@ def _folders_of(one: Path | Run) -> list[Path]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
     return [_find_again(folder, one) for folder in named]
+
+
+def _remarks_of(runs: Iterable[Path | Run]) -> list[str]:
+    """Return the remarks of the comparisons that paths mean."""
+    files = [one / _COMPARISON for one in runs if not isinstance(one, Run) and not (one / CONFIG).is_file()]
+    found = [json.loads(file.read_text(encoding="utf-8")).get("remarks") for file in files if file.is_file()]
+    return [str(line) for lines in found for line in lines or ()]
 
 
 def _find_again(folder: Path, comparison: Path) -> Path:

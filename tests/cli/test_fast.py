@@ -12,7 +12,7 @@ from kd_lightning import CompileNetworks, InputError
 from kd_lightning.__main__ import main
 from kd_lightning.callbacks.compile_networks import find_networks
 from kd_lightning.cli import fast
-from kd_lightning.cli.commands.experiment import baseline_of, with_seed
+from kd_lightning.cli.baseline import baseline_of, with_seed
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.cli.record_run import dump_config

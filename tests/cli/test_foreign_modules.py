@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from kd_lightning import InputError, load_weights, teach
 from kd_lightning.__main__ import main
-from kd_lightning.cli.commands.experiment import baseline_of
+from kd_lightning.cli.baseline import baseline_of
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.runs.run import Run

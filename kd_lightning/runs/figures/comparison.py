@@ -7,7 +7,7 @@ import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ class Comparison:
         part: ``"test"`` or ``"val"``.
         groups: The groups. Differences are to the first.
         left_out: Folders that are not compared.
+        remarks: Lines about how the runs came about, such as a search for their settings.
         differences: For each group its difference to the first, which itself has none.
     """
 
     part: str
     groups: list[Group]
     left_out: list[LeftOut]
+    remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         base = self.groups[0].results
@@ -134,8 +136,8 @@ class Comparison:
         return [f"{group.samples[0]} samples; a verdict needs {LEAST_SAMPLES}"] if few else []
 
     def notes(self) -> list[str]:
-        """Return the lines under the tables: missing verdicts, missing figures, runs that are left out."""
-        lines = []
+        """Return the lines under the tables: remarks, missing verdicts, missing figures, runs that are left out."""
+        lines = [*self.remarks]
         for group, found in zip(self.groups, self.differences, strict=True):
             if reasons := self._reasons(group, found):
                 lines.append(f"* {group.name}: no verdict: {'; '.join(reasons)}.")
@@ -232,25 +234,29 @@ class Comparison:
                 }
             groups.append(content)
         left_out = [{"folder": str(one.folder), "reason": one.reason} for one in self.left_out]
-        return {"part": self.part, "groups": groups, "left_out": left_out}
+        content = {"part": self.part, "groups": groups, "left_out": left_out}
+        return content | ({"remarks": self.remarks} if self.remarks else {})
 
     def figure(self) -> Figure:
         """Draw the figure of each seed, what the students cost, and the learning curves; the title is the message."""
         return draw_comparison(self.groups, self.differences, self.figure_name, self.part)
 
 
-def compare_runs(folders: Sequence[Path], out: Path | None = None, part: str = "test") -> Comparison:
+def compare_runs(
+    folders: Sequence[Path], out: Path | None = None, part: str = "test", remarks: Sequence[str] = ()
+) -> Comparison:
     """Compare runs, print the tables, and write them to a folder if one is given.
 
     Args:
         folders: Folders of runs, or of all runs of a name.
         out: Folder for ``comparison.json``, ``comparison.md`` and ``comparison.png``. Default: None are written.
         part: The part of the data: ``"test"`` or ``"val"``. It is the same for all runs.
+        remarks: Lines about how the runs came about.
 
     Raises:
         InputError: For a folder that is no run, or if no run is finished.
     """
-    comparison = Comparison(part, *find_groups(folders, part))
+    comparison = Comparison(part, *find_groups(folders, part), [*remarks])
     measure_costs(comparison.groups)
     console = Console()
     if console.width < 150:  # in a narrow terminal lines are folded and figures are whole

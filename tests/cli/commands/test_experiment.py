@@ -14,7 +14,8 @@ import kd_lightning.cli.commands.experiment as command
 from kd_lightning import Digits, InputError, SemiSupervisedDataModule
 from kd_lightning.__main__ import main
 from kd_lightning.cli import fit_once
-from kd_lightning.cli.commands.experiment import _model_alone, baseline_of, fit_and_test
+from kd_lightning.cli.baseline import _model_alone, baseline_of, describe_baseline
+from kd_lightning.cli.commands.experiment import fit_and_test
 from kd_lightning.cli.fit_once import find_fits
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.models import DigitsCNN
@@ -250,7 +251,7 @@ def test_baseline_of_simkd_is_the_network_inside(root):
     assert alone["class_path"] == "kd_lightning.SupervisedModule"
     assert alone["init_args"].keys() == {"student", "optimizer", "lr_scheduler"}
     assert alone["init_args"]["student"] == {"class_path": "DigitsCNN", "init_args": {"width": 8}}
-    assert "the network in the SimKDStudent" in command._describe_baseline(config["model"])
+    assert "the network in the SimKDStudent" in describe_baseline(config["model"])
     any_module = {"class_path": "kd_lightning.DistillModule", "init_args": {"student": student, "teacher": {}}}
     assert _model_alone(any_module)["init_args"]["student"] == student["init_args"]["student"]
     loaded = {"class_path": "kd_lightning.load_weights", "init_args": {"model": student, "path": "x.safetensors"}}
@@ -264,12 +265,10 @@ def test_baseline_of_two_heads_is_their_mean(root):
     alone = baseline_of(config)["model"]
     assert alone["class_path"] == "kd_lightning.SupervisedModule"
     assert alone["init_args"]["student"] == config["model"]["init_args"]["student"]
-    assert "two heads" in command._describe_baseline(config["model"])
+    assert "two heads" in describe_baseline(config["model"])
     network, x = build(torch.nn.Module, alone["init_args"]["student"]).train(), torch.randn(2, 1, 8, 8)
     assert network(x).shape == (2, 10)  # the mean, also in training mode
-    assert (
-        command._describe_baseline({"class_path": "kd_lightning.DistillModule", "init_args": {"student": {}}}) is None
-    )
+    assert describe_baseline({"class_path": "kd_lightning.DistillModule", "init_args": {"student": {}}}) is None
 
 
 def test_baseline_has_every_argument_of_the_base():
