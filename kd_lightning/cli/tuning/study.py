@@ -82,7 +82,7 @@ class Started:
 
 
 class Search:
-    """The trials of one config.
+    """The trials of one config, of which this process runs one at a time.
 
     The journal's file holds all studies of a folder. The name of a study has a hash of everything that decides about
     its values, so that another config, space or data never continue it. The settings of trial k depend on this name, k
@@ -110,6 +110,7 @@ class Search:
         metric: Metric,
         total: int,
     ) -> None:
+        require_optuna()
         import optuna
 
         digest = hashlib.sha256(json.dumps([name, *identity], sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -123,11 +124,11 @@ class Search:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._starts = make_lock(folder / "starts.lock")
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP)
-        direction = "maximize" if metric.mode == "max" else "minimize"
+        better = optuna.study.StudyDirection.MAXIMIZE if metric.mode == "max" else optuna.study.StudyDirection.MINIMIZE
         with self._starts:
             storage = _open_journal(folder / "journal.log")
             self._study: Study = optuna.create_study(
-                study_name=self.study_name, storage=storage, direction=direction, pruner=pruner, load_if_exists=True
+                study_name=self.study_name, storage=storage, direction=better, pruner=pruner, load_if_exists=True
             )
 
     # What has been tried.
@@ -236,7 +237,7 @@ class Search:
 
     def stop(self, started: Started) -> None:
         """Record that a trial was stopped, and remove its folder; another one takes its number."""
-        with suppress(ValueError, OSError, InputError):  # the next process finds it then
+        with suppress(ValueError, RuntimeError, OSError):  # the next process finds it then
             self._tell(started, "FAIL")
         started.lock.close()
         remove_folder(started.folder)

@@ -146,32 +146,31 @@ def _space_lines(settings: Sequence[Setting], shared: Sequence[Setting]) -> list
 def _run(sides: Sequence[_Side], config: Config, judge: Judge, metric: Metric) -> None:
     """Run trials until all searches are done; then wait for those of other processes."""
     for side in sides:
-        if ended := side.search.ended():
-            print(f"tune: {len(ended)} of {side.search.total} trials of {side.search.name} are finished")
-    waits = False
-    warn = True
+        if before := side.search.ended():
+            print(f"tune: {len(before)} of {side.search.total} trials of {side.search.name} are finished")
+    waits, warn = False, True
     while not all(side.search.is_done for side in sides):
-        side, started = _start(sides)
-        if side is None or started is None:
+        begun = _start(sides)
+        if begun is None:
             if not waits:
                 running = sum(side.search.running() for side in sides)
                 print(f"tune: waiting for {running} trials of other processes", flush=True)
             waits = True
             time.sleep(_POLL)
             continue
-        ended = _run_one(side, started, config, judge, metric, warn)
+        ended = _run_one(*begun, config, judge, metric, warn)
         warn = False
         if ended is not None:
-            search, left = side.search, _time_left(sides)
+            search, left = begun[0].search, _time_left(sides)
             print(trial_line(search.name, search.total, metric, ended, _best_or_none(search), left), flush=True)
 
 
-def _start(sides: Sequence[_Side]) -> tuple[_Side | None, Started | None]:
-    """Begin a trial of the first search that needs one."""
+def _start(sides: Sequence[_Side]) -> tuple[_Side, Started] | None:
+    """Begin a trial of the first search that needs one; None if none does."""
     for side in sides:
         if (started := side.search.start()) is not None:
             return side, started
-    return None, None
+    return None
 
 
 def _run_one(side: _Side, started: Started, config: Config, judge: Judge, metric: Metric, warn: bool) -> Ended | None:
