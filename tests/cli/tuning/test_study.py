@@ -1,7 +1,6 @@
 """The journal of a search: what is tried, by whom, and what outlives a process."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -228,4 +227,3 @@ def test_a_killed_process_and_two_at_once(processes, tmp_path):
     assert sorted(numbers) == [*range(1, 11)]  # each once
     assert sum(trial.values == {} for trial in one.ended()) == 1
     assert {json.dumps(trial.values) for trial in one.ended()} >= {json.dumps(values)}
-    assert os.path.getsize("tuning/journal.log")
