@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Judge:
     has_validation: bool = True
 
 
-def find_judge(data: SemiSupervisedDataModule, folder: Path) -> Judge:
+def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float | None = None) -> Judge:
     """Return the samples that decide about the settings of a config.
 
     From 100 validation samples on, these decide. If there are fewer, labeled and validation samples of the training
@@ -49,6 +50,7 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path) -> Judge:
     Args:
         data: The datamodule of the config.
         folder: Where split files are written.
+        limit: ``trainer.limit_val_batches``, which folds do not have. Default: None, which means all batches.
 
     Raises:
         InputError: If there is no validation part and labels are too few for folds.
@@ -59,25 +61,26 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path) -> Judge:
     assert split is not None
     known = has_label(val_labels(parts.train, split).visible)
     val = [index for index in split.val if known[index]]
-    if len(val) >= LEAST_SAMPLES:
-        return Judge(len(val), f"the {len(val)} validation samples decide", [], [len(val)])
-    if parts.own_val:
-        text = f"the {len(val)} samples of the source's own validation part decide; their number is small: leave the "
-        return Judge(len(val), f"{text}part out of the source for folds of the labels", [], [len(val)])
+    count = _validated(len(val), data.batch_size, limit)
+    if count >= LEAST_SAMPLES:
+        return Judge(count, f"the {count} validation samples decide", [], [count])
+    if parts.own_val and count:
+        text = f"the {count} samples of the source's own validation part decide; their number is small: leave the "
+        return Judge(count, f"{text}part out of the source for folds of the labels", [], [count])
     labels = _labels(data, val)
     few = min([*labels.values()].count(name) for name in {*labels.values()}) if labels else 0
     if few < 2:
-        found = f"{len(val)} validation samples are too few to decide (fewer than {LEAST_SAMPLES})"
+        found = f"{count} validation samples are too few to decide (fewer than {LEAST_SAMPLES})"
         reason = "no training sample has a label"
         if labels:
             single = sorted(name for name in {*labels.values()} if [*labels.values()].count(name) == 1)
             reason = f"folds of the labels need 2 of each class, got 1 of {', '.join(single)}"
         raise InputError(f"{_OPTION}: {found}, and {reason}; set a larger data.init_args.val_size")
     groups = data.sample_groups()
-    count = min(_MOST_FOLDS, few)
+    number = min(_MOST_FOLDS, few)
     if groups is not None:
-        count = max(2, min(count, len({groups[index] for index in labels})))
-    folds = stratified_folds(labels, count, data.seed, f"folds of {_OPTION}", groups)
+        number = max(2, min(number, len({groups[index] for index in labels})))
+    folds = stratified_folds(labels, number, data.seed, f"folds of {_OPTION}", groups)
     named = data.samples.name_samples(split, data.class_names)
     splits = []
     for number, fold in enumerate(folds):
@@ -87,9 +90,16 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path) -> Judge:
         left_out = sorted({*split.left_out, *split.val} - {*val})
         replace(named, labeled=trained, val=fold, left_out=left_out).save(path)
         splits.append(path)
-    text = f"{len(val)} validation samples are fewer than {LEAST_SAMPLES}, so {len(folds)} folds of all "
+    text = f"{count} validation samples are fewer than {LEAST_SAMPLES}, so {len(folds)} folds of all "
     text += f"{len(labels)} labeled and validation samples decide: each sample validates once"
-    return Judge(len(labels), text, splits, [*map(len, folds)], bool(split.val))
+    return Judge(len(labels), text, splits, [*map(len, folds)], count > 0)
+
+
+def _validated(samples: int, batch_size: int, limit: int | float | None) -> int:
+    """Return how many samples a validation with ``limit_val_batches`` reads; the integer 1 means one batch."""
+    batches = math.ceil(samples / batch_size)
+    most = batches if limit is None else min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return min(samples, most * batch_size)
 
 
 def _labels(data: SemiSupervisedDataModule, val: list[int]) -> dict[int, str]:
@@ -114,8 +124,9 @@ def _labels(data: SemiSupervisedDataModule, val: list[int]) -> dict[int, str]:
 
 
 def of_fold(config: Config, split: Path) -> Config:
-    """Return the config with the split of a fold, which has the labels of a label file, too."""
+    """Return the config with the split of a fold, which has the labels of a label file, too; all of it validates."""
     arguments = {**(config["data"].get("init_args") or {}), "labeled": str(split)}
     if "label_file" in arguments:
         arguments["label_file"] = None
-    return config | {"data": config["data"] | {"init_args": arguments}}
+    trainer = config["trainer"] | {"limit_val_batches": None}
+    return config | {"data": config["data"] | {"init_args": arguments}, "trainer": trainer}

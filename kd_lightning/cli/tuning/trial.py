@@ -82,7 +82,7 @@ class TrialFailedError(Exception):
     """Raised for a trial without a value, with the reason in one line.
 
     Attributes:
-        trained: Whether it failed after its first step.
+        trained: Whether it failed by its training, and not since the config is wrong.
     """
 
     def __init__(self, reason: str, *, trained: bool) -> None:
@@ -118,18 +118,18 @@ class Watch(Callback):
         """Runs at the end of each validation. Notes the value, and reports it.
 
         Raises:
-            TrialFailedError: If a weight or the value is not finite.
+            TrialFailedError: If a weight or the value is not finite, or if validation does not log the metric.
             TrialPrunedError: If the report says so.
-            InputError: If validation does not log the metric.
         """
         if trainer.sanity_checking:
             return
         found = trainer.callback_metrics.get(self.metric.name)
         if found is None:
             logged = ", ".join(name for name in trainer.callback_metrics if "val" in name.lower()) or "none"
-            raise InputError(
+            raise TrialFailedError(
                 f"checkpoint.monitor: {self.metric.name} is not logged by validation, so --tune cannot follow it; set "
-                f"it to a metric of validation, of which there are: {logged}"
+                f"it to a metric of validation, of which there are: {logged}",
+                trained=False,
             )
         value, epoch = float(found), trainer.current_epoch + 1
         weights = [parameter.isfinite().all() for parameter in pl_module.parameters() if parameter.numel()]

@@ -16,7 +16,6 @@ from kd_lightning.cli.tuning.progress import counts_text, time_text, trial_line,
 from kd_lightning.cli.tuning.space import (
     Setting,
     apply_values,
-    check_space,
     for_baseline,
     read_space,
     write_space,
@@ -71,11 +70,9 @@ def tune(config: Config, data: SemiSupervisedDataModule, total: int, space_file:
     settings, notes = (read_space(space_file, config), []) if space_file else default_space(config)
     if not settings:
         raise InputError("--tune: the config has no key of the default space; name keys and values by --space FILE")
-    if space_file is None:
-        check_space(settings, config)
     folder = out / "tuning"
     folder.mkdir(parents=True, exist_ok=True)
-    judge = find_judge(data, folder)
+    judge = find_judge(data, folder, config["trainer"].get("limit_val_batches"))
     metric = metric_of(config, data, judge)
     shared = for_baseline(settings, config)
     write_space(settings, folder / "space.yaml")

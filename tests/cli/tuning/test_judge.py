@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from torchvision.io import write_png
 
 from kd_lightning import Digits, ImageFolder, SemiSupervisedDataModule
-from kd_lightning.cli.tuning.judge import LEAST_SAMPLES, find_judge, of_fold
+from kd_lightning.cli.tuning.judge import LEAST_SAMPLES, _validated, find_judge, of_fold
 from kd_lightning.data.sources.source import Part, Parts, Source
 from kd_lightning.errors import InputError
 
@@ -33,6 +33,11 @@ def test_enough_validation_samples(tmp_path):
     assert judge.splits == [] and judge.samples == 119 >= LEAST_SAMPLES and judge.sizes == [119]
     assert judge.text == "the 119 validation samples decide" and judge.has_validation
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("limit", "samples"), [(None, 119), (1.0, 119), (2, 119), (1, 64), (0.5, 64), (0, 0)])
+def test_batches_that_validation_leaves_out_do_not_decide(limit, samples):
+    assert _validated(119, 64, limit) == samples
 
 
 @pytest.mark.parametrize(("val_size", "samples", "text"), [(1, 60, "10 validation"), (0, 50, "0 validation")])
@@ -104,8 +109,15 @@ def test_rows_of_a_label_file(tmp_path, monkeypatch):
     assert judge.samples == 51
     seen = {}
     for split in judge.splits:
-        config = of_fold({"data": {"class_path": "D", "init_args": {"labeled": 4, "label_file": "labels.csv"}}}, split)
+        config = of_fold(
+            {
+                "data": {"class_path": "D", "init_args": {"labeled": 4, "label_file": "labels.csv"}},
+                "trainer": {"limit_val_batches": 2},
+            },
+            split,
+        )
         arguments = config["data"]["init_args"]
+        assert config["trainer"]["limit_val_batches"] is None
         assert arguments == {"labeled": str(split), "label_file": None}
         fold = data_of(**arguments, val_size=1)
         fold.setup("")

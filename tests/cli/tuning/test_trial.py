@@ -7,7 +7,6 @@ import torch
 
 from kd_lightning.cli.tuning.judge import Judge
 from kd_lightning.cli.tuning.trial import REPORTS, Metric, TrialFailedError, TrialPrunedError, Watch, mean_over_folds
-from kd_lightning.errors import InputError
 
 
 def watch_fit(values, metric=None, report=lambda share, value: False, every=1, module=None, **trainer):
@@ -67,8 +66,9 @@ def test_values_that_are_not_finite():
 
 
 def test_a_metric_that_is_not_logged():
-    with pytest.raises(InputError, match=r"checkpoint.monitor: val/accuracy is not logged by validation.*: none"):
+    with pytest.raises(TrialFailedError, match=r"monitor: val/accuracy is not logged by validation.*: none") as error:
         watch_fit([None])
+    assert not error.value.trained
 
 
 def test_the_sanity_check_does_not_count():
