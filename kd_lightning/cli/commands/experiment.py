@@ -98,9 +98,9 @@ def run_experiment(
     tuned = tune(with_seed(config, 0), _datamodule(config), tuning.trials, tuning.space, out)
     method, alone = (deepcopy(one) for one in (tuned.method, tuned.alone))
     plan = _plan(method | {"name": f"{name}_tuned"}, alone, seeds, f"{name}_alone_tuned")
-    for run_config, before in ((plan[seeds], name), (plan[0], f"{name}_alone")):
-        print(f"tune: written to {write_chosen(run_config, before, out, tuned.remarks)}")
     with waits_for_others(out / "tuning" / "final.lock"):
+        for run_config, before in ((plan[seeds], name), (plan[0], f"{name}_alone")):
+            print(f"tune: written to {write_chosen(run_config, before, out, tuned.remarks)}")
         return _run_plan(plan, plan[seeds], out, tuned.remarks)
 
 

@@ -11,7 +11,7 @@ from kd_lightning.runs.class_paths import walk_config
 
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 """Keys that may hold the length of a run."""
-_OF_SCHEDULES = {"T_max", "T_0", "total_steps", "length", "total_iters", "step_size", "milestones"}
+_OF_SCHEDULES = {"T_max", "T_0", "epochs", "total_steps", "length", "total_iters", "step_size", "milestones"}
 _OF_MODULES = {"hint_epochs", "warmup_epochs"}
 _OF_CALLBACKS = {"begin_epoch", "end_epoch", "warmup_epochs"}
 _DIVISORS = (4, 2, 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ LEAST_SAMPLES = 100
 """Validation samples that decide alone. With fewer, the 95 % interval of an accuracy is up to 20 points wide."""
 _MOST_FOLDS = 5
 _OPTION = "--tune"
+_JOINED = "kd_lightning.cli.tuning.joined_source.JoinedSource"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Judge:
         splits: Split file of each fold; empty if the validation part decides.
         sizes: Number of validation samples of each fold; one number without folds.
         has_validation: Whether the config itself has a validation part.
+        joins_val: Whether folds have samples of the source's own validation part.
     """
 
     samples: int
@@ -38,6 +43,7 @@ class Judge:
     splits: list[Path] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     has_validation: bool = True
+    joins_val: bool = False
 
 
 def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float | None = None) -> Judge:
@@ -45,7 +51,7 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float 
 
     From 100 validation samples on, these decide. If there are fewer, labeled and validation samples of the training
     part are split into folds, stratified by class and in whole groups, so that each of them validates once. The own
-    validation part of a source always decides, since no fold may train on it.
+    validation part of a source is among them.
 
     Args:
         data: The datamodule of the config.
@@ -64,9 +70,6 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float 
     count = _validated(len(val), data.batch_size, limit)
     if count >= LEAST_SAMPLES:
         return Judge(count, f"the {count} validation samples decide", [], [count])
-    if parts.own_val and count:
-        text = f"the {count} samples of the source's own validation part decide; their number is small: leave the "
-        return Judge(count, f"{text}part out of the source for folds of the labels", [], [count])
     labels = _labels(data, val)
     few = min([*labels.values()].count(name) for name in {*labels.values()}) if labels else 0
     if few < 2:
@@ -81,18 +84,25 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float 
     if groups is not None:
         number = max(2, min(number, len({groups[index] for index in labels})))
     folds = stratified_folds(labels, number, data.seed, f"folds of {_OPTION}", groups)
-    named = data.samples.name_samples(split, data.class_names)
+    samples = replace(data.samples, parts=parts._replace(own_val=0))  # as JoinedSource has them
+    named = samples.name_samples(split, data.class_names)
+    digest = hashlib.sha256(json.dumps([named.hash, data.samples.hash, folds]).encode()).hexdigest()[:12]
     splits = []
     for number, fold in enumerate(folds):
-        path = (folder / f"split_{number}.json").resolve()
+        # of this content, and never written anew: fits of other processes read it
+        path = (folder / f"splits-{digest}" / f"split_{number}.json").resolve()
+        splits.append(path)
+        if path.is_file():
+            continue
         trained = sorted({*split.labeled, *val} - {*fold})
         # validation samples without a label validate nothing, and are in no part
         left_out = sorted({*split.left_out, *split.val} - {*val})
-        replace(named, labeled=trained, val=fold, left_out=left_out).save(path)
-        splits.append(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        replace(named, labeled=trained, val=fold, left_out=left_out).save(part)
+        part.replace(path)
     text = f"{count} validation samples are fewer than {LEAST_SAMPLES}, so {len(folds)} folds of all "
     text += f"{len(labels)} labeled and validation samples decide: each sample validates once"
-    return Judge(len(labels), text, splits, [*map(len, folds)], count > 0)
+    return Judge(len(labels), text, splits, [*map(len, folds)], count > 0, parts.own_val > 0)
 
 
 def _validated(samples: int, batch_size: int, limit: int | float | None) -> int:
@@ -123,10 +133,12 @@ def _labels(data: SemiSupervisedDataModule, val: list[int]) -> dict[int, str]:
     }
 
 
-def of_fold(config: Config, split: Path) -> Config:
+def of_fold(config: Config, split: Path, *, joins_val: bool = False) -> Config:
     """Return the config with the split of a fold, which has the labels of a label file, too; all of it validates."""
     arguments = {**(config["data"].get("init_args") or {}), "labeled": str(split)}
     if "label_file" in arguments:
         arguments["label_file"] = None
+    if joins_val:
+        arguments["source"] = {"class_path": _JOINED, "init_args": {"source": arguments["source"]}}
     trainer = config["trainer"] | {"limit_val_batches": None}
     return config | {"data": config["data"] | {"init_args": arguments}, "trainer": trainer}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -51,6 +52,8 @@ _ONLY_WRITE = (
     StudentWriter,
 )
 """Callbacks that change no weight, and write what a trial does not need."""
+_OF_THE_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+"""Errors after which no further trial can run."""
 Report = Callable[[int, float], bool]
 """Called with the number of a report and the value so far; returns whether the trial is pruned."""
 
@@ -193,7 +196,8 @@ def run_trial(
         warn: Whether warnings are printed.
 
     Raises:
-        TrialFailedError: If a fit has no value: its loss is not finite, or a value of the settings is not allowed.
+        TrialFailedError: If a fit has no value: its loss is not finite, a value of the settings is not allowed, or it
+            fails in another way, such as for lack of memory.
         TrialPrunedError: If a report returns true.
     """
     values: list[float] = []
@@ -205,12 +209,15 @@ def run_trial(
 
         watch = Watch(metric, report_fold)
         try:
-            config = deepcopy(method) if split is None else of_fold(deepcopy(method), split)
+            config = deepcopy(method) if split is None else of_fold(deepcopy(method), split, joins_val=judge.joins_val)
             config = _quiet_config(baseline_of(config) if alone else config, folder, number)
             with config_file(config) as path, _quiet_fit(warn and not number):
                 _TrialCLI(["fit", "--config", path], watch)
-        except (InputError, torch.OutOfMemoryError) as error:
-            raise TrialFailedError(" ".join(str(error).split()), trained=watch.has_started) from error
+        except (InputError, MisconfigurationException, RuntimeError, ValueError) as error:
+            if isinstance(error, _OF_THE_DEVICE):
+                raise
+            diverges = watch.has_started and isinstance(error, InputError)
+            raise TrialFailedError(_line(error), trained=diverges) from error
         finally:
             for checkpoint in [*folder.rglob("*.ckpt")]:
                 checkpoint.unlink(missing_ok=True)
@@ -228,6 +235,11 @@ def mean_over_folds(values: list[float], judge: Judge) -> float:
 def remove_folder(folder: Path) -> None:
     """Remove the folder of a trial that has not ended."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text:.300}"
 
 
 def _quiet_config(config: Config, folder: Path, number: int) -> Config:

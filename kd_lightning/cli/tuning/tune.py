@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _make_search(
     mine = parse_config(baseline_of(config), "experiment") if is_alone else config
     identity: list[Any] = [identity_of(mine, hash_files(mine)), seeds_of(mine), data.samples.hashes]
     identity += [{one.path: one.as_yaml() for one in space}, metric.name, metric.mode, metric.best]
-    identity += [judge.samples, judge.sizes]
+    identity += [judge.samples, judge.sizes, [path.parent.name for path in judge.splits]]
     own = {one.path: value_at(config, one.path) for one in space}
     return Search(folder, mine["name"], identity, space, own, metric, total)
 
@@ -193,11 +194,15 @@ def _run_one(side: _Side, started: Started, config: Config, judge: Judge, metric
     except TrialFailedError as failed:
         if started.own and not failed.trained:  # the config itself is wrong
             search.stop(started)
-            raise InputError(str(failed)) from failed
+            raise failed.__cause__ or InputError(str(failed)) from failed
         search.fail(started, str(failed))
-    except BaseException:
+    except BaseException as error:
         search.stop(started)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            print("tune: stopped; the same command goes on", flush=True)
         raise
+    finally:
+        gc.collect()  # networks on the device, which a trainer and its callbacks hold in a circle
     return next((one for one in search.ended() if one.number == started.number), None)
 
 

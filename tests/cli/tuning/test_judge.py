@@ -9,9 +9,11 @@ from torch.utils.data import TensorDataset
 from torchvision.io import write_png
 
 from kd_lightning import Digits, ImageFolder, SemiSupervisedDataModule
+from kd_lightning.cli.tuning.joined_source import JoinedSource
 from kd_lightning.cli.tuning.judge import LEAST_SAMPLES, _validated, find_judge, of_fold
 from kd_lightning.data.sources.source import Part, Parts, Source
 from kd_lightning.errors import InputError
+from kd_lightning.runs.class_paths import find_class
 
 
 def data_of(**arguments):
@@ -162,10 +164,21 @@ def test_groups_stay_whole(tmp_path):
     assert validated == Counter(range(24))
 
 
-def test_the_own_validation_part_decides(tmp_path):
-    """No fold may train on it."""
+def test_an_own_validation_part_that_is_small_is_among_the_folds(tmp_path):
     folder = photos(tmp_path / "photos")
     source = ImageFolder(str(folder / "train"), val=str(folder / "test"), image_size=8)
-    judge = find_judge(data_of(source=source), tmp_path)
-    assert judge.splits == [] and judge.samples == 4
-    assert "source's own validation part decide; their number is small" in judge.text
+    data = data_of(source=source, labeled=4)
+    judge = find_judge(data, tmp_path)
+    assert judge.joins_val and judge.samples == 8 + 4 and len(judge.splits) == 5
+    config = {"data": {"class_path": "D", "init_args": {"source": {"class_path": "S"}}}, "trainer": {}}
+    joined = of_fold(config, judge.splits[0], joins_val=True)["data"]["init_args"]["source"]
+    kind = find_class(joined["class_path"])
+    assert joined["init_args"] == {"source": {"class_path": "S"}} and kind is JoinedSource
+    validated = Counter()
+    for fold in folds_of(judge, source=kind(source)):
+        assert fold.eval_transform is source.eval_transform and fold.train_transform is source.train_transform
+        assert {*fold.split.labeled} == {*data.split.labeled, *data.split.val} - {*fold.split.val}
+        assert fold.split.unlabeled == data.split.unlabeled
+        validated.update(fold.split.val)
+    assert validated == Counter([*data.split.labeled, *data.split.val])
+    assert sorted(data.split.val) == [24, 25, 26, 27]
