@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.yaml_file import dump_yaml, load_yaml
 
 _FIELDS = ("low", "high", "log")
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
 Values = Mapping[str, Any]
 """Values by the path of their key."""
 
@@ -104,10 +106,10 @@ def _read_setting(key: str, value: Any, config: Config) -> Setting:
     if isinstance(value, list) and value:
         if len({json.dumps(one, sort_keys=True, default=str) for one in value}) < len(value):
             raise InputError(f"{key}: a value appears twice in {_short(value)}")
-        return Setting(path, values=tuple(value))
+        return Setting(path, values=tuple(map(_as_number, value)))
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {*_FIELDS}:
         raise InputError(f"{key} must be {{low:, high:, log:}} or a list of values, got {_short(value)}")
-    low, high, log = value["low"], value["high"], value.get("log", False)
+    low, high, log = _as_number(value["low"]), _as_number(value["high"]), value.get("log", False)
     for name, number in (("low", low), ("high", high)):
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise InputError(f"{key}.{name} must be a number, got {_short(number)}")
@@ -120,6 +122,11 @@ def _read_setting(key: str, value: Any, config: Config) -> Setting:
     own = value_at(config, path)
     whole = all(isinstance(number, int) for number in (low, high)) and isinstance(own, int)
     return Setting(path, low, high, log, whole)
+
+
+def _as_number(value: Any) -> Any:
+    """Return the number that a text such as ``1e-3`` is for the parser of ``fit``; YAML 1.1 has it as a text."""
+    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
 
 
 def check_space(settings: Sequence[Setting], config: Config) -> None:

@@ -134,9 +134,8 @@ class Search:
     # What has been tried.
 
     def ended(self) -> list[Ended]:
-        """Return the first trials that have ended, at most as many as are wanted, by number."""
-        found = [trial for trial in self._trials() if trial.state.is_finished()]
-        return [_ended(trial) for trial in found[: self.total]]
+        """Return the trials that have ended, by number; of more than are wanted, the first ones."""
+        return [_ended(trial) for trial in self._trials() if trial.state.is_finished()]
 
     @property
     def is_done(self) -> bool:
@@ -165,11 +164,11 @@ class Search:
         return sum(not trial.state.is_finished() for trial in self._trials())
 
     def _trials(self) -> list[FrozenTrial]:
-        """Return the trials that count, those that have ended first, both by number; not those that were stopped."""
+        """Return the trials 1 ... N that have ended or run, by number; not those that were stopped."""
         with _journal_is_whole():
             trials = self._study.get_trials(deepcopy=False)
-        counted = [trial for trial in trials if _NUMBER in trial.user_attrs and not _was_stopped(trial)]
-        return sorted(counted, key=lambda trial: (not trial.state.is_finished(), trial.user_attrs[_NUMBER]))
+        numbered = {trial.user_attrs.get(_NUMBER): trial for trial in trials if not _was_stopped(trial)}
+        return [numbered[number] for number in range(1, self.total + 1) if number in numbered]
 
     # One trial.
 
@@ -178,10 +177,10 @@ class Search:
         with self._starts:
             self._end_dead()
             counted = self._trials()
-            if len(counted) >= self.total:
-                return None
             taken = {trial.user_attrs[_NUMBER] for trial in counted}
-            number = next(n for n in range(1, len(counted) + 2) if n not in taken)
+            number = next((n for n in range(1, self.total + 1) if n not in taken), None)
+            if number is None:
+                return None
             own = not any(trial.user_attrs.get(_OWN) for trial in counted)
             return self._start(number, own)
 

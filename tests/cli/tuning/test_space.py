@@ -64,6 +64,14 @@ def test_own_space(plan):
     assert read_space(Path("written/space.yaml"), plan) == settings
 
 
+def test_numbers_with_an_exponent(plan):
+    """For YAML 1.1, ``1e-3`` is a text."""
+    Path("space.yaml").write_text(f"{LR}: {{low: 1e-3, high: 1e-1, log: true}}\nmodel.soft_weight: [1e-1, 0.5]")
+    settings = read_space(Path("space.yaml"), plan)
+    assert settings == [Setting(LR, 0.001, 0.1, log=True), Setting(WEIGHT, values=(0.1, 0.5))]
+    assert {*map(type, settings[1].values)} == {float}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -76,6 +76,16 @@ def test_fewer_trials_than_there_are():
     assert few.best().value == max(trial.value for trial in whole.ended()[:4])
 
 
+def test_fewer_trials_while_another_process_runs_one_of_them(monkeypatch):
+    one = search(total=4)
+    monkeypatch.setattr(one, "_end_dead", lambda: None)  # of this process, whose lock it would have
+    started = [one.start() for _ in range(4)]
+    for late in (0, 1, 3):
+        one.end(started[late], [0.5], 0.5)
+    few = search(total=3)
+    assert [trial.number for trial in few.ended()] == [1, 2] and not few.is_done and few.running() == 1
+
+
 def test_another_config_never_continues():
     run(search(total=2))
     other = search(identity=("other",))
