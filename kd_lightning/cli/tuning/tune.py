@@ -236,8 +236,8 @@ def _choose(sides: Sequence[_Side], config: Config, judge: Judge, metric: Metric
     texts = []
     for side in sides:
         best, ended = side.search.best(), side.search.ended()
-        found = apply_values(config, best.values)
-        chosen[side.is_alone] = found
+        # parsed, so that it is the config that its run saves
+        chosen[side.is_alone] = parse_config(apply_values(config, best.values), "experiment")
         seconds = sum(one.seconds for one in ended)
         text = f"{side.search.name}: {value_text(best, judge, metric)} in trial {best.number} of "
         texts.append(f"{text}{counts_text(ended)}, {time_text(seconds)}: {values_text(best.values)}")

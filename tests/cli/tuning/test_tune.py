@@ -94,7 +94,7 @@ def test_a_trial_is_the_fit_that_it_stands_for(search, capsys, monkeypatch):
 
 def test_stopped_and_resumed(search, monkeypatch, capsys):
     space = {"model.soft_weight": [0.2, 0.5], LR: {"low": 0.01, "high": 0.1, "log": True}}
-    _, *unbroken = search(space=space, out="unbroken")
+    _, *unbroken = search(space=space, out="unbroken", trainer__max_epochs=1)
     report = Watch.on_validation_end
     seen = []
 
@@ -102,13 +102,13 @@ def test_stopped_and_resumed(search, monkeypatch, capsys):
         report(self, trainer, pl_module)
         if not trainer.sanity_checking:
             seen.append(trainer.default_root_dir)
-        if len(seen) == 3:  # in the second trial
+        if len(seen) == 2:  # in the second trial
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Watch, "on_validation_end", stop)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         search(space=space)
-    assert "trial_0001" in seen[2] and not [*Path("out").rglob("trial_0001/fit_0")]
+    assert "trial_0001" in seen[1] and not [*Path("out").rglob("trial_0001/fit_0")]
     monkeypatch.setattr(Watch, "on_validation_end", report)
     capsys.readouterr()
     _, *resumed = search(space=space)
@@ -224,8 +224,11 @@ def test_experiment(quick, capsys, monkeypatch):
         assert f"tune: written to {file}" in first and file.read_text().startswith(f"# {said}\n")
         chosen = parse_config(["--config", str(file)], "experiment")
         assert chosen["name"] == run and chosen["seed_everything"] == 0
-        assert not (fit_once(chosen).folder / "..").resolve().joinpath("version_2").exists()  # is done
+        assert fit_once(chosen).seeds == (0, 0)
+        assert "is done" in capsys.readouterr().out
     main(arguments)
     assert capsys.readouterr().out.count("is done") == 4
+    for run in ("tiny_tuned", "tiny_alone_tuned"):
+        assert sorted(path.name for path in Path("runs", run).iterdir()) == ["version_0", "version_1"]
     main(["report", str(out)])
     assert said in (out / "report.html").read_text()
