@@ -152,7 +152,7 @@ def _run(sides: Sequence[_Side], config: Config, judge: Judge, metric: Metric) -
         if begun is None:
             if not waits:
                 running = sum(side.search.running() for side in sides)
-                print(f"tune: waiting for {running} trials of other processes", flush=True)
+                print(f"tune: waiting for {running} trial{'s' * (running != 1)} of other processes", flush=True)
             waits = True
             time.sleep(_POLL)
             continue

@@ -168,7 +168,10 @@ def test_folds_of_few_labels_and_a_label_file(search, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint__monitor": "val/acuracy", "checkpoint__mode": "max"}, "val/acuracy is not logged.*val/accuracy"),
+        (
+            {"checkpoint__monitor": "val/accuracy2", "checkpoint__mode": "max"},
+            "val/accuracy2 is not logged.*val/accuracy",
+        ),
         ({"checkpoint__monitor": "train/loss"}, "needs a metric of validation as checkpoint.monitor, got train/loss"),
         ({"data__labeled": 1, "data__val_size": 0}, "0 validation samples are too few"),
         ({"trainer__check_val_every_n_epoch": 5}, "no validation ran"),
