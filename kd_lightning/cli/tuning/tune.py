@@ -90,7 +90,7 @@ def tune(config: Config, data: SemiSupervisedDataModule, total: int, space_file:
 def metric_of(config: Config, data: SemiSupervisedDataModule, judge: Judge) -> Metric:
     """Return the metric that decides: the monitor of the checkpoints, or without one accuracy, or the loss.
 
-    Without a validation part of its own, a run of the default monitor deploys its last weights.
+    A run of a config without validation deploys its last weights.
 
     Raises:
         InputError: If the monitor is one of training.
@@ -106,7 +106,7 @@ def metric_of(config: Config, data: SemiSupervisedDataModule, judge: Judge) -> M
         return Metric("val/accuracy", "max", best=False)
     if str(monitor).startswith("train"):
         raise InputError(f"--tune needs a metric of validation as checkpoint.monitor, got {monitor}")
-    return Metric(monitor, checkpoint["mode"], best=judge.has_validation or monitor != "val/accuracy")
+    return Metric(monitor, checkpoint["mode"], best=judge.has_validation)
 
 
 def _make_search(
