@@ -244,8 +244,10 @@ def _choose(sides: Sequence[_Side], config: Config, judge: Judge, metric: Metric
         print(f"tune: {texts[-1]}")
     numbers = " and ".join(dict.fromkeys(str(side.search.total) for side in sides))
     seed = seeds_of(config)[1]
+    is_transductive = (config["data"].get("init_args") or {}).get("unlabeled") == "test"
+    without = "without any label of a test sample" if is_transductive else "without any test sample"
     remarks = [
-        f"Both were tuned by {numbers} trials each, at seed {seed}, without any test sample: {judge.text}.",
+        f"Both were tuned by {numbers} trials each, at seed {seed}, {without}: {judge.text}.",
         *(f"{text}." for text in texts),
         "The best value of several trials is optimistic; the figures above are not, since they are of test samples.",
     ]
