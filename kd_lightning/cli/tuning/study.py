@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from kd_lightning.cli.tuning.locks import JournalLock, make_lock
 from kd_lightning.cli.tuning.space import Setting, Values
-from kd_lightning.cli.tuning.trial import Metric, remove_folder
+from kd_lightning.cli.tuning.trial import REPORTS, Metric, remove_folder
 from kd_lightning.errors import InputError
 from kd_lightning.runs.folder import lock_folder
 
@@ -88,7 +88,8 @@ class Search:
     its values, so that another config, space or data never continue it. The settings of trial k depend on this name, k
     and the trials before, so that a search that was stopped goes on as if it had not been.
 
-    The first trial has the config's own settings, and is never pruned.
+    The first trial has the config's own settings, and is never pruned. Others are pruned, from a quarter of their fit
+    on, if they are worse than the median of the whole trials at the same share of theirs.
 
     Args:
         folder: Folder of the journal and of the trials.
@@ -123,7 +124,7 @@ class Search:
         self.folder = folder / self.study_name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._starts = make_lock(folder / "starts.lock")
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP, n_warmup_steps=REPORTS // 4)
         better = optuna.study.StudyDirection.MAXIMIZE if metric.mode == "max" else optuna.study.StudyDirection.MINIMIZE
         with self._starts:
             storage = _open_journal(folder / "journal.log")

@@ -122,10 +122,11 @@ def test_pruning_starts_after_five_whole_trials_and_never_hits_the_own_values():
         assert not any(one.report(started, step, 0.5) for step in range(1, 9)), number
         one.end(started, [0.5], 0.5)
     bad = one.start()
-    assert one.report(bad, 1, 0.1)
+    assert not one.report(bad, 1, 0.1)  # before a quarter of its fit
+    assert one.report(bad, 2, 0.1)
     one.prune(bad, "after epoch 1")
     good = one.start()
-    assert not one.report(good, 1, 0.6)
+    assert not one.report(good, 2, 0.6)
     one.fail(good, "weights are not finite")
     states = [(trial.state, trial.value, trial.reason) for trial in one.ended()[5:]]
     assert states == [("pruned", 0.1, "after epoch 1"), ("failed", None, "weights are not finite")]
@@ -138,12 +139,12 @@ def test_the_first_trial_is_not_pruned_when_another_process_repeats_it(monkeypat
     first = one.start()
     for _ in range(6):
         started = one.start()
-        one.report(started, 1, 0.9)
+        one.report(started, 2, 0.9)
         one.end(started, [0.9], 0.9)
     one.stop(first)
     again = one.start()
     assert again.own and again.number == 1
-    assert not one.report(again, 1, 0.0)
+    assert not one.report(again, 2, 0.0)
     assert one.start().number == 8
 
 
