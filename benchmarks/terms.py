@@ -1,7 +1,8 @@
 """All losses that distil, on Fashion-MNIST: one student, one teacher, as many steps and as many tries for each of them.
 
 Run: python benchmarks/fashion.py --package DIR --prepare data/fashion                 (a minute)
-     python benchmarks/terms.py [--seeds 5] [--store FILE] [--processes 2]             (2.5 hours of CPU time)
+     python benchmarks/terms.py --settings [--store FILE] [--processes 2]              (selects settings: 1.2 CPU hours)
+     python benchmarks/terms.py [--seeds 5] [--store FILE] [--processes 2]             (1.2 CPU hours)
      python benchmarks/terms.py --only KD DKD AT ...                                   (some of the losses)
 
 Package, in the folder DIR: apt-get download dataset-fashion-mnist (MIT). A seed selects 10,000 training images, 50 of
@@ -89,6 +90,34 @@ FEATURES = {  # layers, loss, and three weights
 }
 PROJECTORS = {"ReviewKD": ReviewFusion}
 METHODS = ("alone", *SOFT, *FEATURES, "SimKD")
+SETTINGS = {  # learning rate and weight, as --settings has selected them
+    "alone": (0.06, None),
+    "KD": (0.03, 1.0),
+    "KD, standardized": (0.01, 1.0),
+    "DKD": (0.03, 1.0),
+    "DKD, standardized": (0.03, 1.0),
+    "DIST": (0.03, 0.9),
+    "TTM": (0.01, 0.98),
+    "WTTM": (0.01, 1.0),
+    "NKD": (0.03, 1.0),
+    "RLD": (0.03, 0.5),
+    "MLKD": (0.01, 0.5),
+    "JS": (0.03, 1.0),
+    "reverse KL": (0.01, 0.9),
+    "hard labels": (0.03, 0.9),
+    "hints": (0.03, 0.03),
+    "AT": (0.03, 1000.0),
+    "SP": (0.03, 300.0),
+    "RKD": (0.03, 0.1),
+    "VID": (0.03, 10.0),
+    "PKT": (0.03, 3000.0),
+    "CRD": (0.03, 0.08),
+    "ReviewKD": (0.03, 10.0),
+    "CWD": (0.03, 5.0),
+    "cosine": (0.03, 1.0),
+    "smooth L1": (0.03, 10.0),
+    "SimKD": (0.03, None),
+}
 
 
 def tries(method):
@@ -153,16 +182,24 @@ def get(fits, folder, cache, case):
     return fits.get([*case], partial(Fit(folder, cache, part, seed), *settings))
 
 
-def run(fits, folder, cache, methods, seeds, processes):
-    """Print the tables of test accuracies and of tries."""
-    measure = partial(get, fits, folder, cache)
+def select(measure, methods, processes):
+    """Print the accuracies of all tries, on validation images. The best is bold."""
     cases = [("val", SETTING_SEED, method, *setting) for method in methods for setting in tries(method)]
     found = in_parallel(measure, cases, processes)
     tried = {method: {} for method in methods}
     for (_, _, method, *setting), figures in zip(cases, found, strict=True):
         tried[method][tuple(setting)] = figures["accuracy"]
-    best = {method: max(own, key=own.get) for method, own in tried.items()}
-    cases = [("test", seed, method, *best[method]) for seed in range(seeds) for method in methods]
+    print("| loss | accuracy % of the validation images, by learning rate and weight |\n|---|---|")
+    for method, own in tried.items():
+        best = max(own, key=own.get)
+        cells = [f"{text(setting)}: {value:.2f}" for setting, value in own.items()]
+        cells = [f"**{cell}**" if setting == best else cell for cell, setting in zip(cells, own, strict=True)]
+        print(f"| {method} | {'; '.join(cells)} |")
+
+
+def compare(measure, methods, seeds, processes):
+    """Print the table of test accuracies."""
+    cases = [("test", seed, method, *SETTINGS[method]) for seed in range(seeds) for method in methods]
     found = in_parallel(measure, cases, processes)
     values = {method: [] for method in methods}
     for (_, _, method, *_), figures in zip(cases, found, strict=True):
@@ -170,10 +207,7 @@ def run(fits, folder, cache, methods, seeds, processes):
     print("| loss | learning rate, weight | accuracy % | over KD |\n|---|---|---|---|")
     for method, own in values.items():
         over = "" if method == "KD" else interval(own, values["KD"], comparisons=len(methods) - 1)
-        print(f"| {method} | {text(best[method])} | {spread(own)} | {over} |")
-    print("\n| loss | accuracy % of the validation images, by learning rate and weight |\n|---|---|")
-    for method, own in tried.items():
-        print(f"| {method} | {'; '.join(f'{text(setting)}: {value:.2f}' for setting, value in own.items())} |")
+        print(f"| {method} | {text(SETTINGS[method])} | {spread(own)} | {over} |")
 
 
 def text(setting):
@@ -186,6 +220,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", default="data/fashion", help="folder that fashion.py --prepare has written")
     parser.add_argument("--only", nargs="*", default=METHODS, choices=METHODS, help="KD, and some of the others")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--settings", action="store_true", help="select the settings, on validation images")
     options = parser.parse_args()
     quiet()
     fits = Fits(options.store)
@@ -193,5 +228,9 @@ if __name__ == "__main__":
     print(f"teacher: {teacher['accuracy']:.2f} % of the test images\n")
     with tempfile.TemporaryDirectory(dir=options.folder) as cache:
         methods = [method for method in METHODS if method in {"KD", *options.only}]
-        run(fits, options.folder, cache, methods, options.seeds, options.processes)
+        measure = partial(get, fits, options.folder, cache)
+        if options.settings:
+            select(measure, methods, options.processes)
+        else:
+            compare(measure, methods, options.seeds, options.processes)
     print(versions())
