@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.cli.commands.experiment import baseline_of
+from kd_lightning.cli.baseline import baseline_of
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
