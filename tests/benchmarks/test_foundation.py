@@ -80,7 +80,9 @@ def stamps_of(scripts, tmp_path, monkeypatch):
     for part, count in (("train", 48), ("val", 16), ("test", 24)):
         x = torch.randint(256, (count, 3, 40, 40), dtype=torch.uint8, generator=generator)
         torch.save((x, torch.arange(count) % 8), tmp_path / f"{part}.pt")
-    torch.save(torch.randint(256, (90, 3, 40, 40), dtype=torch.uint8, generator=generator), tmp_path / "photos.pt")
+    for name, count in {"photos": 90, "others": 8}.items():
+        pictures = torch.randint(256, (count, 3, 40, 40), dtype=torch.uint8, generator=generator)
+        torch.save(pictures, tmp_path / f"{name}.pt")
     torch.save(Tiny("features", 10).state_dict(), tmp_path / "teacher.pth")
     return lambda part, seed=0: foundation.Stamps(tmp_path, part, seed)
 

@@ -62,23 +62,33 @@ def test_images_of_one_seed_are_the_same_for_all_methods(terms, fitted, tmp_path
     assert len({*first.tolist()}) == 200
 
 
-def test_the_table_compares_the_best_try_with_kd(terms, monkeypatch, capsys):
-    accuracy = {
-        ("val", 100, "KD", 0.01, 0.5): 80.0,
-        ("val", 100, "KD", 0.03, 0.9): 81.0,
-        ("val", 100, "DKD", 0.01, 0.9): 82.0,
-    }
-    own = {("KD", 0.03, 0.9): 90, ("DKD", 0.01, 0.9): 91}
+def test_each_setting_is_one_of_the_tries(terms):
+    assert terms.SETTINGS.keys() == {*terms.METHODS}
+    assert all(setting in terms.tries(method) for method, setting in terms.SETTINGS.items())
+
+
+def test_the_best_try_is_bold(terms, monkeypatch, capsys):
+    accuracy = {("val", 100, "KD", 0.03, 0.9): 81.0, ("val", 100, "alone", 0.1, None): 82.0}
+    monkeypatch.setattr(
+        terms, "in_parallel", lambda function, cases, processes: [{"accuracy": accuracy.get(c, 10.0)} for c in cases]
+    )
+    terms.select(None, ["alone", "KD"], 1)
+    out = capsys.readouterr().out
+    assert "; 0.03, 0.5: 10.00; **0.03, 0.9: 81.00**; 0.03, 1: 10.00 |" in out
+    assert "| alone | 0.001: 10.00; " in out and "; **0.1: 82.00** |" in out
+    assert out.count("**") == 4
+
+
+def test_the_table_compares_with_kd(terms, monkeypatch, capsys):
+    """The settings are those that were selected, and each seed is compared with itself."""
+    own = {"KD": 90, "DKD": 91}
 
     def measured(function, cases, processes):
-        return [
-            {"accuracy": accuracy.get(case, 10.0) if case[0] == "val" else own[case[2:]] + case[1] ** 2 * 0.1}
-            for case in cases
-        ]
+        assert all(part == "test" and setting == [*terms.SETTINGS[name]] for part, _, name, *setting in cases)
+        return [{"accuracy": own[name] + seed**2 * 0.1} for _, seed, name, *_ in cases]
 
     monkeypatch.setattr(terms, "in_parallel", measured)
-    terms.run(None, None, None, ["KD", "DKD"], 3, 1)
+    terms.compare(None, ["KD", "DKD"], 3, 1)
     out = capsys.readouterr().out
-    assert "| KD | 0.03, 0.9 | 90.17 ± 0.21 |  |" in out
-    assert "| DKD | 0.01, 0.9 | 91.17 ± 0.21 | +1.00 [+1.00, +1.00] |" in out
-    assert "0.01, 0.9: 82.00" in out
+    assert "| KD | 0.03, 1 | 90.17 ± 0.21 |  |" in out
+    assert "| DKD | 0.03, 1 | 91.17 ± 0.21 | +1.00 [+1.00, +1.00] |" in out

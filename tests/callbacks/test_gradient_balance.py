@@ -238,7 +238,9 @@ def test_two_processes(processes, tmp_path, monkeypatch):
     """Each epoch is logged once, and the mean over the shares is the mean of the two first batches' norms."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(SCRIPT)
-    processes.run_ranks(["train.py", "2"])
+    processes.run_ranks(
+        ["train.py", "2"], PL_GLOBAL_SEED="0"
+    )  # Lightning's sampler reads it; an earlier test may set it
     found, steps = json.loads((tmp_path / "found_2.json").read_text())
     assert steps == 4 and len(found) == 2
     torch.manual_seed(0)
