@@ -19,6 +19,7 @@ from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.evaluation_batches import batches_of
+from kd_lightning.data.identity import base_content
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.splits import Split
@@ -60,6 +61,32 @@ def build_data(config: Config, command: str) -> SemiSupervisedDataModule:
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def whole_groups(data: SemiSupervisedDataModule, labeled: Sequence[int]) -> list[str] | None:
+    """Return the group of each sample, for :func:`stratified_folds`; None if each labeled sample is alone.
+
+    A group is that of the data, joined with those that have a copy of one of its labeled samples: a copy in another
+    fold would be trained on.
+    """
+    groups = data.sample_groups()
+    contents = data.identities("train").contents
+    # a dataset that returns another item each time has no contents
+    known = {index: base_content(contents[index]) for index in labeled if contents[index]}
+    if groups is None and len({*known.values()}) == len(known):
+        return None
+    groups = [f"{number}" for number in range(len(contents))] if groups is None else groups
+    parent: dict[str, str] = {}
+
+    def root_of(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    first: dict[str, str] = {}
+    for index, content in known.items():
+        parent[root_of(groups[index])] = root_of(first.setdefault(content, groups[index]))
+    return [root_of(name) for name in groups]
 
 
 def stratified_folds(

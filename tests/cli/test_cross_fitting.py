@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from torch.utils.data import TensorDataset
 
+from kd_lightning import DatasetSource, SemiSupervisedDataModule
 from kd_lightning.cli import fit_once
+from kd_lightning.cli.commands import clean
 from kd_lightning.cli.cross_fitting import (
     config_of_fold,
     fit_folds,
@@ -16,7 +19,9 @@ from kd_lightning.cli.cross_fitting import (
     require_one_process,
     stratified_folds,
     weight_files,
+    whole_groups,
 )
+from kd_lightning.cli.tuning.judge import find_judge
 from kd_lightning.data import Digits
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
@@ -214,3 +219,60 @@ def test_weight_files():
     assert sorted(weight_files({"model": model})) == ["start.pt", "teacher.pt"]
     model["init_args"] |= {"initial_weights": None, "teacher": None}
     assert weight_files({"model": model}) == []
+
+
+def merged(groups, contents, labeled):
+    data = SimpleNamespace(
+        sample_groups=lambda: groups,
+        identities=lambda part: SimpleNamespace(contents=contents if part == "train" else []),
+    )
+    return whole_groups(data, labeled)
+
+
+def test_groups_and_copies_are_merged():
+    groups = merged(["a", "a", "b", "c", "c", "d"], ["x#0", "y", "y#1", "z", "w", "w"], range(6))
+    assert groups[0] == groups[1] == groups[2] and groups[3] == groups[4] == groups[5] != groups[0]
+    assert merged(None, ["x", "y", "y"], [0, 1]) is None
+    groups = merged(None, ["x", "y", "x"], range(3))
+    assert groups[0] == groups[2] != groups[1]
+    assert merged(None, ["", "", ""], range(3)) is None  # of a dataset that returns another item each time
+
+
+@pytest.fixture
+def copied():
+    """Ten samples of each of four classes, of which the last four of a class are copies of its first four."""
+    x = torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[24:] = x[:16]
+    source = DatasetSource(TensorDataset(x, torch.arange(40) % 4))
+    data = SemiSupervisedDataModule(source, val_size=0)
+    data.setup("fit")
+    return data
+
+
+def assert_copies_are_together(folds):
+    fold_of = {index: number for number, fold in enumerate(folds) for index in fold}
+    assert len(fold_of) == 40 and len({*fold_of.values()}) == len(folds)
+    assert all(fold_of[index] == fold_of[index + 24] for index in range(16))
+
+
+def test_copies_are_a_group_and_others_are_alone(copied):
+    groups = whole_groups(copied, range(40))
+    assert all(groups[index] == groups[index + 24] for index in range(16)) and len({*groups}) == 24
+    assert whole_groups(copied, range(24)) is None
+
+
+def test_a_copy_is_not_in_another_fold_of_a_search(copied, tmp_path):
+    judge = find_judge(copied, tmp_path)
+    assert_copies_are_together([json.loads(split.read_text())["val"] for split in judge.splits])
+
+
+def test_a_copy_is_not_in_another_fold_of_clean(copied, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(clean, "fit_folds", lambda config, split, folds, *rest: found.extend(folds) or 1 / 0)
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1},
+        "model": {"class_path": "kd_lightning.SupervisedModule", "init_args": {"student": {"class_path": "DigitsCNN"}}},
+    }
+    with pytest.raises(ZeroDivisionError):
+        clean.review(config, copied, 3, tmp_path, tmp_path)
+    assert_copies_are_together(found)

@@ -20,6 +20,7 @@ from kd_lightning.cli.cross_fitting import (
     require_one_process,
     stratified_folds,
     weight_files,
+    whole_groups,
 )
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.cli.short.clean import write_clean_config
@@ -125,7 +126,7 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
     if len({*known.values()}) < 2:
         raise InputError(f"clean needs labels of at least 2 classes, got {', '.join({*known.values()}) or 'no labels'}")
-    held_out = stratified_folds(known, folds, split.seed, "--folds", data.sample_groups())
+    held_out = stratified_folds(known, folds, split.seed, "--folds", whole_groups(data, [*known]))
     out.mkdir(parents=True, exist_ok=True)
     parts = []
     fits = fit_folds(config, split, held_out, folder, data.samples.hashes)

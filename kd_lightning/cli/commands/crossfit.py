@@ -16,6 +16,7 @@ from kd_lightning.cli.cross_fitting import (
     require_one_process,
     stratified_folds,
     weight_files,
+    whole_groups,
 )
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
@@ -68,7 +69,7 @@ def cross_fit(config: Config, folds: int) -> Path:
     _check_first_weights(config, data, {contents[index] for index in split.labeled})
     classes = None if data.samples.dense else labeled_classes(data)
     strata = dict.fromkeys(split.labeled, "samples with a label") if classes is None else classes
-    held_out = stratified_folds(strata, folds, split.seed, "--folds", _groups(data, contents, [*strata]))
+    held_out = stratified_folds(strata, folds, split.seed, "--folds", whole_groups(data, [*strata]))
     root = Path(config["trainer"]["default_root_dir"]) / f"{config['name']}_crossfit"
     found, right = [], 0 if classes is not None and task == "multiclass" else None
     fits = fit_folds(config, split, held_out, root / f"{folds}_folds", data.samples.hashes)
@@ -84,25 +85,6 @@ def cross_fit(config: Config, folds: int) -> Path:
         found.append(Fold(place, run.weights_hash or "", paths, own))
     CrossFit(task, found, right, class_names).save(root / CROSS_FIT)
     return root / CROSS_FIT
-
-
-def _groups(data: SemiSupervisedDataModule, contents: Sequence[str], labeled: Sequence[int]) -> list[str] | None:
-    """Return the group of each sample, in which equal contents are together; None if each sample is alone."""
-    groups = data.sample_groups()
-    if groups is None and len({contents[index] for index in labeled}) == len(labeled):
-        return None
-    groups = [f"{number}" for number in range(len(contents))] if groups is None else groups
-    parent: dict[str, str] = {}
-
-    def root_of(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
-    first: dict[str, str] = {}
-    for index in labeled:
-        parent[root_of(groups[index])] = root_of(first.setdefault(contents[index], groups[index]))
-    return [root_of(name) for name in groups]
 
 
 def _check_first_weights(config: Config, data: SemiSupervisedDataModule, labeled: Set[str]) -> None:

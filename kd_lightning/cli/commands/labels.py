@@ -25,6 +25,7 @@ from kd_lightning.cli.cross_fitting import (
     require_one_process,
     stratified_folds,
     weight_files,
+    whole_groups,
 )
 from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
@@ -249,7 +250,7 @@ def cross_fit(folder: Path, folds: int) -> list[Estimate]:
     if truth is None or split is None:
         text = "--cross-fit needs one class for each sample"
         raise InputError(f"{text}, those of {folder} have several labels or floats")
-    held_out = stratified_folds(truth, folds, split.seed, "--cross-fit", data.sample_groups())
+    held_out = stratified_folds(truth, folds, split.seed, "--cross-fit", whole_groups(data, [*truth]))
     root = folder / FOLDER / "cross_fit" / f"{folds}_folds"
     fits = fit_folds(run.config, split, held_out, root, data.samples.hashes)
     estimates = aggregate([[*read_ledger(fold.folder).values()] for fold in fits], held_out, truth)

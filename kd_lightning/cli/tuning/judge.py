@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kd_lightning.cli.cross_fitting import stratified_folds
+from kd_lightning.cli.cross_fitting import stratified_folds, whole_groups
 from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.build import val_labels
@@ -79,7 +79,7 @@ def find_judge(data: SemiSupervisedDataModule, folder: Path, limit: int | float 
             single = sorted(name for name in {*labels.values()} if [*labels.values()].count(name) == 1)
             reason = f"folds of the labels need 2 of each class, got 1 of {', '.join(single)}"
         raise InputError(f"{_OPTION}: {found}, and {reason}; set a larger data.init_args.val_size")
-    groups = data.sample_groups()
+    groups = whole_groups(data, [*labels])
     number = min(_MOST_FOLDS, few)
     if groups is not None:
         number = max(2, min(number, len({groups[index] for index in labels})))

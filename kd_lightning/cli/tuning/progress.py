@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binomtest
-
 from kd_lightning.cli.tuning.judge import Judge
 from kd_lightning.cli.tuning.keys import short_name
 from kd_lightning.cli.tuning.study import Ended
 from kd_lightning.cli.tuning.trial import Metric
+from kd_lightning.teachers.intervals import share_interval
 
 
 def trial_line(name: str, total: int, metric: Metric, ended: Ended, best: Ended | None, left: float | None) -> str:
@@ -77,7 +76,7 @@ def value_text(ended: Ended, judge: Judge, metric: Metric) -> str:
     """
     assert ended.value is not None
     text = f"{metric.name} {ended.value:.4g}"
-    if interval := share_interval(ended.value, judge.samples, metric):
+    if interval := accuracy_interval(ended.value, judge.samples, metric):
         return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}] (95 %, n = {judge.samples})"
     if len(ended.folds) > 1:
         error = statistics.stdev(ended.folds) / math.sqrt(len(ended.folds))
@@ -85,15 +84,12 @@ def value_text(ended: Ended, judge: Judge, metric: Metric) -> str:
     return f"{text} (n = {judge.samples})"
 
 
-def share_interval(value: float, samples: int, metric: Metric) -> tuple[float, float] | None:
+def accuracy_interval(value: float, samples: int, metric: Metric) -> tuple[float, float] | None:
     """Return the 95 % interval of an accuracy; None for a metric that is no share of the samples."""
     right = round(value * samples)
     if not metric.name.rpartition("/")[2].endswith("accuracy") or abs(right - value * samples) > 1e-3:
         return None
-    if not 0 <= right <= samples:
-        return None
-    interval = binomtest(right, samples).proportion_ci(0.95, method="exact")
-    return float(interval.low), float(interval.high)
+    return share_interval(right / samples, samples) if 0 <= right <= samples else None
 
 
 def counts_text(ended: Sequence[Ended]) -> str:

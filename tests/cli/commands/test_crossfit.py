@@ -131,19 +131,6 @@ def test_copies_of_one_content_are_in_one_fold(made_up):
     assert sum(len({*fold.contents}) for fold in found.folds) == len({*every})
 
 
-def test_groups_and_copies_are_merged():
-    class Data:
-        def sample_groups(self):
-            return ["a", "a", "b", "c", "c", "d"]
-
-    groups = command._groups(Data(), ["x", "y", "y", "z", "w", "w"], range(6))
-    assert groups[0] == groups[1] == groups[2] and groups[3] == groups[4] == groups[5] != groups[0]
-    Data.sample_groups = lambda self: None
-    assert command._groups(Data(), ["x", "y", "y"], [0, 1]) is None
-    groups = command._groups(Data(), ["x", "y", "x"], range(3))
-    assert groups[0] == groups[2] != groups[1]
-
-
 class TestBadInput:
     def test_random_items(self, made_up):
         with pytest.raises(InputError, match="the dataset returns another item each time"):

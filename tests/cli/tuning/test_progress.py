@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import beta
 
 from kd_lightning.cli.tuning.judge import Judge
-from kd_lightning.cli.tuning.progress import share_interval, trial_line, value_text
+from kd_lightning.cli.tuning.progress import accuracy_interval, trial_line, value_text
 from kd_lightning.cli.tuning.study import Ended
 from kd_lightning.cli.tuning.trial import Metric
 
@@ -30,11 +30,11 @@ def test_lines():
 
 def test_interval():
     """Clopper and Pearson's, by the beta distribution."""
-    low, high = share_interval(0.75, 40, ACCURACY)
+    low, high = accuracy_interval(0.75, 40, ACCURACY)
     assert low == pytest.approx(beta.ppf(0.025, 30, 11)) and high == pytest.approx(beta.ppf(0.975, 31, 10))
-    assert share_interval(0.751, 40, ACCURACY) is None  # of dense labels
-    assert share_interval(0.75, 40, Metric("val/loss", "min", best=True)) is None
-    assert share_interval(2.0, 40, ACCURACY) is None
+    assert accuracy_interval(0.751, 40, ACCURACY) is None  # of dense labels
+    assert accuracy_interval(0.75, 40, Metric("val/loss", "min", best=True)) is None
+    assert accuracy_interval(2.0, 40, ACCURACY) is None
 
 
 def test_values():
