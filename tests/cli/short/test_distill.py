@@ -112,7 +112,7 @@ def test_other_options_get_a_new_version_and_edits_are_not_lost(done, capsys):
 def test_what_was_interrupted_goes_on(done, tmp_path, monkeypatch, capsys):
     photos, _ = done
 
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
