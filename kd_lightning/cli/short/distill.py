@@ -26,6 +26,7 @@ from kd_lightning.cli.short.steps import (
 from kd_lightning.cli.short.students import Candidate, choose, write_students
 from kd_lightning.errors import InputError
 from kd_lightning.report.numbers import count_text
+from kd_lightning.runs.figures.statistics import LEAST_SAMPLES, LEAST_SEEDS
 from kd_lightning.runs.folder import next_version
 from kd_lightning.runs.run import SPLIT, WEIGHTS, Run
 
@@ -163,10 +164,12 @@ class Distillation:
             f"{chosen.name}: {100 * chosen.accuracy:.1f} % of {count} test pictures distilled, "
             f"{100 * chosen.alone:.1f} % alone"
         ]
-        if self.seeds < 3:
-            lines.append(
-                f"does the teacher help? {count_text(self.seeds, 'seed')} cannot tell: --seeds 3 fits the others"
-            )
+        if count < LEAST_SAMPLES:
+            few = count_text(count, "test picture")
+            lines.append(f"does the teacher help? {few} cannot tell: a verdict needs {LEAST_SAMPLES}")
+        elif self.seeds < LEAST_SEEDS:
+            few = count_text(self.seeds, "seed")
+            lines.append(f"does the teacher help? {few} cannot tell: --seeds {LEAST_SEEDS} fits the others")
         lines += [f"run      {run.folder}", f"config   {root / run.name}.yaml", f"compared {chosen.result.out}"]
         return lines + [f"file     {file}" for file in files]
 

@@ -90,7 +90,9 @@ def test_a_second_time_nothing_is_trained(done, capsys):
     before = {path: path.read_bytes() for path in root.glob("*.yaml")}
     run = kd_lightning.distill(photos, "resnet8", "resnet14", epochs=1, image_size=32, out=root.parent)
     assert run.folder == root / "resnet8/version_0"
-    assert len(versions(root)) == 3 and capsys.readouterr().out.count("is done:") == 3
+    out = capsys.readouterr().out
+    assert len(versions(root)) == 3 and out.count("is done:") == 3
+    assert "does the teacher help? 6 test pictures cannot tell: a verdict needs 100" in out  # nor could more seeds
     assert {path: path.read_bytes() for path in root.glob("*.yaml")} == before
 
 
