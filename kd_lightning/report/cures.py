@@ -14,6 +14,7 @@ from kd_lightning.data.transforms import RGB, Compose, Normalize, RandomHorizont
 from kd_lightning.losses import KDLoss
 from kd_lightning.losses.protocols import temperature_of
 from kd_lightning.runs.class_paths import walk_config
+from kd_lightning.runs.lengths import length_of, scale_lengths
 from kd_lightning.runs.yaml_file import dump_yaml
 from kd_lightning.teachers.findings import Finding
 
@@ -146,8 +147,23 @@ def _softer(module: Any, data: Any, config: Mapping[str, Any]) -> Cure:
 
 
 def _longer(module: Any, data: Any, config: Mapping[str, Any]) -> Cure:
-    epochs = (config.get("trainer") or {}).get("max_epochs")
-    return ({"trainer": {"max_epochs": 2 * epochs}}, "") if isinstance(epochs, int) and epochs > 0 else None
+    if not config.get("trainer"):
+        return None
+    known = {"model": {}, **config}
+    if (length := length_of(known)) is None:
+        return None
+    longer = deepcopy(known)
+    key = length[0].partition(".")[2]
+    longer["trainer"][key] = 2 * length[1]
+    scale_lengths(longer, 2)
+    return _difference(known, longer), ""
+
+
+def _difference(before: Any, after: Any) -> Any:
+    """Return the parts of a config that differ; lists are whole."""
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return after
+    return {key: _difference(before.get(key), value) for key, value in after.items() if value != before.get(key)}
 
 
 def _labels_count(module: Any, data: Any, config: Mapping[str, Any]) -> Cure:

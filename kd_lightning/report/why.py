@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from kd_lightning.inputs import call
 from kd_lightning.losses.base import Task
 from kd_lightning.losses.protocols import is_own, temperature_of
 from kd_lightning.report.cures import with_cure
+from kd_lightning.report.selection_check import selection
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.weights import load_weights
-from kd_lightning.teachers.decisions import Decisions, decisions_of
+from kd_lightning.teachers.decisions import Change, Decisions, change_by_teacher, decisions_of
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.findings import Finding, LabeledLogits, Rows, collect_rows, match_labels
 from kd_lightning.teachers.reasons import verdict
@@ -100,6 +101,7 @@ class Why:
             "following": self._following,
             "gradients over training": lambda: self._balance(training),
             "unlabeled samples": self._pool,
+            "selection": self._selection,
         }
         self.module.eval()
         for name, check in checks.items():
@@ -110,7 +112,8 @@ class Why:
             except Exception as error:  # of networks and data of any kind; what is not measured must not end a check
                 reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                 yield Finding(name, f"not checked: {reason.partition(chr(10))[0]}")
-        yield verdict(found, helps=self._helps if self.history.helps is None else self.history.helps)
+        helpful = self._helps if self.history.helps is None else self.history.helps
+        yield verdict(found, helps=helpful, measured=self.history.taught is not None and self.history.alone is not None)
 
     # What is measured.
 
@@ -154,6 +157,26 @@ class Why:
         logits: Tensor = self.module(batch.x)
         return logits
 
+    def _of_run(self, who: Literal["taught", "alone"], part: str) -> LabeledLogits | None:
+        """Return the logits of the student of a finished run as :meth:`_matched` does; None without a run."""
+        run: Run | None = getattr(self.history, who)
+        if run is None:
+            return None
+        with weights_of(self.module.student, run):
+            return self._matched(who, self._student, part)
+
+    def _decided(self, who: Literal["taught", "alone"], part: str) -> Decisions | None:
+        found = self._of_run(who, part)
+        return None if found is None else decisions_of(found, self.task)
+
+    def _change(self, views: LabeledLogits) -> Change | None:
+        """Return what the teacher changes on labeled training views, by finished runs; None without them."""
+        try:
+            taught, alone = self._of_run("taught", "training"), self._of_run("alone", "training")
+        except Exception:  # of weights that do not fit; the checks of the runs name it
+            return None
+        return None if taught is None or alone is None else change_by_teacher(views, taught, alone)
+
     # The checks.
 
     def _views(self) -> Iterator[Finding]:
@@ -173,7 +196,8 @@ class Why:
             yield memory(seen, other, same_views=unseen is not None)
         names = getattr(self.data, "class_names", None)
         share, noisy = self._labeled.labeled_share, self._labeled.noisy
-        yield wrong_decisions(views, self.task, names, labeled=share, noisy=noisy)
+        change = self._change(views)
+        yield wrong_decisions(views, self.task, names, labeled=share, noisy=noisy, change=change)
         if unseen is not None and plain_unseen is not None:
             yield view_strength(plain_unseen, unseen, "validation samples")
         elif (plain := self._decisions("teacher", self.teach, "training_plain")) is not None:
@@ -198,21 +222,16 @@ class Why:
         yield capacity(self.module.student, [one.network for one in self.teachers], macs)
 
     def _alone(self) -> Iterator[Finding]:
-        alone, taught = self.history.alone, self.history.taught
+        alone = self.history.alone
         if self.task == "regression" or alone is None:
             return
         teacher = self._decisions("teacher", self.teach, "held_out_plain")
         if teacher is None:
             yield Finding("student alone", "not checked: there are no labeled validation samples")
             return
-        with weights_of(self.module.student, alone):
-            decisions = self._decisions("alone", self._student, "held_out_plain")
-            fitted = self._decisions("alone", self._student, "training_plain")
+        decisions, fitted = (self._decided("alone", part) for part in ("held_out_plain", "training_plain"))
         assert decisions is not None
-        with_teacher = None
-        if taught is not None:
-            with weights_of(self.module.student, taught):
-                with_teacher = self._decisions("taught", self._student, "held_out_plain")
+        with_teacher = self._decided("taught", "held_out_plain")
         self._helps = helps(with_teacher, decisions)
         yield student_alone(teacher, decisions, fitted, with_teacher, alone.folder.as_posix())
 
@@ -225,10 +244,14 @@ class Why:
             yield Finding("following", "not checked: there are no labeled training samples")
             return
         rows: Rows = self._once(("teacher", "training"), lambda: self._rows(self.teach, batches))
-        with weights_of(self.module.student, taught):
-            student = self._rows(self._student, batches)
+        students: list[Tensor] = []
+        for who, run in (("taught", taught), ("alone", self.history.alone)):
+            if run is not None:
+                with weights_of(self.module.student, run):
+                    found: Rows = self._once((who, "training"), lambda: self._rows(self._student, batches))
+                students.append(found.logits)
         where = taught.folder.as_posix()
-        yield following(student.logits, rows.logits, self.task, self.module.soft_loss, rows.sample, where)
+        yield following(students[0], rows.logits, self.task, self.module.soft_loss, rows.sample, where, *students[1:])
 
     def _balance(self, training: Batch) -> Iterator[Finding]:
         run = self.history.taught
@@ -265,6 +288,15 @@ class Why:
             return
         classes = 2 if self.task == "binary" else views.logits.shape[1]
         yield pool(counts[0], counts[1], classes, counts[2])
+
+    def _selection(self) -> Iterator[Finding]:
+        config = self.history.config or {}
+        monitor = (config.get("checkpoint") or {}).get("monitor")
+        split = getattr(self.data, "split", None)
+        if monitor is None or split is None or not split.val:
+            return
+        runs = [run for run in (self.history.taught, self.history.alone) if run is not None]
+        yield selection(len(split.val), monitor, runs, stops=config.get("early_stopping") is not None)
 
 
 def find_teachers(module: Any) -> Teacher | Ensemble | None:

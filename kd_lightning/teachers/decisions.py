@@ -11,6 +11,7 @@ from kd_lightning.batch import is_labeled
 from kd_lightning.losses.base import Task
 from kd_lightning.teachers.findings import LabeledLogits
 from kd_lightning.teachers.intervals import Interval, difference_interval, mean_interval, share_interval
+from kd_lightning.teachers.regression_checks import mean_of_samples
 
 
 class Decisions(NamedTuple):
@@ -96,3 +97,46 @@ def on_same_samples(first: Decisions, second: Decisions) -> Difference:
     change = first.right - second.right
     low, high = mean_interval(change)
     return Difference(float(change.mean()), max(low, -1.0), min(high, 1.0))
+
+
+class Change(NamedTuple):
+    """What a teacher changes in its student's decisions, split by whether the teacher itself is right.
+
+    Attributes:
+        where_right: Change of the accuracy that comes from decisions where the teacher is right.
+        where_wrong: Change that comes from those where it is wrong. The two add up to the whole change.
+    """
+
+    where_right: Difference
+    where_wrong: Difference
+
+    @property
+    def errors_harm(self) -> bool:
+        """Whether the teacher's errors may be what harms.
+
+        They are not if the student loses where the teacher is right (the 95 % interval excludes 0), and more there than
+        where it is wrong.
+        """
+        right, wrong = self.where_right, self.where_wrong
+        return right.high >= 0 or right.value >= wrong.value
+
+    def __str__(self) -> str:
+        return f"{self.where_right} where the teacher is right, {self.where_wrong} where it is wrong"
+
+
+def change_by_teacher(teacher: LabeledLogits, taught: LabeledLogits, alone: LabeledLogits) -> Change:
+    """Return how a student that was taught differs from one that was trained alone, by the teacher's decisions.
+
+    Args:
+        teacher: The teacher's logits.
+        taught: Those of the student that was trained with the teacher, for the same rows.
+        alone: Those of the student that was trained without it.
+    """
+    change = taught.correct.double() - alone.correct.double()
+    rows = teacher if teacher.sample is not None else teacher._replace(sample=torch.arange(len(teacher.y)))
+    parts = []
+    for where in (teacher.correct, ~teacher.correct):
+        values = mean_of_samples(change * where, rows.owner)
+        low, high = mean_interval(values)
+        parts.append(Difference(float(values.mean()), max(low, -1.0), min(high, 1.0)))
+    return Change(*parts)

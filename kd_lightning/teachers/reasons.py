@@ -16,14 +16,14 @@ REASONS = {
     "wrong": "the teacher errs on training samples whose labels are known",
     "one-hot": "the soft targets are one-hot, so that they hold no more than labels",
     "uniform": "the soft targets are uniform, so that classes hardly differ",
-    "gap": "the student cannot follow the teacher",
+    "gap": "the student does not follow the teacher, so that it has not learned what it is taught",
     "balance": "one term of the loss leaves no room for the other",
     "few": "there are few labels, and no unlabeled samples on which a teacher could add something",
 }
 """Reasons by name, in the order of :func:`verdict`."""
 
 
-def verdict(findings: Sequence[Finding], *, helps: bool | None = None) -> Finding:
+def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured: bool = True) -> Finding:
     """Name the most probable reason.
 
     The rule: of the reasons that a finding is evidence of, the first one in the order of :data:`REASONS` counts. A
@@ -41,6 +41,8 @@ def verdict(findings: Sequence[Finding], *, helps: bool | None = None) -> Findin
         findings: All findings.
         helps: Whether finished runs show that the teacher helps; then no reason is named. Default: None, which means
             that it is not known.
+        measured: Whether there are finished runs with the teacher and without it; if not, the text says how to make
+            them, since they decide between reasons.
     """
     name = "verdict"
     if helps:
@@ -54,4 +56,9 @@ def verdict(findings: Sequence[Finding], *, helps: bool | None = None) -> Findin
     first = found[0]
     start = "if the teacher does not help, the most probable reason" if helps is None else "the most probable reason"
     text = f"{start}: {REASONS[str(first.reason)]} (see {first.name})"
+    if not measured and helps is None:
+        text += (
+            "; `kd-lightning experiment CONFIG` trains the student with it and without it, and doctor then compares "
+        )
+        text += "these runs"
     return Finding(name, text, severity="warning", reason=first.reason)

@@ -46,12 +46,19 @@ def _times(large: float, small: float) -> str:
 
 
 def following(
-    student: Tensor, teacher: Tensor, task: Task, soft_loss: nn.Module, sample: Tensor | None, where: str
+    student: Tensor,
+    teacher: Tensor,
+    task: Task,
+    soft_loss: nn.Module,
+    sample: Tensor | None,
+    where: str,
+    alone: Tensor | None = None,
 ) -> Finding:
     """Measure how far a trained student follows its teacher on the views that it was taught on.
 
     There is a warning if the upper end of the 95 % interval of the share of equal decisions is below 80 %: the student
-    has not learned what it was shown, because it is too small, or was not trained for long enough.
+    has not learned what it was shown, because it is too small, or was not trained for long enough. It is not too small
+    if the same student, trained without the teacher, decides like the teacher as often.
 
     Args:
         student: The trained student's logits of training views, (N, C).
@@ -60,13 +67,11 @@ def following(
         soft_loss: The loss whose temperature softens both.
         sample: The sample of each row. None if each row is one.
         where: The run of the student.
+        alone: Logits of the student that was trained without the teacher. Default: None, which means without such a
+            run.
     """
     name = "following"
-    if task == "multiclass":
-        same = (student.argmax(dim=1) == teacher.argmax(dim=1)).double()
-    else:
-        same = ((student > 0) == (teacher > 0)).double().mean(dim=1)
-    same = mean_of_samples(same, sample)
+    same = _alike(student, teacher, task, sample)
     share, n = float(same.mean()) if len(same) else math.nan, len(same)
     if n < LEAST:
         return Finding(name, f"not checked: {n} training samples are too few to judge")
@@ -76,11 +81,27 @@ def following(
     text = f"the student of {where} and the teacher decide alike on {share:.1%} of {n} training samples under training "
     text += f"views (95% interval {low:.1%} to {high:.1%}), KL divergence {divergence:.3g} nats at temperature "
     text += f"{temperature:g}"
+    without = None if alone is None else float(_alike(alone, teacher, task, sample).mean())
+    text += "" if without is None else f"; without the teacher it decides alike on {without:.1%}"
     if high >= FOLLOWS:
         return Finding(name, text)
+    if without is not None and without >= share:
+        hint = (
+            "it is not too small, since it is nearer to the teacher without it: soft targets take longer to learn, so "
+        )
+        return Finding(name, text, f"{hint}train longer (max_epochs), or lower soft_weight", reason="gap")
     hint = "it cannot follow the teacher on the views that it was taught on: train longer (max_epochs), teach it by an "
     hint += "assistant of a size in between, or lower soft_weight"
     return Finding(name, text, hint, reason="gap")
+
+
+def _alike(student: Tensor, teacher: Tensor, task: Task, sample: Tensor | None) -> Tensor:
+    """Return the share of equal decisions of each sample, (S,)."""
+    if task == "multiclass":
+        same = (student.argmax(dim=1) == teacher.argmax(dim=1)).double()
+    else:
+        same = ((student > 0) == (teacher > 0)).double().mean(dim=1)
+    return mean_of_samples(same, sample)
 
 
 def _divergence(student: Tensor, teacher: Tensor, task: Task, soft_loss: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.base import Task
 from kd_lightning.teachers.checks import soft_targets
-from kd_lightning.teachers.decisions import Decisions, between_samples, decisions_of, on_same_samples
+from kd_lightning.teachers.decisions import Change, Decisions, between_samples, decisions_of, on_same_samples
 from kd_lightning.teachers.findings import Finding, LabeledLogits
 from kd_lightning.teachers.intervals import share_interval
 from kd_lightning.teachers.regression_checks import LEAST
@@ -64,11 +64,13 @@ def wrong_decisions(
     *,
     labeled: float | None = None,
     noisy: bool = False,
+    change: Change | None = None,
 ) -> Finding:
     """Measure the share of wrong decisions on training views whose labels are known, and list the commonest ones.
 
     A student that has these labels learns the teacher's errors instead. There is a warning if the lower end of the
-    share's 95 % interval is at least 10 %, and at least 20 % of the training samples are labeled.
+    share's 95 % interval is at least 10 %, and at least 20 % of the training samples are labeled. There is none if
+    finished runs show that the student loses more where the teacher is right: then its errors are not what harms.
 
     Args:
         views: The teacher's logits of labeled training samples under training views, and the labels that training sees.
@@ -77,6 +79,8 @@ def wrong_decisions(
         names: Names of the classes. Default: None, which means their numbers.
         labeled: Share of the training samples that are labeled. Default: None, which means that it is not known.
         noisy: Whether the labels may be wrong themselves.
+        change: What finished runs with the teacher and without it show on these rows. Default: None, which means that
+            it is not known.
     """
     name = "wrong decisions"
     wrong = ~views.correct
@@ -97,6 +101,10 @@ def wrong_decisions(
         return Finding(name, text)
     if labeled is not None and labeled < LABELED:
         return Finding(name, f"{text}; {labeled:.1%} of the training samples are labeled, too few to overrule it")
+    if change is not None:
+        text += f"; the student with the teacher against the one alone: {change}"
+        if not change.errors_harm:
+            return Finding(name, f"{text}; so its errors are not what harms")
     if task == "multilabel":
         return Finding(name, text, "lower soft_weight, so that labels count more where they are known", reason="wrong")
     hint = "labels are known where it errs: let them overrule it by ConditionalLoss, or lower soft_weight"

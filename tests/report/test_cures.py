@@ -96,7 +96,20 @@ class TestMilderCrop:
 
 def test_longer(module):
     assert lines("gap", module, None, {"trainer": {"max_epochs": 15}})[0] == {"trainer": {"max_epochs": 30}}
-    assert lines("gap", module, None, {"trainer": {"max_epochs": None}})[0] is None
+    assert lines("gap", module, None, {"trainer": {"max_steps": 15}})[0] == {"trainer": {"max_steps": 30}}
+    for trainer in ({"max_epochs": None}, {}):
+        assert lines("gap", module, None, {"trainer": trainer})[0] is None
+
+
+def test_longer_schedules(module):
+    """What is written in epochs follows: a cosine that is half as long as the run would rise again."""
+    cosine = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 15, "eta_min": 0.1}}
+    callbacks = [{"class_path": "EarlyStopping", "init_args": {"patience": 3}}]
+    model = {"class_path": "DistillModule", "init_args": {"lr_scheduler": cosine, "soft_weight": 0.9}}
+    config = {"trainer": {"max_epochs": 15, "max_steps": -1, "callbacks": callbacks}, "model": model}
+    scheduler = {"init_args": {"T_max": 30}}
+    expected = {"trainer": {"max_epochs": 30}, "model": {"init_args": {"lr_scheduler": scheduler}}}
+    assert lines("gap", module, None, config)[0] == expected and cosine["init_args"]["T_max"] == 15
 
 
 def test_softer(student, teacher):

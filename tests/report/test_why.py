@@ -1,5 +1,7 @@
 """Why a teacher does not help: each cause is planted, and must be the verdict; a healthy teacher has none."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,6 +188,47 @@ def test_a_student_that_does_not_follow(healthy, run):
     names = found(healthy, digits(), History(config, taught=run("method", DigitsCNN(4))))
     assert names["verdict"].reason == "gap" and "gap" in reasons(names)
     assert yaml.safe_load(names["following"].lines) == {"trainer": {"max_epochs": 30}}
+
+
+def without(network, *classes):
+    """The same network, which never predicts some classes."""
+    network = deepcopy(network)
+    last = [one for one in network.modules() if isinstance(one, nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias[[*classes]] -= 1000
+    return network
+
+
+def test_errors_that_the_student_learns(good, healthy, run):
+    """Where the teacher is wrong, the student with it is worse than the one alone; elsewhere it is not."""
+    history = History(taught=run("method", without(good, 0, 1, 2, 3, 5)), alone=run("alone", without(good, 0, 1, 2)))
+    names = found(Confused(healthy), digits(), history)
+    assert (
+        names["verdict"].reason == "wrong" and "the student with the teacher against" in names["wrong decisions"].text
+    )
+
+
+def test_errors_that_are_not_what_harms(good, healthy, run):
+    """The student with the teacher is worse where the teacher is right: it has not learned what it was taught."""
+    torch.manual_seed(1)
+    history = History(taught=run("method", DigitsCNN(4)), alone=run("alone", without(good, 0, 1, 2)))
+    names = found(Confused(healthy), digits(), history)
+    assert names["verdict"].reason == "gap" and "wrong" not in reasons(names)
+    assert names["wrong decisions"].text.endswith("so its errors are not what harms")
+    assert "it is not too small" in names["following"].hint and "without the teacher" in names["following"].text
+    alone = history._replace(taught=None)  # without a run, they may be
+    names = found(Confused(healthy), digits(), alone)
+    assert names["verdict"].reason == "wrong" and "kd-lightning experiment CONFIG" in names["verdict"].text
+
+
+@pytest.mark.parametrize(("val", "severity"), [(None, "info"), (5, "warning")])
+def test_few_samples_that_select(healthy, val, severity):
+    history = History({"checkpoint": {"monitor": "val/accuracy"}})
+    names = found(healthy, digits(val_size=val), history)
+    assert names["selection"].severity == severity and names["verdict"].reason is None
+    assert f"{119 if val is None else 50} validation samples" in names["selection"].text
+    assert "selection" not in found(healthy, digits(val_size=val), History({"checkpoint": {"monitor": None}}))
+    assert "selection" not in found(healthy, digits(val_size=0), history)
 
 
 def test_gradients_of_a_run(good, healthy, run):

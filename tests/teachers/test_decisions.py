@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from kd_lightning.teachers.decisions import Difference, between_samples, decisions_of, on_same_samples
+from kd_lightning.teachers.decisions import (
+    Change,
+    Difference,
+    between_samples,
+    change_by_teacher,
+    decisions_of,
+    on_same_samples,
+)
 from kd_lightning.teachers.findings import match_labels
 
 
@@ -64,3 +71,42 @@ def test_differences():
     expected = stats.t.interval(0.95, 39, changes.mean(), stats.sem(changes))
     assert (paired.low, paired.high) == pytest.approx(expected)
     assert apart.low < paired.low and str(Difference(0.4, 0.2, 0.6)) == "+40.0 points (95% interval +20.0 to +60.0)"
+
+
+class TestChangeByTeacher:
+    def matched(self, right, sample):
+        z = torch.where(torch.as_tensor(right)[:, None], logits([1, 0]), logits([0, 1]))
+        return match_labels(z, torch.zeros(len(z), dtype=torch.long), "multiclass", sample)
+
+    def test_reference(self):
+        """Both parts are means over samples, with their intervals, and add up to the whole change."""
+        random = np.random.default_rng(0)
+        teacher, taught, alone = (random.random(120) < share for share in (0.8, 0.5, 0.6))
+        sample = random.permutation(np.arange(30).repeat(4))
+        found = change_by_teacher(*(self.matched(one, torch.tensor(sample)) for one in (teacher, taught, alone)))
+        for part, where in ((found.where_right, teacher), (found.where_wrong, ~teacher)):
+            change = (taught.astype(float) - alone) * where
+            means = [change[sample == one].mean() for one in range(30)]
+            low, high = stats.t.interval(0.95, 29, np.mean(means), stats.sem(means))
+            assert tuple(part) == pytest.approx((np.mean(means), low, high))
+        assert found.where_right.value + found.where_wrong.value == pytest.approx(taught.mean() - alone.mean())
+
+    def test_labels_of_a_sample_count_as_one(self):
+        y = torch.ones(3, 2)
+        right, wrong = (match_labels(torch.full((3, 2), sign), y, "multilabel") for sign in (1.0, -1.0))
+        wrong = wrong._replace(correct=torch.tensor([False, True, False, True, True, True]))
+        found = change_by_teacher(right, wrong, right)
+        low, high = stats.t.interval(0.95, 2, -1 / 3, stats.sem([0.5, 0.5, 0]))
+        assert tuple(found.where_right) == pytest.approx((-1 / 3, max(low, -1), high)) and found.where_wrong.value == 0
+
+    @pytest.mark.parametrize(
+        ("right", "wrong", "harm"),
+        [
+            ((-0.05, -0.08, -0.01), (-0.01, -0.02, 0.0), False),  # loses where the teacher is right
+            ((-0.05, -0.08, -0.01), (-0.10, -0.12, -0.05), True),  # and more where it is wrong
+            ((-0.05, -0.11, 0.01), (-0.01, -0.02, 0.0), True),  # perhaps by chance
+            ((0.02, 0.01, 0.03), (-0.10, -0.12, -0.05), True),
+        ],
+    )
+    def test_errors_harm(self, right, wrong, harm):
+        assert Change(Difference(*right), Difference(*wrong)).errors_harm is harm

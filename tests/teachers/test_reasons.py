@@ -35,6 +35,14 @@ def test_what_runs_show():
     assert found.severity == "info" and found.reason is None and "the teacher helps" in found.text
 
 
+def test_how_to_measure():
+    """Without finished runs the text says how to make them; not where their outcome is known."""
+    command = "kd-lightning experiment CONFIG` trains"
+    assert command in verdict([finding("wrong")], measured=False).text
+    assert command not in verdict([finding("wrong")]).text + verdict([], measured=False).text
+    assert command not in verdict([finding("wrong")], measured=False, helps=False).text
+
+
 def test_a_teacher_that_is_no_better_has_no_other_reason():
     order = [*REASONS]
     assert order.index("no better") < min(map(order.index, ("memory", "poor", "views", "wrong", "one-hot", "gap")))

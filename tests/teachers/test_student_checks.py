@@ -51,6 +51,17 @@ class TestFollowing:
     def test_views_count_as_one(self):
         assert "of 25 training samples" in self.found(50, 100, sample=torch.arange(25).repeat(4))[0].text
 
+    def test_beside_the_student_alone(self):
+        """If it is nearer to the teacher without it, the student is not too small."""
+        teacher = F.one_hot(torch.zeros(200, dtype=torch.long), 3).double()
+        student, near, far = (
+            F.one_hot(torch.where(torch.arange(200) < same, 0, 1), 3).double() for same in (100, 140, 60)
+        )
+        for alone, is_small, share in ((near, False, "70.0%"), (student, False, "50.0%"), (far, True, "30.0%")):
+            found = following(student, teacher, "multiclass", KDLoss(), None, "runs/a", alone)
+            assert found.reason == "gap" and f"without the teacher it decides alike on {share}" in found.text
+            assert ("assistant" in found.hint) is is_small and ("not too small" in found.hint) is not is_small
+
     def test_binary(self):
         z = torch.ones(40, 1).double()
         found = following(z, z, "binary", KDLoss(task="binary"), None, "runs/a")

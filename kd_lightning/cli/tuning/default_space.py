@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from kd_lightning.cli.parse import Config
-from kd_lightning.cli.tuning.epochs import following_keys, length_of, shorter_lengths
 from kd_lightning.cli.tuning.space import Setting
 from kd_lightning.runs.class_paths import find_class, walk_config
+from kd_lightning.runs.lengths import following_keys, length_of, shorter_lengths
 
 _RATES = 10.0
 _SOFT_WEIGHTS = (0.1, 1.0)

@@ -15,9 +15,9 @@ import yaml
 
 from kd_lightning.cli.baseline import without_teacher
 from kd_lightning.cli.parse import Config, parse_config
-from kd_lightning.cli.tuning.epochs import LENGTHS, scale_lengths
 from kd_lightning.cli.tuning.keys import find_key, set_value, value_at
 from kd_lightning.errors import InputError
+from kd_lightning.runs.lengths import LENGTHS, scale_lengths
 from kd_lightning.runs.yaml_file import dump_yaml, load_yaml
 
 _FIELDS = ("low", "high", "log")

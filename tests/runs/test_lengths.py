@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 
-from kd_lightning.cli.tuning.epochs import following_keys, length_of, scale_lengths, shorter_lengths
+from kd_lightning.runs.lengths import following_keys, length_of, scale_lengths, shorter_lengths
 
 
 def config(model=None, **trainer):

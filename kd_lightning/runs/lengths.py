@@ -1,4 +1,4 @@
-"""Fewer epochs: which lengths of a config follow the length of the run."""
+"""Which lengths of a config follow the length of the run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from kd_lightning.cli.parse import Config
 from kd_lightning.runs.class_paths import walk_config
 
+Config = dict[str, Any]
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 """Keys that may hold the length of a run."""
 _OF_SCHEDULES = {"T_max", "T_0", "epochs", "total_steps", "length", "total_iters", "step_size", "milestones"}
