@@ -7,20 +7,27 @@ from typing import Any
 
 from kd_lightning.report.charts import curves
 from kd_lightning.report.facts import Facts
-from kd_lightning.report.numbers import count_text
+from kd_lightning.report.numbers import count_text, is_percent
 from kd_lightning.report.run_parts import finding_row
 from kd_lightning.report.why import GRADIENT
 from kd_lightning.runs.run import Run
 
 _TITLES = {"worse": "Why the teacher harms", "unclear": "Why the teacher does not help"}
+_MAY_NOT = "Why the teacher may not help"
 _COLORS = ("method", "alone", "teacher", "other1", "other2", "other3")
 
 Context = dict[str, Any] | None
 
 
 def why_part(facts: Facts) -> Context:
-    """The reasons that doctor has found, and their cures, where the method is not better than the student alone."""
+    """The reasons that doctor has found, and their cures, where the method is not better than the student alone.
+
+    Where there are too few samples or seeds for a verdict, a mean that is not better is enough.
+    """
     title = _TITLES.get(facts.verdict.kind)
+    difference = facts.cast.main.difference
+    if facts.verdict.kind == "none" and difference is not None and difference.mean is not None:
+        title = _MAY_NOT if is_percent(facts.figure) and difference.mean <= 0 else None
     if title is None or facts.cast.main.method != "teacher":
         return None
     last = next((one for one in reversed(facts.findings) if one.name == "verdict"), None)

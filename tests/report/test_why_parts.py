@@ -53,6 +53,17 @@ def test_where_the_teacher_does_not_help(planted, runs, name, title):
     assert "init_args: {soft_weight: 0.5}" in page.text and "<b>52 %</b> alike" in page.text  # escaped: a text
 
 
+@pytest.mark.parametrize(("share", "title"), [(0.5, "Why the teacher may not help"), (0.95, None)])
+def test_too_few_samples_for_a_verdict(planted, make, tmp_path, share, title):
+    """A mean that is not better is enough."""
+    for seed in range(3):
+        make("alone", seed, rows(0.75, 7 + seed, 90), module="SupervisedModule")
+        make("few", seed, rows(share, seed, 90), teacher={"class_path": "x"})
+    facts = Facts(make_cast([tmp_path / "runs/alone", tmp_path / "runs/few"]))
+    content = why_part(facts)
+    assert facts.verdict.kind == "none" and (content and content["heading"]) == title
+
+
 def test_without_soft_targets(monkeypatch, runs):
     monkeypatch.setattr(Facts, "findings", FOUND[:1])
     assert why_part(Facts(make_cast([runs / "alone", runs / "bad"]))) is None
