@@ -1,7 +1,7 @@
 """What doctor finds where teaching hurts, and what its cures are worth: a folder a class, default photo transforms.
 
 Run: python benchmarks/gain.py --packages DIR --prepare data/gain                      (the stamps, see there)
-     python benchmarks/gain_doctor.py [--data data/gain] [--folder data/gain_doctor]   (20 CPU minutes)
+     python benchmarks/gain_doctor.py [--data data/gain] [--folder data/gain_doctor]   (25 CPU minutes)
 
 The commands are those of a user: MobileNetV2 with ImageNet weights is fine-tuned on 209 pictures of 6 classes, and
 teaches a ResNet-8 at soft weight 0.9 and temperature 4, 15 epochs each. Doctor examines the config, ``experiment``
