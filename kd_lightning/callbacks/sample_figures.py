@@ -66,9 +66,9 @@ class SampleFigures(Callback):
             with only_warn("figure samples/teacher_and_student"):
                 rows = unpack(pl_module, batch)
                 if _is_picture(rows.x):
-                    parts = (rows.x, rows.y, rows.teacher_inputs)
-                    x, y, inputs = (part[:_EXAMINED].cpu() if isinstance(part, Tensor) else None for part in parts)
-                    self._batch = Batch(x, y, teacher_inputs=inputs)
+                    parts = (rows.x, rows.y, rows.index, rows.teacher_inputs)
+                    x, y, index, inputs = (p[:_EXAMINED].cpu() if isinstance(p, Tensor) else None for p in parts)
+                    self._batch = Batch(x, y, index, teacher_inputs=inputs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of training. Draws the validation samples with the outputs of student and teacher."""

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from kd_lightning import DistillModule, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import DistillModule, SemiSupervisedDataModule, SupervisedModule, Teacher
 from kd_lightning.batch import Batch
 from kd_lightning.callbacks import SampleFigures
 from kd_lightning.callbacks.sample_figures import draw_outputs, draw_views
@@ -65,6 +65,17 @@ def test_both_figures_and_nothing_else_changes(fit):
 
 def test_a_module_without_a_teacher_has_one_figure(fit):
     assert fit(SupervisedModule(DigitsCNN(2), optimizer=optimizer)) == {"samples/augmentation": [0]}
+
+
+def test_a_teacher_may_ask_which_samples_they_are(fit):
+    class Asking(Teacher):
+        """Knows samples by their index, as a CrossFittedTeacher does."""
+
+        def compute(self, batch):
+            assert batch.index is not None and len(batch.index) == len(batch)
+            return super().compute(batch)
+
+    assert fit(DistillModule(DigitsCNN(2), Asking(DigitsCNN(4)), optimizer=optimizer)) == BOTH
 
 
 def test_a_failing_drawing_is_a_warning(fit, monkeypatch):
