@@ -142,9 +142,9 @@ def _sample(data: Any, module: LightningModule) -> Inputs | None:
 
 def teachers_of(module: LightningModule) -> list[Teacher]:
     """Return the teachers of a module, empty if it has none."""
-    ensemble = getattr(module, "ensemble", None)
-    if isinstance(ensemble, Ensemble):
-        return [*ensemble]
+    ensemble = getattr(module, "ensemble", getattr(module, "teachers", None))
+    if isinstance(ensemble, Ensemble | nn.ModuleList):
+        return [one for one in ensemble if isinstance(one, Teacher)]
     teacher = getattr(module, "teacher", getattr(getattr(module, "teaching", None), "teacher", None))
     return [teacher] if isinstance(teacher, Teacher) else []
 

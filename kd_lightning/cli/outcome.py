@@ -12,6 +12,7 @@ from kd_lightning.cli.arguments import COMMANDS
 from kd_lightning.cli.introduction import teachers_of
 from kd_lightning.data import SemiSupervisedDataModule, StreamDataModule
 from kd_lightning.errors import InputError
+from kd_lightning.modules.feature_distill import FeatureDistillModule
 from kd_lightning.runs.folder import writes_files
 from kd_lightning.runs.results import read_result
 from kd_lightning.runs.student import find_student
@@ -59,7 +60,8 @@ def print_next_steps(args: Sequence[str], cli: Any) -> None:
     if args[0] == "fit" and _has_test_part(cli.datamodule):
         steps.append((f"test {same}", ""))
     if args[0] in ("fit", "test"):
-        if teachers_of(cli.model) and isinstance(cli.datamodule, SemiSupervisedDataModule):
+        learns_features = isinstance(cli.model, FeatureDistillModule)  # it has no student without a teacher
+        if teachers_of(cli.model) and not learns_features and isinstance(cli.datamodule, SemiSupervisedDataModule):
             steps.append((f"experiment {same}", "does the teacher help?"))
         if args[0] == "test" and "report" in COMMANDS:
             steps.append((f"report {run}", ""))

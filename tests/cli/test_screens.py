@@ -17,9 +17,17 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from kd_lightning import StreamDataModule, SupervisedModule
+from kd_lightning import (
+    Digits,
+    DistillModule,
+    FeatureDistillModule,
+    SemiSupervisedDataModule,
+    StreamDataModule,
+    SupervisedModule,
+    Teacher,
+)
 from kd_lightning.__main__ import main
-from kd_lightning.cli.introduction import describe_network, known_accuracy
+from kd_lightning.cli.introduction import describe_network, known_accuracy, teachers_of
 from kd_lightning.cli.outcome import print_figures, print_next_steps
 from kd_lightning.cli.progress import OneLineProgress
 from kd_lightning.cli.quiet import RANKS, format_warning, is_verbose, quiet, silence_lightning, take_verbose
@@ -95,6 +103,13 @@ def test_a_run_is_introduced_and_quiet(config, capsys, handlers, unranked):
     main(["test", "config.yaml", "--verbose"])
     assert "Test metric" in capsys.readouterr().out
     assert [text for text in handlers if "TPU available" in text]
+
+
+def test_teachers_of_features_are_introduced():
+    module = FeatureDistillModule(DigitsCNN(2), [DigitsCNN(4), DigitsCNN(8)])
+    assert [type(one) for one in teachers_of(module)] == [Teacher, Teacher]
+    assert [one.network for one in teachers_of(module)] == [one.network for one in module.teachers]
+    assert teachers_of(SupervisedModule(DigitsCNN(2))) == []
 
 
 def test_the_introduction_changes_no_figure(config, monkeypatch):
@@ -235,6 +250,15 @@ def test_no_test_is_proposed_without_a_test_part(has_test, tmp_path, capsys):
     proposed = ["next: kd-lightning test a.yaml"] if has_test else []
     assert [line for line in lines if " test " in line] == proposed
     assert lines[0].startswith("next: ") and lines[-1].endswith(f"kd-lightning export {tmp_path}")
+
+
+@pytest.mark.parametrize("module", [DistillModule, FeatureDistillModule])
+def test_an_experiment_is_proposed_where_there_is_a_baseline(module, tmp_path, capsys):
+    data = SemiSupervisedDataModule(Digits())
+    model = module(DigitsCNN(2), DigitsCNN(4))
+    cli = SimpleNamespace(run_folder=tmp_path, trainer=Trainer(logger=False), model=model, datamodule=data)
+    print_next_steps(["fit", "a.yaml"], cli)
+    assert ("experiment a.yaml" in capsys.readouterr().out) == (module is DistillModule)
 
 
 class TestNetwork:
