@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader
@@ -19,8 +19,9 @@ from kd_lightning.errors import InputError
 def can_be_saved(default: Any, hint: Any) -> bool:
     """Return whether a config can hold the default of an argument: written and read again, it is the same value.
 
-    A class cannot stand for itself where the hint is ``Callable``: its path is read as an object of that class. Lambdas
-    and objects have no path.
+    A class cannot stand for itself where the hint is ``Callable``: its path is read as an object of that class. Where it
+    is ``Callable[..., X]``, such as that of ShuffleNet's blocks, arguments that the caller gives would be asked for.
+    Lambdas and objects have no path.
 
     Args:
         default: The default.
@@ -44,11 +45,18 @@ def _is_read_again(default: Any, hint: Any) -> bool:
             parser.add_argument("--value", type=hint, default=default)
             config = parser.parse_args([])
             if isinstance(config.value, Namespace) and "class_path" in config.value:
-                return True  # as an optimizer's class where a callable returns an optimizer
+                # an optimizer's class where a callable returns one; "..." does not tell what the caller gives
+                return not _takes_anything(hint)
             read = parser.instantiate(parser.parse_string(parser.dump(config))).value
             return type(read) is type(default) and bool(read == default)
     except Exception:  # of types and values of others can be anything
         return False
+
+
+def _takes_anything(hint: Any) -> bool:
+    """Return whether a type hint is ``Callable[..., X]``, or a union with it."""
+    inner = get_args(hint)
+    return Ellipsis in inner if get_origin(hint) is Callable else any(map(_takes_anything, inner))
 
 
 def _is_plain(value: Any) -> bool:

@@ -56,6 +56,8 @@ DEFAULTS = {
     "class": (_EMPTY, Embed, False),
     "classes": (list[type[nn.Module]], [nn.ReLU], True),
     "classes in a tuple": (_EMPTY, (nn.ReLU, nn.GELU), False),
+    "class of any arguments": (Callable[..., nn.Module], nn.Linear, False),
+    "class of any arguments or None": (Callable[..., nn.Module] | None, nn.Linear, False),
     "classes in a mapping": (dict[str, Callable[..., nn.Module]], {"a": Embed}, False),
     "partial": (Callable[..., nn.Module], functools.partial(nn.LayerNorm, eps=1e-6), False),
     "partial or None": (Callable | None, functools.partial(nn.LayerNorm, eps=1e-6), False),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kd_lightning.cli.short.costs import measure
+from kd_lightning.cli.short.distill import CANDIDATES
 from kd_lightning.cli.short.networks import find_network
 from kd_lightning.errors import InputError
 from kd_lightning.models import resnet8
@@ -95,3 +96,9 @@ def test_networks_that_do_not_fit(name, text):
 def test_what_cannot_be_built():
     with pytest.raises(InputError, match="--student: Linear cannot be built: in_features"):
         find_network("Linear", "--student").build(3)
+
+
+@pytest.mark.parametrize("name", [*CANDIDATES, "torchvision/swin_t"])
+def test_candidates_and_networks_that_call_a_class_of_theirs(name):
+    """ShuffleNet and Swin take the class of their blocks as an argument, with a default, and call it."""
+    assert sum(p.numel() for p in find_network(name, "--student").build(3).parameters()) > 0
