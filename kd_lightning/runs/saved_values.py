@@ -19,8 +19,8 @@ from kd_lightning.errors import InputError
 def can_be_saved(default: Any, hint: Any) -> bool:
     """Return whether a config can hold the default of an argument: written and read again, it is the same value.
 
-    A class cannot stand for itself where the hint is ``Callable``: its path is read as an object of that class. Where it
-    is ``Callable[..., X]``, such as that of ShuffleNet's blocks, arguments that the caller gives would be asked for.
+    A class cannot stand for itself where the hint is ``Callable``: its path is read as an object of that class. Where
+    the hint is ``Callable[..., X]``, as of ShuffleNet's blocks, arguments that the caller gives would be asked for.
     Lambdas and objects have no path.
 
     Args:
