@@ -3,6 +3,7 @@
 #   make check                              ruff, mypy --strict, codespell
 #   make test                               all tests but slow ones and those that need a GPU
 #   make test-all                           all tests but those that need a GPU
+#   make docs                               the site, in docs/_build/html; a warning or a dead link in it is an error
 #   make coverage                           the same, with branch coverage
 #   make gpu PYTHON=python3 OUT=runs/gpu    tests and throughput on a GPU, in an interpreter that has the packages
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test test-all coverage gpu check clean
+.PHONY: demo test test-all coverage gpu check docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed
@@ -50,6 +51,10 @@ check: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
@@ -63,6 +68,11 @@ $(VENV)/installed: pyproject.toml $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml $(VENV)/bin/python
 	@echo "== installing into $(VENV): a few minutes and a few GB, once"
 	$(BIN)/python -m pip install --progress-bar off --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml $(VENV)/bin/python
+	@echo "== installing into $(VENV): a few minutes and a few GB, once"
+	$(BIN)/python -m pip install --progress-bar off --editable '.[docs]'
 	@touch $@ $(VENV)/installed
 
 clean:

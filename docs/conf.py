@@ -1,0 +1,50 @@
+"""How Sphinx builds the site: ``make docs``. Every warning is an error there."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "kd_lightning"
+author = "the kd_lightning contributors"
+copyright = author
+
+extensions = [
+    "myst_parser",  # pages in Markdown
+    "sphinx.ext.autodoc",  # the reference comes from docstrings ...
+    "sphinx.ext.napoleon",  # ... in Google's style
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "arguments",  # settings and commands, from the code
+    "measured",  # tables of benchmarks/RESULTS.md
+    "short_names",  # links to classes by their last name, as docstrings have them
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # types stand in the settings tables and in the docstrings
+autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_class_signature = "mixed"
+autodoc_preserve_defaults = True  # a default is what the code has, not what it prints as
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Shape", "notes_style"), ("Shapes", "notes_style"), ("Source", "notes_style")]
+python_maximum_signature_line_length = 80
+add_module_names = False
+
+html_theme = (
+    "furo"  # as lightly-train has; it reads well on a phone and in the dark, and needs no network but for formulas
+)
+html_title = "kd_lightning"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"
