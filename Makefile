@@ -52,7 +52,7 @@ check: $(VENV)/installed-test
 	$(BIN)/codespell
 
 docs: $(VENV)/installed-docs
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 $(VENV)/bin/python:

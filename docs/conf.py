@@ -13,9 +13,10 @@ extensions = [
     "myst_parser",  # pages in Markdown
     "sphinx.ext.autodoc",  # the reference comes from docstrings ...
     "sphinx.ext.napoleon",  # ... in Google's style
-    "sphinx.ext.mathjax",
+    "mathml",  # formulas without a script and without a network
     "sphinx_copybutton",
     "arguments",  # settings and commands, from the code
+    "extras",  # optional packages, from pyproject.toml
     "measured",  # tables of benchmarks/RESULTS.md
     "short_names",  # links to classes by their last name, as docstrings have them
 ]
@@ -38,9 +39,8 @@ napoleon_custom_sections = [("Shape", "notes_style"), ("Shapes", "notes_style"),
 python_maximum_signature_line_length = 80
 add_module_names = False
 
-html_theme = (
-    "furo"  # as lightly-train has; it reads well on a phone and in the dark, and needs no network but for formulas
-)
+html_theme = "furo"  # as lightly-train has; it reads well on a phone and in the dark, without a network
+html_math_renderer = "mathml"
 html_title = "kd_lightning"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -4,6 +4,7 @@
   signature and the docstring. ``:own:`` leaves out those that come through ``**kwargs``. ``:only: a, b`` takes
   some of them.
 - ``{command} distill``: the help of a command; without a name, the list of all commands.
+- ``{docstring} kd_lightning.losses.KDLoss``: what a docstring has before its arguments: text, formulas, the paper.
 - ``{choices} kd_lightning.modules``: the classes of a module that configs may name, with the first sentence about each.
 """
 
@@ -37,6 +38,7 @@ _TYPES = {
     "OptimizerCallable": "an optimiser",
     "LRSchedulerCallable": "a scheduler",
 }
+_SECTION = re.compile(r"^(?:Args|Attributes|Shape|Shapes|Raises|Returns|Example|Examples|Yields):$|^>>> ", re.M)
 _RANGE = re.compile(r"\b(?:in [\[(][^\])]*[\])]|at least \d[\d.]*\d?|from \d+ to \d+|above \d+)")
 
 
@@ -137,6 +139,24 @@ class Settings(_Generated):
         return self.parse(["| key | meaning | default | allowed |", "|---|---|---|---|", *rows])
 
 
+def described(owner: Any) -> str:
+    """Return a docstring's text before the first of its sections, as Markdown."""
+    text = _SECTION.split(inspect.getdoc(owner) or "")[0]
+    text = re.sub(r"\.\. math::((?: .*)?(?:\n\n? +.*)+| .*)", r"$$\n\1\n$$", text)
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    text = re.sub(r"(?<!`)(https?://[^\s,;()]+[^\s,;().])", r"<\1>", text)
+    return text.replace("``", "`")
+
+
+class Docstring(_Generated):
+    """``{docstring} PATH``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the text."""
+        return self.parse(described(self.find()).splitlines())
+
+
 class Choices(_Generated):
     """``{choices} MODULE``."""
 
@@ -178,6 +198,7 @@ def command_help(name: str) -> str:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Add the directives."""
     app.add_directive("settings", Settings)
+    app.add_directive("docstring", Docstring)
     app.add_directive("choices", Choices)
     app.add_directive("command", Command)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,7 @@
 """Tables and sections of ``benchmarks/RESULTS.md``, so that each figure stands in one place.
 
 - ``{results} Few labels``: the section's tables, and a link to it. ``:table: TEXT`` takes the tables whose first row
-  has this text, ``:all:`` the whole section.
+  has this text, ``:rows: TEXT`` the rows that have one, ``:all:`` the whole section.
 - ``{results-file}``: the whole file, with a target ``results-few-labels`` at each heading.
 - ``{results-index}``: a list of its headings, with the date of each.
 """
@@ -94,7 +94,11 @@ class Results(_FromResults):
 
     required_arguments = 1
     final_argument_whitespace = True
-    option_spec: ClassVar[dict[str, Any]] = {"table": directives.unchanged_required, "all": directives.flag}
+    option_spec: ClassVar[dict[str, Any]] = {
+        "table": directives.unchanged_required,
+        "rows": directives.unchanged_required,
+        "all": directives.flag,
+    }
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, and a link to the section."""
@@ -105,6 +109,10 @@ class Results(_FromResults):
         chosen = [table for table in tables(found.lines) if wanted in table[0]]
         if not chosen:
             raise self.error(f"section {found.title!r} of {RESULTS.name} has no table with {wanted!r} in its first row")
+        if rows := self.options.get("rows", ""):
+            chosen = [[*table[:2], *(row for row in table[2:] if rows in row)] for table in chosen]
+            if any(len(table) == 2 for table in chosen):
+                raise self.error(f"a table of section {found.title!r} has no row with {rows!r}")
         when = f", measured on {found.date}" if found.date else ""
         source = f"*[Results: {found.title}](#{found.target}){when}*"
         return self.parse("\n\n".join([*map("\n".join, chosen), source]))

@@ -58,11 +58,11 @@ class RandomCrop(BatchTransform):
         self.padding_mode = padding_mode
 
     def transform(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return images (B, C, *size)."""
+        """Return images ``(B, C, *size)``."""
         return self._crop(images, self.fill, draws)
 
     def transform_masks(self, masks: Tensor, draws: Draws) -> Tensor:
-        """Return masks (B, *size). Added positions are -100; those of a repeated or mirrored pixel have its label."""
+        """Return masks ``(B, *size)``. Added positions are -100; a repeated or mirrored pixel has its label."""
         return self._crop(masks.unsqueeze(1), IGNORE_INDEX, draws).squeeze(1)
 
     def _crop(self, images: Tensor, fill: Fill, draws: Draws) -> Tensor:

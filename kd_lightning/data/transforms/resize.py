@@ -54,13 +54,13 @@ class RandomResizedCrop(BatchTransform):
         self.antialias = antialias
 
     def transform(self, images: Images, draws: Draws) -> Tensor:
-        """Return images (B, C, *size)."""
+        """Return images ``(B, C, *size)``."""
         places = self.places([image.shape[1:] for image in images], draws).tolist()
         crops = (_crop(image, *place) for image, place in zip(images, places, strict=True))
         return _stack([_resize(crop, [*self.size], self.interpolation, self.antialias) for crop in crops])
 
     def transform_masks(self, masks: Masks, draws: Draws) -> Tensor:
-        """Return masks (B, *size)."""
+        """Return masks ``(B, *size)``."""
         places = self.places([mask.shape for mask in masks], draws).tolist()
         crops = (
             mask[top : top + height, left : left + width]
@@ -182,13 +182,13 @@ class CenterCrop(BatchTransform):
         self.size = read_size("size", size)
 
     def transform(self, images: Images, draws: Draws) -> Tensor:
-        """Return images (B, C, *size)."""
+        """Return images ``(B, C, *size)``."""
         if isinstance(images, Tensor):
             return self._center(images)
         return _stack([self._center(image) for image in images])
 
     def transform_masks(self, masks: Masks, draws: Draws) -> Tensor:
-        """Return masks (B, *size). Added positions are -100."""
+        """Return masks ``(B, *size)``. Added positions are -100."""
         if isinstance(masks, Tensor):
             return center_crop_masks(masks, self.size)
         return torch.stack([center_crop_masks(mask, self.size) for mask in masks])
