@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.io import write_png
 
 from kd_lightning.__main__ import main
 from kd_lightning.data import Digits
@@ -42,6 +43,18 @@ def _blank_sample_figures(request, monkeypatch):
         blank = lambda *args, **kwargs: Figure(figsize=(1, 1))  # noqa: E731
         for name in ("draw_views", "draw_outputs"):
             monkeypatch.setattr(f"kd_lightning.callbacks.sample_figures.{name}", blank)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Makes a temporary folder the current one, with ``photos``: 18 of 3 classes in each of three parts."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test", "unlabeled"):
+        for number in range(18):
+            image = tmp_path / "photos" / part / f"class{number % 3}" / f"{number}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            write_png(torch.randint(256, (3, 70, 80), dtype=torch.uint8), str(image))
+    return tmp_path / "photos"
 
 
 @pytest.fixture

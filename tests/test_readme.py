@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_png
 from torchvision.models import resnet18
 
 from kd_lightning.__main__ import main
@@ -18,18 +17,8 @@ def blocks(root, language):
     return re.findall(rf"<!-- run by tests/test_readme.py -->\n```{language}\n(.*?)```", text, re.S)
 
 
-def take_photos():
-    for part in ("train", "test", "unlabeled"):
-        for number in range(18):
-            image = Path("photos", part, f"class{number % 3}", f"{number}.png")
-            image.parent.mkdir(parents=True, exist_ok=True)
-            write_png(torch.randint(256, (3, 70, 80), dtype=torch.uint8), str(image))
-
-
 @pytest.mark.slow
-def test_yaml(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    take_photos()
+def test_yaml(root, photos):
     teacher = {f"net.{key}": tensor for key, tensor in resnet18(num_classes=3).state_dict().items()}
     torch.save({"state_dict": teacher}, "teacher.ckpt")
     (text,) = blocks(root, "yaml")
@@ -41,8 +30,7 @@ def test_yaml(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_python(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_python(root, photos):
     one_line, first, hints, terms, backbone, several, quantised, few, weak = blocks(root, "python")
     exec(compile(one_line, "README.md", "exec"), {})
     exec(compile(first, "README.md", "exec"), {})
@@ -58,7 +46,6 @@ def test_python(root, tmp_path, monkeypatch):
     assert len(names["module"].ensemble) == 3
     exec(compile(quantised, "README.md", "exec"), names)
     assert is_calibrated(names["small"])
-    take_photos()
     exec(compile(few, "README.md", "exec"), names)
     assert len(names["trainer"].callbacks[0].table.label) == 18
     exec(compile(weak, "README.md", "exec"), names)

@@ -5,7 +5,7 @@
   some of them.
 - ``{command} distill``: the help of a command; without a name, the list of all commands.
 - ``{docstring} kd_lightning.losses.KDLoss``: what a docstring has before its arguments: text, formulas, the paper.
-- ``{choices} kd_lightning.modules``: the classes of a module that configs may name, with the first sentence about each.
+- ``{mapping} kd_lightning.teachers.reasons.REASONS``: the values of a dict, as a numbered list.
 """
 
 from __future__ import annotations
@@ -50,11 +50,6 @@ def plain(text: str) -> str:
     """
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(text.split()))
     return text.replace("``", "`").replace("|", r"\|").replace("*args", r"\*args").replace("**kw", r"\*\*kw")
-
-
-def summary(owner: Any) -> str:
-    """Return the first sentence of a docstring."""
-    return plain(re.split(r"(?<!\bal)\.\s", (inspect.getdoc(owner) or "").partition("\n\n")[0] + " ")[0]).rstrip(". ")
 
 
 def annotation_of(owner: Any, name: str) -> str:
@@ -157,15 +152,14 @@ class Docstring(_Generated):
         return self.parse(described(self.find()).splitlines())
 
 
-class Choices(_Generated):
-    """``{choices} MODULE``."""
+class Mapping(_Generated):
+    """``{mapping} PATH``."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the table."""
-        module = importlib.import_module(self.arguments[0])
-        classes = [getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))]
-        rows = [f"| `{one.__name__}` | {summary(one)} |" for one in classes]
-        return self.parse(["| name | what it is |", "|---|---|", *rows])
+        """Return the list."""
+        module, _, name = self.arguments[0].rpartition(".")
+        values = getattr(importlib.import_module(module), name).values()
+        return self.parse([f"1. {plain(text)}" for text in values])
 
 
 class Command(_Generated):
@@ -183,7 +177,7 @@ def command_help(name: str) -> str:
         return verb_help(name)
     printed = io.StringIO()
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "84"
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             parse(name, ["--help"])
@@ -199,6 +193,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Add the directives."""
     app.add_directive("settings", Settings)
     app.add_directive("docstring", Docstring)
-    app.add_directive("choices", Choices)
+    app.add_directive("mapping", Mapping)
     app.add_directive("command", Command)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
