@@ -17,6 +17,7 @@ extensions = [
     "sphinx_copybutton",
     "arguments",  # settings and commands, from the code
     "extras",  # optional packages, from pyproject.toml
+    "flow",  # pictures of methods
     "measured",  # tables of benchmarks/RESULTS.md
     "short_names",  # links to classes by their last name, as docstrings have them
 ]

@@ -131,7 +131,10 @@ class Settings(_Generated):
         if not found:
             return self.parse(["It takes no arguments."])
         rows = [f"| `{one.name}` | {plain(one.text)} | {default(one)} | {allowed(owner, one)} |" for one in found]
-        return self.parse(["| key | meaning | default | allowed |", "|---|---|---|---|", *rows])
+        found_nodes = self.parse(["| key | meaning | default | allowed |", "|---|---|---|---|", *rows])
+        for table in (table for one in found_nodes for table in one.findall(nodes.table)):
+            table["classes"].append("settings")  # a phone shows a row as a block, see _static/site.css
+        return found_nodes
 
 
 def described(owner: Any) -> str:

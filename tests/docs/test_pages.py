@@ -144,7 +144,8 @@ def test_shell(page, photos):
 def run(name, *args):
     """Run a command, with one epoch and one seed."""
     args = ["1" if before == "--seeds" else one for before, one in zip(["", *args], args, strict=False)]
-    if name in OF_FIT and not any(one.endswith(".help") for one in args):
+    of_config = name in OF_FIT or (name == "predict" and args[0].endswith(".yaml"))
+    if of_config and not any(one.endswith(".help") for one in args):
         args += ONE_EPOCH
     if name == "distill" and "--dry-run" not in args:
         args += ["--epochs", "1", "--yes"]

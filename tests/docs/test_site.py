@@ -62,6 +62,53 @@ def test_help_of_commands(extension):
     assert "--labels-per-class" in arguments.command_help("distill")
 
 
+def test_flow(extension):
+    flow = extension("flow")
+    places, arrows = flow.place(["a > b*", ". > c<", "a > c<"])
+    assert places == {"a": (0, 0), "b*": (1, 0), "c<": (1, 1)}
+    assert arrows == [("a", "b*"), ("a", "c<")]
+    drawn = flow.draw(["a > b*", ". > c<", "a > c<"])
+    assert drawn.count("<rect") == 3
+    assert drawn.count('class="trains"') == 1
+    assert "c&lt;" in drawn
+    assert "c<<" not in drawn
+
+
+def test_formulas(extension):
+    mathml = extension("mathml")
+    assert mathml.convert("T^2", inline=True).startswith("<math")
+    with pytest.raises(mathml.MathError):
+        mathml.convert(r"\nosuch{x}", inline=True)
+
+
+def test_extras(extension):
+    lines = ['a = ["x>=1"]  # for x', "b = [", '  "y",  # y', '  "z[q]>=2", # z, too', "]", 'test = ["t"]']
+    text = "\n".join(["[project.optional-dependencies]", *lines, ""])
+    assert extension("extras").extras(text) == {"a": [("x>=1", "for x")], "b": [("y", "y"), ("z[q]>=2", "z, too")]}
+
+
+def test_text_of_docstrings(extension):
+    arguments = extension("arguments")
+
+    def documented():
+        """The :class:`~a.B` of ``x``.
+
+        .. math:: \\frac{1}{2}
+
+        See https://example.org/x, too.
+
+        Args:
+            none: Not here.
+        """
+
+    assert arguments.described(documented).split("\n\n") == [
+        "The `B` of `x`.",
+        "$$\n \\frac{1}{2}\n$$",
+        "See <https://example.org/x>, too.",
+        "",
+    ]
+
+
 def test_links_to_names_that_do_not_exist(extension):
     exists = extension("short_names").exists
     assert exists("kd_lightning.batch.Batch.select")
