@@ -31,7 +31,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types stand in the settings tables and in the docstrings
 autodoc_default_options = {"members": True, "show-inheritance": False}
 autodoc_class_signature = "mixed"
-autodoc_preserve_defaults = True  # a default is what the code has, not what it prints as
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

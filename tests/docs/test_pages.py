@@ -1,8 +1,8 @@
 """The pages of the site: their code runs as it stands there.
 
 Python blocks of a page run one after another, in one namespace, in a folder with ``photos``. Lines of shell blocks run
-as commands of this package, with one epoch. YAML blocks are checked key by key; one that begins with ``# NAME.yaml`` is
-written to that file first. A block that cannot run here has the line ``<!-- not run: WHY -->`` above it.
+as commands of this package, with few epochs. YAML blocks are checked key by key; one that begins with ``# NAME.yaml``
+is written to that file first. A block that cannot run here has the line ``<!-- not run: WHY -->`` above it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PAGES = {
     if "_build" not in path.parts
 }
 LANGUAGES = ("python", "yaml", "sh", "text")  # text: what a command prints
-ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+EPOCHS = {"docs/guides/few_labels.md": 12}  # pseudo-labels are refreshed after a warm-up; other pages have one epoch
 OF_FIT = ("fit", "test", "validate", "doctor", "layers", "cache", "experiment", "clean", "crossfit", "duplicates")
 
 
@@ -138,15 +138,15 @@ def test_shell(page, photos):
             Path(name[1]).write_text(block.text)
         for words in commands(block.text) if block.language == "sh" and not block.skipped else []:
             if words[0] == "kd-lightning":
-                run(*words[1:])
+                run(EPOCHS.get(page, 1), *words[1:])
 
 
-def run(name, *args):
-    """Run a command, with one epoch and one seed."""
+def run(epochs, name, *args):
+    """Run a command, with few epochs and one seed."""
     args = ["1" if before == "--seeds" else one for before, one in zip(["", *args], args, strict=False)]
     of_config = name in OF_FIT or (name == "predict" and args[0].endswith(".yaml"))
     if of_config and not any(one.endswith(".help") for one in args):
-        args += ONE_EPOCH
+        args += ["--trainer.max_epochs", str(epochs), "--trainer.accelerator", "cpu"]
     if name == "distill" and "--dry-run" not in args:
         args += ["--epochs", "1", "--yes"]
     codes = {0, 1} if name == "doctor" else {0}  # 1: after one epoch the teacher is as bad as it says

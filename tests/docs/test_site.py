@@ -124,6 +124,7 @@ def test_builds_without_a_warning(root, tmp_path):
     assert done.returncode == 0, done.stderr
     pages = [*(tmp_path / "html").rglob("*.html")]
     assert len(pages) > 20
+    assert "DefaultValue" not in (tmp_path / "html/reference/settings.html").read_text()  # of autodoc
     for page in pages:  # links inside, also to files that Sphinx does not check
         for link in re.findall(r'(?:href|src)="([^"#:?]+)[^":]*"', page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
