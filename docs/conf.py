@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -29,7 +30,7 @@ myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types stand in the settings tables and in the docstrings
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -48,3 +49,13 @@ html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def shown_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
+    """Return no arguments for a class without a constructor of its own, whose signature is that of ``nn.Module``."""
+    return ("()", returns) if what == "class" and signature == "(*args, **kwargs)" else None
+
+
+def setup(app: Any) -> None:
+    """Connect the function above."""
+    app.connect("autodoc-process-signature", shown_signature)

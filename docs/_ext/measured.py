@@ -1,7 +1,8 @@
 """Tables and sections of ``benchmarks/RESULTS.md``, so that each figure stands in one place.
 
-- ``{results} Few labels``: the section's tables, and a link to it. ``:table: TEXT`` takes the tables whose first row
-  has this text, ``:rows: TEXT`` the rows that have one, ``:all:`` the whole section.
+- ``{results} Few labels``: the section's tables, and a link to it. ``Weak labels / Settings`` lies below another one.
+  ``:table: TEXT`` takes the tables whose first row has this text, ``:rows: TEXT`` the rows that have one, ``:all:`` the
+  whole section.
 - ``{results-file}``: the whole file, with a target ``results-few-labels`` at each heading.
 - ``{results-index}``: a list of its headings, with the date of each.
 """
@@ -29,18 +30,25 @@ class Section(NamedTuple):
         level: 1 for the file's title.
         title: Its heading, without the date.
         date: When it was measured; empty if the heading does not have it.
+        above: The title of the section that it is a part of; empty for those of level 2.
         lines: Its text, without the heading and without the sections below it.
     """
 
     level: int
     title: str
     date: str
+    above: str
     lines: list[str]
+
+    @property
+    def path(self) -> str:
+        """Its title, after that of the section that it is a part of."""
+        return f"{self.above} / {self.title}" if self.above else self.title
 
     @property
     def target(self) -> str:
         """The name of the section's target on the page of all results."""
-        return "results-" + "-".join(re.findall(r"[a-z0-9]+", self.title.lower()))
+        return "results-" + "-".join(re.findall(r"[a-z0-9]+", self.path.lower()))
 
 
 def sections(text: str) -> list[Section]:
@@ -51,7 +59,9 @@ def sections(text: str) -> list[Section]:
         fenced ^= line.startswith("```")
         heading = None if fenced else _HEADING.fullmatch(line)
         if heading:
-            found.append(Section(len(heading["marks"]), heading["title"], heading["date"] or "", []))
+            level = len(heading["marks"])
+            above = next((one.title for one in reversed(found) if 1 < one.level < level), "")
+            found.append(Section(level, heading["title"], heading["date"] or "", above, []))
         elif found:
             found[-1].lines.append(line)
     return found
@@ -69,12 +79,12 @@ def tables(lines: list[str]) -> list[list[str]]:
 
 
 def section(title: str) -> Section:
-    """Return the section of a title.
+    """Return the section of a title or path.
 
     Raises:
         ExtensionError: If there is none, or there are several.
     """
-    found = [one for one in sections(RESULTS.read_text()) if one.title == title]
+    found = [one for one in sections(RESULTS.read_text()) if title in (one.title, one.path)]
     if len(found) != 1:
         raise ExtensionError(f"{RESULTS.name} has {len(found)} sections {title!r}")
     return found[0]

@@ -29,7 +29,7 @@ def test_sections_of_results(extension):
     assert (first.level, first.title, first.lines) == (1, "Results", ["intro"])
     assert (second.title, second.date, second.target) == ("A b", "2026-11-29", "results-a-b")
     assert "# no heading" in second.lines
-    assert (third.level, third.date, third.target) == (3, "", "results-c-d")
+    assert (third.level, third.date, third.target) == (3, "", "results-a-b-c-d")
     assert extension("measured").tables(third.lines) == [["| x |", "|---|"], ["| y |"]]
 
 
