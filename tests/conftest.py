@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.io import write_png
 
@@ -43,6 +44,15 @@ def _blank_sample_figures(request, monkeypatch):
         blank = lambda *args, **kwargs: Figure(figsize=(1, 1))  # noqa: E731
         for name in ("draw_views", "draw_outputs"):
             monkeypatch.setattr(f"kd_lightning.callbacks.sample_figures.{name}", blank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_timed_calls():
+    """Times a few calls of a network where a command times many, for up to a second: no test looks at their number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timer, "blocked_autorange", lambda timer, **kwargs: timer.timeit(2))
+        patch.setattr("kd_lightning.deploy.latency._SECONDS", 0)
+        yield
 
 
 @pytest.fixture

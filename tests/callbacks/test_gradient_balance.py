@@ -233,6 +233,7 @@ if trainer.is_global_zero:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes(processes, tmp_path, monkeypatch):
     """Each epoch is logged once, and the mean over the shares is the mean of the two first batches' norms."""

@@ -235,6 +235,7 @@ class TestRuns:
         with pytest.raises(SystemExit):
             main(["test", *args, "--trainer.precision", "32-true"])
 
+    @pytest.mark.slow
     def test_resume_on_another_device(self, config, bf16):
         bf16(False)
         args = write(config | {"fast": True})

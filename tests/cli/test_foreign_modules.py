@@ -251,7 +251,14 @@ class TestAsTheyAre:
 
 class TestTaught:
     @pytest.mark.parametrize(
-        ("module", "network"), [("Lit", "net"), ("DictLit", "net"), ("Late", "net"), ("Itself", ""), ("Lit", "net.3")]
+        ("module", "network"),
+        [
+            ("Lit", "net"),
+            pytest.param("DictLit", "net", marks=pytest.mark.slow),
+            pytest.param("Late", "net", marks=pytest.mark.slow),
+            ("Itself", ""),
+            pytest.param("Lit", "net.3", marks=pytest.mark.slow),
+        ],
     )
     def test_the_whole_story(self, capsys, module, network):
         path = write(module, dicts=module == "DictLit", network=network)

@@ -251,7 +251,7 @@ class TestSeedsOfEvaluation:
 
 
 class TestLoggersOfTheConfig:
-    @pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+    @pytest.mark.parametrize("logger", [pytest.param("TensorBoardLogger", marks=pytest.mark.slow), "CSVLogger"])
     def test_a_run_continues_in_its_folder(self, logger, config, fails):
         config["trainer"]["logger"] = {"class_path": logger, "init_args": {"save_dir": "logs", "name": "mine"}}
         main(["fit", "--config", write(config)])

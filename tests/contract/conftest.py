@@ -6,7 +6,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 
 import pytest
@@ -264,6 +264,7 @@ def module_of(path):
     return module_name(yaml.safe_load(path.read_text()))
 
 
+@cache
 def one_of_each_module():
     """The digits config of each module, and of each way of labeling, for what is too slow to run for all."""
     chosen = {}
@@ -314,6 +315,17 @@ def teachers_of(model):
     return {f"teachers[{number}]": teacher for number, teacher in enumerate(several)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _blank_figures():
+    """Leaves figures blank: drawing those of hints takes ten times as long as training. They have their own tests."""
+    places = ("modules.hint.hint_figure", "modules._shared.evaluation.draw_confusion_matrix")
+    places += ("callbacks.pseudo_label_refresh.confidence_figure", "callbacks.pseudo_label_refresh.class_figure")
+    with pytest.MonkeyPatch.context() as patch:
+        for place in places:
+            patch.setattr(f"kd_lightning.{place}", lambda *args, **kwargs: Figure(figsize=(1, 1)))
+        yield
+
+
 @pytest.fixture(scope="module", params=cases([*CONFIGS, *TEXTS], VARIANTS | PRECISIONS))
 def story(request, tmp_path_factory):
     """Each config, run once for all tests that only look at what it left."""
@@ -330,35 +342,72 @@ def each_module(request):
     return next(one for one in [*CONFIGS, *TEXTS] if one.stem == Path(path).stem), arguments
 
 
-@pytest.fixture(autouse=True)
-def _blank_hint_figures(monkeypatch):
-    """Leaves the figures of hints blank after the story's first run: drawing takes ten times as long as training."""
-    monkeypatch.setattr("kd_lightning.modules.hint.hint_figure", lambda *args, **kwargs: Figure(figsize=(1, 1)))
-
-
 def environment():
     """For processes of their own."""
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+REPRESENTATIVES = {  # configs whose checks all run in "make test", and what each one stands for; the others are slow
+    "student_digits": "SupervisedModule: labels alone",
+    "distill_digits": "DistillModule: a live teacher",
+    "cached_digits": "stored outputs of a teacher",
+    "ensemble_digits": "EnsembleDistillModule: several teachers",
+    "hint_digits": "HintModule: two stages, projectors",
+    "apprentice_digits_fixed_teacher": "ApprenticeModule: a student of low precision",
+    "coteaching_digits": "CoTeachingModule: a second network that is trained",
+    "distillation_token_digits": "DistillationTokenModule: a student of two heads",
+    "simkd_digits": "SimKDModule: the teacher's classifier in the student",
+    "feature_digits": "FeatureDistillModule: features in place of classes",
+    "fixmatch_digits": "PseudoLabelModule: online pseudo-labels, two streams",
+    "refresh_digits": "PseudoLabelModule: pseudo-labels of a callback",
+    "transductive_digits": "the test part as pool",
+    "segmentation_distill": "a label for each pixel, from files",
+    "text_distill": "inputs that are a mapping",
+    "text_causal_lm_teacher": "a label for each token",
+    "values_distill": "regression",
+    "audio_crepe": "several labels of a sample",
+}
+
+
+@pytest.fixture(params=[path for path in CONFIGS if path.stem not in REPRESENTATIVES], ids=lambda path: path.stem)
+def other_config(request):
+    """Each config whose story is slow."""
+    return request.param
 
 
 BIG = re.compile("cifar|imagenet|feature_dino|feature_siglip")  # their methods are those of the configs of the digits
 OTHER_DATA = re.compile("cached_digits-(balanced|DigitsWithVal|TableOfDigits|SavedDigits)")
 
 
-def pytest_collection_modifyitems(config, items):
-    """What a method does is tested on the digits; the same on networks of other sizes is ``slow``.
+def is_covered(test, path, arguments, case):
+    """Whether a test of a case repeats that of another case.
 
-    Other data say nothing of a precision. That another order is noticed is tested once for each module.
+    - Other data say nothing of a precision.
+    - That another order is noticed is tested once for each module.
+    - The module and the data decide which labels are hidden, not the size of the networks.
+    - No variant says anything of averaged weights, and one of the module's arguments nothing of a signal.
     """
-    once, left_out = {path.stem for path in one_of_each_module()}, []
+    stem, module_alone = Path(path).stem, bool(arguments) and not any(key.startswith("data.") for key in arguments)
+    return {
+        "test_mixed_precision_stays_close": bool(OTHER_DATA.search(case)),
+        "test_another_order_is_noticed": bool(arguments) or stem not in {one.stem for one in one_of_each_module()},
+        "test_hidden_truth_changes_nothing": bool(BIG.search(stem)) and stem != "cifar10_fixmatch",
+        "test_killed_again_and_again": bool(arguments) and "averaged" in case,
+        "test_killed_for_real": module_alone,
+    }.get(test, False)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The stories of the representatives run in "make test"; those of other configs and of variants are ``slow``."""
+    left_out = []
     for item in items:
-        if not (HERE in item.path.parents and "story" in getattr(item, "fixturenames", ())):
+        if HERE not in item.path.parents or not hasattr(item, "callspec"):
             continue
-        case, name = item.callspec.id, item.originalname
-        if BIG.search(case):
+        parameters, case = item.callspec.params, item.callspec.id
+        if "story" in parameters and case not in REPRESENTATIVES:
             item.add_marker("slow")
-        repeats = name == "test_another_order_is_noticed" and case not in once
-        if repeats or (name == "test_mixed_precision_stays_close" and OTHER_DATA.search(case)):
+        path_and_arguments = parameters.get("story", parameters.get("each_module"))
+        if path_and_arguments is not None and is_covered(item.originalname, *path_and_arguments, case):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

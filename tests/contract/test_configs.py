@@ -81,6 +81,16 @@ def assert_same_end(one, other):
             )
 
 
+def test_is_built(other_config, tmp_path, monkeypatch, contract):
+    """What the stories of these, which are slow, do first."""
+    monkeypatch.chdir(tmp_path)
+    config = contract.quick(other_config)
+    cli = DistillCLI(contract.Story.write(config, "config.yaml"), run=False)
+    assert type(cli.model).__name__ == contract.module_name(config)
+    assert cli.datamodule.batch_size == config["data"]["init_args"]["batch_size"]
+    assert cli.trainer.max_epochs == contract.EPOCHS
+
+
 class TestOneRun:
     def test_fits_validates_tests_and_predicts(self, story):
         commands = [] if story.whole.datamodule.val_size == 0 else ["validate"]
@@ -291,18 +301,26 @@ AVERAGED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "limit_train
 OFTEN = {"monitor": None, "every_n_train_steps": 2, "save_top_k": -1}
 USUAL = {}  # the best by validation accuracy, and the last of each epoch
 STOPS = {  # trainer, checkpoint, workers, the step before which it ends: in mid-epoch, at a boundary, in the last epoch
-    "mid-epoch, 2 workers": ({}, OFTEN, 2, 3),
-    "boundary": ({}, OFTEN, 0, 4),
     "boundary, 2 workers": ({}, OFTEN, 2, 8),
-    "last epoch": ({}, OFTEN, 0, 11),
     "usual checkpoints": ({}, USUAL, 0, 10),
     "averaged, mid-epoch, 2 workers": (AVERAGED, OFTEN, 2, 3),
+}
+OTHER_STOPS = {  # the stories are stopped in mid-epoch, too
+    "mid-epoch, 2 workers": ({}, OFTEN, 2, 3),
+    "boundary": ({}, OFTEN, 0, 4),
+    "last epoch": ({}, OFTEN, 0, 11),
     "averaged, boundary": (AVERAGED, OFTEN, 0, 4),
     "averaged, last epoch": (AVERAGED, OFTEN, 0, 10),
 }
 
 
-@pytest.mark.parametrize("options", STOPS.values(), ids=STOPS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(pytest.param(options, id=name) for name, options in STOPS.items()),
+        *(pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in OTHER_STOPS.items()),
+    ],
+)
 def test_interrupted_anywhere(options, tmp_path, monkeypatch, contract):
     """One config, with gradient accumulation (windows that do not divide the epoch), clipping and averaged weights."""
     trainer, checkpoint, workers, step = options
@@ -321,7 +339,15 @@ def test_interrupted_anywhere(options, tmp_path, monkeypatch, contract):
     assert_same_end(RUN / "checkpoints/last.ckpt", end)
 
 
-@pytest.mark.parametrize(("step", "saved_at", "workers"), [(3, 2, 2), (4, 4, 0), (5, 4, 2), (7, 6, 0)])
+@pytest.mark.parametrize(
+    ("step", "saved_at", "workers"),
+    [
+        pytest.param(3, 2, 2, marks=pytest.mark.slow),
+        (4, 4, 0),
+        pytest.param(5, 4, 2, marks=pytest.mark.slow),
+        pytest.param(7, 6, 0, marks=pytest.mark.slow),  # as the story
+    ],
+)
 def test_interrupted_in_either_stage(step, saved_at, workers, tmp_path, monkeypatch, contract):
     """FitNets' stages are an epoch of four steps each here: within the first, at the boundary, within the second."""
     monkeypatch.chdir(tmp_path)
@@ -399,6 +425,7 @@ def test_killed_for_real(each_module, tmp_path, monkeypatch, contract, processes
 FAST = ("hint_digits", "cifar100_resnet56_resnet20")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_fast(name, tmp_path, monkeypatch, contract):
     """``fast: true``, on a CPU for which it picks all that it may: interrupted, resumed, tested and exported."""

@@ -190,7 +190,7 @@ class TestFit:
 
 
 class TestResume:
-    @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (3, 0), (2, 2)])
+    @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (3, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
     def test_equals_an_unbroken_fit_twice(self, tmp_path, accumulate, workers):
         def parts():
             seed_everything(0)

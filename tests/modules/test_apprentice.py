@@ -395,6 +395,9 @@ def _states_equal(one, two):
     return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
+FAST_RESUMES = {("SGD, Adam", True, 5), ("Adam, SGD", False, 1), ("one", True, 5)}  # each pair, schedule and step once
+
+
 class TestResume:
     def fit(self, quiet_trainer, folder, kinds, scheduler, stop=None, path=None):
         torch.manual_seed(0)
@@ -424,10 +427,24 @@ class TestResume:
             assert stop is not None
         return module, trainer.optimizers[0].state_dict()
 
-    @pytest.mark.parametrize("step", [1, 5])
-    @pytest.mark.parametrize("scheduler", [None, one_cycle])
     @pytest.mark.parametrize(
-        "kinds", [(MOMENTUM, Adam), (Adam, MOMENTUM), (Adam, None)], ids=["SGD, Adam", "Adam, SGD", "one"]
+        ("kinds", "scheduler", "step"),
+        [
+            pytest.param(
+                kinds,
+                scheduler,
+                step,
+                id=f"{name}-{'one_cycle' if scheduler else None}-{step}",
+                marks=[] if (name, bool(scheduler), step) in FAST_RESUMES else pytest.mark.slow,
+            )
+            for name, kinds in {
+                "SGD, Adam": (MOMENTUM, Adam),
+                "Adam, SGD": (Adam, MOMENTUM),
+                "one": (Adam, None),
+            }.items()
+            for scheduler in (None, one_cycle)
+            for step in (1, 5)
+        ],
     )
     def test_bit_for_bit(self, quiet_trainer, tmp_path, kinds, scheduler, step):
         if kinds[1] is None and scheduler is not None:
@@ -687,7 +704,7 @@ class TestCommandLine:
 
         return write
 
-    @pytest.mark.parametrize("scheme", ["joint", "finetune"])
+    @pytest.mark.parametrize("scheme", ["joint", pytest.param("finetune", marks=pytest.mark.slow)])
     def test_fit_leaves_ranges_and_test_needs_no_files(self, written, capsys, scheme):
         arguments = written(scheme)
         main(["fit", *arguments])

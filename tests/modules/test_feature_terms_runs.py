@@ -352,6 +352,7 @@ def fit_rows(trainer):
     return module.state_dict(), {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_equal_one(tmp_path, quiet_trainer, monkeypatch, processes):
     """Also the projectors of terms that have no weight yet: a gradient of 0 would move them by weight decay."""

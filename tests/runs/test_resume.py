@@ -255,7 +255,34 @@ def unbroken(fit, folder, *case):
     return files(folder)
 
 
-FIRSTS = [pytest.param(case, slice(0, None, 2 if case[1] is SOME else 1), id=name) for name, case in CASES.items()]
+REPRESENTATIVES = {  # of each counter, state and kind of module that a resume restores; the other cases are slow
+    "each step, foreign module",
+    "each step, validation within the epoch",
+    "each step, max_steps within an epoch",
+    "clipping",
+    "validation within a window of batches",
+    "validation end",
+    "epoch end, foreign module",
+    "epoch end, max_steps",
+    "each step, scheduler by step",
+    "validation end, plateau",
+    "epoch end, plateau, foreign module",
+    "validation end, early stopping",
+    "early stopping by a training metric",
+    "averaged weights, foreign module",
+    "accumulation by epoch",
+    "double precision, averaged weights",
+    "validation end, patience of hints",
+}
+FIRSTS = [
+    pytest.param(
+        case,
+        slice(0, None, 2 if case[1] is SOME else 1),
+        id=name,
+        marks=[] if name in REPRESENTATIVES else pytest.mark.slow,
+    )
+    for name, case in CASES.items()
+]
 OTHERS = [  # of those with a checkpoint after each step; FIRSTS have each step of an epoch, since their number is odd
     pytest.param(case, slice(1, None, 2), id=f"{name}, the others", marks=pytest.mark.slow)
     for name, case in CASES.items()

@@ -136,7 +136,13 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize(("make_student", "make_teacher"), SHIPPED.values(), ids=SHIPPED)
+@pytest.mark.parametrize(
+    ("make_student", "make_teacher"),
+    [
+        pytest.param(*networks, id=name, marks=[] if name == "resnet32" else pytest.mark.slow)
+        for name, networks in SHIPPED.items()
+    ],
+)
 def test_equal_for_the_shipped_networks(make_student, make_teacher, quiet_trainer, tmp_path):
     def run(**cache):
         images = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -220,6 +220,7 @@ class Model(nn.Module):
         return self.head(self.words(x))
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_never_stored_whole(quiet_trainer, tmp_path):
     module, k = fit(quiet_trainer, Large(), network=Model, cache=tmp_path, cache_top_k=8), 8
     assert (folder_of(module) / "outputs").stat().st_size == 4 * (16 + Large.tokens * (2 * (k + 1) + 4 * k))

@@ -170,6 +170,7 @@ class TestBadInput:
         assert not Path("runs/teacher_crossfit/crossfit.json").exists()
 
 
+@pytest.mark.slow
 def test_from_the_teachers_to_a_students_experiment(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     crossfit(make_config(), "--folds", "2")

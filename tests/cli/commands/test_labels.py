@@ -463,6 +463,7 @@ def test_cross_fit_refused(run, fake_fit):
     assert not fake_fit
 
 
+@pytest.mark.slow
 def test_cross_fit_of_a_real_run(config, capsys):
     """Whole fits, whose ledgers hold the held-out samples; done ones are not repeated, and a killed one is."""
     refresh = {"class_path": "PseudoLabelRefresh", "init_args": {"every_n_epochs": 1, "threshold": 0.1}}

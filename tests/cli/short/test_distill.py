@@ -85,6 +85,7 @@ def test_the_onnx_file_predicts_as_the_student(done):
     np.testing.assert_allclose(logits, student(x).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_time_nothing_is_trained(done, capsys):
     photos, root = done
     before = {path: path.read_bytes() for path in root.glob("*.yaml")}
@@ -96,6 +97,7 @@ def test_a_second_time_nothing_is_trained(done, capsys):
     assert {path: path.read_bytes() for path in root.glob("*.yaml")} == before
 
 
+@pytest.mark.slow
 def test_other_options_get_a_new_version_and_edits_are_not_lost(done, capsys):
     photos, root = done
     edited = (root / "resnet8.yaml").read_text() + "# mine\n"
@@ -219,6 +221,7 @@ def test_label_needs_pictures_without_a_label(class_folders, fails, tmp_path, mo
     assert text in fails("label", str(class_folders({"cat": 6, "dog": 6})))
 
 
+@pytest.mark.slow
 def test_clean_on_a_folder(class_folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     class_folders({"cat": 6, "dog": 6})

@@ -92,6 +92,7 @@ def test_a_trial_is_the_fit_that_it_stands_for(search, capsys, monkeypatch):
     assert [one.study_name for one in others] == [one.study_name for one in (alone, method)]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(search, monkeypatch, capsys):
     space = {"model.soft_weight": [0.2, 0.5], LR: {"low": 0.01, "high": 0.1, "log": True}}
     _, *unbroken = search(space=space, out="unbroken", trainer__max_epochs=1)
@@ -122,6 +123,7 @@ def test_stopped_and_resumed(search, monkeypatch, capsys):
     assert {alone.study_name, method.study_name} & {one.study_name for one in resumed} == {alone.study_name}
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails(search, capsys):
     _, alone, _ = search(total=3, space={LR: [1e25, 0.03]}, trainer__max_epochs=1)
     failed = [one for one in alone.ended() if one.state == "failed"]
@@ -140,6 +142,7 @@ def test_own_values_that_diverge_and_others_that_do_not(search):
     assert alone.best().number > 1
 
 
+@pytest.mark.slow
 def test_folds_of_few_labels_and_a_label_file(search, capsys):
     digits = Digits().load().train.targets
     text = "index,label,kind\n" + "".join(f"{n},{int(digits[n])},noisy\n" for n in range(0, 100, 4))
@@ -206,6 +209,7 @@ def test_arguments(config, fails):
     assert "space.yaml must hold keys" in fails("experiment", "tiny.yaml", "--tune", "2", "--space", "space.yaml")
 
 
+@pytest.mark.slow
 def test_experiment(quick, capsys, monkeypatch):
     torch.manual_seed(0)
     torch.save(DigitsCNN(8).state_dict(), "teacher.pt")

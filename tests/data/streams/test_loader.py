@@ -298,9 +298,18 @@ CASES = {
 }
 
 
+FORKED = {"shuffled", "own state, shuffled", "own shares", "hugging face, buffer"}  # of each way of reading one
+
+
 class TestResume:
-    @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        ("case", "workers"),
+        [
+            pytest.param(case, workers, marks=pytest.mark.slow if workers and case not in FORKED else [])
+            for case in CASES
+            for workers in (0, 2)
+        ],
+    )
     def test_equals_an_unbroken_pass(self, case, workers):
         make, options = CASES[case]
         whole = make_loader(make(), workers=workers, **options)
