@@ -300,7 +300,6 @@ def test_out_must_be_empty(run, tmp_path, fails):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_missing_licenses_are_asked_for_on_a_terminal(run, tmp_path, monkeypatch):
     answers = iter(["mit", "cc-by-4.0", "mit"])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
