@@ -360,7 +360,12 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMES)
+FAST = {"student", "soft", "graph", "ensemble", "joint"}  # the others average weights, or have one of these sources
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in RESUMES]
+)
 def test_exact_resume(fit, tmp_path, name):
     build, options, others = RESUMES[name]
 

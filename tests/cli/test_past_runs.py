@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 
 from kd_lightning.__main__ import main
+from kd_lightning.cli.baseline import baseline_of, with_seed
+from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.cli.past_runs import past_runs
 from kd_lightning.data import Digits, SemiSupervisedDataModule
@@ -23,7 +25,9 @@ def test_past_runs(config, capsys):
     config["trainer"] |= {"max_epochs": 1, "callbacks": [{"class_path": "GradientBalance"}]}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert find()[1:] == (None, None, None)
-    main(["experiment", "--config", "config.yaml", "--seeds", "1"])
+    whole = with_seed(parse_config(["--config", "config.yaml"], "experiment"), 0)
+    for one in (whole, parse_config(baseline_of(whole), "experiment")):  # as experiment does
+        fit_once(one)
     capsys.readouterr()
 
     found = find()

@@ -130,6 +130,7 @@ class TestResume:
         assert DistillCLI(["fit", "--config", "config.yaml", "--ckpt_path", "last", *args]).run_folder == RUN
         assert Run(RUN).finished
 
+    @pytest.mark.slow
     def test_the_newest_of_this_seed(self, config, fails):
         for seed in ("1", "2"):
             main(["fit", "--config", write(config), "--seed_everything", seed])
@@ -156,7 +157,13 @@ class TestResume:
     def test_no_run(self, config, fails):
         assert "there is no run 'tiny' below runs" in fails("fit", "--config", write(config), "--ckpt_path", "last")
 
-    @pytest.mark.parametrize("checkpoint", [NESTING, NESTING | {"dirpath": "elsewhere"}], ids=["", "outside"])
+    @pytest.mark.parametrize(
+        "checkpoint",
+        [
+            pytest.param(NESTING, id="", marks=pytest.mark.slow),
+            pytest.param(NESTING | {"dirpath": "elsewhere"}, id="outside"),
+        ],
+    )
     def test_a_metric_in_the_filename(self, checkpoint, config, fails):
         """It nests folders: look-up and the run's folder do not depend on it."""
         config["checkpoint"] = checkpoint | {"save_top_k": -1}

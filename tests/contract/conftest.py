@@ -413,6 +413,8 @@ def pytest_collection_modifyitems(config, items):
         parameters, case = item.callspec.params, item.callspec.id
         if "story" in parameters and case not in REPRESENTATIVES:
             item.add_marker("slow")
+        elif item.originalname == "test_another_order_is_noticed" and case != "cached_digits":
+            item.add_marker("slow")  # it tests the comparison of the test before it, not the module
         path_and_arguments = parameters.get("story", parameters.get("each_module"))
         if path_and_arguments is not None and is_covered(item.originalname, *path_and_arguments, case):
             left_out.append(item)

@@ -301,13 +301,13 @@ AVERAGED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "limit_train
 OFTEN = {"monitor": None, "every_n_train_steps": 2, "save_top_k": -1}
 USUAL = {}  # the best by validation accuracy, and the last of each epoch
 STOPS = {  # trainer, checkpoint, workers, the step before which it ends: in mid-epoch, at a boundary, in the last epoch
-    "boundary, 2 workers": ({}, OFTEN, 2, 8),
     "usual checkpoints": ({}, USUAL, 0, 10),
     "averaged, mid-epoch, 2 workers": (AVERAGED, OFTEN, 2, 3),
 }
 OTHER_STOPS = {  # the stories are stopped in mid-epoch, too
     "mid-epoch, 2 workers": ({}, OFTEN, 2, 3),
     "boundary": ({}, OFTEN, 0, 4),
+    "boundary, 2 workers": ({}, OFTEN, 2, 8),
     "last epoch": ({}, OFTEN, 0, 11),
     "averaged, boundary": (AVERAGED, OFTEN, 0, 4),
     "averaged, last epoch": (AVERAGED, OFTEN, 0, 10),
@@ -454,6 +454,7 @@ def test_fast(name, tmp_path, monkeypatch, contract):
     assert Path("student.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_fast_has_caches_of_its_own(tmp_path, monkeypatch, contract):
     """The teacher's outputs of another precision and memory layout are others."""
     monkeypatch.chdir(tmp_path)

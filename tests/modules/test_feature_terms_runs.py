@@ -199,7 +199,7 @@ def test_accumulated_batches_by_hand(quiet_trainer):
         torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_half_precision(precision, quiet_trainer, tmp_path):
     """The terms are near those of float32, and a resume is exact."""
     whole, trainer = fit(quiet_trainer, tmp_path, precision=precision, max_epochs=2)

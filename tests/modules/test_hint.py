@@ -965,7 +965,7 @@ class TestBatchesOfManyTensors:
     @pytest.mark.parametrize(
         ("form", "output"), [("mapping", "tuple"), ("tuple", "mapping"), ("teacher_inputs", "mapping")]
     )
-    @pytest.mark.parametrize("joint", [True, False])
+    @pytest.mark.parametrize("joint", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_both_stages_and_a_resume_in_either(self, quiet_trainer, tmp_path, form, output, joint):
         key = "pixels" if form == "teacher_inputs" else "image"
         teacher = named(6, "tensor" if form == "tuple" else "mapping", 1, key=key)

@@ -168,7 +168,7 @@ def test_equal_for_trainers(kwargs, quiet_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_vmap": True}, {"strategy": "random", "draw_per": "sample"}])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_only_some_teachers_have_a_cache(options, dtype, quiet_trainer, tmp_path):
     def make(**cache):
         teachers = [Teacher(network(1)), Teacher(network(2), **cache), Teacher(network(3))]

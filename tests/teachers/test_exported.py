@@ -227,16 +227,24 @@ def encoder():
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
 
-@pytest.mark.parametrize("decomposed", ["no", "functional", "core", "all"])
+DECOMPOSITIONS = ("no", "functional", "core", "all")
+BUILDS = {
+    "dropout": (lambda: nn.Dropout(0.5), (2, 4)),
+    "batch norm": (lambda: nn.BatchNorm1d(4), (2, 4)),
+    "instance norm": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), (2, 4, 5)),
+    "rrelu": (lambda: nn.RReLU(), (2, 4)),
+    "encoder": (encoder, (2, 4, 8)),
+    "drop inside": (DropInside, (2, 4)),
+}
+HALF = {(build, way) for n, build in enumerate(BUILDS) for m, way in enumerate(DECOMPOSITIONS) if (n + m) % 2 == 0}
+
+
 @pytest.mark.parametrize(
-    ("build", "shape"),
+    ("build", "shape", "decomposed"),
     [
-        (lambda: nn.Dropout(0.5), (2, 4)),
-        (lambda: nn.BatchNorm1d(4), (2, 4)),
-        (lambda: nn.InstanceNorm1d(4, track_running_stats=True), (2, 4, 5)),
-        (lambda: nn.RReLU(), (2, 4)),
-        (encoder, (2, 4, 8)),
-        (DropInside, (2, 4)),
+        pytest.param(*BUILDS[name], way, id=f"{name}-{way}", marks=[] if (name, way) in HALF else pytest.mark.slow)
+        for name in BUILDS
+        for way in DECOMPOSITIONS
     ],
 )
 def test_training_mode_is_refused_however_it_is_written(build, shape, decomposed):

@@ -84,10 +84,17 @@ METHODS = {
     "distill": lambda **cache: DistillModule(Scores(0), Teacher(Scores(1), **cache)),
     "ensemble": lambda **cache: EnsembleDistillModule(Scores(0), [Teacher(Scores(n), **cache) for n in (1, 2)]),
 }
+FAST = {("mapping", "distill"), ("tuple", "ensemble"), ("teacher_inputs", "distill")}
 
 
-@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("kind", ["mapping", "tuple", "teacher_inputs"])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        pytest.param(kind, make, id=f"{kind}-{name}", marks=[] if (kind, name) in FAST else pytest.mark.slow)
+        for kind in ("mapping", "tuple", "teacher_inputs")
+        for name, make in METHODS.items()
+    ],
+)
 def test_equal_to_the_live_run_to_the_bit(kind, make, quiet_trainer, tmp_path):
     expected = fit(quiet_trainer, make(), kind)
     evaluated = 6  # validation samples, of which the teacher's outputs are computed

@@ -195,6 +195,7 @@ def test_folders_that_are_none(done, tmp_path, fails):
     assert "is a config; kd-lightning experiment" in fails("distill", str(done[1] / "resnet8.yaml"), *names)
 
 
+@pytest.mark.slow
 def test_label(class_folders, tmp_path, capsys):
     folder = class_folders({"cat": 6, "dog": 6, "unlabeled": 10})
     run = kd_lightning.label(folder, "resnet8", epochs=1, image_size=32, out=tmp_path / "runs")

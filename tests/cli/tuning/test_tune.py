@@ -132,6 +132,7 @@ def test_a_trial_that_fails(search, capsys):
     assert "failed: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_values_that_diverge_and_others_that_do_not(search):
     _, alone, _ = search(
         total=3, space={LR: [0.01, 0.03]}, trainer__max_epochs=1, model__optimizer={

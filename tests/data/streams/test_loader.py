@@ -298,7 +298,7 @@ CASES = {
 }
 
 
-FORKED = {"shuffled", "own state, shuffled", "own shares", "hugging face, buffer"}  # of each way of reading one
+FORKED = {"own state, shuffled", "own shares", "hugging face, buffer"}  # of each way of reading one
 
 
 class TestResume:
