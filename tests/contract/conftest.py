@@ -383,24 +383,23 @@ OTHER_DATA = re.compile("cached_digits-(balanced|DigitsWithVal|TableOfDigits|Sav
 def is_covered(test, path, arguments, case):
     """Whether a test of a case repeats that of another case.
 
-    - Other data say nothing of a precision.
+    - Other data say nothing of a precision, of averaged weights, or of a teacher's weights.
     - That another order is noticed is tested once for each module.
     - The module and the data decide which labels are hidden, not the size of the networks.
-    - No variant says anything of averaged weights or of another teacher, and one of the module's arguments nothing of
-      a signal.
-    - The configs of SAME_METHOD are cifar100_resnet56_resnet20 with other networks, which are fitted, tested, stored
-      and fitted in mixed precision.
+    - An argument of the module says nothing of averaged weights, unless it averages them itself, or of a signal.
+    - The configs of SAME_METHOD are cifar100_resnet56_resnet20 with other networks: their resume and their doctor are
+      the same.
     """
-    stem, module_alone = Path(path).stem, bool(arguments) and not any(key.startswith("data.") for key in arguments)
+    stem, of_data = Path(path).stem, any(key.startswith("data.") for key in arguments)
     return {
         "test_in_mid_epoch": stem in SAME_METHOD,
         "test_doctor_examines_it": stem in SAME_METHOD,
-        "test_teacher_is_unchanged_and_another_is_refused": stem in SAME_METHOD or bool(arguments),
+        "test_teacher_is_unchanged_and_another_is_refused": of_data,
         "test_mixed_precision_stays_close": bool(OTHER_DATA.search(case)),
         "test_another_order_is_noticed": bool(arguments) or stem not in {one.stem for one in one_of_each_module()},
         "test_hidden_truth_changes_nothing": bool(BIG.search(stem)) and stem != "cifar10_fixmatch",
-        "test_killed_again_and_again": bool(arguments) and "averaged" in case,
-        "test_killed_for_real": module_alone,
+        "test_killed_again_and_again": bool(arguments) and "ema_decay" not in arguments and "averaged" in case,
+        "test_killed_for_real": bool(arguments) and not of_data,
     }.get(test, False)
 
 

@@ -81,6 +81,13 @@ def assert_same_end(one, other):
             )
 
 
+def test_each_module_is_represented(contract):
+    """Among the configs whose stories "make test" runs."""
+    paths = {path.stem: path for path in [*contract.CONFIGS, *contract.TEXTS]}
+    modules = {contract.module_of(paths[stem]) for stem in contract.REPRESENTATIVES}
+    assert modules == {contract.module_of(path) for path in paths.values()}
+
+
 def test_is_built(other_config, tmp_path, monkeypatch, contract):
     """What the stories of these, which are slow, do first."""
     monkeypatch.chdir(tmp_path)
