@@ -188,11 +188,11 @@ def test_a_chunk_of_another_size(tmp_path):
 
 
 def test_killed_while_filling(tmp_path):
-    """At 10 random moments; then the table is the undisturbed one."""
+    """At 10 random moments or more, until something stands; then the table is the undisturbed one."""
     moments = random.Random(0)
     table = np.random.default_rng(1).integers(0, 256, (20000, 40), dtype=np.uint8)
     reached = []
-    for _ in range(10):
+    while len(reached) < 10 or not reached[-1]:  # beside other processes, a child may not begin within 30 ms
         child = os.fork()
         if not child:
             fill(make(tmp_path, rows=20000, row_bytes=40, chunk=40), table)
@@ -204,7 +204,6 @@ def test_killed_while_filling(tmp_path):
         reached.append(500 - len(cache.absent()))
         assert cache.damaged(range(500)) == []
     assert reached == sorted(reached)
-    assert reached[-1] > 0
     np.testing.assert_array_equal(fill(cache, table).read(np.arange(20000)), table)
 
 
