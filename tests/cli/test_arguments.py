@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_help(command, capsys):
     text = help_of(command, capsys)
     assert text.startswith(f"usage: kd-lightning {command} [-h]")
     assert COMMANDS[command].summary in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_abbreviated_option_is_none(command, capsys):
+    with suppress(SystemExit, InputError):
+        parse(command, ["--hel"])
+    assert not capsys.readouterr().out  # the help would be there
+
+
+def test_a_misspelled_option_names_the_right_one(capsys):
+    with pytest.raises(SystemExit):
+        parse("distill", ["photos", "--teacher", "resnet14", "--student", "resnet8", "--seed", "2"])
+    assert "unrecognized arguments: --seed 2; did you mean --seeds?" in capsys.readouterr().err
 
 
 def test_help_names_what_the_commands_take(capsys):

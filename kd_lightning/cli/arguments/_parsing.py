@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from kd_lightning.errors import InputError
 
@@ -48,9 +49,22 @@ def parse(command: str, args: Sequence[str]) -> Namespace:
         SystemExit: After the help, or if an argument is unknown or missing.
     """
     summary, read = COMMANDS[command]
-    options = read(ArgumentParser(prog=f"kd-lightning {command}", description=summary), args)
+    options = read(_Parser(prog=f"kd-lightning {command}", description=summary), args)
     check_configs_exist(args)
     return options
+
+
+class _Parser(ArgumentParser):
+    """A parser that takes whole names of options alone: an abbreviation may be a misspelled option, or one of fit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, with the option that was probably meant, and exit."""
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        super().error(message + f"; did you mean {close[0]}?" if close else message)
 
 
 def expand_configs(args: Sequence[str], flags: Iterable[str] = _FLAGS) -> list[str]:
@@ -173,7 +187,6 @@ def command(summary: str) -> Callable[[_Parse], _Parse]:
 
 def with_overrides(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Parse a command's own arguments; ``overrides`` has the rest, which is that of ``fit``."""
-    parser.allow_abbrev = False  # an abbreviated option may be one of fit
     parser.epilog = parser.epilog or _OVERRIDES
     options, overrides = parser.parse_known_args(args)
     options.overrides = overrides
