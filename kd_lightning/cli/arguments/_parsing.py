@@ -58,7 +58,7 @@ class _Parser(ArgumentParser):
     """A parser that takes whole names of options alone: an abbreviation may be a misspelled option, or one of fit."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Print the message, with the option that was probably meant, and exit."""
