@@ -22,6 +22,11 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def world_size() -> int:
+    """Return the number of processes of the group, 1 without a group."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
 def gather(trainer: Trainer | None, value: Any) -> list[Any]:
     """Return the value of every process, by rank. All of them must call this."""
     if trainer is None or trainer.world_size == 1:
@@ -42,6 +47,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     from torchmetrics.utilities.distributed import gather_all_tensors  # the command line starts without it
 
     return torch.cat(gather_all_tensors(rows.detach().contiguous()))
+
+
+def own_rows(rows: Tensor) -> slice:
+    """Return where the rows (N, ...) of this process are in :func:`gather_rows`. All processes must call this."""
+    if not is_distributed():
+        return slice(0, len(rows))
+    counts = gather_rows(torch.tensor([len(rows)], device=rows.device))
+    first = int(counts[: torch.distributed.get_rank()].sum())
+    return slice(first, first + len(rows))
+
+
+@torch.no_grad()
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, without gradient. All processes must call this."""
+    total = value.detach()
+    if is_distributed():
+        total = total.clone()
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,12 +29,16 @@ from kd_lightning.features.capture import evaluating
 from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels, make_pseudo_labels
 from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
-from kd_lightning.pseudo_labels.table import check_classes, check_threshold
+from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
+from kd_lightning.pseudo_labels.selection.base import one_line
+from kd_lightning.pseudo_labels.selection.set_up import set_up
+from kd_lightning.pseudo_labels.table import check_classes
 from kd_lightning.ranks import gather
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.runs.student import student_path
+from kd_lightning.runs.weights import check_fit
 from kd_lightning.teachers.cache_fill import fill_caches, move_batch
 
 
@@ -50,23 +55,21 @@ class PseudoLabelRefresh(Callback):
 
     - ``PseudoLabelModule(pseudo_labels="refreshed")`` has a loss term for them.
     - ``PseudoLabelModule(pseudo_labels="online")`` ignores them, so the refresh only measures the student's quality.
-    - Other modules treat them as labels. Of a soft label they use the most probable class.
+    - Other modules treat them as labels of this weight. Of a soft label they use the most probable class.
 
     Each round writes a CSV file to ``pseudo_labels/`` in the run's folder, one row for each sample, which ``python -m
     kd_lightning labels RUN`` reads. The last round runs when training ends. It holds the trained student's labels,
     whatever the source, which are also those of ``predict``. Checkpoints hold the table. Logs under ``pseudo_labels/``:
-    ``coverage`` (accepted share), ``confidence`` (mean), ``flips`` (share that changed since the last round) and
-    ``class_distance`` (total variation distance between the classes of accepted and of given labels). If the datamodule
-    has ``hidden_truth(index)``, also ``precision`` (of all) and ``accepted_precision``. Figures: the confidences with
-    the threshold, and the classes.
+    ``coverage`` (mean weight: the accepted share, if weights are 0 or 1), ``confidence`` (mean), ``flips`` (share that
+    changed since the last round) and ``class_distance`` (total variation distance between the classes of accepted and
+    of given labels). If the datamodule has ``hidden_truth(index)``, also ``precision`` (of all) and
+    ``accepted_precision``. Figures: the confidences with the threshold, and the classes.
 
     Args:
         every_n_epochs: Number of epochs from one refresh to the next, at least 1.
-        threshold: Least probability of an accepted label, in (0, 1]. Default: None, which means no threshold.
-        top_k_per_class: Accept only the k most probable labels of each class, at least 1. Default: None, which means
-            no limit.
-        soft: Whether the table also holds probabilities, to train on in place of the class.
-        sharpen: Temperature T of the soft labels, in (0, 1]: p^(1/T), scaled to sum 1.
+        selection: Which labels count, and how much; a soft target, as that of ``Sharpen``, replaces the class. For it a
+            round is one step, and the pool one batch. The callback has a copy of its own. Default: None, which means
+            that all are accepted.
         source: The network that labels. ``"student"``; ``"ema"``, its running average (of ``PseudoLabelModule``, or of
             Lightning's weight averaging); ``"teacher"``, the module's teacher or teachers; or
             :class:`GraphPseudoLabels` on the student's features.
@@ -86,31 +89,21 @@ class PseudoLabelRefresh(Callback):
     def __init__(
         self,
         every_n_epochs: int = 1,
-        threshold: float | None = None,
-        top_k_per_class: int | None = None,
-        soft: bool = False,
-        sharpen: float = 1.0,
+        selection: Selection | None = None,
         source: Source = "student",
         restart_student: bool = False,
         warmup_epochs: int = 1,
     ) -> None:
-        check_threshold(threshold)
         for name, number, least in (
             ("every_n_epochs", every_n_epochs, 1),
-            ("top_k_per_class", 1 if top_k_per_class is None else top_k_per_class, 1),
             ("warmup_epochs", warmup_epochs, 0),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise InputError(f"{name} must be an integer of at least {least}, got {number}")
-        if not 0.0 < sharpen <= 1.0:
-            raise InputError(f"sharpen must be a temperature in (0, 1], got {sharpen}")
         if not isinstance(source, GraphPseudoLabels) and source not in ("student", "ema", "teacher"):
             raise InputError(f"source must be student, ema, teacher or a GraphPseudoLabels, got {source!r}")
         self.every_n_epochs = every_n_epochs
-        self.threshold = threshold
-        self.top_k_per_class = top_k_per_class
-        self.soft = soft
-        self.sharpen = sharpen
+        self.selection = FixedThreshold(0.0) if selection is None else deepcopy(selection)
         self.source = source
         self.restart_student = restart_student
         self.warmup_epochs = warmup_epochs
@@ -146,6 +139,7 @@ class PseudoLabelRefresh(Callback):
             find_teacher(pl_module)
         elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
             check_classes(visible(), len(names), data, "PseudoLabelRefresh")
+        set_up(self.selection, data, getattr(pl_module, "num_classes", None))
         if self.source == "ema":
             find_average(trainer, pl_module)
         if (self.restart_student or not isinstance(self.source, str)) and student_path(pl_module) is None:
@@ -153,15 +147,18 @@ class PseudoLabelRefresh(Callback):
             raise InputError(f"{option} needs a module with a student, {type(pl_module).__name__} has none")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table and the first weights of the student, for a checkpoint."""
+        """Return the table, the selection's state and the first weights of the student, for a checkpoint."""
         table = None if self.table is None else self.table.state_dict()
-        return {"table": table, "first_weights": self._first_weights}
+        selection = {name: value.clone() for name, value in self.selection.state_dict().items()}
+        return {"table": table, "selection": selection, "first_weights": self._first_weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the table and the first weights."""
+        """Restore the table, the selection's state and the first weights."""
         table = state_dict["table"]
         self.table = None if table is None else PseudoLabels(**table)
         self._first_weights = state_dict["first_weights"]
+        check_fit(state_dict["selection"], self.selection.state_dict(), "selection: the checkpoint does not fit")
+        self.selection.load_state_dict(state_dict["selection"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of a fit. Fills the cache of a cached teacher, and stores the student's first weights."""
@@ -193,7 +190,8 @@ class PseudoLabelRefresh(Callback):
         """Runs at the end of training. Writes a last round with the trained student's labels."""
         if self.table is None:
             return
-        labels, table = self._label_pool(trainer, pl_module, "student")
+        selection = deepcopy(self.selection)  # a run that is resumed goes on with the state of its last refresh
+        labels, table = self._label_pool(trainer, pl_module, "student", selection)
         values = self._write_report(trainer, table, labels)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
@@ -214,15 +212,15 @@ class PseudoLabelRefresh(Callback):
             return
         if max_epochs is not None and -1 < max_epochs <= epoch:  # resumed after the last batch: no step is left
             return
-        labels, self.table = self._label_pool(trainer, module, self.source)
+        labels, self.table = self._label_pool(trainer, module, self.source, self.selection)
         trainer.datamodule.set_pseudo_labels(self.table)  # type: ignore[attr-defined]
         module.log_dict(self._write_report(trainer, self.table, labels), sync_dist=True)
         if not self.table.accepted.any():
             rank_zero_warn(
                 f"epoch {trainer.current_epoch}: none of {len(self.table.label)} pseudo-labels was accepted (the "
-                f"highest probability is {self.table.confidence.max():.3f}, threshold {self.threshold}); training uses "
-                f"the given labels alone until the next refresh; lower the threshold, set top_k_per_class without a "
-                f"threshold, or raise warmup_epochs"
+                f"highest probability is {self.table.confidence.max():.3f}, {one_line(self.selection)}); training uses "
+                f"the given labels alone until the next refresh; lower the threshold, take another selection such as "
+                f"TopKPerClass, or raise warmup_epochs"
             )
         if self.restart_student and self.table.round > 0:
             self._restart(trainer, module)
@@ -240,7 +238,9 @@ class PseudoLabelRefresh(Callback):
 
     # Prediction.
 
-    def _label_pool(self, trainer: Trainer, module: LightningModule, source: Source) -> tuple[Tensor, PseudoLabels]:
+    def _label_pool(
+        self, trainer: Trainer, module: LightningModule, source: Source, selection: Selection
+    ) -> tuple[Tensor, PseudoLabels]:
         """Return the given labels and a new table, which is the same on all processes."""
         index, y, outputs, classes = self._predict_pool(trainer, module, source)
         unlabeled = y == IGNORE_INDEX
@@ -254,16 +254,14 @@ class PseudoLabelRefresh(Callback):
             outputs = trainer.strategy.broadcast(
                 source(features, y, classes) if trainer.is_global_zero else features[:0]
             )
-        table = make_pseudo_labels(
-            outputs[unlabeled],
-            index[unlabeled],
-            threshold=self.threshold,
-            top_k_per_class=self.top_k_per_class,
-            soft=self.soft,
-            sharpen=self.sharpen,
-            previous=self.table,
-            epoch=trainer.current_epoch,
-        )
+
+        def select(*rows: Tensor) -> tuple[Tensor, Tensor]:
+            # a selection sums over the processes: the pool must count once
+            selected = selection(*(rows if trainer.is_global_zero else (part[:0] for part in rows)))
+            return trainer.strategy.broadcast(selected)
+
+        history = {"previous": self.table, "epoch": trainer.current_epoch}
+        table = make_pseudo_labels(outputs[unlabeled], index[unlabeled], select, outputs[~unlabeled], **history)
         if trainer.strategy.broadcast(table.hash) != table.hash:
             raise InputError(f"rank {trainer.global_rank} has other pseudo-labels than rank 0: is its data the same?")
         return y[~unlabeled], table
@@ -332,12 +330,13 @@ class PseudoLabelRefresh(Callback):
         hidden_truth = _optional_method(data, "hidden_truth")
         truth = hidden_truth(table.index) if hidden_truth else None
         folder = run_folder(trainer)
+        threshold = getattr(self.selection, "threshold", None) or None  # a line in the figure, if there is one
         if writes_files(trainer):
             path_of = _optional_method(data, "path") or (lambda index: None)
             content_of = _optional_method(data, "content") or (lambda index: "")
             with only_warn(f"pseudo-labels of round {table.round}"):
                 write_round(folder, table, self._class_names(trainer), path_of, content_of)
-            log_figure(trainer, "pseudo_labels/confidence", lambda: confidence_figure(table, self.threshold))
+            log_figure(trainer, "pseudo_labels/confidence", lambda: confidence_figure(table, threshold))
             log_figure(trainer, "pseudo_labels/classes", lambda: class_figure(table, labels))
         self.report = round_metrics(table, labels, truth)
         return {f"pseudo_labels/{name}": value for name, value in self.report.items()}

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.term import FeatureTerm
-from kd_lightning.modules._shared.checks import (
-    check_same_teacher,
-    check_soft_weight,
-    check_two_networks,
-    find_samples,
-)
+from kd_lightning.modules._shared.checks import check_soft_weight
 from kd_lightning.modules._shared.feature_terms import FeatureTerms
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.soft_loss import (
@@ -26,8 +21,8 @@ from kd_lightning.modules._shared.soft_loss import (
     soft_losses_of,
     soft_terms,
 )
+from kd_lightning.modules._shared.taught_module import TaughtModule
 from kd_lightning.modules._shared.teacher_report import report
-from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.findings import Finding
 from kd_lightning.teachers.probe import TeacherProbe
@@ -36,7 +31,7 @@ from kd_lightning.teachers.teacher import Teacher, check_outputs
 _NO_TEACHER = "training needs the teacher; teacher=None is for test and predict alone"
 
 
-class DistillModule(SupervisedModule):
+class DistillModule(TaughtModule):
     """Train a student on a frozen teacher's soft targets and on the labels that there are (Hinton et al. 2015).
 
     The objective is ``(1 - soft_weight) * hard + soft_weight * soft``, plus the feature terms, if there are any. The
@@ -85,15 +80,9 @@ class DistillModule(SupervisedModule):
     ) -> None:
         super().__init__(student, **kwargs)
         check_soft_weight(soft_weight)
-        check_two_networks("teacher", teacher, student)
         if self.saved_arguments:
             self.save_hyperparameters(*self.saved_arguments)
-        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
-        if self.teacher is not None:
-            self.teacher.share_layers(student)
-            self.teacher.class_dim = self.class_dim
-        if self.teacher is not None and self.teacher.missing_classes:
-            raise InputError(f"teacher does not know the classes {self.teacher.missing_classes}, but must know all")
+        self.teacher = self.make_teacher(teacher)
         self.soft_loss = make_soft_loss(soft_loss, self.task, [self.teacher], self.default_temperature)
         self.soft_weight = soft_weight
         self.features = FeatureTerms(features, taken=soft_losses_of(self.soft_loss))
@@ -141,34 +130,14 @@ class DistillModule(SupervisedModule):
             raise InputError(_NO_TEACHER)
         return [self.teacher]
 
-    def teacher_logits(self, batch: Batch) -> Tensor | None:
-        """Return the teacher's logits."""
-        teacher = self.teacher
-        return None if teacher is None else teacher(batch)
-
     def _is_comparable(self, logits: Tensor, teacher: Tensor | None) -> bool:
         return teacher is None or teacher.numel() == logits.numel() or not has_own_loss(self.soft_loss)
 
     def setup(self, stage: str) -> None:
-        """Runs at the start of each run. In a fit, hashes the teacher's weights before a plugin casts them.
-
-        A teacher that depends on samples finds them in the data.
-        """
+        """Runs at the start of each run. In a fit, checks that there is a teacher."""
         super().setup(stage)
-        if isinstance(self.teacher, Teacher):
-            find_samples([self.teacher], self._trainer, stage)
-        if stage != TrainerFn.FITTING:
-            return
-        if self.teacher is None:
+        if stage == TrainerFn.FITTING and self.teacher is None:
             raise InputError(_NO_TEACHER)
-        if isinstance(self.teacher, Teacher):
-            self.teacher.fingerprint(anew=True)
-
-    def teardown(self, stage: str) -> None:
-        """Runs at the end of each run. After a test, the numbers of samples are not those of test samples any more."""
-        super().teardown(stage)
-        if stage == TrainerFn.TESTING and isinstance(self.teacher, Teacher):
-            find_samples([self.teacher], None, stage)
 
     def on_fit_start(self) -> None:
         """Runs at the start of fit. Fills the teacher's cache, if it has one, and checks its first outputs."""
@@ -186,16 +155,3 @@ class DistillModule(SupervisedModule):
     def _report(self, findings: list[Finding]) -> None:
         if self.is_fitting:  # the probe of an interrupted fit may still be on the teacher
             report(findings)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint is written. Adds the teacher's fingerprint, not the teacher."""
-        super().on_save_checkpoint(checkpoint)
-        if isinstance(self.teacher, Teacher):
-            checkpoint["teacher_fingerprint"] = self.teacher.fingerprint()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint's weights are loaded. In a fit, refuses another teacher."""
-        super().on_load_checkpoint(checkpoint)
-        fingerprint = checkpoint.get("teacher_fingerprint")
-        if self.is_fitting and fingerprint and isinstance(self.teacher, Teacher):
-            check_same_teacher("teacher", self.teacher, fingerprint)

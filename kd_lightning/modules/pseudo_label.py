@@ -8,58 +8,72 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
 from kd_lightning.losses.coarse import mask_candidates
+from kd_lightning.modules._shared.averaged_student import average_of
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules._shared.dense import labeled_samples
 from kd_lightning.modules._shared.dense_checks import check_strong_transform, check_strong_view
 from kd_lightning.modules._shared.loss_terms import LossTerm
-from kd_lightning.modules.supervised import SupervisedModule
-from kd_lightning.pseudo_labels.selection.flexmatch import AdaptiveThresholds
-from kd_lightning.pseudo_labels.table import check_classes, check_threshold
+from kd_lightning.modules._shared.taught_module import TaughtModule
+from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
+from kd_lightning.pseudo_labels.selection.base import one_line
+from kd_lightning.pseudo_labels.selection.set_up import set_up
+from kd_lightning.pseudo_labels.table import check_classes
+from kd_lightning.teachers.cache_fill import fill_caches
+from kd_lightning.teachers.teacher import check_outputs
 
 
-class PseudoLabelModule(SupervisedModule):
+class PseudoLabelModule(TaughtModule):
     """Train on labeled samples, and on pseudo-labels of the unlabeled ones (self-training).
 
     The objective is ``hard + unsupervised_weight * unsupervised``.
 
-    - ``pseudo_labels="online"``: in every step, the pseudo-label is the current student's prediction. Without a
-      threshold this is Lee (2013), with the weight ramped by ``SoftWeightAnnealing(attribute="unsupervised_weight")``.
-      With a threshold and a datamodule that has a ``strong_transform`` it is FixMatch (Sohn et al. 2020): the
-      pseudo-label comes from the weak view ``x``, if its probability reaches the threshold, and the loss is that of
-      ``x_strong``. With ``adaptive_thresholds`` it is FlexMatch (Zhang et al. 2021).
+    - ``pseudo_labels="online"``: in every step, the pseudo-label is the current prediction of the student, of its
+      running average, or of a teacher. A :class:`~kd_lightning.pseudo_labels.Selection` says which ones count.
     - ``pseudo_labels="refreshed"``: the pseudo-label, hard or soft, is the last of the ``PseudoLabelRefresh`` callback.
 
-    The unsupervised term is the cross-entropy summed over the accepted samples and divided by the number of *all*
-    unlabeled samples, so that few accepted ones weigh little. Samples with a coarse label are in both terms; their
-    pseudo-label is one of the classes of the coarse label. Labeled and unlabeled samples go through the student in one
-    forward pass, and so share their batch statistics.
+    The prediction is that of the weak view ``x``. The loss is that of ``x_strong``, if the datamodule has a
+    ``strong_transform``. So these are known methods:
+
+    =============================================================  ==============================================
+    Lee (2013)                                                     no selection, no strong view, and the weight ramped
+                                                                   by ``SoftWeightAnnealing(attribute=
+                                                                   "unsupervised_weight")``
+    FixMatch, FlexMatch, FreeMatch, SoftMatch, AdaMatch            their selection, and a strong view
+    Mean Teacher (Tarvainen and Valpola 2017), with cross-entropy  ``ema_decay``, and ``Sharpen(FixedThreshold(0), 1)``
+    =============================================================  ==============================================
+
+    The unsupervised term is the cross-entropy with the targets, times their weights, summed over the unlabeled samples
+    and divided by the number of *all* of them, so that few accepted ones weigh little. Samples with a coarse label are
+    in both terms; their pseudo-label is one of the classes of the coarse label. Labeled and unlabeled samples go
+    through the student in one forward pass, and so share their batch statistics.
 
     It takes all inputs, outputs (B, C) or dense, and the multiclass task. With ``class_dim`` each position of a sample
-    without any label has a pseudo-label of its own (online, with a fixed threshold), and the divisor counts these
-    positions, without masked ones. The strong view must then have the positions of the weak one: it may change colours,
-    but not crop, flip or shorten on its own.
+    without any label has a pseudo-label of its own (online, with a selection that needs no index), and the divisor
+    counts these positions, without masked ones. The strong view must then have the positions of the weak one: it may
+    change colours, but not crop, flip or shorten on its own.
 
     Logs what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
-    the accepted share of the unlabeled samples; and for online pseudo-labels ``train/confidence``, their mean
-    probability.
+    the mean weight of the unlabeled samples, which is the accepted share if weights are 0 or 1; for online
+    pseudo-labels ``train/confidence``, the mean probability of their class; and ``train/regularizer``, if the selection
+    has one.
 
     Args:
         student: Network that gives logits, see :class:`SupervisedModule`.
         unsupervised_weight: Weight of the unsupervised term (Lee's alpha), at least 0. A callback may anneal it.
         pseudo_labels: ``"online"`` or ``"refreshed"``.
-        threshold: Lowest probability of accepted online pseudo-labels, in (0, 1]. Default: None, which means that all
-            are accepted.
-        adaptive_thresholds: Lower the threshold of each class by how little of it is learned, see
-            :class:`AdaptiveThresholds`.
+        selection: Which online pseudo-labels count, and how much. Its state is in the checkpoint. Default: None, which
+            means that all count.
+        teacher: A trained network, or a :class:`~kd_lightning.Teacher` around it, that makes the online pseudo-labels,
+            or those of ``PseudoLabelRefresh(source="teacher")``. It may have a cache. Default: None, for no teacher.
         ema_decay: Online pseudo-labels come from a running average of the student (buffers included) with this decay,
             in [0, 1). The first step copies the student; after n steps the decay is ``(1 + n) / (10 + n)``, if that is
             smaller. ``PseudoLabelRefresh(source="ema")`` uses the average, too. It is not deployed. Default: None,
@@ -68,10 +82,11 @@ class PseudoLabelModule(SupervisedModule):
             of the labeled rows alone.
 
     Raises:
-        InputError: If a value is out of range; if refreshed pseudo-labels have a threshold here (it is the callback's);
-            if the task is another one; if there are no unlabeled samples, or a class has no labeled one; if thresholds
-            are adaptive and batches have no index; if pseudo-labels are refreshed, or thresholds adaptive, with
-            ``class_dim``; if the strong view has other positions.
+        InputError: If a value is out of range; if refreshed pseudo-labels have a selection here (it is the callback's);
+            if online ones have a teacher and an average; if the task is another one; if there are no unlabeled samples,
+            or a class has no labeled one (unless a teacher labels); if the selection needs what is not there, such as
+            an index; if pseudo-labels are refreshed with ``class_dim``; if the strong view has other positions; if a
+            run is resumed with another teacher.
     """
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
@@ -81,9 +96,9 @@ class PseudoLabelModule(SupervisedModule):
         student: nn.Module,
         unsupervised_weight: float = 1.0,
         pseudo_labels: Literal["online", "refreshed"] = "online",
-        threshold: float | None = None,
         *,
-        adaptive_thresholds: bool = False,
+        selection: Selection | None = None,
+        teacher: nn.Module | None = None,
         ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,26 +106,22 @@ class PseudoLabelModule(SupervisedModule):
         if self.task != "multiclass":
             raise InputError(f"task must be multiclass, since a pseudo-label is one class, got {self.task!r}")
         check_choice("pseudo_labels", pseudo_labels, ("online", "refreshed"))
-        check_threshold(threshold)
         _check_unsupervised_weight(unsupervised_weight)
-        if pseudo_labels == "refreshed" and (threshold is not None or adaptive_thresholds):
-            raise InputError("threshold is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh")
-        if adaptive_thresholds and threshold is None:
-            raise InputError("adaptive_thresholds needs a threshold, the highest that a class can have")
-        if self.class_dim is not None and (pseudo_labels == "refreshed" or adaptive_thresholds):
-            option = "pseudo_labels: refreshed" if pseudo_labels == "refreshed" else "adaptive_thresholds"
+        if pseudo_labels == "refreshed" and selection is not None:
+            raise InputError("selection is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh")
+        if self.class_dim is not None and (pseudo_labels == "refreshed" or (selection and selection.needs_index)):
+            option = "pseudo_labels: refreshed" if pseudo_labels == "refreshed" else type(selection).__name__
             raise InputError(f"{option} is for one pseudo-label a sample, got class_dim: {self.class_dim}")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
-        self.save_hyperparameters(
-            "unsupervised_weight", "pseudo_labels", "threshold", "adaptive_thresholds", "ema_decay"
-        )
+        if pseudo_labels == "online" and teacher is not None and ema_decay is not None:
+            raise InputError("online pseudo-labels come from one network, got a teacher and ema_decay; leave out one")
+        self.save_hyperparameters("unsupervised_weight", "pseudo_labels", "ema_decay")
         self.unsupervised_weight = unsupervised_weight
         self.pseudo_labels = pseudo_labels
-        self.threshold = threshold
-        self.adaptive_thresholds = adaptive_thresholds
-        self.ema = None if ema_decay is None else _make_ema(student, ema_decay)
-        self._thresholds: AdaptiveThresholds | None = None
+        self.selection = FixedThreshold(0.0) if selection is None else selection
+        self.teacher = self.make_teacher(teacher)
+        self.ema = None if ema_decay is None else average_of(student, ema_decay)
         self._unchecked_labels: Tensor | None = None  # until the first logits have the number of classes
         self._unlabeled_count = self._accepted_count = torch.zeros(())  # of this epoch
 
@@ -122,7 +133,7 @@ class PseudoLabelModule(SupervisedModule):
         fine = self._has_fine_label(batch)
         coarse = torch.zeros_like(fine) if batch.candidates is None else batch.candidates.any(dim=1)
         labeled, unlabeled = fine | coarse, ~fine
-        averaged = self._averaged_logits(batch, unlabeled)
+        predicted = self._predict(batch, unlabeled)
         logits, unlabeled_logits = self._forward(batch, unlabeled, labeled)
         if logits.ndim != 2:
             raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}; dense ones need class_dim")
@@ -139,18 +150,34 @@ class PseudoLabelModule(SupervisedModule):
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
         unlabeled_batch = rest.select(unlabeled)
         if self.pseudo_labels == "online":
-            predicted = logits[unlabeled] if averaged is None else averaged
-            label, accepted = self._pseudo_label(batch, unlabeled, predicted)
-            target = F.one_hot(label, unlabeled_logits.shape[-1]).to(unlabeled_logits.dtype)
+            predicted = logits if predicted is None else predicted
+            target, weight = self._select(unlabeled_batch, *_split(predicted, unlabeled), unlabeled_logits)
         else:
-            target, accepted = _refreshed_target(unlabeled_batch, unlabeled_logits)
-        value = -(target * unlabeled_logits.log_softmax(dim=-1)).sum(dim=-1)
+            target, weight = _refreshed_target(unlabeled_batch, unlabeled_logits)
         assert self._mean_labels is not None  # set by hard_term
         mean_fine = float(self._mean_labels) - mean_coarse
         mean_unlabeled = (len(batch) if batch.mean_rows is None else batch.mean_rows) - mean_fine
-        value = (value * accepted).sum() / max(mean_unlabeled, 1e-9)
-        self._record_coverage(accepted, len(unlabeled_batch))
-        return {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
+        return self._terms(hard, unlabeled_logits, target, weight, mean_unlabeled)
+
+    def _terms(self, hard: Tensor, logits: Tensor, target: Tensor, weight: Tensor, mean: float) -> dict[str, LossTerm]:
+        """Return the terms.
+
+        Args:
+            hard: The hard term.
+            logits: Logits of the unlabeled rows, (U, C).
+            target: Their pseudo-labels, (U, C).
+            weight: Weights of these, (U,).
+            mean: Mean number of unlabeled rows over the batches of the optimiser step.
+        """
+        log_p = logits.log_softmax(dim=-1)
+        value = (-(target * log_p).sum(dim=-1) * weight).sum() / max(mean, 1e-9)
+        self._record_coverage(weight)
+        terms = {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
+        if self.pseudo_labels == "online":
+            regularizer = self.selection.regularizer(log_p.exp(), weight)
+            if regularizer is not None:
+                terms["regularizer"] = LossTerm(1.0, regularizer)
+        return terms
 
     @staticmethod
     def _has_fine_label(batch: Batch) -> Tensor:
@@ -180,60 +207,52 @@ class PseudoLabelModule(SupervisedModule):
             unlabeled_logits = logits[unlabeled]
         else:
             # pseudo-labels from the student itself need the weak views, too
-            count, all_weak = len(batch), self.pseudo_labels == "online" and self.ema is None
+            count, all_weak = len(batch), self.pseudo_labels == "online" and self._labeler is None
             weak = batch.x if all_weak else take_rows(batch.x, labeled, count)
             first = count if all_weak else int(labeled.sum())
             both = self(join_rows(weak, take_rows(batch.x_strong, unlabeled, count)))
             logits, unlabeled_logits = both.tensor_split([first])
         return logits, unlabeled_logits.float() if unlabeled_logits.dtype != torch.float64 else unlabeled_logits
 
-    @torch.no_grad()
-    def _averaged_logits(self, batch: Batch, unlabeled: Tensor) -> Tensor | None:
-        """Return the averaged student's logits of the samples without a fine label; None if there is no average."""
-        if self.ema is None or self.pseudo_labels != "online":
-            return None
-        self.ema.eval()
-        output = self.call(self.ema.module, take_rows(batch.x, unlabeled, len(batch)))
-        return logits_of(output, "the averaged student")
+    @property
+    def _labeler(self) -> nn.Module | None:
+        """The network that makes online pseudo-labels, None if it is the student."""
+        return self.ema if self.teacher is None else self.teacher
 
     @torch.no_grad()
-    def _pseudo_label(self, batch: Batch, unlabeled: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pseudo-labels (U,), and which of them are accepted, (U,).
+    def _predict(self, batch: Batch, unlabeled: Tensor) -> Tensor | None:
+        """Return logits of the network that makes the online pseudo-labels; None if it is the student, or has no rows.
+
+        They are those of all rows if the selection needs labeled ones, else of the unlabeled rows, (B,).
+        """
+        if self._labeler is None or self.pseudo_labels != "online":
+            return None
+        if not self.selection.needs_labeled and not unlabeled.any():
+            return None
+        rows = batch if self.selection.needs_labeled else replace(batch, x_strong=None).select(unlabeled)
+        if self.teacher is not None:
+            return logits_of(self.teacher(rows), "the teacher")
+        assert self.ema is not None
+        self.ema.eval()
+        return logits_of(self.call(self.ema.module, rows.x), "the averaged student")
+
+    @torch.no_grad()
+    def _select(self, rows: Batch, predicted: Tensor, labeled: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return targets (U, C) and weights (U,) of the unlabeled rows, in the type of their logits.
 
         Args:
-            batch: The batch.
-            unlabeled: Which of its rows have no fine label, (B,).
-            predicted: Logits of these rows, (U, C).
+            rows: The unlabeled rows.
+            predicted: Logits of the network that makes the pseudo-labels, for these rows, (U, C).
+            labeled: Its logits of the labeled rows, (L, C).
+            logits: Logits of the student, for the unlabeled rows, (U, C).
         """
-        allowed = None if batch.candidates is None else batch.candidates[unlabeled]
-        confidence, label = mask_candidates(predicted.detach().float(), allowed).softmax(dim=-1).max(dim=-1)
+        check_outputs(logits, predicted)
+        probabilities = mask_candidates(predicted.detach().float(), rows.candidates).softmax(dim=-1)
         if self._trainer is not None:
-            self._record_mean(
-                "train/confidence", confidence.mean() if len(label) else 0.0, max(float(len(label)), 1e-9)
-            )
-        if self.threshold is None:
-            return label, torch.ones_like(confidence)
-        if self.adaptive_thresholds and batch.index is None:
-            raise InputError("adaptive_thresholds needs batches with an index, as SemiSupervisedDataModule's")
-        if self._thresholds is None:  # a fixed threshold, or no fit
-            return label, (confidence >= self.threshold).to(confidence)
-        thresholds = self._adapt_thresholds(batch, unlabeled, confidence, label, predicted.shape[-1])
-        return label, (confidence >= thresholds).to(confidence)
-
-    def _adapt_thresholds(
-        self, batch: Batch, unlabeled: Tensor, confidence: Tensor, label: Tensor, classes: int
-    ) -> Tensor:
-        """Return the threshold of each unlabeled row, (U,); then update the thresholds with those of all processes."""
-        assert self._thresholds is not None
-        assert batch.index is not None
-        thresholds: Tensor = self._thresholds(classes)[label]
-        confident = torch.full_like(batch.index, -1)
-        confident[unlabeled] = torch.where(confidence >= self._thresholds.threshold, label, -1)
-        index = batch.index
-        if self.trainer.world_size > 1:  # all processes have equally many rows
-            index, confident = (self.all_gather(part).flatten() for part in (index, confident))  # type: ignore[union-attr]
-        self._thresholds.update(index, confident)
-        return thresholds
+            confidence = probabilities.amax(dim=-1).mean() if len(rows) else 0.0
+            self._record_mean("train/confidence", confidence, max(float(len(rows)), 1e-9))
+        target, weight = self.selection(probabilities, labeled.detach().float().softmax(dim=-1), rows.index)
+        return target.to(logits), weight.to(logits)
 
     def _dense_losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the terms of dense outputs. Positions of samples without any label have pseudo-labels."""
@@ -241,50 +260,52 @@ class PseudoLabelModule(SupervisedModule):
         mask, count = batch.position_mask, len(batch)
         check_strong_view(batch)
         labeled = labeled_samples(batch, self.task, self.class_dim, self.causal)
-        averaged = None if labeled.all() else self._averaged_logits(batch, ~labeled)
+        predicted = self._predict(batch, ~labeled)
         logits, strong = self._forward(batch, ~labeled, labeled)
+        predicted = logits if predicted is None else predicted
         # no copies of images: x only has as many rows
         rest = replace(batch, x=labeled, mask=mask, x_strong=None, teacher_inputs=None, teacher=None)
         labeled_batch, labeled_logits = self.to_rows(
             rest.select(labeled), logits[labeled] if len(logits) == count else logits
         )
         rows, strong = self.to_rows(rest.select(~labeled), strong)
-        predicted = self.to_rows(rest.select(~labeled), logits[~labeled] if averaged is None else averaged)[1]
-        label, accepted = self._pseudo_label(rows, torch.ones(len(rows), dtype=torch.bool), predicted)
+        own, others = _split(predicted, ~labeled)
+        own = self.to_rows(rest.select(~labeled), own)[1]
+        others = self.to_rows(rest.select(labeled), others)[1] if self.selection.needs_labeled else own[:0]
+        target, weight = self._select(rows, own, others, strong)
         means = batch.dense_means
         mean = self._mean_over_processes(len(rows), logits) if means is None else means[1] - means[0]
-        value = F.cross_entropy(strong, label, reduction="none")
-        value = (value * accepted).sum() / max(mean, 1e-9)
-        self._record_coverage(accepted, len(rows))
         every = len(labeled_batch) + len(rows)
         self._rows = self._mean_over_processes(every, logits) if means is None else means[1]
-        hard = self.hard_term(labeled_logits, labeled_batch)
-        return {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
+        return self._terms(self.hard_term(labeled_logits, labeled_batch), strong, target, weight, mean)
 
-    def _record_coverage(self, accepted: Tensor, unlabeled: int) -> None:
+    def _record_coverage(self, weight: Tensor) -> None:
         if self._trainer is not None:
-            share = accepted.float().mean() if unlabeled else 0.0
+            unlabeled = len(weight)
+            share = weight.float().mean() if unlabeled else 0.0
             # always a float: the weights of all processes must have one type
             self._record_mean("train/coverage", share, max(float(unlabeled), 1e-9))
             self._unlabeled_count = self._unlabeled_count + unlabeled
-            self._accepted_count = self._accepted_count.to(accepted.device) + accepted.sum()
+            self._accepted_count = self._accepted_count.to(weight.device) + weight.sum()
 
     # The run.
 
+    def on_fit_start(self) -> None:
+        """Runs at the start of fit. Fills the cache of a teacher that makes online pseudo-labels."""
+        super().on_fit_start()
+        if self.teacher is not None and self.pseudo_labels == "online":
+            fill_caches(self.teacher, self.trainer)
+
     def setup(self, stage: str) -> None:
-        """Runs at the start of each run. In a fit, makes the adaptive thresholds."""
+        """Runs at the start of each run. In a fit, sets up the selection."""
         super().setup(stage)
-        data: Any = self._data()
-        self._thresholds = None
-        if stage == "fit" and self.adaptive_thresholds:
-            if not hasattr(data, "unlabeled_indices") or not hasattr(data, "visible_labels"):
-                raise InputError(
-                    "adaptive_thresholds needs a datamodule with unlabeled_indices() and visible_labels(), and batches "
-                    "with an index, as SemiSupervisedDataModule's"
-                )
-            assert self.threshold is not None
-            pool = len(data.unlabeled_indices())
-            self._thresholds = AdaptiveThresholds(self.threshold, pool, len(data.visible_labels()))
+        if stage == TrainerFn.FITTING:
+            dense = self.class_dim is not None  # dense labels are not in memory
+            names = getattr(self._data(), "class_names", None)
+            classes = self.num_classes or (None if names is None else len(names))
+            set_up(self.selection, None if dense else self._data(), classes)
+            # all processes have the same state; torch's DDP reads this
+            self._ddp_params_and_buffers_to_ignore = [f"selection.{name}" for name, _ in self.selection.named_buffers()]
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""
@@ -298,7 +319,7 @@ class PseudoLabelModule(SupervisedModule):
         if self.class_dim is not None:
             check_strong_transform(data)
         # PseudoLabelRefresh checks this itself, since a teacher may know classes without a label
-        one_label = self.pseudo_labels == "online" and self.class_dim is None  # dense labels are not in memory
+        one_label = self.pseudo_labels == "online" and self.class_dim is None and self.teacher is None
         self._unchecked_labels = data.visible_labels() if one_label and hasattr(data, "visible_labels") else None
         callbacks = [type(callback).__name__ for callback in getattr(self.trainer, "callbacks", ())]
         if self.pseudo_labels == "refreshed" and "PseudoLabelRefresh" not in callbacks:
@@ -317,8 +338,8 @@ class PseudoLabelModule(SupervisedModule):
             rank_zero_warn("no batch of this epoch had an unlabeled sample (y = -100): nothing to pseudo-label")
         elif self.pseudo_labels == "online" and self.unsupervised_weight > 0 and not float(self._accepted_count):
             rank_zero_warn(
-                f"no pseudo-label of this epoch reached the threshold {self.threshold}, so the student trained on the "
-                "labels alone; lower it, or train longer on the labels first"
+                f"no pseudo-label of this epoch was accepted ({one_line(self.selection)}), so the student trained on "
+                "the labels alone; lower the threshold, or train longer on the labels first"
             )
 
     def optimizer_step(
@@ -330,60 +351,45 @@ class PseudoLabelModule(SupervisedModule):
             self.ema.update_parameters(self.student)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint is written. Adds the epoch's counts and the state of the adaptive thresholds."""
+        """Runs before a checkpoint is written. Adds the epoch's counts of pseudo-labels."""
         super().on_save_checkpoint(checkpoint)
         counts = (self._unlabeled_count, self._accepted_count)
         checkpoint["pseudo_label_counts"] = [count.cpu() for count in counts]
-        if self._thresholds is not None:
-            checkpoint["adaptive_thresholds"] = self._thresholds.last_class
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Runs before a checkpoint's weights are loaded. Restores the counts and the adaptive thresholds."""
+        """Runs before a checkpoint's weights are loaded. Restores the counts, and the sizes of the selection."""
+        self.selection.take_sizes(checkpoint["state_dict"], "selection.")
         super().on_load_checkpoint(checkpoint)
         if "pseudo_label_counts" in checkpoint:
             self._unlabeled_count, self._accepted_count = checkpoint["pseudo_label_counts"]
-        if self._thresholds is not None and "adaptive_thresholds" in checkpoint:
-            before, now = checkpoint["adaptive_thresholds"], self._thresholds.last_class
-            if len(before) != len(now):
-                raise InputError(
-                    f"adaptive_thresholds: the checkpoint has {len(before)} samples, the data {len(now)}; resume with "
-                    "the samples of that run"
-                )
-            now.copy_(before)
 
     def _data(self) -> Any:
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
 
 
+def _split(predicted: Tensor, unlabeled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits of the unlabeled rows and of the others; those of unlabeled rows alone have no others."""
+    if len(predicted) != len(unlabeled):
+        return predicted, predicted[:0]
+    return predicted[unlabeled], predicted[~unlabeled]
+
+
 def _refreshed_target(unlabeled: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the refreshed pseudo-labels as probabilities (U, C), and which rows have one, (U,)."""
+    """Return the refreshed pseudo-labels as probabilities (U, C), and their weights, (U,)."""
     if unlabeled.kind is None or unlabeled.y is None:  # before the first refresh
         return torch.zeros_like(logits), logits.new_zeros(len(logits))
     accepted = unlabeled.kind == LabelKind.PSEUDO
+    weight = accepted.to(logits)
+    if unlabeled.weight is not None:
+        weight = weight * unlabeled.weight.to(logits)
     if unlabeled.soft is not None:
-        return unlabeled.soft.to(logits), accepted.to(logits)
+        return unlabeled.soft.to(logits), weight
     if unlabeled.y.ndim == 2:  # mixed pseudo-labels
-        return torch.where(accepted[:, None], unlabeled.y, 0).to(logits), accepted.to(logits)
+        return torch.where(accepted[:, None], unlabeled.y, 0).to(logits), weight
     label = torch.where(accepted, unlabeled.y, 0)
-    return F.one_hot(label, logits.shape[-1]).to(logits), accepted.to(logits)
+    return F.one_hot(label, logits.shape[-1]).to(logits), weight
 
 
 def _check_unsupervised_weight(weight: float) -> None:
     if not weight >= 0.0:
         raise InputError(f"unsupervised_weight must be at least 0, got {weight}")
-
-
-def _make_ema(student: nn.Module, decay: float) -> AveragedModel:
-    """Make the running average of a student's parameters and buffers."""
-
-    def update(averages: Any, values: Any, count: Tensor | int) -> None:
-        weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.to(average.dtype), weight)
-            else:
-                average.copy_(value)
-
-    averaged = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
-    averaged.requires_grad_(False)
-    return averaged

@@ -1,7 +1,17 @@
 """Pseudo-labels: a round of them, labels that spread over a graph, selection rules, and the report of a round."""
 
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
-from kd_lightning.pseudo_labels.selection import AdaptiveThresholds
+from kd_lightning.pseudo_labels.selection import (
+    AdaMatch,
+    DistributionAlignment,
+    FixedThreshold,
+    FlexMatch,
+    FreeMatch,
+    Selection,
+    Sharpen,
+    SoftMatch,
+    TopKPerClass,
+)
 from kd_lightning.pseudo_labels.table import PseudoLabels, PseudoLabelStore, make_pseudo_labels
 
 __all__ = [
@@ -9,5 +19,13 @@ __all__ = [
     "PseudoLabelStore",
     "make_pseudo_labels",
     "GraphPseudoLabels",
-    "AdaptiveThresholds",
+    "Selection",
+    "FixedThreshold",
+    "TopKPerClass",
+    "FlexMatch",
+    "FreeMatch",
+    "SoftMatch",
+    "AdaMatch",
+    "DistributionAlignment",
+    "Sharpen",
 ]

@@ -19,14 +19,14 @@ def round_metrics(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> d
         truth: True labels of the pool, (N,), -100 where unknown. If None, all are unknown.
 
     Returns:
-        By name: ``coverage`` (accepted share), ``confidence`` (mean), ``flips`` (share of changed labels),
-        ``class_distance`` (total variation distance between the class shares of accepted and given labels; absent if
-        either is empty), ``precision`` (of labels whose truth is known; absent if none is) and ``accepted_precision``
-        (of the accepted ones among these; absent if there are none).
+        By name: ``coverage`` (mean weight: the accepted share, if weights are 0 or 1), ``confidence`` (mean), ``flips``
+        (share of changed labels), ``class_distance`` (total variation distance between the class shares of accepted
+        and given labels; absent if either is empty), ``precision`` (of labels whose truth is known; absent if none is)
+        and ``accepted_precision`` (of the accepted ones among these; absent if there are none).
     """
     accepted = table.accepted
     values = {
-        "coverage": float(accepted.double().mean()),
+        "coverage": float(table.weight.double().mean()),
         "confidence": float(table.confidence.double().mean()),
         "flips": float(table.changed.double().mean()),
     }

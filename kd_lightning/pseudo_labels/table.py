@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 
 
 @dataclass
@@ -19,9 +21,9 @@ class PseudoLabels:
 
     Attributes:
         index: Indices of the samples, (N,) integers, ascending.
-        label: Most probable class of each sample, (N,) integers.
+        label: Pseudo-label of each sample, its most probable class, (N,) integers.
         confidence: Probability of that class, (N,) float32.
-        accepted: Whether training may use the label, (N,) booleans.
+        weight: How much the label counts, (N,) float32 from 0 to 1. Training does not use those of weight 0.
         changed: Whether the label differs from that of the previous round, (N,) booleans.
         round: Number of the round, from 0.
         epoch: Epoch at whose start the round was made; ``max_epochs`` for the round after training.
@@ -31,11 +33,16 @@ class PseudoLabels:
     index: Tensor
     label: Tensor
     confidence: Tensor
-    accepted: Tensor
+    weight: Tensor
     changed: Tensor
     round: int
     epoch: int
     soft: Tensor | None = None
+
+    @property
+    def accepted(self) -> Tensor:
+        """Whether training may use the label, (N,) booleans."""
+        return self.weight > 0
 
     @property
     def hash(self) -> str:
@@ -69,11 +76,9 @@ class PseudoLabelStore(Protocol):
 def make_pseudo_labels(
     probabilities: Tensor,
     index: Tensor,
+    select: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    labeled_probabilities: Tensor | None = None,
     *,
-    threshold: float | None = None,
-    top_k_per_class: int | None = None,
-    soft: bool = False,
-    sharpen: float = 1.0,
     previous: PseudoLabels | None = None,
     epoch: int = 0,
 ) -> PseudoLabels:
@@ -84,46 +89,31 @@ def make_pseudo_labels(
     Args:
         probabilities: Class probabilities of the pool, (N, C).
         index: Indices of the samples, (N,).
-        threshold: Accept labels of at least this probability, in (0, 1]. Default: None, which means all.
-        top_k_per_class: Of these, accept the k most probable of each class, k at least 1. Default: None, which means
-            all.
-        soft: Whether the round has probabilities, too.
-        sharpen: Temperature T of these, above 0: p^(1/T), scaled to sum 1 (MixMatch, Berthelot et al. 2019).
+        select: A :class:`~kd_lightning.pseudo_labels.Selection`, or a function that is called as one. Default: None,
+            which means that all are accepted.
+        labeled_probabilities: Class probabilities of the labeled samples, (L, C). Default: None, which means none.
         previous: The previous round of the same samples. Default: None, which means that this is the first.
         epoch: Epoch at whose start the round is made.
 
     Returns:
-        The round, ordered by index.
+        The round, ordered by index. It has probabilities if a target of the selection is more than one class.
 
-    >>> table = make_pseudo_labels(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([7, 3]), threshold=0.8)
+    >>> from kd_lightning.pseudo_labels import FixedThreshold
+    >>> table = make_pseudo_labels(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([7, 3]), FixedThreshold(0.8))
     >>> table.index.tolist(), table.label.tolist(), table.accepted.tolist()
     ([3, 7], [1, 0], [False, True])
     """
     index, order = index.sort()
     probabilities = probabilities[order].float()
-    confidence, label = probabilities.max(dim=1)
-    accepted = confidence > 1 / probabilities.shape[1] + 1e-6  # above uniform
-    if threshold is not None:
-        accepted &= confidence >= threshold
-    if top_k_per_class is not None:
-        for number in range(probabilities.shape[1]):
-            members = (accepted & (label == number)).nonzero().flatten()
-            # stable: of equally probable ones the first by index are accepted, on every machine
-            ranked = confidence[members].argsort(descending=True, stable=True)
-            accepted[members[ranked[top_k_per_class:]]] = False
-    changed = torch.zeros_like(accepted) if previous is None else label != previous.label
-    sharpened = None
-    if soft:
-        # in log space: high powers of small probabilities underflow to 0
-        sharpened = (probabilities.clamp_min(1e-30).log() / sharpen).softmax(dim=1)
+    labeled = probabilities[:0] if labeled_probabilities is None else labeled_probabilities.float()
+    target, weight = (FixedThreshold(0.0) if select is None else select)(probabilities, labeled, index)
+    label = target.argmax(dim=1)
+    confidence = probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
+    weight = torch.where(probabilities.amax(dim=1) > 1 / probabilities.shape[1] + 1e-6, weight, 0.0)  # above uniform
+    is_soft = bool(((target > 0) & (target < 1)).any())
+    changed = torch.zeros_like(label, dtype=torch.bool) if previous is None else label != previous.label
     number = 0 if previous is None else previous.round + 1
-    return PseudoLabels(index, label, confidence, accepted, changed, number, epoch, sharpened)
-
-
-def check_threshold(threshold: float | None, name: str = "threshold") -> None:
-    """Raise InputError unless ``threshold`` lies in (0, 1] or is None; ``name`` is that of the argument."""
-    if threshold is not None and not 0.0 < threshold <= 1.0:
-        raise InputError(f"{name} must lie in (0, 1], or be null for none, got {threshold}")
+    return PseudoLabels(index, label, confidence, weight, changed, number, epoch, target if is_soft else None)
 
 
 def check_classes(y: Tensor, classes: int, data: Any, owner: str) -> None:

@@ -51,7 +51,7 @@ class LabelTable:
         self.version = 0
         self._known = is_labeled(visible)
         self.kind = self._initial_kind = kind
-        self.weight = weight
+        self.weight = self._initial_weight = weight
         self.group = group
         self.members = members
         self.dense = dense
@@ -61,12 +61,12 @@ class LabelTable:
     @property
     def hash(self) -> str:
         """SHA-256 of labels that are noisy, coarse, weighted or from a file; empty if the split determines them."""
-        if self._initial_kind is None and self.weight is None:
+        if self._initial_kind is None and self._initial_weight is None:
             return ""
         kind = torch.zeros(len(self.visible)) if self._initial_kind is None else self._initial_kind
         rows = (kind != LabelKind.MISSING).nonzero().flatten()
         digest = hashlib.sha256(rows.numpy().tobytes())
-        for part in (self.visible, self._initial_kind, self.weight, self.group):
+        for part in (self.visible, self._initial_kind, self._initial_weight, self.group):
             digest.update(b"none" if part is None else part[rows].numpy().tobytes())
         digest.update(b"none" if self.members is None else self.members.numpy().tobytes())
         return digest.hexdigest()
@@ -90,6 +90,10 @@ class LabelTable:
         plain = torch.where(known, LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
         self.kind = plain if self._initial_kind is None else self._initial_kind.clone()
         self.kind[accepted] = LabelKind.PSEUDO
+        self.weight, given = self._initial_weight, labels.weight[labels.accepted].float()
+        if self.weight is not None or (given != 1).any():
+            self.weight = torch.ones(len(known)) if self.weight is None else self.weight.clone()
+            self.weight[accepted] = given.to(self.weight)
         self.version += 1
         self._known = is_labeled(self.y)
         self._soft_labels = labels.soft

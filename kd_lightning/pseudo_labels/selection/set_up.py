@@ -1,0 +1,34 @@
+"""Set up a selection for the data of a fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kd_lightning.batch import is_labeled
+from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.selection.base import Selection
+
+
+def set_up(selection: Selection, data: Any, num_classes: int | None) -> None:
+    """Call a selection's ``setup`` with the numbers of a datamodule.
+
+    Args:
+        selection: The selection.
+        data: The datamodule of samples with one label each. What it does not tell, or if it is None, is not known.
+        num_classes: Number of classes. Default: None, which means that of the class names, or else of the labels.
+
+    Raises:
+        InputError: If the selection needs what the data do not have.
+    """
+    names = getattr(data, "class_names", None)
+    num_samples = num_unlabeled = None
+    num_classes = num_classes or (None if names is None else len(names))
+    if hasattr(data, "unlabeled_indices") and hasattr(data, "visible_labels"):
+        labels = data.visible_labels()
+        num_samples, num_unlabeled = len(labels), len(data.unlabeled_indices())
+        known = is_labeled(labels)
+        if selection.needs_labeled and not known.any():
+            raise InputError(f"{type(selection).__name__} needs labeled samples, but there are none")
+        if num_classes is None and known.any():
+            num_classes = int(labels[known].max()) + 1
+    selection.setup(num_samples, num_classes, num_unlabeled)
