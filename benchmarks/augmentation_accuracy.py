@@ -21,7 +21,7 @@ import recipes
 from torchvision.transforms import v2
 from training import Fits, difference, in_parallel, make_parser, measure, spread, train, versions
 
-from kd_lightning import Digits, PseudoLabelModule, SemiSupervisedDataModule, SupervisedModule
+from kd_lightning import Digits, FixedThreshold, PseudoLabelModule, SemiSupervisedDataModule, SupervisedModule
 from kd_lightning.data import TorchvisionDataset
 from kd_lightning.data.transforms import BatchTransform
 from kd_lightning.models import DigitsCNN
@@ -58,7 +58,7 @@ def fit(setting, way, seed, repeat, fashion):
     if strong:
         transforms["strong_transform"] = _select(way, *recipes.STRONG_DIGITS)
         options = options | {"labeled_batch_size": 16}
-        module = partial(PseudoLabelModule, threshold=0.8)
+        module = partial(PseudoLabelModule, selection=FixedThreshold(0.8))
     make_data = partial(SemiSupervisedDataModule, source, val_size=0, **options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "split.json"

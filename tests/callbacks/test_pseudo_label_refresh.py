@@ -29,12 +29,15 @@ from kd_lightning import (
     Digits,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     GraphPseudoLabels,
     InputError,
     PseudoLabelModule,
     PseudoLabelRefresh,
     SeedEveryStep,
     SemiSupervisedDataModule,
+    Sharpen,
+    TopKPerClass,
 )
 from kd_lightning.__main__ import main
 from kd_lightning.batch import LabelKind
@@ -44,6 +47,7 @@ from kd_lightning.runs.csv_logger import ResumableCSVLogger
 
 ADAM = partial(torch.optim.AdamW, lr=0.02)
 STEPS = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.7)
+SOFT = Sharpen(FixedThreshold(0), 1.0)
 
 
 def data(**kwargs):
@@ -151,7 +155,7 @@ def test_student_against_a_pass_of_its_own(fit, unlabeled, workers):
         assert refresh.report["flips"] == pytest.approx(table.changed.double().mean().item())
         assert refresh.report["confidence"] == pytest.approx(confidence.mean().item(), abs=1e-5)
 
-    refresh = PseudoLabelRefresh(threshold=0.12)
+    refresh = PseudoLabelRefresh(selection=FixedThreshold(0.12))
     made = SemiSupervisedDataModule(source, labeled=4, unlabeled=unlabeled, batch_size=72, num_workers=workers)
     fit(make(PseudoLabelModule), refresh, Probe(check), datamodule=made)
     first = {"rest": 0, "test": 600, "source": 600}[unlabeled]
@@ -170,7 +174,7 @@ class Padded(SemiSupervisedDataModule):
 def test_padding_gets_no_pseudo_label(fit):
     tables = []
     for kind in (SemiSupervisedDataModule, Padded):
-        refresh = PseudoLabelRefresh(threshold=0.12)
+        refresh = PseudoLabelRefresh(selection=FixedThreshold(0.12))
         made = kind(Digits(), labeled=4, batch_size=72, labeled_batch_size=8)
         fit(make(PseudoLabelModule), refresh, datamodule=made, max_epochs=2)
         tables.append(refresh.table)
@@ -235,7 +239,7 @@ def test_teachers_label(fit, kind):
         torch.testing.assert_close(refresh.table.soft.double(), expected, rtol=1e-4, atol=1e-6)
         rounds.append(refresh.table.round)
 
-    module, refresh = make(kind), PseudoLabelRefresh(source="teacher", soft=True, top_k_per_class=20)
+    module, refresh = make(kind), PseudoLabelRefresh(source="teacher", selection=Sharpen(TopKPerClass(20), 1.0))
     trainer = fit(module, refresh, Probe(check), enable_checkpointing=True)
     assert rounds == [0, 1]
     assert refresh.table.label[refresh.table.accepted].bincount().max() == 20
@@ -261,7 +265,12 @@ def test_class_that_the_teacher_alone_knows(fit, tmp_path, healthy):
 
     few = data(labeled=tmp_path / "split.json", labeled_batch_size=None)
     module = DistillModule(DigitsCNN(4), deepcopy(healthy))
-    fit(module, PseudoLabelRefresh(source="teacher", threshold=0.9), Probe(check, batch=True), datamodule=few)
+    fit(
+        module,
+        PseudoLabelRefresh(source="teacher", selection=FixedThreshold(0.9)),
+        Probe(check, batch=True),
+        datamodule=few,
+    )
     assert sum(map(len, hard)) > 5
     assert (torch.cat(hard) == 9).float().mean() > 0.9
     assert min(counts) > 30  # a few labels before
@@ -287,7 +296,7 @@ def test_graph(fit):
             torch.testing.assert_close(refresh.table.soft, expected, rtol=1e-3, atol=1e-4)
             compared.append((refresh.table.label == expected.argmax(dim=1)).float().mean())
 
-    refresh = PseudoLabelRefresh(source=GraphPseudoLabels(5), soft=True)
+    refresh = PseudoLabelRefresh(source=GraphPseudoLabels(5), selection=SOFT)
     fit(make(PseudoLabelModule), refresh, Probe(check))
     assert len(compared) == 2
     assert min(compared) > 0.99
@@ -333,13 +342,13 @@ def test_leaves_everything_as_it_was(fit, source, workers):
 
 def test_labels_that_nobody_uses_change_nothing(fit):
     def train(*callbacks):
-        module = make(PseudoLabelModule, pseudo_labels="online", threshold=0.2)
+        module = make(PseudoLabelModule, pseudo_labels="online", selection=FixedThreshold(0.2))
         torch.manual_seed(3)  # of the dropout
         fit(module, *callbacks)
         return module.state_dict()
 
     plain = train()
-    shown = train(PseudoLabelRefresh(warmup_epochs=0, soft=True, source=GraphPseudoLabels()))
+    shown = train(PseudoLabelRefresh(warmup_epochs=0, selection=SOFT, source=GraphPseudoLabels()))
     assert all(torch.equal(value, shown[name]) for name, value in plain.items())
 
 
@@ -348,9 +357,9 @@ def test_labels_that_nobody_uses_change_nothing(fit):
 
 learner = partial(make, PseudoLabelModule)
 RESUMES = {
-    "student": (learner, {"threshold": 0.13}, []),
-    "soft": (learner, {"soft": True, "sharpen": 0.5, "warmup_epochs": 0, "every_n_epochs": 2}, []),
-    "restart": (learner, {"restart_student": True, "top_k_per_class": 9}, []),
+    "student": (learner, {"selection": FixedThreshold(0.13)}, []),
+    "soft": (learner, {"selection": Sharpen(FixedThreshold(0)), "warmup_epochs": 0, "every_n_epochs": 2}, []),
+    "restart": (learner, {"restart_student": True, "selection": TopKPerClass(9)}, []),
     "ema": (partial(learner, ema_decay=0.8), {"source": "ema", "restart_student": True}, []),
     "average": (learner, {"source": "ema", "restart_student": True}, [partial(EMAWeightAveraging, decay=0.8)]),
     "graph": (learner, {"source": GraphPseudoLabels(5)}, []),
@@ -519,7 +528,7 @@ def test_somebody_elses_module_and_data(fit, tmp_path):
             assert torch.equal(made.filled[50:], torch.where(refresh.table.accepted, expected.indices, -100))
             compared.append(refresh.report["coverage"])
 
-    refresh = PseudoLabelRefresh(top_k_per_class=3)
+    refresh = PseudoLabelRefresh(selection=TopKPerClass(3))
     fit(module, refresh, Probe(check), datamodule=made, enable_checkpointing=True)
     assert len(compared) == 2
     assert 0 < min(compared) <= max(compared) <= 0.6
@@ -559,7 +568,7 @@ def test_a_report_that_cannot_be_written_does_not_end_a_training(fit, tmp_path, 
     (tmp_path / "run" / "v").mkdir(parents=True)
     (tmp_path / "run" / "v" / "pseudo_labels").write_text("in the way")
     monkeypatch.setattr("kd_lightning.callbacks.pseudo_label_refresh.class_figure", lambda *_: 1 / 0)
-    refresh = PseudoLabelRefresh(threshold=0.12)
+    refresh = PseudoLabelRefresh(selection=FixedThreshold(0.12))
     with pytest.warns(UserWarning, match="is left out, and the run goes on") as found:
         fit(make(PseudoLabelModule), refresh, datamodule=data(), logger=board)
     texts = {str(one.message).split(" is left out")[0] for one in found if "is left out" in str(one.message)}
@@ -571,7 +580,7 @@ def test_a_report_that_cannot_be_written_does_not_end_a_training(fit, tmp_path, 
 def test_charts_figures_and_ledger(fit, tmp_path):
     board, table = TensorBoardLogger(tmp_path, "run", "v"), ResumableCSVLogger(str(tmp_path), "run", "v")
     made, module = data(), make(PseudoLabelModule)
-    refresh, values, tables = PseudoLabelRefresh(threshold=0.12), [], []
+    refresh, values, tables = PseudoLabelRefresh(selection=FixedThreshold(0.12)), [], []
 
     def check(trainer, pl_module):
         if trainer.current_epoch:
@@ -644,12 +653,12 @@ def test_fit_twice(fit):
 def test_nothing_accepted(fit):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        refresh = PseudoLabelRefresh(threshold=1.0)
+        refresh = PseudoLabelRefresh(selection=FixedThreshold(1.0))
         fit(make(PseudoLabelModule), refresh, max_epochs=2)
     messages = [str(w.message) for w in caught if "was accepted" in str(w.message)]
     assert len(messages) == 1
     assert messages[0].startswith("epoch 1: none of 1038 pseudo-labels was accepted (the highest probability is 0.")
-    assert "threshold 1.0" in messages[0]
+    assert "FixedThreshold(threshold=1.0)" in messages[0]
     assert "lower the threshold" in messages[0]
     assert refresh.report["coverage"] == 0
 
@@ -660,16 +669,10 @@ def test_nothing_accepted(fit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\]"),
-        ({"threshold": 1.01}, r"threshold must lie in \(0, 1\]"),
-        ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\]"),
         ({"every_n_epochs": 0}, "every_n_epochs must be an integer of at least 1, got 0"),
         ({"every_n_epochs": None}, "every_n_epochs must be an integer of at least 1, got None"),
         ({"every_n_epochs": 1.5}, "every_n_epochs must be an integer"),
-        ({"top_k_per_class": 0}, "top_k_per_class must be an integer of at least 1, got 0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be an integer of at least 0, got -1"),
-        ({"sharpen": 0.0}, r"sharpen must be a temperature in \(0, 1\]"),
-        ({"sharpen": 1.5}, r"sharpen must be a temperature in \(0, 1\]"),
         ({"source": "pupil"}, "source must be student, ema, teacher or a GraphPseudoLabels, got 'pupil'"),
         ({"source": None}, "source must be student, ema, teacher or a GraphPseudoLabels, got None"),
     ],
@@ -738,7 +741,13 @@ def story(tmp_path, monkeypatch):
     ],
 )
 def test_from_a_config(story, source):
-    cli = DistillCLI(["fit", "--config", story(source=source, threshold=0.1)])
+    cli = DistillCLI(
+        [
+            "fit",
+            "--config",
+            story(source=source, selection={"class_path": "FixedThreshold", "init_args": {"threshold": 0.1}}),
+        ]
+    )
     refresh = next(c for c in cli.trainer.callbacks if isinstance(c, PseudoLabelRefresh))
     assert refresh.source == source if isinstance(source, str) else refresh.source.neighbors == 5
     assert refresh.table.round == 0
@@ -788,7 +797,7 @@ def run(devices, name, count, batch, source):
         alone = SemiSupervisedDataModule(source_of(), labeled=1, val_size=0)
         data.pool_dataloader = list if int(os.environ.get("LOCAL_RANK", 0)) else alone.pool_dataloader
     module = SupervisedModule(DigitsCNN(4))
-    refresh = PseudoLabelRefresh(warmup_epochs=0, threshold=0.105, soft=True, source=source)
+    refresh = PseudoLabelRefresh(warmup_epochs=0, selection=Sharpen(FixedThreshold(0.105), 1.0), source=source)
     trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
                       limit_train_batches=1, enable_progress_bar=False, enable_model_summary=False,
                       default_root_dir=f"{name}_{devices}", logger=False, callbacks=[refresh])

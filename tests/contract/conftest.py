@@ -75,7 +75,10 @@ VARIANTS = {  # arguments of the model, or of the data, by dotted path, under wh
     ],
     "student_digits": [{"class_weights": "balanced"}],
     "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],
-    "fixmatch_digits": [{"adaptive_thresholds": True, "ema_decay": 0.5}, {"data.mix": MIX}],
+    "fixmatch_digits": [
+        *({"selection": {"class_path": name}, "ema_decay": 0.5} for name in ("FlexMatch", "FreeMatch", "AdaMatch")),
+        {"data.mix": MIX},
+    ],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
 PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}
@@ -190,13 +193,14 @@ def sooner(config):
         kind = callback["class_path"].rsplit(".", 1)[-1]
         arguments = callback.setdefault("init_args", {})
         if kind == "PseudoLabelRefresh":
-            arguments |= {"every_n_epochs": 1, "warmup_epochs": 1, "threshold": 0.12}
+            arguments |= {"every_n_epochs": 1, "warmup_epochs": 1}
+            arguments["selection"] = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.12}}
         if kind == "SoftWeightAnnealing":
             arguments.pop("end_epoch", None)
             arguments.pop("begin_epoch", None)
     arguments = config["model"]["init_args"]
-    if arguments.get("threshold"):
-        arguments["threshold"] = 0.12
+    if "threshold" in (arguments.get("selection") or {}).get("init_args", {}):
+        arguments["selection"]["init_args"]["threshold"] = 0.12
     if module_name(config) == "PseudoLabelModule" and config["data"]["init_args"]["source"]["class_path"] == "FakeData":
         arguments["student"]["init_args"]["num_classes"] = FAKE["init_args"]["num_classes"]  # each has a label
 

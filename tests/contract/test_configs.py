@@ -254,7 +254,7 @@ class TestOneRun:
         config = deepcopy(story.config)
         for callback in config["trainer"].get("callbacks", []):
             if callback["class_path"].endswith("PseudoLabelRefresh"):  # rounding decides on a sample at the limit
-                callback["init_args"] |= {"threshold": None, "top_k_per_class": None}
+                callback["init_args"] |= {"selection": None}
         if story.path.stem.startswith("feature_dinov"):
             config["trainer"]["callbacks"].append({"class_path": "parts.FixedStatistics"})
         args, losses = contract.Story.write(config, "precision.yaml"), []

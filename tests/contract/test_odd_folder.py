@@ -45,7 +45,7 @@ def config(method, **data):
     model = {
         "SupervisedModule": {},
         "DistillModule": {"teacher": cached, "soft_weight": 0.5},
-        "PseudoLabelModule": {"threshold": 0.3},
+        "PseudoLabelModule": {"selection": {"class_path": "FixedThreshold", "init_args": {"threshold": 0.3}}},
     }[method]
     source = {
         "train": "pictures/train",

@@ -12,6 +12,7 @@ from kd_lightning import (
     ClassSubset,
     CoarseLabels,
     DatasetSource,
+    FixedThreshold,
     InputError,
     PseudoLabelModule,
     RotatedClasses,
@@ -246,7 +247,7 @@ def test_pseudo_labels_of_each_position(quiet_trainer, pool):
     """FixMatch on maps, from the datamodule: its labels are not in memory, and are not needed there."""
     torch.manual_seed(0)
     student = nn.Conv2d(2, CLASSES, 1)
-    made = PseudoLabelModule(student, class_dim=1, threshold=0.34)
+    made = PseudoLabelModule(student, class_dim=1, selection=FixedThreshold(0.34))
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
     trainer.fit(made, datamodule=make(**pool))
     assert trainer.callback_metrics["train/unsupervised"] > 0

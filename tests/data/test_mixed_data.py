@@ -15,11 +15,13 @@ from kd_lightning import (
     DatasetSource,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     HintModule,
     InputError,
     PseudoLabelModule,
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
+    Sharpen,
     SupervisedModule,
     SymmetricNoise,
     Teacher,
@@ -276,7 +278,8 @@ class TestTraining:
             make = DistillModule if more else SupervisedModule
             self.fit(trainer, lambda make=make, more=more: make(network(), optimizer=still, **more), module(**options))
             assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
-        refresh = PseudoLabelRefresh(threshold=0.2, warmup_epochs=0, soft=soft, source="teacher")
+        selection = Sharpen(FixedThreshold(0.2), 1.0) if soft else FixedThreshold(0.2)
+        refresh = PseudoLabelRefresh(selection=selection, warmup_epochs=0, source="teacher")
         trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, callbacks=[refresh])
         options = {"mix": MixUp(1.0), "batch_size": 40}
         self.fit(trainer, lambda: DistillModule(network(), Teacher(network(1)), optimizer=still), module(**options))
@@ -300,14 +303,16 @@ class TestTraining:
         "ensemble": lambda: EnsembleDistillModule(small(), [small(), small()]),
         "hint": lambda: HintModule(small(), small(), hints={"2": "2"}, hint_epochs=1),
         "apprentice": lambda: ApprenticeModule(small(), small()),
-        "online": lambda: PseudoLabelModule(small(), threshold=0.4),
+        "online": lambda: PseudoLabelModule(small(), selection=FixedThreshold(0.4)),
         "refreshed": lambda: PseudoLabelModule(small(), pseudo_labels="refreshed"),
     }
 
     @pytest.mark.parametrize("method", METHODS)
     def test_every_method_trains_and_resumes(self, quiet_trainer, tmp_path, method):
         def run(epochs, **kwargs):
-            callbacks = [PseudoLabelRefresh(threshold=0.34, soft=True)] if method == "refreshed" else []
+            callbacks = (
+                [PseudoLabelRefresh(selection=Sharpen(FixedThreshold(0.34), 1.0))] if method == "refreshed" else []
+            )
             trainer = quiet_trainer(max_epochs=epochs, limit_train_batches=1.0, callbacks=callbacks)
             return trainer, self.fit(trainer, self.METHODS[method], module(train_transform=None), **kwargs)
 
@@ -322,7 +327,7 @@ class TestTraining:
     def test_refreshed_pseudo_labels_by_hand(self, quiet_trainer):
         """A row has a mixed pseudo-label if both samples have one."""
         data = module(mix=MixUp(1.0))
-        refresh = PseudoLabelRefresh(threshold=0.345, warmup_epochs=0)
+        refresh = PseudoLabelRefresh(selection=FixedThreshold(0.345), warmup_epochs=0)
         trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, callbacks=[refresh])
         self.fit(trainer, self.METHODS["refreshed"], data)
         data.set_pseudo_labels(refresh.table)

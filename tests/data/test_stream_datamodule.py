@@ -22,6 +22,8 @@ from kd_lightning import (
     DistillModule,
     EnsembleDistillModule,
     ExactResume,
+    FixedThreshold,
+    FlexMatch,
     HintModule,
     HuggingFaceSource,
     HuggingFaceStream,
@@ -133,7 +135,7 @@ class TestFit:
             strong_transform=strong_small([0.5], [0.5], 8),
             train_transform=nn.Identity(),
         )
-        module = PseudoLabelModule(make(dim=64), threshold=0.3, optimizer=sgd)
+        module = PseudoLabelModule(make(dim=64), selection=FixedThreshold(0.3), optimizer=sgd)
         trainer = fit(module, data, tmp_path)
         assert trainer.global_step == 12
         assert 0 < trainer.callback_metrics["train/unsupervised"] < math.inf
@@ -321,9 +323,9 @@ class TestNeedsRandomAccess:
         with pytest.raises(InputError, match="cache"):
             fit(module, StreamDataModule(Rows()), tmp_path)
 
-    def test_adaptive_thresholds(self, tmp_path):
-        module = PseudoLabelModule(make(), threshold=0.9, adaptive_thresholds=True)
-        with pytest.raises(InputError, match="adaptive_thresholds"):
+    def test_selection_that_needs_an_index(self, tmp_path):
+        module = PseudoLabelModule(make(), selection=FlexMatch(0.9))
+        with pytest.raises(InputError, match="FlexMatch needs a datamodule with unlabeled_indices"):
             fit(module, StreamDataModule(Rows()), tmp_path)
 
     def test_losses_that_remember_samples(self, tmp_path):

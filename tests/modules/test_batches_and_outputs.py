@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning import (
+    AdaMatch,
     ApprenticeModule,
     Batch,
     CoTeachingModule,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     HintModule,
     InputError,
     PseudoLabelModule,
@@ -176,7 +178,8 @@ VIEWS = {
 FIXMATCH = {
     "student": {},
     "average": {"ema_decay": 0.5},
-    "threshold": {"threshold": 0.4},
+    "threshold": {"selection": FixedThreshold(0.4)},
+    "labeled rows": {"selection": AdaMatch(0.9), "ema_decay": 0.5},
     "refreshed": {"pseudo_labels": "refreshed"},
 }
 
@@ -187,6 +190,7 @@ def test_strong_views(options):
     ends = []
     for batch in VIEWS.values():
         module = PseudoLabelModule(Net(0), **options)
+        module.selection.setup(None, 3)
         loss = module.training_step(batch, 0)
         loss.backward()
         ends.append([loss.detach(), *(p.grad for p in module.student.parameters())])
@@ -195,7 +199,7 @@ def test_strong_views(options):
 
 
 def test_strong_views_by_hand():
-    module = PseudoLabelModule(Net(0), threshold=0.4, ema_decay=0.5)
+    module = PseudoLabelModule(Net(0), selection=FixedThreshold(0.4), ema_decay=0.5)
     with torch.no_grad():
         module.ema.module.head.bias.add_(torch.tensor([0.0, 1.0, 0.0]))  # an average that differs
     loss = module.training_step(VIEWS["by name"], 0)

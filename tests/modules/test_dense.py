@@ -27,6 +27,8 @@ from kd_lightning import (
     CoTeachingModule,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
+    FlexMatch,
     HintModule,
     InputError,
     PseudoLabelModule,
@@ -604,7 +606,9 @@ class TestPseudoLabels:
         if views == 2:
             batch.x_strong = batch.x.clone()
             batch.x_strong[:, 0] += B
-        module = PseudoLabelModule(Table(both), 0.7, threshold=threshold, ema_decay=ema, **options_of(form))
+        module = PseudoLabelModule(
+            Table(both), 0.7, selection=threshold and FixedThreshold(threshold), ema_decay=ema, **options_of(form)
+        )
         leaf, rows = both.clone().requires_grad_(), rows_by_hand(form, batch)
         total, accepted, unlabeled = leaf.sum() * 0, 0, [row for row in rows if row[2] is None]
         for sample, place, _ in unlabeled:
@@ -638,7 +642,7 @@ class TestPseudoLabels:
                 {"pseudo_labels": "refreshed"},
                 "pseudo_labels: refreshed is for one pseudo-label a sample, got class_dim: 1",
             ),
-            ({"threshold": 0.9, "adaptive_thresholds": True}, "adaptive_thresholds is for one pseudo-label a sample"),
+            ({"selection": FlexMatch(0.9)}, "FlexMatch is for one pseudo-label a sample, got class_dim: 1"),
             ({"task": "regression"}, "task must be multiclass, .*, got 'regression'"),
         ],
     )
@@ -853,7 +857,9 @@ STEPS = {
     "relabel": lambda net, form: EnsembleDistillModule(
         net(0), [net(1), net(2)], "relabel", teacher_weights=[1, 3], **options_of(form)
     ),
-    "pseudo-labels": lambda net, form: PseudoLabelModule(net(0), 0.7, threshold=0.6, **options_of(form)),
+    "pseudo-labels": lambda net, form: PseudoLabelModule(
+        net(0), 0.7, selection=FixedThreshold(0.6), **options_of(form)
+    ),
 }
 
 

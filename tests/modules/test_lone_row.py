@@ -17,6 +17,8 @@ from kd_lightning import (
     DistillModule,
     EnsembleDistillModule,
     EvaluationWriter,
+    FixedThreshold,
+    FlexMatch,
     GraphPseudoLabels,
     HintModule,
     InputError,
@@ -93,9 +95,9 @@ CASES = {
     ),
     "apprentice": (lambda: ApprenticeModule(network(), network(1)), {}),
     "pseudo-labels": (lambda: PseudoLabelModule(network()), {}),
-    "pseudo-labels, FixMatch": (lambda: PseudoLabelModule(network(), threshold=0.4), STRONG),
+    "pseudo-labels, FixMatch": (lambda: PseudoLabelModule(network(), selection=FixedThreshold(0.4)), STRONG),
     "pseudo-labels, FlexMatch and average": (
-        lambda: PseudoLabelModule(network(), threshold=0.4, adaptive_thresholds=True, ema_decay=0.9),
+        lambda: PseudoLabelModule(network(), selection=FlexMatch(0.4), ema_decay=0.9),
         STRONG,
     ),
     "pseudo-labels, refreshed": (lambda: PseudoLabelModule(network(), pseudo_labels="refreshed"), {}),
@@ -108,7 +110,11 @@ CASES = {
 def test_every_method(kind, quiet_trainer, tmp_path):
     make, options = CASES[kind]
     seen = Seen()
-    refresh = [PseudoLabelRefresh(every_n_epochs=1, warmup_epochs=1, threshold=0.4)] if "refreshed" in kind else []
+    refresh = (
+        [PseudoLabelRefresh(every_n_epochs=1, warmup_epochs=1, selection=FixedThreshold(0.4))]
+        if "refreshed" in kind
+        else []
+    )
     trainer = quiet_trainer(callbacks=[seen, *refresh], max_epochs=2, num_sanity_val_steps=0)
     module = make()
     data = samples(**options)
@@ -147,14 +153,14 @@ def test_two_streams_with_one_unlabeled_row_left(quiet_trainer):
     """12 labeled samples, and 21 in the pool: four batches of 5, and one row of the pool beside 3 labeled ones."""
     seen = Seen()
     trainer = quiet_trainer(callbacks=[seen])
-    trainer.fit(PseudoLabelModule(network(), threshold=0.4), samples(labeled_batch_size=3, **STRONG))
+    trainer.fit(PseudoLabelModule(network(), selection=FixedThreshold(0.4)), samples(labeled_batch_size=3, **STRONG))
     assert seen.rows == [8, 8, 8, 8, 4]
     assert trainer.callback_metrics["train/unsupervised"].isfinite()
 
 
 def test_graph_labels_and_the_other_callbacks(quiet_trainer, tmp_path):
     """The pool loader reads 33 samples in batches of 8: features, neighbours and tables of one row."""
-    options = {"every_n_epochs": 1, "warmup_epochs": 1, "threshold": 0.4}
+    options = {"every_n_epochs": 1, "warmup_epochs": 1, "selection": FixedThreshold(0.4)}
     refresh = PseudoLabelRefresh(source=GraphPseudoLabels(neighbors=5, layer="2"), **options)
     trainer = quiet_trainer(callbacks=[refresh, EvaluationWriter(), PredictionWriter()], max_epochs=2)
     module, data = PseudoLabelModule(network(), pseudo_labels="refreshed"), samples()
@@ -189,7 +195,7 @@ if __name__ == "__main__":
     seen = t.Seen()
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[seen], max_epochs=2, **quiet)
-    module = t.PseudoLabelModule(t.network(), threshold=0.4)
+    module = t.PseudoLabelModule(t.network(), selection=FixedThreshold(0.4))
     data = t.samples()
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)

@@ -12,15 +12,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import (
+    AdaMatch,
     Batch,
     CoarseLabels,
     DatasetSource,
     Digits,
+    DistributionAlignment,
+    FixedThreshold,
+    FlexMatch,
+    FreeMatch,
     InputError,
     PseudoLabelModule,
+    PseudoLabelRefresh,
     SemiSupervisedDataModule,
+    Sharpen,
+    SoftMatch,
     SoftWeightAnnealing,
     SupervisedModule,
+    TopKPerClass,
 )
 from kd_lightning.batch import LabelKind
 from kd_lightning.pseudo_labels.table import PseudoLabels
@@ -84,7 +93,7 @@ class TestObjective:
         if threshold == 0.45 and (y == -100).any():
             assert {target is None for target in targets.values()} == {True, False}
         loss, gradient = by_hand(net.weight, x, given(y), targets, strong, weight=0.7)
-        module = PseudoLabelModule(net, 0.7, threshold=threshold)
+        module = PseudoLabelModule(net, 0.7, selection=threshold and FixedThreshold(threshold))
         found = module.training_step(Batch(x, y, x_strong=strong), 0)
         found.backward()
         assert found.item() == pytest.approx(loss, rel=1e-12)
@@ -164,7 +173,7 @@ class TestObjective:
     def test_bfloat16_run(self, quiet_trainer, loader, student):
         trainer = quiet_trainer(precision="bf16-mixed")
         labels = torch.tensor([0, -100, 2] * 4)
-        trainer.fit(PseudoLabelModule(student, threshold=0.01, ema_decay=0.9), loader(labels=labels))
+        trainer.fit(PseudoLabelModule(student, selection=FixedThreshold(0.01), ema_decay=0.9), loader(labels=labels))
         assert all(value.isfinite() for value in trainer.callback_metrics.values())
         assert trainer.callback_metrics["train/coverage"] == 1
 
@@ -208,7 +217,8 @@ class TestCoarse:
     def test_by_hand(self, strong, threshold, ema):
         net, batch = linear(), coarse_batch(x_strong=strong)
         loss, gradient = coarse_by_hand(net.weight, batch, threshold or 0.0, weight=0.7)
-        found = PseudoLabelModule(net, 0.7, threshold=threshold, ema_decay=ema).training_step(batch, 0)
+        selection = threshold and FixedThreshold(threshold)
+        found = PseudoLabelModule(net, 0.7, selection=selection, ema_decay=ema).training_step(batch, 0)
         found.backward()
         assert found.item() == pytest.approx(loss, rel=1e-10)
         assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-12)
@@ -319,7 +329,9 @@ class TestSteps:
         y = torch.tensor([2, -100, -100, 0, 1, 3, -100, -100, 1])  # three batches: 2, none and 2 unlabeled
         still = partial(torch.optim.SGD, lr=0.0)
         trainer = quiet_trainer()
-        trainer.fit(PseudoLabelModule(net, threshold=0.45, optimizer=still), DataLoader(TensorDataset(x, y), 3))
+        trainer.fit(
+            PseudoLabelModule(net, selection=FixedThreshold(0.45), optimizer=still), DataLoader(TensorDataset(x, y), 3)
+        )
         found = own_labels(net.weight, x, y)
         confidence = [softmax(net.weight.detach().numpy() @ x[row].numpy()).max() for row in found]
         values = trainer.callback_metrics
@@ -360,7 +372,8 @@ class TestOneForward:
         assert net.norm.running_var.tolist() == pytest.approx((0.9 + 0.1 * through.var(dim=0)).tolist(), abs=1e-6)
         if ema is not None:
             averaged = module.ema.module
-            assert averaged.calls == ([(False, int((y == -100).sum()))] if pseudo_labels == "online" else [])
+            count = int((y == -100).sum())
+            assert averaged.calls == ([(False, count)] if pseudo_labels == "online" and count else [])
             assert averaged.norm.running_mean.tolist() == [0.0] * FEATURES
             assert all(p.grad is None and not p.requires_grad for p in module.ema.parameters())
 
@@ -417,55 +430,96 @@ class TestAverage:
         assert {id(p) for p in group["params"]} == {id(p) for p in module.student.parameters()}
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"adaptive_thresholds": True}], ids=["fixed threshold", "adaptive thresholds"]
-)
+SELECTIONS = {
+    "FixedThreshold": lambda: FixedThreshold(0.4),
+    "TopKPerClass": lambda: TopKPerClass(1),
+    "FlexMatch": lambda: FlexMatch(0.4),
+    "FreeMatch": lambda: FreeMatch(0.5, 0.1),
+    "SoftMatch": lambda: SoftMatch(momentum=0.5),
+    "AdaMatch": lambda: AdaMatch(momentum=0.5),
+    "aligned, sharpened": lambda: DistributionAlignment(Sharpen(FlexMatch(0.4)), "labeled", 0.5),
+}
+
+
+@pytest.mark.parametrize("make", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumes_to_the_bit_in_mid_epoch(quiet_trainer, tmp_path, arguments, accumulate):
+def test_resumes_to_the_bit_in_mid_epoch(quiet_trainer, tmp_path, make, accumulate):
     def fit(path=None):
         torch.manual_seed(0)
-        module = PseudoLabelModule(
-            Bn(), 1.0, threshold=0.4, ema_decay=0.9, optimizer=partial(torch.optim.Adam, lr=0.05), **arguments
-        )
+        adam = partial(torch.optim.Adam, lr=0.05)
+        module = PseudoLabelModule(Bn(), 1.0, selection=make(), ema_decay=0.9, optimizer=adam)
         data = two_streams(rest=24, batch_size=6, labeled_batch_size=2, strong_transform=nn.Dropout(0.3), seed=1)
         checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
         trainer = quiet_trainer(
             max_epochs=2, callbacks=[checkpoints], enable_checkpointing=True, accumulate_grad_batches=accumulate
         )
         trainer.fit(module, datamodule=data, ckpt_path=path)
-        chosen = [] if module._thresholds is None else [module._thresholds.last_class]
-        return module, [*module.state_dict().values(), *chosen]
+        return module, [*module.state_dict().values()]
 
     module, whole = fit()
-    if arguments:
-        assert (module._thresholds.last_class >= 0).any()
-        assert (module._thresholds.last_class < 0).any()
     for step in (1, 2, 4):
         _, again = fit(tmp_path / f"step={step}.ckpt")
         assert len(whole) == len(again)
         assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True)), step
+    started = make()
+    started.setup(29, CLASSES, 24)
+    moved = zip(started.state_dict().items(), module.selection.state_dict().values(), strict=True)
+    for (name, first), last in moved:
+        assert torch.equal(first, last) == name.endswith("num_unlabeled"), name
 
 
-class TestAdaptiveThresholds:
+@pytest.mark.parametrize("make", SELECTIONS.values(), ids=SELECTIONS)
+def test_hidden_labels_change_nothing(quiet_trainer, make):
+    """The weights are the same to the bit, whatever the labels are that training may not see."""
+
+    class Shift(Callback):
+        """Changes the hidden labels, once the split is drawn."""
+
+        def __init__(self, shift):
+            self.shift = shift
+
+        def setup(self, trainer, module, stage):
+            hidden, targets = trainer.datamodule.split.unlabeled, trainer.datamodule._parts.train.targets
+            targets[hidden] = (targets[hidden] + self.shift) % CLASSES
+
+    def fit(shift):
+        torch.manual_seed(0)
+        part = TensorDataset(random_inputs(3, 24).float(), torch.arange(24) % CLASSES)
+        data = SemiSupervisedDataModule(
+            DatasetSource(part), labeled=2, val_size=0, batch_size=6, labeled_batch_size=2, seed=0
+        )
+        module = PseudoLabelModule(Bn(), selection=make(), optimizer=SGD)
+        refresh = PseudoLabelRefresh(selection=make(), warmup_epochs=0)
+        quiet_trainer(max_epochs=2, callbacks=[Shift(shift), refresh]).fit(module, datamodule=data)
+        return [*module.state_dict().values(), refresh.table.weight, refresh.table.label], refresh.report["precision"]
+
+    (first, right), (second, shifted) = fit(0), fit(1)
+    assert right != shifted
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+class TestFlexMatch:
     def test_by_hand(self, quiet_trainer):
         """Thresholds before a step's own predictions; of weak views; confidence is the fixed threshold's."""
         net = linear().float()
         data = two_streams(rest=24, batch_size=6, labeled_batch_size=2, strong_transform=nn.Dropout(0.3))
-        rows = []
+        rows, inputs = [], []
 
         class Watch(PseudoLabelModule):
-            def _pseudo_label(self, batch, unlabeled, predicted):
+            def _select(self, batch, predicted, labeled, logits):
                 before = self.student.weight.detach().double().clone()
-                label, accepted = super()._pseudo_label(batch, unlabeled, predicted)
-                rows.append((before, batch.x[unlabeled].double(), batch.index[unlabeled].tolist(), label, accepted))
-                return label, accepted
+                target, weight = super()._select(batch, predicted, labeled, logits)
+                rows.append((before, batch.index.tolist(), target.argmax(dim=1), weight))
+                return target, weight
 
-        quiet_trainer(max_epochs=3).fit(
-            Watch(net, threshold=0.5, adaptive_thresholds=True, optimizer=SGD), datamodule=data
-        )
+            def losses(self, batch):
+                inputs.append(batch.x[batch.y == -100].double())
+                return super().losses(batch)
+
+        quiet_trainer(max_epochs=3).fit(Watch(net, selection=FlexMatch(0.5), optimizer=SGD), datamodule=data)
         selected = dict.fromkeys(data.unlabeled_indices(), -1)
         taken = []
-        for weights, x, index, label, accepted in rows:
+        for x, (weights, index, label, accepted) in zip(inputs, rows, strict=True):
             counts = [sum(value == c for value in selected.values()) for c in (*range(CLASSES), -1)]
             beta = [count / max(counts) for count in counts[:-1]]
             for n, sample in enumerate(x):
@@ -479,20 +533,21 @@ class TestAdaptiveThresholds:
         assert set(taken) == {0.0, 1.0}
 
     def test_need_an_index(self, quiet_trainer, loader, student):
-        module = PseudoLabelModule(student, threshold=0.9, adaptive_thresholds=True)
-        with pytest.raises(InputError, match="adaptive_thresholds needs batches with an index"):
+        module = PseudoLabelModule(student, selection=FlexMatch(0.9))
+        with pytest.raises(InputError, match="FlexMatch needs batches with an index"):
             module.training_step((torch.randn(2, 1, 8, 8), torch.tensor([0, -100])), 0)
         with pytest.raises(InputError, match=r"needs a datamodule with unlabeled_indices\(\)"):
             quiet_trainer().fit(module, loader())
 
     def test_checkpoint_of_another_pool_is_refused(self, quiet_trainer, tmp_path):
         trainer = quiet_trainer()
-        trainer.fit(
-            PseudoLabelModule(linear().float(), threshold=0.9, adaptive_thresholds=True), datamodule=two_streams()
-        )
+        trainer.fit(PseudoLabelModule(linear().float(), selection=FlexMatch(0.9)), datamodule=two_streams())
         trainer.save_checkpoint(tmp_path / "c.ckpt")
-        module = PseudoLabelModule(linear().float(), threshold=0.9, adaptive_thresholds=True)
-        with pytest.raises(InputError, match=r"adaptive_thresholds: the checkpoint has \d+ samples, the data \d+"):
+        module = PseudoLabelModule(linear().float(), selection=FlexMatch(0.9))
+        with pytest.raises(
+            InputError,
+            match=r"checkpoint does not fit PseudoLabelModule: .*selection.last_class \[\d+\] in the file, \[\d+\]",
+        ):
             quiet_trainer(max_epochs=2).fit(module, datamodule=two_streams(rest=8), ckpt_path=tmp_path / "c.ckpt")
 
 
@@ -502,16 +557,13 @@ class TestAdaptiveThresholds:
         ({"task": "binary"}, "task must be multiclass, since a pseudo-label is one class, got 'binary'"),
         ({"task": "multilabel"}, "task must be multiclass, .* got 'multilabel'"),
         ({"pseudo_labels": "offline"}, "pseudo_labels must be one of online, refreshed, got 'offline'"),
-        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], or be null for none, got 0.0"),
-        ({"threshold": 1.01}, r"threshold must lie in \(0, 1\], .* got 1.01"),
-        ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\], .* got nan"),
         ({"unsupervised_weight": -0.1}, "unsupervised_weight must be at least 0, got -0.1"),
         ({"unsupervised_weight": float("nan")}, "unsupervised_weight must be at least 0, got nan"),
         (
-            {"pseudo_labels": "refreshed", "threshold": 0.9},
-            "threshold is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh",
+            {"pseudo_labels": "refreshed", "selection": FixedThreshold(0.9)},
+            "selection is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh",
         ),
-        ({"adaptive_thresholds": True}, "adaptive_thresholds needs a threshold"),
+        ({"teacher": linear(), "ema_decay": 0.9}, "online pseudo-labels come from one network, got a teacher and ema"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), got -0.1"),
     ],
@@ -584,11 +636,12 @@ class TestRun:
     def test_nothing_accepted_for_an_epoch(self, quiet_trainer, student):
         data = SemiSupervisedDataModule(Digits(), labeled=2, batch_size=256)
         with pytest.warns(
-            UserWarning, match="no pseudo-label of this epoch reached the threshold 1.0, .* lower it, or"
+            UserWarning,
+            match=r"no pseudo-label of this epoch was accepted \(FixedThreshold\(threshold=1.0\)\), .* lower the",
         ):
-            quiet_trainer().fit(PseudoLabelModule(student, threshold=1.0), datamodule=data)
+            quiet_trainer().fit(PseudoLabelModule(student, selection=FixedThreshold(1.0)), datamodule=data)
 
-    @pytest.mark.parametrize("arguments", [{}, {"threshold": 1.0, "unsupervised_weight": 0.0}])
+    @pytest.mark.parametrize("arguments", [{}, {"selection": FixedThreshold(1.0), "unsupervised_weight": 0.0}])
     def test_no_warning_where_there_is_nothing_to_warn_of(self, quiet_trainer, student, arguments):
         data = SemiSupervisedDataModule(Digits(), labeled=2, batch_size=256)
         with warnings.catch_warnings(record=True) as caught:
@@ -636,13 +689,13 @@ class TestRun:
 
     def test_loads_from_its_checkpoint(self, quiet_trainer, tmp_path):
         trainer = quiet_trainer()
-        module = PseudoLabelModule(Bn(), 0.5, threshold=0.4, adaptive_thresholds=True, ema_decay=0.9)
+        module = PseudoLabelModule(Bn(), 0.5, selection=FlexMatch(0.4), ema_decay=0.9)
         trainer.fit(module, datamodule=two_streams())
         trainer.save_checkpoint(tmp_path / "c.ckpt")
-        again = PseudoLabelModule.load_from_checkpoint(tmp_path / "c.ckpt", student=Bn(), weights_only=True)
-        names = ("unsupervised_weight", "pseudo_labels", "threshold", "adaptive_thresholds")
-        assert [getattr(again, name) for name in names] == [0.5, "online", 0.4, True]
+        parts = {"student": Bn(), "selection": FlexMatch(0.4)}
+        again = PseudoLabelModule.load_from_checkpoint(tmp_path / "c.ckpt", **parts, weights_only=True)
+        assert (again.unsupervised_weight, again.pseudo_labels) == (0.5, "online")
         state = module.state_dict()
-        assert {name.split(".")[0] for name in state} == {"student", "ema"}
+        assert {name.split(".")[0] for name in state} == {"student", "ema", "selection"}
         for name, value in again.state_dict().items():
             assert torch.equal(value, state[name])

@@ -13,6 +13,7 @@ from kd_lightning import (
     CoTeachingModule,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     HintModule,
     PseudoLabelModule,
     SupervisedModule,
@@ -54,7 +55,7 @@ MODULES = {
     "fixed teacher": lambda: ApprenticeModule(net(0), net(1), "fixed_teacher"),
     "hints": lambda: HintModule(net(0), net(1), {"3": "3"}, 1, input_shape=[6]),
     "joint hints": lambda: HintModule(net(0), net(1), {"3": "3"}, 0, hint_weight=0.1, input_shape=[6]),
-    "online": lambda: PseudoLabelModule(net(0), threshold=0.3, ema_decay=0.9),
+    "online": lambda: PseudoLabelModule(net(0), selection=FixedThreshold(0.3), ema_decay=0.9),
     "refreshed": lambda: PseudoLabelModule(net(0), pseudo_labels="refreshed"),
     "co-teaching": lambda: CoTeachingModule(net(0), net(1), 0.5),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels import FixedThreshold
 from kd_lightning.pseudo_labels.ledger import COLUMNS, find_rounds, read_round, write_round
 from kd_lightning.pseudo_labels.table import PseudoLabels, make_pseudo_labels
 
@@ -19,9 +20,15 @@ class TestWriting:
             return path, [*csv.DictReader(file)]
 
     def test_a_row_a_sample(self, tmp_path):
-        first = make_pseudo_labels(torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75)
+        first = make_pseudo_labels(
+            torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([12, 5]), select=FixedThreshold(0.75)
+        )
         table = make_pseudo_labels(
-            torch.tensor([[0.4, 0.6], [0.2, 0.8]]), torch.tensor([12, 5]), threshold=0.75, previous=first, epoch=3
+            torch.tensor([[0.4, 0.6], [0.2, 0.8]]),
+            torch.tensor([12, 5]),
+            select=FixedThreshold(0.75),
+            previous=first,
+            epoch=3,
         )
         places = {"path_of": {5: "x/5.png", 12: None}.get, "content_of": {5: "ab12", 12: ""}.get}
         path, rows = self.write(tmp_path, table, ['a, "b"', "Käse"], **places)

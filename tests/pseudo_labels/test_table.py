@@ -1,5 +1,6 @@
 """A round of labels: accepted and changed ones, its hash, and what is refused."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,13 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning import InputError
-from kd_lightning.pseudo_labels.table import (
-    PseudoLabels,
-    check_classes,
-    check_threshold,
-    make_pseudo_labels,
-)
+from kd_lightning import FixedThreshold, InputError, Sharpen, SoftMatch, TopKPerClass
+from kd_lightning.pseudo_labels.table import PseudoLabels, check_classes, make_pseudo_labels
 
 
 def random_pool(rows=40, classes=4, seed=0):
@@ -38,7 +34,9 @@ def by_hand(probabilities, index, threshold, top):
 def test_by_hand(threshold, top):
     probabilities, index = random_pool()
     probabilities[5] = probabilities[9] = probabilities[2]  # equal ones
-    table = make_pseudo_labels(probabilities, index, threshold=threshold, top_k_per_class=top, epoch=7)
+    selection = None if threshold is None else FixedThreshold(threshold)
+    selection = selection if top is None else TopKPerClass(top, threshold or 0.0)
+    table = make_pseudo_labels(probabilities, index, selection, epoch=7)
     expected = by_hand(probabilities, index, threshold, top)
     columns = (table.index, table.label, table.confidence, table.accepted)
     found = {i: row for i, *row in zip(*(column.tolist() for column in columns), strict=True)}
@@ -59,15 +57,15 @@ def test_a_confidence_equal_to_the_threshold_is_accepted():
     probabilities = torch.tensor([[0.95, 0.05], [0.0, 1.0], [0.94999, 0.05001]])
     for dtype in (torch.float32, torch.float64):
         given = probabilities.to(dtype)
-        assert make_pseudo_labels(given, torch.arange(3), threshold=0.95).accepted.tolist() == [True, True, False]
-        assert make_pseudo_labels(given, torch.arange(3), threshold=1.0).accepted.tolist() == [False, True, False]
+        assert make_pseudo_labels(given, torch.arange(3), FixedThreshold(0.95)).accepted.tolist() == [True, True, False]
+        assert make_pseudo_labels(given, torch.arange(3), FixedThreshold(1.0)).accepted.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
 def test_soft_ones_are_sharpened(temperature):
     probabilities, index = random_pool()
     probabilities[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    table = make_pseudo_labels(probabilities, index, soft=True, sharpen=temperature)
+    table = make_pseudo_labels(probabilities, index, Sharpen(FixedThreshold(0), temperature))
     p = probabilities.double().numpy()[index.argsort().numpy()]
     log = np.log(np.maximum(p, 1e-300)) / temperature
     power = np.exp(log - log.max(axis=1, keepdims=True))
@@ -83,33 +81,40 @@ def test_what_changed():
     assert (first.round, first.changed.tolist()) == (0, [False] * 3)
     order = torch.tensor([2, 0, 1])  # a loader may give them in another order
     probabilities = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.1, 0.9]])
-    second = make_pseudo_labels(probabilities[order], index[order], previous=first, threshold=0.85)
+    second = make_pseudo_labels(probabilities[order], index[order], FixedThreshold(0.85), previous=first)
     assert (second.round, second.index.tolist(), second.changed.tolist()) == (1, [2, 4, 9], [False, True, False])
     assert second.accepted.tolist() == [True, False, True]
 
 
 def test_hash_and_state():
     probabilities, index = random_pool()
-    table = make_pseudo_labels(probabilities, index, threshold=0.5, soft=True)
+    selection = Sharpen(FixedThreshold(0.5))
+    table = make_pseudo_labels(probabilities, index, selection)
     again = PseudoLabels(**table.state_dict())
-    assert again.hash == table.hash == make_pseudo_labels(probabilities, index, threshold=0.5, soft=True).hash
+    assert again.hash == table.hash == make_pseudo_labels(probabilities, index, selection).hash
     others = [replace(table, round=1), replace(table, epoch=1), replace(table, soft=None)]
-    for name in ("index", "label", "confidence", "accepted", "changed", "soft"):
+    for name in ("index", "label", "confidence", "weight", "changed", "soft"):
         value = getattr(table, name).clone()
         value[3] = ~value[3] if value.dtype == torch.bool else value[3] + 1
         others.append(replace(table, **{name: value}))
     assert len({table.hash, *(other.hash for other in others)}) == 10
 
 
-@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.0001, float("nan"), float("inf")])
-def test_threshold_out_of_range(threshold):
-    with pytest.raises(InputError, match=rf"certainty must lie in \(0, 1\], or be null for none, got {threshold}$"):
-        check_threshold(threshold, "certainty")
-
-
-@pytest.mark.parametrize("threshold", [None, 1e-9, 0.95, 1.0, 1])
-def test_threshold_in_range(threshold):
-    check_threshold(threshold)
+def test_weights_and_aligned_classes():
+    """Weights are those of the selection; the class is that of its target, and the confidence that of the class."""
+    probabilities, index = random_pool()
+    expected = SoftMatch(momentum=0.0)
+    expected.setup(1000, 4)
+    selection = copy.deepcopy(expected)
+    table = make_pseudo_labels(probabilities, index, selection)
+    target, weight = expected(probabilities[index.argsort()], probabilities[:0], None)
+    assert torch.equal(table.weight, weight)
+    assert 0 < weight.min() < weight.max() == 1
+    assert table.accepted.all()
+    other = make_pseudo_labels(probabilities, index, lambda p, labeled, i: (target.roll(1, dims=1), weight))
+    assert torch.equal(other.label, (table.label + 1) % 4)
+    own = probabilities[index.argsort()]
+    assert other.confidence.tolist() == [row[label].item() for row, label in zip(own, other.label, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from kd_lightning import (
     Digits,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     HintModule,
     ImageFolder,
     InputError,
@@ -201,7 +202,7 @@ def test_the_teacher_of_a_refresh(quiet_trainer, tmp_path):
     def refreshed(**cache):
         counting = Counting(network())
         module = DistillModule(network(0, 4), Teacher(counting, **cache))
-        callback = PseudoLabelRefresh(threshold=0.1, source="teacher")
+        callback = PseudoLabelRefresh(selection=FixedThreshold(0.1), source="teacher")
         return fit(quiet_trainer, module, callbacks=[callback]), counting.sizes
 
     expected, sizes = refreshed()

@@ -18,6 +18,7 @@ from kd_lightning import (
     DatasetSource,
     DistillModule,
     EnsembleDistillModule,
+    FixedThreshold,
     InputError,
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
@@ -290,7 +291,7 @@ def test_top_logits_beside_features(quiet_trainer, tmp_path):
 
 
 def test_the_pool_of_a_refresh_has_no_features(quiet_trainer, tmp_path):
-    refresh = PseudoLabelRefresh(threshold=0.1, source="teacher")
+    refresh = PseudoLabelRefresh(selection=FixedThreshold(0.1), source="teacher")
     module = fit(quiet_trainer, ("maps",), callbacks=[refresh], cache=tmp_path)
     sizes = {views: (folder / "outputs").stat().st_size for views, folder in module.teacher.cache_folders.items()}
     assert sizes["pool_views"] == TRAINING * (HASH_BYTES + 2 * CLASSES)

@@ -466,7 +466,13 @@ def test_cross_fit_refused(run, fake_fit):
 @pytest.mark.slow
 def test_cross_fit_of_a_real_run(config, capsys):
     """Whole fits, whose ledgers hold the held-out samples; done ones are not repeated, and a killed one is."""
-    refresh = {"class_path": "PseudoLabelRefresh", "init_args": {"every_n_epochs": 1, "threshold": 0.1}}
+    refresh = {
+        "class_path": "PseudoLabelRefresh",
+        "init_args": {
+            "every_n_epochs": 1,
+            "selection": {"class_path": "FixedThreshold", "init_args": {"threshold": 0.1}},
+        },
+    }
     config["trainer"] |= {"default_root_dir": "runs", "callbacks": [refresh]}
     student = {"class_path": "DigitsCNN", "init_args": {"width": 4}}
     config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": student}}

@@ -58,7 +58,10 @@ def table_config(config):
         config["data"] = {"class_path": "SemiSupervisedDataModule", "init_args": data}
         student = {"class_path": f"{__name__}.Rows"}
         config["model"] = {"class_path": "SupervisedModule", "init_args": {"student": student}}
-        refresh = {"class_path": "PseudoLabelRefresh", "init_args": {"threshold": 0.1}}
+        refresh = {
+            "class_path": "PseudoLabelRefresh",
+            "init_args": {"selection": {"class_path": "FixedThreshold", "init_args": {"threshold": 0.1}}},
+        }
         config["trainer"] |= {"default_root_dir": "runs", "callbacks": [refresh]}
         Path("config.yaml").write_text(yaml.safe_dump(config))
 
