@@ -24,6 +24,9 @@ _ALIASES = {
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
     "temperature": "soft_loss.temperature",
+    "threshold": "selection",
+    "adaptive_thresholds": "selection",
+    "top_k_per_class": "selection",
 }
 """Names that people use, and the key or its object that they mean."""
 
@@ -67,6 +70,8 @@ def hint_for_key(name: str, allowed: Iterable[str], config: Any, known: Iterable
             place = path.removesuffix(key) + "init_args"
             places += [(place, argument) for argument in arguments_of(find_class(value))]
     last, similar = name.rpartition(".")[2], did_you_mean(name, allowed)
+    if (alias := _ALIASES.get(last)) in allowed:
+        return f"; did you mean {alias}?"
     found = [argument for _, argument in places if argument == last]
     if not found and not similar:
         found = difflib.get_close_matches(last, [argument for _, argument in places], n=1, cutoff=0.8)

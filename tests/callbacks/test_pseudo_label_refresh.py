@@ -28,8 +28,10 @@ from kd_lightning import (
     DatasetSource,
     Digits,
     DistillModule,
+    DistributionAlignment,
     EnsembleDistillModule,
     FixedThreshold,
+    FlexMatch,
     GraphPseudoLabels,
     InputError,
     PseudoLabelModule,
@@ -362,9 +364,10 @@ RESUMES = {
     "restart": (learner, {"restart_student": True, "selection": TopKPerClass(9)}, []),
     "ema": (partial(learner, ema_decay=0.8), {"source": "ema", "restart_student": True}, []),
     "average": (learner, {"source": "ema", "restart_student": True}, [partial(EMAWeightAveraging, decay=0.8)]),
+    "stateful": (learner, {"selection": DistributionAlignment(FlexMatch(0.13), "labeled", 0.5)}, []),
     "graph": (learner, {"source": GraphPseudoLabels(5)}, []),
     "teacher": (partial(make, DistillModule), {"source": "teacher"}, []),
-    "ensemble": (partial(make, EnsembleDistillModule), {"source": "teacher", "soft": True}, []),
+    "ensemble": (partial(make, EnsembleDistillModule), {"source": "teacher", "selection": SOFT}, []),
     "joint": (partial(make, ApprenticeModule), {"source": "teacher", "restart_student": True}, []),
 }
 
@@ -741,20 +744,15 @@ def story(tmp_path, monkeypatch):
     ],
 )
 def test_from_a_config(story, source):
-    cli = DistillCLI(
-        [
-            "fit",
-            "--config",
-            story(source=source, selection={"class_path": "FixedThreshold", "init_args": {"threshold": 0.1}}),
-        ]
-    )
+    selection = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.1}}
+    cli = DistillCLI(["fit", "--config", story(source=source, selection=selection)])
     refresh = next(c for c in cli.trainer.callbacks if isinstance(c, PseudoLabelRefresh))
     assert refresh.source == source if isinstance(source, str) else refresh.source.neighbors == 5
     assert refresh.table.round == 0
     run = Path("runs/run/version_0")
     assert len(ledger(run)) == 2
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["PseudoLabelRefresh"]
-    assert {*state["table"]} == {"index", "label", "confidence", "accepted", "changed", "round", "epoch", "soft"}
+    assert {*state["table"]} == {"index", "label", "confidence", "weight", "changed", "round", "epoch", "soft"}
     assert len(state["table"]["index"]) == 1038
     last = str(run / "checkpoints/last.ckpt")
     main(["fit", "--config", "story.yaml", "--ckpt_path", last, "--trainer.max_epochs", "3"])
@@ -764,7 +762,13 @@ def test_from_a_config(story, source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": 0.0}, "threshold must lie in (0, 1], or be null for none, got 0.0"),
+        ({"threshold": 0.8}, "threshold: PseudoLabelRefresh has no such key; did you mean selection?"),
+        ({"top_k_per_class": 9}, "top_k_per_class: PseudoLabelRefresh has no such key; did you mean selection?"),
+        (
+            {"selection": {"class_path": "FixedThreshold", "init_args": {"threshold": 1.5}}},
+            "threshold must lie in [0, 1], got 1.5",
+        ),
+        ({"selection": {"class_path": "TopKPerClass", "init_args": {"k": 0}}}, "k must be an integer of at least 1"),
         ({"warmup_epochs": -1}, "warmup_epochs must be an integer of at least 0, got -1"),
         ({"source": "pupil"}, "source"),
         ({"source": {"class_path": "GraphPseudoLabels", "init_args": {"neighbors": 0}}}, "neighbors must be an"),
