@@ -21,12 +21,15 @@ from training import Fits, in_parallel, interval, make_parser, measure, spread, 
 
 from kd_lightning import (
     Digits,
+    FixedThreshold,
+    FlexMatch,
     GraphPseudoLabels,
     PseudoLabelModule,
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
     SoftWeightAnnealing,
     SupervisedModule,
+    TopKPerClass,
 )
 from kd_lightning.data.transforms import RandomAffine, strong_digits
 from kd_lightning.models import DigitsCNN
@@ -90,16 +93,16 @@ class Split:
 
     def fixmatch(self, lr=0.03, threshold=0.8, adaptive=False, **data):
         """Labels from the weak view, and the loss on the strong one; FlexMatch's thresholds if adaptive."""
-        options = {"threshold": threshold, "adaptive_thresholds": adaptive}
-        shown = PseudoLabelRefresh(every_n_epochs=EPOCHS, threshold=threshold)
-        make = partial(PseudoLabelModule, **options)
+        selection = FlexMatch(threshold) if adaptive else FixedThreshold(threshold)
+        shown = PseudoLabelRefresh(every_n_epochs=EPOCHS, selection=FixedThreshold(threshold))
+        make = partial(PseudoLabelModule, selection=selection)
         return self.fit(make, lr, [shown], strong_transform=strong_digits(), **data)
 
     def refresh(self, lr=0.03, threshold=0.8, every=1, warmup=10, fair=True, source="student", **data):
         """New labels for the whole pool every few epochs; if fair, no more of a class than its share of the pool."""
         pool = make_digits(labeled=self.labels // 10, val_size=self.val_size, seed=self.seed).unlabeled_indices()
-        options = {"every_n_epochs": every, "threshold": threshold, "warmup_epochs": warmup, "source": source}
-        options["top_k_per_class"] = len(pool) // 10 if fair else None
+        selection = TopKPerClass(len(pool) // 10, threshold) if fair else FixedThreshold(threshold)
+        options = {"every_n_epochs": every, "selection": selection, "warmup_epochs": warmup, "source": source}
         make = partial(PseudoLabelModule, pseudo_labels="refreshed")
         return self.fit(make, lr, [PseudoLabelRefresh(**options)], strong_transform=strong_digits(), **data)
 

@@ -31,7 +31,14 @@ from torch import nn
 from torchmetrics import JaccardIndex
 from training import Fits, in_parallel, interval, make_parser, make_trainer, quiet, spread, train, versions
 
-from kd_lightning import DistillModule, PseudoLabelModule, SemiSupervisedDataModule, SupervisedModule, Teacher
+from kd_lightning import (
+    DistillModule,
+    FixedThreshold,
+    PseudoLabelModule,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+    Teacher,
+)
 from kd_lightning.data import ImageMaskFolder
 from kd_lightning.data.transforms import ColorJitter, Compose, Normalize, RandomHorizontalFlip, strong_colors
 from kd_lightning.losses import KDLoss
@@ -128,7 +135,7 @@ class Pictures:
     def pseudo_labels(self, threshold, **settings):
         """FixMatch for each pixel, without any teacher."""
         options = {"labeled_batch_size": LABELED, "strong_transform": strong_colors()}
-        method = partial(PseudoLabelModule, threshold=threshold)
+        method = partial(PseudoLabelModule, selection=FixedThreshold(threshold))
         return self.stored("pseudo_labels", *self.fit(method, self.make_data(labeled=LABELS, **options), **settings))
 
     def size(self):

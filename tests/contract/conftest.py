@@ -76,7 +76,9 @@ VARIANTS = {  # arguments of the model, or of the data, by dotted path, under wh
     "student_digits": [{"class_weights": "balanced"}],
     "ensemble_digits": [{"strategy": "random"}, {"strategy": "random", "draw_per": "sample"}, {"strategy": "relabel"}],
     "fixmatch_digits": [
-        *({"selection": {"class_path": name}, "ema_decay": 0.5} for name in ("FlexMatch", "FreeMatch", "AdaMatch")),
+        {"selection": {"class_path": "FlexMatch", "init_args": {"threshold": 0.12}}, "ema_decay": 0.5},
+        {"selection": {"class_path": "FreeMatch", "init_args": {"momentum": 0.5, "fairness_weight": 0.1}}},
+        {"selection": {"class_path": "AdaMatch", "init_args": {"momentum": 0.5}}, "ema_decay": 0.5},
         {"data.mix": MIX},
     ],
 }

@@ -168,16 +168,17 @@ def supervised_yaml(recipe: Recipe, student: Network, name: str) -> str:
 def pseudo_label_yaml(recipe: Recipe, student: Network, name: str, labeled_batch_size: int) -> str:
     """Return the config that learns from few labels and the pseudo-labels of the other pictures (FixMatch)."""
     head = [f"{student.name} learns from few labels, and from pseudo-labels (FixMatch).", *_commands(recipe, name)]
+    selection = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.95}}
     model = f"""model:
   class_path: PseudoLabelModule
   init_args:
     student: {_flow(student.spec(recipe.classes))}
     pseudo_labels: online
-    threshold: 0.95  # least probability of a pseudo-label that counts
+    selection: {_flow(selection)}  # least probability of a pseudo-label that counts
 {_optimizer(recipe, 0.001)}"""
     every = {
         "every_n_epochs": max(1, recipe.epochs // 5),
-        "threshold": 0.95,
+        "selection": selection,
         "warmup_epochs": min(1, recipe.epochs - 1),
     }
     report = f"""  callbacks:
