@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Run the block as if this process belonged to no group: sums and gathered rows are its own."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def is_distributed() -> bool:
     """Whether this process belongs to a group of processes."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not _alone and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def world_size() -> int:

@@ -14,7 +14,9 @@ SCRIPT = """
 import sys
 import torch
 from kd_lightning.errors import InputError
-from kd_lightning.ranks import gather, gather_rows, is_distributed, on_all_ranks
+from kd_lightning.ranks import (
+    alone, gather, gather_rows, is_distributed, on_all_ranks, own_rows, sum_over_ranks, world_size
+)
 
 class Trainer:
     world_size = 2
@@ -31,6 +33,13 @@ for counts in ([2, 1], [0, 3], [1, 0], [0, 0]):
     rows = torch.full((counts[rank], 2), float(rank), requires_grad=True)
     gathered = gather_rows(rows)
     assert gathered.tolist() == [[0.0, 0.0]] * counts[0] + [[1.0, 1.0]] * counts[1] and not gathered.requires_grad
+    assert torch.equal(gathered[own_rows(rows)], rows)
+    assert sum_over_ranks(rows.sum()).item() == 2 * counts[1]
+    with alone():
+        assert not is_distributed() and world_size() == 1
+        assert sum_over_ranks(rows.sum()).item() == 2 * rank * counts[1]
+        assert torch.equal(gather_rows(rows), rows) and own_rows(rows) == slice(0, len(rows))
+    assert is_distributed() and world_size() == 2
 on_all_ranks(Trainer, lambda: None, "cache")
 try:
     on_all_ranks(Trainer, wrong, "cache")

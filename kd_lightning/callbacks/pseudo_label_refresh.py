@@ -33,7 +33,7 @@ from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
 from kd_lightning.pseudo_labels.selection.base import one_line
 from kd_lightning.pseudo_labels.selection.set_up import set_up
 from kd_lightning.pseudo_labels.table import check_classes
-from kd_lightning.ranks import gather
+from kd_lightning.ranks import alone, gather
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.strategies import require_whole_weights
@@ -256,12 +256,15 @@ class PseudoLabelRefresh(Callback):
             )
 
         def select(*rows: Tensor) -> tuple[Tensor, Tensor]:
-            # a selection sums over the processes: the pool must count once
-            selected = selection(*(rows if trainer.is_global_zero else (part[:0] for part in rows)))
-            return trainer.strategy.broadcast(selected)
+            with alone():  # the first process has all rows already
+                found = selection(*rows) if trainer.is_global_zero else None
+            selected: tuple[Tensor, Tensor]
+            selected, state = trainer.strategy.broadcast((found, selection.state_dict()))
+            selection.load_state_dict(state)
+            return selected
 
-        history = {"previous": self.table, "epoch": trainer.current_epoch}
-        table = make_pseudo_labels(outputs[unlabeled], index[unlabeled], select, outputs[~unlabeled], **history)
+        parts = outputs[unlabeled], index[unlabeled], select, outputs[~unlabeled]
+        table = make_pseudo_labels(*parts, previous=self.table, epoch=trainer.current_epoch)
         if trainer.strategy.broadcast(table.hash) != table.hash:
             raise InputError(f"rank {trainer.global_rank} has other pseudo-labels than rank 0: is its data the same?")
         return y[~unlabeled], table

@@ -96,7 +96,7 @@ class ApprenticeModule(DistillModule):
             raise InputError(f"initial_weights are for scheme finetune, got scheme {scheme}")
         super().__init__(student, None if joint else teacher, soft_loss=soft_loss, soft_weight=soft_weight, **kwargs)
         if joint and teacher is not None:
-            self.teacher = _check_trainable(teacher, student)  # type: ignore[assignment]  # not a Teacher: it trains
+            self.teacher = _check_trainable(teacher, student)  # not a Teacher: it trains
         for name, term in self.features.all.items() if joint else ():
             if term.standardizations:
                 raise InputError(

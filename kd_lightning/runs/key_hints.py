@@ -69,6 +69,7 @@ def hint_for_key(name: str, allowed: Iterable[str], config: Any, known: Iterable
         if key == "class_path":
             place = path.removesuffix(key) + "init_args"
             places += [(place, argument) for argument in arguments_of(find_class(value))]
+    allowed = list(allowed)
     last, similar = name.rpartition(".")[2], did_you_mean(name, allowed)
     if (alias := _ALIASES.get(last)) in allowed:
         return f"; did you mean {alias}?"
