@@ -121,6 +121,20 @@ class TestObjective:
             assert found.item() == pytest.approx(loss, rel=1e-6 if soft else 1e-12)
             assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-6, abs=1e-9)
 
+    def test_refreshed_labels_with_weights(self):
+        """Of the pseudo-labels in their term, and of the given labels in the hard one."""
+        net, x = linear(), random_inputs()
+        kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
+        y, weight = Y.clone(), torch.ones(ROWS)
+        y[[1, 4]], kind[[1, 4]], weight[[1, 4]] = torch.tensor([3, 0]), LabelKind.PSEUDO, torch.tensor([0.25, 0.75])
+        targets = {1: 0.25 * np.eye(4)[3], 2: None, 4: 0.75 * np.eye(4)[0], 6: None, 7: None}
+        loss, gradient = by_hand(net.weight, x, given(Y), targets, weight=3.0)
+        batch = Batch(x, y, kind=kind, weight=weight, mean_labels=6.0, mean_pseudo=2.0)
+        found = PseudoLabelModule(net, 3.0, pseudo_labels="refreshed").training_step(batch, 0)
+        found.backward()
+        assert found.item() == pytest.approx(loss, rel=1e-12)
+        assert net.weight.grad.numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-14)
+
     def test_before_the_first_refresh_only_labels_are_learned(self):
         net, x = linear(), random_inputs()
         loss, gradient = by_hand(net.weight, x, given(Y), {})

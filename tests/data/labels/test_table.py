@@ -18,7 +18,7 @@ VISIBLE = torch.tensor([4, -100, -100, 2, -100, -100])
 
 def table(index, label, accepted, soft=None):
     index, label, accepted = torch.tensor(index), torch.tensor(label), torch.tensor(accepted)
-    return PseudoLabels(index, label, torch.ones(len(index)), accepted, ~accepted, 0, 0, soft)
+    return PseudoLabels(index, label, torch.ones(len(index)), accepted, accepted == 0, 0, 0, soft)
 
 
 def fill(labels, index):
@@ -56,6 +56,24 @@ def test_soft_ones_lie_at_their_samples():
     batch = fill(labels, [0, 1, 2, 3, 4, 5])
     none = torch.zeros(5)
     assert torch.equal(batch.soft, torch.stack([none, none, soft[2], none, none, soft[0]]))
+
+
+@pytest.mark.parametrize("given", [None, torch.tensor([2.0, 1.0, 1.0, 0.5, 1.0, 3.0])])
+def test_weights(given):
+    """They lie beside those of a label file, and are in no hash."""
+    labels = LabelTable(VISIBLE, weight=given)
+    before, plain = labels.hash, torch.ones(6) if given is None else given.clone()
+    labels.set_pseudo_labels(table([5, 1, 2], [3, 1, 0], [0.25, 0.0, 1.0]))
+    expected = plain.clone()
+    expected[[2, 5]] = torch.tensor([1.0, 0.25])
+    batch = fill(labels, range(6))
+    assert batch.weight.tolist() == expected.tolist()
+    assert (batch.kind == LabelKind.PSEUDO).tolist() == [False, False, True, False, False, True]
+    labels.set_pseudo_labels(table([5, 1, 2], [3, 1, 0], [True, False, True]))  # the next round has none
+    weight = fill(labels, range(6)).weight
+    assert weight is None if given is None else weight.tolist() == [2.0, 1.0, 1.0, 0.5, 1.0, 1.0]
+    assert labels.hash == before
+    assert given is None or torch.equal(given, plain)
 
 
 def test_new_ones_replace_all_earlier_ones():
