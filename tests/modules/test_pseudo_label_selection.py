@@ -189,6 +189,43 @@ def test_a_cached_teacher_is_the_teacher(quiet_trainer, tmp_path, make):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+class Stored(nn.Module):
+    """Returns stored outputs of the samples whose numbers it gets."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = nn.Parameter(outputs.clone())
+
+    def forward(self, x):
+        return self.outputs[x.flatten().long()]
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"teacher": True}], ids=SOURCES)
+@pytest.mark.parametrize("make", [AdaMatch, FreeMatch, lambda: DistributionAlignment(SoftMatch(), "labeled")])
+def test_positions_of_dense_outputs_are_rows(make, options):
+    """Of two labeled and two unlabeled maps."""
+    maps, other = torch.randn(2, 4, CLASSES, 2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    y = torch.randint(CLASSES, (4, 2, 3), generator=torch.Generator().manual_seed(5))
+    y[2:] = -100
+    found = []
+    for dense in (True, False):
+        flat = lambda part, dense=dense: part if dense else part.movedim(1, -1).flatten(0, -2)  # noqa: E731
+        chosen = {"teacher": Stored(flat(other))} if "teacher" in options else options
+        student = Stored(flat(maps))
+        module = PseudoLabelModule(student, 0.7, selection=make(), class_dim=1 if dense else None, **chosen)
+        module.selection.setup(None, CLASSES)
+        labels = y if dense else y.flatten()
+        x = torch.arange(len(labels), dtype=torch.float64).unsqueeze(1)
+        loss = module.training_step(Batch(x, labels), 0)
+        loss.backward()
+        found.append((loss, flat(student.outputs.grad) if dense else student.outputs.grad, module.selection))
+    rows = found[0][1].movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows, found[1][1], rtol=1e-6, atol=1e-9)
+    for one, two in zip(found[0][2].buffers(), found[1][2].buffers(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 class TestTeacher:
     def test_labels_a_class_without_a_label(self, quiet_trainer):
         part = TensorDataset(inputs(5, 12).float(), torch.arange(12) % 2)  # never class 2 and 3
