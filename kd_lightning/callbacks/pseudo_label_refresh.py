@@ -257,11 +257,10 @@ class PseudoLabelRefresh(Callback):
 
         def select(*rows: Tensor) -> tuple[Tensor, Tensor]:
             with alone():  # the first process has all rows already
-                found = selection(*rows) if trainer.is_global_zero else None
-            selected: tuple[Tensor, Tensor]
-            selected, state = trainer.strategy.broadcast((found, selection.state_dict()))
+                own: Any = selection(*rows) if trainer.is_global_zero else None
+            (target, weight), state = trainer.strategy.broadcast((own, selection.state_dict()))
             selection.load_state_dict(state)
-            return selected
+            return target, weight
 
         parts = outputs[unlabeled], index[unlabeled], select, outputs[~unlabeled]
         table = make_pseudo_labels(*parts, previous=self.table, epoch=trainer.current_epoch)

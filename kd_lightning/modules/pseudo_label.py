@@ -41,15 +41,14 @@ class PseudoLabelModule(TaughtModule):
     - ``pseudo_labels="refreshed"``: the pseudo-label, hard or soft, is the last of the ``PseudoLabelRefresh`` callback.
 
     The prediction is that of the weak view ``x``. The loss is that of ``x_strong``, if the datamodule has a
-    ``strong_transform``. So these are known methods:
+    ``strong_transform``. Known methods are:
 
-    =============================================================  ==============================================
-    Lee (2013)                                                     no selection, no strong view, and the weight ramped
-                                                                   by ``SoftWeightAnnealing(attribute=
-                                                                   "unsupervised_weight")``
-    FixMatch, FlexMatch, FreeMatch, SoftMatch, AdaMatch            their selection, and a strong view
-    Mean Teacher (Tarvainen and Valpola 2017), with cross-entropy  ``ema_decay``, and ``Sharpen(FixedThreshold(0), 1)``
-    =============================================================  ==============================================
+    - Lee (2013): no selection, no strong view, and a weight that
+      ``SoftWeightAnnealing(attribute="unsupervised_weight")`` ramps.
+    - FixMatch (Sohn et al. 2020): ``FixedThreshold``, and a strong view. ``FlexMatch``, ``FreeMatch``, ``SoftMatch``
+      and ``AdaMatch`` are other selections.
+    - Mean Teacher (Tarvainen and Valpola 2017), with the cross-entropy in place of the squared error: ``ema_decay``,
+      and ``Sharpen(FixedThreshold(0), 1)``.
 
     The unsupervised term is the cross-entropy with the targets, times their weights, summed over the unlabeled samples
     and divided by the number of *all* of them, so that few accepted ones weigh little. Samples with a coarse label are
@@ -63,8 +62,8 @@ class PseudoLabelModule(TaughtModule):
 
     Logs what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
     the mean weight of the unlabeled samples, which is the accepted share if weights are 0 or 1; for online
-    pseudo-labels ``train/confidence``, the mean probability of their class; and ``train/regularizer``, if the selection
-    has one.
+    pseudo-labels ``train/confidence``, the mean probability of their class; and ``train/regularizer`` and
+    ``regularizer_weight``, if the selection has such a term.
 
     Args:
         student: Network that gives logits, see :class:`SupervisedModule`.
@@ -176,7 +175,7 @@ class PseudoLabelModule(TaughtModule):
         if self.pseudo_labels == "online":
             regularizer = self.selection.regularizer(log_p.exp(), weight)
             if regularizer is not None:
-                terms["regularizer"] = LossTerm(1.0, regularizer)
+                terms["regularizer"] = LossTerm(*regularizer)
         return terms
 
     @staticmethod

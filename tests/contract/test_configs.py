@@ -34,7 +34,7 @@ TAGS["PseudoLabelModule"] = TAGS["SupervisedModule"] | {"train/unsupervised", "t
 TAGS["DistillationTokenModule"] = TAGS["DistillModule"]
 TAGS["FeatureDistillModule"] = TAGS["SimKDModule"] = {"train/loss"}
 REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
-HELPERS = ("features.", "teacher.", "ema.", "peer.")  # trained beside the student, kept for a resume, not deployed
+HELPERS = ("features.", "teacher.", "ema.", "peer.", "selection.")  # for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 FEATURE_FIGURES = {"knn_accuracy", "probe_accuracy", "teacher_knn_accuracy", "rankme", "neighbor_agreement"}

@@ -63,10 +63,10 @@ class Selection(nn.Module):
         """
         raise NotImplementedError
 
-    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> Tensor | None:
-        """Return a further term of the objective, a scalar with a gradient. Default: None, for none.
+    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> tuple[float, Tensor] | None:
+        """Return the weight and the value of a further term of the objective. Default: None, for none.
 
-        The mean of its gradients over the processes must be the gradient over all rows.
+        The value is a scalar with a gradient. The mean of the processes' gradients must be the gradient of all rows.
 
         Args:
             strong_probabilities: The student's predictions for the rows of the last :meth:`forward`, in the view that
@@ -113,7 +113,7 @@ class SelectionAround(Selection):
         """Reset the state of both."""
         self.selection.setup(num_samples, num_classes, num_unlabeled)
 
-    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> Tensor | None:
+    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> tuple[float, Tensor] | None:
         """Return the term of the other selection."""
         return self.selection.regularizer(strong_probabilities, weight)
 

@@ -67,8 +67,8 @@ class FreeMatch(Selection):
         thresholds = self.confidence.update(means[0], count) * shares / shares.max()
         return target, (confidence >= thresholds.to(confidence)[label]).to(confidence)
 
-    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> Tensor | None:
-        """Return the fairness term, see :class:`Selection`."""
+    def regularizer(self, strong_probabilities: Tensor, weight: Tensor) -> tuple[float, Tensor] | None:
+        """Return the weight and the value of the fairness term, see :class:`Selection`."""
         if not self.fairness_weight:
             return None
         p, classes = strong_probabilities, strong_probabilities.shape[1]
@@ -79,7 +79,7 @@ class FreeMatch(Selection):
         mean = totals[0] + world_size() * (own - own.detach())
         expected = _normalized(self.probabilities.value, self.histogram.value).to(p)
         fairness = (expected * (_normalized(mean, totals[1]) + 1e-12).log()).sum()
-        return self.fairness_weight * torch.where(totals[1].sum() > 0, fairness, 0.0 * own.sum())
+        return self.fairness_weight, torch.where(totals[1].sum() > 0, fairness, 0.0 * own.sum())
 
     def extra_repr(self) -> str:
         """Show the arguments in messages."""

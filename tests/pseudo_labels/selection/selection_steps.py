@@ -84,7 +84,8 @@ def run(name, rank=None, selection=None, first=0):
         own = [part(rows, SHARES[number], rank) for rows in (p, index, strong)]
         target, weight = selection(own[0], part(labeled, LABELED[number], rank), own[1])
         logits = own[2].clone().requires_grad_()
-        value = selection.regularizer(logits.softmax(1), weight)
+        term = selection.regularizer(logits.softmax(1), weight)
+        value = None if term is None else term[0] * term[1]
         if value is not None:
             value.backward()
         found.append((target, weight, None if value is None else value.item(), logits.grad))
