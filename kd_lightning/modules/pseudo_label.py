@@ -89,6 +89,7 @@ class PseudoLabelModule(TaughtModule):
     """
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
+    has_soft_term: ClassVar[bool] = False  # a teacher makes pseudo-labels
 
     def __init__(
         self,
@@ -299,12 +300,16 @@ class PseudoLabelModule(TaughtModule):
         """Runs at the start of each run. In a fit, sets up the selection."""
         super().setup(stage)
         if stage == TrainerFn.FITTING:
-            dense = self.class_dim is not None  # dense labels are not in memory
-            names = getattr(self._data(), "class_names", None)
-            classes = self.num_classes or (None if names is None else len(names))
-            set_up(self.selection, None if dense else self._data(), classes)
+            self.set_up_selection(self._data())
             # all processes have the same state; torch's DDP reads this
             self._ddp_params_and_buffers_to_ignore = [f"selection.{name}" for name, _ in self.selection.named_buffers()]
+
+    def set_up_selection(self, data: Any) -> None:
+        """Runs at the start of a fit. Resets the state of the selection, for the samples of a datamodule."""
+        names = getattr(data, "class_names", None)
+        classes = self.num_classes or (None if names is None else len(names))
+        dense = self.class_dim is not None  # dense labels are not in memory
+        set_up(self.selection, None if dense else data, classes)
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""

@@ -21,7 +21,7 @@ from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
 from kd_lightning.losses.protocols import is_own
-from kd_lightning.modules import FeatureDistillModule, SupervisedModule
+from kd_lightning.modules import FeatureDistillModule, PseudoLabelModule, SupervisedModule
 from kd_lightning.modules.teaching import Teaching
 from kd_lightning.report.feature_examination import examine_features
 from kd_lightning.report.taught_module import TaughtModule
@@ -54,6 +54,8 @@ def examine(owner: Any, data: Any, history: History = NO_HISTORY) -> Iterator[Fi
     data.setup("fit")
     if isinstance(owner, SupervisedModule):
         owner.balance_classes(data)
+    if isinstance(owner, PseudoLabelModule):
+        owner.set_up_selection(data)
     module: Any = TaughtModule(owner) if isinstance(getattr(owner, "teaching", None), Teaching) else owner
     loader = data.train_dataloader()
     training = _training_batch(loader, _read_by(owner, data, module.unpack), owner.device)

@@ -255,6 +255,7 @@ class TestOneRun:
         for callback in config["trainer"].get("callbacks", []):
             if callback["class_path"].endswith("PseudoLabelRefresh"):  # rounding decides on a sample at the limit
                 callback["init_args"] |= {"selection": None}
+        config["model"]["init_args"].pop("selection", None)  # likewise
         if story.path.stem.startswith("feature_dinov"):
             config["trainer"]["callbacks"].append({"class_path": "parts.FixedStatistics"})
         args, losses = contract.Story.write(config, "precision.yaml"), []
