@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -296,10 +295,10 @@ class PseudoLabelModule(TaughtModule):
         if self.teacher is not None and self.pseudo_labels == "online":
             fill_caches(self.teacher, self.trainer)
 
-    def setup(self, stage: str) -> None:
-        """Runs at the start of each run. In a fit, sets up the selection."""
-        super().setup(stage)
-        if stage == TrainerFn.FITTING:
+    def configure_model(self) -> None:
+        """Runs after setup, and before weight averaging copies the module. In a fit, sets up the selection."""
+        super().configure_model()
+        if self.is_fitting:
             self.set_up_selection(self._data())
             # all processes have the same state; torch's DDP reads this
             self._ddp_params_and_buffers_to_ignore = [f"selection.{name}" for name, _ in self.selection.named_buffers()]

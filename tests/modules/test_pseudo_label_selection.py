@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -224,6 +224,24 @@ def test_positions_of_dense_outputs_are_rows(make, options):
     torch.testing.assert_close(rows, found[1][1], rtol=1e-6, atol=1e-9)
     for one, two in zip(found[0][2].buffers(), found[1][2].buffers(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("make", [FreeMatch, FlexMatch])
+def test_weight_averaging_of_lightning(quiet_trainer, tmp_path, make):
+    """It copies the module before its own setup; the state of the selection must be there by then."""
+
+    def fit(path=None):
+        torch.manual_seed(0)
+        saves = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        averaging = EMAWeightAveraging(decay=0.5)
+        trainer = quiet_trainer(max_epochs=2, callbacks=[averaging, saves], enable_checkpointing=True)
+        module = PseudoLabelModule(linear().float(), selection=make(), optimizer=SGD, num_classes=CLASSES)
+        trainer.fit(module, digits(), ckpt_path=path)
+        return module.state_dict()
+
+    whole = fit()
+    for key, value in fit(tmp_path / "step=3.ckpt").items():
+        assert torch.equal(value, whole[key]), key
 
 
 class TestTeacher:
