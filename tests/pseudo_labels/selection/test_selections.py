@@ -126,3 +126,14 @@ def test_two_processes_are_one(tmp_path, monkeypatch, processes):
         for key, value in both[0][name][1].items():
             assert torch.equal(both[1][name][1][key], value), (name, key)
     assert {0} < {count for shares in SHARES for count in shares}
+
+
+@every
+def test_no_step_reads_a_value(name):
+    """Tensors on the meta device have no values, so reading one fails; on a GPU it would wait."""
+    selection = make(name).float().to("meta")
+    p, labeled = torch.rand(6, CLASSES, device="meta"), torch.rand(2, CLASSES, device="meta")
+    target, weight = selection(p, labeled, torch.zeros(6, dtype=torch.long, device="meta"))
+    assert (target.shape, weight.shape) == ((6, CLASSES), (6,))
+    term = selection.regularizer(p, weight)
+    assert term is None or term[1].shape == ()
