@@ -72,7 +72,7 @@ class FlexMatch(Selection):
     def thresholds(self, classes: int) -> Tensor:
         """Return the threshold of each class, (C,) float32, for ``classes`` = C."""
         ones = torch.ones_like(self.last_class, dtype=torch.float32)
-        counts = ones.new_zeros(classes + 1).index_add(0, self.last_class + 1, ones)[1:]
+        counts = ones.new_zeros(classes + 1).scatter_add(0, self.last_class + 1, ones)[1:]
         beta = counts / torch.maximum(counts.max(), self.num_unlabeled - counts.sum()).clamp_min(1.0)
         return self.threshold * beta / (2 - beta)
 
@@ -82,9 +82,9 @@ class FlexMatch(Selection):
         If a sample comes twice, the last of them counts, on every process.
         """
         rows = torch.where(label >= 0, torch.arange(len(label), device=label.device), -1)
-        last = torch.full_like(self.last_class, -1).scatter_reduce(0, index, rows, "amax")
-        if len(label):
-            self.last_class.copy_(torch.where(last >= 0, label[last.clamp_min(0)], self.last_class))
+        last = torch.full_like(self.last_class, -1).scatter_reduce(0, index, rows, "amax")[index]
+        # all rows of a sample write the same class
+        self.last_class[index] = torch.where(last >= 0, label[last], self.last_class[index])
 
     def extra_repr(self) -> str:
         """Show the arguments in messages."""
