@@ -14,7 +14,7 @@ def set_up(selection: Selection, data: Any, num_classes: int | None) -> None:
 
     Args:
         selection: The selection.
-        data: The datamodule of samples with one label each. What it does not tell, or if it is None, is not known.
+        data: The datamodule of samples with one label each. None means that its numbers are not known.
         num_classes: Number of classes. Default: None, which means that of the class names, or else of the labels.
 
     Raises:
@@ -23,7 +23,7 @@ def set_up(selection: Selection, data: Any, num_classes: int | None) -> None:
     names = getattr(data, "class_names", None)
     num_samples = num_unlabeled = None
     num_classes = num_classes or (None if names is None else len(names))
-    if hasattr(data, "unlabeled_indices") and hasattr(data, "visible_labels"):
+    if all(callable(getattr(data, name, None)) for name in ("unlabeled_indices", "visible_labels")):
         labels = data.visible_labels()
         num_samples, num_unlabeled = len(labels), len(data.unlabeled_indices())
         known = is_labeled(labels)
