@@ -305,10 +305,7 @@ class PseudoLabelModule(TaughtModule):
 
     def set_up_selection(self, data: Any) -> None:
         """Runs at the start of a fit. Resets the state of the selection, for the samples of a datamodule."""
-        names = getattr(data, "class_names", None)
-        classes = self.num_classes or (None if names is None else len(names))
-        dense = self.class_dim is not None  # dense labels are not in memory
-        set_up(self.selection, None if dense else data, classes)
+        set_up(self.selection, data, self.num_classes, dense=self.class_dim is not None)
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""

@@ -9,13 +9,14 @@ from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.selection.base import Selection
 
 
-def set_up(selection: Selection, data: Any, num_classes: int | None) -> None:
+def set_up(selection: Selection, data: Any, num_classes: int | None, *, dense: bool = False) -> None:
     """Call a selection's ``setup`` with the numbers of a datamodule.
 
     Args:
         selection: The selection.
-        data: The datamodule of samples with one label each. None means that its numbers are not known.
-        num_classes: Number of classes. Default: None, which means that of the class names, or else of the labels.
+        data: The datamodule, or None.
+        num_classes: Number of classes. None means that of the class names, or else of the labels.
+        dense: Whether samples have more than one label each. These labels are not in memory.
 
     Raises:
         InputError: If the selection needs what the data do not have.
@@ -23,7 +24,7 @@ def set_up(selection: Selection, data: Any, num_classes: int | None) -> None:
     names = getattr(data, "class_names", None)
     num_samples = num_unlabeled = None
     num_classes = num_classes or (None if names is None else len(names))
-    if all(callable(getattr(data, name, None)) for name in ("unlabeled_indices", "visible_labels")):
+    if not dense and all(callable(getattr(data, name, None)) for name in ("unlabeled_indices", "visible_labels")):
         labels = data.visible_labels()
         num_samples, num_unlabeled = len(labels), len(data.unlabeled_indices())
         known = is_labeled(labels)
