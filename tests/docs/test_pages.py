@@ -1,4 +1,4 @@
-"""The pages of the site: their code runs as it stands there.
+"""The README and the pages of the site: their code runs as it stands there.
 
 Python blocks of a page run one after another, in one namespace, in a folder with ``photos``. Lines of shell blocks run
 as commands of this package, with few epochs. YAML blocks are checked key by key; one that begins with ``# NAME.yaml``
@@ -25,10 +25,10 @@ from kd_lightning.runs.class_paths import arguments_of, find_class, takes_any_ar
 ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path
-    for path in [*sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if "_build" not in path.parts
 }
-LANGUAGES = ("python", "yaml", "sh", "text")  # text: what a command prints
+LANGUAGES = ("python", "yaml", "sh", "text", "bibtex")  # text: what a command prints
 EPOCHS = {"docs/guides/few_labels.md": 12}  # pseudo-labels are refreshed after a warm-up; other pages have one epoch
 OF_FIT = ("fit", "test", "validate", "doctor", "layers", "cache", "experiment", "clean", "crossfit", "duplicates")
 
@@ -76,6 +76,24 @@ def test_a_block_of_the_parser():
     (only,) = blocks(text)
     assert (only.language, only.skipped) == ("sh", "no network")
     assert commands(only.text) == [["x", "y"]]
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_readme_has_the_figures_of_the_results():
+    """Each figure of a row stands in one row of RESULTS.md, or in its text."""
+    glance = (ROOT / "README.md").read_text().partition("## Results at a glance")[2].partition("\n\nMean")[0]
+    results = (ROOT / "benchmarks/RESULTS.md").read_text()
+    rows = [line for line in glance.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 5
+    for row in rows:
+        for figure in (cell.strip() for cell in row.split("|")[3:-1]):
+            assert figure in results, f"{figure} of {row}"
 
 
 @pytest.mark.parametrize("page", PAGES)
