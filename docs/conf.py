@@ -30,7 +30,7 @@ myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types stand in the settings tables and in the docstrings
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
