@@ -23,7 +23,7 @@ from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.folder import folder_on_rank_zero
 from kd_lightning.runs.run import run_of
 from kd_lightning.runs.student import find_student
-from kd_lightning.teachers import Ensemble, Teacher
+from kd_lightning.teachers import CrossFittedTeacher, Ensemble, Teacher
 
 _PARTS = ("labeled", "unlabeled", "validation", "test")
 _TEACHERS = ("teacher", "teachers")
@@ -62,9 +62,10 @@ class Introduction(Callback):
         teachers = teachers_of(module)
         files = [*_teacher_files(self.config.get("model") or {})]
         for number, teacher in enumerate(teachers):
-            text = describe_network(teacher.network, None if x is None else teacher.prepare(x), None)
+            networks = [*teacher.network] if isinstance(teacher, CrossFittedTeacher) else [teacher.network]
+            text = describe_network(networks[0], None if x is None else teacher.prepare(x), None)
             known = known_accuracy(files[number]) if len(files) == len(teachers) else ""
-            yield "teacher", f"{text}{known}"
+            yield "teacher", f"{len(networks)} networks, each {text}" if len(networks) > 1 else f"{text}{known}"
         if trainer.loggers:
             yield "folder", str(folder)
 

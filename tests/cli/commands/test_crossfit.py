@@ -190,6 +190,7 @@ def test_from_the_teachers_to_a_students_experiment(monkeypatch, tmp_path, capsy
     student["trainer"]["limit_train_batches"] = 3
     Path("student.yaml").write_text(yaml.safe_dump(student))
     done = run_experiment(["--config=student.yaml"], 1)
+    assert "teacher 2 networks, each DigitsCNN" in " ".join(capsys.readouterr().out.split())
     assert done.method[0].result().figures["accuracy"] >= 0
     assert build(torch.nn.Module, teacher).fingerprint() == CrossFittedTeacher(path).fingerprint()
     found = {finding.name: finding for finding in DoctorCLI(["fit", "--config=student.yaml"]).findings}
