@@ -21,7 +21,7 @@ def test_editable_install_is_found_beside_the_clone(tmp_path):
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
 
     script = f"import site; site.addsitedir({str(site)!r}); import kd_lightning; print(kd_lightning.answer)"
-    ran = subprocess.run(  # -S: without the installation that runs the tests
-        [sys.executable, "-S", "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True
+    ran = subprocess.run(  # -E, -S: without PYTHONPATH, and without the installation that runs the tests
+        [sys.executable, "-ES", "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True
     )
     assert ran.stdout == "42\n", ran.stderr
