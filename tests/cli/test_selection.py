@@ -214,6 +214,7 @@ class TestSeedsOfEvaluation:
             shutil.copytree("runs", trained)
         return [Run(f"runs/tiny/version_{number}") for number in range(3)]
 
+    @pytest.mark.slow
     def test_the_run_of_the_seeds(self, runs):
         each = list(enumerate(([0], [1], [2], [0, 0], [1, 1], [2, 0])))
         for command, which, some in (
@@ -291,6 +292,7 @@ class TestLoggersOfTheConfig:
 
 
 class TestFoldersOfCheckpoints:
+    @pytest.mark.slow
     def test_two_runs_never_share_one(self, config, fails):
         config["checkpoint"] = {"dirpath": "outside"}
         main(["fit", "--config", write(config)])

@@ -375,6 +375,10 @@ REPRESENTATIVES = {  # configs whose checks all run in "make test", and what eac
 }
 
 
+FEWER = {"cached_digits", "hint_digits", "feature_digits", "fixmatch_digits", "text_distill"}
+"""Those whose longest checks run in "make test", too: a cache, stages, no classes, two streams, mappings."""
+
+
 @pytest.fixture(params=[path for path in CONFIGS if path.stem not in REPRESENTATIVES], ids=lambda path: path.stem)
 def other_config(request):
     """Each config whose story is slow."""
@@ -420,6 +424,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("slow")
         elif item.originalname == "test_another_order_is_noticed" and case != "cached_digits":
             item.add_marker("slow")  # it tests the comparison of the test before it, not the module
+        elif item.originalname in ("test_in_mid_epoch", "test_mixed_precision_stays_close") and case not in FEWER:
+            item.add_marker("slow")  # the longest of a story
         path_and_arguments = parameters.get("story", parameters.get("each_module"))
         if path_and_arguments is not None and is_covered(item.originalname, *path_and_arguments, case):
             left_out.append(item)

@@ -187,7 +187,7 @@ KINDS |= {"code of the dataset": change_code("shift"), "attribute of the teacher
 KINDS |= {"buffer that is not saved": change_net("buffer"), "extra state": change_net("extra")}
 
 
-SOME = range(2 * len(KINDS))  # each kind twice
+SOME = range(len(KINDS))  # each kind once
 PARTS = [pytest.param(SOME, id="some"), pytest.param(range(SOME.stop, 104), id="the others", marks=pytest.mark.slow)]
 
 

@@ -219,6 +219,7 @@ while (started := one.start()) is not None:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_killed_process_and_two_at_once(processes, tmp_path):
     Path("script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent)))

@@ -61,6 +61,7 @@ def figures(*searches):
     return [[(one.number, one.state, one.value, one.values, one.folds) for one in s.ended()] for s in searches]
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_fit_that_it_stands_for(search, capsys, monkeypatch):
     tuned, alone, method = search(out="out")
     assert [len(one.ended()) for one in (alone, method)] == [2, 2]
