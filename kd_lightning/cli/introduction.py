@@ -62,7 +62,7 @@ class Introduction(Callback):
         teachers = teachers_of(module)
         files = [*_teacher_files(self.config.get("model") or {})]
         for number, teacher in enumerate(teachers):
-            networks = [*teacher.network] if isinstance(teacher, CrossFittedTeacher) else [teacher.network]
+            networks = [*teacher.network.children()] if isinstance(teacher, CrossFittedTeacher) else [teacher.network]
             text = describe_network(networks[0], None if x is None else teacher.prepare(x), None)
             known = known_accuracy(files[number]) if len(files) == len(teachers) else ""
             yield "teacher", f"{len(networks)} networks, each {text}" if len(networks) > 1 else f"{text}{known}"
