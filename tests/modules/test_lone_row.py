@@ -195,7 +195,7 @@ if __name__ == "__main__":
     seen = t.Seen()
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[seen], max_epochs=2, **quiet)
-    module = t.PseudoLabelModule(t.network(), selection=FixedThreshold(0.4))
+    module = t.PseudoLabelModule(t.network(), selection=t.FixedThreshold(0.4))
     data = t.samples()
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
