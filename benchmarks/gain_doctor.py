@@ -133,7 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
     quiet()
-    data, folder = options.data.resolve(), options.folder / f"split_{options.split}"
+    data, folder = options.data.resolve(), options.folder / f"split_{options.split}, {options.epochs} epochs"
     write_photos(data / "stamps", folder / "photos", options.split)
     os.chdir(folder)
     write_configs(data / "mobilenet.pth", options.epochs)

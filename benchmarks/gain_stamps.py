@@ -1,6 +1,7 @@
 """The stamps of gain.py: pictures in folders, crops of photographs, and the teachers that ImageNet networks become."""
 
 import csv
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,13 +51,7 @@ STUDENTS = {
 }
 TEACHERS = {  # network, its weights, learning rate
     "MobileNetV2": ("torchvision.models.mobilenet_v2", {"weights": None}, "mobilenet.pth", 0.0003),
-    "EfficientNet-Lite0": (
-        "timm.create_model",
-        {"model_name": "tf_efficientnet_lite0"},
-        "efficientnet.pth",
-        128,
-        0.001,
-    ),
+    "EfficientNet-Lite0": ("timm.create_model", {"model_name": "tf_efficientnet_lite0"}, "efficientnet.pth", 0.001),
 }
 TEACHER_EPOCHS = 30
 
@@ -194,6 +189,17 @@ def teacher_config(folder: Path, expert: str, table: str) -> dict[str, object]:
     }
 
 
+def method_of(way, setting, teacher):
+    """The learning rate, and the function that makes the module."""
+    lr, *rest = setting
+    if way == "alone":
+        return lr, SupervisedModule
+    weight, temperature = rest
+    loss = KDLoss(temperature)
+    loss = ConditionalLoss(loss) if way in ("conditional", "all together") else loss
+    return lr, partial(DistillModule, teacher=teacher, soft_loss=loss, soft_weight=weight)
+
+
 class Stamps:
     """The fits of a teacher and a student on the stamps.
 
@@ -212,6 +218,7 @@ class Stamps:
         config = teacher_config(self.folder, self.expert, table)
         file = self.folder / f"{config['name']}.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False))
+        shutil.rmtree(self.folder / "runs" / config["name"], ignore_errors=True)  # of other code or settings
         self._run("fit", "--config", str(file))
         if crossed:
             self._run("crossfit", str(file), "--folds", str(FOLDS))
@@ -250,15 +257,7 @@ class Stamps:
     def fit(self, table, seed, way, setting):
         """Train a student, and return its accuracy in %."""
         data = self.data(table, crops=way in ("with crops", "all together"))
-        if way == "alone":
-            (lr,), method = setting, SupervisedModule
-        else:
-            lr, weight, temperature = setting
-            loss = KDLoss(temperature)
-            if way in ("conditional", "all together"):
-                loss = ConditionalLoss(loss)
-            teacher = self.teacher(table, way in ("cross-fitted", "all together"))
-            method = partial(DistillModule, teacher=teacher, soft_loss=loss, soft_weight=weight)
+        lr, method = method_of(way, setting, self.teacher(table, way in ("cross-fitted", "all together")))
         callbacks = [CompileNetworks(backend=None, channels_last=True)]
         module = train(STEPS, seed, STUDENTS[self.student], method, data, callbacks, lr)
         return {"accuracy": accuracy(module.student, data.test_dataloader())}

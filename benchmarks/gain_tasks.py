@@ -5,33 +5,21 @@ from pathlib import Path
 
 import torch
 from fashion import STUDENT, TEACHER, Images
+from gain_stamps import method_of
 from text import Split
 from training import accuracy, train
 
 from kd_lightning import (
     CompileNetworks,
     Digits,
-    DistillModule,
     SemiSupervisedDataModule,
     SupervisedModule,
     Teacher,
 )
-from kd_lightning.losses import ConditionalLoss, KDLoss
 from kd_lightning.models import DigitsCNN
 
 BATCH, LABELED = 64, 16
 """Rows of a step, and the labeled ones among them where most samples have no label."""
-
-
-def method_of(way, setting, teacher):
-    """The learning rate, and the function that makes the module."""
-    lr, *rest = setting
-    if way == "alone":
-        return lr, SupervisedModule
-    weight, temperature = rest
-    loss = KDLoss(temperature)
-    loss = ConditionalLoss(loss) if way in ("conditional", "all together") else loss
-    return lr, partial(DistillModule, teacher=teacher, soft_loss=loss, soft_weight=weight)
 
 
 class Fashion:

@@ -3,6 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from kd_lightning.runs.build import build
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -53,3 +57,16 @@ def test_a_split_has_each_family_in_one_part(gain, tmp_path):
         assert sorted(test | val | train) == [*range(15)] and len(test) == 6 and len(val) == 3
         families = [{rows[row][2] for row in part} for part in (test, val, train)]
         assert not families[0] & families[1] and not families[2] & (families[0] | families[1])
+
+
+def test_each_teacher_has_a_config_that_is_built(gain, tmp_path):
+    stamps = importlib.import_module("gain_stamps")
+    for name in stamps.TEACHERS:
+        config = stamps.teacher_config(tmp_path, name, "split_0")
+        student = config["model"]["init_args"]["student"]["init_args"]["network"]["init_args"]
+        network = build(nn.Module, student["model"])
+        torch.save(network.state_dict(), student["path"])
+        assert build(nn.Module, config["model"]["init_args"]["student"]).eval()(torch.zeros(1, 3, 64, 64)).shape == (
+            1,
+            6,
+        )
