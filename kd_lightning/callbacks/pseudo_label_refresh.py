@@ -31,6 +31,7 @@ from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
 from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
 from kd_lightning.pseudo_labels.selection.base import one_line
+from kd_lightning.pseudo_labels.selection.running_mean import RunningMean
 from kd_lightning.pseudo_labels.selection.set_up import set_up
 from kd_lightning.pseudo_labels.table import check_classes
 from kd_lightning.ranks import alone, gather
@@ -140,6 +141,12 @@ class PseudoLabelRefresh(Callback):
         elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
             check_classes(visible(), len(names), data, "PseudoLabelRefresh")
         set_up(self.selection, data, getattr(pl_module, "num_classes", None))
+        momentum = max((one.momentum for one in self.selection.modules() if isinstance(one, RunningMean)), default=0.0)
+        if momentum > 0.9:
+            rank_zero_warn(
+                f"PseudoLabelRefresh: a round is one step of {one_line(self.selection)}, whose averages hardly move "
+                f"with a momentum of {momentum}; set momentum to 0, or near it"
+            )
         if self.source == "ema":
             find_average(trainer, pl_module)
         if (self.restart_student or not isinstance(self.source, str)) and student_path(pl_module) is None:

@@ -849,3 +849,13 @@ def test_two_processes_label_as_one(tmp_path, monkeypatch, processes):
         for key in ("confidence", "weight", "soft"):
             torch.testing.assert_close(torch.tensor(first["table"][key]), torch.tensor(one["table"][key]))
         assert ledger(tmp_path / f"{name}_2") == ledger(tmp_path / f"{name}_1")
+
+
+def test_a_momentum_for_steps_is_named(fit, recwarn):
+    """A round is one step: averages that hardly move would accept nearly all."""
+    for momentum in (0.999, 0.5):
+        recwarn.clear()
+        refresh = PseudoLabelRefresh(selection=DistributionAlignment(FixedThreshold(0.2), "uniform", momentum))
+        fit(make(PseudoLabelModule), refresh, max_epochs=1)
+        named = [str(one.message) for one in recwarn if "averages hardly move with a momentum" in str(one.message)]
+        assert len(named) == (momentum == 0.999)
