@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         CompileNetworks,
         EvaluationWriter,
         ExactResume,
+        GradientBalance,
         LayerwiseFinetuning,
         PredictionWriter,
         PseudoLabelRefresh,
@@ -77,6 +78,8 @@ if TYPE_CHECKING:
     from kd_lightning.schedules import ChainedSchedule, SequentialSchedule
     from kd_lightning.teachers.cross_fitted import CrossFittedTeacher
     from kd_lightning.teachers.teacher import Teacher
+
+    __version__: str
 
 __all__ = [
     "ActivationCalibration",
@@ -224,6 +227,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kd-lightning")
     module = f"{__name__}.{name}"
     if not name.startswith("_"):
         try:
