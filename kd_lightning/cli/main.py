@@ -42,6 +42,7 @@ from kd_lightning.cli.quiet import is_verbose
 from kd_lightning.cli.record_run import RecordRun, dump_config
 from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
+from kd_lightning.cli.slurm import refuse_shared_checkpoint, stop_requeueing
 from kd_lightning.cli.stop_signals import record_sigterm
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
@@ -171,6 +172,7 @@ class DistillCLI(LightningCLI):
             config["ckpt_path"] = str(self.selection.checkpoint)
         elif self.selection.weights is not None:
             config["ckpt_path"] = None
+        refuse_shared_checkpoint(root, config.get("ckpt_path"))
         if self.subcommand != "fit":
             self.save_config_callback = None
             evaluate_uncompiled(config)
@@ -247,6 +249,7 @@ class DistillCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         built = self._instantiate_trainer(trainer, callbacks)
         guard_loggers(built)
+        stop_requeueing(built, trainer["plugins"])
         record_sigterm(built)
         check_callbacks(built.callbacks, term_names(plain.get("model")))  # type: ignore[attr-defined]
         if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one from the config
