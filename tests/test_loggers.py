@@ -194,6 +194,9 @@ class TestCommandLine:
         folders = runs_below(".")
         assert [folder.parent for folder in folders] == [Path("logs/digits")] * 2
         check_runs(folders, configs=True)
+        config = dict(sys.modules["wandb"].run.config)
+        wanted = {"model": "PseudoLabelModule", "model.student.width": 4, "data.labeled": 4}
+        assert wanted == {name: config.get(name) for name in wanted}
         sys.modules["wandb"].finish()
         for folder in folders:
             (own,) = Path("logs/wandb").glob(f"offline-run-*-{folder.name}")
@@ -214,6 +217,9 @@ class TestCommandLine:
                 f"pseudo_labels/{name}_step_{step}.png" for name in ("confidence", "classes") for step in (2, 4)
             }
         assert {*metrics_of("runs.db")} == {folder.name for folder in folders}
+        with sqlite3.connect("runs.db") as connection:
+            parameters = connection.execute("select run_uuid, value from params where key = 'data.batch_size'")
+            assert {*parameters} == {(folder.name, "32") for folder in folders}
 
     def test_several_loggers(self):
         # a database of its own name: MLflow holds one connection per name, also when its file has gone

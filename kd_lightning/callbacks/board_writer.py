@@ -20,16 +20,17 @@ _LEFT_OUT = ("config", "checkpoint", "ckpt_path", "early_stopping", "name", "fas
 
 
 class BoardWriter(Callback):
-    """Log the learning rates, and to TensorBoard the config as text and its scalars as hyperparameters.
+    """Log the learning rates and the config: its scalars as hyperparameters, in TensorBoard also as text.
 
     Each logger but a ``CSVLogger`` gets ``lr/<optimiser>`` (of parameter groups with different rates
-    ``lr/<optimiser>/<group>``) at the first step, and whenever the training metrics are logged. TensorBoard gets the
-    config once: as text, and in the HPARAMS tab, which shows the last value of each figure of the run beside it. A
-    failure is a warning. Runs on rank 0 and works on any LightningModule.
+    ``lr/<optimiser>/<group>``) at the first step, and whenever the training metrics are logged. It also gets the config
+    once, as hyperparameters such as ``model.soft_weight``; the HPARAMS tab of TensorBoard shows the last value of each
+    figure of the run beside them. A failure is a warning. Runs on rank 0 and works on any LightningModule.
 
     Args:
         config: The config of the run.
-        resumes: Whether the fit goes on in the folder of an earlier one, whose events hold the config already.
+        resumes: Whether the fit goes on in the folder of an earlier one, whose events of TensorBoard hold the config
+            already. Other loggers get it again, since most of them begin a new run.
     """
 
     def __init__(self, config: Mapping[str, Any], *, resumes: bool = False) -> None:
@@ -38,11 +39,17 @@ class BoardWriter(Callback):
         self._last: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs at the start of a fit. Writes the config, unless the fit resumes."""
+        """Runs at the start of a fit. Writes the config."""
         self._last = None
-        if self.resumes or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        for logger in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
+        for logger in (logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)):
+            if not isinstance(logger, TensorBoardLogger):
+                with only_warn(f"the config in {type(logger).__name__}"):
+                    logger.log_hyperparams(dict(scalars(self.config)))
+                continue
+            if self.resumes:
+                continue
             with only_warn("the config in TensorBoard"):
                 text = yaml.safe_dump(plain(self.config), sort_keys=False)
                 board = logger.experiment

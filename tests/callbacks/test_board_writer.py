@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -47,6 +47,38 @@ def test_learning_rates_of_optimisers_and_groups():
     }
     assert learning_rates([optimizer(sgd, 0.1), optimizer(sgd, 0.2)]) == {"lr/SGD_0": 0.1, "lr/SGD_1": 0.2}
     assert learning_rates([]) == {}
+
+
+class Other(Logger):
+    """A logger of another package: what it gets."""
+
+    name, version = "other", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.hyperparameters = {}
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        self.hyperparameters |= params
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_other_loggers_get_the_config_as_hyperparameters(quiet_trainer, resumes):
+    logger = Other()
+    trainer = quiet_trainer(logger=logger, callbacks=[BoardWriter(CONFIG, resumes=resumes)], limit_train_batches=1)
+    trainer.fit(BoringModel())
+    assert logger.hyperparameters == dict(scalars(CONFIG))
+
+
+def test_a_logger_that_refuses_the_config_is_a_warning(quiet_trainer):
+    logger = Other()
+    logger.log_hyperparams = lambda params: 1 / 0
+    trainer = quiet_trainer(logger=logger, callbacks=[BoardWriter(CONFIG)], limit_train_batches=1)
+    with pytest.warns(UserWarning, match="the config in Other is left out, and the run goes on"):
+        trainer.fit(BoringModel())
 
 
 @pytest.fixture
