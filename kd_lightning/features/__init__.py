@@ -1,5 +1,6 @@
 """Features: outputs of layers by dotted path, projectors, shapes and costs of layers, and heads."""
 
+from kd_lightning.features.adjust_head import adjust_head
 from kd_lightning.features.capture import capture, evaluating, find_layer
 from kd_lightning.features.heads import find_head, input_of_head, reset_classifier
 from kd_lightning.features.layers import list_layers
@@ -18,6 +19,7 @@ __all__ = [
     "find_head",
     "input_of_head",
     "reset_classifier",
+    "adjust_head",
     "list_layers",
     "logits_of",
     "build_projector",

@@ -36,6 +36,7 @@ from kd_lightning.losses.hard_distillation import HardDistillationLoss
 from kd_lightning.losses.js import JSDLoss
 from kd_lightning.losses.kd import KDLoss
 from kd_lightning.losses.label_kind import LabelKindLoss
+from kd_lightning.losses.logit_adjustment import LogitAdjustmentLoss
 from kd_lightning.losses.mlkd import MLKDLoss
 from kd_lightning.losses.nkd import NKDLoss
 from kd_lightning.losses.reverse_kl import ReverseKLLoss
@@ -60,6 +61,7 @@ __all__ = [
     "JSDLoss",
     "KDLoss",
     "LabelKindLoss",
+    "LogitAdjustmentLoss",
     "MLKDLoss",
     "MSEFeatureLoss",
     "NKDLoss",

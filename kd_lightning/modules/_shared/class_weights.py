@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
+from kd_lightning.modules._shared.label_counts import count_labels
 
 Weights = Literal["balanced"] | Sequence[float]
 _ARGUMENTS: dict[type[nn.Module], str] = {nn.CrossEntropyLoss: "weight", nn.BCEWithLogitsLoss: "pos_weight"}
@@ -125,7 +126,7 @@ def balanced_weights(labels: Tensor, task: Task, classes: int | None = None) -> 
     if not known.any():
         raise InputError("class_weights: balanced counts the labels that training may see, but there are none")
     if task == "multiclass":
-        counts = _count(labels[known if labels.ndim == 1 else known.all(dim=1)], classes or 0)
+        counts = count_labels(labels, classes or 0, "class_weights: balanced")
         weights = counts.sum() / (int((counts > 0).sum()) * counts)
         absent = counts == 0
     else:
@@ -138,15 +139,6 @@ def balanced_weights(labels: Tensor, task: Task, classes: int | None = None) -> 
         which = "classes without labels" if task == "multiclass" else "labels that are always 0, or always 1,"
         rank_zero_warn(f"class_weights: {which} have weight 1: {numbers}")
     return torch.where(absent, 1.0, weights).float()
-
-
-def _count(labels: Tensor, classes: int) -> Tensor:
-    """Return the number of labels of each class, (C,) float64. They are class indices (N,) or probabilities (N, C)."""
-    if labels.ndim == 2:
-        return labels.double().sum(dim=0)
-    if (wrong := labels[(labels < 0) | (labels != labels.trunc())]).numel():
-        raise InputError(f"class_weights: balanced needs whole class numbers as labels, got {wrong[0].item():g}")
-    return torch.bincount(labels.long(), minlength=classes).double()
 
 
 def _is_weight(value: Any) -> bool:

@@ -13,6 +13,7 @@ from kd_lightning.losses.base import Task
 from kd_lightning.modules._shared.class_weights import ClassWeights
 from kd_lightning.modules._shared.dense import count_dense, dense_to_rows
 from kd_lightning.modules._shared.hard_loss import hard_loss_of
+from kd_lightning.modules._shared.label_counts import count_for_losses
 from kd_lightning.modules._shared.student_module import StudentModule
 
 
@@ -42,9 +43,12 @@ class RowModule(StudentModule):
     def balance_classes(self, data: Any) -> None:
         """Runs at the start of a fit. Computes ``class_weights: balanced`` from the labels that training may see.
 
+        A hard loss that depends on the numbers of labels gets them.
+
         Args:
             data: The datamodule.
         """
+        count_for_losses(self.hard_loss, data, self.num_classes, dense=self.class_dim is not None)
         if self._class_weights is not None:
             self._class_weights.balance(data, self.num_classes)
 
