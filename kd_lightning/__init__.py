@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from kd_lightning.features.simkd import SimKDStudent
     from kd_lightning.features.term import FeatureTerm
     from kd_lightning.modules import (
+        ABCModule,
         ApprenticeModule,
         CoTeachingModule,
         DistillationTokenModule,
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ABCModule",
     "ActivationCalibration",
     "ActiveLearningLoop",
     "AdaMatch",
@@ -151,6 +153,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ABCModule": "modules",
     "ActivationCalibration": "callbacks",
     "ActiveLearningLoop": "active.loop",
     "AdaMatch": "pseudo_labels.selection",

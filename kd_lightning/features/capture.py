@@ -129,6 +129,36 @@ def features_of(layer: nn.Module, inputs: Any, output: Any, name: str) -> Tensor
 
 
 @contextmanager
+def capture_call(network: nn.Module, name: str) -> Iterator[list[tuple[Tensor, Any]]]:
+    """Capture what a layer gets and what it returns, for each of its calls inside the ``with`` block.
+
+    As :func:`capture` does, it leaves out passes inside a backward pass, and runs a compiled network uncompiled.
+
+    Args:
+        network: The network.
+        name: Dotted path of a layer that is called with one tensor.
+
+    Yields:
+        Input and output of each call.
+
+    Raises:
+        InputError: If the network has no layer of this name.
+    """
+    calls: list[tuple[Tensor, Any]] = []
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            calls.append((args[0] if args else next(iter(kwargs.values())), output))
+
+    handle = find_layer(network, name).register_forward_hook(hook, with_kwargs=True)
+    try:
+        with capture(network, []):
+            yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Run the block in eval mode. Random generators, modes and BatchNorm statistics stay unchanged."""
     modes = {layer: layer.training for layer in network.modules()}

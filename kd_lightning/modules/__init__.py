@@ -1,6 +1,7 @@
 """The training modules: one method, one file, one class."""
 
 from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules.abc import ABCModule
 from kd_lightning.modules.apprentice import ApprenticeModule
 from kd_lightning.modules.co_teaching import CoTeachingModule
 from kd_lightning.modules.distill import DistillModule
@@ -21,6 +22,7 @@ __all__ = [
     "EnsembleDistillModule",
     "ApprenticeModule",
     "PseudoLabelModule",
+    "ABCModule",
     "CoTeachingModule",
     "FeatureDistillModule",
     "LossTerm",

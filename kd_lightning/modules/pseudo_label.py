@@ -89,6 +89,7 @@ class PseudoLabelModule(TaughtModule):
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
     has_soft_term: ClassVar[bool] = False  # a teacher makes pseudo-labels
+    saved_arguments: ClassVar[tuple[str, ...]] = ("unsupervised_weight", "pseudo_labels", "ema_decay")
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class PseudoLabelModule(TaughtModule):
             raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if pseudo_labels == "online" and teacher is not None and ema_decay is not None:
             raise InputError("online pseudo-labels come from one network, got a teacher and ema_decay; leave out one")
-        self.save_hyperparameters("unsupervised_weight", "pseudo_labels", "ema_decay")
+        self.save_hyperparameters(*self.saved_arguments)
         self.unsupervised_weight = unsupervised_weight
         self.pseudo_labels = pseudo_labels
         self.selection = FixedThreshold(0.0) if selection is None else selection

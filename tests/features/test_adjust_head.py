@@ -11,9 +11,13 @@ from kd_lightning.features import adjust_head
 PRIORS = [50.0, 5.0, 1.0]
 
 
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
-def test_logits(randn, bias, tau):
+def test_logits(bias, tau):
     network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=bias)).double()
     x = randn(5, 4)
     expected = network(x).detach().numpy() - tau * np.log(np.array(PRIORS) / sum(PRIORS))
@@ -22,7 +26,7 @@ def test_logits(randn, bias, tau):
     assert {*network.state_dict()} == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-def test_convolution_and_half_precision(randn):
+def test_convolution_and_half_precision():
     network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = network(randn(2, 2, 4, 4).float())
     after = adjust_head(network, PRIORS)(randn(2, 2, 4, 4).float())

@@ -1,0 +1,408 @@
+"""ABCModule: the objective by hand, the masks, resume, hidden labels, long tails, complaints."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_lightning import (
+    ABCModule,
+    Batch,
+    DatasetSource,
+    FixedThreshold,
+    FreeMatch,
+    InputError,
+    PseudoLabelModule,
+    SemiSupervisedDataModule,
+    SupervisedModule,
+)
+from kd_lightning.batch import LabelKind
+from kd_lightning.losses import LogitAdjustmentLoss
+from kd_lightning.modules._shared.row_draws import uniform_of_rows
+
+FEATURES, CLASSES = 5, 3
+COUNTS = [40, 10, 4]
+Y = torch.tensor([0, -100, 1, 2, -100, 0, -100, -100, 0, 1, -100, -100, -100, 0, -100])
+UNLABELED = (Y == -100).nonzero().flatten().tolist()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Counted:
+    """The labels of a datamodule."""
+
+    def __init__(self, counts=COUNTS):
+        self.labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+    def visible_labels(self):
+        return self.labels
+
+
+def make(weight=0.7, balanced=0.5, threshold=0.45, **kwargs):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    module = ABCModule(net, weight, balanced, threshold, **kwargs).double()
+    module.balance_classes(Counted())
+    return module
+
+
+def batch(strong=True, rows=slice(None), **kwargs):
+    x, views = randn(len(Y), FEATURES) * 2, randn(len(Y), FEATURES, seed=1) * 2
+    index, view = torch.arange(len(Y)) * 7 + 3, torch.full_like(Y, 2)
+    return Batch(x[rows], Y[rows], index[rows], view[rows], x_strong=views[rows] if strong else None, **kwargs)
+
+
+def softmax(z):
+    return np.exp(z) / np.exp(z).sum()
+
+
+def splitmix(key):
+    """The published generator, by Python's whole numbers."""
+    key = (key + 0x9E3779B97F4A7C15) % 2**64
+    key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) % 2**64
+    return key ^ (key >> 31)
+
+
+def draw(index, view):
+    return (splitmix(splitmix(index % 2**64) ^ (view % 2**64)) >> 40) / 2**24
+
+
+def by_hand(module, batch, progress=0.0, tau=0.45):
+    """Both terms of the balanced classifier, row by row; and the features and logits that they use."""
+    first, second = module.student[0], module.student[2]
+
+    def logits(x):
+        hidden = np.tanh(first.weight.detach().numpy() @ x + first.bias.detach().numpy())
+        return second.weight.detach().numpy() @ hidden + second.bias.detach().numpy()
+
+    r = min(COUNTS) / np.array(COUNTS)
+    hard, soft, labeled, unlabeled, accepted = 0.0, 0.0, 0, 0, 0
+    strong = batch.x if batch.x_strong is None else batch.x_strong
+    for row, x in enumerate(batch.x.numpy()):
+        u, y = draw(int(batch.index[row]), int(batch.view[row])), int(batch.y[row])
+        q = softmax(logits(x))
+        if y >= 0:
+            labeled += 1
+            hard -= np.log(q[y]) * (u < r[y])
+        else:
+            unlabeled += 1
+            inside = q.max() >= tau and u < 1 - progress * (1 - r[q.argmax()])
+            accepted += inside
+            soft -= inside * (q * np.log(softmax(logits(strong[row].numpy())))).sum()
+    return hard / labeled, soft / unlabeled, accepted
+
+
+class TestObjective:
+    @pytest.mark.parametrize("strong", [True, False])
+    @pytest.mark.parametrize("progress", [0.0, 0.6, 1.0])
+    def test_by_hand(self, strong, progress, monkeypatch):
+        module, rows = make(), batch(strong)
+        monkeypatch.setattr(ABCModule, "_progress", lambda self: progress)
+        terms = module.losses(rows)
+        hard, soft, accepted = by_hand(module, rows, progress)
+        assert 0 < accepted < len(UNLABELED)
+        assert {name: term.weight for name, term in terms.items()} == {
+            "hard": 1.0, "unsupervised": 0.7, "balanced_hard": 0.5, "balanced_unsupervised": 0.5
+        }  # fmt: skip
+        assert terms["balanced_hard"].value.item() == pytest.approx(hard, rel=1e-10)
+        assert terms["balanced_unsupervised"].value.item() == pytest.approx(soft, rel=1e-10)
+
+    @pytest.mark.parametrize("strong", [True, False])
+    def test_the_other_terms_are_those_of_the_base_classifier(self, strong):
+        selection = partial(FixedThreshold, 0.5)
+        module, rows = make(selection=selection()), batch(strong)
+        terms = module.losses(rows)
+        net = nn.Sequential(*module.student[:2], module.base_classifier)
+        expected = PseudoLabelModule(net, 0.7, selection=selection()).losses(rows)
+        for name, term in expected.items():
+            assert terms[name].weight == term.weight
+            assert terms[name].value.item() == pytest.approx(term.value.item(), rel=1e-12)
+
+    def test_each_classifier_has_the_gradient_of_its_terms(self):
+        module = make()
+        terms = module.losses(batch())
+        both = {"base": module.base_classifier.weight, "balanced": module.student[2].weight}
+        for name, term in terms.items():
+            found = torch.autograd.grad(term.value, [*both.values(), module.student[0].weight], retain_graph=True,
+                                        allow_unused=True)  # fmt: skip
+            own = dict(zip([*both, "features"], found, strict=True))
+            mine, other = ("balanced", "base") if name.startswith("balanced") else ("base", "balanced")
+            assert own[mine].abs().sum() > 0
+            assert own[other] is None or not own[other].any()
+            assert own["features"].abs().sum() > 0
+
+    def test_the_pseudo_labels_have_no_gradient(self):
+        """Finite differences of the strong view's loss alone."""
+        module, rows = make(threshold=0.0), batch()
+        value = module.losses(rows)["balanced_unsupervised"].value
+        q = module.student(rows.x[UNLABELED]).detach().softmax(1)
+        log_p = module.student(rows.x_strong[UNLABELED]).log_softmax(1)
+        weight = module.student[2].weight
+        expected = torch.autograd.grad(-(q * log_p).sum() / len(UNLABELED), weight)[0]
+        assert torch.autograd.grad(value, weight)[0].numpy() == pytest.approx(expected.numpy(), rel=1e-6, abs=1e-12)
+
+    @pytest.mark.parametrize("cut", [1, 4, 8])
+    def test_shares_of_two_processes_add_up(self, cut):
+        """Means over the batches of the step, as the loader sets them: half of both sums is the whole."""
+        means = {"mean_labels": 7 / 2, "mean_rows": len(Y) / 2}
+        module = make()
+        whole, parts = module.losses(batch()), []
+        for rows in (slice(0, cut), slice(cut, None)):
+            parts.append(module.losses(batch(rows=rows, **means)))
+        for name, term in whole.items():
+            both = sum(part[name].value.item() for part in parts) / 2
+            assert both == pytest.approx(term.value.item(), rel=1e-10), name
+
+    def test_coarse_labels_bound_the_pseudo_label(self):
+        module, rows = make(threshold=0.0), batch()
+        candidates = torch.zeros(len(Y), CLASSES, dtype=torch.bool)
+        candidates[1, [1, 2]] = True
+        kind = torch.where(Y == -100, LabelKind.MISSING, LabelKind.CLEAN).to(torch.int8)
+        kind[1] = LabelKind.COARSE
+        coarse = Batch(rows.x, Y, rows.index, rows.view, kind=kind, candidates=candidates, x_strong=rows.x_strong)
+        value = module.losses(coarse)["balanced_unsupervised"].value.item()
+        q = module.student(rows.x[UNLABELED]).detach().softmax(1)
+        q[0] = q[0] * torch.tensor([0, 1, 1]) / q[0, 1:].sum()
+        log_p = module.student(rows.x_strong[UNLABELED]).log_softmax(1).detach()
+        assert value == pytest.approx(-(q * log_p).sum().item() / len(UNLABELED), rel=1e-6)
+
+    @pytest.mark.parametrize("y", [torch.full_like(Y, -100), Y.clamp_min(0)], ids=["no label", "all labeled"])
+    def test_batches_of_one_kind(self, y):
+        module, rows = make(), batch()
+        terms = module.losses(Batch(rows.x, y, rows.index, rows.view, x_strong=rows.x_strong))
+        empty = "balanced_hard" if (y < 0).all() else "balanced_unsupervised"
+        assert terms[empty].value.item() == 0
+        module.training_step(Batch(rows.x, y, rows.index, rows.view, x_strong=rows.x_strong), 0).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+class TestMasks:
+    def test_numbers_of_rows(self):
+        index, view = torch.tensor([0, 1, 5, 2**40, -1]), torch.tensor([0, 3, 0, 2**33, 7])
+        found = uniform_of_rows(Batch(torch.zeros(5), None, index, view))
+        assert found.tolist() == [draw(i, v) for i, v in zip(index.tolist(), view.tolist(), strict=True)]
+        many = uniform_of_rows(Batch(torch.zeros(4000), None, torch.arange(4000), torch.full((4000,), 3)))
+        assert np.histogram(many, 10, (0, 1))[0] == pytest.approx(np.full(10, 400), abs=80)
+        next_view = uniform_of_rows(Batch(torch.zeros(4000), None, torch.arange(4000), torch.full((4000,), 4)))
+        assert abs(np.corrcoef(many, next_view)[0, 1]) < 0.05
+
+    def test_labeled_rows_are_balanced(self):
+        """Of 100:1 labels as many rows of each class are in."""
+        labels = Counted([1000, 100, 10]).labels
+        ratios = torch.tensor([0.01, 0.1, 1.0])
+        inside = torch.zeros(3)
+        for view in range(40):
+            draws = uniform_of_rows(Batch(labels, None, torch.arange(len(labels)), torch.full_like(labels, view)))
+            inside += torch.bincount(labels[draws < ratios[labels]], minlength=3)
+        assert (inside / 40).tolist() == pytest.approx([10, 10, 10], rel=0.15)
+
+    def test_progress_is_that_of_the_epochs(self, quiet_trainer):
+        seen = []
+
+        class Look(Callback):
+            def on_train_batch_start(self, trainer, module, *args):
+                seen.append(module._progress())
+
+        quiet_trainer(max_epochs=4, callbacks=[Look()], limit_train_batches=1).fit(net_module(), datamodule=tail())
+        assert seen == [0, 0.25, 0.5, 0.75]
+        seen.clear()
+        trainer = quiet_trainer(max_epochs=-1, max_steps=4, callbacks=[Look()])
+        trainer.fit(net_module(), datamodule=tail())
+        assert seen == [0, 0.25, 0.5, 0.75]
+
+
+MEANS = torch.tensor([[0.0, 1.3], [1.2, -0.7], [-1.2, -0.7]])
+
+
+def draw_samples(counts, seed):
+    """Three classes that overlap."""
+    y = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    return MEANS[y] + 0.8 * torch.randn(len(y), 2, generator=torch.Generator().manual_seed(seed)), y
+
+
+POOLS = {"alike": [400, 40, 4], "uniform": [148, 148, 148], "reversed": [4, 40, 400]}
+
+
+def tail(pool="alike", labels=(200, 20, 2), shift=0, **kwargs):
+    """A 100:1 tail of labels, and a pool whose classes are hidden."""
+    (x, y), (u, hidden) = draw_samples(list(labels), 1), draw_samples(POOLS[pool], 2)
+    y = torch.cat([y, torch.full_like(hidden, -100)])
+    options = {"val_size": 0, "batch_size": 48, "labeled_batch_size": 16, "seed": 0} | kwargs
+    return SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.cat([x, u]), y)), **options)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def net_module(threshold=0.8, **kwargs):
+    adam = partial(torch.optim.Adam, lr=0.01)
+    return ABCModule(net(), selection=FixedThreshold(threshold), threshold=threshold, optimizer=adam, **kwargs)
+
+
+def recalls(network):
+    x, y = draw_samples([300] * 3, 9)
+    right = network(x).argmax(1) == y
+    return [right[y == c].float().mean().item() for c in range(3)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_long_tail(quiet_trainer, pool):
+    """Balanced accuracy and the rarest class gain, whatever the pool's distribution is."""
+    found = {}
+    plain = partial(PseudoLabelModule, selection=FixedThreshold(0.8), optimizer=partial(torch.optim.Adam, lr=0.01))
+    for name, module in {"FixMatch": plain(net()), "ABC": net_module()}.items():
+        quiet_trainer(max_epochs=20).fit(module, datamodule=tail(pool))
+        found[name] = recalls(module.student)
+    print(pool, found)
+    assert np.mean(found["ABC"]) > np.mean(found["FixMatch"]) + 0.1
+    assert found["ABC"][2] > found["FixMatch"][2] + 0.3
+
+
+def test_logit_adjustment_of_a_long_tail(quiet_trainer):
+    found = {}
+    for name, loss in {"plain": nn.CrossEntropyLoss(), "adjusted": LogitAdjustmentLoss()}.items():
+        module = SupervisedModule(net(), hard_loss=loss, optimizer=partial(torch.optim.Adam, lr=0.01))
+        quiet_trainer(max_epochs=20).fit(module, datamodule=tail(labeled_batch_size=None, batch_size=32))
+        found[name] = recalls(module.student)
+    print(found)
+    assert np.mean(found["adjusted"]) > np.mean(found["plain"]) + 0.05
+    assert found["adjusted"][2] > found["plain"][2] + 0.2
+
+
+class TestRun:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_resumes_to_the_bit_in_mid_epoch(self, quiet_trainer, tmp_path, accumulate):
+        def fit(path=None):
+            module = net_module(0.4)
+            checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+            options = {"callbacks": [checkpoints], "enable_checkpointing": True, "accumulate_grad_batches": accumulate}
+            trainer = quiet_trainer(max_epochs=2, limit_train_batches=4, **options)
+            trainer.fit(module, datamodule=tail(strong_transform=nn.Dropout(0.3)), ckpt_path=path)
+            return [*module.state_dict().values()]
+
+        whole = fit()
+        for step in (1, 2, 3):
+            again = fit(tmp_path / f"step={step}.ckpt")
+            assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True)), step
+
+    def test_hidden_labels_change_nothing(self, quiet_trainer):
+        class Shift(Callback):
+            """Changes the hidden labels, once the split is drawn."""
+
+            def __init__(self, shift):
+                self.shift = shift
+
+            def setup(self, trainer, module, stage):
+                hidden, targets = trainer.datamodule.split.unlabeled, trainer.datamodule._parts.train.targets
+                targets[hidden] = (targets[hidden] + self.shift) % CLASSES
+
+        def fit(shift):
+            x, y = draw_samples([30] * 3, 1)
+            data = SemiSupervisedDataModule(
+                DatasetSource(TensorDataset(x, y)), labeled=4, val_size=0, batch_size=12, labeled_batch_size=4, seed=0
+            )
+            module = net_module(0.4)
+            trainer = quiet_trainer(callbacks=[Shift(shift)])
+            trainer.fit(module, datamodule=data)
+            assert trainer.callback_metrics["train/balanced_coverage"] > 0.3
+            return [*module.state_dict().values()]
+
+        assert all(torch.equal(one, other) for one, other in zip(fit(0), fit(1), strict=True))
+
+    def test_the_student_is_what_is_deployed(self, quiet_trainer, tmp_path):
+        module = net_module()
+        trainer = quiet_trainer(limit_train_batches=2, enable_checkpointing=True)
+        trainer.fit(module, datamodule=tail())
+        assert {*module.student.state_dict()} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        x = draw_samples([2, 2, 2], 4)[0]
+        assert torch.equal(module(x), module.student(x))
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        loaded = ABCModule.load_from_checkpoint(tmp_path / "a.ckpt", student=net(), weights_only=False)
+        assert loaded.threshold == 0.8
+        assert torch.equal(loaded(x), module(x))
+        assert torch.equal(loaded.base_classifier.weight, module.base_classifier.weight)
+        charts = {
+            "train/balanced_hard",
+            "train/balanced_unsupervised",
+            "train/balanced_coverage",
+            "balanced_hard_weight",
+        }
+        assert charts <= {*trainer.callback_metrics}
+
+    def test_a_compiled_student(self):
+        module = make()
+        expected = module.losses(batch())
+        module.student = torch.compile(module.student, backend="eager")
+        for name, term in module.losses(batch()).items():
+            assert term.value.item() == pytest.approx(expected[name].value.item(), rel=1e-12)
+
+    def test_with_a_selection_that_has_state(self, quiet_trainer):
+        module = ABCModule(net(), selection=FreeMatch(0.9, 0.1))
+        quiet_trainer(limit_train_batches=3).fit(module, datamodule=tail())
+        assert {"train/regularizer", "train/balanced_hard"} <= {*module.trainer.callback_metrics}
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 6), nn.ReLU(), nn.Linear(6, CLASSES))
+
+    def forward(self, x):
+        return 2 * self.layers(x)
+
+
+class TestComplaints:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"balanced": -1.0}, "balanced_weight must be finite and at least 0, got -1.0"),
+            ({"threshold": 1.5}, r"threshold must lie in \[0, 1\], got 1.5"),
+            ({"class_dim": 1}, "ABCModule is for one label a sample, got class_dim: 1"),
+            ({"head": "1"}, "head must name a linear or convolutional layer"),
+            ({"task": "binary"}, "task must be multiclass"),
+        ],
+    )
+    def test_arguments(self, arguments, message):
+        with pytest.raises(InputError, match=message):
+            make(**arguments)
+
+    def test_heads(self):
+        with pytest.raises(InputError, match="head: 0 must be a linear layer, got Conv2d"):
+            ABCModule(nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        module = ABCModule(Scaled().double())
+        module.balance_classes(Counted())
+        with pytest.raises(InputError, match="head: 'layers.2' must give the student's logits"):
+            module.losses(batch())
+        module = make(head="0")
+        with pytest.raises(InputError, match="head: '0' must give the student's logits"):
+            module.losses(batch())
+
+    def test_labels(self, quiet_trainer):
+        with pytest.raises(InputError, match="ABCModule needs a label of each class, but there is none of 1"):
+            quiet_trainer().fit(net_module(), datamodule=tail(labels=(20, 0, 2)))
+        with pytest.raises(InputError, match="ABCModule and data.sampler: balanced both correct the imbalance"):
+            quiet_trainer().fit(net_module(), datamodule=tail(sampler="balanced"))
+        with pytest.raises(InputError, match="ABCModule counts labels, so it needs a datamodule with visible_labels"):
+            quiet_trainer().fit(net_module(), DataLoader(TensorDataset(*draw_samples([4, 4, 4], 1)), 4))
+        with pytest.raises(InputError, match=r"ABCModule takes one class a sample, \(B,\), got labels \[15, 3\]"):
+            make().losses(Batch(batch().x, torch.eye(3)[Y.clamp_min(0)]))
+        module = ABCModule(nn.Linear(FEATURES, CLASSES))
+        with pytest.raises(InputError, match="ABCModule counts the labels at the start of a fit"):
+            module.losses(Batch(batch().x.float(), Y))
+        module.balance_classes(Counted([5, 5]))
+        with pytest.raises(InputError, match="ABCModule counted labels of 2 classes, got 3 outputs"):
+            module.losses(Batch(batch().x.float(), Y))
+
+    def test_a_run_without_an_end(self, quiet_trainer):
+        with pytest.raises(InputError, match="ABCModule needs the length of the run; set trainer.max_epochs"):
+            quiet_trainer(max_epochs=-1).fit(net_module(), datamodule=tail())
