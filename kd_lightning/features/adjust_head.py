@@ -50,7 +50,7 @@ def adjust_head(network: nn.Module, priors: Sequence[float], tau: float = 1.0, h
     shift = tau * (counts / counts.sum()).log()
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     bias = torch.zeros(len(shift), dtype=weight.dtype, device=weight.device) if layer.bias is None else layer.bias
-    corrected = (bias.double() - shift.to(weight.device)).to(bias.dtype)  # type: ignore[operator]
+    corrected = (bias.double() - shift.to(weight.device)).to(weight.dtype)  # type: ignore[operator]
     if layer.bias is None:
         layer.bias = nn.Parameter(corrected, requires_grad=weight.requires_grad)
     else:

@@ -7,6 +7,7 @@ from kd_lightning.pseudo_labels.selection import (
     FixedThreshold,
     FlexMatch,
     FreeMatch,
+    OpenSetFilter,
     Selection,
     Sharpen,
     SoftMatch,
@@ -27,5 +28,6 @@ __all__ = [
     "SoftMatch",
     "AdaMatch",
     "DistributionAlignment",
+    "OpenSetFilter",
     "Sharpen",
 ]

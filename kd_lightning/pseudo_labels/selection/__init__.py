@@ -6,6 +6,7 @@ from kd_lightning.pseudo_labels.selection.base import Selection
 from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 from kd_lightning.pseudo_labels.selection.flexmatch import FlexMatch
 from kd_lightning.pseudo_labels.selection.freematch import FreeMatch
+from kd_lightning.pseudo_labels.selection.open_set_filter import OpenSetFilter
 from kd_lightning.pseudo_labels.selection.sharpen import Sharpen
 from kd_lightning.pseudo_labels.selection.softmatch import SoftMatch
 from kd_lightning.pseudo_labels.selection.top_k_per_class import TopKPerClass
@@ -19,5 +20,6 @@ __all__ = [
     "SoftMatch",
     "AdaMatch",
     "DistributionAlignment",
+    "OpenSetFilter",
     "Sharpen",
 ]

@@ -141,3 +141,29 @@ class Sharp:
     def step(self, p, labeled, index):
         _, weights = self.inner.step(p, labeled, index)
         return [norm(row ** (1 / self.temperature)) for row in p], weights
+
+
+class Open:
+    """Otsu's split of the running histogram of the entropies: each threshold is tried, by the two groups themselves."""
+
+    def __init__(self, inner, momentum, bins=64):
+        self.inner, self.histogram, self.bins = inner, Mean(momentum, np.full(bins, 1 / bins)), bins
+
+    def step(self, p, labeled, index):
+        scores = [-sum(v * np.log(v) for v in row if v > 0) / np.log(len(row)) for row in p]
+        places = [min(int(score * self.bins), self.bins - 1) for score in scores]
+        histogram = self.histogram.move([one_hot(place, self.bins) for place in places])
+        best, last = 0.0, 0
+        for k in range(self.bins - 1):
+            low, high = histogram[: k + 1], histogram[k + 1 :]
+            if low.sum() > 1e-12 and high.sum() > 1e-12:
+                means = [(part * range(a, b)).sum() / part.sum() for part, a, b in
+                         ((low, 0, k + 1), (high, k + 1, self.bins))]  # fmt: skip
+                between = low.sum() * high.sum() * (means[0] - means[1]) ** 2
+                if between > best * (1 + 1e-12):
+                    best, last = between, k
+        targets, weights = self.inner.step(p, labeled, index)
+        return targets, [w * (place <= last) for w, place in zip(weights, places, strict=True)]
+
+    def regularizer(self, strong, weight):
+        return self.inner.regularizer(strong, weight)

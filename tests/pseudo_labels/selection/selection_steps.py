@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed
-from selection_references import Ada, Aligned, Fixed, Flex, Free, Sharp, Soft, TopK
+from selection_references import Ada, Aligned, Fixed, Flex, Free, Open, Sharp, Soft, TopK
 
 from kd_lightning.pseudo_labels import (
     AdaMatch,
@@ -10,6 +10,7 @@ from kd_lightning.pseudo_labels import (
     FixedThreshold,
     FlexMatch,
     FreeMatch,
+    OpenSetFilter,
     Sharpen,
     SoftMatch,
     TopKPerClass,
@@ -40,6 +41,11 @@ SELECTIONS = {  # how to make the selection, and its reference
     "aligned, sharpened FlexMatch": (
         lambda: DistributionAlignment(Sharpen(FlexMatch(0.6), 0.5), "uniform", 0.9),
         lambda: Aligned(Sharp(Flex(0.6, POOL), 0.5), 0.9, "uniform", CLASSES),
+    ),
+    "open set": (lambda: OpenSetFilter(FixedThreshold(0.3), 0.9), lambda: Open(Fixed(0.3), 0.9)),
+    "open set, FreeMatch": (
+        lambda: OpenSetFilter(FreeMatch(0.9, 0.5), 0.5),
+        lambda: Open(Free(0.9, 0.5, CLASSES), 0.5),
     ),
 }
 SHARES = [(4, 4), (3, 0), (0, 5), (0, 0), (1, 0), (6, 2), (5, 5), (2, 7)] * 5  # unlabeled rows of both processes
