@@ -203,6 +203,8 @@ def sooner(config):
     arguments = config["model"]["init_args"]
     if "threshold" in (arguments.get("selection") or {}).get("init_args", {}):
         arguments["selection"]["init_args"]["threshold"] = 0.12
+    if "threshold" in arguments:
+        arguments["threshold"] = 0.12
     if module_name(config) == "PseudoLabelModule" and config["data"]["init_args"]["source"]["class_path"] == "FakeData":
         arguments["student"]["init_args"]["num_classes"] = FAKE["init_args"]["num_classes"]  # each has a label
 
@@ -365,6 +367,7 @@ REPRESENTATIVES = {  # configs whose checks all run in "make test", and what eac
     "simkd_digits": "SimKDModule: the teacher's classifier in the student",
     "feature_digits": "FeatureDistillModule: features in place of classes",
     "fixmatch_digits": "PseudoLabelModule: online pseudo-labels, two streams",
+    "abc_digits": "ABCModule: a classifier that is not deployed, and masks",
     "refresh_digits": "PseudoLabelModule: pseudo-labels of a callback",
     "transductive_digits": "the test part as pool",
     "segmentation_distill": "a label for each pixel, from files",

@@ -31,10 +31,18 @@ TAGS["EnsembleDistillModule"] = TAGS["DistillModule"] | {f"train/teacher_{number
 TAGS["ApprenticeModule"] = TAGS["DistillModule"]
 TAGS["CoTeachingModule"] = TAGS["SupervisedModule"] | {"train/peer_hard", "forget_rate"}
 TAGS["PseudoLabelModule"] = TAGS["SupervisedModule"] | {"train/unsupervised", "train/coverage", "unsupervised_weight"}
+TAGS["ABCModule"] = TAGS["PseudoLabelModule"] | {
+    f"{part}balanced_{name}"
+    for part, names in {
+        "train/": ("hard", "unsupervised", "coverage"),
+        "": ("hard_weight", "unsupervised_weight"),
+    }.items()
+    for name in names
+}
 TAGS["DistillationTokenModule"] = TAGS["DistillModule"]
 TAGS["FeatureDistillModule"] = TAGS["SimKDModule"] = {"train/loss"}
 REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
-HELPERS = ("features.", "teacher.", "ema.", "peer.", "selection.")  # for a resume, not deployed
+HELPERS = ("features.", "teacher.", "ema.", "peer.", "selection.", "base_classifier.")  # for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
 FEATURE_FIGURES = {"knn_accuracy", "probe_accuracy", "teacher_knn_accuracy", "rankme", "neighbor_agreement"}

@@ -1,11 +1,12 @@
 """ABCModule: the objective by hand, the masks, resume, hidden labels, long tails, complaints."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -263,7 +264,6 @@ def test_long_tail(quiet_trainer, pool):
     for name, module in {"FixMatch": plain(net()), "ABC": net_module()}.items():
         quiet_trainer(max_epochs=20).fit(module, datamodule=tail(pool))
         found[name] = recalls(module.student)
-    print(pool, found)
     assert np.mean(found["ABC"]) > np.mean(found["FixMatch"]) + 0.1
     assert found["ABC"][2] > found["FixMatch"][2] + 0.3
 
@@ -274,7 +274,6 @@ def test_logit_adjustment_of_a_long_tail(quiet_trainer):
         module = SupervisedModule(net(), hard_loss=loss, optimizer=partial(torch.optim.Adam, lr=0.01))
         quiet_trainer(max_epochs=20).fit(module, datamodule=tail(labeled_batch_size=None, batch_size=32))
         found[name] = recalls(module.student)
-    print(found)
     assert np.mean(found["adjusted"]) > np.mean(found["plain"]) + 0.05
     assert found["adjusted"][2] > found["plain"][2] + 0.2
 
@@ -350,6 +349,44 @@ class TestRun:
         module = ABCModule(net(), selection=FreeMatch(0.9, 0.1))
         quiet_trainer(limit_train_batches=3).fit(module, datamodule=tail())
         assert {"train/regularizer", "train/balanced_hard"} <= {*module.trainer.callback_metrics}
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_abc import fit_share
+fit_share(2)
+"""
+
+
+def fit_share(world, folder="."):
+    """Fit on some processes that share the same global batches; the first one saves the weights."""
+    trainer = Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=3, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="64-true",
+        default_root_dir=folder,
+    )  # fmt: skip
+    data = tail(batch_size=48 // world, labeled_batch_size=16 // world, strong_transform=nn.Identity())
+    module = net_module(0.4)
+    trainer.fit(module, datamodule=data)
+    if trainer.is_global_zero:
+        charts = {name: value.item() for name, value in trainer.callback_metrics.items() if name != "train/loss_step"}
+        torch.save([module.state_dict(), charts], f"{folder}/{world}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_are_one(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    Path("run.py").write_text(SCRIPT)
+    processes.run_ranks(["run.py", str(Path(__file__).parent)])
+    fit_share(1)
+    (both, charts), (one, expected) = (torch.load(f"{world}.pt", weights_only=True) for world in (2, 1))
+    assert both.keys() == one.keys()
+    for key, value in one.items():
+        assert both[key].numpy() == pytest.approx(value.numpy(), rel=1e-8, abs=1e-10), key
+    assert charts == pytest.approx(expected, rel=1e-5)
+    assert expected["train/balanced_coverage"] > 0.05
 
 
 class Scaled(nn.Module):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from kd_lightning import (
+    ABCModule,
     ApprenticeModule,
     CoTeachingModule,
     DatasetSource,
@@ -95,6 +96,7 @@ CASES = {
     ),
     "apprentice": (lambda: ApprenticeModule(network(), network(1)), {}),
     "pseudo-labels": (lambda: PseudoLabelModule(network()), {}),
+    "ABC": (lambda: ABCModule(network(), threshold=0.4), STRONG),
     "pseudo-labels, FixMatch": (lambda: PseudoLabelModule(network(), selection=FixedThreshold(0.4)), STRONG),
     "pseudo-labels, FlexMatch and average": (
         lambda: PseudoLabelModule(network(), selection=FlexMatch(0.4), ema_decay=0.9),

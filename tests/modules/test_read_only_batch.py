@@ -2,12 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from kd_lightning import (
+    ABCModule,
     ApprenticeModule,
     Batch,
     CoTeachingModule,
@@ -40,6 +42,12 @@ def net(seed, outputs=4):
     return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, outputs))
 
 
+def counted(module):
+    """With the numbers of labels that a fit counts."""
+    module.balance_classes(SimpleNamespace(visible_labels=lambda: torch.tensor([0, 0, 1, 2, 3])))
+    return module
+
+
 MODULES = {
     "supervised": lambda: SupervisedModule(net(0)),
     "class weights": lambda: SupervisedModule(net(0), hard_loss=nn.CrossEntropyLoss(torch.arange(4.0))),
@@ -57,6 +65,7 @@ MODULES = {
     "joint hints": lambda: HintModule(net(0), net(1), {"3": "3"}, 0, hint_weight=0.1, input_shape=[6]),
     "online": lambda: PseudoLabelModule(net(0), selection=FixedThreshold(0.3), ema_decay=0.9),
     "refreshed": lambda: PseudoLabelModule(net(0), pseudo_labels="refreshed"),
+    "ABC": lambda: counted(ABCModule(net(0), threshold=0.3)),
     "co-teaching": lambda: CoTeachingModule(net(0), net(1), 0.5),
 }
 TOTALS = {"mean_labels": 6.0, "mean_pseudo": 1.0, "mean_coarse": 1.0, "mean_rows": 8.0}

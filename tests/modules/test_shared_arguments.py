@@ -6,6 +6,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from kd_lightning import (
+    ABCModule,
     ApprenticeModule,
     CoTeachingModule,
     DistillationTokenModule,
@@ -34,6 +35,7 @@ MAKE = {
     EnsembleDistillModule: (net, lambda: [net()]),
     ApprenticeModule: (net, net),
     PseudoLabelModule: (net,),
+    ABCModule: (net,),
     CoTeachingModule: (net, net, lambda: 0.2),
 }
 HALF = SOFT | {"soft_weight": 0.5}

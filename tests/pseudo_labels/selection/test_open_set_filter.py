@@ -90,7 +90,6 @@ def test_fewer_unknown_samples_are_learned(quiet_trainer, refreshed):
             p = module(x).detach().softmax(1)
             weight = module.selection(p, p[:0], None)[1]
         found[name] = [weight[y < 2].mean().item(), weight[y == 2].mean().item()]
-    print(found)
     assert found["plain"][1] > 0.3
     assert found["filtered"][1] < found["plain"][1] / 2
     assert found["filtered"][0] > 0.9
