@@ -176,7 +176,7 @@ def method_of(config: dict[str, Any]) -> str:
     last = {name.rpartition(".")[2] for name in names}
     if arguments.get("teacher") or arguments.get("teachers"):
         return "teacher"
-    if last & {"PseudoLabelModule", "PseudoLabelRefresh"}:
+    if last & {"ABCModule", "PseudoLabelModule", "PseudoLabelRefresh"}:
         return "pseudo-labels"
     return "method" if "CoTeachingModule" in last else ""
 

@@ -22,6 +22,7 @@ from kd_lightning import (
     FlexMatch,
     FreeMatch,
     InputError,
+    OpenSetFilter,
     PseudoLabelModule,
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
@@ -451,6 +452,7 @@ SELECTIONS = {
     "FreeMatch": lambda: FreeMatch(0.5, 0.1),
     "SoftMatch": lambda: SoftMatch(momentum=0.5),
     "AdaMatch": lambda: AdaMatch(momentum=0.5),
+    "open set": lambda: OpenSetFilter(FixedThreshold(0.3), 0.5),
     "aligned, sharpened": lambda: DistributionAlignment(Sharpen(FlexMatch(0.4)), "labeled", 0.5),
 }
 
