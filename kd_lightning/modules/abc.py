@@ -51,7 +51,9 @@ class ABCModule(PseudoLabelModule):
     generator.
 
     It needs a label of each class. Inputs are those of :class:`PseudoLabelModule`; outputs are (B, C), out of a linear
-    layer. A pool with another distribution than the labels' changes how many rows are masked, not which labels count.
+    layer. Rows with a coarse label count in both divisors, as they do there, and have a pseudo-label of their classes.
+    The balanced classifier's loss is cross-entropy, whatever ``hard_loss`` is. A compiled student runs uncompiled in
+    training steps.
 
     Source: Lee et al., "ABC: Auxiliary Balanced Classifier for Class-Imbalanced Semi-Supervised Learning" (NeurIPS
     2021), https://arxiv.org/abs/2110.10368, with the schedule of the authors' code. They use two strong views, and the

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.models import vit_b_16
 
 from kd_lightning.errors import InputError
-from kd_lightning.features.capture import capture, evaluating, find_layer
+from kd_lightning.features.capture import capture, capture_call, evaluating, find_layer
 from kd_lightning.features.layers import list_layers
 from kd_lightning.models import DigitsCNN, resnet8
 
@@ -577,3 +577,26 @@ class TestList:
         assert [layer.training for layer in network.modules()] == modes
         assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
         assert not any(layer._forward_hooks for layer in network.modules())
+
+
+class TestCalls:
+    def test_input_and_output_of_a_layer(self):
+        network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        x = torch.randn(5, 4)
+        with capture_call(network, "2") as calls:
+            output = network(x)
+            network(x[:2])
+        assert [len(given) for given, _ in calls] == [5, 2]
+        assert torch.equal(calls[0][0], network[1](network[0](x)))
+        assert calls[0][1] is output
+        network(x)
+        assert len(calls) == 2
+        assert not network[2]._forward_hooks
+
+    def test_names(self):
+        network = nn.Linear(4, 3)
+        with capture_call(network, "") as calls:
+            network(input=torch.zeros(1, 4))
+        assert calls[0][0].shape == (1, 4)
+        with pytest.raises(InputError, match="layer '7': Linear has none of that name"), capture_call(network, "7"):
+            pass

