@@ -33,7 +33,7 @@ def adjust_head(network: nn.Module, priors: Sequence[float], tau: float = 1.0, h
         The same network.
 
     Raises:
-        InputError: If there is no head, or priors do not fit it.
+        InputError: If there is no head, or one of a single output; if priors do not fit it.
 
     >>> network = nn.Linear(4, 2)
     >>> before = network.bias.tolist()
@@ -42,6 +42,8 @@ def adjust_head(network: nn.Module, priors: Sequence[float], tau: float = 1.0, h
     """
     layer = network.get_submodule(find_head(network, head))
     values, classes = [*map(float, priors)], logits_from(layer)
+    if classes < 2:
+        raise InputError(f"adjust_head: the network must have at least 2 outputs, got {classes}")
     if len(values) != classes or not all(0.0 < value < math.inf for value in values):
         raise InputError(f"priors must be {classes} finite numbers above 0, one for each output, got {values}")
     if not math.isfinite(tau):

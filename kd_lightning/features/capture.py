@@ -186,7 +186,8 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     Raises:
         InputError: If the network has no such layer. The message names similar ones.
     """
-    network = _child(network, "_orig_mod") or network  # under torch.compile
+    if compiled := _child(network, "_orig_mod"):  # under torch.compile, which may be a part of the name
+        network, name = compiled, name.removeprefix("_orig_mod").removeprefix(".")
     layer: nn.Module | None = network
     for part in name.split(".") if name else ():  # not named_modules: a large network has hundreds
         layer = None if layer is None else _child(layer, part)

@@ -76,9 +76,10 @@ class LogitAdjustmentLoss(nn.Module):
             if self.log_priors is None:
                 raise InputError("LogitAdjustmentLoss: a fit counts the labels; set priors to train without one")
             if len(self.log_priors) != log_p.shape[1]:
-                raise InputError(
-                    f"priors must hold {log_p.shape[1]} classes, as the logits, got {len(self.log_priors)}"
-                )
+                counted, classes = len(self.log_priors), log_p.shape[1]
+                if self.counts_labels:
+                    raise InputError(f"LogitAdjustmentLoss counted labels of {counted} classes, got {classes} logits")
+                raise InputError(f"priors must hold {classes} classes, as the logits, got {counted}")
             self.log_priors = self.log_priors.to(log_p.device)
             log_p = (log_p + self.tau * self.log_priors.to(log_p.dtype)).log_softmax(dim=1)
         return reduce_rows(-gather_target(log_p, target), self.reduction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.features.capture import capture_call
+from kd_lightning.features.capture import capture_call, find_layer
 from kd_lightning.features.heads import find_head
 from kd_lightning.losses.base import at_least_float32, check_weight
 from kd_lightning.losses.coarse import mask_candidates
@@ -46,9 +45,9 @@ class ABCModule(PseudoLabelModule):
               M_b \sim \text{Bernoulli}\left(1 - t (1 - N_L / N_{\arg\max q_b})\right)
 
     So the class with the fewest labels is always in; of the others, as many are in as of this one. The pseudo-labels of
-    the balanced classifier are soft. The mask of a row depends on its index and view alone, so that a resumed run
-    equals an unbroken one, and several processes equal one. Rows without an index and a view draw from torch's
-    generator.
+    the balanced classifier are soft. The mask of a row depends on the datamodule's seed, the step, and the row's index
+    and view, so that a resumed run equals an unbroken one, and several processes equal one. Rows without an index and a
+    view draw from torch's generator.
 
     It needs a label of each class. Inputs are those of :class:`PseudoLabelModule`; outputs are (B, C), out of a linear
     layer. Rows with a coarse label count in both divisors, as they do there, and have a pseudo-label of their classes.
@@ -103,9 +102,10 @@ class ABCModule(PseudoLabelModule):
         self.balanced_weight = balanced_weight
         self.threshold = threshold
         self.head = find_head(student, head)
-        self.base_classifier = _new_classifier(student.get_submodule(self.head), self.head)
+        self.base_classifier = _new_classifier(find_layer(student, self.head), self.head)
         self._ratios: Tensor | None = None  # N_L / N_c
-        self._balanced = (torch.zeros(0), torch.zeros(0))  # logits of the balanced classifier in this step
+        self._seed = 0  # of the masks
+        self._balanced: tuple[Tensor, Tensor] | None = None  # logits of the balanced classifier in this step
         self._mean_unlabeled = 0.0
         self._head_is_checked = False
 
@@ -114,12 +114,13 @@ class ABCModule(PseudoLabelModule):
         check_weight("balanced_weight", self.balanced_weight)  # a callback may have set it
         if batch.y is not None and batch.y.ndim > 1:
             raise InputError(f"ABCModule takes one class a sample, (B,), got labels {[*batch.y.shape]}")
-        terms = super().losses(batch)
-        fine = self._has_fine_label(batch)
-        all_logits, strong = self._balanced
+        fine, terms = self._has_fine_label(batch), super().losses(batch)
+        assert self._balanced is not None  # both are set by the line before
+        assert self._mean_labels is not None
+        (all_logits, strong), self._balanced = self._balanced, None  # a module that holds a graph cannot be copied
         weak = all_logits.detach()[~fine]
         ratios = self._class_ratios(all_logits)
-        draws = uniform_of_rows(batch)
+        draws = self._draws(batch)
         labels = torch.zeros_like(fine, dtype=torch.long) if batch.y is None else batch.y.long()
         labels = labels.where(fine, 0)
         hard = F.cross_entropy(at_least_float32(all_logits), labels, reduction="none")
@@ -134,7 +135,6 @@ class ABCModule(PseudoLabelModule):
         if self._trainer is not None:
             count = float(len(q))
             self._record_mean("train/balanced_coverage", accepted.mean() if len(q) else 0.0, max(count, 1e-9))
-        assert self._mean_labels is not None  # set by hard_term
         values = {
             "balanced_hard": torch.where(inside, hard, 0.0).sum() / max(float(self._mean_labels), 1e-9),
             "balanced_unsupervised": (accepted * soft).sum() / max(self._mean_unlabeled, 1e-9),
@@ -144,27 +144,27 @@ class ABCModule(PseudoLabelModule):
     def _forward(self, batch: Batch, unlabeled: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the base classifier, see :class:`PseudoLabelModule`; store those of the balanced one."""
         with capture_call(self.student, self.head) as calls:
-            self._balanced = super()._forward(batch, unlabeled, labeled)
+            self._balanced = balanced = super()._forward(batch, unlabeled, labeled)
         if not self._head_is_checked or len(calls) != 1:
-            self._check_head(calls, batch)
+            self._check_head(calls, balanced[0].detach())
         logits = self.base_classifier(calls[0][0])
         if batch.x_strong is None:
             return logits, at_least_float32(logits[unlabeled])
-        weak, strong = logits.tensor_split([len(self._balanced[0])])
+        weak, strong = logits.tensor_split([len(balanced[0])])
         return weak, at_least_float32(strong)
 
     def _terms(self, hard: Tensor, logits: Tensor, target: Tensor, weight: Tensor, mean: float) -> dict[str, LossTerm]:
         self._mean_unlabeled = mean
         return super()._terms(hard, logits, target, weight, mean)
 
-    def _check_head(self, calls: list[tuple[Tensor, Any]], batch: Batch) -> None:
-        """Raise InputError unless the head is called once, and gives the logits."""
+    def _check_head(self, calls: list[tuple[Tensor, Any]], logits: Tensor) -> None:
+        """Raise InputError unless the head is called once, and gives the logits, (B, C), of its first rows."""
         if len(calls) != 1:
             raise InputError(f"head: the student must call {self.head!r} once, got {len(calls)} calls")
-        outputs, count = calls[0][1].detach(), len(self._balanced[0])
-        if outputs.ndim != 2 or not torch.equal(outputs[:count], self._balanced[0].detach()):
+        outputs = calls[0][1].detach()[: len(logits)]
+        if outputs.shape != logits.shape or not torch.equal(outputs.to(logits).nan_to_num(), logits.nan_to_num()):
             raise InputError(f"head: {self.head!r} must give the student's logits (B, C); name another layer")
-        self._head_is_checked = True
+        self._head_is_checked = len(logits) > 0
 
     def _class_ratios(self, logits: Tensor) -> Tensor:
         """Return N_L / N_c, (C,), on the device of the logits."""
@@ -175,14 +175,17 @@ class ABCModule(PseudoLabelModule):
         self._ratios = self._ratios.to(logits.device)
         return self._ratios
 
+    def _draws(self, batch: Batch) -> Tensor:
+        """Return the number in [0, 1) that decides on each row, (B,). It is another one in each step."""
+        return uniform_of_rows(batch, self._seed, 0 if self._trainer is None else self.global_step)
+
     def _progress(self) -> float:
-        """Return the share of the run that is over, in epochs, or in steps if the run has no number of epochs."""
+        """Return the share of the run that is over: of its epochs, or of its steps if these end it first."""
         if self._trainer is None:
             return 0.0
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        if epochs is not None and epochs > 0:
-            return min(self.current_epoch / epochs, 1.0)
-        return min(self.global_step / steps, 1.0) if steps > 0 else 0.0
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        shares = [done / last for done, last in ((self.current_epoch, epochs), (self.global_step, steps)) if last > 0]
+        return min(max(shares, default=0.0), 1.0)
 
     # The run.
 
@@ -195,6 +198,7 @@ class ABCModule(PseudoLabelModule):
         super().balance_classes(data)
         counts = count_each_class(data, self.num_classes, "ABCModule")
         self._ratios = (counts.min() / counts).float()
+        self._seed = int(getattr(data, "seed", 0))
 
     def setup(self, stage: str) -> None:
         """Runs at the start of each run."""
@@ -214,6 +218,5 @@ def _new_classifier(head: nn.Module, name: str) -> nn.Linear:
         raise InputError(f"head: {name or 'the student'} must be a linear layer, got {type(head).__name__}")
     if isinstance(head, LazyModuleMixin) and head.has_uninitialized_params():
         raise InputError(f"head: {name or 'the student'} has no weights yet; run the student once")
-    new = deepcopy(head).requires_grad_(True)
-    new.reset_parameters()
-    return new
+    weight = head.weight
+    return nn.Linear(head.in_features, head.out_features, head.bias is not None, weight.device, weight.dtype)

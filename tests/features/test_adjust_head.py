@@ -45,3 +45,8 @@ def test_convolution_and_half_precision():
 def test_complaints(priors, tau, message):
     with pytest.raises(InputError, match=message):
         adjust_head(nn.Linear(4, 3), priors, tau)
+
+
+def test_a_network_of_one_logit():
+    with pytest.raises(InputError, match="the network must have at least 2 outputs, got 1"):
+        adjust_head(nn.Linear(4, 1), [3.0])

@@ -600,3 +600,10 @@ class TestCalls:
         assert calls[0][0].shape == (1, 4)
         with pytest.raises(InputError, match="layer '7': Linear has none of that name"), capture_call(network, "7"):
             pass
+
+    @pytest.mark.parametrize("name", ["", "_orig_mod"])
+    def test_a_compiled_network_is_named_with_its_wrapper_or_without(self, name):
+        network = nn.Sequential(nn.Linear(4, 3))
+        compiled = torch.compile(network, backend="eager")
+        assert find_layer(compiled, name) is network
+        assert find_layer(compiled, f"{name}.0".removeprefix(".")) is network[0]

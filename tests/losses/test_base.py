@@ -15,6 +15,7 @@ from kd_lightning.losses import (
     ForwardCorrectionLoss,
     GeneralizedCrossEntropyLoss,
     LabelKindLoss,
+    LogitAdjustmentLoss,
     SymmetricCrossEntropyLoss,
 )
 from kd_lightning.losses.base import (
@@ -34,6 +35,7 @@ LOSSES = {
     "forward": lambda **kw: ForwardCorrectionLoss(T, **kw),
     "early learning": lambda **kw: EarlyLearningLoss(**kw).eval(),
     "coarse": lambda **kw: CoarseLoss([[0], [1, 3], [2]], **kw),
+    "logit adjustment": lambda **kw: LogitAdjustmentLoss(1.0, [9, 3, 2, 1], **kw),
     "by kind": lambda **kw: LabelKindLoss(GeneralizedCrossEntropyLoss(), **kw),
 }
 TARGET = torch.tensor([0, 2, 1, 2, 0, 1])

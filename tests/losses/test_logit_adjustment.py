@@ -102,6 +102,11 @@ def test_complaints(quiet_trainer, loader):
     with pytest.raises(InputError, match="priors must hold 3 classes, as the logits, got 2"):
         LogitAdjustmentLoss(priors=[1, 1])(logits, target)
 
+    loss = LogitAdjustmentLoss()
+    loss.count_labels(torch.tensor([3, 1]))
+    with pytest.raises(InputError, match="LogitAdjustmentLoss counted labels of 2 classes, got 3 logits"):
+        loss(logits, target)
+
     def fit(datamodule, **kwargs):
         quiet_trainer().fit(SupervisedModule(nn.Linear(4, 3), hard_loss=LogitAdjustmentLoss(), **kwargs), datamodule)
 

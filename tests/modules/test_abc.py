@@ -1,5 +1,6 @@
 """ABCModule: the objective by hand, the masks, resume, hidden labels, long tails, complaints."""
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def make(weight=0.7, balanced=0.5, threshold=0.45, **kwargs):
 
 def batch(strong=True, rows=slice(None), **kwargs):
     x, views = randn(len(Y), FEATURES) * 2, randn(len(Y), FEATURES, seed=1) * 2
-    index, view = torch.arange(len(Y)) * 7 + 3, torch.full_like(Y, 2)
+    index, view = torch.arange(len(Y)) * 7 + 3, torch.full_like(Y, 5)
     return Batch(x[rows], Y[rows], index[rows], view[rows], x_strong=views[rows] if strong else None, **kwargs)
 
 
@@ -75,7 +76,7 @@ def by_hand(module, batch, progress=0.0, tau=0.45):
     r = min(COUNTS) / np.array(COUNTS)
     hard, soft, labeled, unlabeled, accepted = 0.0, 0.0, 0, 0, 0
     strong = batch.x if batch.x_strong is None else batch.x_strong
-    draws = uniform_of_rows(batch).tolist()
+    draws = module._draws(batch).tolist()
     for row, x in enumerate(batch.x.numpy()):
         u, y = draws[row], int(batch.y[row])
         q = softmax(logits(x))
@@ -175,13 +176,35 @@ class TestObjective:
 
 
 class TestMasks:
+    def test_each_row_is_in_at_times_if_there_is_one_view(self, quiet_trainer):
+        """With ``num_views: 1`` all steps show the same view, but not the same rows."""
+        seen: dict[int, set[bool]] = {}
+
+        class Draws(Callback):
+            def on_train_batch_start(self, trainer, module, batch, *args):
+                for index, draw in zip(batch.index.tolist(), module._draws(batch).tolist(), strict=True):
+                    seen.setdefault(index, set()).add(draw < 0.5)
+
+        quiet_trainer(max_epochs=12, callbacks=[Draws()]).fit(net_module(), datamodule=tail(num_views=1))
+        assert len(seen) > 200
+        assert np.mean([len(both) == 2 for both in seen.values()]) > 0.95
+
+    def test_another_seed_draws_other_rows(self):
+        rows, module = batch(), make()
+        first = module._draws(rows)
+        assert torch.equal(module._draws(rows), first)
+        counted = Counted()
+        counted.seed = 1
+        module.balance_classes(counted)
+        assert (module._draws(rows) != first).all()
+
     def test_labeled_rows_are_balanced(self):
         """Of 100:1 labels as many rows of each class are in."""
         labels = Counted([1000, 100, 10]).labels
         ratios = torch.tensor([0.01, 0.1, 1.0])
         inside = torch.zeros(3)
         for view in range(40):
-            draws = uniform_of_rows(Batch(labels, None, torch.arange(len(labels)), torch.full_like(labels, view)))
+            draws = uniform_of_rows(Batch(labels, None, torch.arange(len(labels)), torch.full_like(labels, view)), 0, 0)
             inside += torch.bincount(labels[draws < ratios[labels]], minlength=3)
         assert (inside / 40).tolist() == pytest.approx([10, 10, 10], rel=0.15)
 
@@ -194,10 +217,11 @@ class TestMasks:
 
         quiet_trainer(max_epochs=4, callbacks=[Look()], limit_train_batches=1).fit(net_module(), datamodule=tail())
         assert seen == [0, 0.25, 0.5, 0.75]
-        seen.clear()
-        trainer = quiet_trainer(max_epochs=-1, max_steps=4, callbacks=[Look()])
-        trainer.fit(net_module(), datamodule=tail())
-        assert seen == [0, 0.25, 0.5, 0.75]
+        for epochs in (-1, 100):  # what ends the run counts
+            seen.clear()
+            trainer = quiet_trainer(max_epochs=epochs, max_steps=4, callbacks=[Look()])
+            trainer.fit(net_module(), datamodule=tail())
+            assert seen == [0, 0.25, 0.5, 0.75]
 
 
 MEANS = torch.tensor([[0.0, 1.3], [1.2, -0.7], [-1.2, -0.7]])
@@ -326,12 +350,26 @@ class TestRun:
         }
         assert charts <= {*trainer.callback_metrics}
 
-    def test_a_compiled_student(self):
+    @pytest.mark.parametrize("before", [False, True])
+    def test_a_compiled_student(self, before):
         module = make()
         expected = module.losses(batch())
-        module.student = torch.compile(module.student, backend="eager")
+        compiled = torch.compile(module.student, backend="eager")
+        if before:
+            base = module.base_classifier.state_dict()
+            module = ABCModule(compiled, 0.7, 0.5, 0.45).double()
+            module.base_classifier.load_state_dict(base)
+            module.balance_classes(Counted())
+        else:
+            module.student = compiled
         for name, term in module.losses(batch()).items():
             assert term.value.item() == pytest.approx(expected[name].value.item(), rel=1e-12)
+
+    def test_a_copy_after_a_step(self):
+        """Weight averaging copies the module at the start of each fit."""
+        module = make()
+        module.losses(batch())
+        assert torch.equal(deepcopy(module).base_classifier.weight, module.base_classifier.weight)
 
     def test_with_a_selection_that_has_state(self, quiet_trainer):
         module = ABCModule(net(), selection=FreeMatch(0.9, 0.1))
@@ -410,6 +448,32 @@ class TestComplaints:
             module.losses(batch())
         module = make(head="0")
         with pytest.raises(InputError, match="head: '0' must give the student's logits"):
+            module.losses(batch())
+
+    def test_logits_are_compared_in_their_own_type(self):
+        class Full(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(FEATURES, CLASSES)
+
+            def forward(self, x):
+                return self.head(x).float()
+
+        module = ABCModule(Full())
+        module.balance_classes(Counted())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.losses(Batch(batch().x.float(), Y))["hard"].value.isfinite()
+
+    def test_a_network_of_nan_has_its_head(self):
+        module = make()
+        module.student[0].weight.data.fill_(float("nan"))
+        assert module.losses(batch())["hard"].value.isnan()
+
+    def test_a_batch_without_rows_does_not_count_as_a_check(self):
+        module = ABCModule(Scaled().double())
+        module.balance_classes(Counted())
+        module.losses(batch(rows=slice(0, 0)))
+        with pytest.raises(InputError, match="must give the student's logits"):
             module.losses(batch())
 
     def test_labels(self, quiet_trainer):

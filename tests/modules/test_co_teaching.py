@@ -16,7 +16,7 @@ from torch import nn
 from kd_lightning import Batch, CoTeachingModule, Digits, InputError, SemiSupervisedDataModule, SymmetricNoise
 from kd_lightning.batch import LabelKind
 from kd_lightning.callbacks import StudentWriter
-from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LabelKindLoss
+from kd_lightning.losses import EarlyLearningLoss, GeneralizedCrossEntropyLoss, LabelKindLoss, LogitAdjustmentLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.modules import co_teaching
 
@@ -145,6 +145,7 @@ class TestObjective:
         "options",
         [
             {"class_weights": [1.0, 1.0, 50.0, 1.0]},
+            {"hard_loss": LogitAdjustmentLoss(priors=[100, 100, 1, 100])},
             {"hard_loss": nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 50.0, 1.0]))},
             {
                 "hard_loss": LabelKindLoss(

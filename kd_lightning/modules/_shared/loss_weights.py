@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import Task
 from kd_lightning.losses.label_kind import LabelKindLoss
+from kd_lightning.losses.logit_adjustment import LogitAdjustmentLoss
 
 _BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
 _BY_LABEL = (nn.BCEWithLogitsLoss, nn.BCELoss)
@@ -57,12 +58,21 @@ def _check_weights(place: str, loss: nn.Module, logits: Tensor, task: Task, by_c
 
 
 def without_class_weights(loss: nn.Module) -> nn.Module:
-    """Return a copy of a loss in which torch's losses of classes have no ``weight``; the loss itself if none has."""
+    """Return a copy of a loss that takes all classes alike; the loss itself if it does.
+
+    In it, torch's losses of classes have no ``weight``, and logit adjustment is in eval mode.
+    """
     kinds = (nn.CrossEntropyLoss, nn.NLLLoss)
-    if not any(isinstance(part, kinds) and part.weight is not None for part in loss.modules()):
+
+    def is_weighted(part: nn.Module) -> bool:
+        return isinstance(part, LogitAdjustmentLoss) or (isinstance(part, kinds) and part.weight is not None)
+
+    if not any(map(is_weighted, loss.modules())):
         return loss
     plain = deepcopy(loss)
-    for part in plain.modules():
-        if isinstance(part, kinds):
-            part.weight = None
+    for part in filter(is_weighted, plain.modules()):
+        if isinstance(part, LogitAdjustmentLoss):
+            part.eval()
+        else:
+            part.weight = None  # type: ignore[assignment]
     return plain
