@@ -26,7 +26,7 @@ from pathlib import Path
 from gain_stamps import SPLITS, Stamps, prepare
 from gain_tasks import EightByEight, Fashion, Mails
 from scipy import stats
-from training import Fits, in_parallel, interval, make_parser, quiet, spread, versions
+from training import Fits, holm, in_parallel, interval, make_parser, quiet, spread, versions
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.06)
 SOFT = ((0.01, 0.5, 1.0), (0.01, 0.5, 4.0), (0.01, 0.9, 4.0), (0.03, 0.5, 4.0), (0.03, 0.9, 4.0))
@@ -111,16 +111,6 @@ def measure(fits, found_cells, best, processes):
         for name, (_, ways, groups) in found_cells.items()
         for way in ways
     }
-
-
-def holm(p_values):
-    """P values, corrected for their number (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, row in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[row]))
-        corrected[row] = highest
-    return corrected
 
 
 def show(values, best, figures, teachers):

@@ -83,6 +83,16 @@ def interval(values, others, digits=2, comparisons=1):
     return f"{mean} [{low}, {high}]"
 
 
+def holm(p_values):
+    """P values, corrected for their number (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, row in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[row]))
+        corrected[row] = highest
+    return corrected
+
+
 def versions(*others):
     """Names and versions of the main libraries, and of others."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", *others))
