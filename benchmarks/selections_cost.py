@@ -2,11 +2,11 @@
 
 Run: python benchmarks/selections_cost.py [--rounds 15] [--store FILE]   (5 minutes; exit status 1 if a goal is missed)
 
-The network, the views and the batches are those of benchmarks/selections.py, on random images in memory: 32 labeled
-and 64 unlabeled images a step. Nothing listens to the selections. One thread runs on one core, and times are CPU time.
-All contenders take turns within one process, a batch each. A ratio is the median of the ratios of single epochs, which
-were measured in the same rounds; its spread is their 10th and 90th percentile. "FixMatch, again" is the same contender
-once more: its ratio shows how much is noise.
+The network is the student of benchmarks/fashion.py. Views and batches are those of benchmarks/selections.py, 32 labeled
+and 64 unlabeled images a step; the images are random, and lie in memory. Nothing listens to the selections. One thread
+runs on one core, and times are CPU time. All contenders take turns within one process, a batch each. A ratio is the
+median of the ratios of single epochs, which were measured in the same rounds; its spread is their 10th and 90th
+percentile. "FixMatch, again" is the same contender once more: its ratio shows how much is noise.
 """
 
 import argparse
