@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from kd_lightning.__main__ import main
 from kd_lightning.cli.slurm import refuse_shared_checkpoint, stop_requeueing
