@@ -122,8 +122,8 @@ class Batch:
                 - ``x``, a tensor;
                 - ``(x, y)`` or ``(x, y, ...)``, of which only ``x`` and ``y`` count; ``x`` may be a mapping or tuple;
                 - a mapping, whose labels are under the first of ``LABEL_KEYS`` that it has, else under
-                  ``DENSE_LABEL_KEY``. Its ``teacher_inputs`` are those of the batch. All other tensors are ``x``: one
-                  tensor alone as it is, several as a mapping.
+                  ``DENSE_LABEL_KEY``. Its ``teacher_inputs`` and ``x_strong`` are those of the batch. All other tensors
+                  are ``x``: one tensor alone as it is, several as a mapping.
 
         Raises:
             InputError: If ``batch`` is anything else, or if two readings are possible: two images of one kind are no
@@ -138,15 +138,14 @@ class Batch:
         if isinstance(batch, tuple | list) and len(batch):
             if len(batch) == 1 and isinstance(batch[0], Mapping):
                 return cls._from_mapping(batch[0])
-            first, teacher_inputs = batch[0], None
-            if isinstance(first, Mapping) and "teacher_inputs" in first:
-                teacher_inputs = _inputs(first["teacher_inputs"])
-                first = {name: part for name, part in first.items() if name != "teacher_inputs"}
+            first, named = batch[0], {}
+            if isinstance(first, Mapping) and (named := _named(first)):
+                first = {name: part for name, part in first.items() if name not in named}
                 first = next(iter(first.values())) if len(first) == 1 else first
             x, y = _inputs(first), batch[1] if len(batch) > 1 else None
             if x is not None and (y is None or isinstance(y, Tensor)):
                 _check_pair(x, y, batch)
-                return cls(x, y, teacher_inputs=teacher_inputs)
+                return cls(x, y, **named)
         raise InputError(
             "a batch must be a Batch, a tensor x, (x, y, ...), or a mapping with labels under "
             f"{', '.join(LABEL_KEYS)} or {DENSE_LABEL_KEY}; got {_kind(batch)}; the module's unpack(batch) can "
@@ -157,12 +156,13 @@ class Batch:
     def _from_mapping(cls, batch: Mapping[Any, Any]) -> Batch:
         key = next((key for key in (*LABEL_KEYS, DENSE_LABEL_KEY) if key in batch), None)
         y = None if key is None else batch[key]
-        x = _inputs({name: part for name, part in batch.items() if name not in (key, "teacher_inputs")})
+        named = _named(batch)
+        x = _inputs({name: part for name, part in batch.items() if name != key and name not in named})
         if not x or not (y is None or isinstance(y, Tensor)):
             what = f"{key} is {_kind(y)}, no tensor" if x else "no input is a tensor"
             raise InputError(f"a batch is {_kind(batch)}, but {what}; the module's unpack(batch) can convert it")
         x = next(iter(x.values())) if len(x) == 1 else x
-        return cls(x, y, teacher_inputs=_inputs(batch.get("teacher_inputs")))
+        return cls(x, y, **named)
 
     def __iter__(self) -> Iterator[Any]:
         yield self.x
@@ -280,6 +280,15 @@ class Batch:
 
 _INPUTS = ("x", "x_strong", "teacher_inputs")
 """Fields that may be mappings or tuples of tensors."""
+
+
+def _named(batch: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the inputs of a mapping that a batch has fields for: those of teachers, and the strong view."""
+    named = {name: _inputs(batch[name]) for name in _INPUTS[1:] if name in batch}
+    strong, rest = named.get("x_strong"), {*batch} - {*named, *LABEL_KEYS, DENSE_LABEL_KEY}
+    if isinstance(strong, Mapping) and len(strong) == 1 and {*strong} == rest:
+        named["x_strong"] = next(iter(strong.values()))  # as x, which is one tensor alone
+    return named
 
 
 def _inputs(value: Any) -> Any:

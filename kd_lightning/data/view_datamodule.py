@@ -98,12 +98,13 @@ class ViewDataModule(LightningDataModule):
         mix: Mix | None = None,
         partners: Partners | None = None,
     ) -> ViewDataset:
+        """Return a dataset of views. With a second transform, or None in its place, batches have strong views."""
         device = None if self.trainer is None else self.trainer.strategy.root_device
         device = device if device is not None and device.type == "cuda" else None
         if self.decoded is not None:
             images = self.decoded.open(images, self.trainer, threads=max(1, self.num_workers))
         options = (images, indices, labels, (*transforms, None)[:2], self.seed, device, mix, partners)
-        return build_views(self._load_parts(), *options)
+        return build_views(self._load_parts(), *options, reads_strong=len(transforms) > 1)
 
     def _loader(self, dataset: ViewDataset, labels: LabelTable, **kwargs: Any) -> ViewLoader:
         return ViewLoader(

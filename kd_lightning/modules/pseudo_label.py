@@ -247,6 +247,9 @@ class PseudoLabelModule(TaughtModule):
             logits: Logits of the student, for the unlabeled rows, (U, C).
         """
         check_outputs(logits, predicted)
+        if rows.partner is not None and self.selection.needs_index:
+            name = type(self.selection).__name__
+            raise InputError(f"{name} stores values of single samples; mixed rows (mix) are of two samples")
         probabilities = mask_candidates(predicted.detach().float(), rows.candidates).softmax(dim=-1)
         if self._trainer is not None:
             confidence = probabilities.amax(dim=-1).mean() if len(rows) else 0.0

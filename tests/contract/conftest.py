@@ -81,6 +81,7 @@ VARIANTS = {  # arguments of the model, or of the data, by dotted path, under wh
         {"selection": {"class_path": "AdaMatch", "init_args": {"momentum": 0.5}}, "ema_decay": 0.5},
         {"data.mix": MIX},
     ],
+    "refresh_digits": [{"data.mix": MIX}],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
 PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}

@@ -250,6 +250,15 @@ class Texts(Dataset):
         return {"path": f"texts/{index}", "input_ids": ids, "attention_mask": mask, "labels": int(ids.sum()) % 4}
 
 
+class TwoTexts(Texts):
+    """The same, and another text of the same length for each: its strong view."""
+
+    def __getitem__(self, index: int):
+        item = super().__getitem__(index)
+        mask = item["attention_mask"]
+        return {**item, "x_strong": {"input_ids": (item["input_ids"] + 1) % 40 * mask, "attention_mask": mask}}
+
+
 class Letters(Dataset):
     """Texts of ten letters, each of which is the label of the one before it."""
 

@@ -16,6 +16,7 @@ from kd_lightning import (
     DistillModule,
     EnsembleDistillModule,
     FixedThreshold,
+    FlexMatch,
     HintModule,
     InputError,
     PseudoLabelModule,
@@ -184,6 +185,10 @@ class TestBatches:
             batches(module(mix=Wrong(0.5, single=True)))
         with pytest.raises(InputError, match="mix needs images of floats, got torch.int64"):
             batches(module(x=torch.randint(9, (40, 5)), mix=MixUp()))
+        for ids in ([*torch.arange(200).view(40, 5)], [*torch.arange(200).view(40, 5).numpy()]):  # of texts
+            source = DatasetSource([*zip(ids, Y.tolist(), strict=True)])
+            with pytest.raises(InputError, match="whole numbers such as token ids cannot be mixed, but embeddings can"):
+                batches(SemiSupervisedDataModule(source, val_size=0, mix=MixUp()))
         source = DatasetSource([({"a": x, "b": x}, int(y)) for x, y in zip(X, Y, strict=True)])
         with pytest.raises(InputError, match="mix is for samples of one tensor"):
             batches(SemiSupervisedDataModule(source, val_size=0, mix=MixUp()))
@@ -294,6 +299,58 @@ class TestTraining:
         mixed = batch.share[:, None] * target[batch.index] + (1 - batch.share[:, None]) * target[batch.partner]
         expected = -(mixed * network()(batch.x).double().log_softmax(1)).sum(dim=1).mean()
         assert trainer.callback_metrics["train/hard"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_mixmatch_by_hand(self, quiet_trainer):
+        """Labels are guessed for unmixed samples and sharpened; then inputs and labels are mixed. In float64."""
+        still = partial(torch.optim.SGD, lr=0.0)
+        options = {"mix": MixUp(0.75), "batch_size": 40}
+        refresh = PseudoLabelRefresh(selection=Sharpen(FixedThreshold(0), 0.5), warmup_epochs=0)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0, callbacks=[refresh])
+        made = self.fit(
+            trainer,
+            lambda: PseudoLabelModule(small(), 3.0, pseudo_labels="refreshed", optimizer=still),
+            module(**options),
+        )
+        network = made.student.double()
+        (batch,) = batches(module(**options))
+        i, j, a = batch.index, batch.partner, batch.share.double()[:, None]
+        p = network(X.double()).softmax(dim=1) ** 2
+        target = p / p.sum(dim=1, keepdim=True)
+        known = torch.isin(torch.arange(40), torch.tensor(module(**options)._parts_and_split()[1].labeled))
+        target[known] = nn.functional.one_hot(Y, 3).double()[known]
+        images = X.double().view(40, 16)
+        x = a * images[i] + (1 - a) * images[j]
+        cross_entropy = -((a * target[i] + (1 - a) * target[j]) * network(x).log_softmax(dim=1)).sum(dim=1)
+        logged = trainer.callback_metrics
+        assert torch.equal(known[i], known[j]) and known.sum() == 12
+        assert logged["train/hard"].item() == pytest.approx(cross_entropy[known[i]].mean().item(), rel=1e-5)
+        assert logged["train/unsupervised"].item() == pytest.approx(cross_entropy[~known[i]].mean().item(), rel=1e-5)
+        assert logged["train/coverage"] == 1
+        # the larger share first, as in the paper: the same sample, under the name of the other one
+        larger, first, second = (
+            torch.maximum(a, 1 - a),
+            torch.where(a[:, 0] < 0.5, j, i),
+            torch.where(a[:, 0] < 0.5, i, j),
+        )
+        assert torch.allclose(larger * images[first] + (1 - larger) * images[second], x)
+        assert torch.allclose(
+            larger * target[first] + (1 - larger) * target[second], a * target[i] + (1 - a) * target[j]
+        )
+
+    def test_online_labels_are_those_of_the_mixed_view(self, quiet_trainer):
+        """And a selection that stores values of single samples is refused."""
+        still = partial(torch.optim.SGD, lr=0.0)
+        options = {"mix": MixUp(0.75), "batch_size": 40}
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1.0)
+        made = self.fit(trainer, lambda: PseudoLabelModule(small(), optimizer=still), module(**options))
+        (batch,) = batches(module(**options))
+        log_p = made.student(batch.x)[batch.y.isnan().any(dim=1)].log_softmax(dim=1)
+        assert trainer.callback_metrics["train/unsupervised"].item() == pytest.approx(
+            -log_p.amax(dim=1).mean().item(), rel=1e-5
+        )
+        made = PseudoLabelModule(small(), selection=FlexMatch(0.5), num_classes=3)
+        with pytest.raises(InputError, match="FlexMatch stores values of single samples; mixed rows .mix. are of two"):
+            quiet_trainer(max_epochs=1).fit(made, datamodule=module())
 
     METHODS = {
         "supervised": lambda: SupervisedModule(small(), hard_loss=nn.CrossEntropyLoss(label_smoothing=0.1)),

@@ -140,6 +140,33 @@ class TestFit:
         assert trainer.global_step == 12
         assert 0 < trainer.callback_metrics["train/unsupervised"] < math.inf
 
+    @pytest.mark.parametrize("form", ["row", "named", "unlabeled"])
+    def test_strong_views_of_the_stream(self, form):
+        """Rows of Hugging Face with two texts; and the same with a named column of inputs."""
+
+        def text(number, word):
+            ids = [word] * (2 + number % 3)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+        def row(number):
+            more = {"x_strong": text(number + 1, 7), "teacher_inputs": text(number, 5)}
+            inputs = text(number, 9) if form == "row" else {"tokens": text(number, 9)}
+            return inputs | more | ({} if form == "unlabeled" else {"label": number % 2})
+
+        rows = [row(number) for number in range(8)]
+        column = None if form == "row" else "tokens"
+        data = StreamDataModule(rows, rows, batch_size=4, input=column, labeled=form != "unlabeled")
+        for number, batch in enumerate(data.train_dataloader()):
+            for place, sample in enumerate(range(4 * number, 4 * number + 4)):
+                for x, expected in (
+                    (batch.x, text(sample, 9)),
+                    (batch.x_strong, text(sample + 1, 7)),
+                    (batch.teacher_inputs, text(sample, 5)),
+                ):
+                    assert x["input_ids"][place][x["attention_mask"][place] == 1].tolist() == expected["input_ids"]
+        if form != "unlabeled":
+            assert all(batch.x_strong is None and len(batch.x) == 2 for batch in data.val_dataloader())
+
     @pytest.mark.parametrize(
         ("task", "label"),
         [

@@ -34,14 +34,21 @@ class DatasetSource(Source):
 
     A picture is a PIL image, an array (H, W, C), or a tensor of uint8 (C, H, W) with 1, 3 or 4 channels. The default
     transforms bring pictures to floats in [0, 1]. All other tensors stay as they are: floats, and uint8 of other
-    shapes, such as tokens (T,) or class maps (H, W). So do several inputs of a sample. The first item of ``train``
-    decides for all. A transform of yours gets each image as the dataset returns it.
+    shapes, such as tokens (T,) or class maps (H, W). So do several inputs of a sample, and arrays (D,), such as rows of
+    a table or embeddings, which become tensors (float64 becomes float32). The first item of ``train`` decides for all.
+    A transform of yours gets each image as the dataset returns it.
 
     A sample may have several inputs: ``((a, b), label)``, ``({"input_ids": ..., "attention_mask": ...}, label)``, or a
     mapping such as ``{"input_ids": ..., "attention_mask": ..., "labels": ...}``. Networks are then called as
     ``network(a, b)`` or ``network(**inputs)``, and teachers with the entry ``teacher_inputs``, if there is one. Arrays
     and lists of numbers become tensors; paths, texts and single numbers are left out. A transform of one sample gets
-    all of them. Without one, all samples must have tensors of one shape: pad texts in the dataset.
+    all of them. Without one, all samples must have tensors of one shape, or an ``attention_mask``: texts are then
+    padded to the longest of a batch.
+
+    A sample may have its own strong view, such as a paraphrase, in the entry ``x_strong``: ``{"input_ids": ...,
+    "attention_mask": ..., "x_strong": {"input_ids": ..., "attention_mask": ...}, "labels": ...}``. It has the names of
+    the other inputs, and is ``x_strong`` of training batches. All training samples have one, or none. A
+    ``strong_transform`` gets it in place of the inputs; other transforms do not get it.
 
     A label is a class number, a class name, a number 0 or 1 as float, or a row of zeros and ones for several labels. It
     is None, NaN, -1 or -100 where it is missing; in a row, single entries may be missing. Training samples without a
@@ -105,7 +112,7 @@ class DatasetSource(Source):
         first = inputs_of(item, images, 0) if len(images) else None
         if isinstance(first, Mapping | tuple | list):
             rank_zero_info(f"DatasetSource: the inputs of a sample are {describe(first)}")
-        elif not isinstance(first, Tensor) or _is_picture(first):
+        elif not _is_row(first) and (not isinstance(first, Tensor) or _is_picture(first)):
             self.train_transform = self.eval_transform = to_float()
             kind = np.asarray(first).dtype if isinstance(first, Image.Image | np.ndarray) else None
             if kind in _WIDE:
@@ -135,6 +142,10 @@ class DatasetSource(Source):
             raise InputError("dense: a training part is needed, whose labels may all be missing, got none")
         test, val = (None if part is None else dense_part(part, rules) for part in (self.test, self.val))
         return Parts(dense_part(self.train, rules), test, unlabeled, names, void=self.void, val=val)
+
+
+def _is_row(inputs: Any) -> bool:
+    return isinstance(inputs, np.ndarray) and inputs.ndim == 1
 
 
 def _is_picture(image: Tensor) -> bool:

@@ -19,6 +19,8 @@ IMAGE_KEYS = ("image", "img", "x", "pixel_values", "input", "inputs")
 LABEL_KEYS = (*BATCH_LABEL_KEYS, "fine_label")
 TEACHER_INPUTS = "teacher_inputs"
 """The entry of a mapping that teachers get in place of the inputs."""
+STRONG_INPUTS = "x_strong"
+"""The entry of a mapping that is the sample's own strong view, such as a paraphrase of a text."""
 
 
 class Entries(dict[str, Any]):
@@ -96,8 +98,37 @@ def check_pair(first: Any, second: Any, count: int, place: str) -> None:
         )
 
 
+def split_strong(inputs: Any, place: str = "a sample") -> tuple[Any, Any]:
+    """Return the inputs of a sample, and its own strong view, which is the entry ``x_strong``, else None.
+
+    One tensor, array or picture that is left in the entries of an item is the inputs itself.
+
+    Args:
+        inputs: What :func:`image_of` returns.
+        place: Name of the sample, for messages.
+
+    Raises:
+        InputError: If there is no other entry.
+    """
+    if not isinstance(inputs, Mapping) or STRONG_INPUTS not in inputs:
+        return inputs, None
+    form, strong = Entries if isinstance(inputs, Entries) else dict, inputs[STRONG_INPUTS]
+    rest = form({name: part for name, part in inputs.items() if name != STRONG_INPUTS})
+    if not rest:
+        raise InputError(f"{place} must have an entry besides {STRONG_INPUTS}, got none")
+    one = next(iter(rest.values()))
+    is_alone = form is Entries and len(rest) == 1 and isinstance(one, Tensor | np.ndarray | Image.Image)
+    if isinstance(strong, Mapping):
+        strong = strong.get(next(iter(rest)), strong) if is_alone and len(strong) == 1 else form(strong)
+    return one if is_alone else rest, strong
+
+
 def content_of(inputs: Any) -> Any:
-    """Return what of a sample's inputs is its content: of a mapping all entries but paths and positions, by name."""
+    """Return what of a sample's inputs is its content: of a mapping all entries but paths and positions, by name.
+
+    A strong view is none: it belongs to the training, and the copy of a sample in the test part has none.
+    """
+    inputs, _ = split_strong(inputs)
     if isinstance(inputs, Mapping):
         named = sorted(inputs.items(), key=lambda item: str(item[0]))
         return {name: content_of(value) for name, value in named if not _is_name(str(name), value)}
@@ -156,7 +187,7 @@ def _entries(item: Mapping[str, Any], place: str) -> Any:
     entries = Entries({name: value for name, value in item.items() if name not in labels})
     images = [name for name in IMAGE_KEYS if name in entries]
     arrays = [name for name, value in entries.items() if _has_numbers(value)]
-    if len(images) == 1 and TEACHER_INPUTS not in entries:
+    if len(images) == 1 and not {TEACHER_INPUTS, STRONG_INPUTS} & {*entries}:
         image = entries[images[0]]
         if arrays == images or not isinstance(image, Tensor):
             return image

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -51,9 +53,9 @@ def read_pixels(parts: Sequence[Images], index: int) -> Tensor:
         index: Index of the item.
 
     Returns:
-        (C, H, W) of the type of the image: uint8 for files and pictures of 8 bits. A tensor is returned as it is. Files
-        that no loader, dataset or transform of the user reads are decoded by
-        :func:`~kd_lightning.data.sources.image_loader.decode_image`.
+        (C, H, W) of the type of the image: uint8 for files and pictures of 8 bits. A tensor is returned as it is; an
+        array of one dimension, which is no picture, as (D,). Files that no loader, dataset or transform of the user
+        reads are decoded by :func:`~kd_lightning.data.sources.image_loader.decode_image`.
 
     Raises:
         InputError: If it cannot be read, if the item has no image, or if it has several inputs. The message names the
@@ -76,9 +78,16 @@ def to_pixels(image: Any, part: Images, index: int) -> Tensor:
             f"{describe(image)}; a transform of one sample, such as an nn.Module of yours, takes all of them"
         )
     try:
-        return to_tensor(image)
+        return row_of(image) if isinstance(image, np.ndarray) and image.ndim == 1 else to_tensor(image)
     except Exception as error:  # no image at all
         raise unreadable(part, index, error) from error
+
+
+def row_of(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return an array (D,), such as a row of a table or an embedding, as a tensor; float64 as torch's default type."""
+    native = np.array(array, array.dtype.newbyteorder("="))  # torch has neither other byte orders nor negative strides
+    row = torch.from_numpy(native)
+    return row.to(torch.get_default_dtype()) if row.dtype == torch.float64 else row
 
 
 def _file_of(images: Images, index: int) -> str | None:

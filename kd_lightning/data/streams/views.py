@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX, Batch, is_labeled
 from kd_lightning.data.sources.class_names import number_names
-from kd_lightning.data.sources.items import label_of
+from kd_lightning.data.sources.items import STRONG_INPUTS, TEACHER_INPUTS, Entries, label_of
 from kd_lightning.data.sources.targets import is_missing, texts_among, to_tensor
 from kd_lightning.data.views.dataset import ViewDataset, collate
 from kd_lightning.data.views.nested import is_number
@@ -69,7 +69,8 @@ class StreamViews:
         self.labeled = labeled
         self._window = Items()
         none = torch.empty(0, dtype=torch.long)
-        self._dataset = ViewDataset([self._window], none, transforms[0], seed, transforms[1], device, pad_token)
+        options = (seed, transforms[1], device, pad_token)
+        self._dataset = ViewDataset([self._window], none, transforms[0], *options, reads_strong=part == "train")
 
     def make(self, items: Sequence[Any], numbers: Tensor, epoch: int) -> Batch:
         """Return the batch of some items. Transforms that run on another device run in :meth:`finish`.
@@ -116,7 +117,10 @@ class StreamViews:
         if inputs is None:
             return (rest, item[label]) if self.labeled else rest
         own = label if label is not None or not self.labeled else None
-        return (item[inputs], item[own] if own is not None else label_of(rest, place)) if self.labeled else item[inputs]
+        found = item[inputs]
+        if more := {name: item[name] for name in (TEACHER_INPUTS, STRONG_INPUTS) if name in item}:
+            found = Entries({inputs: found, **more})
+        return (found, item[own] if own is not None else label_of(rest, place)) if self.labeled else found
 
     def _labels(self, items: Sequence[Any], where: Sequence[str]) -> Tensor:
         """Return labels as (B,) class numbers, or floats; -100 or NaN where missing."""

@@ -1,11 +1,16 @@
-"""Whole-batch transforms in torchvision v2's names, the sources' default transforms, and strong views."""
+"""Whole-batch transforms in torchvision v2's names, the sources' default transforms, and strong views.
+
+Strong views of texts and tables are :class:`TokenDropout`, :class:`CorruptFeatures` and :class:`GaussianNoise`.
+"""
 
 from kd_lightning.data.transforms.auto_augment import RandAugment, TrivialAugmentWide
 from kd_lightning.data.transforms.base import BatchTransform, Compose
 from kd_lightning.data.transforms.channels import RGB
 from kd_lightning.data.transforms.color import ColorJitter, GaussianBlur, RandomGrayscale
+from kd_lightning.data.transforms.corrupt_features import CorruptFeatures
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.transforms.erasing import RandomErasing
+from kd_lightning.data.transforms.gaussian_noise import GaussianNoise
 from kd_lightning.data.transforms.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomVerticalFlip
 from kd_lightning.data.transforms.mix import CutMix, MixUp, OneOf
 from kd_lightning.data.transforms.normalize import Normalize
@@ -20,6 +25,7 @@ from kd_lightning.data.transforms.recipes import (
     to_float,
 )
 from kd_lightning.data.transforms.resize import CenterCrop, RandomResizedCrop, Resize, ResizeToCover
+from kd_lightning.data.transforms.token_dropout import TokenDropout
 
 __all__ = [
     "RGB",
@@ -27,9 +33,11 @@ __all__ = [
     "CenterCrop",
     "ColorJitter",
     "Compose",
+    "CorruptFeatures",
     "CutMix",
     "Draws",
     "GaussianBlur",
+    "GaussianNoise",
     "MixUp",
     "Normalize",
     "OneOf",
@@ -43,6 +51,7 @@ __all__ = [
     "RandomVerticalFlip",
     "Resize",
     "ResizeToCover",
+    "TokenDropout",
     "TrivialAugmentWide",
     "photo_transforms",
     "segmentation_transforms",

@@ -80,6 +80,11 @@ class Draws:
         unit = (self._bits(shape) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return self._tensor(low + (high - low) * unit)
 
+    def normal(self, shape: Sequence[int] = ()) -> Tensor:
+        """Return normally distributed numbers of mean 0 and variance 1, (B, ...) in float64 (Box and Muller 1958)."""
+        radius, turn = self.uniform(shape=(2, *shape)).unbind(dim=1)
+        return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * turn).cos()
+
     def integers(self, low: int, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Return whole numbers from ``low`` up to and including ``high`` (at most 2^32 of them), (B, ...) int64."""
         upper = self._bits(shape) >> np.uint64(32)

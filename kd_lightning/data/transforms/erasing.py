@@ -66,7 +66,7 @@ class RandomErasing(BatchTransform):
         if self.value == "random":
             if not images.is_floating_point():
                 raise InputError(f"value random needs float images, got {images.dtype}")
-            return erase(images, place, _normal(draws.stream(1), images))
+            return erase(images, place, draws.stream(1).normal(images.shape[1:]).to(images))
         values = [*self.value] if isinstance(self.value, Sequence) else [self.value]
         if len(values) not in (1, images.shape[1]):
             raise InputError(f"value must be one number, or {images.shape[1]} for as many channels, got {self.value}")
@@ -114,9 +114,3 @@ def erase(images: Tensor, places: Tensor, value: Tensor) -> Tensor:
     inside = ((down >= top) & (down < top + tall)).unsqueeze(2) & ((right >= left) & (right < left + wide)).unsqueeze(1)
     value = value if value.ndim == 4 else value.view(-1, 1, 1)
     return torch.where(inside.unsqueeze(1), value, images, out=empty_like(images))
-
-
-def _normal(draws: Draws, images: Tensor) -> Tensor:
-    """Return normally distributed numbers in the shape and type of the images (Box and Muller 1958)."""
-    radius, turn = draws.uniform(shape=(2, *images.shape[1:])).unbind(dim=1)
-    return ((-2 * (1 - radius).log()).sqrt() * (2 * math.pi * turn).cos()).to(images)

@@ -30,6 +30,7 @@ def build_views(
     device: torch.device | None,
     mix: Mix | None = None,
     partners: Partners | None = None,
+    reads_strong: bool = False,
 ) -> ViewDataset:
     """Return a dataset of views, with dense labels if those of the source are dense.
 
@@ -43,6 +44,7 @@ def build_views(
         device: Device of whole-batch transforms; None for where images are read.
         mix: Mixes each view with that of another sample. Default: None, which means that views are not mixed.
         partners: What each view is mixed with. Needed with ``mix``.
+        reads_strong: Whether strong views that samples have themselves are in the batches. Default: False.
 
     Raises:
         InputError: For ``mix`` if labels are dense.
@@ -50,7 +52,7 @@ def build_views(
     transform, strong = transforms
     options = (transform, seed, strong, device, parts.pad_token)
     if not labels.dense:
-        return ViewDataset(images, indices, *options, mix, partners)
+        return ViewDataset(images, indices, *options, mix, partners, reads_strong)
     if mix is not None:
         raise InputError("mix needs one label, or one row of labels, for a sample; these are dense")
     rules = LabelRules(len(parts.class_names) if parts.class_names else None, parts.void)

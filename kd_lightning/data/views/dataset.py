@@ -17,12 +17,14 @@ from torch.utils.data import Dataset, get_worker_info
 
 from kd_lightning.batch import Batch
 from kd_lightning.data.sources.images import Images, has_several_inputs, part_of, read_image
+from kd_lightning.data.sources.items import STRONG_INPUTS, split_strong
 from kd_lightning.data.sources.memory import rows_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.transforms.base import BatchTransform, Compose, plain, stack
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.transforms.mix import Mix, check_plan, mix_images
 from kd_lightning.data.views.nested import (
+    count_tensors,
     pad_alike,
     shapes_of,
     split_teacher_inputs,
@@ -33,11 +35,13 @@ from kd_lightning.data.views.nested import (
 from kd_lightning.data.views.partners import Partners
 from kd_lightning.data.views.worker_limits import share
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs, describe, map_inputs, tensors_of
+from kd_lightning.inputs import Inputs, describe, map_inputs
 
 Key = int | tuple[int, int]
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 _MODULE_ATTRIBUTES = vars(nn.Module())  # those that every module has
+_TORCH_RNG = ("torchvision.transforms.v2.", "torch.nn.", "kd_lightning.data.transforms.")
+"""Modules whose transforms use no random generator but torch's."""
 _ERROR_NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 CHUNK = 2**25
 """Bytes of images of different sizes that are in memory at a time, and one image more."""
@@ -51,7 +55,8 @@ class ViewDataset(Dataset[Batch]):
     """Views of samples by key (position, view). The same (seed, index, view) always gives the same pixels.
 
     The inputs of a sample may also be a mapping or tuple. A transform gets all of them; without one, tensors are
-    stacked name by name. The entry ``teacher_inputs`` of a mapping becomes that of the batch.
+    stacked name by name. The entry ``teacher_inputs`` of a mapping becomes that of the batch. The entry ``x_strong`` is
+    the sample's own strong view, which only ``strong_transform`` gets.
 
     Token sequences of different lengths are padded to the longest of the batch, see
     :func:`~kd_lightning.data.views.nested.stack_inputs`.
@@ -75,6 +80,8 @@ class ViewDataset(Dataset[Batch]):
         mix: Mixes each view with the same view of another sample. Whole-batch transforms then run where the images are
             read. Default: None, which means that views are not mixed.
         partners: What each view is mixed with. Needed with ``mix``.
+        reads_strong: Whether strong views that samples have themselves are in the batches, without a
+            ``strong_transform``, too. Default: False, as in evaluation.
     """
 
     is_dense = False
@@ -91,7 +98,9 @@ class ViewDataset(Dataset[Batch]):
         pad_token: int = 0,
         mix: Mix | None = None,
         partners: Partners | None = None,
+        reads_strong: bool = False,
     ) -> None:
+        self.reads_strong = reads_strong or strong_transform is not None
         self.mix = mix
         self.partners = partners
         self.images = images
@@ -127,8 +136,9 @@ class ViewDataset(Dataset[Batch]):
         if self.mix is not None:
             return 2  # partner and share
         several = self._single and len(self) and has_several_inputs(*part_of(self.images, int(self.indices[0])))
-        count = len([*tensors_of(read_image(self.images, int(self.indices[0])))]) if several else 1
-        return (count - 1) * (1 + (self.strong_transform is not None))
+        inputs, strong = split_strong(read_image(self.images, int(self.indices[0]))) if several else (None, None)
+        count = count_tensors(inputs) if several else 1
+        return (count - 1) * (1 + (self.strong_transform is not None or (self.reads_strong and strong is not None)))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -193,9 +203,10 @@ class ViewDataset(Dataset[Batch]):
     def _checked(self, batch: Batch) -> Batch:
         if batch.x_strong is not None and shapes_of(batch.x_strong) != shapes_of(batch.x):
             strong, weak = (describe(map_inputs(lambda tensor: tensor[0], x)) for x in (batch.x_strong, batch.x))
-            raise InputError(
-                f"strong_transform must return the shape that train_transform returns, got {strong} and {weak}"
-            )
+            rule = f"{STRONG_INPUTS} of a sample must have the names and shapes of the other inputs"
+            if self.strong_transform is not None:
+                rule = "strong_transform must return the shape that train_transform returns"
+            raise InputError(f"{rule}, got {strong} and {weak}")
         return batch
 
     # Whole-batch transforms.
@@ -240,11 +251,23 @@ class ViewDataset(Dataset[Batch]):
     def _read_single(self, index: Tensor, view: Tensor) -> dict[int, Any]:
         """Return the views of transforms that take one sample, (B, ...) each."""
         views: dict[int, list[Inputs]] = {number: [] for number in self._single}
+        without: list[int] = []  # samples without a strong view of their own
         with self._kept_generators():
             for sample, name in zip(index.tolist(), view.tolist(), strict=True) if views else ():
-                image = read_image(self.images, sample)
-                for number, transform in self._single.items():
-                    views[number].append(self._apply(transform, image, sample, self._key(sample, name, number)))
+                image, strong = split_strong(read_image(self.images, sample), f"sample {sample}")
+                transforms = self._single
+                if strong is None:
+                    without.append(sample)
+                elif self.reads_strong:
+                    transforms = {1: None, **transforms}
+                for number, transform in transforms.items():
+                    given = image if number == 0 or strong is None else strong
+                    view_of = self._apply(transform, given, sample, self._key(sample, name, number))
+                    views.setdefault(number, []).append(view_of)
+        if self.reads_strong and 0 < len(without) < len(index):
+            raise InputError(
+                f"{STRONG_INPUTS}: all training samples or none must have it, sample {without[0]} has none"
+            )
         return {number: stack_inputs(parts, pad_token=self.pad_token) for number, parts in views.items()}
 
     def _key(self, sample: int, view: int, number: int) -> bytes:
@@ -307,7 +330,8 @@ def _stream(draws: Draws, number: int) -> Draws:
 def uses_torch_rng_only(transform: Any) -> bool:
     """Whether a transform uses no random generator but torch's.
 
-    This holds if all its parts are modules of torch or torchvision (v2), without functions or hooks of other origin.
+    This holds if all its parts are modules of torch, torchvision (v2) or this package, without functions or hooks of
+    other origin.
 
     >>> from torchvision.transforms import v2
     >>> uses_torch_rng_only(v2.Compose([v2.RandomHorizontalFlip()])), uses_torch_rng_only(v2.Lambda(abs))
@@ -316,7 +340,7 @@ def uses_torch_rng_only(transform: Any) -> bool:
     if transform is None:
         return True
     origin = type(transform).__module__
-    if not isinstance(transform, nn.Module) or not origin.startswith(("torchvision.transforms.v2.", "torch.nn.")):
+    if not isinstance(transform, nn.Module) or not origin.startswith(_TORCH_RNG):
         return False
     lists = [value for value in vars(transform).values() if isinstance(value, list | tuple)]
     inner = [*transform.children(), *(value for values in lists for value in values if callable(value))]

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_image
 from kd_lightning.batch import IGNORE_INDEX, Batch
 from kd_lightning.data.sources.dense_labels import LabelRules, read_labeled
 from kd_lightning.data.sources.images import Images
-from kd_lightning.data.sources.items import IMAGE_KEYS, Entries
+from kd_lightning.data.sources.items import IMAGE_KEYS, STRONG_INPUTS, Entries
 from kd_lightning.data.transforms.base import BatchTransform, plain, stack
 from kd_lightning.data.transforms.draws import Draws
 from kd_lightning.data.views.dataset import CHUNK, ViewDataset, uses_torch_rng_only
@@ -135,6 +135,8 @@ class DenseViewDataset(ViewDataset):
         """
         visible = bool(self.visible[sample]) if sample < len(self.visible) else False
         inputs, label = read_labeled(self.images, sample, self.rules, visible=visible, as_pixels=as_pixels)
+        if isinstance(inputs, Mapping) and STRONG_INPUTS in inputs:
+            raise InputError(f"{STRONG_INPUTS} of sample {sample} may move its dense labels; give a strong_transform")
         if label is None:
             return inputs, self._nothing(inputs)
         size = _size_of(inputs)

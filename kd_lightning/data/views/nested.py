@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.sources.items import TEACHER_INPUTS, Entries
+from kd_lightning.data.sources.pixels import row_of
 from kd_lightning.data.transforms.base import plain, stack
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, describe
@@ -22,8 +23,8 @@ _WHAT = "samples after their transform"
 def to_inputs(value: Any, index: int) -> Inputs:
     """Return what a transform, or a dataset without one, returns for a sample as tensors.
 
-    Arrays and lists of numbers become tensors. Entries of a mapping that hold no numbers (paths, texts), and single
-    numbers, are left out.
+    Arrays and lists of numbers become tensors; an array that stands alone does so if it has one dimension, and is no
+    picture. Entries of a mapping that hold no numbers (paths, texts), and single numbers, are left out.
 
     Args:
         value: A tensor, or a mapping or tuple of tensors.
@@ -34,6 +35,8 @@ def to_inputs(value: Any, index: int) -> Inputs:
     """
     if isinstance(value, Tensor):
         return plain(value)
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "biuf":
+        return row_of(value)
     found = None if isinstance(value, np.ndarray) else _tensors(value, "", index)
     if found is None or isinstance(found, Tensor):  # a list of numbers is no mapping or tuple of tensors
         got = describe(value) if isinstance(value, Mapping | tuple) else type(value).__name__
@@ -67,6 +70,17 @@ def _tensors(value: Any, name: str, index: int) -> Any:
         parts_of = [_tensors(part, f"{name}[{number}]", index) for number, part in enumerate(value)]
         return None if any(part is None for part in parts_of) else tuple(parts_of)
     return None
+
+
+def count_tensors(value: Any) -> int:
+    """Return how many tensors the inputs of a sample become, as far as that is seen without a transform; at least 1."""
+    return max(1, _count(value))
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, Mapping | tuple | list) and not (isinstance(value, list) and is_number(value)):
+        return sum(map(_count, value.values() if isinstance(value, Mapping) else value))
+    return int(isinstance(value, Tensor | np.ndarray | Image.Image | list))
 
 
 def is_number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """DatasetSource: labels and classes of users' datasets, from the source to the batch."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -147,6 +148,34 @@ def test_other_tensors_of_8_bits_stay_as_they_are(shape):
     data = SemiSupervisedDataModule(DatasetSource(TensorDataset(values, torch.arange(8) % 2)), val_size=0, batch_size=8)
     (batch,) = list(data.train_dataloader())
     assert torch.equal(batch.x, values)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "int64", "uint8", ">f8"])
+@pytest.mark.parametrize("named", [False, True])
+def test_arrays_of_one_dimension_are_rows(kind, named):
+    """Rows of a table, embeddings or tokens: no pictures of one row, and whole numbers stay whole."""
+    values = (np.random.default_rng(0).normal(size=(6, 5)) * 9).astype(kind)
+    rows = values[:, ::-1]
+    items = [{"features": row, "label": n % 2} if named else (row, n % 2) for n, row in enumerate(rows)]
+    source = DatasetSource(items)
+    assert source.train_transform is None and source.eval_transform is None
+    data = SemiSupervisedDataModule(source, val_size=2, batch_size=4)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert batch.x.dtype == (torch.float32 if "f" in kind else getattr(torch, kind))
+            np.testing.assert_array_equal(batch.x, rows[batch.index].astype(np.float32 if "f" in kind else kind))
+    pictures = DatasetSource([(values, 0)])  # of two dimensions, as before
+    assert pictures.train_transform is not None
+
+
+def test_a_transform_gets_an_array_of_one_dimension_as_it_is():
+    def half(row):
+        assert isinstance(row, np.ndarray) and row.dtype == np.float64
+        return row / 2
+
+    source = DatasetSource([(np.arange(3.0) + n, n % 2) for n in range(6)])
+    for batch in SemiSupervisedDataModule(source, val_size=0, train_transform=half).train_dataloader():
+        assert torch.equal(batch.x, (torch.arange(3) + batch.index[:, None]).float() / 2)
 
 
 def test_a_picture_of_8_bits_among_several_inputs_stays_as_it_is():

@@ -130,7 +130,9 @@ def test_files_that_do_not_fit(tmp_path, content, message):
 def test_values_that_do_not_fit():
     with pytest.raises(InputError, match="max_length must be a whole number of at least 1, got 0"):
         TextSource([], tokenizer=Words(), max_length=0)
-    with pytest.raises(InputError, match="a row must be .text, label., or a text alone, but row 1 is 3"):
+    with pytest.raises(
+        InputError, match="a row must be .text, label., .text, label, strong text., or a text alone, but row 1 is 3"
+    ):
         TextSource([("a", 0), 3], tokenizer=Words()).load()
     with pytest.raises(InputError, match="train: the train part of TextSource is empty"):
         SemiSupervisedDataModule(TextSource([], tokenizer=Words())).setup("")
@@ -178,3 +180,72 @@ def test_from_a_config(tmp_path):
     parsed = parser.parse_object({"source": {"class_path": "kd_lightning.ImageMaskFolder", "init_args": arguments}})
     masks = parser.instantiate_classes(parsed).source
     assert isinstance(masks, ImageMaskFolder) and masks.void is None and masks.class_names == ["x", "y"]
+
+
+class TestStrongTexts:
+    """Two texts of a sample: the second one is the strong view."""
+
+    STRONG = [f"said {text} otherwise" for text in TEXTS]
+
+    def tokens(self, text):
+        return [10 + len(word) for word in text.split()]
+
+    def check(self, data, strong):
+        """All views of both texts, whatever their lengths."""
+        seen = set()
+        for batch in data.train_dataloader():
+            for row, number in enumerate(batch.index.tolist()):
+                for x, text in ((batch.x, TEXTS[number % len(TEXTS)]), (batch.x_strong, strong[number])):
+                    assert x["input_ids"].shape == batch.x["attention_mask"].shape
+                    assert x["input_ids"][row][x["attention_mask"][row] == 1].tolist() == self.tokens(text)
+                seen.add(number)
+        return seen
+
+    @pytest.mark.parametrize("ending", ["csv", "jsonl", "rows"])
+    def test_batches(self, tmp_path, ending):
+        rows = [*zip(TEXTS, LABELS, self.STRONG, strict=True)]
+        if ending == "rows":
+            options = {"train": rows}
+        else:
+            named = [dict(zip(("text", "label", "other"), row, strict=True)) for row in rows]
+            path = tmp_path / f"data.{ending}"
+            if ending == "csv":
+                path.write_text("\n".join(["text,label,other", *map(",".join, rows)]))
+            else:
+                path.write_text("\n".join(map(json.dumps, named)))
+            options = {"train": path, "strong_text": "other"}
+        source = TextSource(**options, test=options["train"], tokenizer=Words())
+        data = SemiSupervisedDataModule(source, labeled=2, val_size=2, batch_size=5)
+        assert self.check(data, self.STRONG) == {*range(len(TEXTS))} - {*data.split.val}
+        for loader in (data.val_dataloader(), data.test_dataloader(), data.pool_dataloader()):
+            for batch in loader:
+                assert batch.x_strong is None and sorted(batch.x) == ["attention_mask", "input_ids", "token_type_ids"]
+        plain = SemiSupervisedDataModule(TextSource(pairs(), tokenizer=Words()), labeled=2, val_size=2)
+        assert data.identities("train") == plain.identities("train")  # a second text is no other sample
+
+    def test_of_the_pool_alone(self):
+        """Labeled texts are their own strong view."""
+        pool = [(text, None, strong) for text, strong in zip(TEXTS, self.STRONG, strict=True)]
+        source = TextSource(pairs(), unlabeled=pool, tokenizer=Words())
+        data = SemiSupervisedDataModule(source, val_size=0, batch_size=5, unlabeled="source")
+        assert self.check(data, [*TEXTS, *self.STRONG]) == {*range(2 * len(TEXTS))}
+
+    @pytest.mark.parametrize(
+        ("train", "unlabeled", "message"),
+        [
+            ([("a", 0, "b"), ("c", None)], None, "train: a text without a label must have a strong text, but row 1"),
+            ([("a", 0, "b"), ("c", -1)], None, "train: a text without a label must have a strong text, but row 1"),
+            ([("a", 0)], [("b", None, "c"), "d"], "unlabeled: a text without a label .* but row 1 has none"),
+            ([("a", 0, 3)], None, "train: a row must be .text, label., .* or a text alone, but row 0 is"),
+        ],
+    )
+    def test_rows_that_do_not_fit(self, train, unlabeled, message):
+        with pytest.raises(InputError, match=message):
+            TextSource(train, unlabeled=unlabeled, tokenizer=Words()).load()
+
+    def test_files_that_do_not_fit(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 0, "other": 3}')
+        with pytest.raises(InputError, match=r"train: other of row 1 of .*a\.jsonl must be a text, got 3"):
+            TextSource(tmp_path / "a.jsonl", strong_text="other", tokenizer=Words()).load()
+        with pytest.raises(InputError, match="strong_text: no row of train has a text in the column 'wrong'"):
+            TextSource(tmp_path / "a.jsonl", strong_text="wrong", tokenizer=Words()).load()
