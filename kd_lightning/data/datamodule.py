@@ -74,13 +74,14 @@ class SemiSupervisedDataModule(ViewDataModule):
             it is set. Default: None, which means new augmentations in every epoch.
         views_per_epoch: Views of each image in an epoch, at least 1.
         train_transform: Augmentation. Default: None, which means the source's.
-        strong_transform: Stronger augmentation for a second view of each image, ``x_strong`` in the batch.
-            Default: None, which means no second view.
+        strong_transform: Stronger augmentation for a second view of each image, ``x_strong`` in the batch. Of samples
+            with an entry ``x_strong``, such as a second text, it gets that. Default: None, which means no second view,
+            or this entry as it is.
         eval_transform: Transform for validation and test. Default: None, which means the source's.
         mix: Mixes each training image with another one, and their labels: ``MixUp``, ``CutMix`` or ``OneOf``, see
             :mod:`kd_lightning.data.transforms.mix`. Labeled images are mixed with labeled ones, and the others with
             others, each time the same for a view. Teachers get the mixed image. Labels of one class become
-            probabilities (B, C). Default: None, which means none.
+            probabilities (B, C), and refreshed pseudo-labels are mixed likewise. Default: None, which means none.
         noisy: Whether the source's own labels may be wrong. Their kind is then noisy, which co-teaching and
             ``LabelKindLoss`` use.
         label_noise: Simulated noise of the training labels: :class:`SymmetricNoise`, :class:`PairNoise` or

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
 from kd_lightning.cache.content import fingerprint
+from kd_lightning.data.identity import hash_item
+from kd_lightning.data.sources.images import Images, has_several_inputs, part_of, read_image
+from kd_lightning.data.sources.items import STRONG_INPUTS, content_of, split_strong
 from kd_lightning.errors import InputError
 
+_HASHED = 64  # number of samples whose own strong views are compared
 _TEXT = 120  # longest text of a transform in a message
 _REASONS = {
     "samples": (
@@ -41,12 +50,31 @@ def batch_settings(datamodule: Any, processes: int) -> dict[str, Any]:
     # pictures of another size have other pixels
     numbers["decoded_side"] = None if datamodule.decoded is None else datamodule.decoded_side
     transforms = {name: getattr(datamodule, name) for name in ("train_transform", "strong_transform", "mix")}
+    loader = datamodule.train_dataloader()
     return {
         **{name: None if size is None else size * processes for name, size in sizes.items()},
         **numbers,
-        "steps_per_epoch": len(datamodule.train_dataloader()),
+        "steps_per_epoch": len(loader),
+        STRONG_INPUTS: _hash_of_strong(loader.dataset.images, loader.dataset.indices),
         **describe_transforms(transforms),
     }
+
+
+def _hash_of_strong(images: Sequence[Images], indices: Tensor) -> str | None:
+    """Return a hash of some samples' own strong views, which their content leaves out; None if they have none."""
+    if not len(indices) or not has_several_inputs(*part_of(images, int(indices[0]))):
+        return None
+    some = indices[torch.linspace(0, len(indices) - 1, min(len(indices), _HASHED)).long()].tolist()
+
+    def read() -> list[str]:
+        views = (split_strong(read_image(images, sample))[1] for sample in some)
+        return [hash_item(content_of(view)) for view in views if view is not None]
+
+    with isolate_rng(include_cuda=False):
+        if split_strong(read_image(images, some[0]))[1] is None:
+            return None
+        first, second = read(), read()
+    return hash_item(first) if first == second else "other ones each time"
 
 
 def describe_transforms(transforms: dict[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,9 @@ class StreamDataModule(LightningDataModule):
         image_size: Height and width in pixels of the default transforms, which are those of photographs. Default: None,
             which means that samples are tensors, unless a transform is given.
         train_transform: Augmentation of training samples. Default: None, which means the one of ``image_size``.
-        strong_transform: Stronger augmentation for a second view, ``x_strong`` in the batch. Default: None, which means
-            no second view.
+        strong_transform: Stronger augmentation for a second view, ``x_strong`` in the batch. Of samples with an entry
+            ``x_strong``, such as a second text, it gets that. Default: None, which means no second view, or this entry
+            as it is.
         eval_transform: Transform for validation and test. Default: None, which means the one of ``image_size``.
 
     Raises:

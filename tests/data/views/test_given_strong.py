@@ -135,6 +135,34 @@ def test_the_second_text_is_no_other_sample():
     assert data.identities("train") == plain.identities("train")
 
 
+def test_resume_refuses_other_texts(quiet_trainer, tmp_path):
+    """Which the names of samples leave out. A resumed fit with the same ones equals an unbroken one."""
+
+    class Others(Texts):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            item["x_strong"]["input_ids"] += 1
+            return item
+
+    def fit(texts, epochs, **options):
+        torch.manual_seed(0)
+        made = PseudoLabelModule(Bag(), selection=FixedThreshold(0.3))
+        data = make(texts, strong_transform=TokenDropout([], 0.3), val_size=0, labeled_batch_size=2)
+        trainer = quiet_trainer(max_epochs=epochs, limit_train_batches=1.0)
+        trainer.fit(made, datamodule=data, **options)
+        return trainer, made
+
+    _, whole = fit(Texts(), 2)
+    trainer, _ = fit(Texts(), 1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    _, resumed = fit(Texts(), 2, ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(whole.student.words.weight, resumed.student.words.weight)
+    with pytest.raises(InputError, match="x_strong: the checkpoint was trained with"):
+        fit(Others(), 2, ckpt_path=tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="x_strong: the checkpoint was trained with .* got None"):
+        fit(Texts(without=range(SIZE)), 2, ckpt_path=tmp_path / "x.ckpt")
+
+
 def test_batches_of_a_loader():
     """Of a DataLoader of the project's own."""
     for items in (DataLoader(Texts("mapping", [4, 4])), DataLoader(Texts("pair", [4, 4]))):
