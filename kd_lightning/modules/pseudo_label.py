@@ -40,7 +40,7 @@ class PseudoLabelModule(TaughtModule):
     - ``pseudo_labels="refreshed"``: the pseudo-label, hard or soft, is the last of the ``PseudoLabelRefresh`` callback.
 
     The prediction is that of the weak view ``x``. The loss is that of ``x_strong``, if the datamodule has a
-    ``strong_transform``. Known methods are:
+    ``strong_transform``, or samples have a strong view of their own. Known methods are:
 
     - Lee (2013): no selection, no strong view, and a weight that
       ``SoftWeightAnnealing(attribute="unsupervised_weight")`` ramps.

@@ -185,7 +185,8 @@ class TestBatches:
             batches(module(mix=Wrong(0.5, single=True)))
         with pytest.raises(InputError, match="mix needs images of floats, got torch.int64"):
             batches(module(x=torch.randint(9, (40, 5)), mix=MixUp()))
-        for ids in ([*torch.arange(200).view(40, 5)], [*torch.arange(200).view(40, 5).numpy()]):  # of texts
+        tokens = torch.arange(200).view(40, 5)
+        for ids in ([*tokens], [*tokens.byte()], [*tokens.numpy()]):  # of texts
             source = DatasetSource([*zip(ids, Y.tolist(), strict=True)])
             with pytest.raises(InputError, match="whole numbers such as token ids cannot be mixed, but embeddings can"):
                 batches(SemiSupervisedDataModule(source, val_size=0, mix=MixUp()))

@@ -16,9 +16,9 @@ from kd_lightning.data.sources._parts import check_map_style, dataset_parts, par
 from kd_lightning.data.sources.class_names import class_names_of
 from kd_lightning.data.sources.dense_labels import LabelRules, dense_part
 from kd_lightning.data.sources.images import inputs_of, read_item
-from kd_lightning.data.sources.items import left_out
+from kd_lightning.data.sources.items import left_out, split_strong
 from kd_lightning.data.sources.source import Parts, Source
-from kd_lightning.data.transforms import to_float
+from kd_lightning.data.transforms.recipes import to_float
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import describe
 
@@ -109,7 +109,9 @@ class DatasetSource(Source):
         self.void = void
         images: Any = unlabeled if train is None else train
         item = read_item(images, 0) if len(images) else None
-        first = inputs_of(item, images, 0) if len(images) else None
+        first, strong = split_strong(inputs_of(item, images, 0)) if len(images) else (None, None)
+        if strong is not None:
+            rank_zero_info(f"DatasetSource: samples have a strong view, {describe(strong)}")
         if isinstance(first, Mapping | tuple | list):
             rank_zero_info(f"DatasetSource: the inputs of a sample are {describe(first)}")
         elif not _is_row(first) and (not isinstance(first, Tensor) or _is_picture(first)):

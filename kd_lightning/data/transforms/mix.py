@@ -40,9 +40,9 @@ class Mix(ABC):
     def check(self, images: Tensor) -> None:
         """Raise InputError for images that cannot be mixed."""
         if not images.is_floating_point():
+            is_picture = images.dtype == torch.uint8 and images.ndim == 4
             remedy = "set a train_transform that returns floats"
-            if images.dtype != torch.uint8:
-                remedy = "whole numbers such as token ids cannot be mixed, but embeddings can"
+            remedy = remedy if is_picture else "whole numbers such as token ids cannot be mixed, but embeddings can"
             raise InputError(f"mix needs images of floats, got {images.dtype}; {remedy}")
 
 
