@@ -38,8 +38,8 @@ class Difference:
         mean: Mean over the common seeds. None without any, or if the two runs of a seed were measured on other samples
             or labels.
         seeds: Number of common seeds.
-        over_seeds: 95 % interval over the seeds, by Student's t.
-        over_samples: 95 % interval over the samples that all runs have, by the bootstrap, for these seeds.
+        over_seeds: 95 % interval over the seeds, by Student's t; corrected if it is one of several comparisons.
+        over_samples: Likewise over the samples that all runs have, by the bootstrap, for these seeds.
         reasons: Why no verdict is drawn; empty if one is.
         less_is_better: Whether the figure is an error.
     """
@@ -63,11 +63,20 @@ class Difference:
         return "no clear difference"
 
 
-def difference(after: Mapping[Any, Result], before: Mapping[Any, Result], figure: str = "accuracy") -> Difference:
+def difference(
+    after: Mapping[Any, Result], before: Mapping[Any, Result], figure: str = "accuracy", comparisons: int = 1
+) -> Difference:
     """Return the difference of two groups of runs, given as {seeds: result}.
 
     A verdict needs at least 100 samples, 3 common seeds, variance over the seeds, and predictions of the same samples
     that do not all agree.
+
+    Args:
+        after: Results of the one group.
+        before: Results of the other one.
+        figure: The figure.
+        comparisons: Number of differences that are looked at together, at least 1. The intervals are corrected for it
+            (Bonferroni): with 95 % probability all of them hold.
     """
     common = [seeds for seeds, result in after.items() if seeds in before and figure in result.figures]
     pairs = [(after[seeds], before[seeds]) for seeds in common if figure in before[seeds].figures]
@@ -91,14 +100,14 @@ def difference(after: Mapping[Any, Result], before: Mapping[Any, Result], figure
         if len(pairs) > 1 and max(differences) - min(differences) < 1e-9:
             found.reasons.append("the difference is the same for all seeds")
         elif len(pairs) > 1:
-            found.over_seeds = seed_interval(differences)
+            found.over_seeds = seed_interval(differences, comparisons)
     correctness, problem = _sample_differences(pairs, tables, named)
     if problem and (correctness is None or not other):
         found.reasons.append(problem)
     if correctness is not None and np.ptp(correctness) < 1e-9:
         found.reasons.append("all samples agree")
     elif correctness is not None:
-        found.over_samples = sample_interval(correctness)
+        found.over_samples = sample_interval(correctness, comparisons)
     return found
 
 
@@ -108,15 +117,15 @@ def describe_other_samples(one: Result, other: Result) -> str:
     return _describe_other((one, other), tables, named)
 
 
-def seed_interval(differences: Sequence[float]) -> Interval:
-    """Return the 95 % interval of the mean of at least two values, by Student's t."""
+def seed_interval(differences: Sequence[float], comparisons: int = 1) -> Interval:
+    """Return the 95 % interval of the mean of at least two values, by Student's t; one of several comparisons."""
     mean, count = statistics.mean(differences), len(differences)
-    half = float(student_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    half = float(student_t.ppf(1 - 0.025 / comparisons, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     return mean - half, mean + half
 
 
-def sample_interval(differences: npt.NDArray[np.float64]) -> Interval:
-    """Return the 95 % interval of the mean by the percentile bootstrap, with a fixed seed.
+def sample_interval(differences: npt.NDArray[np.float64], comparisons: int = 1) -> Interval:
+    """Return the 95 % interval of the mean by the percentile bootstrap, with a fixed seed; one of several comparisons.
 
     A resample is drawn as the number of times that each distinct value occurs, which has the same distribution as a
     draw of single samples, and takes no longer for 50,000 samples than for 100.
@@ -132,7 +141,7 @@ def sample_interval(differences: npt.NDArray[np.float64]) -> Interval:
         generator.multinomial(size, counts / size, min(chunk, _RESAMPLES - start)) @ values / size
         for start in range(0, _RESAMPLES, chunk)
     ]
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    low, high = np.percentile(np.concatenate(means), (2.5 / comparisons, 100 - 2.5 / comparisons))
     return float(low), float(high)
 
 

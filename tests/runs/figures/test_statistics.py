@@ -42,6 +42,19 @@ def test_seed_interval_agrees_with_scipy():
     assert seed_interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.95)))
 
 
+@pytest.mark.parametrize("comparisons", [1, 3, 10])
+def test_intervals_of_several_comparisons_are_those_of_a_higher_level(comparisons):
+    """Bonferroni: of m intervals each has the level 1 - 0.05 / m."""
+    level = 1 - 0.05 / comparisons
+    values = [0.04, 0.03, 0.10, 0.01]
+    expected = ttest_1samp(values, 0).confidence_interval(level)
+    assert seed_interval(values, comparisons) == pytest.approx(tuple(expected))
+    differences = np.random.default_rng(1).choice([-1, 0, 0, 1], 400)
+    options = {"confidence_level": level, "method": "percentile", "n_resamples": 9999, "rng": 0, "batch": 500}
+    expected = bootstrap((differences,), np.mean, **options).confidence_interval
+    assert sample_interval(differences, comparisons) == pytest.approx(tuple(expected), abs=0.008)
+
+
 @pytest.mark.parametrize("values", [[-1, 0, 0, 0, 1 / 3, 1], np.linspace(-1, 1, 5001)])
 def test_sample_interval_agrees_with_scipy(values):
     differences = np.random.default_rng(1).choice(values, 400)
