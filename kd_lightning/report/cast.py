@@ -10,8 +10,10 @@ from typing import Any
 
 from kd_lightning.errors import InputError
 from kd_lightning.report.svg import OTHERS
-from kd_lightning.runs.figures.comparison import Comparison, measure_costs
+from kd_lightning.runs.figures.comparison import Comparison, figure_of
+from kd_lightning.runs.figures.costs import measure_costs
 from kd_lightning.runs.figures.run_groups import Group, find_groups
+from kd_lightning.runs.figures.several_methods import MethodRuns, find_bases, hold_contest
 from kd_lightning.runs.figures.statistics import Difference
 from kd_lightning.runs.results import Result
 from kd_lightning.runs.run import CONFIG, Run
@@ -29,7 +31,7 @@ class Role:
         kind: ``"alone"``, ``"method"``, ``"teacher"``, or the name of another colour of the page.
         label: Short name, such as ``distilled``.
         group: The runs.
-        difference: To the first role of the page; None for that one itself.
+        difference: To the first role of the page, or of several methods to the baseline; None for that one itself.
     """
 
     kind: str
@@ -58,7 +60,8 @@ class Cast:
     """All groups of a report.
 
     Attributes:
-        roles: The student alone if there is one, then methods, then teachers.
+        roles: The student alone if there is one, then methods, then teachers. In an experiment of several methods the
+            baseline of the best one comes first, then other baselines, and then the best one.
         comparison: What the figures come from.
     """
 
@@ -102,11 +105,15 @@ def make_cast(runs: Iterable[Path | Run], comparison: Comparison | None = None) 
         validated, _ = find_groups([run.folder for group in groups for run in group.runs.values()], "val")
         groups = validated if any(group.results for group in validated) else groups
     part = next((result.part for group in groups for result in group.results.values()), "test")
-    kinds = _kinds_of(groups, {*teachers})
+    methods = _methods_of(runs) if comparison is None else comparison.methods
+    kinds = _kinds_of_methods(groups, methods, {*teachers}) if methods else _kinds_of(groups, {*teachers})
     order = sorted(range(len(groups)), key=lambda number: ("alone", "method", "", "teacher").index(kinds[number]))
+    if (best := hold_contest(groups, methods, figure_of(groups)).best) is not None:
+        bases = {*find_bases(groups, methods)}
+        order.sort(key=lambda n: (kinds[n] != "alone", n not in bases, n != best, kinds[n] != "method"))
     groups = [groups[number] for number in order]
     remarks = _remarks_of(runs) if comparison is None else comparison.remarks
-    made = Comparison("val" if part == "val" else "test", groups, left_out, remarks)
+    made = Comparison("val" if part == "val" else "test", groups, left_out, remarks, methods)
     _take_costs(groups, comparison)
     return Cast(_roles(groups, [kinds[number] for number in order], made), made)
 
@@ -131,6 +138,29 @@ def _remarks_of(runs: Iterable[Path | Run]) -> list[str]:
     files = [one / _COMPARISON for one in runs if not isinstance(one, Run) and not (one / CONFIG).is_file()]
     found = [json.loads(file.read_text(encoding="utf-8")).get("remarks") for file in files if file.is_file()]
     return [str(line) for lines in found for line in lines or ()]
+
+
+def _methods_of(runs: Sequence[Path | Run]) -> list[MethodRuns]:
+    """Return the methods of the one comparison that is reported; of several ones, or of one method, none."""
+    if len(runs) != 1 or isinstance(runs[0], Run) or (runs[0] / CONFIG).is_file():
+        return []
+    file = runs[0] / _COMPARISON
+    named = json.loads(file.read_text(encoding="utf-8")).get("methods", ()) if file.is_file() else ()
+    return [MethodRuns(*(_find_again(Path(one[key]), runs[0]) for key in MethodRuns._fields)) for one in named]
+
+
+def _kinds_of_methods(groups: Sequence[Group], methods: Sequence[MethodRuns], teachers: set[Path]) -> list[str]:
+    """Return the kind of each group of an experiment of several methods; that of the best one's baseline is alone."""
+    contest, bases = hold_contest(groups, methods, figure_of(groups)), find_bases(groups, methods)
+    best = contest.methods[0] if contest.best is None else contest.best
+    kinds = [
+        "teacher" if any(run.folder.resolve() in teachers for run in group.runs.values()) else "" for group in groups
+    ]
+    for number in contest.methods:
+        kinds[number] = "method"
+    if (alone := bases[best]) is not None:
+        kinds[alone] = "alone"
+    return kinds
 
 
 def _find_again(folder: Path, comparison: Path) -> Path:
@@ -209,6 +239,8 @@ def _roles(groups: Sequence[Group], kinds: Sequence[str], comparison: Comparison
             roles.append(Role(name, group.name, group, found))
             continue
         label = {"alone": "student alone", "teacher": "teacher"}.get(kind, group.name)
+        if kind == "alone" and len({*comparison.bases} - {None}) > 1:  # there are other students alone
+            label = group.name
         if kind == "method" and kinds.count("method") == 1:
             label = _LABELS[method_of(_config(group))]
         roles.append(Role(kind, label, group, found))

@@ -39,8 +39,13 @@ def accuracy_part(facts: Facts) -> Context:
     """The figure of each role, a dot for each seed, and the differences."""
     figure, scale = facts.figure, 100 if is_percent(facts.figure) else 1
     title = TITLES.get(figure, figure) + (", %" if is_percent(figure) else "")
+    comparison = facts.cast.comparison
+    names = [None if base is None else facts.cast.roles[base].label for base in comparison.bases]
+    has_bases = len({*names} - {None}) > 1
+    compared = {*comparison.contest.methods, *(base for base in comparison.bases if base is not None)}
+    compared = compared if comparison.methods else set()
     series, rows = [], []
-    for role in facts.cast.roles:
+    for role, base in zip(facts.cast.roles, names, strict=True):
         values, found = role.group.values(figure), role.difference
         if values:
             series.append(Series(role.kind, role.label, [scale * value for value in values]))
@@ -49,12 +54,13 @@ def accuracy_part(facts: Facts) -> Context:
             {
                 "kind": role.kind,
                 "label": role.label,
-                "name": role.group.name,
+                "name": f"against {base}" if has_bases and base else role.group.name,
                 "value": f"{value_text(statistics.mean(values), figure, 2).removesuffix(' %')}{spread}"
                 if values
                 else "-",
                 "seeds": len(values),
                 "samples": _span(role.group.samples),
+                "steps": _span(_steps(role)),
                 "change": change_text(found.mean, figure) if found and found.mean is not None else "",
                 "over_seeds": interval_text(found.over_seeds, figure) if found and found.over_seeds else "",
                 "over_samples": interval_text(found.over_samples, figure) if found and found.over_samples else "",
@@ -67,6 +73,7 @@ def accuracy_part(facts: Facts) -> Context:
         series.append(Series("teacher", "teacher", [100 * teacher.accuracy]))
         value, empty = f"{100 * teacher.accuracy:.2f}", dict.fromkeys(("change", "over_seeds", "over_samples"), "")
         row = {"kind": "teacher", "label": "teacher", "name": "not a run; run for this report", "seeds": 1, **empty}
+        row["steps"] = ""
         rows.append({**row, "value": value, "samples": f"{teacher.samples:,}", "verdict": ""})
     return {
         "heading": "Error" if figure == "mae" else "Accuracy",
@@ -75,9 +82,28 @@ def accuracy_part(facts: Facts) -> Context:
         "rows": rows,
         "measured": samples_text(facts.cast),
         "base": facts.cast.roles[0].label,
-        "notes": facts.cast.comparison.notes(),
+        "several": len(comparison.methods),
+        "has_samples": not comparison.methods or len({row["samples"] for row in rows if row["samples"]}) > 1,
+        "has_steps": len({rows[number]["steps"] for number in compared}) > 1,
+        "contest": _contest_rows(facts),
+        "pairs": comparison.contest.pairs,
+        "notes": comparison.notes(),
         "unit": " (points)" if is_percent(figure) else "",
     }
+
+
+def _steps(role: Role) -> list[int]:
+    steps = {step for run in role.group.runs.values() if isinstance(step := run.state.get("step"), int)}
+    return sorted({min(steps), max(steps)}) if steps else []
+
+
+def _contest_rows(facts: Facts) -> dict[str, Any] | None:
+    """The differences of the methods of an experiment to the best one; None for a single method."""
+    contest, roles = facts.cast.comparison.contest, facts.cast.roles
+    if contest.best is None or not contest.to_best:
+        return None
+    rows = [(roles[number], found) for number, found in contest.to_best.items()]
+    return {"best": roles[contest.best].label, "rows": rows}
 
 
 def _span(sizes: list[int]) -> str:
@@ -88,7 +114,9 @@ def cost_part(facts: Facts) -> Context:
     """Size, multiply-accumulates and latency of student and teacher, and their ratios."""
     student, teacher = facts.cast.main, facts.cast.find("teacher")
     of_teacher = teacher.group.costs if teacher else facts.file_teacher.costs if facts.file_teacher else {}
-    shown = [role for role in facts.cast.roles if role.group.costs and role.kind != "alone"]
+    comparison, roles = facts.cast.comparison, facts.cast.roles
+    bases = {base for base in comparison.bases if comparison.methods}
+    shown = [one for n, one in enumerate(roles) if one.group.costs and one.kind != "alone" and n not in bases]
     shown = shown or [role for role in facts.cast.roles if role.group.costs]
     if not shown:
         return None
@@ -249,6 +277,10 @@ def key_figures(facts: Facts) -> list[dict[str, str]]:
     values = main.group.values(facts.figure)
     if values:
         tiles.append(_tile(value_text(statistics.mean(values), facts.figure), f"{_title(facts)}, {main.label}", main))
+    roles = facts.cast.roles
+    for number in facts.cast.comparison.contest.to_best:
+        values = roles[number].group.values(facts.figure)
+        tiles.append(_tile(value_text(statistics.mean(values), facts.figure), roles[number].label, roles[number]))
     for kind in ("alone", "teacher"):
         role = facts.cast.find(kind)
         if role and role is not main and (other := role.group.values(facts.figure)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kd_lightning.report.cast import Cast, Role
 from kd_lightning.report.numbers import TITLES, change_text, count_text, interval_text, is_percent, value_text
+from kd_lightning.runs.figures.several_methods import headline
 
 _PARTS = {
     "test": ("test sample", ""),
@@ -34,6 +35,8 @@ def verdict_of(cast: Cast) -> Verdict:
     """Conclude from the figures of a report."""
     main, alone, figure = cast.main, cast.find("alone"), cast.comparison.figure_name
     values = main.group.values(figure)
+    if cast.comparison.methods and values:
+        return _verdict_of_methods(cast)
     if not values:
         return Verdict("none", "No test figures yet", f"{main.group.name} is trained and not yet tested.")
     mean = value_text(statistics.mean(values), figure)
@@ -69,6 +72,29 @@ def verdict_of(cast: Cast) -> Verdict:
     }.get(found.verdict, "No clear difference")
     kind = found.verdict if found.verdict in ("better", "worse") else "unclear"
     return Verdict(kind, headline, f"{sentence}.")
+
+
+def _verdict_of_methods(cast: Cast) -> Verdict:
+    """Conclude from several methods. The kind is that of the best one."""
+    comparison, figure, main = cast.comparison, cast.comparison.figure_name, cast.main
+    unit = " points" if is_percent(figure) else ""
+    texts = []
+    for number in comparison.contest.methods:
+        role = cast.roles[number]
+        values, found = role.group.values(figure), role.difference
+        if values:
+            mean = None if found is None else found.mean
+            change = "" if mean is None else f" ({change_text(mean, figure)}{unit})"
+            texts.append(f"{value_text(statistics.mean(values), figure)} with {role.group.name}{change}")
+    sentence = f"Measured on {samples_text(cast)} and {seeds_text(main)}: {_title(figure)} is {', '.join(texts)}. "
+    sentence += "In brackets is the difference to the same student alone, with the settings of the method. Intervals "
+    sentence += f"are corrected for {len(texts)} methods"
+    found = main.difference
+    if found is not None and found.verdict is None:
+        sentence += f"; there is no verdict: {'; '.join(found.reasons)}"
+    kind = "none" if found is None or found.verdict is None else found.verdict
+    kind = kind if kind in ("better", "worse", "none") else "unclear"
+    return Verdict(kind, headline(comparison.groups, comparison.differences, comparison.contest), f"{sentence}.")
 
 
 def samples_text(cast: Cast) -> str:

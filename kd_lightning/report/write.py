@@ -125,7 +125,7 @@ def render(cast: Cast) -> str:
     }
     now = datetime.now().astimezone()
     return environment.get_template("report.html.j2").render(
-        name=cast.main.group.name,
+        name=", ".join(group_names) if (group_names := _methods(cast)) else cast.main.group.name,
         verdict=facts.verdict,
         tiles=figure_parts.key_figures(facts),
         parts=parts,
@@ -134,6 +134,11 @@ def render(cast: Cast) -> str:
         roles=cast.roles,
         machine=describe_hardware(),
     )
+
+
+def _methods(cast: Cast) -> list[str]:
+    """Return the names of the methods of an experiment of several ones, in its order."""
+    return [cast.roles[number].group.name for number in cast.comparison.contest.methods]
 
 
 def _breakable(text: str) -> Markup:

@@ -11,21 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
-from kd_lightning.errors import InputError
-from kd_lightning.inputs import arguments_of, call
-from kd_lightning.quantization.layers import quantized_layers
-from kd_lightning.quantization.sizes import precision_of, size_of
 from kd_lightning.runs.figures.comparison_picture import draw_comparison
+from kd_lightning.runs.figures.costs import measure_costs
 from kd_lightning.runs.figures.run_groups import Group, LeftOut, find_groups
+from kd_lightning.runs.figures.several_methods import MethodRuns, find_bases, headline, hold_contest
 from kd_lightning.runs.figures.statistics import (
     LEAST_SAMPLES,
     Difference,
@@ -34,7 +28,6 @@ from kd_lightning.runs.figures.statistics import (
     difference,
 )
 from kd_lightning.runs.run import CONFIG, Run
-from kd_lightning.runs.student import example_inputs
 
 _FIGURES = ("accuracy", "mae", "knn_accuracy")  # the first that is known is compared
 _OF_FEATURES = ("probe_accuracy", "rankme", "neighbor_agreement")
@@ -44,6 +37,7 @@ _TITLES |= {"calibration_error": "calib. error %", "rmse": "RMSE", "r2": "R2", "
 _TITLES |= {"knn_accuracy": "k-NN accuracy %", "probe_accuracy": "probe %", "rankme": "RankMe"}
 _TITLES |= {"neighbor_agreement": "neighbours %"}
 _LESS = ": less is better"
+_FOLDED = ("run", "method", "verdict")  # columns whose cells may be folded
 _COSTS = {"parameters": ",.0f", "macs": ",.0f", "precision": "", "size_kb": ",.1f", "latency_ms": ".3f"}
 
 
@@ -53,23 +47,29 @@ class Comparison:
 
     Attributes:
         part: ``"test"`` or ``"val"``.
-        groups: The groups. Differences are to the first.
+        groups: The groups. Differences are to the first, or of each method to its baseline.
         left_out: Folders that are not compared.
         remarks: Lines about how the runs came about, such as a search for their settings.
-        differences: For each group its difference to the first, which itself has none.
+        methods: The methods of an experiment of several ones. Then intervals are corrected for their number.
+        bases: For each group the number of the group that it is compared with; None if it is compared with none.
+        differences: For each group its difference to that group.
+        contest: The methods among each other.
     """
 
     part: str
     groups: list[Group]
     left_out: list[LeftOut]
     remarks: list[str] = field(default_factory=list)
+    methods: Sequence[MethodRuns] = ()
 
     def __post_init__(self) -> None:
-        base = self.groups[0].results
-        self.differences: list[Difference | None] = [
-            None if number == 0 or not (group.results and base) else difference(group.results, base, self.figure_name)
-            for number, group in enumerate(self.groups)
-        ]
+        self.bases = find_bases(self.groups, self.methods)
+        self.differences: list[Difference | None] = []
+        for group, base in zip(self.groups, self.bases, strict=True):
+            other = {} if base is None else self.groups[base].results
+            pair = (group.results, other, self.figure_name, max(1, len(self.methods)))
+            self.differences.append(difference(*pair) if group.results and other else None)
+        self.contest = hold_contest(self.groups, self.methods, self.figure_name)
         self._other_samples = self._find_other_samples() if self.part == "test" else {}
 
     def _find_other_samples(self) -> dict[str, str]:
@@ -85,7 +85,10 @@ class Comparison:
         return found
 
     def tables(self) -> list[list[list[str]]]:
-        """Return the table of figures and that of costs, each as rows of texts, the header first."""
+        """Return the table of figures, of costs, and of methods against the best, as rows of texts, the header first.
+
+        Only an experiment of several methods has the last one.
+        """
         sizes = sorted({n for group in self.groups for n in group.samples})
         n = f", n = {sizes[0]}" if len(sizes) == 1 else ""
         figure, more = self.figure_name, self._more_figures
@@ -105,10 +108,32 @@ class Comparison:
             values = group.costs
             costs.append([group.name, *(format(values[key], f) if key in values else "-" for key, f in _COSTS.items())])
         if len(sizes) > 1:
-            cells = ["n", *(" to ".join(map(str, _ends(group.samples))) or "-" for group in self.groups)]
-            for row, cell in zip(figures, cells, strict=True):
-                row.insert(3, cell)
-        return [figures, costs]
+            _insert(figures, 3, "n", [" to ".join(map(str, _ends(group.samples))) or "-" for group in self.groups])
+        if self.methods:
+            self._add_what_differs(figures)
+        return [figures, costs] + ([self._contest_table()] if self.contest.to_best else [])
+
+    def _add_what_differs(self, figures: list[list[str]]) -> None:
+        """Add columns of what is not the same for all methods: parameters and steps."""
+        shown = {*self.contest.methods, *(base for base in self.bases if base is not None)}
+        parameters = [group.costs.get("parameters") for group in self.groups]
+        columns = {
+            "parameters": ["-" if count is None else f"{count:,}" for count in parameters],
+            "steps": [_steps(group) for group in self.groups],
+        }
+        for name, cells in columns.items():
+            if len({cells[number] for number in shown}) > 1:
+                _insert(figures, 2, name, cells)
+
+    def _contest_table(self) -> list[list[str]]:
+        assert self.contest.best is not None
+        title = f"difference to {self.groups[self.contest.best].name}"
+        rows = [["method", title, "95 % over seeds", "95 % over samples", "verdict"]]
+        for number, found in self.contest.to_best.items():
+            mean = "-" if found.mean is None else _format(found.mean, self.figure_name, "+")
+            ends = [_interval(one, self.figure_name) for one in (found.over_seeds, found.over_samples)]
+            rows.append([self.groups[number].name, mean, *ends, found.verdict or "-"])
+        return rows
 
     @property
     def figure_name(self) -> str:
@@ -167,8 +192,12 @@ class Comparison:
 
     def explanation(self) -> str:
         """Return the explanation of the tables' figures."""
-        text = "Mean ± sample standard deviation over seeds. Difference: to the first row, paired by seed. Its 95 % "
-        text += "intervals: over seeds (Student's t), which holds for other seeds on these samples; over samples "
+        text = "Mean ± sample standard deviation over seeds. Difference: to "
+        text += f"{'the baseline above it' if self.methods else 'the first row'}, paired by seed. Its 95 % intervals"
+        if count := len(self.methods):
+            text += f", corrected (Bonferroni) for {count} methods"
+            text += f" and for {self.contest.pairs} pairs of methods" if self.contest.pairs > 1 else ""
+        text += ": over seeds (Student's t), which holds for other seeds on these samples; over samples "
         text += (
             "(bootstrap), which holds for other samples with these seeds. Verdict: better or worse if both intervals "
         )
@@ -188,10 +217,12 @@ class Comparison:
 
     def print(self, console: Console) -> None:
         """Print the tables and the notes."""
-        for title, (header, *rows) in zip(("Comparison", "Cost"), self.tables(), strict=True):
+        figures, costs, *contest = self.tables()
+        tables = [("Comparison", figures), *(("Methods against the best", table) for table in contest), ("Cost", costs)]
+        for title, (header, *rows) in tables:
             view = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
             for name in header:  # long names are folded, figures are whole
-                view.add_column(name.replace("% (", "%\n("), no_wrap=name != "run", overflow="fold")
+                view.add_column(name.replace("% (", "%\n("), no_wrap=name not in _FOLDED, overflow="fold")
             for row in rows:
                 view.add_row(*(cell.replace("[", "\\[") for cell in row))
             console.print(view)
@@ -214,7 +245,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """Return all that the tables hold."""
         groups = []
-        for group, found in zip(self.groups, self.differences, strict=True):
+        for number, (group, found) in enumerate(zip(self.groups, self.differences, strict=True)):
             runs = []
             for seeds, run in group.runs.items():
                 entry: dict[str, Any] = {"folder": str(run.folder), "seed": run.seed}
@@ -222,28 +253,40 @@ class Comparison:
                     entry |= {"part": result.part, "samples": result.samples, **result.figures}
                 runs.append(entry)
             content: dict[str, Any] = {"name": group.name, "part": group.part, **group.costs, "runs": runs}
-            if found is not None:
-                content["difference"] = {
-                    "to": self.groups[0].name,
-                    "mean": found.mean,
-                    "pairs": found.seeds,
-                    "interval_95_over_seeds": found.over_seeds,
-                    "interval_95_over_samples": found.over_samples,
-                    "verdict": found.verdict,
-                    "reasons": found.reasons,
-                }
+            if found is not None and (base := self.bases[number]) is not None:
+                content["difference"] = self._difference_as_json(found, base)
+            if (found := self.contest.to_best.get(number)) is not None and (best := self.contest.best) is not None:
+                content["difference_to_best"] = self._difference_as_json(found, best)
             groups.append(content)
         left_out = [{"folder": str(one.folder), "reason": one.reason} for one in self.left_out]
         content = {"part": self.part, "groups": groups, "left_out": left_out}
+        if self.methods:
+            content["methods"] = [{"run": str(one.run), "baseline": str(one.baseline)} for one in self.methods]
         return content | ({"remarks": self.remarks} if self.remarks else {})
+
+    def _difference_as_json(self, found: Difference, base: int) -> dict[str, Any]:
+        return {
+            "to": self.groups[base].name,
+            "mean": found.mean,
+            "pairs": found.seeds,
+            "interval_95_over_seeds": found.over_seeds,
+            "interval_95_over_samples": found.over_samples,
+            "verdict": found.verdict,
+            "reasons": found.reasons,
+        }
 
     def figure(self) -> Figure:
         """Draw the figure of each seed, what the students cost, and the learning curves; the title is the message."""
-        return draw_comparison(self.groups, self.differences, self.figure_name, self.part)
+        message = headline(self.groups, self.differences, self.contest) if self.methods else None
+        return draw_comparison(self.groups, self.differences, self.figure_name, self.part, message)
 
 
 def compare_runs(
-    folders: Sequence[Path], out: Path | None = None, part: str = "test", remarks: Sequence[str] = ()
+    folders: Sequence[Path],
+    out: Path | None = None,
+    part: str = "test",
+    remarks: Sequence[str] = (),
+    methods: Sequence[MethodRuns] = (),
 ) -> Comparison:
     """Compare runs, print the tables, and write them to a folder if one is given.
 
@@ -252,11 +295,12 @@ def compare_runs(
         out: Folder for ``comparison.json``, ``comparison.md`` and ``comparison.png``. Default: None are written.
         part: The part of the data: ``"test"`` or ``"val"``. It is the same for all runs.
         remarks: Lines about how the runs came about.
+        methods: The methods of an experiment of several ones.
 
     Raises:
         InputError: For a folder that is no run, or if no run is finished.
     """
-    comparison = Comparison(part, *find_groups(folders, part), [*remarks])
+    comparison = Comparison(part, *find_groups(folders, part), [*remarks], methods)
     measure_costs(comparison.groups)
     console = Console()
     if console.width < 150:  # in a narrow terminal lines are folded and figures are whole
@@ -266,55 +310,6 @@ def compare_runs(
         comparison.write(out)
         console.print(f"written to {out}")
     return comparison
-
-
-def measure_costs(groups: Sequence[Group], rounds: int = 5) -> None:
-    """Measure each group's student: parameters, MACs, precision, KB of weights, CPU latency (ms, batch 1, one thread).
-
-    Groups take turns in each round, and a group's latency is the median over the rounds. A quantised student has no
-    latency, since its rounding is simulated in float; it has ``coded_kb``, the size of its entropy-coded weights.
-    """
-    timers: list[tuple[Group, Timer, list[float]]] = []
-    for group in groups:
-        runs = [run for run in group.runs.values() if run.has_student and run.weights.is_file()]
-        if not runs:
-            continue
-        run = max(runs, key=lambda run: run.started)
-        try:
-            student = run.student().eval()
-        except InputError as error:  # as of a taught module that builds its network from its data
-            rank_zero_warn(f"the cost of {run.folder} is unknown: {error}")
-            continue
-        student.requires_grad_(False)  # with no_grad alone the counter fails on quantised weights
-        size = size_of(student)
-        group.costs = {
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "precision": precision_of(student),
-            "size_kb": size.stored / 1000,
-        }
-        if quantized_layers(student):
-            group.costs["coded_kb"] = size.coded / 1000
-        x = example_inputs(run.metadata)
-        if x is None:
-            continue
-        try:
-            with FlopCounterMode(display=False) as counter:
-                call(student, x)
-        except Exception as error:  # of a network that does not run on zeros, or in eval mode, can be anything
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            rank_zero_warn(f"MACs and latency of {run.folder} are unknown: its student fails on zeros: {reason}")
-            continue
-        group.costs["macs"] = counter.get_total_flops() / 2
-        if quantized_layers(student):
-            continue
-        args, kwargs = arguments_of(x)
-        names = {"net": student, "args": args, "kwargs": kwargs, "no_grad": torch.no_grad}
-        timers.append((group, Timer("with no_grad(): net(*args, **kwargs)", globals=names), []))
-    for _ in range(rounds):
-        for _, timer, times in timers:
-            times.append(timer.blocked_autorange(min_run_time=0.05).median * 1000)
-    for group, _, times in timers:
-        group.costs["latency_ms"] = statistics.median(times)
 
 
 def _command(run: Run, part: str) -> str:
@@ -343,6 +338,18 @@ def _mean_sd(values: list[float], figure: str) -> str:
 
 def _interval(interval: Interval | None, figure: str) -> str:
     return "-" if interval is None else f"[{', '.join(_format(end, figure, '+') for end in interval)}]"
+
+
+def _steps(group: Group) -> str:
+    """Return the number of optimiser steps of a group's runs."""
+    steps = sorted({step for run in group.runs.values() if isinstance(step := run.state.get("step"), int)})
+    return " to ".join(f"{step:,}" for step in _ends(steps)) or "-"
+
+
+def _insert(rows: list[list[str]], place: int, name: str, cells: Sequence[str]) -> None:
+    """Insert a column into a table."""
+    for row, cell in zip(rows, (name, *cells), strict=True):
+        row.insert(place, cell)
 
 
 def _ends(values: list[int]) -> list[int]:

@@ -42,20 +42,28 @@ _NAME_WIDTH = 24  # letters of a row's name in a line
 
 
 def draw_comparison(
-    groups: Sequence[Group], differences: Sequence[Difference | None], figure: str, part: str
+    groups: Sequence[Group],
+    differences: Sequence[Difference | None],
+    figure: str,
+    part: str,
+    headline: str | None = None,
 ) -> Figure:
     """Draw groups of runs: left a dot for each seed and a line at their mean, right the learning curves.
 
     A row's name has what the student costs: MACs of one image, or KB of weights if the groups differ in precision.
 
     Args:
-        groups: The groups of a comparison. Differences are to the first.
-        differences: The difference of each group to the first.
+        groups: The groups of a comparison.
+        differences: The difference of each group to its baseline.
         figure: ``accuracy``, drawn in percent, or ``mae``.
         part: ``test`` or ``val``.
+        headline: The message about several methods. Default: None, which means that the second group is compared with
+            the first.
     """
     scale, unit = (100, "accuracy, %") if figure == "accuracy" else (1, _NAMES.get(figure, figure))
     message, detail = describe(groups, differences, figure, part)
+    if headline is not None:
+        message, detail = headline, _all_differences(groups, differences, figure, part)
     with mpl.rc_context(_STYLE):
         picture = Figure(figsize=(9.2, 1.9 + max(2.3, 0.62 * len(groups))), dpi=150, layout="constrained")
         dots, curves = picture.subplots(1, 2)
@@ -82,9 +90,7 @@ def describe(
     """
     title = _NAMES.get(figure, figure)
     means = [statistics.mean(values) if (values := group.values(figure)) else None for group in groups]
-    sizes = sorted({size for group in groups for size in group.samples})
-    count = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else "no"
-    samples = f"n = {count} {_PARTS.get(part, part)} samples"
+    samples = _measured(groups, part)
     found = differences[1] if len(groups) > 1 else None
     first, mean = groups[0], means[0]
     if found is None or found.mean is None or mean is None or means[1] is None:
@@ -113,6 +119,23 @@ def describe(
     if found.verdict is None:
         evidence.append(f"no verdict: {'; '.join(found.reasons)}")
     return message, "; ".join(evidence) + "."
+
+
+def _all_differences(groups: Sequence[Group], differences: Sequence[Difference | None], figure: str, part: str) -> str:
+    """Return the evidence of several methods: the difference of each to its baseline, and on what it was measured."""
+    changes = [
+        f"{group.name} {_value(found.mean, figure, 'points', '+')}"
+        for group, found in zip(groups, differences, strict=True)
+        if found is not None and found.mean is not None
+    ]
+    known = f"over the student alone: {', '.join(changes)}; " if changes else ""
+    return f"{known}{_measured(groups, part)}."
+
+
+def _measured(groups: Sequence[Group], part: str) -> str:
+    sizes = sorted({size for group in groups for size in group.samples})
+    count = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else "no"
+    return f"n = {count} {_PARTS.get(part, part)} samples"
 
 
 def _draw_dots(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
