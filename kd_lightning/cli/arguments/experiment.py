@@ -10,13 +10,18 @@ from kd_lightning.cli.arguments._parsing import check_range, command, with_confi
 from kd_lightning.errors import InputError
 
 
-@command("Train a method and its baseline without a teacher over several seeds, and compare them.")
+@command("Train one or several methods and their baseline without a teacher over several seeds, and compare them.")
 def experiment(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """Read the arguments."""
+    parser.description = (
+        f"{parser.description} Each config that has a model is a method; other configs and overrides apply to all."
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 ... N - 1 (default 3)")
-    text = "folder of the comparison (default: <root>/<name>_comparison, after --tune <root>/<name>_tuned_comparison)"
+    text = "folder of the comparison (default: <root>/<name>_comparison, after --tune <root>/<name>_tuned_comparison, "
+    text += "of several methods <root>/<name>_vs_<name>_comparison)"
     parser.add_argument("--out", metavar="DIR", help=text)
-    text = "first search for the settings of both, on validation samples alone, by N trials each; needs optuna"
+    text = "first search for the settings of the method and of its baseline, on validation samples alone, by N trials "
+    text += "each; takes one method, and needs optuna"
     parser.add_argument("--tune", type=int, metavar="N", help=text)
     text = "YAML of the search space of --tune: {key: {low:, high:, log:}} or {key: [values]}"
     parser.add_argument("--space", type=Path, metavar="FILE", help=text)

@@ -1,11 +1,12 @@
-"""``experiment CONFIG --seeds N``: train a student with a method and without it, over seeds, and compare.
+"""``experiment CONFIG ... --seeds N``: train a student with one or several methods and without, and compare.
 
-With ``--tune N`` the settings of both are searched on validation samples before.
+With ``--tune N`` the settings of a method and of its baseline are searched on validation samples before.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from rich.console import Console
 from kd_lightning.cli.baseline import baseline_of, describe_baseline, with_seed
 from kd_lightning.cli.fit_once import config_file, find_fits, fit_once
 from kd_lightning.cli.main import DistillCLI
+from kd_lightning.cli.methods.baselines import describe_baselines, find_baselines
+from kd_lightning.cli.methods.read import MethodConfig, naming, read_methods
+from kd_lightning.cli.methods.same import check_same_samples, check_same_splits, describe_differences, describe_steps
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.cli.tuning.chosen import write_chosen
 from kd_lightning.cli.tuning.locks import waits_for_others
@@ -26,8 +30,11 @@ from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
 from kd_lightning.runs.figures.comparison import Comparison, compare_runs
 from kd_lightning.runs.figures.log_figure import only_warn
+from kd_lightning.runs.figures.several_methods import MethodRuns
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.teacher_runs import teacher_runs
+
+_MOST_LETTERS = 120  # of the name of a comparison's folder
 
 
 class Experiment(NamedTuple):
@@ -62,10 +69,20 @@ class Tuning(NamedTuple):
 
 def main(options: Namespace) -> None:
     """Run the fits that are missing, compare all, and write the report."""
-    tuning = None if options.tune is None else Tuning(options.tune, options.space)
-    done = run_experiment(options.overrides, options.seeds, options.out, tuning)
+    methods = read_methods(options.overrides)
+    if not methods:
+        tuning = None if options.tune is None else Tuning(options.tune, options.space)
+        done = run_experiment(options.overrides, options.seeds, options.out, tuning)
+        out, comparison = done.out, done.comparison
+    elif options.tune is None:
+        out, comparison = compare_methods(methods, options.seeds, options.out)
+    else:
+        raise InputError(
+            f"--tune: {options.tune} takes one config, got {len(methods)}; tune each alone, and then compare the "
+            "tuned_NAME.yaml that each search writes"
+        )
     with only_warn("the report"):
-        print(f"report: {write_report([done.out], comparison=done.comparison)}")
+        print(f"report: {write_report([out], comparison=comparison)}")
 
 
 def run_experiment(
@@ -85,12 +102,7 @@ def run_experiment(
             :func:`~kd_lightning.cli.tuning.tune.tune`.
     """
     config = parse_config(args, "experiment")
-    machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
-    processes = Trainer(**machine, logger=False).world_size
-    if processes > 1:
-        raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
-    config["trainer"]["enable_model_summary"] = False
-    config["checkpoint"]["dirpath"] = None  # each run has checkpoints of its own
+    _prepare(config)
     root, name = Path(config["trainer"]["default_root_dir"]), config["name"]
     out = Path(out) if out else root / f"{name}{'' if tuning is None else '_tuned'}_comparison"
     if tuning is None:
@@ -102,6 +114,76 @@ def run_experiment(
         for run_config, before in ((plan[seeds], name), (plan[0], f"{name}_alone")):
             print(f"tune: written to {write_chosen(run_config, before, out, tuned.remarks)}")
         return _run_plan(plan, plan[seeds], out, tuned.remarks)
+
+
+def _prepare(config: Config) -> None:
+    """Check that a config takes one process, and set what is the same for all fits of an experiment, in place."""
+    machine = {name: config["trainer"][name] for name in ("accelerator", "devices", "num_nodes")}
+    processes = Trainer(**machine, logger=False).world_size
+    if processes > 1:
+        raise InputError(f"experiment runs on one process, got {processes}; set --trainer.devices 1")
+    config["trainer"]["enable_model_summary"] = False
+    config["checkpoint"]["dirpath"] = None  # each run has checkpoints of its own
+
+
+def compare_methods(
+    methods: Sequence[MethodConfig], seeds: int, out: str | Path | None = None
+) -> tuple[Path, Comparison]:
+    """Train several methods and their baselines over seeds on one split, test and compare them.
+
+    Each method is compared with the student alone with its own settings. Methods for which that is the same config
+    share one baseline. Finished fits are not repeated.
+
+    Args:
+        methods: The methods.
+        seeds: Number of seeds, at least 1.
+        out: Folder of the comparison. Default: None, which means ``<root>/<names>_comparison``.
+
+    Returns:
+        The folder of the comparison, and the comparison.
+
+    Raises:
+        InputError: As of :func:`run_experiment`, and if labeled, validation or test samples, or the task, differ.
+    """
+    data = []
+    for one in methods:
+        with naming(one.source):
+            _prepare(one.config)
+            data.append(_datamodule(one.config))
+    check_same_samples([one._replace(config=with_seed(one.config, 0)) for one in methods], data)
+    names = [one.config["name"] for one in methods]
+    baselines = find_baselines(methods, seeds)
+    remarks = describe_baselines(baselines, methods)
+    for one in methods:
+        if about := describe_baseline(one.config["model"]):
+            remarks.append(f"The baseline of {one.config['name']} is {about}.")
+    remarks += describe_differences(methods)
+    for line in remarks:
+        print(line)
+    plan: list[tuple[Config, SemiSupervisedDataModule]] = []
+    for baseline in baselines:  # each before its methods
+        plan += [(config, data[baseline.methods[0]]) for config in baseline.configs]
+        plan += [(with_seed(methods[n].config, seed), data[n]) for n in baseline.methods for seed in range(seeds)]
+    folders = _fit_all(plan)
+    by_side = [folders[start : start + seeds] for start in range(0, len(folders), seeds)]
+    for same_seed in zip(*by_side, strict=True):
+        check_same_splits([Run(folder) for folder in same_seed])
+    firsts = iter(same_side[0] for same_side in by_side)
+    pairs: dict[int, MethodRuns] = {}
+    for baseline in baselines:
+        alone = next(firsts)
+        pairs |= {number: MethodRuns(next(firsts), alone) for number in baseline.methods}
+    remarks += describe_steps(names, [Run(pairs[number].run) for number in range(len(methods))])
+    teachers = {run.folder.resolve(): run.folder for one in methods for run in teacher_runs(one.config)}
+    out = Path(out) if out else Path(methods[0].config["trainer"]["default_root_dir"]) / _folder_name(names)
+    return out, compare_runs(
+        [*folders, *teachers.values()], out, remarks=remarks, methods=[pairs[number] for number in range(len(methods))]
+    )
+
+
+def _folder_name(names: Sequence[str]) -> str:
+    name = "_vs_".join(names)
+    return f"{name if len(name) < _MOST_LETTERS else f'{names[0]}_vs_{len(names) - 1}_others'}_comparison"
 
 
 def _plan(method: Config, alone: Config, seeds: int, name: str | None = None) -> list[Config]:
@@ -136,18 +218,24 @@ def _run_plan(plan: list[Config], config: Config, out: Path, remarks: list[str])
         remarks: Lines for the comparison.
     """
     data, seeds = _datamodule(config), len(plan) // 2
-    console = Console()
     if about := describe_baseline(config["model"]):
-        console.print(f"baseline: {about}")
-    folders = []
-    for number, run_config in enumerate(plan, 1):
-        name, seed = run_config["name"], run_config["seed_everything"]
-        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
-        folders.append(fit_and_test(run_config, data))
+        print(f"baseline: {about}")
+    folders = _fit_all([(run_config, data) for run_config in plan])
     teachers = teacher_runs(config)
     comparison = compare_runs([*folders, *(run.folder for run in teachers)], out, remarks=remarks)
     runs = [*map(Run, folders)]
     return Experiment(runs[:seeds], runs[seeds:], teachers, out, comparison)
+
+
+def _fit_all(plan: Sequence[tuple[Config, SemiSupervisedDataModule]]) -> list[Path]:
+    """Return the folders of the runs of all configs, each on its data; fit and test those that are missing."""
+    console = Console()
+    folders = []
+    for number, (config, data) in enumerate(plan, 1):
+        name, seed = config["name"], config["seed_everything"]
+        console.print(f"[bold]\\[{number}/{len(plan)}] {name}, seed {seed}[/bold]")
+        folders.append(fit_and_test(config, data))
+    return folders
 
 
 def fit_and_test(config: Config, data: SemiSupervisedDataModule) -> Path:

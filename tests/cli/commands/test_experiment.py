@@ -1,13 +1,18 @@
 """experiment: the plan, the comparison, and which runs are not repeated."""
 
+import io
 import json
+import re
 import shutil
 import statistics
+from contextlib import redirect_stdout
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from scipy.stats import ttest_1samp
 
 import kd_lightning.cli.commands.experiment as command
 from kd_lightning import Digits, SemiSupervisedDataModule
@@ -98,6 +103,91 @@ def test_again_is_quick_and_trains_nothing(experiment, capsys):
     main(["experiment", str(path), "--seeds", "2"])
     assert capsys.readouterr().out.count("is done") == 4
     assert sorted(runs.rglob("*.ckpt")) == before
+
+
+@pytest.fixture(scope="module")
+def several(experiment):
+    """An experiment of the same method and two others after that of the one; its folder and what it printed."""
+    path, runs = experiment
+    config = yaml.safe_load(path.read_text())
+    other = deepcopy(config) | {"name": "weighted"}
+    other["model"]["init_args"]["soft_weight"] = 0.9  # has the same baseline
+    (path.parent / "weighted.yaml").write_text(yaml.safe_dump(other))
+    other = deepcopy(config) | {"name": "taught_fixmatch"}  # a teacher's pseudo-labels; it has a baseline of its own
+    arguments = other["model"]["init_args"]
+    other["model"]["class_path"] = "PseudoLabelModule"
+    del other["trainer"]["callbacks"], arguments["soft_loss"], arguments["soft_weight"]
+    other["trainer"]["max_epochs"] = 1
+    other["data"]["init_args"] |= {"batch_size": 96, "labeled_batch_size": 32}
+    (path.parent / "taught.yaml").write_text(yaml.safe_dump(other))
+    printed = io.StringIO()
+    files = [str(path), str(path.parent / "weighted.yaml"), "--config", str(path.parent / "taught.yaml")]
+    with redirect_stdout(printed):
+        main(["experiment", *files, "--seeds", "2", "--trainer.log_every_n_steps", "5"])
+    return runs / "distill_digits_vs_weighted_vs_taught_fixmatch_comparison", printed.getvalue(), files
+
+
+class TestSeveralMethods:
+    def test_finished_fits_and_equal_baselines_are_not_repeated(self, several, experiment):
+        out, printed, _ = several
+        assert printed.count("is done: ") == 4  # the method and its baseline
+        assert not (out.parent / "weighted_alone").exists()
+        assert len([*(out.parent / "taught_fixmatch_alone").iterdir()]) == 2
+        assert "[10/10] taught_fixmatch, seed 1" in printed
+        assert "distill_digits_alone is the baseline of distill_digits and weighted" in printed
+        assert "taught_fixmatch_alone is the baseline of taught_fixmatch: " in printed and "batch_size: 96" in printed
+
+    def test_differences_are_to_the_own_baseline_and_corrected(self, several):
+        out, _, _ = several
+        content = json.loads((out / "comparison.json").read_text())
+        groups = {one["name"]: one for one in content["groups"]}
+        names = ["distill_digits_alone", "distill_digits", "weighted", "taught_fixmatch_alone", "taught_fixmatch"]
+        assert [*groups] == names
+        accuracy = {name: [run["accuracy"] for run in one["runs"]] for name, one in groups.items()}
+        for name, base in (("distill_digits", 0), ("weighted", 0), ("taught_fixmatch", 3)):
+            found = groups[name]["difference"]
+            gaps = [one - other for one, other in zip(accuracy[name], accuracy[names[base]], strict=True)]
+            assert found["to"] == names[base] and found["mean"] == pytest.approx(statistics.mean(gaps))
+            level = 1 - 0.05 / 3
+            expected = [*ttest_1samp(gaps, 0).confidence_interval(level)] if gaps[0] != gaps[1] else None
+            assert found["interval_95_over_seeds"] == (expected and pytest.approx(expected))
+        methods = [name for name in names if not name.endswith("_alone")]
+        assert [name for name in names if "difference" in groups[name]] == methods
+        best = max(methods, key=lambda name: statistics.mean(accuracy[name]))
+        others = {name for name in names if "difference_to_best" in groups[name]}
+        assert others == {*methods} - {best}
+        assert {groups[name]["difference_to_best"]["to"] for name in others} == {best}
+
+    def test_the_table_names_what_differs(self, several):
+        out, _, _ = several
+        table = (out / "comparison.md").read_text()
+        header, _, *rows = table.splitlines()[:7]
+        assert " steps |" in header and " parameters |" not in header
+        assert [row.split(" | ")[2] for row in rows] == ["34", "34", "34", "16", "16"]
+        assert "The methods have other numbers of steps: distill_digits 34, weighted 34, taught_fixmatch 16." in table
+        assert "corrected (Bonferroni) for 3 methods and for 3 pairs of methods" in table
+
+    def test_the_report_again_from_its_folder_is_the_same(self, several):
+        out, _, _ = several
+        first = (out / "report.html").read_text()
+        main(["report", str(out)])
+        again = (out / "report.html").read_text()
+        shown = re.compile("<h1.*?</h1>.*?</p>|<section id=.accuracy.*?</section>", re.DOTALL)
+        assert shown.findall(first) == shown.findall(again) and len(shown.findall(first)) == 2
+        assert "the baseline of the method" in first and "No verdict yet" in first
+
+    def test_another_split_is_refused_before_any_fit(self, several, fails, tmp_path):
+        _, _, files = several
+        config = yaml.safe_load(Path(files[1]).read_text())
+        config["data"]["init_args"]["labeled"] = 4
+        (tmp_path / "fewer.yaml").write_text(yaml.safe_dump(config | {"name": "fewer"}))
+        error = fails("experiment", files[0], str(tmp_path / "fewer.yaml"))
+        assert "fewer.yaml has other labeled samples or labels than " in error and "data.labeled: 4, not 10" in error
+        assert not (Path(files[0]).parent / "runs/fewer").exists()
+
+    def test_tuning_takes_one(self, several, fails):
+        _, _, files = several
+        assert "--tune: 3 takes one config, got 2" in fails("experiment", *files[:2], "--tune", "3")
 
 
 @pytest.fixture
