@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from kd_lightning import DatasetSource, InputError, SemiSupervisedDataModule
+from kd_lightning.cache.content import fingerprint
 from kd_lightning.data.transforms import Compose, CorruptFeatures, Draws, GaussianNoise
 
 ROWS = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1, 2.0])
@@ -77,6 +78,12 @@ def test_replay(form):
     first = views(batch_size=50)
     assert first == views(batch_size=7) == views(batch_size=9, num_workers=2)
     assert views(batch_size=50, seed=1) != first
+
+
+def test_a_resume_compares_the_rows():
+    one, other = CorruptFeatures(ROWS), CorruptFeatures(ROWS + 1)
+    assert fingerprint(one) == fingerprint(CorruptFeatures(ROWS.clone())) != fingerprint(other)
+    assert repr(one) == "CorruptFeatures(p=0.3)"
 
 
 def test_numbers_of_categories_stay_some():
