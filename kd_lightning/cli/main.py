@@ -50,7 +50,7 @@ from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.runs.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
-from kd_lightning.runs.folder import folder_on_rank_zero, lock_folder, release_folder, writes_files
+from kd_lightning.runs.folder import evaluate_in, folder_on_rank_zero, lock_folder, release_folder, writes_files
 from kd_lightning.runs.guard_loggers import guard_loggers
 from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.parser_errors import explain_error
@@ -343,6 +343,8 @@ class DistillCLI(LightningCLI):
         """Run a command; if it fails before its first step, no new folder is left."""
         claimed = claim_folder_of_run(self.trainer, self._own_config.name, self.selection.run, self.subcommand)
         folder = claimed or (None if self.selection.run is None else self.selection.run.folder)
+        if self.subcommand != "fit" and self.selection.run is not None:
+            evaluate_in(self.trainer, self.selection.run.folder)
         first = next(iter(self.trainer.loggers), None)  # those of other packages begin a new folder each time
         local = first is None or isinstance(first, TensorBoardLogger | CSVLogger)
         locks = self.subcommand == "fit" and local and writes_files(self.trainer)

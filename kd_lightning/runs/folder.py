@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
@@ -18,14 +19,26 @@ except ImportError:  # on Windows; runs are not locked there
     fcntl = None  # type: ignore[assignment]
 
 
+_evaluated: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+"""The folder of the run that a trainer evaluates."""
+
+
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of a trainer's run, whatever its loggers.
 
     It is ``save_dir/name/version`` of the first logger, as for ModelCheckpoint, so that runs that share a folder of
-    logs (Weights & Biases, MLflow) do not share this one. Without a logger it is ``default_root_dir``. Every process
-    must call this function, since rank 0 decides.
+    logs (Weights & Biases, MLflow) do not share this one. Without a logger it is ``default_root_dir``. That of an
+    evaluated run is its own, see :func:`evaluate_in`. Every process must call this function, since rank 0 decides.
     """
     return Path(trainer.strategy.broadcast(str(folder_on_rank_zero(trainer)) if trainer.is_global_zero else ""))
+
+
+def evaluate_in(trainer: Trainer, folder: Path) -> None:
+    """Let a trainer's results lie in the folder of the run that it evaluates.
+
+    Loggers of other packages begin a run of their own in each command, whose folder is another one.
+    """
+    _evaluated[trainer] = folder
 
 
 def writes_files(trainer: Trainer) -> bool:
@@ -36,6 +49,8 @@ def writes_files(trainer: Trainer) -> bool:
 
 def folder_on_rank_zero(trainer: Trainer) -> Path:
     """Return the folder as this process finds it, which is right on rank 0; it needs no other process."""
+    if trainer in _evaluated:
+        return _evaluated[trainer]
     if not trainer.loggers:
         return Path(trainer.default_root_dir)
     logger: Any = trainer.loggers[0]

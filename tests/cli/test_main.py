@@ -1,6 +1,7 @@
 """The command line as a user meets it, in one process."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -196,6 +197,18 @@ class Wandbish(Logger):
         pass
 
 
+class NewEachTime(Wandbish):
+    """A logger whose version is another one in each command."""
+
+    versions = itertools.count()
+
+    def __init__(self):
+        super().__init__()
+        self.own = f"id{next(self.versions)}"
+
+    version = property(lambda self: self.own)
+
+
 class TestLoggers:
     def test_no_logger(self, config):
         config["trainer"]["logger"] = False
@@ -217,6 +230,18 @@ class TestLoggers:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         assert {"train/loss", "val/accuracy", "test/accuracy"} <= set(cli.trainer.logger.seen)
         assert {p.name for p in Path().iterdir()} == {"config.yaml", "teacher.pt", "runs"}
+
+    def test_results_lie_in_the_run_where_a_logger_begins_a_new_one_for_each_command(self, config, capsys):
+        """As Weights & Biases and MLflow: ``test`` and ``predict`` have another version than the fit."""
+        config["trainer"]["logger"] = {"class_path": f"{__name__}.NewEachTime"}
+        main(["fit", "--config", write(config)])
+        (run,) = Path("runs/wandbish").iterdir()
+        for command in ("test", "validate", "predict"):
+            capsys.readouterr()
+            main([command, "--config", "config.yaml"])
+            assert command == "predict" or str(run) in capsys.readouterr().out
+        assert {path.name for path in run.iterdir()} >= {"test.json", "val.json", "predictions.csv"}
+        assert [*Path("runs/wandbish").iterdir()] == [run]
 
 
 class TheirModule(LightningModule):
