@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 
+from kd_lightning.active.loop_folder import LoopFolder, training_settings
 from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher, with_unlabeled_pool
 from kd_lightning.active.strategies import check_strategy, select_samples
 from kd_lightning.batch import IGNORE_INDEX
@@ -25,6 +28,11 @@ class ActiveLearningLoop:
 
     Each round starts with new weights of the same seed. Training sees the first labels and those of selected samples.
 
+    With ``folder``, a loop that was stopped or killed goes on when a loop with the same settings runs in that folder,
+    and ends with the same bits as an unbroken one: finished trainings are not repeated, and an interrupted one resumes
+    from its last epoch. Torch is seeded before each step then, so that dropout differs from that of a loop without a
+    folder.
+
     Args:
         make_module: Function that makes the module to train. It must have a ``student``, or be changed by
             :class:`~kd_lightning.teach`, and its test must log ``test/accuracy``.
@@ -34,6 +42,8 @@ class ActiveLearningLoop:
         queries: Number of samples to select in a round, at least 1.
         rounds: Number of selections, at least 1.
         seed: Seed of weights, training and strategy, from 0 to 2**32 - 1. The datamodule has the seed of the split.
+        folder: Folder of results, checkpoints and the student of each training (``round_0/student.safetensors``); new,
+            empty, or of an earlier loop. Default: None, which means that nothing is stored.
 
     Attributes:
         results: The results of the finished trainings, also if a later one fails.
@@ -51,6 +61,7 @@ class ActiveLearningLoop:
         queries: int,
         rounds: int,
         seed: int = 0,
+        folder: str | Path | None = None,
     ) -> None:
         check_strategy(strategy, seed)
         for name, number in {"queries": queries, "rounds": rounds}.items():
@@ -63,6 +74,7 @@ class ActiveLearningLoop:
         self.queries = queries
         self.rounds = rounds
         self.seed = seed
+        self.folder = None if folder is None else LoopFolder(folder)
         self.results: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
@@ -75,7 +87,8 @@ class ActiveLearningLoop:
         Raises:
             InputError: If there are too few samples without a label, labels of the pool are unknown, the pool is the
                 test images, the module has no student or does not log ``test/accuracy``, or the trainer has several
-                processes.
+                processes. With a folder, if it is no folder of a loop, another process uses it, or the loop in it has
+                other settings or data.
         """
         data = self.make_data()
         data.prepare_data()
@@ -90,28 +103,52 @@ class ActiveLearningLoop:
             )
         if (data.hidden_truth(pool) == IGNORE_INDEX).any():
             raise InputError(f"unlabeled must be a pool whose labels are all known, got {data.unlabeled}")
-        results = self.results = []
-        for number in range(self.rounds + 1):
-            with isolate_rng():
-                torch.manual_seed(self.seed)
-                module, trainer = self.make_module(), self.make_trainer()
-                if trainer.world_size > 1:
-                    raise InputError(f"ActiveLearningLoop runs on one process, got {trainer.world_size}")
-                if student_path(module) is None:
-                    raise InputError(f"make_module: {type(module).__name__} has no student")
-                check_plain_logits(module, "the scoring of samples")
-                trainer.fit(module, datamodule=data)
-                figures = trainer.test(module, datamodule=data, verbose=False)[0]
-                if "test/accuracy" not in figures:
-                    raise InputError(f"make_module: its test must log test/accuracy, got {', '.join(figures)}")
-                accuracy = float(figures["test/accuracy"])
-                assert data.split is not None
-                labels = len(data.split.labeled)
-                queried = self._select(module, data, trainer) if number < self.rounds else []
-            truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long)).tolist()
-            data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, truth, strict=True)])
-            results.append({"labels": labels, "accuracy": accuracy, "queried": queried})
-        return results
+        with nullcontext() if self.folder is None else self.folder.open(self._settings(), data.state_dict()):
+            self.results = [] if self.folder is None else [*self.folder.results]
+            for result in self.results:
+                self._reveal(data, result["queried"])
+            for number in range(len(self.results), self.rounds + 1):
+                result = self._train(data, select=number < self.rounds)
+                self._reveal(data, result["queried"])
+                self.results.append(result)
+        return self.results
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that a loop in a folder goes on with."""
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            module, trainer = self.make_module(), self.make_trainer()
+            numbers = {name: getattr(self, name) for name in ("strategy", "queries", "rounds", "seed")}
+            return numbers | training_settings(module, trainer)
+
+    def _train(self, data: SemiSupervisedDataModule, *, select: bool) -> dict[str, Any]:
+        """Train with the labels that are known, and return the result of the training."""
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            module, trainer = self.make_module(), self.make_trainer()
+            if trainer.world_size > 1:
+                raise InputError(f"ActiveLearningLoop runs on one process, got {trainer.world_size}")
+            if student_path(module) is None:
+                raise InputError(f"make_module: {type(module).__name__} has no student")
+            check_plain_logits(module, "the scoring of samples")
+            checkpoint = None if self.folder is None else self.folder.prepare(trainer, self.seed)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            figures = trainer.test(module, datamodule=data, verbose=False)[0]
+            if "test/accuracy" not in figures:
+                raise InputError(f"make_module: its test must log test/accuracy, got {', '.join(figures)}")
+            assert data.split is not None
+            result: dict[str, Any] = {"labels": len(data.split.labeled), "accuracy": float(figures["test/accuracy"])}
+            result["queried"] = self._select(module, data, trainer) if select else []
+            if self.folder is not None:
+                student = find_network(module, student_path(module) or "", "make_module")
+                self.folder.finish(result, student)
+        return result
+
+    def _reveal(self, data: SemiSupervisedDataModule, queried: Sequence[int]) -> None:
+        """Add the true labels of queried samples to the split."""
+        assert data.split is not None
+        truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long)).tolist()
+        data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, truth, strict=True)])
 
     def _select(self, module: LightningModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
         """Return the indices of the samples to label next."""
