@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from kd_lightning.active.loop_folder import LoopFolder, training_settings
 from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher, with_unlabeled_pool
 from kd_lightning.active.strategies import check_strategy, select_samples
-from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.labels.several_labels import from_tensor
+from kd_lightning.data.sources.targets import has_label
 from kd_lightning.errors import InputError
 from kd_lightning.runs.student import check_plain_logits, find_network, student_path
 
@@ -101,7 +102,7 @@ class ActiveLearningLoop:
             raise InputError(
                 "queries: all samples would get a label, but labeled_batch_size needs a sample without one"
             )
-        if (data.hidden_truth(pool) == IGNORE_INDEX).any():
+        if not has_label(data.hidden_truth(pool)).all():
             raise InputError(f"unlabeled must be a pool whose labels are all known, got {data.unlabeled}")
         with nullcontext() if self.folder is None else self.folder.open(self._settings(), data.state_dict()):
             self.results = [] if self.folder is None else [*self.folder.results]
@@ -147,8 +148,9 @@ class ActiveLearningLoop:
     def _reveal(self, data: SemiSupervisedDataModule, queried: Sequence[int]) -> None:
         """Add the true labels of queried samples to the split."""
         assert data.split is not None
-        truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long)).tolist()
-        data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, truth, strict=True)])
+        truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long))
+        labels = truth.tolist() if truth.ndim == 1 else [from_tensor(row) for row in truth]
+        data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, labels, strict=True)])
 
     def _select(self, module: LightningModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
         """Return the indices of the samples to label next."""

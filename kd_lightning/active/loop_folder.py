@@ -84,11 +84,15 @@ class LoopFolder:
                 raise ValueError(f"its format must be {_FORMAT}, got {content['format']!r:.20}")
             results = [{"labels": r["labels"], "accuracy": r["accuracy"], "queried": [*r["queried"]]} for r in results]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"folder: {file} is not the state of a loop: {error!r:.120}; name another folder") from error
+            raise InputError(
+                f"folder: {file} is not the state of a loop: {error!r:.120}; name another folder"
+            ) from error
         for name, value in settings.items():
             if before.get(name) != value:
-                raise InputError(f"{name}: {_difference(name, before.get(name), value)}; the loop in {self.folder} "
-                                 "goes on with the same, or name another folder")
+                raise InputError(
+                    f"{name}: {_difference(name, before.get(name), value)}; the loop in {self.folder} "
+                    "goes on with the same, or name another folder"
+                )
         try:
             check_resume(data_before, data)
         except InputError as error:

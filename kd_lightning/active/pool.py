@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from kd_lightning.active.strategies import PoolOutputs
-from kd_lightning.batch import Batch, is_labeled, unpack
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.labels.several_labels import has_several_labels
+from kd_lightning.data.sources.targets import has_label, has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
 from kd_lightning.features.outputs import logits_of
@@ -37,10 +40,11 @@ _NEEDS_FEATURES = ("k-centre", "badge")
 
 
 class Seams(NamedTuple):
-    """How a module reads a batch that is loaded, and calls its student with inputs."""
+    """How a module reads a batch that is loaded, calls its student with inputs, and what its outputs mean."""
 
     unpack: Callable[[Any], Batch] = Batch.from_any
     call: Callable[[nn.Module, Inputs], Any] = call
+    task: str = "multiclass"
 
     @classmethod
     def of(cls, module: LightningModule) -> Seams:
@@ -54,17 +58,28 @@ class Seams(NamedTuple):
         """
         check_plain_logits(module, "the scoring of samples")
         if isinstance(getattr(module, "teaching", None), nn.Module):
-            return cls(partial(batch_of_step, module))
-        return cls(partial(unpack, module), getattr(module, "call", call))
+            return cls(partial(batch_of_step, module), task=_task_of(module))
+        return cls(partial(unpack, module), getattr(module, "call", call), _task_of(module))
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device | str) -> Seams:
         """Return those of a run's module, which is built with new weights unless its class shows that it needs none."""
         kind, base = find_class(run.config["model"]["class_path"]), SupervisedModule
         own = [getattr(kind, "unpack", base.unpack), getattr(kind, "call", base.call)]
+        arguments = run.config["model"].get("init_args") or {}
         if isinstance(kind, type) and own == [base.unpack, base.call] and not is_taught(run.config["model"]):
-            return cls()
+            parameter = inspect.signature(kind).parameters.get("task")
+            if "task" in arguments or parameter is not None:
+                return cls(task=arguments.get("task") or str(getattr(parameter, "default", "multiclass")))
         return cls.of(build_module(run.config["model"]).to(device).eval())
+
+
+def _task_of(module: LightningModule) -> str:
+    """Return the task of a module; of one that is taught and has none that of its soft loss, else multiclass."""
+    for owner in (module, getattr(getattr(module, "teaching", None), "soft_loss", None)):
+        if isinstance(task := getattr(owner, "task", None), str):
+            return task
+    return "multiclass"
 
 
 @torch.no_grad()
@@ -97,18 +112,17 @@ def collect_pool_outputs(
         The samples' indices (N,), ascending, and their outputs.
 
     Raises:
-        InputError: If no sample is left to label, samples have several labels or float labels, the pool is the test
-            images, the student has no dropout for ``passes``, or an output is not finite.
+        InputError: If no sample is left to label, the labels are neither one class each nor (task: multilabel) zeros
+            and ones, the pool is the test images, the student has no dropout for ``passes`` or another number of
+            outputs than labels, or an output is not finite.
     """
-    labels = data.visible_labels()
-    if labels.ndim > 1 or labels.is_floating_point():
-        kind = f"{labels.dtype} of shape {[*labels.shape]}"
-        raise InputError(f"active learning needs one class label for each sample, got labels {kind}")
+    read, run, task = seams = seams or Seams()
+    labels, multilabel = data.visible_labels(), task == "multilabel"
+    check_labels(labels, task)
     dropout = [layer for layer in student.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
     if passes and not dropout:
         raise InputError("bald needs several runs, or a student with dropout (p above 0); this student has none")
     outputs: dict[str, list[Tensor]] = defaultdict(list)
-    read, run = seams or Seams()
     student.to(device)
     with evaluating(student):
         torch.manual_seed(seed)
@@ -121,17 +135,20 @@ def collect_pool_outputs(
             batch = replace(read(known), y=known.y, index=known.index, candidates=known.candidates)
             logits = logits_of(run(student, batch.x), "the student")
             outputs["index"].append(known.index.cpu())
-            outputs["unlabeled"].append(~is_labeled(known.y).cpu())
-            outputs["probabilities"].append(_probabilities(logits, batch))
+            outputs["unlabeled"].append(~has_label(known.y).cpu())
+            if multilabel and logits.shape[1:] != labels.shape[1:]:
+                shape = [*logits.shape[1:]]
+                raise InputError(f"the student must have {labels.shape[1]} logits, one for each label, got {shape}")
+            outputs["probabilities"].append(_probabilities(logits, batch, task))
             if strategy in _NEEDS_FEATURES:
                 outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x, run).cpu().double())
             if teacher is not None:
                 check_outputs(logits, teacher_logits := teacher(batch))
-                outputs["teacher_probabilities"].append(_probabilities(teacher_logits, batch))
+                outputs["teacher_probabilities"].append(_probabilities(teacher_logits, batch, task))
             for layer in dropout if passes else ():
                 layer.train()
             if passes:
-                outputs["member_probabilities"].append(_dropout_passes(run, student, batch, passes))
+                outputs["member_probabilities"].append(_dropout_passes(seams, student, batch, passes))
             student.eval()
     columns = {name: torch.cat(parts) for name, parts in outputs.items()}
     members = columns.get("member_probabilities")
@@ -148,23 +165,36 @@ def collect_pool_outputs(
     columns = {name: values[unlabeled] for name, values in columns.items()}
     if "member_probabilities" in columns:
         columns["member_probabilities"] = columns["member_probabilities"].transpose(0, 1)
-    return index[unlabeled], PoolOutputs(**columns, labeled_features=labeled, seed=seed)
+    return index[unlabeled], PoolOutputs(**columns, labeled_features=labeled, seed=seed, multilabel=multilabel)
 
 
-def _dropout_passes(run: Callable[[nn.Module, Inputs], Any], student: nn.Module, batch: Batch, passes: int) -> Tensor:
+def check_labels(labels: Tensor, task: str) -> None:
+    """Raise InputError unless labels are one class each, or zeros and ones (N, L) for the multilabel task."""
+    kind = f"{labels.dtype} of shape {[*labels.shape]}"
+    if task == "multilabel":
+        if not has_several_labels(labels):
+            raise InputError(f"task: multilabel needs labels of zeros and ones (N, L), got labels {kind}")
+    elif not has_one_class(labels):
+        raise InputError(f"active learning needs one class label for each sample, got labels {kind} and task: {task}")
+
+
+def _dropout_passes(seams: Seams, student: nn.Module, batch: Batch, passes: int) -> Tensor:
     """Return the probabilities of several passes, (B, K, C)."""
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # attention's fused kernels skip dropout
-        outputs = [_probabilities(logits_of(run(student, batch.x), "the student"), batch) for _ in range(passes)]
+        logits = (logits_of(seams.call(student, batch.x), "the student") for _ in range(passes))
+        outputs = [_probabilities(one, batch, seams.task) for one in logits]
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return torch.stack(outputs, dim=1)
 
 
-def _probabilities(logits: Tensor, batch: Batch) -> Tensor:
-    """Return probabilities (B, C), float64 on the CPU; for the binary task those of both classes."""
+def _probabilities(logits: Tensor, batch: Batch, task: str) -> Tensor:
+    """Return probabilities (B, C), float64 on the CPU; of each label for multilabel, of both classes for binary."""
     logits = logits.cpu().double()
+    if task == "multilabel":
+        return logits.sigmoid()
     if logits.ndim == 1 or logits.shape[1] == 1:
         logits = torch.stack([torch.zeros(len(logits)).double(), logits.flatten()], dim=1)
     return mask_candidates(logits, None if batch.candidates is None else batch.candidates.cpu()).softmax(dim=1)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.active import several_labels
 from kd_lightning.errors import InputError
 
 _LARGEST = 2**31  # largest number of elements in BADGE's gradients: 8 GB
@@ -28,6 +29,8 @@ class PoolOutputs:
         teacher_probabilities: The teacher's probabilities, (N, C) float64.
         labeled_features: The features of the M labeled samples, (M, D).
         seed: Seed of a strategy's random numbers, from 0 to 2**32 - 1.
+        multilabel: Whether a sample has several labels. Probabilities are then those that each of L labels is 1, and L
+            stands in the place of C. Default: False.
     """
 
     probabilities: Tensor
@@ -36,6 +39,7 @@ class PoolOutputs:
     teacher_probabilities: Tensor | None = None
     labeled_features: Tensor | None = None
     seed: int = 0
+    multilabel: bool = False
 
 
 class SelectedSamples(NamedTuple):
@@ -70,7 +74,7 @@ def select_samples(strategy: str, pool: PoolOutputs, n: int) -> SelectedSamples:
         raise InputError(f"n must be at least 1, got {n}")
     if n > size:
         raise InputError(f"n must be at most {size}, the number of samples without a label, got {n}")
-    if pool.probabilities.shape[1] < 2:
+    if pool.probabilities.shape[1] < 2 and not pool.multilabel:
         raise InputError(f"probabilities must have at least 2 classes, got shape {[*pool.probabilities.shape]}")
     return STRATEGIES[strategy](pool, n)
 
@@ -84,17 +88,31 @@ def check_strategy(strategy: str, seed: int) -> None:
 
 
 def least_confidence(pool: PoolOutputs, n: int) -> SelectedSamples:
-    """Select the samples with the lowest largest probability. Score: 1 - max p."""
+    """Select the samples with the lowest largest probability. Score: 1 - max p.
+
+    With several labels, p is the probability of a set of labels, see
+    :func:`~kd_lightning.active.several_labels.least_confidence`.
+    """
+    if pool.multilabel:
+        return _highest(several_labels.least_confidence(pool.probabilities), n)
     return _uncertain(pool, n, "least_confident")
 
 
 def margin(pool: PoolOutputs, n: int) -> SelectedSamples:
-    """Select the samples with the smallest margin between the two most probable classes. Score: 1 - (p_1 - p_2)."""
+    """Select the samples with the smallest margin between the two most probable classes. Score: 1 - (p_1 - p_2).
+
+    With several labels, it is that between 0 and 1 of the least certain label, see
+    :func:`~kd_lightning.active.several_labels.margin`.
+    """
+    if pool.multilabel:
+        return _highest(several_labels.margin(pool.probabilities), n)
     return _uncertain(pool, n, "margin_sampling")
 
 
 def entropy(pool: PoolOutputs, n: int) -> SelectedSamples:
-    """Select the samples with the highest entropy. Score: -sum p log p, in nats."""
+    """Select the samples with the highest entropy. Score: -sum p log p, in nats. With several labels: their sum."""
+    if pool.multilabel:
+        return _highest(several_labels.entropy(pool.probabilities), n)
     return _uncertain(pool, n, "entropy")
 
 
@@ -102,11 +120,14 @@ def bald(pool: PoolOutputs, n: int) -> SelectedSamples:
     """Select the samples with the highest mutual information of label and network (Houlsby et al. 2011).
 
     Score: the entropy of the members' mean probabilities minus the mean of the members' entropies, in nats. It is 0
-    if all members agree. Each sample is scored alone, unlike in BatchBALD.
+    if all members agree. Each sample is scored alone, unlike in BatchBALD. With several labels, it is the sum of those
+    of each label.
 
     Source: https://arxiv.org/abs/1112.5745
     """
     assert pool.member_probabilities is not None
+    if pool.multilabel:
+        return _highest(several_labels.bald(pool.member_probabilities), n)
     members = pool.member_probabilities.numpy().copy()  # the library changes its input
     scores = _library().batch_bald(members, batch_size=1, eps=np.finfo(np.float64).tiny, random_state=0)[0]
     return _highest(torch.from_numpy(scores).clamp(min=0), n)  # rounding may make it negative
@@ -140,7 +161,8 @@ def badge(pool: PoolOutputs, n: int) -> SelectedSamples:
     """Select a diverse batch of uncertain samples by their gradients (BADGE, Ash et al. 2020).
 
     The gradient of a sample is that of the cross-entropy with its most probable class, at the last layer's weights:
-    (p - onehot(argmax p)) times the features. The selected samples are the seeds of k-means++ on the gradients
+    (p - onehot(argmax p)) times the features. With several labels, it is that of the binary cross-entropy with the
+    likelier value of each label. The selected samples are the seeds of k-means++ on the gradients
     (scikit-learn's, which tries a few candidates for each seed). Score: the norm of the gradient. If k-means++ selects
     a sample twice, because no other gradients are left, the sample with the largest norm takes its place.
 
@@ -151,7 +173,8 @@ def badge(pool: PoolOutputs, n: int) -> SelectedSamples:
     if (size := p.numel() * features.shape[1]) > _LARGEST:
         shape = f"{len(p)} samples, {p.shape[1]} classes and {features.shape[1]} features"
         raise InputError(f"badge: samples x classes x features must be at most {_LARGEST}, got {size}: {shape}")
-    at_logits = p - F.one_hot(p.argmax(dim=1), p.shape[1])
+    likeliest = several_labels.likeliest(p) if pool.multilabel else F.one_hot(p.argmax(dim=1), p.shape[1])
+    at_logits = p - likeliest
     gradients = (at_logits.float().unsqueeze(2) * features.float().unsqueeze(1)).flatten(1)
     from sklearn.cluster import kmeans_plusplus  # imported late, since it takes half a second
 
@@ -162,8 +185,13 @@ def badge(pool: PoolOutputs, n: int) -> SelectedSamples:
 
 
 def disagreement(pool: PoolOutputs, n: int) -> SelectedSamples:
-    """Select the samples on which the student differs most from the teacher. Score: KL(teacher || student), in nats."""
+    """Select the samples on which the student differs most from the teacher. Score: KL(teacher || student), in nats.
+
+    With several labels, it is the sum of those of each label.
+    """
     assert pool.teacher_probabilities is not None
+    if pool.multilabel:
+        return _highest(several_labels.disagreement(pool.probabilities, pool.teacher_probabilities), n)
     from scipy.special import rel_entr
 
     divergence = rel_entr(pool.teacher_probabilities.numpy(), pool.probabilities.numpy()).sum(axis=1)

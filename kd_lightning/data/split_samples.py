@@ -201,8 +201,11 @@ def _report(found: Match, part: str, path: Path, moved: int = 0) -> None:
         (rank_zero_warn if found.changed else rank_zero_info)(text)
 
 
-def _class_numbers(split: Split, path: Path, names: Sequence[str] | None) -> Callable[[Any], int]:
-    """Return a function from a class number of the split to the number of the same class now."""
+def _class_numbers(split: Split, path: Path, names: Sequence[str] | None) -> Callable[[Any], Any]:
+    """Return a function from a class number of the split to the number of the same class now.
+
+    Of several labels of a sample, it returns those of the same classes; new classes have none.
+    """
     before = split.class_names
     if before and names and before != [*names]:
         new, gone = ([name for name in a if name not in b] for a, b in ((names, before), (before, names)))
@@ -211,7 +214,15 @@ def _class_numbers(split: Split, path: Path, names: Sequence[str] | None) -> Cal
             f"labeled: {path}: the classes, and their numbers, have changed since ({what or 'another order'})"
         )
 
-    def number(label: Any) -> int:
+    def number(label: Any) -> Any:
+        if isinstance(label, list):
+            if before is None or names is None or before == [*names] or len(label) != len(before):
+                return label
+            for name, value in zip(before, label, strict=True):
+                if value is not None:
+                    number(before.index(name))  # is there
+            known = dict(zip(before, label, strict=True))
+            return [known.get(name) for name in names]
         if before is None or names is None or before == [*names] or not 0 <= int(label) < len(before):
             return int(label)
         if before[int(label)] not in names:

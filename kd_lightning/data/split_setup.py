@@ -84,12 +84,13 @@ def find_split(
         _check_no_file_twice(samples)
     if label_file is not None:
         images, identities = samples.label_file_parts()
+        several = targets.ndim == 2  # labels of a sample
         rows = read_label_file(
             Path(label_file),
             images,
             identities=identities,
             targets=val_labels(parts.train, split).visible,
-            class_names=names or [str(c) for c in range(count_classes(targets, None))],
+            class_names=names or [str(c) for c in range(targets.shape[1] if several else count_classes(targets, None))],
             group_names=group_names,
             val_indices=split.val,
             correct_val=correct_val,

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -130,10 +129,10 @@ def make_loop_data():
     return data.train_dataloader()
 
 
-@pytest.mark.parametrize("name", ["test", "_select", "finish", "_write", "_reveal"])
+@pytest.mark.parametrize("name", ["_select", "finish", "_write", "_reveal"])
 def test_interrupted_between_fits(unbroken, monkeypatch, name):
-    """After the fit, the test, the query, the student's file; before the labels."""
-    owner = {"test": Trainer, "finish": LoopFolder, "_write": LoopFolder}.get(name, ActiveLearningLoop)
+    """After the test, the query, the student's file; before the labels."""
+    owner = {"finish": LoopFolder, "_write": LoopFolder}.get(name, ActiveLearningLoop)
     real, calls = getattr(owner, name), []
 
     def stop(*args, **kwargs):
@@ -144,7 +143,7 @@ def test_interrupted_between_fits(unbroken, monkeypatch, name):
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, stop)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        with pytest.raises(KeyboardInterrupt):
             make_loop("loop").run()
     check_same("loop", unbroken, make_loop("loop").run())
 
@@ -152,7 +151,7 @@ def test_interrupted_between_fits(unbroken, monkeypatch, name):
 def test_a_finished_loop_is_not_repeated(unbroken, monkeypatch):
     make_loop("loop").run()
     before = Path("loop/loop.json").read_bytes()
-    monkeypatch.setattr(Trainer, "fit", None)
+    monkeypatch.setattr(Loop, "_train", None)
     check_same("loop", unbroken, make_loop("loop").run())
     assert Path("loop/loop.json").read_bytes() == before
 
@@ -170,21 +169,26 @@ def test_killed(unbroken, processes):
         codes, outputs = processes.run(([SCRIPT], {}))
         assert codes == [-signal.SIGKILL], outputs
         assert Path("loop/loop.json").is_file()
-    assert sys.modules[__name__]
     check_same("loop", unbroken, make_loop("loop").run())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "entropy"}, "strategy: it was bald, got entropy; the loop in loop goes on with the same, or name"),
+        (
+            {"strategy": "entropy"},
+            "strategy: it was bald, got entropy; the loop in loop goes on with the same",
+        ),
         ({"queries": 6}, "queries: it was 5, got 6"),
         ({"rounds": 3}, "rounds: it was 2, got 3"),
         ({"seed": 4}, "seed: it was 3, got 4"),
         ({"module": lambda: make_module(3)}, "make_module: weights, attributes or code of SupervisedModule have chan"),
         ({"trainer": lambda: make_trainer(max_epochs=5)}, "make_trainer: max_epochs was 3, got 5"),
         ({"data": lambda: make_data(labeled=3)}, "make_data: loop has a loop on other data: .* another split"),
-        ({"data": lambda: make_data(batch_size=60)}, "make_data: loop has a loop on other data: batch_size: .* 300, got"),
+        (
+            {"data": lambda: make_data(batch_size=60)},
+            "make_data: .* on other data: batch_size: .* 300, got",
+        ),
     ],
 )
 def test_other_settings_are_refused(change, message):

@@ -13,6 +13,7 @@ from kd_lightning.batch import IGNORE_INDEX, LabelKind, is_labeled
 from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_file import KINDS
 from kd_lightning.data.labels.label_noise import LabelNoise
+from kd_lightning.data.labels.several_labels import check_several, has_several_labels, to_tensor
 from kd_lightning.data.labels.table import LabelTable, true_labels
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.source import Part, Parts
@@ -48,8 +49,8 @@ def build_labels(
             None, which means 1.
 
     Raises:
-        InputError: For noise, coarse labels or label rows if a sample has many labels, and for a label row with a
-            superclass that ``coarse`` does not name.
+        InputError: For noise or coarse labels if a sample has many labels, for label rows if these are not zeros and
+            ones, and for a label row with a superclass that ``coarse`` does not name.
     """
     y = mask_labels(truth, split.labeled, size)
     weight = None if weights is None else torch.cat([weights.float(), torch.ones(size - len(weights))])
@@ -58,9 +59,14 @@ def build_labels(
         return LabelTable(y, weight=weight, dense=dense, classes=count_classes(truth, class_names) if single else None)
     if dense:
         raise InputError("noisy, label_noise, coarse and label_file need one label for a sample; these are dense")
+    if has_several_labels(truth) and not noisy and noise is None and coarse is None:
+        return LabelTable(
+            _with_several(y, [row for row in split.label_rows if row[0] not in _hidden(split)]), weight=weight
+        )
     if truth.ndim > 1 or truth.is_floating_point():
         raise InputError(
-            "noisy, label_noise, coarse and label_file need samples of one class each; these have many labels"
+            "noisy, label_noise, coarse and label_file need samples of one class each, or label_file alone zeros and "
+            "ones; these have many labels"
         )
     classes = count_classes(truth, class_names)
     kind = torch.where(is_labeled(y), LabelKind.NOISY if noisy else LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
@@ -77,7 +83,7 @@ def build_labels(
         group = torch.zeros(size, dtype=torch.long)
         group[selected] = members.int().argmax(dim=0)[truth[selected]]
         kind[selected] = LabelKind.COARSE
-    hidden = {*split.held_out, *split.left_out, *split.val}
+    hidden = _hidden(split)
     if rows := [row for row in split.label_rows if row[0] not in hidden]:
         index, labels, kinds, factors = (list(column) for column in zip(*rows, strict=True))
         kind[index] = torch.tensor([KINDS[name] for name in kinds], dtype=torch.int8)
@@ -97,6 +103,19 @@ def build_labels(
     return LabelTable(y, kind, weight, group, members, classes=classes)
 
 
+def _hidden(split: Split) -> set[int]:
+    return {*split.held_out, *split.left_out, *split.val}
+
+
+def _with_several(labels: Tensor, rows: Sequence[Sequence[Any]]) -> Tensor:
+    """Return multilabel labels (N, L), floats, with those of label rows; NaN where a row has none."""
+    labels = labels.float()
+    for index, label, kind, _ in rows:
+        if index < len(labels):
+            labels[index] = to_tensor(label) if kind == "clean" else float("nan")
+    return labels
+
+
 def val_labels(part: Part, split: Split) -> LabelTable:
     """The labels that validation compares with: those of the source, and the corrections of label files.
 
@@ -111,13 +130,15 @@ def val_labels(part: Part, split: Split) -> LabelTable:
 
 
 def corrected_labels(targets: Tensor, rows: Sequence[Sequence[Any]]) -> Tensor:
-    """Return class indices (N,) with those of label rows; -100 where a row has no class. Rows of others are left out.
+    """Return labels with those of label rows; -100 or NaN where a row has none. Rows of others are left out.
 
     Args:
-        targets: Class indices (N,).
+        targets: Class indices (N,), or zeros and ones (N, L).
         rows: Label rows of a split.
     """
     targets = targets.clone()
+    if targets.ndim > 1:
+        return _with_several(targets, rows)
     for index, label, kind, _ in rows:
         if index < len(targets):
             targets[index] = label if kind in ("clean", "noisy") else IGNORE_INDEX
@@ -147,6 +168,8 @@ def check_label_rows(split: Split, parts: Parts, *, unlabeled_part: bool) -> Non
         InputError: For rows of an unlabeled part that is absent, and for a row whose label, kind or weight cannot be.
     """
     targets = parts.train.targets
+    for index, label, kind, weight in split.label_rows if has_several_labels(targets) else ():
+        check_several(label, kind, weight, targets.shape[1], f"labeled: the label row of sample {index}")
     if split.label_rows and targets.ndim == 1 and not targets.is_floating_point():
         classes = count_classes(targets, parts.class_names)
         for row in split.label_rows:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -14,6 +14,15 @@ from torch import Tensor
 from kd_lightning.batch import IGNORE_INDEX, LabelKind
 from kd_lightning.data.identity import Identities
 from kd_lightning.data.labels.class_numbers import ClassNumbers
+from kd_lightning.data.labels.several_labels import (
+    Several,
+    check_several,
+    from_tensor,
+    has_several_labels,
+    label_columns,
+    read_cells,
+    rename_columns,
+)
 from kd_lightning.data.row_samples import RowName, RowSamples
 from kd_lightning.data.sources.images import Images
 from kd_lightning.data.tables import PATH_COLUMNS, Rows, read_table
@@ -25,10 +34,13 @@ _NAMES = _COLUMNS[:3]
 
 
 class LabelRow(NamedTuple):
-    """The label of one sample: a class by number or a superclass by name, its kind, and the weight of its loss."""
+    """The label of one sample, its kind, and the weight of its loss.
+
+    The label is a class by number, a superclass by name, or of a multilabel sample 0, 1 or None for each class.
+    """
 
     sample: int
-    label: int | str
+    label: int | str | Several
     kind: str
     weight: float
 
@@ -45,6 +57,10 @@ def read_label_file(
     correct_val: bool = False,
 ) -> list[LabelRow]:
     """Read a label file with the columns ``index``, ``path`` or ``content``, and ``label`` or ``kind``.
+
+    Where samples have several labels, it has a column for each class instead of ``label``: 0, 1, or an empty cell for a
+    missing label. A row without any label and kind is not labeled yet. A class without a column has no label. The kind
+    is clean or missing, and there are no weights.
 
     The cells of a CSV file are separated by commas, semicolons or tabs; the first line decides.
 
@@ -69,8 +85,8 @@ def read_label_file(
         class_names: Names of the classes, by index.
         identities: Paths and contents of each part. Default: None, which means that they are read if a row has a
             content.
-        targets: Labels of the training part, with earlier corrections; only (N,) class indices are used. Default:
-            None, which means that they are unknown.
+        targets: Labels of the training part, with earlier corrections; only (N,) class indices, and (N, L) zeros and
+            ones of several labels, are used. Default: None, which means that they are unknown.
         group_names: Names of the superclasses.
         val_indices: Samples of the validation part. Rows with another label than that of ``targets`` are refused,
             unless they correct it.
@@ -85,12 +101,14 @@ def read_label_file(
             image with two labels, another label (without ``correct_val``) or a superclass for an image of the
             validation part, a weight out of range, and a file whose images are all gone. The message names the line.
     """
-    rows = [(place, row) for place, row in _read_rows(path) if row.get("label") or row.get("kind")]
+    several = label_columns(class_names) if targets is not None and has_several_labels(targets) else []
+    cells = [*several, "kind"] if several else ["label", "kind"]
+    rows = [(place, row) for place, row in _read_rows(path, several) if any(row.get(name) for name in cells)]
     if not rows:
         raise InputError(f"label_file: {path} has no row with a label or a kind")
     samples = _find_samples(path, rows, images, identities)
     classes, groups = ClassNumbers(class_names), ClassNumbers(group_names, "superclass", "superclasses")
-    for numbers, kinds in ((classes, ("", "clean", "noisy")), (groups, ("coarse",))):
+    for numbers, kinds in () if several else ((classes, ("", "clean", "noisy")), (groups, ("coarse",))):
         labels = {row.get("label", "") for _, row in rows if row.get("kind", "") in kinds}
         try:
             numbers.check_first_number(labels)
@@ -100,14 +118,19 @@ def read_label_file(
             rank_zero_info(f"label_file: {path}: {text}")
     found: dict[int, LabelRow] = {}
     val = frozenset(val_indices)
-    truth = [] if targets is None or targets.ndim > 1 or targets.is_floating_point() else targets.tolist()
+    truth: list[Any] = [] if targets is None or several or targets.is_floating_point() else targets.tolist()
+    if several and targets is not None:
+        truth = [from_tensor(labels) for labels in targets]
     for (place, row), sample in zip(rows, samples, strict=True):
         if sample is None:
             continue
         try:
-            new = LabelRow(sample, *_read_label(row, classes, groups, group_names))
+            if several:
+                new = _read_several(sample, row, several)
+            else:
+                new = LabelRow(sample, *_read_label(row, classes, groups, group_names))
             if sample in val:
-                label = IGNORE_INDEX if new.kind == "missing" else new.label
+                label = new.label if several or new.kind != "missing" else IGNORE_INDEX
                 if new.kind != "coarse" and [label] == truth[sample : sample + 1]:
                     continue
                 if not correct_val:
@@ -196,16 +219,38 @@ def _read_label(
     return number, kind, _parse_weight(row.get("weight") or "1")
 
 
+def _read_several(sample: int, row: dict[str, str], columns: Sequence[str]) -> LabelRow:
+    """Return the row of a sample with several labels; without any label it is of kind missing."""
+    labels = read_cells(row, columns)
+    kind = row.get("kind") or ("missing" if labels.count(None) == len(labels) else "clean")
+    new = LabelRow(sample, labels, kind, _parse_weight(row.get("weight") or "1"))
+    check_several(new.label, new.kind, new.weight, len(columns), "the row")
+    return new if kind == "clean" else new._replace(label=[None] * len(labels))
+
+
 # Rows.
 
 
-def _read_rows(path: Path) -> Rows:
-    """Each row and its place in the file."""
-    columns, rows = read_table(path, "label_file", {*_COLUMNS, *PATH_COLUMNS})
+def _read_rows(path: Path, several: Sequence[str]) -> Rows:
+    """Each row and its place in the file; ``several`` are the columns of classes, if samples have several labels."""
+    if several:
+        columns, rows = read_table(path, "label_file")
+        found = rename_columns(columns, several)
+        kept = [name for name in columns if name in (*_COLUMNS, *PATH_COLUMNS)]
+        names = {**{name: name for name in kept}, **found}
+        rows = [(place, {new: row.get(name, "") for name, new in names.items()}) for place, row in rows]
+        columns = [names.get(name, name) for name in columns]
+        if not found and "kind" not in columns:
+            raise InputError(
+                f"label_file: {path} must have a column of zeros and ones for each class, such as {several[0]}, since "
+                f"samples have several labels, got {', '.join(columns) or 'none'}"
+            )
+    else:
+        columns, rows = read_table(path, "label_file", {*_COLUMNS, *PATH_COLUMNS})
     if name := next((name for name in PATH_COLUMNS if name in columns), None):
         rows = [(place, row | {"path": row.get(name, "")}) for place, row in rows]
         columns = [*columns, "path"]
-    if not {*_NAMES}.intersection(columns) or not {"label", "kind"}.intersection(columns):
+    if not {*_NAMES}.intersection(columns) or not {"label", "kind", *several}.intersection(columns):
         got = ", ".join(columns) or "none"
         raise InputError(f"label_file: {path} must have the columns index or path, and label or kind, got {got}")
     return rows
