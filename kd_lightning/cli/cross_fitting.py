@@ -182,6 +182,8 @@ def predict_fold(
 ) -> Tensor:
     """Return the probabilities of a run's student for samples under evaluation transforms, (N, C) float64.
 
+    For the multilabel task they are those of each label, (N, L); for the binary task those of both classes, (N, 2).
+
     Args:
         run: A finished run.
         data: The datamodule of the samples, set up.
@@ -190,7 +192,7 @@ def predict_fold(
         command: Name of the command in messages.
 
     Raises:
-        InputError: If the outputs are not finite, or not one logit for each class.
+        InputError: If the outputs are not finite, or not one logit for each class or label, or one for the binary task.
     """
     student = run.student()
     student.to(device).eval()
@@ -198,13 +200,24 @@ def predict_fold(
     assert isinstance(pool, ViewDataset)
     samples = ViewDataset(pool.images, torch.tensor(index), data.eval_transform, data.seed)
     options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers}
-    loader = ViewLoader(samples, LabelTable(data.visible_labels()), **options)
-    unpack, call = Seams.of_run(run, device)
+    labels = data.visible_labels()
+    loader = ViewLoader(samples, LabelTable(labels), **options)
+    unpack, call, task = Seams.of_run(run, device)
     outputs = (call(student, unpack(batch).x) for batch in batches_of(loader, data, device))
     logits = torch.cat([logits_of(output, "the student").cpu().double() for output in outputs])
-    classes = len(data.class_names or ()) or int(data.visible_labels().max()) + 1
-    if logits.ndim != 2 or logits.shape[1] < classes or (data.class_names and logits.shape[1] != classes):
-        raise InputError(f"{command} needs a student with {classes} logits, one for each class, got {[*logits.shape]}")
+    several = labels.ndim == 2
+    classes = labels.shape[1] if several else len(data.class_names or ()) or int(labels.max()) + 1
+    exact = several or data.class_names
+    if task == "binary":
+        fits, needs = logits.shape[1:] in ((), (1,)), "one logit"
+    else:
+        fits = logits.ndim == 2 and (logits.shape[1] == classes or (not exact and logits.shape[1] > classes))
+        needs = f"{classes} logits, one for each {'label' if several else 'class'}"
+    if not fits:
+        raise InputError(f"{command} needs a student with {needs}, got {[*logits.shape]}")
     if not logits.isfinite().all():
         raise InputError(f"the logits of the student of {run.folder} are not finite; did its training diverge?")
-    return logits.softmax(dim=1)
+    if task == "binary":
+        p = logits.flatten().sigmoid()
+        return torch.stack([1 - p, p], dim=1)
+    return logits.sigmoid() if task == "multilabel" else logits.softmax(dim=1)

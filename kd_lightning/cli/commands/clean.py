@@ -23,8 +23,17 @@ from kd_lightning.cli.cross_fitting import (
     whole_groups,
 )
 from kd_lightning.cli.parse import Config, parse_config
+from kd_lightning.cli.several_labels import (
+    SeveralReview,
+    folds_of_several,
+    judge_several,
+    summarize_several,
+    write_several_review,
+)
 from kd_lightning.cli.short.clean import write_clean_config
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.labels.several_labels import has_several_labels
+from kd_lightning.data.sources.targets import has_label, has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
 from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
@@ -74,19 +83,28 @@ def main(options: Namespace) -> None:
             f"--out: {out / 'labels.csv'} is the data.label_file, and would be overwritten; name another folder"
         )
     data = build_data(config, "clean")
+    result: Review | SeveralReview
+    if options.action == "downweight" and _task_of(config) == "multilabel":
+        raise InputError("--action downweight: labels of the multilabel task have no weights; allowed: drop, relabel")
     if options.part == "val":
         result = review_val(config, data, root / "val" / "fit", out)
     else:
         result = review(config, data, options.folds, root / f"{options.folds}_folds", out)
     if earlier:  # the new label file replaces it, so the split stores its labels
         data.save_split(out / "split.json")
-    write_review(result, data, out, options.action, options.weight)
+    if isinstance(result, SeveralReview):
+        write_several_review(result, data, out, options.action, _SHEET_IMAGES)
+    else:
+        write_review(result, data, out, options.action, options.weight)
     print(summarize(result, data, config, None if options.part == "val" else options.folds))
     if not result.suspect.any():
-        print(f"no label is suspect, so there is no label file; {out} has the estimated transition matrix")
+        matrix = "" if isinstance(result, SeveralReview) else f"; {out} has the estimated transition matrix"
+        print(f"no label is suspect, so there is no label file{matrix}")
         return
     files = " and ".join(name for name in ("suspects.png", "suspects.csv") if (out / name).is_file())
-    print(f"check {out / files}, and delete the rows of correct labels from labels.csv")
+    several = isinstance(result, SeveralReview)
+    correct = "undo its wrong changes in" if several else "delete the rows of correct labels from"
+    print(f"check {out / files}, and {correct} labels.csv")
     command = ["kd-lightning", "fit", *options.overrides]
     if earlier:
         command += ["--data.labeled", str(out / "split.json")]
@@ -95,7 +113,9 @@ def main(options: Namespace) -> None:
     print(f"{options.action} the suspects: {shlex.join([*command, '--data.label_file', str(out / 'labels.csv')])}")
 
 
-def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: Path, out: Path) -> Review:
+def review(
+    config: Config, data: SemiSupervisedDataModule, folds: int, folder: Path, out: Path
+) -> Review | SeveralReview:
     """Evaluate each label with a student that was trained without it, by cleanlab's confident learning.
 
     The labeled samples are split into folds, stratified by class. For each fold a student is trained by the config's
@@ -113,30 +133,36 @@ def review(config: Config, data: SemiSupervisedDataModule, folds: int, folder: P
         out: Folder of the written files. It is created before the first fit.
 
     Raises:
-        InputError: If there are several processes, the samples do not have one class each, there are too few labels, a
-            student's outputs are not finite or not one logit for each class, or cleanlab is missing.
+        InputError: If there are several processes, the labels do not fit the task (multiclass, binary or multilabel),
+            there are too few labels, a student's outputs are not finite or not one logit for each class or label, or
+            cleanlab is missing.
     """
-    _require_cleanlab()
-    device = require_one_process(config, "clean", "--trainer.devices 1")
-    arguments = config["model"].get("init_args") or {}
-    if not has_student(config["model"]):
-        raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
-    known, split, task = labeled_classes(data), data.split, arguments.get("task", "multiclass")
-    if known is None or split is None or task != "multiclass":
-        raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
-    if len({*known.values()}) < 2:
-        raise InputError(f"clean needs labels of at least 2 classes, got {', '.join({*known.values()}) or 'no labels'}")
-    held_out = stratified_folds(known, folds, split.seed, "--folds", whole_groups(data, [*known]))
+    device = _require(config)
+    labels, split = data.visible_labels(), data.split
+    several = _check_labels(config, labels)
+    assert split is not None
+    if several:
+        index = has_label(labels).nonzero().flatten().tolist()
+        groups = whole_groups(data, index)
+        held_out = folds_of_several(labels, index, folds, split.seed, "--folds", groups)
+    else:
+        known = labeled_classes(data) or {}
+        if len({*known.values()}) < 2:
+            got = ", ".join({*known.values()}) or "no labels"
+            raise InputError(f"clean needs labels of at least 2 classes, got {got}")
+        held_out = stratified_folds(known, folds, split.seed, "--folds", whole_groups(data, [*known]))
     out.mkdir(parents=True, exist_ok=True)
     parts = []
     fits = fit_folds(config, split, held_out, folder, data.samples.hashes)
     for run, fold in zip(fits, held_out, strict=True):
         parts.append(predict_fold(run, data, fold, device, "clean"))
-    index, order = torch.tensor([*chain(*held_out)]).sort()
-    return _judge(index, data.visible_labels()[index], torch.cat(parts)[order])
+    order = torch.tensor([*chain(*held_out)]).argsort()
+    samples = torch.tensor([*chain(*held_out)])[order]
+    judge = judge_several if several else _judge
+    return judge(samples, labels[samples], torch.cat(parts)[order])
 
 
-def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out: Path) -> Review:
+def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out: Path) -> Review | SeveralReview:
     """Evaluate each validation label as :func:`review` does, with one student that was trained on the training part.
 
     Args:
@@ -148,26 +174,49 @@ def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out
     Raises:
         InputError: As :func:`review`, and if no validation sample has a label.
     """
-    _require_cleanlab()
-    device = require_one_process(config, "clean", "--trainer.devices 1")
-    task = (config["model"].get("init_args") or {}).get("task", "multiclass")
-    if not has_student(config["model"]):
-        raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
-    if labeled_classes(data) is None or data.split is None or task != "multiclass":
-        raise InputError(f"clean needs samples of one class each and task: multiclass, got {task} or several labels")
+    device = _require(config)
+    several = _check_labels(config, data.visible_labels())
+    assert data.split is not None
     labels = data.validation_labels()
-    if not (index := [n for n in data.split.val if labels[n] != IGNORE_INDEX]):
+    known = has_label(labels)
+    if not (index := [n for n in data.split.val if known[n]]):
         raise InputError("--part val: no validation sample has a label; set data.val_size, or val of the source")
     out.mkdir(parents=True, exist_ok=True)
     (run,) = fit_folds(config, data.split, [[]], folder, data.samples.hashes)
-    return _judge(torch.tensor(index), labels[index], predict_fold(run, data, index, device, "clean"))
+    judge = judge_several if several else _judge
+    return judge(torch.tensor(index), labels[index], predict_fold(run, data, index, device, "clean"))
 
 
-def _require_cleanlab() -> None:
+def _require(config: Config) -> torch.device:
+    """Return the device of the fits; InputError without cleanlab, for several processes, or without a student."""
     try:
         import cleanlab.filter  # noqa: F401
     except ImportError as error:
         raise InputError("clean needs cleanlab: pip install 'kd-lightning[weak]'") from error
+    device = require_one_process(config, "clean", "--trainer.devices 1")
+    if not has_student(config["model"]):
+        raise InputError(f"clean needs a model with a student, {config['model']['class_path']} has none")
+    return device
+
+
+def _task_of(config: Config) -> str:
+    return str((config["model"].get("init_args") or {}).get("task", "multiclass"))
+
+
+def _check_labels(config: Config, labels: Tensor) -> bool:
+    """Return whether samples have several labels; InputError if the labels do not fit the task."""
+    task = _task_of(config)
+    if task == "multilabel":
+        if not has_several_labels(labels):
+            kind = f"{labels.dtype} of shape {[*labels.shape]}"
+            raise InputError(f"clean needs labels of zeros and ones (N, L) for task: multilabel, got {kind}")
+        return True
+    if task not in ("multiclass", "binary") or not has_one_class(labels):
+        got = f"{task} and {labels.dtype} of shape {[*labels.shape]}"
+        raise InputError(f"clean needs samples of one class each, or several labels and task: multilabel, got {got}")
+    if task == "binary" and len(labels) and int(labels.max()) > 1:
+        raise InputError(f"clean: task: binary needs the classes 0 and 1, got class {int(labels.max())}")
+    return False
 
 
 def _judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Review:
@@ -232,16 +281,22 @@ def _name_of(data: SemiSupervisedDataModule, index: int) -> tuple[int, str, str]
     return index, data.path(index) or "", data.content(index)
 
 
-def summarize(result: Review, data: SemiSupervisedDataModule, config: Config, folds: int | None) -> str:
+def summarize(result: Review | SeveralReview, data: SemiSupervisedDataModule, config: Config, folds: int | None) -> str:
     """Return a summary of the suspects; if noise was simulated, also their precision and recall."""
     count, size = int(result.suspect.sum()), len(result.index)
     kind = "validation labels" if folds is None else "labels"
-    text = f"{count} of {size} {kind} ({100 * count / size:.1f} %) are suspects. Each label was evaluated by a student "
+    if isinstance(result, SeveralReview):
+        text = summarize_several(result, data, kind)
+    else:
+        text = f"{count} of {size} {kind} ({100 * count / size:.1f} %) are suspects."
+    text += " Each label was evaluated by a student "
     if folds is None:
         return text + "trained by the same method on the training part."
     text += f"trained by the same method with {folds - 1}/{folds} of the labels, without that label."
     if files := ", ".join(weight_files(config)):
         text += f" All folds read {files}: if these weights were trained on the labels, they may agree with wrong ones."
+    if isinstance(result, SeveralReview):
+        return text
     truth = data.hidden_truth(result.index)
     known = truth != IGNORE_INDEX
     if data.label_noise is not None and known.any():

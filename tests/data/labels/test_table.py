@@ -253,7 +253,7 @@ class TestBuildLabels:
         ):
             self.build_labels((2, "low", "coarse", 1.0), coarse=coarse)
 
-    @pytest.mark.parametrize("truth", [torch.rand(6), torch.ones(6, 3)])
+    @pytest.mark.parametrize("truth", [torch.rand(6), torch.rand(6, 3)])
     @pytest.mark.parametrize("kwargs", [{"noise": PairNoise(0.1)}, {"coarse": COARSE}, {}])
     def test_samples_of_many_labels(self, truth, kwargs):
         split = self.SPLIT if kwargs else self.SPLIT.with_label_rows([(2, 1, "clean", 1.0)])
