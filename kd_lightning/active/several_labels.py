@@ -60,7 +60,8 @@ def disagreement(p: Tensor, teacher: Tensor) -> Tensor:
     from scipy.special import rel_entr
 
     one, zero = rel_entr(teacher.numpy(), p.numpy()), rel_entr((1 - teacher).numpy(), (1 - p).numpy())
-    return torch.from_numpy((one + zero).sum(axis=1))
+    total: Tensor = torch.from_numpy((one + zero).sum(axis=1))
+    return total
 
 
 def likeliest(p: Tensor) -> Tensor:

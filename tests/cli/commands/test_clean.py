@@ -335,7 +335,10 @@ def test_teacher_that_knew_the_labels_is_named(out_of_fold, config, capsys):
         (["--trainer.devices", "2"], "clean runs on one process, got 2; set --trainer.devices 1"),
         (["--model.task", "binary"], "clean: task: binary needs the classes 0 and 1, got class 9"),
         (["--model.task", "regression"], "clean needs samples of one class each, or several labels .*, got regression"),
-        (["--model.task", "multilabel"], "clean needs labels of zeros and ones .* for task: multilabel, got torch.int64"),
+        (
+            ["--model.task", "multilabel"],
+            "needs labels of zeros and ones .* for task: multilabel, got torch.int64",
+        ),
         (
             ["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"],
             "clean needs data: SemiSup.*BoringData",
