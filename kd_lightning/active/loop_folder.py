@@ -27,9 +27,11 @@ _STATE = "loop.json"
 _LAST = "last.ckpt"
 _FORMAT = 1
 # settings of a trainer that decide which weights a fit ends with
-_OF_TRAINER = ("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches", "gradient_clip_val")
-_OF_TRAINER += ("gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "val_check_interval")
-_OF_TRAINER += ("check_val_every_n_epoch", "precision", "overfit_batches")
+_OF_TRAINER = [
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches", "precision"),
+    *("check_val_every_n_epoch", "val_check_interval"),
+]
 
 
 class LoopFolder:

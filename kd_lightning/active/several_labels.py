@@ -70,4 +70,5 @@ def likeliest(p: Tensor) -> Tensor:
 
 
 def _entropies(p: Tensor) -> Tensor:
-    return torch.special.entr(p) + torch.special.entr(1 - p)
+    entropies: Tensor = torch.special.entr(p) + torch.special.entr(1 - p)
+    return entropies

@@ -19,6 +19,7 @@ from kd_lightning.errors import InputError
 _HEAD_WIDTH, _TEXT_WIDTH = 22, 26  # letters in a line of a caption: of its first line, of the others
 _MOST_LINES = 4  # of each line of a caption, if it is wrapped
 _PANEL = 1.75  # inches
+_TITLE_WIDTH = 20  # letters of the title above one column
 
 
 def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int = 6, title: str | None = None) -> Figure:
@@ -47,7 +48,9 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
     rows = math.ceil(len(images) / columns)
     heads, texts = zip(*map(_wrap, captions), strict=True)
     lines = [max(text.count("\n") + bool(text) for text in part) for part in (heads, texts)]
-    height = (_PANEL + 0.06 + 0.16 * lines[0] + 0.14 * lines[1]) * rows + 0.35 * (title is not None)
+    title = None if title is None else textwrap.fill(title, _TITLE_WIDTH * columns)  # else its end is cut off
+    head = 0.0 if title is None else 0.35 + 0.18 * title.count("\n")
+    height = (_PANEL + 0.06 + 0.16 * lines[0] + 0.14 * lines[1]) * rows + head
     sheet = Figure(figsize=(_PANEL * columns, height), layout="constrained")
     panels = sheet.subplots(rows, columns, squeeze=False).flat
     for image, head, text, panel in zip(images, heads, texts, panels, strict=False):  # and no panel beyond the last one

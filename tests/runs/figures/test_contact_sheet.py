@@ -188,3 +188,13 @@ class TestWriting:
         samples = [torch.rand(12), torch.rand(1, 4, 4), torch.rand(12)]
         assert write_contact_sheet(tmp_path / "sheet.png", samples, ["a", "b", "c"], "title")
         assert "2 samples are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [1, 2, 6])
+def test_a_long_title_is_not_cut_off(columns):
+    title = "Labels that are probably wrong: the 60 of 1234 with the lowest quality"
+    sheet = contact_sheet([torch.rand(1, 8, 8)] * columns, ["a\nb"] * columns, title=title)
+    sheet.draw_without_rendering()
+    box = sheet._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= sheet.bbox.x1 and box.y1 <= sheet.bbox.y1
+    assert box.y0 >= max(axes.get_tightbbox().y1 for axes in sheet.axes)
