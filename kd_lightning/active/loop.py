@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 
-from kd_lightning.active.loop_folder import LoopFolder, training_settings
+from kd_lightning.active.loop_folder import LoopFolder, data_state, training_settings
 from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher, with_unlabeled_pool
 from kd_lightning.active.strategies import check_strategy, select_samples
 from kd_lightning.data import SemiSupervisedDataModule
@@ -104,7 +104,7 @@ class ActiveLearningLoop:
             )
         if not has_label(data.hidden_truth(pool)).all():
             raise InputError(f"unlabeled must be a pool whose labels are all known, got {data.unlabeled}")
-        with nullcontext() if self.folder is None else self.folder.open(self._settings(), data.state_dict()):
+        with nullcontext() if self.folder is None else self.folder.open(self._settings(), data_state(data, pool)):
             self.results = [] if self.folder is None else [*self.folder.results]
             for result in self.results:
                 self._reveal(data, result["queried"])

@@ -11,12 +11,13 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.cache.content import fingerprint
 from kd_lightning.callbacks.exact_resume import ExactResume
 from kd_lightning.callbacks.seed_every_step import SeedEveryStep
-from kd_lightning.data.resume_settings import check_resume
+from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.resume_settings import check_resume, describe_transforms
 from kd_lightning.errors import InputError
 from kd_lightning.runs.checkpoints import SafeCheckpointIO
 from kd_lightning.runs.folder import lock_folder
@@ -26,11 +27,12 @@ from kd_lightning.runs.weights import save_weights
 _STATE = "loop.json"
 _LAST = "last.ckpt"
 _FORMAT = 1
-# settings of a trainer that decide which weights a fit ends with
+_TRUTH = {"truth": "the true labels of the pool", "test": "the labels of the test images"}
+# settings of a trainer that decide which weights a fit ends with, and what its test measures
 _OF_TRAINER = [
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches", "gradient_clip_val"),
     *("gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches", "precision"),
-    *("check_val_every_n_epoch", "val_check_interval"),
+    *("check_val_every_n_epoch", "val_check_interval", "reload_dataloaders_every_n_epochs", "limit_test_batches"),
 ]
 
 
@@ -58,7 +60,7 @@ class LoopFolder:
 
         Args:
             settings: Settings of the loop by name, as JSON represents them.
-            data: State of the datamodule before the first selection.
+            data: State of the data before the first selection, see :func:`data_state`.
 
         Raises:
             InputError: If the folder has other files, its loop has other settings or data, or another process uses it.
@@ -97,9 +99,14 @@ class LoopFolder:
                 )
         try:
             check_resume(data_before, data)
+            for name, what in _TRUTH.items():
+                if data_before.get(name) != data[name]:
+                    raise InputError(f"{what} have changed; name another folder")
         except InputError as error:
             raise InputError(f"make_data: {self.folder} has a loop on other data: {error}") from error
         self.results = results
+        for number in range(len(results)):  # the process may have ended before it was deleted
+            (self._round(number) / _LAST).unlink(missing_ok=True)
 
     def _write(self) -> None:
         part = self.folder / f".{_STATE}.part"
@@ -142,8 +149,26 @@ class LoopFolder:
         self._write()
         (folder / _LAST).unlink(missing_ok=True)
 
-    def _round(self) -> Path:
-        return self.folder / f"round_{len(self.results)}"
+    def _round(self, number: int | None = None) -> Path:
+        """Return the folder of a training. Default: None, which means the next one."""
+        return self.folder / f"round_{len(self.results) if number is None else number}"
+
+
+def data_state(data: SemiSupervisedDataModule, pool: Tensor) -> dict[str, Any]:
+    """Return what decides the results of a loop beside module and trainer, as JSON represents it.
+
+    It is the state that a checkpoint has, the transform of evaluations, and the labels that the loop reveals and that
+    its tests compare with.
+
+    Args:
+        data: The datamodule, set up.
+        pool: Indices of the samples without a label, (N,).
+    """
+    state = data.state_dict()
+    settings = state["settings"] | describe_transforms({"eval_transform": data.eval_transform})
+    test = data.samples.parts.test
+    truth = {"truth": data.hidden_truth(pool), "test": None if test is None else test.targets}
+    return state | {"settings": settings} | {name: fingerprint(labels) for name, labels in truth.items()}
 
 
 class _EachEpoch(ModelCheckpoint):
@@ -170,7 +195,7 @@ def training_settings(module: LightningModule, trainer: Trainer) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | None) else str(value)
+    return value if isinstance(value, int | str | None) else str(value)  # a float as text: 1.0 is all batches, 1 is one
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -19,7 +19,7 @@ def least_confidence(p: Tensor) -> Tensor:
 
 
 def margin(p: Tensor) -> Tensor:
-    """Return 1 - min |2p - 1|, (N,): the uncertainty of the least certain label ("binary minimum", Brinker 2006).
+    """Return 1 - min abs(2p - 1), (N,): the uncertainty of the least certain label ("binary minimum", Brinker 2006).
 
     Source: https://doi.org/10.1007/3-540-31314-1_24
 
@@ -53,12 +53,16 @@ def bald(members: Tensor) -> Tensor:
 def disagreement(p: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher || student) of the sets of labels in nats, (N,): the sum of that of each label.
 
+    Probabilities are at least 1.1e-16 away from 0 and 1, which the sigmoid of a large logit is rounded to.
+
     Args:
         p: The student's probabilities, (N, L) float64.
         teacher: The teacher's probabilities, (N, L) float64.
     """
     from scipy.special import rel_entr
 
+    least = torch.finfo(torch.float64).eps / 2
+    p, teacher = p.clamp(least, 1 - least), teacher.clamp(least, 1 - least)
     one, zero = rel_entr(teacher.numpy(), p.numpy()), rel_entr((1 - teacher).numpy(), (1 - p).numpy())
     total: Tensor = torch.from_numpy((one + zero).sum(axis=1))
     return total

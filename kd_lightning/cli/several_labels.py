@@ -32,7 +32,7 @@ class SeveralReview:
         probabilities: Out-of-fold probabilities that each label is 1, (N, L) float64.
         quality: Quality of each label, (N, L) float64 in [0, 1]: its probability; NaN where one is missing.
         suspect: Whether each label is probably wrong, (N, L) booleans.
-        judged: Whether a label has enough ones and zeros to be judged, (L,) booleans.
+        judged: Whether a label has enough ones and zeros to be learned and judged, (L,) booleans.
     """
 
     index: Tensor
@@ -48,11 +48,12 @@ class SeveralReview:
         return sorted(found, key=lambda place: (float(self.quality[place]), *place))
 
 
-def judge_several(index: Tensor, label: Tensor, probabilities: Tensor) -> SeveralReview:
+def judge_several(index: Tensor, label: Tensor, probabilities: Tensor, learned: Tensor) -> SeveralReview:
     """Find the labels that are probably wrong, each label for itself, by cleanlab's confident learning.
 
     This is cleanlab's ``find_multilabel_issues_per_class``, without the labels that are missing. A label with fewer
-    than two ones or two zeros is not judged: cleanlab finds nothing there, or fails.
+    than two ones or two zeros is not judged: cleanlab finds nothing there, or fails. Nor is one that a student has not
+    learned.
 
     Source: Thyagarajan et al., "Identifying Incorrect Annotations in Multi-Label Classification Data" (2022),
     https://arxiv.org/abs/2211.13895
@@ -61,18 +62,34 @@ def judge_several(index: Tensor, label: Tensor, probabilities: Tensor) -> Severa
         index: Indices of the samples, (N,).
         label: Zeros and ones (N, L), NaN where one is missing.
         probabilities: Out-of-fold probabilities that each label is 1, (N, L) float64.
+        learned: Whether all students have learned a label, see :func:`learned_labels`, (L,) booleans.
     """
     from cleanlab.filter import find_label_issues
 
     label = label.double()
     known, suspect = is_labeled(label), torch.zeros(label.shape, dtype=torch.bool)
-    judged = ((label == 1).sum(dim=0) >= _LEAST) & ((label == 0).sum(dim=0) >= _LEAST)
+    judged = learned & ((label == 1).sum(dim=0) >= _LEAST) & ((label == 0).sum(dim=0) >= _LEAST)
     for number in judged.nonzero().flatten().tolist():
         rows = known[:, number]
         given, p = label[rows, number].long().numpy(), probabilities[rows, number].numpy()
         suspect[rows, number] = torch.as_tensor(find_label_issues(given, np.stack([1 - p, p], axis=1), n_jobs=1))
     quality = torch.where(label == 1, probabilities, 1 - probabilities).where(known, torch.nan)
     return SeveralReview(index, label, probabilities, quality, suspect, judged)
+
+
+def learned_labels(labels: Tensor, index: Sequence[int], folds: Sequence[Sequence[int]]) -> Tensor:
+    """Return which labels have a one and a zero outside of each fold, (L,) booleans.
+
+    Args:
+        labels: Zeros and ones (N, L), NaN where one is missing.
+        index: The samples that students train on, but for those of a fold.
+        folds: Samples of each fold.
+    """
+    learned = torch.ones(labels.shape[1], dtype=torch.bool)
+    for fold in folds:
+        rest = labels[sorted({*index} - {*fold})]
+        learned &= (rest == 1).any(dim=0) & (rest == 0).any(dim=0)
+    return learned
 
 
 def folds_of_several(
@@ -189,7 +206,7 @@ def summarize_several(result: SeveralReview, data: SemiSupervisedDataModule, kin
     count = int(result.suspect.sum())
     text = f"{count} of {size} {kind} ({100 * count / max(size, 1):.1f} %), of {samples} samples, are suspects."
     if left := [name for name, one in zip(class_names(data, result), result.judged.tolist(), strict=True) if not one]:
-        text += f" Not judged, with fewer than {_LEAST} ones or zeros: {', '.join(left)}."
+        text += f" Not judged, with too few ones or zeros: {', '.join(left)}."
     return text
 
 

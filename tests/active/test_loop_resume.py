@@ -40,9 +40,21 @@ def make_module(width=2):
     return SupervisedModule(DigitsCNN(width, dropout=0.5), optimizer=partial(torch.optim.Adam, lr=0.01))
 
 
-def make_data(**kwargs):
+def make_data(change=None, **kwargs):
     plain = {"labeled": 2, "val_size": 0, "batch_size": 300, "train_transform": nn.Identity()}
-    return SemiSupervisedDataModule(Digits(), **(plain | kwargs))
+    data = SemiSupervisedDataModule(Digits(), **(plain | kwargs))
+    if change is not None:
+        data.setup("")
+        change(data)
+    return data
+
+
+def relabel_pool(data):
+    data.samples.parts.train.targets[data.split.unlabeled[0]] += 1
+
+
+def relabel_test(data):
+    data.samples.parts.test.targets[0] += 1
 
 
 def make_trainer(*callbacks, **kwargs):
@@ -94,7 +106,9 @@ def check_same(folder, unbroken, results):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "loop"
-    results = make_loop(folder).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)  # a datamodule writes its split.json where the trainer is
+        results = make_loop(folder).run()
     assert [result["labels"] for result in results] == [20, 25, 30]
     return results, students(folder)
 
@@ -184,6 +198,10 @@ def test_killed(unbroken, processes):
         ({"seed": 4}, "seed: it was 3, got 4"),
         ({"module": lambda: make_module(3)}, "make_module: weights, attributes or code of SupervisedModule have chan"),
         ({"trainer": lambda: make_trainer(max_epochs=5)}, "make_trainer: max_epochs was 3, got 5"),
+        ({"trainer": lambda: make_trainer(limit_test_batches=1)}, "make_trainer: limit_test_batches was 1.0, got 1"),
+        ({"data": lambda: make_data(relabel_pool)}, "make_data: .* the true labels of the pool have changed"),
+        ({"data": lambda: make_data(relabel_test)}, "make_data: .* the labels of the test images have changed"),
+        ({"data": lambda: make_data(eval_transform=nn.Flatten(0, 0))}, "make_data: .* eval_transform: .* got Flatten"),
         ({"data": lambda: make_data(labeled=3)}, "make_data: loop has a loop on other data: .* another split"),
         (
             {"data": lambda: make_data(batch_size=60)},

@@ -99,6 +99,16 @@ def test_limits():
     assert select_samples("entropy", one, 2).rows.tolist() == [1, 0]
 
 
+def test_disagreement_on_a_label_that_is_certain():
+    """In float64, the sigmoid of 40 is 1; a teacher that is nearly as sure does not differ by infinity."""
+    p, teacher = torch.tensor([40.0, 1.0]).double().sigmoid(), torch.tensor([30.0, -1.0]).double().sigmoid()
+    scores = several_labels.disagreement(p[:, None], teacher[:, None])
+    assert 0 < scores[0] < 1e-10 < scores[1] < 1
+    certain = torch.tensor([[1.0], [0.0]]).double()
+    assert several_labels.disagreement(certain, certain).tolist() == [0, 0]
+    assert 30 < several_labels.disagreement(certain, 1 - certain)[0] < 40
+
+
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.stack([X[:, 0] > 0, X[:, 1] > 0.5, X[:, 2] > 1], dim=1).long()
 

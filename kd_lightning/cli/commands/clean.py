@@ -27,6 +27,7 @@ from kd_lightning.cli.several_labels import (
     SeveralReview,
     folds_of_several,
     judge_several,
+    learned_labels,
     summarize_several,
     write_several_review,
 )
@@ -158,8 +159,8 @@ def review(
         parts.append(predict_fold(run, data, fold, device, "clean"))
     order = torch.tensor([*chain(*held_out)]).argsort()
     samples = torch.tensor([*chain(*held_out)])[order]
-    judge = judge_several if several else _judge
-    return judge(samples, labels[samples], torch.cat(parts)[order])
+    found = samples, labels[samples], torch.cat(parts)[order]
+    return judge_several(*found, learned_labels(labels, index, held_out)) if several else _judge(*found)
 
 
 def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out: Path) -> Review | SeveralReview:
@@ -175,7 +176,8 @@ def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out
         InputError: As :func:`review`, and if no validation sample has a label.
     """
     device = _require(config)
-    several = _check_labels(config, data.visible_labels())
+    visible = data.visible_labels()
+    several = _check_labels(config, visible)
     assert data.split is not None
     labels = data.validation_labels()
     known = has_label(labels)
@@ -183,8 +185,8 @@ def review_val(config: Config, data: SemiSupervisedDataModule, folder: Path, out
         raise InputError("--part val: no validation sample has a label; set data.val_size, or val of the source")
     out.mkdir(parents=True, exist_ok=True)
     (run,) = fit_folds(config, data.split, [[]], folder, data.samples.hashes)
-    judge = judge_several if several else _judge
-    return judge(torch.tensor(index), labels[index], predict_fold(run, data, index, device, "clean"))
+    found = torch.tensor(index), labels[index], predict_fold(run, data, index, device, "clean")
+    return judge_several(*found, learned_labels(visible, data.split.labeled, [[]])) if several else _judge(*found)
 
 
 def _require(config: Config) -> torch.device:

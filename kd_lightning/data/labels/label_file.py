@@ -239,12 +239,17 @@ def _read_rows(path: Path, several: Sequence[str]) -> Rows:
         kept = [name for name in columns if name in (*_COLUMNS, *PATH_COLUMNS)]
         names = {**{name: name for name in kept}, **found}
         rows = [(place, {new: row.get(name, "") for name, new in names.items()}) for place, row in rows]
+        unread = [name for name in columns if name not in names]
         columns = [names.get(name, name) for name in columns]
         if not found and "kind" not in columns:
             raise InputError(
                 f"label_file: {path} must have a column of zeros and ones for each class, such as {several[0]}, since "
                 f"samples have several labels, got {', '.join(columns) or 'none'}"
             )
+        if found and (absent := [name for name in several if name not in columns]):  # one may be misspelt
+            text = f"has no column for the classes {', '.join(absent)}; its samples have no label of them"
+            rest = f" (columns that are not read: {', '.join(unread)})" if unread else ""
+            rank_zero_warn(f"label_file: {path} {text}{rest}")
     else:
         columns, rows = read_table(path, "label_file", {*_COLUMNS, *PATH_COLUMNS})
     if name := next((name for name in PATH_COLUMNS if name in columns), None):

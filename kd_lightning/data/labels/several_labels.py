@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kd_lightning.batch import is_labeled
 from kd_lightning.data.sources.class_names import normal_name
+from kd_lightning.data.tables import PATH_COLUMNS
 from kd_lightning.errors import InputError
 from kd_lightning.runs.spreadsheet import unescape_cell
 
 Several = list[int | None]
 """The labels of a sample by class: 0, 1, or None where one is missing."""
-_RESERVED = ("index", "path", "content", "label", "kind", "weight", "score")
+_RESERVED = (*PATH_COLUMNS, "index", "content", "label", "kind", "weight", "score")
 
 
 def has_several_labels(targets: Tensor) -> bool:

@@ -15,7 +15,13 @@ from torch import nn
 import kd_lightning.cli.commands.clean as clean
 from kd_lightning.__main__ import main
 from kd_lightning.cli.cross_fitting import fit_folds, predict_fold
-from kd_lightning.cli.several_labels import SeveralReview, folds_of_several, judge_several, write_several_review
+from kd_lightning.cli.several_labels import (
+    SeveralReview,
+    folds_of_several,
+    judge_several,
+    learned_labels,
+    write_several_review,
+)
 from kd_lightning.data import ImageTable, SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 
@@ -179,11 +185,26 @@ def test_missing_labels_and_labels_that_are_too_rare():
     given[10:25, 1] = torch.nan
     given[40, 1] = 1 - given[40, 1]
     given[:, 3] = 1
-    found = judge_several(torch.arange(80), given, p.double())
+    found = judge_several(torch.arange(80), given, p.double(), torch.ones(4, dtype=torch.bool))
     assert found.suspect.nonzero().tolist() == [[4, 0], [9, 0], [30, 0], [40, 1]]
     assert found.judged.tolist() == [True, True, False, False]
     assert found.quality[10:25, 1].isnan().all()
     torch.testing.assert_close(found.quality[:, 0], torch.where(given[:, 0] == 1, p[:, 0], 1 - p[:, 0]))
+
+
+def test_a_label_that_no_student_has_learned_is_not_judged():
+    """Both ones of a label lie in one fold: the student that judges them has seen none."""
+    labels = torch.zeros(8, 3)
+    labels[[0, 1, 4], 0] = 1
+    labels[[0, 1], 1] = 1
+    labels[2:, 2] = 1
+    labels[[5, 6], 2] = torch.nan
+    assert learned_labels(labels, range(8), [[0, 1, 2, 3], [4, 5, 6, 7]]).tolist() == [True, False, False]
+    assert learned_labels(labels, range(8), [[]]).tolist() == [True, True, True]
+    p = torch.full((8, 3), 0.1).double()
+    found = judge_several(torch.arange(8), labels, p, torch.tensor([True, False, False]))
+    assert found.judged.tolist() == [True, False, False]
+    assert not found.suspect[:, 1:].any()
 
 
 class TestFolds:

@@ -128,11 +128,22 @@ def test_noise_is_of_one_class():
         make("index,bat\n3,1\n", label_noise=SymmetricNoise(0.1))
 
 
-def test_a_class_with_the_name_of_a_column():
+@pytest.mark.parametrize("name", ["score", "image"])
+def test_a_class_with_the_name_of_a_column(name):
     table = Path("table.csv")
-    table.write_text(table.read_text().replace("bat", "score"))
-    with pytest.raises(InputError, match="class 'score' is a column of label files, .*; rename the class"):
+    table.write_text(table.read_text().replace("bat", name))
+    with pytest.raises(InputError, match=f"class '{name}' is a column of label files, .*; rename the class"):
         make("index,cat\n3,1\n")
+
+
+def test_a_class_without_a_column():
+    """Its name may be misspelt, and earlier labels of it are gone."""
+    with pytest.warns(
+        UserWarning, match="labels.csv has no column for the classes cat, dog; .* no label of them"
+    ) as warned:
+        data = make("index,bat,Dog\n3,1,0\n")
+    assert any("columns that are not read: Dog" in str(one.message) for one in warned)
+    torch.testing.assert_close(data.visible_labels()[3], torch.tensor([1, torch.nan, torch.nan]), equal_nan=True)
 
 
 def test_rows_of_a_split_that_cannot_be():
