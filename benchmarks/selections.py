@@ -3,19 +3,19 @@
 Run: python benchmarks/fashion.py --package DIR --prepare data/fashion               (a minute; see there)
      python benchmarks/fashion.py                                                    (its first fit is the teacher)
      python benchmarks/text.py --packages DIR --prepare data/mails                   (a minute; see there)
-     python benchmarks/selections.py [--store FILE] [--processes 2] [--splits 3]     (2.5 CPU hours)
+     python benchmarks/selections.py [--store FILE] [--processes 2] [--splits 3]     (5.5 CPU hours)
      python benchmarks/selections.py --only "250 labels" mails ...                   (some of the cells)
      python benchmarks/selections.py --store FILE --figure benchmarks/selections.png (draws the fits at 250 labels, too)
      python benchmarks/selections_cost.py                                            (the cost of a step; see there)
 
 - Fashion-MNIST: a pool of 10,000 images, 1,000 of each class (USB's pools are even, too), and 40, 250 or 1,000 labels.
   A split's seed selects images, labels, weights and order. More labels contain fewer ones. All ways have the same
-  network (the mean of 2 x 2 pixels, then ResNet-8 of 8, 8, 16, 32 channels), 800 steps of 32 labeled and 64 unlabeled
-  images, AdamW with a cosine schedule, and the same weak and strong views. The last weights are tested, on 10,000
-  images.
+  network (the mean of 2 x 2 pixels, then ResNet-8 of 8, 8, 16, 32 channels), 2,000 steps of 32 labeled and 64
+  unlabeled images, AdamW with a cosine schedule, and the same weak and strong views. The last weights are tested, on
+  10,000 images.
 - Each way has four tries at 250 labels, on validation images and a split of its own. The best serves all numbers of
-  labels: settings are not selected at 40 or 1,000. A fit has 800 steps where papers have a million. So 0.99 is a try of
-  running means beside the papers' 0.999.
+  labels: settings are not selected at 40 or 1,000. A fit has 2,000 steps where papers have a million. So 0.99 is a try
+  of running means beside the papers' 0.999.
 - Supervised ways have a labeled batch of the same size. The teacher, where there is one, has seen 50,000 labels.
 - Long tail: 100 labels of the first class, down to 1 of the last, and pools of 10,000 images that are alike, uniform or
   reversed. Open set: labels of six classes, and a pool half of which is of the other four. Both take the settings of

@@ -45,7 +45,7 @@ from kd_lightning import (
 from kd_lightning.data.transforms import BatchTransform, small_image_transforms, strong_small
 from kd_lightning.losses import KDLoss, LogitAdjustmentLoss
 
-STEPS, EVERY = 800, 100
+STEPS, EVERY = 2000, 100
 LABELED, UNLABELED = 32, 64
 """Images of a step."""
 POOL = 10_000

@@ -206,7 +206,7 @@ def measured(script, monkeypatch):
             return {"accuracy": 50.0 + 10 * (setting == tries[1]), "macro F1": 50.0 + 10 * (setting == tries[2])}
         number = [*selections.TRIES].index(way) if tries else 50 + len(way)
         score = 70.0 + 3 * (way == "FreeMatch") + seed**2 + 0.0001 * number * (seed == 1)  # no two ways are the same
-        record = {"step": 800, "coverage": 40.0, "precision": 90.0, "unknown": 20.0}
+        record = {"step": 2000, "coverage": 40.0, "precision": 90.0, "unknown": 20.0}
         return {"accuracy": score, "macro F1": score, "records": [record]}
 
     monkeypatch.setattr(selections, "in_parallel", lambda function, cases, _: [figures(*case) for case in cases])
@@ -233,7 +233,7 @@ def test_tables(measured, capsys):
     assert "| FreeMatch | +3.0 [+3.0, +3.0], P 0.000 |" in out
     assert "| FixMatch, OpenSetFilter | 71.67 ± 2.08 |" in out and "| 40.0 | 90.0 | 20.0 |" in out
     assert "**0.01, 0.95: 60.0**" in out
-    assert "at steps 200, 400, 800 | 250 labels |" in out and "| FreeMatch | -, -, 40; 90.0 |" in out
+    assert "at steps 500, 1000, 2000 | 250 labels |" in out and "| FreeMatch | -, -, 40; 90.0 |" in out
 
 
 def test_differences_are_corrected_for_the_rows(measured):
