@@ -58,7 +58,8 @@ class Batch:
         index: The sample of each row, (B,) integers. Labels and teacher outputs are looked up by it. It is -1 in the
             batch of a process without samples (see :attr:`is_padding`).
         view: The view (augmentation of the sample) of each row, (B,) integers.
-        kind: The kind of each row's label, (B,) numbers of ``LabelKind``. If None, known labels are clean.
+        kind: The kind of each row's label, (B,) numbers of ``LabelKind``; (B, L) if the rows have several labels, some
+            of which are pseudo-labels. If None, known labels are clean.
         weight: The factor of each row's hard loss, (B,). If None, it is 1.
         candidates: The classes that a coarse label allows, (B, C) booleans; all False in rows without coarse label.
         soft: Probabilities (B, C) that replace ``y`` in rows of pseudo-labels; 0 in other rows.

@@ -12,7 +12,6 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, call
-from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.pseudo_labels import GraphPseudoLabels
 from kd_lightning.runs.student import STUDENT, find_network, student_path
 from kd_lightning.teachers.ensemble import Ensemble
@@ -22,10 +21,10 @@ Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
 
 
 def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, source: Source) -> Tensor:
-    """Return probabilities (B, C), or for a graph features (B, D).
+    """Return the outputs of the network that labels, (B, C) or (B,), or for a graph features (B, D).
 
     Raises:
-        InputError: If the module has no such network, or its outputs are no logits (B, C).
+        InputError: If the module has no such network.
     """
     if not isinstance(source, str):
         return source.features_of(student_of(module), batch.x, getattr(module, "call", call))
@@ -43,9 +42,7 @@ def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, sourc
         else:
             output = teacher(batch) if isinstance(teacher, Teacher) else call(teacher, batch.teacher_x)
             logits = logits_of(output, "the teacher")
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise InputError(f"pseudo-labels need logits (B, C) of at least two classes, got {[*logits.shape]}")
-    return mask_candidates(logits.float(), batch.candidates).softmax(dim=1)
+    return logits
 
 
 def run(module: LightningModule, x: Inputs) -> Tensor:

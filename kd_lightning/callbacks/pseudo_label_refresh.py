@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import IGNORE_INDEX, Batch, unpack
 from kd_lightning.callbacks.label_sources import (
     Source,
     find_average,
     find_teacher,
-    predict_batch,
-    run,
     student_of,
     weight_averaging,
 )
+from kd_lightning.callbacks.pool_predictions import predict_pool, validating
 from kd_lightning.errors import InputError
-from kd_lightning.features.capture import evaluating
-from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels, make_pseudo_labels
+from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels
 from kd_lightning.pseudo_labels.ledger import write_round
-from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics
+from kd_lightning.pseudo_labels.pool import unlabeled_samples
+from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics, true_labels
 from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
-from kd_lightning.pseudo_labels.selection.base import one_line
+from kd_lightning.pseudo_labels.selection.base import check_task, one_line
 from kd_lightning.pseudo_labels.selection.running_mean import RunningMean
 from kd_lightning.pseudo_labels.selection.set_up import set_up
-from kd_lightning.pseudo_labels.table import check_classes
-from kd_lightning.ranks import alone, gather
+from kd_lightning.pseudo_labels.tasks import MulticlassTask, PseudoLabelTask, pseudo_label_task
+from kd_lightning.ranks import alone
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
 from kd_lightning.runs.folder import run_folder, writes_files
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.runs.student import student_path
 from kd_lightning.runs.weights import check_fit
-from kd_lightning.teachers.cache_fill import fill_caches, move_batch
+from kd_lightning.teachers.cache_fill import fill_caches
 
 
 class PseudoLabelRefresh(Callback):
@@ -104,13 +99,15 @@ class PseudoLabelRefresh(Callback):
         if not isinstance(source, GraphPseudoLabels) and source not in ("student", "ema", "teacher"):
             raise InputError(f"source must be student, ema, teacher or a GraphPseudoLabels, got {source!r}")
         self.every_n_epochs = every_n_epochs
-        self.selection = FixedThreshold(0.0) if selection is None else deepcopy(selection)
+        self._accepts_all = selection is None
+        self.selection: Selection = FixedThreshold(0.0) if selection is None else deepcopy(selection)
         self.source = source
         self.restart_student = restart_student
         self.warmup_epochs = warmup_epochs
         self.table: PseudoLabels | None = None
         self.report: dict[str, float] = {}
         self._first_weights: dict[str, Tensor] | None = None
+        self._task: PseudoLabelTask = MulticlassTask()  # until setup
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Before a fit, clears the table and checks module and datamodule."""
@@ -126,21 +123,25 @@ class PseudoLabelRefresh(Callback):
                 f"PseudoLabelRefresh needs a datamodule with pool_dataloader() and set_pseudo_labels(labels), as "
                 f"SemiSupervisedDataModule has them, got {found}"
             )
-        if (indices := _optional_method(data, "unlabeled_indices")) and not len(indices()):
-            raise InputError(_EMPTY)
-        task = getattr(pl_module, "task", "multiclass")
-        if task != "multiclass":
-            raise InputError(f"PseudoLabelRefresh: task must be multiclass, got {task}")
+        self._task = pseudo_label_task(getattr(pl_module, "task", "multiclass"), "PseudoLabelRefresh")
+        if self._accepts_all:
+            self.selection = self._task.accept_all()
+        check_task(self.selection, self._task.name)
+        if not isinstance(self.source, str) and self._task.name != "multiclass":
+            raise InputError(f"source: GraphPseudoLabels is for the multiclass task, got task: {self._task.name}")
         if (class_dim := getattr(pl_module, "class_dim", None)) is not None:
             raise InputError(
                 f"PseudoLabelRefresh gives one pseudo-label a sample, got a module with class_dim: {class_dim}"
             )
+        samples = unlabeled_samples(data)
+        if samples is not None and not samples:
+            raise InputError(_EMPTY)
         names = self._class_names(trainer)
         if self.source == "teacher":
             find_teacher(pl_module)
         elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
-            check_classes(visible(), len(names), data, "PseudoLabelRefresh")
-        set_up(self.selection, data, getattr(pl_module, "num_classes", None))
+            self._task.check_labels(visible(), len(names), data, "PseudoLabelRefresh")
+        set_up(self.selection, data, self._task.num_outputs or getattr(pl_module, "num_classes", None))
         momentum = max((one.momentum for one in self.selection.modules() if isinstance(one, RunningMean)), default=0.0)
         if momentum > 0.9:
             rank_zero_warn(
@@ -171,7 +172,7 @@ class PseudoLabelRefresh(Callback):
         """Runs at the start of a fit. Fills the cache of a cached teacher, and stores the student's first weights."""
         if self.source == "teacher":
             teacher = find_teacher(pl_module)
-            with _validating(trainer):
+            with validating(trainer):
                 fill_caches(teacher, trainer, "pool_views")
         if self.restart_student and self._first_weights is None:
             state = student_of(pl_module).state_dict()
@@ -184,8 +185,8 @@ class PseudoLabelRefresh(Callback):
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self.table is not None:
-            if indices := _optional_method(data, "unlabeled_indices"):
-                self._check_pool(torch.as_tensor(indices()))
+            if (samples := unlabeled_samples(data)) is not None:
+                self._check_pool(torch.tensor(samples))
             data.set_pseudo_labels(self.table)
         self._refresh_if_due(trainer, pl_module)
 
@@ -249,17 +250,18 @@ class PseudoLabelRefresh(Callback):
         self, trainer: Trainer, module: LightningModule, source: Source, selection: Selection
     ) -> tuple[Tensor, PseudoLabels]:
         """Return the given labels and a new table, which is the same on all processes."""
-        index, y, outputs, classes = self._predict_pool(trainer, module, source)
-        unlabeled = y == IGNORE_INDEX
-        if not unlabeled.any():
+        pool = predict_pool(trainer, module, source, self._task)
+        unlabeled = None if pool is None else self._task.unknown(pool.y).any(dim=1)
+        if pool is None or unlabeled is None or not unlabeled.any():
             raise InputError(_EMPTY)
         if self.source != "teacher":
-            check_classes(y, classes, trainer.datamodule, "PseudoLabelRefresh")  # type: ignore[attr-defined]
-        self._check_pool(index[unlabeled])
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self._task.check_labels(pool.y, pool.outputs, data, "PseudoLabelRefresh")
+        self._check_pool(pool.index[unlabeled])
+        predictions = pool.predictions
         if not isinstance(source, str):
-            features = outputs
-            outputs = trainer.strategy.broadcast(
-                source(features, y, classes) if trainer.is_global_zero else features[:0]
+            predictions = trainer.strategy.broadcast(
+                source(predictions, pool.y, pool.outputs) if trainer.is_global_zero else predictions[:0]
             )
 
         def select(*rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,60 +271,17 @@ class PseudoLabelRefresh(Callback):
             selection.load_state_dict(state)
             return target, weight
 
-        parts = outputs[unlabeled], index[unlabeled], select, outputs[~unlabeled]
-        table = make_pseudo_labels(*parts, previous=self.table, epoch=trainer.current_epoch)
+        parts = pool.index, pool.y, predictions, select
+        table, labels = self._task.make_round(*parts, self.table, trainer.current_epoch)
         if trainer.strategy.broadcast(table.hash) != table.hash:
             raise InputError(f"rank {trainer.global_rank} has other pseudo-labels than rank 0: is its data the same?")
-        return y[~unlabeled], table
-
-    def _predict_pool(
-        self, trainer: Trainer, module: LightningModule, source: Source
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Predict the labeled and unlabeled samples of all processes, sorted by index.
-
-        Returns:
-            Index (N,), given label (N,), probabilities (N, C) or for a graph features (N, D), and the number of
-            classes C.
-        """
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        classes = 0
-        # a loader samples a seed for its workers; the random state of the training must not change
-        with isolate_rng(include_cuda=False), torch.no_grad(), evaluating(module), _validating(trainer):
-            for loaded in trainer.datamodule.pool_dataloader():  # type: ignore[attr-defined]
-                moved = move_batch(trainer, loaded)
-                batch = unpack(module, moved)
-                known = moved if isinstance(moved, Batch) else batch  # an unpack need not care for index and labels
-                if known.index is None or known.y is None:
-                    raise InputError("pool_dataloader must return Batches with index and y (-100: unlabeled)")
-                with trainer.precision_plugin.forward_context():
-                    output = predict_batch(trainer, module, batch, source)
-                    if not classes:
-                        is_graph = not isinstance(source, str)
-                        logits = run(module, batch.x) if is_graph else output
-                        classes = logits.shape[-1]
-                if not known.is_padding:
-                    parts.append((known.index.cpu(), known.y.cpu(), output.float().cpu()))
-        if trainer.world_size > 1:
-            gathered = gather(trainer, (parts, classes))
-            parts = [part for share, _ in gathered for part in share]
-            classes = max(number for _, number in gathered)  # a rank without samples has 0
-        if not parts:
-            raise InputError(_EMPTY)
-        index, y, outputs = (torch.cat(column) for column in zip(*parts, strict=True))
-        if not outputs.isfinite().all():
-            sample = int(index[~outputs.isfinite().all(dim=1)][0])
-            network = source if isinstance(source, str) else "student"
-            raise InputError(f"pseudo-labels: the output of the {network} for sample {sample} is not finite")
-        order = index.argsort(stable=True)
-        first = torch.ones_like(order, dtype=torch.bool)
-        first[1:] = index[order][1:] != index[order][:-1]  # samplers repeat samples to make shares equal
-        order = order[first]
-        return index[order], y[order].long(), outputs[order], classes
+        return labels, table
 
     def _check_pool(self, index: Tensor) -> None:
-        if self.table is not None and not torch.equal(self.table.index, index.sort().values):
+        before = None if self.table is None else torch.unique(self.table.index)
+        if before is not None and not torch.equal(before, index.sort().values):
             raise InputError(
-                f"the unlabeled pool has changed since its last labels: then {len(self.table.index)} samples, now "
+                f"the unlabeled pool has changed since its last labels: then {len(before)} samples, now "
                 f"{len(index)}; resume with the data and the split.json of that run, or start a new run"
             )
 
@@ -337,7 +296,7 @@ class PseudoLabelRefresh(Callback):
         """Write the round's CSV file and figures, and return its metrics by their logged names."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         hidden_truth = _optional_method(data, "hidden_truth")
-        truth = hidden_truth(table.index) if hidden_truth else None
+        truth = true_labels(table, hidden_truth) if hidden_truth else None
         folder = run_folder(trainer)
         threshold = getattr(self.selection, "threshold", None) or None  # a line in the figure, if there is one
         if writes_files(trainer):
@@ -355,16 +314,6 @@ def _optional_method(data: Any, name: str) -> Any:
     """Return a datamodule's method, or None. An attribute that is not callable counts as missing."""
     found = getattr(data, name, None)
     return found if callable(found) else None
-
-
-@contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
-    """Set the trainer's stage to validating. Hooks that augment a batch on the device read the stage."""
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.training = True
 
 
 _EMPTY = (

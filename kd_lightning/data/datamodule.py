@@ -351,7 +351,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
 
     def set_pseudo_labels(self, labels: PseudoLabels) -> None:
-        """Replace all pseudo-labels; later training batches hold the accepted ones. They need one class a sample."""
+        """Replace all pseudo-labels; later training batches hold the accepted ones. Labels must not be dense."""
         self._parts_and_split()
         assert self._labels is not None
         self._labels.set_pseudo_labels(labels)

@@ -94,6 +94,8 @@ class ABCModule(PseudoLabelModule):
         super().__init__(
             student, unsupervised_weight, "online", selection=selection, teacher=None, ema_decay=None, **kwargs
         )
+        if self.task != "multiclass":
+            raise InputError(f"ABCModule: task must be multiclass, got {self.task!r}")
         if self.class_dim is not None:
             raise InputError(f"ABCModule is for one label a sample, got class_dim: {self.class_dim}")
         check_weight("balanced_weight", balanced_weight)
@@ -114,7 +116,7 @@ class ABCModule(PseudoLabelModule):
         check_weight("balanced_weight", self.balanced_weight)  # a callback may have set it
         if batch.y is not None and batch.y.ndim > 1:
             raise InputError(f"ABCModule takes one class a sample, (B,), got labels {[*batch.y.shape]}")
-        fine, terms = self._has_fine_label(batch), super().losses(batch)
+        fine, terms = self.label_task.given(batch)[:, 0], super().losses(batch)
         assert self._balanced is not None  # both are set by the line before
         assert self._mean_labels is not None
         (all_logits, strong), self._balanced = self._balanced, None  # a module that holds a graph cannot be copied

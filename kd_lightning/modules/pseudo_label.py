@@ -7,25 +7,24 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch, LabelKind, is_labeled
+from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
-from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.modules._shared.averaged_student import average_of
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules._shared.dense import labeled_samples
 from kd_lightning.modules._shared.dense_checks import check_strong_transform, check_strong_view
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.taught_module import TaughtModule
-from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
-from kd_lightning.pseudo_labels.selection.base import one_line
+from kd_lightning.pseudo_labels.pool import unlabeled_samples
+from kd_lightning.pseudo_labels.selection import Selection
+from kd_lightning.pseudo_labels.selection.base import check_task, one_line
 from kd_lightning.pseudo_labels.selection.set_up import set_up
-from kd_lightning.pseudo_labels.table import check_classes
+from kd_lightning.pseudo_labels.tasks import pseudo_label_task
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import check_outputs
 
@@ -103,8 +102,7 @@ class PseudoLabelModule(TaughtModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        if self.task != "multiclass":
-            raise InputError(f"task must be multiclass, since a pseudo-label is one class, got {self.task!r}")
+        self.label_task = pseudo_label_task(self.task, type(self).__name__)
         check_choice("pseudo_labels", pseudo_labels, ("online", "refreshed"))
         _check_unsupervised_weight(unsupervised_weight)
         if pseudo_labels == "refreshed" and selection is not None:
@@ -112,6 +110,8 @@ class PseudoLabelModule(TaughtModule):
         if self.class_dim is not None and (pseudo_labels == "refreshed" or (selection and selection.needs_index)):
             option = "pseudo_labels: refreshed" if pseudo_labels == "refreshed" else type(selection).__name__
             raise InputError(f"{option} is for one pseudo-label a sample, got class_dim: {self.class_dim}")
+        if self.class_dim is not None and self.task != "multiclass":
+            raise InputError(f"pseudo-labels of dense outputs need task: multiclass, got {self.task}")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if pseudo_labels == "online" and teacher is not None and ema_decay is not None:
@@ -119,7 +119,8 @@ class PseudoLabelModule(TaughtModule):
         self.save_hyperparameters(*self.saved_arguments)
         self.unsupervised_weight = unsupervised_weight
         self.pseudo_labels = pseudo_labels
-        self.selection = FixedThreshold(0.0) if selection is None else selection
+        self.selection = self.label_task.accept_all() if selection is None else selection
+        check_task(self.selection, self.label_task.name)
         self.teacher = self.make_teacher(teacher)
         self.ema = None if ema_decay is None else average_of(student, ema_decay)
         self._unchecked_labels: Tensor | None = None  # until the first logits have the number of classes
@@ -130,34 +131,39 @@ class PseudoLabelModule(TaughtModule):
         _check_unsupervised_weight(self.unsupervised_weight)  # a callback may have set it
         if self.class_dim is not None:
             return self._dense_losses(batch)
-        fine = self._has_fine_label(batch)
-        coarse = torch.zeros_like(fine) if batch.candidates is None else batch.candidates.any(dim=1)
-        labeled, unlabeled = fine | coarse, ~fine
+        given = self.label_task.given(batch)
+        coarse = torch.zeros_like(given[:, 0]) if batch.candidates is None else batch.candidates.any(dim=1)
+        labeled, unlabeled = given.any(dim=1) | coarse, ~given.all(dim=1)
         predicted = self._predict(batch, unlabeled)
         logits, unlabeled_logits = self._forward(batch, unlabeled, labeled)
-        if logits.ndim != 2:
-            raise InputError(f"the student must give logits (B, C), got {[*logits.shape]}; dense ones need class_dim")
+        unlabeled_logits = self.label_task.rows(unlabeled_logits, "the student")
         if self._unchecked_labels is not None:
-            check_classes(self._unchecked_labels, logits.shape[-1], self._data(), type(self).__name__)
+            name = type(self).__name__
+            self.label_task.check_labels(self._unchecked_labels, unlabeled_logits.shape[1], self._data(), name)
             self._unchecked_labels = None
         if batch.mean_labels is None:
             mean_labels, mean_coarse = None, self._mean_over_processes(int(coarse.sum()), logits)
         else:
             mean_labels, mean_coarse = batch.mean_labels - batch.mean_pseudo, batch.mean_coarse
         # no copies of images: x only has as many rows
-        rest = replace(batch, x=fine, x_strong=None, teacher_inputs=None, teacher=None)
-        labeled_batch = replace(rest.select(labeled), mean_labels=mean_labels)
+        rest = replace(batch, x=labeled, x_strong=None, teacher_inputs=None, teacher=None)
+        labeled_batch = self.label_task.without_pseudo_labels(rest, given).select(labeled)
+        labeled_batch = replace(labeled_batch, mean_labels=mean_labels)
         hard = self.hard_term(logits[labeled] if len(logits) == len(batch) else logits, labeled_batch)
-        unlabeled_batch = rest.select(unlabeled)
+        unlabeled_batch, unknown = rest.select(unlabeled), ~given[unlabeled]
         if self.pseudo_labels == "online":
             predicted = logits if predicted is None else predicted
-            target, weight = self._select(unlabeled_batch, *_split(predicted, unlabeled), unlabeled_logits)
+            target, weight = self._select(unlabeled_batch, *_split(predicted, unlabeled), unlabeled_logits, unknown)
         else:
-            target, weight = _refreshed_target(unlabeled_batch, unlabeled_logits)
+            target, weight = self.label_task.refreshed(unlabeled_batch, unlabeled_logits)
         assert self._mean_labels is not None  # set by hard_term
         mean_fine = float(self._mean_labels) - mean_coarse
-        mean_unlabeled = (len(batch) if batch.mean_rows is None else batch.mean_rows) - mean_fine
-        return self._terms(hard, unlabeled_logits, target, weight, mean_unlabeled)
+        labels_of_row = weight.shape[1:].numel()
+        mean_rows = len(batch) if batch.mean_rows is None else batch.mean_rows
+        if weight.ndim > 1:
+            weight = weight * unknown
+        self._record_coverage(_of_unknown(weight, unknown))
+        return self._terms(hard, unlabeled_logits, target, weight, mean_rows * labels_of_row - mean_fine)
 
     def _terms(self, hard: Tensor, logits: Tensor, target: Tensor, weight: Tensor, mean: float) -> dict[str, LossTerm]:
         """Return the terms.
@@ -169,26 +175,14 @@ class PseudoLabelModule(TaughtModule):
             weight: Weights of these, (U,).
             mean: Mean number of unlabeled rows over the batches of the optimiser step.
         """
-        log_p = logits.log_softmax(dim=-1)
-        value = (-(target * log_p).sum(dim=-1) * weight).sum() / max(mean, 1e-9)
-        self._record_coverage(weight)
+        values, predictions = self.label_task.compare(logits, target)
+        value = (values * weight).sum() / max(mean, 1e-9)
         terms = {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
         if self.pseudo_labels == "online":
-            regularizer = self.selection.regularizer(log_p.exp(), weight)
+            regularizer = self.selection.regularizer(predictions, weight)
             if regularizer is not None:
                 terms["regularizer"] = LossTerm(*regularizer)
         return terms
-
-    @staticmethod
-    def _has_fine_label(batch: Batch) -> Tensor:
-        """Return which rows have a label (of one class) that is no pseudo-label: booleans (B,)."""
-        if batch.y is None:
-            return torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
-        soft = batch.y.ndim == 2 and batch.y.is_floating_point()  # probabilities, as of mixed samples
-        if batch.y.shape != (len(batch),) and not soft:
-            raise InputError(f"labels must be one class a sample, (B,) = [{len(batch)}], got {[*batch.y.shape]}")
-        known = is_labeled(batch.y).all(dim=1) if soft else is_labeled(batch.y)
-        return known if batch.kind is None else known & (batch.kind != LabelKind.PSEUDO)
 
     def _forward(self, batch: Batch, unlabeled: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
         """Run the student.
@@ -237,24 +231,32 @@ class PseudoLabelModule(TaughtModule):
         return logits_of(self.call(self.ema.module, rows.x), "the averaged student")
 
     @torch.no_grad()
-    def _select(self, rows: Batch, predicted: Tensor, labeled: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return targets (U, C) and weights (U,) of the unlabeled rows, in the type of their logits.
+    def _select(
+        self, rows: Batch, predicted: Tensor, labeled: Tensor, logits: Tensor, unknown: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return targets (U, C) and weights (U,) or (U, K) of the unlabeled rows, in the type of their logits.
 
         Args:
             rows: The unlabeled rows.
             predicted: Logits of the network that makes the pseudo-labels, for these rows, (U, C).
             labeled: Its logits of the labeled rows, (L, C).
             logits: Logits of the student, for the unlabeled rows, (U, C).
+            unknown: Which labels of the rows are not given, (U, K) or (U, 1). Default: None, which means all.
         """
         check_outputs(logits, predicted)
         if rows.partner is not None and self.selection.needs_index:
             name = type(self.selection).__name__
             raise InputError(f"{name} stores values of single samples; mixed rows (mix) are of two samples")
-        probabilities = mask_candidates(predicted.detach().float(), rows.candidates).softmax(dim=-1)
+        every, others = (
+            self.label_task.rows(part.detach().float(), "the network of the pseudo-labels")
+            for part in (predicted, labeled)
+        )
+        predictions = self.label_task.predictions(every, rows.candidates)
         if self._trainer is not None:
-            confidence = probabilities.amax(dim=-1).mean() if len(rows) else 0.0
-            self._record_mean("train/confidence", confidence, max(float(len(rows)), 1e-9))
-        target, weight = self.selection(probabilities, labeled.detach().float().softmax(dim=-1), rows.index)
+            confidence = _of_unknown(self.label_task.confidence(predictions), unknown)
+            mean = confidence.mean() if len(confidence) else 0.0
+            self._record_mean("train/confidence", mean, max(float(len(confidence)), 1e-9))
+        target, weight = self.selection(predictions, self.label_task.predictions(others), rows.index)
         return target.to(logits), weight.to(logits)
 
     def _dense_losses(self, batch: Batch) -> dict[str, LossTerm]:
@@ -276,6 +278,7 @@ class PseudoLabelModule(TaughtModule):
         own = self.to_rows(rest.select(~labeled), own)[1]
         others = self.to_rows(rest.select(labeled), others)[1] if self.selection.needs_labeled else own[:0]
         target, weight = self._select(rows, own, others, strong)
+        self._record_coverage(weight)
         means = batch.dense_means
         mean = self._mean_over_processes(len(rows), logits) if means is None else means[1] - means[0]
         every = len(labeled_batch) + len(rows)
@@ -309,13 +312,18 @@ class PseudoLabelModule(TaughtModule):
 
     def set_up_selection(self, data: Any) -> None:
         """Runs at the start of a fit. Resets the state of the selection, for the samples of a datamodule."""
-        set_up(self.selection, data, self.num_classes, dense=self.class_dim is not None)
+        outputs = self.label_task.num_outputs or self.num_classes
+        set_up(self.selection, data, outputs, dense=self.class_dim is not None)
 
     def on_train_start(self) -> None:
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""
         super().on_train_start()
         data: Any = self._data()
-        if hasattr(data, "unlabeled_indices") and not data.unlabeled_indices():
+        if self.class_dim is None:
+            samples = unlabeled_samples(data)
+        else:
+            samples = data.unlabeled_indices() if hasattr(data, "unlabeled_indices") else None
+        if samples is not None and not samples:
             raise InputError(
                 "PseudoLabelModule: there are no unlabeled samples; set labeled to a part of the labels, or unlabeled "
                 "to rest, source or test; or train a SupervisedModule"
@@ -378,20 +386,9 @@ def _split(predicted: Tensor, unlabeled: Tensor) -> tuple[Tensor, Tensor]:
     return predicted[unlabeled], predicted[~unlabeled]
 
 
-def _refreshed_target(unlabeled: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the refreshed pseudo-labels as probabilities (U, C), and their weights, (U,)."""
-    if unlabeled.kind is None or unlabeled.y is None:  # before the first refresh
-        return torch.zeros_like(logits), logits.new_zeros(len(logits))
-    accepted = unlabeled.kind == LabelKind.PSEUDO
-    weight = accepted.to(logits)
-    if unlabeled.weight is not None:
-        weight = weight * unlabeled.weight.to(logits)
-    if unlabeled.soft is not None:
-        return unlabeled.soft.to(logits), weight
-    if unlabeled.y.ndim == 2:  # mixed pseudo-labels
-        return torch.where(accepted[:, None], unlabeled.y, 0).to(logits), weight
-    label = torch.where(accepted, unlabeled.y, 0)
-    return F.one_hot(label, logits.shape[-1]).to(logits), weight
+def _of_unknown(values: Tensor, unknown: Tensor | None) -> Tensor:
+    """Return the values (M,) of the pseudo-labels, of one for each row (U,) or for each label of it (U, K)."""
+    return values if values.ndim == 1 or unknown is None else values[unknown.expand_as(values)]
 
 
 def _check_unsupervised_weight(weight: float) -> None:

@@ -7,6 +7,7 @@ from kd_lightning.pseudo_labels.selection import (
     FixedThreshold,
     FlexMatch,
     FreeMatch,
+    LabelThresholds,
     OpenSetFilter,
     Selection,
     Sharpen,
@@ -30,4 +31,5 @@ __all__ = [
     "DistributionAlignment",
     "OpenSetFilter",
     "Sharpen",
+    "LabelThresholds",
 ]

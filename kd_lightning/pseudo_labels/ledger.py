@@ -25,8 +25,9 @@ _TYPES = {2: torch.long, 6: torch.float64, 7: torch.bool, 8: torch.bool}  # dtyp
 
 @dataclass
 class Round:
-    """One round of the ledger: index, file, content, class, confidence (float64) and two marks (booleans) of N samples.
+    """One round of the ledger: index, file, content, class, confidence (float64) and two marks (booleans) of N rows.
 
+    A row is a sample; if samples have several labels, it is one of them, and its class is a label, or ``not`` a label.
     Content and file say which sample is meant. The index may belong to another one since the data changed.
     """
 
@@ -60,19 +61,20 @@ def write_round(
     Args:
         folder: The run's folder.
         labels: The round.
-        class_names: Names of the classes; None for numbers.
+        class_names: Names of the classes, or of the labels of a sample; None for numbers. A label that is 0 is written
+            as ``not`` and its name.
         path_of: Function from an index to the path of the sample's file, None or empty without one.
         content_of: Function from an index to the hash of the sample's content, empty without one.
     """
     path = folder / FOLDER / f"round_{labels.round:04d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    columns = (labels.index, labels.label, labels.confidence, labels.accepted, labels.changed)
+    columns = (labels.index, labels.confidence, labels.accepted, labels.changed)
     with part.open("w", newline="", encoding="utf-8") as file:
         table = SafeWriter(file)
         table.writerow(COLUMNS)
-        for index, label, confidence, accepted, changed in zip(*(c.tolist() for c in columns), strict=True):
-            name = class_names[label] if class_names is not None and label < len(class_names) else label
+        names = _names(labels, class_names)
+        for name, index, confidence, accepted, changed in zip(names, *(c.tolist() for c in columns), strict=True):
             place = (index, path_of(index) or "", content_of(index))
             row = (labels.round, labels.epoch, *place, name, f"{confidence:.6f}")
             table.writerow((*row, int(accepted), int(changed)))
@@ -81,6 +83,16 @@ def write_round(
         if number > labels.round:
             later.unlink()
     return path
+
+
+def _names(labels: PseudoLabels, class_names: Sequence[str] | None) -> list[str]:
+    """Return the name of each row's label."""
+    known = dict(enumerate(class_names or ()))
+    values = labels.label.long().tolist()
+    if labels.output is None:
+        return [known.get(value, str(value)) for value in values]
+    names = (known.get(number, str(number)) for number in labels.output.tolist())
+    return [name if value else f"not {name}" for name, value in zip(names, values, strict=True)]
 
 
 def find_rounds(folder: Path) -> dict[int, Path]:

@@ -19,15 +19,18 @@ from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 class PseudoLabels:
     """One round of labels for the pool, ordered by index.
 
+    A row is a sample; of the multilabel task it is one label of a sample.
+
     Attributes:
         index: Indices of the samples, (N,) integers, ascending.
-        label: Pseudo-label of each sample, its most probable class, (N,) integers.
-        confidence: Probability of that class, (N,) float32.
+        label: Pseudo-label of each row, (N,), in the type of the given labels: the most probable class, or 0 or 1.
+        confidence: Probability of that label, (N,) float32.
         weight: How much the label counts, (N,) float32 from 0 to 1. Training does not use those of weight 0.
         changed: Whether the label differs from that of the previous round, (N,) booleans.
         round: Number of the round, from 0.
         epoch: Epoch at whose start the round was made; ``max_epochs`` for the round after training.
         soft: Probabilities to train on instead of the label, (N, C). None for hard labels.
+        output: Which label of the sample a row is, (N,) integers. None for one label a sample.
     """
 
     index: Tensor
@@ -38,6 +41,7 @@ class PseudoLabels:
     round: int
     epoch: int
     soft: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def accepted(self) -> Tensor:

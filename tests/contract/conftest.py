@@ -64,6 +64,7 @@ def nodes(node):
             yield from nodes(child)
 
 
+UNSURE = {"class_path": "LabelThresholds", "init_args": {"positive": 0.52, "negative": 0.48}}
 MIX = {"class_path": "kd_lightning.data.transforms.MixUp", "init_args": {"alpha": 0.4}}
 VARIANTS = {  # arguments of the model, or of the data, by dotted path, under which a config is another story
     "cached_digits": [
@@ -82,6 +83,7 @@ VARIANTS = {  # arguments of the model, or of the data, by dotted path, under wh
         {"data.mix": MIX},
     ],
     "refresh_digits": [{"data.mix": MIX}],
+    "multilabel_digits": [{"pseudo_labels": "refreshed", "selection": None}, {"data.mix": MIX}],
 }
 TERNARY = [{"student.init_args.weight_bits": "ternary"}]
 PRECISIONS = {f"apprentice_digits_{scheme}": TERNARY for scheme in ("joint", "fixed_teacher", "finetune")}
@@ -192,12 +194,14 @@ def small_texts(config):
 
 def sooner(config):
     """Pseudo-labels from the second epoch on, and some that are accepted: nobody is sure of anything by then."""
+    task = config["model"]["init_args"].get("task")
     for callback in config["trainer"].get("callbacks", []):
         kind = callback["class_path"].rsplit(".", 1)[-1]
         arguments = callback.setdefault("init_args", {})
         if kind == "PseudoLabelRefresh":
             arguments |= {"every_n_epochs": 1, "warmup_epochs": 1}
-            arguments["selection"] = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.12}}
+            threshold = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.12}}
+            arguments["selection"] = deepcopy(UNSURE) if task in ("binary", "multilabel") else threshold
         if kind == "SoftWeightAnnealing":
             arguments.pop("end_epoch", None)
             arguments.pop("begin_epoch", None)
@@ -206,6 +210,8 @@ def sooner(config):
         arguments["selection"]["init_args"]["threshold"] = 0.12
     if "threshold" in arguments:
         arguments["threshold"] = 0.12
+    if "positive" in (arguments.get("selection") or {}).get("init_args", {}):
+        arguments["selection"] = deepcopy(UNSURE)
     if module_name(config) == "PseudoLabelModule" and config["data"]["init_args"]["source"]["class_path"] == "FakeData":
         arguments["student"]["init_args"]["num_classes"] = FAKE["init_args"]["num_classes"]  # each has a label
 
@@ -244,6 +250,8 @@ def without_batch_statistics(config):
     dense = config["model"]["init_args"].get("class_dim") == 1
     channels = 3 if dense else (source.get("image_size") or [1])[0]
     classes = len(source["class_names"]) if dense else source.get("num_classes", 10)
+    if config["data"]["init_args"]["source"]["class_path"] == "DigitProperties":
+        classes = 3
     student = float_student(config)
     for node in nodes(config["model"]):
         for role in ("student", "peer", "teacher", "model", "network"):
@@ -275,11 +283,12 @@ def module_of(path):
 
 @cache
 def one_of_each_module():
-    """The digits config of each module, and of each way of labeling, for what is too slow to run for all."""
+    """The digits config of each module, and of each way and task of pseudo-labels, for what is too slow to run for all."""
     chosen = {}
     for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, "joint" not in p.stem, p.stem)):
-        labels = yaml.safe_load(path.read_text())["model"]["init_args"].get("pseudo_labels")
-        chosen.setdefault((module_of(path), labels), path)
+        arguments = yaml.safe_load(path.read_text())["model"]["init_args"]
+        labels = arguments.get("pseudo_labels")
+        chosen.setdefault((module_of(path), labels, labels and arguments.get("task")), path)
     return sorted(chosen.values())
 
 
@@ -370,6 +379,7 @@ REPRESENTATIVES = {  # configs whose checks all run in "make test", and what eac
     "fixmatch_digits": "PseudoLabelModule: online pseudo-labels, two streams",
     "abc_digits": "ABCModule: a classifier that is not deployed, and masks",
     "refresh_digits": "PseudoLabelModule: pseudo-labels of a callback",
+    "multilabel_digits": "PseudoLabelModule: pseudo-labels of single labels",
     "transductive_digits": "the test part as pool",
     "segmentation_distill": "a label for each pixel, from files",
     "text_distill": "inputs that are a mapping",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class LabelTable:
     """The visible label of each index, and pseudo-labels of samples without one.
 
     Args:
-        visible: (N,) class indices, or (N, L) zeros and ones. Missing ones are -100 or NaN.
+        visible: (N,) class indices, or (N, L) zeros and ones. Missing ones are -100 or NaN. Pseudo-labels are of
+            samples, or of single labels of them.
         kind: Kind of each label, (N,) numbers of ``LabelKind``. Default: None, which means clean where known.
         weight: Factor of each sample's hard loss, (N,), at least 0. Default: None, which means 1.
         group: Superclass of samples of kind coarse, (N,); any number elsewhere. Default: None, which means none.
@@ -75,23 +77,34 @@ class LabelTable:
         """Replace all earlier pseudo-labels by the accepted ones of this round.
 
         Raises:
-            InputError: If a sample may have several labels, and for a pseudo-label of a labeled or unknown sample.
+            InputError: If the labels are of another form than those of the samples, and for a pseudo-label of a labeled
+                or unknown sample.
         """
-        if self.dense or self.visible.ndim > 1 or self.visible.is_floating_point():
-            raise InputError("pseudo-labels need samples of one class each; these have many labels")
+        several, floats = self.visible.ndim > 1, self.visible.is_floating_point()
+        if self.dense or several != (labels.output is not None) or floats != labels.label.is_floating_point():
+            form = "one" if labels.output is None else "several"
+            kind = "dense" if self.dense else "several" if several else "one"
+            raise InputError(
+                f"pseudo-labels must fit the labels of the samples, which are {kind} for each, {self.visible.dtype}; "
+                f"got {form} for each, {labels.label.dtype}; the task of the module must be that of the labels"
+            )
         known = is_labeled(self.visible)
         if len(labels.index) and int(labels.index.max()) >= len(known):
             raise InputError(f"pseudo-labels: samples must be 0 ... {len(known) - 1}, got {int(labels.index.max())}")
-        if known[labels.index].any():
-            raise InputError(f"pseudo-labels: sample {int(labels.index[known[labels.index]][0])} has a label already")
         accepted = labels.index[labels.accepted]
+        places: Any = accepted if labels.output is None else (accepted, labels.output[labels.accepted])
+        taken = known[labels.index] if labels.output is None else known[labels.index, labels.output]
+        if taken.any():
+            raise InputError(f"pseudo-labels: sample {int(labels.index[taken][0])} has a label already")
         self.y = self.visible.clone()
-        self.y[accepted] = labels.label[labels.accepted]
+        self.y[places] = labels.label[labels.accepted].to(self.y)
         plain = torch.where(known, LabelKind.CLEAN, LabelKind.MISSING).to(torch.int8)
         self.kind = plain if self._initial_kind is None else self._initial_kind.clone()
-        self.kind[accepted] = LabelKind.PSEUDO
+        self.kind[places] = LabelKind.PSEUDO
         self.weight, given = self._initial_weight, labels.weight[labels.accepted].float()
-        if self.weight is not None or (given != 1).any():
+        if several and (given != 1).any():
+            raise InputError("pseudo-labels: weights must be 0 or 1 where samples have several labels")
+        if not several and (self.weight is not None or (given != 1).any()):
             self.weight = torch.ones(len(known)) if self.weight is None else self.weight.clone()
             self.weight[accepted] = given.to(self.weight)
         self.version += 1
@@ -154,6 +167,7 @@ class LabelTable:
             kinds = self.kind[torch.stack([batch.index, batch.partner])]
             some = (kinds == LabelKind.MISSING).any(dim=0)
             mixed = torch.where(kinds[0] == kinds[1], kinds[0], LabelKind.NOISY)  # clean with noisy
+            mixed = torch.where((kinds == LabelKind.PSEUDO).any(dim=0), LabelKind.PSEUDO, mixed)
             batch.kind = torch.where(some, LabelKind.MISSING, mixed).to(torch.int8)
         known = is_labeled(batch.y).reshape(len(batch.y), -1)
         if (known.any(dim=1) == known.all(dim=1)).all():
@@ -184,11 +198,16 @@ class LabelTable:
         counts = torch.zeros(len(index) + 1, 3, dtype=torch.long)
         known = self._known[index]
         known = known if partner is None else known & self._known[partner]
-        counts[1:, 0] = known.reshape(len(index), -1).sum(dim=1) if known.ndim > 1 else known
+        counts[1:, 0] = _per_sample(known)
         if self.kind is not None:
-            kind = self.kind[index]
-            if partner is not None:  # a pseudo-label, mixed with a sample without one, is none
-                kind = torch.where(self._known[partner], kind, LabelKind.MISSING)
-            counts[1:, 1], counts[1:, 2] = kind == LabelKind.PSEUDO, kind == LabelKind.COARSE
+            pseudo, coarse = (self.kind == kind for kind in (LabelKind.PSEUDO, LabelKind.COARSE))
+            # a pseudo-label, mixed with a sample without one, is none
+            is_pseudo = pseudo[index] if partner is None else known & (pseudo[index] | pseudo[partner])
+            counts[1:, 1], counts[1:, 2] = _per_sample(is_pseudo), _per_sample(coarse[index])
             counts[:, 0] += counts[:, 2]
         return counts.cumsum(dim=0)
+
+
+def _per_sample(marks: Tensor) -> Tensor:
+    """Return the number of marks of each sample, (N,), of booleans (N,) or (N, L)."""
+    return marks.long() if marks.ndim == 1 else marks.sum(dim=1)

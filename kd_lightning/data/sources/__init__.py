@@ -2,6 +2,7 @@
 
 from kd_lightning.data.sources.class_subset import ClassSubset
 from kd_lightning.data.sources.dataset_source import DatasetSource
+from kd_lightning.data.sources.digit_properties import DigitProperties
 from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
 from kd_lightning.data.sources.hugging_face import HuggingFaceSource
@@ -18,6 +19,7 @@ __all__ = [
     "Parts",
     "Source",
     "Digits",
+    "DigitProperties",
     "TorchvisionDataset",
     "HuggingFaceSource",
     "ImageFolder",

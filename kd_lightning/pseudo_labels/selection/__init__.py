@@ -6,6 +6,7 @@ from kd_lightning.pseudo_labels.selection.base import Selection
 from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 from kd_lightning.pseudo_labels.selection.flexmatch import FlexMatch
 from kd_lightning.pseudo_labels.selection.freematch import FreeMatch
+from kd_lightning.pseudo_labels.selection.label_thresholds import LabelThresholds
 from kd_lightning.pseudo_labels.selection.open_set_filter import OpenSetFilter
 from kd_lightning.pseudo_labels.selection.sharpen import Sharpen
 from kd_lightning.pseudo_labels.selection.softmatch import SoftMatch
@@ -22,4 +23,5 @@ __all__ = [
     "DistributionAlignment",
     "OpenSetFilter",
     "Sharpen",
+    "LabelThresholds",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.losses.base import Task
 
 
 class Selection(nn.Module):
@@ -26,10 +27,14 @@ class Selection(nn.Module):
     A rule of your own overrides :meth:`forward`, and :meth:`setup` if it has state.
 
     Attributes:
+        tasks: The tasks that it is for. In the binary and the multilabel task, probabilities are those of a 1, (U, L),
+            with targets 0 or 1 and weights in the same shape; nothing sums to 1. Labels of a row that are given have
+            pseudo-labels, too, which do not count.
         needs_index: Whether :meth:`forward` needs the index of each row.
         needs_labeled: Whether :meth:`forward` uses the probabilities of labeled rows.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("multiclass",)
     needs_index: bool = False
     needs_labeled: bool = False
 
@@ -122,6 +127,18 @@ def most_probable(probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the highest probability of each row (U,), its class (U,), and the class as a target (U, C)."""
     confidence, label = probabilities.max(dim=1)
     return confidence, label, F.one_hot(label, probabilities.shape[1]).to(probabilities.dtype)
+
+
+def check_task(selection: Selection, task: Task) -> None:
+    """Raise InputError unless a selection, and those inside it, are for a task."""
+    for one in selection.modules():
+        if isinstance(one, Selection) and task not in one.tasks:
+            what = "probabilities that sum to 1" if one.tasks == ("multiclass",) else "labels of 0 or 1"
+            other = "LabelThresholds" if one.tasks == ("multiclass",) else "FixedThreshold"
+            raise InputError(
+                f"selection: {type(one).__name__} is for {what} (task {' or '.join(one.tasks)}), got task: {task}; use "
+                f"{other}"
+            )
 
 
 def one_line(selection: Selection) -> str:

@@ -15,7 +15,7 @@ def set_up(selection: Selection, data: Any, num_classes: int | None, *, dense: b
     Args:
         selection: The selection.
         data: The datamodule, or None.
-        num_classes: Number of classes. None means that of the class names, or else of the labels.
+        num_classes: Number of predictions of a sample. None means that of the class names, or else of the labels.
         dense: Whether samples have more than one label each. These labels are not in memory.
 
     Raises:
@@ -31,5 +31,5 @@ def set_up(selection: Selection, data: Any, num_classes: int | None, *, dense: b
         if selection.needs_labeled and not known.any():
             raise InputError(f"{type(selection).__name__} needs labeled samples, but there are none")
         if num_classes is None and known.any():
-            num_classes = int(labels[known].max()) + 1
+            num_classes = labels.shape[1] if labels.ndim > 1 else int(labels[known].max()) + 1
     selection.setup(num_samples, num_classes, num_unlabeled)

@@ -1,0 +1,33 @@
+"""What pseudo-labels are in each task: one kind a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask
+from kd_lightning.pseudo_labels.tasks.binary_labels import BinaryLabelsTask
+from kd_lightning.pseudo_labels.tasks.multiclass import MulticlassTask
+
+__all__ = ["BinaryLabelsTask", "MulticlassTask", "PseudoLabelTask", "pseudo_label_task"]
+
+
+def pseudo_label_task(name: str, owner: str) -> PseudoLabelTask:
+    """Return what pseudo-labels are in a task.
+
+    Args:
+        name: The task.
+        owner: Name of the caller, for the message.
+
+    Raises:
+        InputError: If the task has no pseudo-labels.
+    """
+    tasks: dict[str, Callable[[], PseudoLabelTask]] = {
+        "multiclass": MulticlassTask,
+        "binary": partial(BinaryLabelsTask, "binary"),
+        "multilabel": partial(BinaryLabelsTask, "multilabel"),
+    }
+    if name not in tasks:
+        raise InputError(f"{owner}: task must be multiclass, binary or multilabel, got {name!r}")
+    return tasks[name]()
