@@ -41,6 +41,11 @@ class Round:
     accepted: Tensor
     changed: Tensor
 
+    @property
+    def samples(self) -> int:
+        """Number of samples, each of which has one row, or one for each of its labels."""
+        return len({*self.index.tolist()})
+
     def by_class(self) -> dict[str, list[float]]:
         """Return the confidences of the accepted labels of each class."""
         found: dict[str, list[float]] = defaultdict(list)

@@ -268,7 +268,9 @@ def _pool_text(run: Run) -> str:
         last = read_round(files[max(files)])
     except (InputError, ValueError, OSError):
         return ""
-    return f"last round: {int(last.accepted.sum()):,} of {count_text(len(last.label), 'unlabeled sample')} accepted"
+    samples, accepted = count_text(last.samples, "unlabeled sample"), int(last.accepted.sum())
+    what = samples if last.samples == len(last.label) else f"{len(last.label):,} labels of {samples}"
+    return f"last round: {accepted:,} of {what} accepted"
 
 
 def key_figures(facts: Facts) -> list[dict[str, str]]:

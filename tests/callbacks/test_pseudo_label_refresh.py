@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from kd_lightning.__main__ import main
 from kd_lightning.batch import LabelKind
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.models import DigitsCNN
+from kd_lightning.pseudo_labels.table import PseudoLabels
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
 
 ADAM = partial(torch.optim.AdamW, lr=0.02)
@@ -692,7 +693,7 @@ def test_modules_that_cannot_be(fit):
         (Foreign(), {"source": GraphPseudoLabels()}, "GraphPseudoLabels needs a module with a student, Foreign has"),
         (Foreign(), {"restart_student": True}, "restart_student needs a module with a student, Foreign has none"),
         (DistillModule(DigitsCNN(4), None), {"source": "teacher"}, "but DistillModule has no teacher"),
-        (make(DistillModule, task="multilabel"), {}, "task must be multiclass, got multilabel"),
+        (make(DistillModule, task="regression"), {}, "task must be multiclass, binary or multilabel, got 'regression'"),
         (make(DistillModule, class_dim=1), {}, "gives one pseudo-label a sample, got a module with class_dim: 1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -752,7 +753,7 @@ def test_from_a_config(story, source):
     run = Path("runs/run/version_0")
     assert len(ledger(run)) == 2
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["PseudoLabelRefresh"]
-    assert {*state["table"]} == {"index", "label", "confidence", "weight", "changed", "round", "epoch", "soft"}
+    assert {*state["table"]} == {field.name for field in fields(PseudoLabels)}
     assert len(state["table"]["index"]) == 1038
     last = str(run / "checkpoints/last.ckpt")
     main(["fit", "--config", "story.yaml", "--ckpt_path", last, "--trainer.max_epochs", "3"])
@@ -789,6 +790,7 @@ from torch.utils.data import TensorDataset
 from kd_lightning import DatasetSource, Digits, DistributionAlignment, FixedThreshold, GraphPseudoLabels
 from kd_lightning import PseudoLabelRefresh, SemiSupervisedDataModule, Sharpen, SupervisedModule
 from kd_lightning.models import DigitsCNN
+from kd_lightning.pseudo_labels.table import PseudoLabels
 
 def run(devices, name, count, batch, source):
     torch.manual_seed(0)

@@ -237,7 +237,7 @@ class TestPool:
         data = SemiSupervisedDataModule(DatasetSource(TensorDataset(torch.rand(20, 4), y)), labeled=0.5, val_size=0)
         assert torch.equal(data.hidden_truth(torch.arange(20)), y)
         index = torch.tensor(data.unlabeled_indices())
-        with pytest.raises(InputError, match="pseudo-labels need samples of one class each"):
+        with pytest.raises(InputError, match="pseudo-labels must fit the labels .* which are several for each"):
             data.set_pseudo_labels(PseudoLabels(index, index * 0, index.float(), index > 0, index > 0, 0, 0))
 
     def test_another_fit_starts_without_labels(self, quiet_trainer, student):

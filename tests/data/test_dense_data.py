@@ -195,7 +195,7 @@ def test_labels_of_whole_samples():
     labels = PseudoLabels(
         torch.tensor([1]), torch.tensor([0]), torch.ones(1), torch.ones(1).bool(), torch.ones(1).bool(), 0, 0
     )
-    with pytest.raises(InputError, match="pseudo-labels need samples of one class each"):
+    with pytest.raises(InputError, match="pseudo-labels must fit the labels .* which are dense for each"):
         data.set_pseudo_labels(labels)
     for other in (ClassSubset(source(), [0]), RotatedClasses(source())):
         with pytest.raises(InputError, match="must have one class each"):

@@ -60,6 +60,15 @@ class TestWriting:
         _, rows = self.write(tmp_path, make_pseudo_labels(torch.eye(3)[[2]], torch.tensor([0])), names)
         assert rows[0]["label"] == label
 
+    def test_several_labels_of_a_sample(self, tmp_path):
+        label, ones = torch.tensor([1.0, 0.0, 1.0]), torch.ones(3)
+        parts = torch.tensor([3, 3, 5]), label, ones, ones, ones == 0, 0, 1, None, torch.tensor([0, 2, 1])
+        path, rows = self.write(tmp_path, PseudoLabels(*parts), ["even", "prime"])
+        assert [row["label"] for row in rows] == ["even", "not 2", "prime"]
+        found = read_round(path)
+        assert (found.samples, found.label) == (2, ["even", "not 2", "prime"])
+        assert found.by_class().keys() == {"even", "not 2", "prime"}
+
     def test_later_rounds_are_deleted_by_number(self, tmp_path):
         table = make_pseudo_labels(torch.eye(2), torch.tensor([0, 1]))
         for number in (3, 9999, 10_000, 12_345):

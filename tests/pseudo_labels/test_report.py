@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from kd_lightning.pseudo_labels.report import class_figure, class_shares, confidence_figure, round_metrics
+from kd_lightning.pseudo_labels.report import class_figure, class_shares, confidence_figure, round_metrics, true_labels
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 LABEL = [0, 0, 1, 2, 2, 2]
@@ -103,3 +103,43 @@ def test_many_classes_are_two_lines():
     (panel,) = class_figure(table([1] * 6), torch.arange(10_000)).axes
     assert len(panel.patches) == 2
     assert panel.patches[0].get_data().values.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 2] + [0] * 9_997, abs=1e-4)
+
+
+class TestSeveralLabels:
+    """Rows are labels of samples: two samples with labels 0 and 2, 0 and 1 that are not given."""
+
+    @staticmethod
+    def table(accepted, label=(1, 0, 1, 1)):
+        parts = torch.tensor([4, 4, 7, 7]), torch.tensor(label).float(), torch.tensor([0.9, 0.8, 0.7, 0.6])
+        accepted = torch.tensor(accepted).float()
+        return PseudoLabels(*parts, accepted, accepted < 0, 0, 0, None, torch.tensor([0, 2, 0, 1]))
+
+    GIVEN = torch.tensor([[1, 0, 0], [0, -100, 1], [1, -100, 0]])
+
+    def test_by_hand(self):
+        truth = torch.full((8, 3), float("nan"))
+        truth[4], truth[7] = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, float("nan"), 1.0])
+        table = self.table([1, 1, 1, 0])
+        found = true_labels(table, lambda index: truth[index])
+        assert found.tolist() == [1, 1, 0, -100]
+        values = round_metrics(table, self.GIVEN, found)
+        assert values == pytest.approx(
+            {
+                "coverage": 3 / 4,
+                "confidence": 0.75,
+                "flips": 0,
+                "class_distance": ((1 - 2 / 3) + abs(0 - 1 / 3)) / 2,  # of labels 0 and 2: of 1, none is accepted
+                "precision": 1 / 3,
+                "accepted_precision": 1 / 3,
+            }
+        )
+
+    def test_shares(self):
+        shares = class_shares(self.table([1, 1, 1, 0]), self.GIVEN)
+        assert shares[1].tolist() == pytest.approx([2 / 3, 0, 1 / 3])
+        assert shares[0, [0, 2]].tolist() == [1, 0]
+        assert shares[0, 1].isnan()
+        class_figure(self.table([1, 1, 1, 0]), self.GIVEN).canvas.draw()
+
+    def test_nothing_accepted(self):
+        assert "class_distance" not in round_metrics(self.table([0] * 4), self.GIVEN, None)

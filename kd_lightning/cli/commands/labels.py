@@ -135,7 +135,7 @@ def round_table(rounds: Sequence[Round], classes: Sequence[str]) -> Table:
             f"{100 * one.changed.double().mean():.1f}" if one.number else "-"
         )  # the first round has no round before it
         means = (_mean(one.confidence), _mean(one.confidence[one.accepted]))
-        cells = (one.number, one.epoch, size, f"{taken} ({100 * taken / size:.1f} %)", changed, *means)
+        cells = (one.number, one.epoch, one.samples, f"{taken} ({100 * taken / size:.1f} %)", changed, *means)
         view.add_row(*map(str, cells), escape(spread))
     return view
 
@@ -201,7 +201,8 @@ def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
 
 def _find_samples(data: Any, one: Round, run: str) -> list[int | None]:
     """Return the sample of each row of a round in the data as they are now, and print what has changed."""
-    rows = [*zip(one.index.tolist(), one.path, one.content, strict=True)]
+    of_rows = [*zip(one.index.tolist(), one.path, one.content, strict=True)]
+    rows = [*dict.fromkeys(of_rows)]  # a sample of several labels has several rows
     if isinstance(data, SemiSupervisedDataModule):
         found = RowSamples(data.samples.images, data.samples.identities, [str(Path.cwd())]).find(
             [RowName(*row) for row in rows]
@@ -217,7 +218,8 @@ def _find_samples(data: Any, one: Round, run: str) -> list[int | None]:
             if len(gone) == len(rows):
                 raise InputError(text)
             print(text)
-    return samples
+    sample_of = dict(zip(rows, samples, strict=True))
+    return [sample_of[row] for row in of_rows]
 
 
 def _check_path(data: Any, index: int, path: str) -> int | None:

@@ -76,6 +76,73 @@ def test_weights(given):
     assert given is None or torch.equal(given, plain)
 
 
+class TestSeveralLabels:
+    """Pseudo-labels of single labels of a sample."""
+
+    VISIBLE = torch.tensor([[1, 0, NAN], [NAN] * 3, [NAN] * 3, [0, 1, 1]])
+
+    @staticmethod
+    def table(index, output, label, accepted):
+        accepted = torch.tensor(accepted).float()
+        rows = [torch.tensor(values) for values in (index, label)]
+        parts = rows[0], rows[1].float(), accepted, accepted, accepted > 1, 0, 0, None
+        return PseudoLabels(*parts, torch.tensor(output))
+
+    def filled(self, **kwargs):
+        labels = LabelTable(self.VISIBLE, **kwargs)
+        labels.set_pseudo_labels(self.table([0, 1, 1, 2], [2, 0, 2, 1], [1, 1, 0, 1], [1, 1, 1, 0]))
+        return labels
+
+    def test_fills_in_the_accepted_ones(self):
+        labels = self.filled()
+        batch = fill(labels, [3, 2, 1, 0])
+        expected = torch.tensor([[0, 1, 1], [NAN] * 3, [1, NAN, 0], [1, 0, 1]])
+        torch.testing.assert_close(batch.y, expected, equal_nan=True)
+        clean, missing, pseudo = LabelKind.CLEAN, LabelKind.MISSING, LabelKind.PSEUDO
+        kinds = [[clean] * 3, [missing] * 3, [pseudo, missing, pseudo], [clean, clean, pseudo]]
+        assert batch.kind.tolist() == kinds
+        assert batch.weight is None
+        labels.set_pseudo_labels(self.table([2], [0], [1], [1]))  # replaces all
+        assert fill(labels, [0, 1]).y.isnan().sum() == 4
+
+    def test_counts(self):
+        labels, index = self.filled(), torch.tensor([0, 1, 2, 3, 0])
+        assert labels.count_up_to(index)[[0, 1, 2, 3, 5]].tolist() == [
+            [0, 0, 0],
+            [3, 1, 0],
+            [5, 3, 0],
+            [5, 3, 0],
+            [11, 4, 0],
+        ]
+        assert labels.count_up_to(index[:0]).tolist() == [[0, 0, 0]]
+
+    def test_mixed_with_a_given_label_it_stays_a_pseudo_label(self):
+        labels = self.filled()
+        index, partner = torch.tensor([0, 3, 1]), torch.tensor([3, 0, 0])
+        batch = Batch(index.float(), index=index, partner=partner, share=torch.full((3,), 0.75))
+        batch = labels.fill(batch)
+        clean, missing, pseudo = LabelKind.CLEAN, LabelKind.MISSING, LabelKind.PSEUDO
+        assert batch.kind.tolist() == [[clean, clean, pseudo], [clean, clean, pseudo], [pseudo, missing, pseudo]]
+        torch.testing.assert_close(batch.y[0], torch.tensor([0.75, 0.25, 1.0]))
+        assert labels.count_up_to(index, partner)[-1].tolist() == [8, 4, 0]
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            (([0], [1], [1], [1]), "sample 0 has a label already"),
+            (([4], [1], [1], [1]), "samples must be 0 ... 3, got 4"),
+            (([1], [1], [1], [0.5]), "weights must be 0 or 1 where samples have several labels"),
+        ],
+    )
+    def test_refused(self, rows, message):
+        with pytest.raises(InputError, match=f"pseudo-labels: {message}"):
+            LabelTable(self.VISIBLE).set_pseudo_labels(self.table(*rows))
+
+    def test_of_samples_with_one_class(self):
+        with pytest.raises(InputError, match="one for each, torch.int64; got several for each, torch.float32"):
+            LabelTable(VISIBLE).set_pseudo_labels(self.table([1], [1], [1], [1]))
+
+
 def test_new_ones_replace_all_earlier_ones():
     labels = LabelTable(VISIBLE)
     labels.set_pseudo_labels(table([1, 2], [3, 1], [True, True], torch.rand(2, 5)))
@@ -117,8 +184,16 @@ def test_counts():
 @pytest.mark.parametrize(
     ("visible", "index", "message"),
     [
-        (torch.full((6, 2), NAN), [1, 2], "need samples of one class each; these have many labels"),
-        (torch.tensor([0.0, NAN, NAN]), [1, 2], "need samples of one class each"),
+        (
+            torch.full((6, 2), NAN),
+            [1, 2],
+            "must fit the labels .* which are several for each, .* got one for each",
+        ),
+        (
+            torch.tensor([0.0, NAN, NAN]),
+            [1, 2],
+            "must fit the labels .* which are one for each, torch.float32; got",
+        ),
         (VISIBLE, [1, 6], "samples must be 0 ... 5, got 6"),
         (VISIBLE, [1, 3], "sample 3 has a label already"),
     ],
