@@ -53,7 +53,11 @@ class PseudoLabelModule(TaughtModule):
     in both terms; their pseudo-label is one of the classes of the coarse label. Labeled and unlabeled samples go
     through the student in one forward pass, and so share their batch statistics.
 
-    It takes all inputs, outputs (B, C) or dense, and the multiclass task. With ``class_dim`` each position of a sample
+    In the binary and multilabel tasks, each label that is not given has a pseudo-label 0 or 1 of its own, also one of a
+    row whose other labels are given. The selection is ``LabelThresholds``, the loss binary cross-entropy, and the
+    divisor the number of all these labels. Each label must be known to be 1 in some sample, and 0 in another.
+
+    It takes all inputs; outputs (B, C) or (B,); and dense ones of the multiclass task. With ``class_dim`` each position of a sample
     without any label has a pseudo-label of its own (online, with a selection that needs no index), and the divisor
     counts these positions, without masked ones. The strong view must then have the positions of the weak one: it may
     change colours, but not crop, flip or shorten on its own.
@@ -75,14 +79,14 @@ class PseudoLabelModule(TaughtModule):
             in [0, 1). The first step copies the student; after n steps the decay is ``(1 + n) / (10 + n)``, if that is
             smaller. ``PseudoLabelRefresh(source="ema")`` uses the average, too. It is not deployed. Default: None,
             which means that they come from the student itself.
-        **kwargs: The arguments of :class:`SupervisedModule`. The task must be ``"multiclass"``. The hard loss is that
-            of the labeled rows alone.
+        **kwargs: The arguments of :class:`SupervisedModule`. The task is any but ``"regression"``. The hard loss is
+            that of the labeled rows alone.
 
     Raises:
         InputError: If a value is out of range; if refreshed pseudo-labels have a selection here (it is the callback's);
-            if online ones have a teacher and an average; if the task is another one; if there are no unlabeled samples,
-            or a class has no labeled one (unless a teacher labels); if the selection needs what is not there, such as
-            an index; if pseudo-labels are refreshed with ``class_dim``; if the strong view has other positions; if a
+            if online ones have a teacher and an average; if the task is another one, or the selection is for another
+            one; if there are no unlabeled samples, or a class has no labeled one (unless a teacher labels); if the
+            selection needs what is not there, such as an index; if pseudo-labels are refreshed with ``class_dim``; if the strong view has other positions; if a
             run is resumed with another teacher.
     """
 

@@ -283,7 +283,7 @@ def module_of(path):
 
 @cache
 def one_of_each_module():
-    """The digits config of each module, and of each way and task of pseudo-labels, for what is too slow to run for all."""
+    """The digits config of each module, and of each way and task of pseudo-labels, for what is slow."""
     chosen = {}
     for path in sorted(CONFIGS, key=lambda p: ("digits" not in p.stem, "joint" not in p.stem, p.stem)):
         arguments = yaml.safe_load(path.read_text())["model"]["init_args"]
