@@ -48,19 +48,21 @@ class PseudoLabelRefresh(Callback):
 
     Works on any LightningModule whose ``forward`` returns logits, and on any datamodule with the two methods of
     :class:`~kd_lightning.pseudo_labels.PseudoLabelStore`. The module's ``task`` may be multiclass (as it is without
-    one), binary or multilabel: then each label of a sample that is not given has a pseudo-label 0 or 1. Modules use the accepted labels as follows:
+    one), binary or multilabel: then each label of a sample that is not given has a pseudo-label 0 or 1. Modules use the
+    accepted labels as follows:
 
     - ``PseudoLabelModule(pseudo_labels="refreshed")`` has a loss term for them.
     - ``PseudoLabelModule(pseudo_labels="online")`` ignores them, so the refresh only measures the student's quality.
     - Other modules treat them as labels of this weight. Of a soft label they use the most probable class.
 
-    Each round writes a CSV file to ``pseudo_labels/`` in the run's folder, one row for each sample, or each label of it,
-    which ``python -m kd_lightning labels RUN`` reads. The last round runs when training ends. It holds the trained student's labels,
-    whatever the source, which are also those of ``predict``. Checkpoints hold the table. Logs under ``pseudo_labels/``:
-    ``coverage`` (mean weight: the accepted share, if weights are 0 or 1), ``confidence`` (mean), ``flips`` (share that
-    changed since the last round) and ``class_distance`` (total variation distance between the classes of accepted and
-    of given labels; of several labels the mean difference of the shares of a 1). If the datamodule has ``hidden_truth(index)``, also ``precision`` (of all) and
-    ``accepted_precision``. Figures: the confidences with the threshold, and the classes.
+    Each round writes a CSV file to ``pseudo_labels/`` in the run's folder, one row for each sample, or each label of
+    it, which ``python -m kd_lightning labels RUN`` reads. The last round runs when training ends. It holds the trained
+    student's labels, whatever the source, which are also those of ``predict``. Checkpoints hold the table. Logs under
+    ``pseudo_labels/``: ``coverage`` (mean weight: the accepted share, if weights are 0 or 1), ``confidence`` (mean),
+    ``flips`` (share that changed since the last round) and ``class_distance`` (total variation distance between the
+    classes of accepted and of given labels; of several labels the mean difference of the shares of a 1). If the
+    datamodule has ``hidden_truth(index)``, also ``precision`` (of all) and ``accepted_precision``. Figures: the
+    confidences with the threshold, and the classes.
 
     Args:
         every_n_epochs: Number of epochs from one refresh to the next, at least 1.

@@ -57,10 +57,10 @@ class PseudoLabelModule(TaughtModule):
     row whose other labels are given. The selection is ``LabelThresholds``, the loss binary cross-entropy, and the
     divisor the number of all these labels. Each label must be known to be 1 in some sample, and 0 in another.
 
-    It takes all inputs; outputs (B, C) or (B,); and dense ones of the multiclass task. With ``class_dim`` each position of a sample
-    without any label has a pseudo-label of its own (online, with a selection that needs no index), and the divisor
-    counts these positions, without masked ones. The strong view must then have the positions of the weak one: it may
-    change colours, but not crop, flip or shorten on its own.
+    It takes all inputs; outputs (B, C) or (B,); and dense ones of the multiclass task. With ``class_dim`` each position
+    of a sample without any label has a pseudo-label of its own (online, with a selection that needs no index), and the
+    divisor counts these positions, without masked ones. The strong view must then have the positions of the weak one:
+    it may change colours, but not crop, flip or shorten on its own.
 
     Logs what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
     the mean weight of the unlabeled samples, which is the accepted share if weights are 0 or 1; for online
@@ -86,8 +86,8 @@ class PseudoLabelModule(TaughtModule):
         InputError: If a value is out of range; if refreshed pseudo-labels have a selection here (it is the callback's);
             if online ones have a teacher and an average; if the task is another one, or the selection is for another
             one; if there are no unlabeled samples, or a class has no labeled one (unless a teacher labels); if the
-            selection needs what is not there, such as an index; if pseudo-labels are refreshed with ``class_dim``; if the strong view has other positions; if a
-            run is resumed with another teacher.
+            selection needs what is not there, such as an index; if pseudo-labels are refreshed with ``class_dim``; if
+            the strong view has other positions; if a run is resumed with another teacher.
     """
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
