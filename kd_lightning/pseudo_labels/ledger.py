@@ -92,7 +92,7 @@ def write_round(
 
 def _names(labels: PseudoLabels, class_names: Sequence[str] | None) -> list[str]:
     """Return the name of each row's label."""
-    known = dict(enumerate(class_names or ()))
+    known = dict(enumerate(() if class_names is None else class_names))  # a project's names may be an array
     values = labels.label.long().tolist()
     if labels.output is None:
         return [known.get(value, str(value)) for value in values]
