@@ -323,10 +323,7 @@ class PseudoLabelModule(TaughtModule):
         """Runs before the first epoch. Checks that there are unlabeled samples, and a source of pseudo-labels."""
         super().on_train_start()
         data: Any = self._data()
-        if self.class_dim is None:
-            samples = unlabeled_samples(data)
-        else:
-            samples = data.unlabeled_indices() if hasattr(data, "unlabeled_indices") else None
+        samples = unlabeled_samples(data, dense=self.class_dim is not None)
         if samples is not None and not samples:
             raise InputError(
                 "PseudoLabelModule: there are no unlabeled samples; set labeled to a part of the labels, or unlabeled "
