@@ -507,3 +507,22 @@ def test_cross_fit_of_a_real_run(config, capsys):
 
 def splits(run):
     return {f"tiny_fold_{n}": run / f"pseudo_labels/cross_fit/2_folds/split_{n}.json" for n in range(2)}
+
+
+def test_several_labels_of_a_sample(run, capsys):
+    """A row is a label; a sample is found once, and its picture may be shown for each of its labels."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["source"] = {"class_path": "DigitProperties"}
+    config["data"]["init_args"]["labeled"] = 0.1
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "split.json").unlink()
+    for path in (run / "pseudo_labels").iterdir():
+        path.unlink()
+    one = labels([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], [1, 1, 1, 0], index=[3, 3, 5, 8])
+    write_round(run, replace(one, output=torch.tensor([0, 2, 1, 0])), ["even", "prime", "above 4"], lambda index: None)
+    main([str(run), "--images", "3"])
+    text = capsys.readouterr().out
+    assert cells(text, "Pseudo-labels")[0][:7] == ["0", "1", "3", "3 (75.0 %)", "-", "0.750", "0.800"]
+    found = {row[0]: row[1] for row in cells(text, "Accepted labels of round 0")}
+    assert found == {"even": "1", "prime": "1", "above 4": "0", "not above 4": "1", "not even": "0"}
+    assert (run / "pseudo_labels" / "doubtful.png").is_file()
