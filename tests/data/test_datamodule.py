@@ -641,7 +641,7 @@ class TestLabelFile:
     def test_of_many_labels(self, tmp_path):
         (tmp_path / "a.csv").write_text("index,label\n3,1\n")
         source = DatasetSource(TensorDataset(torch.rand(20, 4), torch.randint(2, (20, 3))))
-        with pytest.raises(InputError, match="label_noise, coarse and label_file need samples of one class each"):
+        with pytest.raises(InputError, match="must have a column of zeros and ones for each class, such as 0, since"):
             SemiSupervisedDataModule(source, label_file=tmp_path / "a.csv").setup("")
 
     def test_old_split_file(self, make, tmp_path):

@@ -128,6 +128,26 @@ class TestObjective:
         online = own_labels(net, x, y, (0.5, 0.5))  # takes no notice of them
         check(PseudoLabelModule(net, task=task), batch, *by_hand(net, x, y, strong, online))
 
+    @pytest.mark.parametrize("name", ["multilabel", "all in part", "binary"])
+    def test_refreshed_and_mixed(self, name):
+        """Mixed labels are fractions; of the binary task with class indices, probabilities of both classes."""
+        task, y, labels = TASKS[name]
+        net, x = linear(labels), inputs()
+        known = torch.from_numpy(~unknown(y))
+        given = torch.where(known, 0.8 * y.double().view(known.shape) + 0.1, NAN)
+        stored, kind = given.clone(), torch.where(known, LabelKind.CLEAN, 1)
+        targets = dict.fromkeys(zip(*np.nonzero(unknown(y)), strict=True))
+        for number, place in enumerate([*targets][::2]):
+            targets[place] = stored[place] = (number % 3) / 3
+            kind[place] = LabelKind.PSEUDO
+        loss, gradient = by_hand(net, x, given, x, targets, 3.0)
+        means = {"mean_labels": float((~stored.isnan()).sum()), "mean_pseudo": float(len([*targets][::2]))}
+        if task == "binary":
+            stored, kind = torch.cat([1 - stored, stored], dim=1), kind[:, 0]
+        mixed = {"partner": torch.arange(ROWS).roll(1), "share": torch.full((ROWS,), 0.9)}
+        batch = Batch(x, stored, kind=kind.to(torch.int8), mean_rows=float(ROWS), **mixed, **means)
+        check(PseudoLabelModule(net, 3.0, "refreshed", task=task), batch, loss, gradient)
+
     @pytest.mark.parametrize("pseudo_labels", ["online", "refreshed"])
     @pytest.mark.parametrize("name", ["multilabel", "binary"])
     def test_batches_of_one_kind(self, name, pseudo_labels):
