@@ -1,6 +1,7 @@
 """Pseudo-labels: a round of them, labels that spread over a graph, selection rules, and the report of a round."""
 
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
+from kd_lightning.pseudo_labels.report import rounds_figure
 from kd_lightning.pseudo_labels.selection import (
     AdaMatch,
     DistributionAlignment,
@@ -20,6 +21,7 @@ __all__ = [
     "PseudoLabels",
     "PseudoLabelStore",
     "make_pseudo_labels",
+    "rounds_figure",
     "GraphPseudoLabels",
     "Selection",
     "FixedThreshold",

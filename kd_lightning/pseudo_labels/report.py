@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from kd_lightning.batch import IGNORE_INDEX, is_labeled
+from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.runs.csv_logger import read_metrics
 
 
 def round_metrics(table: PseudoLabels, given: Tensor, truth: Tensor | None) -> dict[str, float]:
@@ -107,3 +112,54 @@ def class_figure(table: PseudoLabels, given: Tensor) -> Figure:
     panel.set(xlabel="class", ylabel="share" if table.output is None else "share of 1")
     panel.legend(fontsize=8)
     return classes
+
+
+def rounds_figure(runs: Mapping[str, Sequence[str | Path]]) -> Figure:
+    """Draw the coverage of the pseudo-labels over training, and the precision of the accepted ones.
+
+    Each method has one line, the mean over its runs. The band around it is one sample standard deviation. A round
+    stands at the optimiser step at which it was logged, the end of the epoch that it starts. The precision is drawn if
+    runs have logged it.
+
+    Args:
+        runs: For each method the folders of its runs, such as one for each seed. A folder has a ``metrics.csv`` with
+            the rounds of ``PseudoLabelRefresh``.
+
+    Raises:
+        InputError: If there is no method, a method has no run, or a run has no rounds.
+    """
+    if not runs or not all(runs.values()):
+        raise InputError(f"runs: at least one folder for each method, got {dict(runs)}")
+    found = {method: [_logged_rounds(Path(folder)) for folder in folders] for method, folders in runs.items()}
+    shares = {_COVERAGE: "accepted share of the pool, %", _PRECISION: "precision of the accepted, %"}
+    known = {key for rounds in found.values() for one in rounds for row in one.values() for key in row}
+    shares = {key: text for key, text in shares.items() if key in known}
+    figure = Figure(figsize=(4.2 * len(shares), 3.2), layout="constrained")
+    for panel, (key, text) in zip(figure.subplots(1, len(shares), squeeze=False).flat, shares.items(), strict=True):
+        for number, (method, rounds) in enumerate(found.items()):
+            steps = sorted({step for one in rounds for step, row in one.items() if key in row})
+            values = [[100 * one[step][key] for one in rounds if key in one.get(step, {})] for step in steps]
+            means = [statistics.mean(some) for some in values]
+            spreads = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in values]
+            panel.plot(steps, means, marker="o", markersize=3, color=f"C{number}", label=method)
+            low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+            panel.fill_between(steps, low, high, color=f"C{number}", alpha=0.15)
+        panel.set(xlabel="optimiser step", ylabel=text, ylim=(0, 103))
+        panel.grid(alpha=0.3)
+    panel.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+_COVERAGE, _PRECISION = "pseudo_labels/coverage", "pseudo_labels/accepted_precision"
+
+
+def _logged_rounds(folder: Path) -> dict[float, dict[str, float]]:
+    """Return {step: {name: share}} of the rounds that a run has logged; InputError without any."""
+    found: dict[float, dict[str, float]] = {}
+    for row in read_metrics(folder / "metrics.csv"):
+        shares = {key: row[key] for key in (_COVERAGE, _PRECISION) if math.isfinite(row.get(key, math.nan))}
+        if shares:
+            found.setdefault(row["step"], {}).update(shares)
+    if not found:
+        raise InputError(f"{folder} has no rounds of pseudo-labels in a metrics.csv; add PseudoLabelRefresh to its fit")
+    return found

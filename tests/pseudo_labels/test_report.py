@@ -4,7 +4,15 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from kd_lightning.pseudo_labels.report import class_figure, class_shares, confidence_figure, round_metrics, true_labels
+from kd_lightning.errors import InputError
+from kd_lightning.pseudo_labels.report import (
+    class_figure,
+    class_shares,
+    confidence_figure,
+    round_metrics,
+    rounds_figure,
+    true_labels,
+)
 from kd_lightning.pseudo_labels.table import PseudoLabels
 
 LABEL = [0, 0, 1, 2, 2, 2]
@@ -143,3 +151,46 @@ class TestSeveralLabels:
 
     def test_nothing_accepted(self):
         assert "class_distance" not in round_metrics(self.table([0] * 4), self.GIVEN, None)
+
+
+class TestRoundsOfRuns:
+    """The figure of several runs, from what they have logged."""
+
+    @staticmethod
+    def run(folder, text):
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(text)
+        return folder
+
+    def test_lines_are_means_over_runs(self, tmp_path):
+        head = "step,train/loss,pseudo_labels/coverage,pseudo_labels/accepted_precision\n"
+        first = self.run(tmp_path / "0", head + "5,2.0,,\n9,,0.5,0.75\n19,,0.75,\n")  # in the last nothing is known
+        second = self.run(tmp_path / "1", head + "9,,0.25,0.25\n19,,0.25,0.5\n")
+        coverage, precision = rounds_figure({"two": [first, second], "one": [str(first)]}).axes
+        assert [line.get_xydata().tolist() for line in coverage.lines] == [
+            [[9, 37.5], [19, 50]],
+            [[9, 50], [19, 75]],
+        ]
+        assert [line.get_xydata().tolist() for line in precision.lines] == [[[9, 50], [19, 50]], [[9, 75]]]
+        band = coverage.collections[0].get_paths()[0].vertices
+        assert {round(float(y), 4) for x, y in band if x == 19} == {
+            round(50 - 12.5 * 8**0.5, 4),
+            round(50 + 12.5 * 8**0.5, 4),
+        }
+        assert [text.get_text() for text in precision.get_legend().get_texts()] == ["two", "one"]
+
+    def test_without_truth_there_is_no_precision(self, tmp_path):
+        run = self.run(tmp_path / "0", "step,pseudo_labels/coverage\n9,0.5\n")
+        (panel,) = rounds_figure({"one": [run]}).axes
+        assert panel.get_ylabel() == "accepted share of the pool, %"
+
+    @pytest.mark.parametrize("runs", [{}, {"none": []}])
+    def test_nothing_to_draw(self, runs):
+        with pytest.raises(InputError, match="at least one folder for each method"):
+            rounds_figure(runs)
+
+    def test_run_without_rounds(self, tmp_path):
+        run = self.run(tmp_path / "0", "step,train/loss\n9,0.5\n")
+        for folder in (run, tmp_path / "absent"):
+            with pytest.raises(InputError, match=f"{folder.name} has no rounds of pseudo-labels"):
+                rounds_figure({"one": [folder]})
