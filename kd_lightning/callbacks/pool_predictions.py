@@ -58,9 +58,8 @@ def predict_pool(
             with trainer.precision_plugin.forward_context():
                 found = predict_batch(trainer, module, batch, source)
                 if not outputs:
-                    outputs = task.rows(found if isinstance(source, str) else run(module, batch.x), "a network").shape[
-                        1
-                    ]
+                    logits = found if isinstance(source, str) else run(module, batch.x)  # a graph gives features
+                    outputs = task.rows(logits, "a network").shape[1]
             if isinstance(source, str):
                 found = task.predictions(task.rows(found, f"pseudo-labels: the {source}").float(), batch.candidates)
             if not known.is_padding:
