@@ -48,7 +48,8 @@ class DistillModule(TaughtModule):
             arguments. A project's own loss may compare outputs of two shapes. A dict ``{name: (weight, loss)}`` is a
             sum; each part is logged as ``train/<name>``. Default: None, which means ``KDLoss`` at temperature 4, or
             ``MSELoss`` for regression.
-        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it. 0.9 was better where most
+            samples have no label and are of the labeled ones' kind, see the guide to tuning.
         features: Terms that compare layers of student and teacher, by name. Their projectors and losses train with the
             student. Default: None, which means none.
         **kwargs: The arguments of :class:`SupervisedModule`.
@@ -74,7 +75,7 @@ class DistillModule(TaughtModule):
         teacher: nn.Module | None,
         *,
         soft_loss: nn.Module | dict[str, tuple[float, nn.Module]] | None = None,
-        soft_weight: float = 0.9,
+        soft_weight: float = 0.5,
         features: dict[str, FeatureTerm] | None = None,
         **kwargs: Any,
     ) -> None:

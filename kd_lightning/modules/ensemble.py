@@ -89,7 +89,7 @@ class EnsembleDistillModule(SupervisedModule):
         soft_loss: Loss called as ``(student_logits, teacher_logits, target)``, or without the target if it takes two
             arguments, or a sum ``{name: (weight, loss)}``. Default: None, which means ``KDLoss`` at temperature 4, or
             ``MSELoss`` for regression.
-        soft_weight: Weight of the soft term, in [0, 1]. A callback may anneal it.
+        soft_weight: Weight of the soft term, see :class:`DistillModule`.
         features: Terms that compare layers of the student and of teachers, by name, see :class:`DistillModule`. A
             teacher's layer begins with the teacher's number: ``"0.layer3"``. Except for ``average`` without
             ``use_vmap``, the features take a pass of their own. Default: None, which means none.
@@ -112,7 +112,7 @@ class EnsembleDistillModule(SupervisedModule):
         draw_per: Literal["batch", "sample"] = "batch",
         use_vmap: bool = False,
         soft_loss: nn.Module | dict[str, tuple[float, nn.Module]] | None = None,
-        soft_weight: float = 0.9,
+        soft_weight: float = 0.5,
         features: dict[str, FeatureTerm] | None = None,
         **kwargs: Any,
     ) -> None:

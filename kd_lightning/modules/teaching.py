@@ -52,7 +52,7 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
             ``(student_logits, teacher_logits, target)``. The target is the class indices (B,) of the batch if the
             network is called with the batch's inputs as they are, and None otherwise and for dense outputs. Default:
             None, which means ``KDLoss`` at temperature 4.
-        soft_weight: Weight of the soft loss, in [0, 1].
+        soft_weight: Weight of the soft loss, in [0, 1], see :class:`DistillModule`.
         class_dim: The dimension of the outputs that holds classes: -1 for tokens (B, T, C), 1 for maps (B, C, H, W).
             The soft loss gets rows (N, C) then. Default: None, which means that it gets outputs as they are, such as
             (B, C).
@@ -81,7 +81,7 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
         network: str = "net",
         *,
         soft_loss: nn.Module | None = None,
-        soft_weight: float = 0.9,
+        soft_weight: float = 0.5,
         class_dim: int | None = None,
         mask: Mask | None = None,
         output: Output | None = None,
@@ -118,7 +118,7 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
         network: str = "net",
         *,
         soft_loss: nn.Module | None = None,
-        soft_weight: float = 0.9,
+        soft_weight: float = 0.5,
         class_dim: int | None = None,
         mask: Mask | None = None,
         output: Output | None = None,

@@ -44,7 +44,8 @@ def soft_by_hand(student, teacher, y):
 
 def test_in_a_sum():
     student, teacher = fixed(0, 6, 3), fixed(1, 6, 3)
-    module = DistillModule(student, teacher, soft_loss={"kd": (0.5, KDLoss(1.0)), "own": (2.0, conditional())})
+    losses = {"kd": (0.5, KDLoss(1.0)), "own": (2.0, conditional())}
+    module = DistillModule(student, teacher, soft_loss=losses, soft_weight=0.9)
     terms = module.losses(Batch(torch.zeros(6, 1), Y))
     torch.testing.assert_close(terms["own"].value, soft_by_hand(student.logits, teacher.logits, Y))
     assert terms["own"].weight == 0.9 * 2.0

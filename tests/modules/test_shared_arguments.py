@@ -20,7 +20,7 @@ from kd_lightning import (
 
 SHARED = {"task": "multiclass", "hard_loss": None, "lr_scheduler": None, "lr_interval": "epoch"}
 SHARED |= {"weight_decay_exclude_1d": False}
-SOFT = {"soft_loss": None, "soft_weight": 0.9}
+SOFT = {"soft_loss": None, "soft_weight": 0.5}
 
 
 def net():

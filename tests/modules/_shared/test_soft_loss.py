@@ -101,7 +101,7 @@ class TestSums:
         assert torch.equal(alone.training_step((X, Y), 0), named.training_step((X, Y), 0))
 
     def test_a_weight_of_a_callback(self):
-        module = DistillModule(Fixed(STUDENT), Fixed(TEACHERS[0]), soft_loss=losses())
+        module = DistillModule(Fixed(STUDENT), Fixed(TEACHERS[0]), soft_loss=losses(), soft_weight=0.9)
         module.soft_loss.kd.weight = 0.25
         assert module.losses(Batch(X, Y))["kd"].weight == pytest.approx(0.9 * 0.25)
         module.soft_loss.kd.loss.temperature = 5.0
