@@ -18,6 +18,7 @@ REASONS = {
     "uniform": "the soft targets are uniform, so that classes hardly differ",
     "gap": "the student does not follow the teacher, so that it has not learned what it is taught",
     "balance": "one term of the loss leaves no room for the other",
+    "level": "the teacher is as good as the student alone, which leaves little to gain",
     "few": "there are few labels, and no unlabeled samples on which a teacher could add something",
 }
 """Reasons by name, in the order of :func:`verdict`."""
@@ -30,12 +31,13 @@ def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured:
     cause stands before its effects:
 
     - Another class order or scale of the inputs makes the teacher err everywhere.
-    - A teacher that is no better than the student alone has nothing to teach, whatever its soft targets are like.
+    - A teacher that is no better than the student alone has nothing to teach, whatever its soft targets are like. If it
+      is no worse either, it does not explain that the student with it is worse: then other reasons count first.
     - A teacher that has memorised its samples is poor on others, and its soft targets are one-hot.
     - A teacher that is poor on validation samples, or on training views, errs on training samples.
     - Errors on training samples stand before the form of the soft targets.
     - A student that does not follow, and gradients out of balance, may have all of these as their cause.
-    - Few samples come last: they leave little to gain, but they do no harm.
+    - A teacher that is level with the student, and few samples, come last: they leave little to gain, but do no harm.
 
     Args:
         findings: All findings.

@@ -11,7 +11,7 @@ from kd_lightning.losses.base import Task, standardize_logits
 from kd_lightning.losses.protocols import standardizes, temperature_of
 from kd_lightning.teachers.decisions import Decisions, on_same_samples
 from kd_lightning.teachers.findings import Finding
-from kd_lightning.teachers.intervals import share_interval
+from kd_lightning.teachers.intervals import mean_interval, share_interval
 from kd_lightning.teachers.regression_checks import LEAST, mean_of_samples
 
 FOLLOWS = 0.80
@@ -58,7 +58,8 @@ def following(
 
     There is a warning if the upper end of the 95 % interval of the share of equal decisions is below 80 %: the student
     has not learned what it was shown, because it is too small, or was not trained for long enough. It is not too small
-    if the same student, trained without the teacher, decides like the teacher as often.
+    if the same student, trained without the teacher, decides like the teacher as often. If that one decides like the
+    teacher more often (by the interval of the difference on the same samples), there is a warning in any case.
 
     Args:
         student: The trained student's logits of training views, (N, C).
@@ -81,15 +82,14 @@ def following(
     text = f"the student of {where} and the teacher decide alike on {share:.1%} of {n} training samples under training "
     text += f"views (95% interval {low:.1%} to {high:.1%}), KL divergence {divergence:.3g} nats at temperature "
     text += f"{temperature:g}"
-    without = None if alone is None else float(_alike(alone, teacher, task, sample).mean())
-    text += "" if without is None else f"; without the teacher it decides alike on {without:.1%}"
-    if high >= FOLLOWS:
+    lost = None if alone is None else _alike(alone, teacher, task, sample) - same
+    text += "" if lost is None else f"; without the teacher it decides alike on {share + float(lost.mean()):.1%}"
+    if high >= FOLLOWS and (lost is None or mean_interval(lost)[0] <= 0):
         return Finding(name, text)
-    if without is not None and without >= share:
-        hint = (
-            "it is not too small, since it is nearer to the teacher without it: soft targets take longer to learn, so "
-        )
-        return Finding(name, text, f"{hint}train longer (max_epochs), or lower soft_weight", reason="gap")
+    if lost is not None and lost.mean() >= 0:
+        hint = "it is not too small, since it is as near to the teacher without it: soft targets take longer to learn, "
+        hint += "so train longer (max_epochs), at a higher learning rate, or lower soft_weight"
+        return Finding(name, text, hint, reason="gap")
     hint = "it cannot follow the teacher on the views that it was taught on: train longer (max_epochs), teach it by an "
     hint += "assistant of a size in between, or lower soft_weight"
     return Finding(name, text, hint, reason="gap")
@@ -122,7 +122,8 @@ def student_alone(
 ) -> Finding:
     """Compare the teacher with the same student trained without it, on validation samples.
 
-    There is a warning if the teacher is right no more often than the student alone: then it has little to teach. The
+    There is a warning if the teacher is right no more often than the student alone: then it has little to teach. This
+    does not explain a student that is worse with the teacher, unless the teacher is worse, too. The
     deployed weights of the student are those that are best on the validation part, which favours the student a little.
 
     Args:
@@ -145,7 +146,8 @@ def student_alone(
     if ahead.value > 0:
         return Finding(name, text)
     hint = "the teacher is no better than the student alone: use a better teacher, or none"
-    return Finding(name, text, hint, reason="no better")
+    harmed = helps(taught, alone) is False and ahead.high >= 0
+    return Finding(name, text, hint, reason="level" if harmed else "no better")
 
 
 def helps(taught: Decisions | None, alone: Decisions | None) -> bool | None:

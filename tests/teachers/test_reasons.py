@@ -46,4 +46,4 @@ def test_how_to_measure():
 def test_a_teacher_that_is_no_better_has_no_other_reason():
     order = [*REASONS]
     assert order.index("no better") < min(map(order.index, ("memory", "poor", "views", "wrong", "one-hot", "gap")))
-    assert order[-1] == "few"
+    assert order[-2:] == ["level", "few"]  # they do no harm

@@ -62,6 +62,17 @@ class TestFollowing:
             assert found.reason == "gap" and f"without the teacher it decides alike on {share}" in found.text
             assert ("assistant" in found.hint) is is_small and ("not too small" in found.hint) is not is_small
 
+    def test_a_student_that_followed_better_without_it(self):
+        """Though it follows in most samples: 190 of 200, and 199 without the teacher. One sample is no evidence."""
+        teacher = F.one_hot(torch.zeros(200, dtype=torch.long), 3).double()
+        student, alone, level = (
+            F.one_hot(torch.where(torch.arange(200) < same, 0, 1), 3).double() for same in (190, 199, 191)
+        )
+        found = following(student, teacher, "multiclass", KDLoss(), None, "runs/a", alone)
+        assert found.reason == "gap" and "alike on 99.5%" in found.text and "higher learning rate" in found.hint
+        assert following(student, teacher, "multiclass", KDLoss(), None, "runs/a", level).reason is None
+        assert following(alone, teacher, "multiclass", KDLoss(), None, "runs/a", student).reason is None
+
     def test_binary(self):
         z = torch.ones(40, 1).double()
         found = following(z, z, "binary", KDLoss(task="binary"), None, "runs/a")
@@ -79,6 +90,13 @@ class TestAlone:
     def test_no_better(self, right):
         found = student_alone(decisions(right, 100), decisions(80, 100), None, None, "runs/b")
         assert found.reason == "no better" and "use a better teacher, or none" in found.hint
+
+    @pytest.mark.parametrize(
+        ("teacher", "taught", "reason"), [(80, 60, "level"), (80, 79, "no better"), (60, 50, "no better")]
+    )
+    def test_a_level_teacher_does_not_explain_harm(self, teacher, taught, reason):
+        found = student_alone(decisions(teacher, 100), decisions(80, 100), None, decisions(taught, 100), "runs/b")
+        assert found.reason == reason and "no better than the student alone" in found.hint
 
     def test_too_few(self):
         assert "too few to judge" in student_alone(decisions(0, 3), decisions(3, 3), None, None, "runs/b").text
