@@ -299,6 +299,10 @@ def summarize(result: Review | SeveralReview, data: SemiSupervisedDataModule, co
         text += f" All folds read {files}: if these weights were trained on the labels, they may agree with wrong ones."
     if isinstance(result, SeveralReview):
         return text
+    agree = float((result.probabilities.argmax(dim=1) == result.label).double().mean())
+    text += (
+        f"\nThe students agree with {100 * agree:.1f} % of the labels: the less they know, the less a suspect means."
+    )
     truth = data.hidden_truth(result.index)
     known = truth != IGNORE_INDEX
     if data.label_noise is not None and known.any():

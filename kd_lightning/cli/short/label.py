@@ -12,7 +12,7 @@ from kd_lightning.cli.commands.experiment import run_experiment
 from kd_lightning.cli.commands.labels import report as print_labels
 from kd_lightning.cli.short.networks import Network, find_network
 from kd_lightning.cli.short.plan import FolderPlan, plan_folder
-from kd_lightning.cli.short.recipe import epochs_of, pseudo_label_yaml
+from kd_lightning.cli.short.recipe import epochs_of, pseudo_label_yaml, supervised_yaml
 from kd_lightning.cli.short.steps import deploy, fit_config, keep_recipe, report, write_config
 from kd_lightning.deploy.predict import load_predictor
 from kd_lightning.errors import InputError
@@ -92,10 +92,17 @@ class Labeling:
         file = deploy(run, root / "student.onnx")
         print(f"run      {run.folder}\nconfig   {path}")
         print(f"labels   {table}: {count_text(count, 'picture')}; check them, then train with")
-        print(f"         kd-lightning fit --config {path} --data.label_file {table}")
+        print(f"         kd-lightning fit --config {self._write_checked(table)}")
         for written in filter(None, (file, report(runs, root / "report.html"))):
             print(f"file     {written}")
         return run
+
+    def _write_checked(self, table: Path) -> Path:
+        """Write the config that trains on the labels of the folder and of a table, and return its path."""
+        name = f"checked_{self.student.slug}"
+        path = table.with_name(f"{name}.yaml")
+        write_config(path, supervised_yaml(self.plan.recipe, self.student, name, table))
+        return path
 
     def _pictures(self, run: Run) -> list[str]:
         """Return the paths of the pictures without a label."""

@@ -62,6 +62,7 @@ def plan_folder(
     out: str | Path,
     name: str | None,
     test: Literal["needed", "enough", "none"],
+    table: str = "split.csv",
     labels_per_class: int | None = None,
     epochs: int | None = None,
     image_size: int | None = None,
@@ -75,6 +76,7 @@ def plan_folder(
         name: Name of the runs on this folder. None means the folder's own.
         test: Whether a test part is sampled if the folder has none: it is needed, or only if each class has enough
             pictures, or none.
+        table: Name of the table of the pictures' parts, in the folder of the runs.
         labels_per_class: Labels of each class; None for all.
         epochs: Number of epochs; None for a number that follows from the pictures.
         image_size: Side in pixels; None for one that follows from the pictures and the networks.
@@ -94,15 +96,20 @@ def plan_folder(
         raise InputError(f"--name must be the name of a folder in --out, got {name!r}")
     found = read_folder(folder)
     sampled = test == "needed" or (test == "enough" and min(found.counts("train").values(), default=0) >= _ENOUGH)
-    pictures, lines = with_parts(found, root / "split.csv", test=sampled)
+    pictures, lines = with_parts(found, root / table, test=sampled)
     _check_classes(pictures, folder, test=test == "needed")
+    if test == "needed" and not pictures.counts("test"):  # of an earlier table: its pictures have trained
+        raise InputError(
+            f"{root / table} has no picture of split test, and a test part is needed: set the split of some rows to "
+            "test, or begin a new table by --name"
+        )
     classes = len(pictures.classes)
     models = {network.name: network.build(classes) for network in networks}
     if image_size is None:
         fixed = {size for model in models.values() if (size := fixed_size(model))}
         image_size = max(fixed, default=image_size_of(pictures.side))
     costs = {network.name: measure(models[network.name], network, classes, image_size) for network in networks}
-    recipe = _recipe(pictures, folder, root, classes, labels_per_class, epochs, image_size)
+    recipe = _recipe(pictures, folder, root / table, classes, labels_per_class, epochs, image_size)
     if labels_per_class is not None and (pool := pictures.counts("unlabeled").total()):
         lines.append(
             f"{count_text(pool, 'picture')} of the unlabeled part do not train: --labels-per-class hides labels"
@@ -127,7 +134,7 @@ def _check_classes(pictures: Pictures, folder: Path, *, test: bool) -> None:
 def _recipe(
     pictures: Pictures,
     folder: Path,
-    root: Path,
+    table: Path,
     classes: int,
     labels: int | None,
     epochs: int | None,
@@ -143,8 +150,9 @@ def _recipe(
     fitted = max(1, fitted - (0 if own_val else val))
     batch = batch_size_of(fitted)
     return Recipe(
-        root=root,
+        root=table.parent,
         folder=pictures.root,
+        table=table,
         classes=classes,
         labeled=labels,
         unlabeled=unlabeled,

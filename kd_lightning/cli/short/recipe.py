@@ -28,6 +28,7 @@ class Recipe:
     Attributes:
         root: Folder of all runs and files, ``OUT/NAME``.
         folder: Folder of the pictures.
+        table: The table of the pictures' parts.
         classes: Number of classes.
         labeled: Labeled training pictures of each class; None for all.
         unlabeled: The datamodule's ``unlabeled``.
@@ -41,6 +42,7 @@ class Recipe:
 
     root: Path
     folder: Path
+    table: Path
     classes: int
     labeled: int | None
     unlabeled: str
@@ -55,11 +57,6 @@ class Recipe:
     def steps(self) -> int:
         """Steps of an epoch, about."""
         return max(1, round(self.pictures / self.batch_size))
-
-    @property
-    def table(self) -> Path:
-        """The table of the pictures' parts."""
-        return self.root / "split.csv"
 
 
 def image_size_of(side: int) -> int:
@@ -155,15 +152,29 @@ def distill_yaml(
     return _join(recipe, name, head, model, unlabeled=recipe.unlabeled, split=split)
 
 
-def supervised_yaml(recipe: Recipe, student: Network, name: str) -> str:
-    """Return the config that trains a network on the labels of the folder."""
-    head = [f"{student.name}, trained on the labels.", *_commands(recipe, name)]
+def supervised_yaml(recipe: Recipe, student: Network, name: str, labels: Path | None = None) -> str:
+    """Return the config that trains a network on labels alone.
+
+    Args:
+        recipe: The settings.
+        student: The network.
+        name: Name of the runs.
+        labels: A label file for the pictures without a label. Default: None, which means that the labels of the folder
+            alone train.
+    """
+    commands = _commands(recipe, name)
+    if labels is None:  # nothing is held back to test
+        head, unlabeled, more = [f"{student.name}, trained on all labels.", commands[0]], "none", ""
+    else:
+        head = [f"{student.name}, trained on the labels of the folder and of {labels.name}.", *commands]
+        unlabeled = recipe.unlabeled
+        more = f"    label_file: {_text(labels)}  # of pictures without a label: check it first\n"
     model = f"""model:
   class_path: SupervisedModule  # hard targets alone
   init_args:
     student: {_flow(student.spec(recipe.classes))}
 {_optimizer(recipe, 0.001)}"""
-    return _join(recipe, name, head, model, unlabeled="none")
+    return _join(recipe, name, head, model, unlabeled=unlabeled, data=more)
 
 
 def pseudo_label_yaml(recipe: Recipe, student: Network, name: str, labeled_batch_size: int) -> str:

@@ -227,6 +227,7 @@ def test_a_student_that_knows_finds_all(out_of_fold, capsys):
     assert {row["quality"] for row in found} == {"0.009"}
     text = capsys.readouterr().out
     assert f"100.0 % of the suspects are wrong labels (precision), 100.0 % of the {len(wrong)} wrong labels" in text
+    assert f"The students agree with {(200 - len(wrong)) / 2:.1f} % of the labels" in text
 
 
 def test_no_suspects(out_of_fold, capsys):

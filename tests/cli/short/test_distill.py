@@ -15,6 +15,10 @@ import kd_lightning
 from kd_lightning.__main__ import main
 from kd_lightning.cli.commands import experiment
 from kd_lightning.cli.parse import parse_config
+from kd_lightning.cli.short.clean import write_clean_config
+from kd_lightning.cli.short.distill import plan_distillation
+from kd_lightning.cli.short.label import plan_labeling
+from kd_lightning.errors import InputError
 from kd_lightning.runs.build import build
 from kd_lightning.runs.run import Run
 
@@ -33,6 +37,11 @@ def done(tmp_path_factory):
 def line(photos, root, *more, student="resnet8"):
     names = ["--student", student, "--teacher", "resnet14", "--out", str(root / "runs")]
     return ["distill", str(photos), *names, "--epochs", "1", "--image-size", "32", *more]
+
+
+def rows_of(path):
+    with path.open() as file:
+        return [*csv.DictReader(file)]
 
 
 def versions(root):
@@ -206,14 +215,17 @@ def test_label(class_folders, tmp_path, capsys):
     assert {row["path"] for row in rows} == {str(path) for path in (folder / "unlabeled").iterdir()}
     sure = [float(row["probability"]) for row in rows]
     assert sure == sorted(sure) and {row["label"] for row in rows} <= {"cat", "dog"}
-    assert (root / "student.onnx").is_file() and "no test part" in capsys.readouterr().out
-    config = parse_config(
-        ["--config", str(root / "label_resnet8.yaml"), "--data.label_file", str(root / "pseudo_labels.csv")], "t"
-    )
+    assert (root / "student.onnx").is_file()
+    out = capsys.readouterr().out
+    assert "no test part" in out and f"kd-lightning fit --config {root / 'checked_resnet8.yaml'}\n" in out
+    checked = root / "checked_resnet8.yaml"
+    config = parse_config(["--config", str(checked)], "t")
     data = build(LightningDataModule, config["data"])
     data.prepare_data()
     data.setup("fit")
     assert (data.visible_labels() >= 0).sum() == 10 + 10  # 2 of the 12 labels validate; the file has the others
+    main(["fit", "--config", str(checked)])
+    assert Run(root / "checked_resnet8/version_0").finished
 
 
 def test_label_needs_pictures_without_a_label(class_folders, fails, tmp_path, monkeypatch):
@@ -228,8 +240,32 @@ def test_clean_on_a_folder(class_folders, tmp_path, monkeypatch, capsys):
     class_folders({"cat": 6, "dog": 6})
     main(["clean", "photos", "--student", "resnet8", "--epochs", "1", "--image-size", "32", "--folds", "2"])
     out = capsys.readouterr().out
-    assert "config: runs/photos/resnet8.yaml" in out and "labels (" in out
-    assert (tmp_path / "runs/photos/resnet8_clean/suspects.csv").is_file()
+    assert "config: runs/photos/all_resnet8.yaml" in out and "labels (" in out
+    assert (tmp_path / "runs/photos/all_resnet8_clean/suspects.csv").is_file()
+
+
+def test_clean_and_distill_on_one_folder(class_folders, tmp_path, monkeypatch):
+    """Clean judges all labels, and distill has a test part, whichever comes first; no config replaces another one."""
+    monkeypatch.chdir(tmp_path)
+    folder = class_folders({"cat": 10, "dog": 10})
+    for _ in range(2):
+        path = write_clean_config(folder, "resnet8", 1, 32)
+        assert {row["split"] for row in rows_of(path.with_name("all.csv"))} == {"train"}
+        found = plan_distillation(folder, "resnet14", ["resnet8"], epochs=1, image_size=32)
+        assert found.plan.pictures.counts("test") == {"cat": 2, "dog": 2}
+        found.plan.write()
+        assert path.stem not in found.configs()
+
+
+def test_distill_after_label_refuses_a_table_without_a_test_part(class_folders, tmp_path, monkeypatch):
+    """A test part of pictures that have trained would be none."""
+    monkeypatch.chdir(tmp_path)
+    folder = class_folders({"cat": 6, "dog": 6, "unlabeled": 10})
+    plan_labeling(folder, "resnet8", epochs=1, image_size=32).plan.write()
+    text = r"runs/photos/split.csv has no picture of split test, and a test part is needed: .* by --name"
+    with pytest.raises(InputError, match=text):
+        plan_distillation(folder, "resnet14", ["resnet8"], epochs=1, image_size=32)
+    assert plan_distillation(folder, "resnet14", ["resnet8"], epochs=1, image_size=32, name="b").students
 
 
 def test_clean_on_a_config_takes_no_student(done, fails):
