@@ -6,16 +6,15 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.images import printable
+from kd_lightning.data.sources.report_once import report_once
 from kd_lightning.errors import InputError
 
 IMAGE_ENDINGS: tuple[str, ...] = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".apng", ".avif")
@@ -42,6 +41,15 @@ _OUTSIDE = "images in no class folder"
 _BROKEN = "broken links"
 _CYCLE = "links to a folder that holds them"
 _SPECIAL = "special files"
+_ONE = {
+    _SYSTEM: "system file or folder",
+    _NO_IMAGE: "file whose ending is that of no image",
+    _OUTSIDE: "image in no class folder",
+    _BROKEN: "broken link",
+    _CYCLE: "link to a folder that holds it",
+    _SPECIAL: "special file",
+}
+"""The kinds where there is one."""
 _EXAMPLES = 3
 
 _Place = tuple[int, int]
@@ -67,6 +75,7 @@ class ClassFolders(Dataset[Any]):
             means the names of the subfolders.
         loader: Function from the path of a file to a picture.
         endings: Endings of image files, in lower case. A file's own may be in upper case.
+        others: Folders that are no classes, also if they lie in this one.
 
     Attributes:
         root: The folder.
@@ -86,12 +95,13 @@ class ClassFolders(Dataset[Any]):
         classes: Sequence[str] | None = None,
         loader: Loader = load_image,
         endings: tuple[str, ...] = IMAGE_ENDINGS,
+        others: Sequence[str] = (),
     ) -> None:
         self.root = os.path.expanduser(root)  # noqa: PTH111  (the paths start with the folder as given)
         self.loader = loader
         content = "a subfolder of images for each class"
         listing = _Listing(part, self.root, content, endings)
-        folders = listing.class_folders()
+        folders = listing.class_folders(others)
         if not folders:
             hint = "; images without labels are unlabeled" if part == "train" else ""
             raise InputError(f"{part}: {root} must hold {content}, got no subfolder{hint}")
@@ -113,9 +123,7 @@ class ClassFolders(Dataset[Any]):
         listing.report()
         present = {*self.targets}
         if empty := [name for number, name in enumerate(self.classes) if number not in present]:
-            _report_once(
-                f"{part}: {len(empty)} of {len(self.classes)} classes have no images in {root}: {_some(empty)}"
-            )
+            report_once(f"{part}: {len(empty)} of {len(self.classes)} classes have no images in {root}: {_some(empty)}")
 
     def __getitem__(self, index: int, /) -> Any:
         path, target = self.samples[index]
@@ -181,15 +189,21 @@ class _Listing:
         self.passed_over: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = defaultdict(list)
 
-    def class_folders(self) -> dict[str, list[str]]:
-        """Paths of the class folders by name; two folders are one class if their names are equal in Unicode NFC."""
+    def class_folders(self, others: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Paths of the class folders by name; two folders are one class if their names are equal in Unicode NFC.
+
+        Args:
+            others: Folders that are no classes. They need not exist.
+        """
         found: dict[str, list[str]] = defaultdict(list)
         above = (self._place(self.root),)
+        known = [Path(other).expanduser() for other in others]
+        not_classes = {self._place(str(other)) for other in known if other.exists()}
         for entry in self._entries(self.root):
             if _is(entry.is_dir):
-                if self._place(entry.path) in above:
+                if (place := self._place(entry.path)) in above:
                     self._pass_over(_CYCLE, entry.path)
-                else:
+                elif place not in not_classes:
                     found[unicodedata.normalize("NFC", entry.name)].append(entry.path)
             elif self._is_image(entry):
                 self._pass_over(_OUTSIDE, entry.path)
@@ -208,8 +222,11 @@ class _Listing:
     def report(self) -> None:
         """Log how many files and folders are passed over, with examples."""
         if self.passed_over:
-            kinds = [f"{count} {kind} ({self._named(kind)})" for kind, count in self.passed_over.items()]
-            _report_once(f"{self.part}: {self.root}: passed over: {', '.join(kinds)}")
+            kinds = [
+                f"{count} {_ONE[kind] if count == 1 else kind} ({self._named(kind)})"
+                for kind, count in self.passed_over.items()
+            ]
+            report_once(f"{self.part}: {self.root}: passed over: {', '.join(kinds)}")
 
     def _walk(self, folder: str, above: tuple[_Place, ...]) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder with the names of its images; ``above`` are the folders that hold it."""
@@ -277,11 +294,6 @@ def _is(test: Callable[[], bool]) -> bool:
         return test()
     except OSError:
         return False
-
-
-@cache
-def _report_once(text: str) -> None:
-    rank_zero_info(text)
 
 
 def _some(names: Iterable[str]) -> str:

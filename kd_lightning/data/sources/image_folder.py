@@ -15,7 +15,8 @@ class ImageFolder(Source):
 
     Images may lie at any depth, and links are followed. Files and folders of the system (``.ipynb_checkpoints``,
     ``__MACOSX``, ``._0.jpg``, ``Thumbs.db``, ...) and files whose ending is that of no image are passed over; how many
-    is logged. A subfolder without images is a class without samples. Class names are compared in Unicode NFC.
+    is logged. A subfolder without images is a class without samples. A subfolder that another argument names, such as
+    ``photos/unlabeled`` of ``photos``, is no class. Class names are compared in Unicode NFC.
 
     Args:
         train: Folder of the training part. None: the images of ``unlabeled`` are the training part, which has no label.
@@ -76,7 +77,8 @@ class ImageFolder(Source):
         found = {}
         for name, folder in folders.items():
             if folder is not None:
-                found[name] = ClassFolders(name, folder, classes, self.loader, self.endings)
+                others = [other for other in (*folders.values(), self.unlabeled) if other not in (None, folder)]
+                found[name] = ClassFolders(name, folder, classes, self.loader, self.endings, others)
                 classes = found[name].classes
         parts = {name: dataset_part(part) for name, part in found.items()}
         if unlabeled is not None and self.train is None:

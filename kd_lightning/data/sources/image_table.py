@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +20,7 @@ from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, FlatFolder
 from kd_lightning.data.sources.image_loader import Loader, load_image
 from kd_lightning.data.sources.image_names import ImageNames, relative_path
+from kd_lightning.data.sources.report_once import report_once
 from kd_lightning.data.sources.source import Part, Parts, Source
 from kd_lightning.data.tables import PATH_COLUMNS, Rows, read_table
 from kd_lightning.data.transforms.recipes import photo_side, photo_transforms
@@ -129,7 +130,7 @@ class ImageTable(Source):
         named = [self.label] if isinstance(self.label, str) else self.label or []
         weight = self._column("weight", None, _WEIGHT_COLUMNS, [name for name in columns if name not in named])
         if weight is not None:
-            rank_zero_info(f"table: the column {weight} weighs the hard loss of training samples")
+            report_once(f"table: the column {weight} weighs the hard loss of training samples")
         group = None if self.group is None else self._column("group", self.group, (), columns)
         label = self._label_columns([name for name in columns if name not in (image, split, weight, group)], rows)
         files = FlatFolder("folder", self.folder, self.loader, self.endings)
@@ -158,10 +159,10 @@ class ImageTable(Source):
         unlabeled = {paths[n]: "" if group is None else rows[n][1][group] for n in parts["unlabeled"]}
         rest = sorted({*files.paths} - {*found})
         if rest:
-            what = "are unlabeled" if self.others else "are left out; others: true makes them unlabeled"
-            rank_zero_info(
-                f"table: {len(rest)} images of {self.folder} have no row ({relative_path(rest[0], files)}): they {what}"
-            )
+            what = "unlabeled" if self.others else "left out; unlabeled with others: true"
+            images = "1 image" if len(rest) == 1 else f"{len(rest)} images"
+            example = relative_path(rest[0], files)
+            report_once(f"table: {images} of {self.folder} without a row ({example}): {what}")
         unlabeled |= dict.fromkeys(rest, "") if self.others else {}
         if self.unlabeled is not None:
             more = FlatFolder("unlabeled", self.unlabeled, self.loader, self.endings).paths
@@ -197,7 +198,7 @@ class ImageTable(Source):
         binary = [name for name, found in cells.items() if found and found <= {"0", "1", "0.0", "1.0"}]
         if not binary or self.numbers or self.separator is not None:
             raise self._error(f"must have a column of labels; name it by label; it has {_some(columns)}")
-        rank_zero_info(f"table: {len(binary)} columns of zeros and ones are labels: {_some(binary)}")
+        report_once(f"table: {len(binary)} columns of zeros and ones are labels: {_some(binary)}")
         return binary
 
     # Rows.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from kd_lightning.data.sources.image_files import FlatFolder
 from kd_lightning.data.sources.image_loader import load_image, size_and_turn
 from kd_lightning.data.sources.images import printable
+from kd_lightning.data.sources.report_once import report_once
 from kd_lightning.errors import InputError
 
 IMAGES, MASKS = "images", "masks"
@@ -68,7 +68,7 @@ class MaskFiles(Dataset[Any]):
         self.mask_paths = [mask_of.get(stem) for stem in stems]
         if None in self.mask_paths:
             missing = self.mask_paths.count(None)
-            _report_once(f"{part}: {missing} of {len(self.paths)} pictures in {self.root} have no mask: unlabeled")
+            report_once(f"{part}: {missing} of {len(self.paths)} pictures in {self.root} have no mask: unlabeled")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -161,11 +161,6 @@ def _by_stem(part: str, root: str, paths: Iterable[str]) -> dict[str, str]:
             )
         found[stem] = path
     return found
-
-
-@cache
-def _report_once(text: str) -> None:
-    rank_zero_info(text)
 
 
 _warned: set[str] = set()

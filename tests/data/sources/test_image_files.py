@@ -36,7 +36,7 @@ def names_of(folder):
 def report(monkeypatch):
     """The lines that were logged."""
     lines = []
-    monkeypatch.setattr("kd_lightning.data.sources.image_files.rank_zero_info", lines.append)
+    monkeypatch.setattr("kd_lightning.data.sources.report_once.rank_zero_info", lines.append)
     return lines
 
 
@@ -121,6 +121,12 @@ class TestPassedOver:
         assert len(found) == 1 and found.passed_over == 6
         assert "6 files whose ending is that of no image (" in report[0] and ", ...)" in report[0]
 
+    def test_one_file_is_one(self, tmp_path, report, kind):
+        write(tmp_path, "a/0.png", "a/notes.txt", "a/.DS_Store")
+        kind("train", str(tmp_path))
+        assert "1 file whose ending is that of no image (a/notes.txt)" in report[0]
+        assert "1 system file or folder (a/.DS_Store)" in report[0]
+
     def test_reported_once(self, tmp_path, report, kind):
         write(tmp_path, "a/0.png", "a/notes.txt")
         for _ in range(3):
@@ -190,7 +196,7 @@ class TestLinks:
     def test_special_files_are_passed_over(self, root, report, kind):
         os.mkfifo(root / "a" / "pipe.png")
         assert self.files(kind("train", str(root))) == {"a/0.png"}
-        assert "1 special files (a/pipe.png)" in report[0]
+        assert "1 special file (a/pipe.png)" in report[0]
 
     def test_the_root_may_be_one(self, root, kind, monkeypatch):
         (root.parent / "link").symlink_to("root")

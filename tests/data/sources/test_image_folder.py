@@ -359,3 +359,18 @@ def test_workers_use_the_loader(tmp_path):
 
 def test_default_loader_is_ours():
     assert ImageFolder("train").loader is TorchvisionDataset("EuroSAT", "root").loader is load_image
+
+
+def test_a_folder_that_another_argument_names_is_no_class(tmp_path, monkeypatch):
+    """As in a folder of classes with ``unlabeled`` and ``test`` beside them; linked and relative names count, too."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("photos"))
+    write(Path("photos/test"), 1)
+    write(Path("photos/unlabeled"), 3)
+    Path("link").symlink_to("photos/unlabeled")
+    parts = ImageFolder("photos", test="./photos/test", unlabeled="link", val="photos/val", image_size=8)
+    with pytest.raises(InputError, match="val: "):
+        parts.load()  # it does not exist
+    parts = ImageFolder("photos", test="./photos/test", unlabeled="link", image_size=8).load()
+    assert parts.class_names == sorted(COLORS)
+    assert (len(parts.train.images), len(parts.test.images), len(parts.unlabeled)) == (8, 4, 12)
