@@ -80,6 +80,8 @@ def _run_command(args: list[str]) -> None:
 
     if args[0] in COMMANDS and not is_for_verb(args[0], args[1:]):
         options = parse(args[0], args[1:])  # before the command's module, which loads the libraries
+        if args[0] != "completion":  # the only one without PyTorch
+            print_first_line(args)
         with libraries_loaded_quickly():
             command = importlib.import_module(f"kd_lightning.cli.commands.{args[0]}")
         silence_lightning()

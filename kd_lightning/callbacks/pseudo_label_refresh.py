@@ -226,7 +226,8 @@ class PseudoLabelRefresh(Callback):
         labels, self.table = self._label_pool(trainer, module, self.source, self.selection)
         trainer.datamodule.set_pseudo_labels(self.table)  # type: ignore[attr-defined]
         module.log_dict(self._write_report(trainer, self.table, labels), sync_dist=True)
-        if not self.table.accepted.any():
+        trains_with_these = getattr(module, "pseudo_labels", None) != "online"  # else the module warns of its own ones
+        if trains_with_these and not self.table.accepted.any():
             rank_zero_warn(
                 f"epoch {trainer.current_epoch}: none of {len(self.table.label)} pseudo-labels was accepted (the "
                 f"highest probability is {self.table.confidence.max():.3f}, {one_line(self.selection)}); training uses "

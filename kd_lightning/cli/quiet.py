@@ -16,6 +16,8 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Variables of the environment that hold the number of this process, in the order in which Lightning reads them."""
 
 _VERBOSE: ContextVar[bool] = ContextVar("verbose", default=False)
+_PRINTED: ContextVar[dict[str, logging.LogRecord] | None] = ContextVar("printed", default=None)
+"""The messages of this command, each with its first record, which several handlers get; None outside of one."""
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _OF_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 _OF_LIGHTNING = (  # what the user knows, or what the lines of a run have
@@ -52,12 +54,14 @@ def is_verbose() -> bool:
 def quiet(verbose: bool = False) -> Iterator[None]:
     """Within it, warnings take one line each, and what libraries print about themselves is left out.
 
-    At the end all is as before. Call :func:`silence_lightning` once Lightning is loaded.
+    A message that comes again, such as one about the data of each fit of ``experiment``, is left out, too. At the end
+    all is as before. Call :func:`silence_lightning` once Lightning is loaded.
 
     Args:
         verbose: Leave nothing out.
     """
     token, format_before = _VERBOSE.set(verbose), warnings.formatwarning
+    printed = _PRINTED.set({})
     compiler = logging.getLogger("torch.utils.cpp_extension")  # it warns that there is no GPU
     level = compiler.level
     try:
@@ -67,6 +71,7 @@ def quiet(verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         _VERBOSE.reset(token)
+        _PRINTED.reset(printed)
         compiler.setLevel(level)
         if warnings.formatwarning is format_warning:
             lightning = sys.modules.get("lightning.fabric.utilities.warnings")  # loaded since then, it has its own
@@ -102,10 +107,14 @@ def _is_left_out(text: str, category: type[Warning], filename: str) -> bool:
 
 
 def _passes(record: logging.LogRecord) -> bool:
-    """Return whether a message of Lightning's loggers is printed: it is ours or the user's, or a warning."""
+    """Return whether a message of Lightning's loggers is printed: it is ours or the user's and new, or a warning."""
+    if record.levelno > logging.INFO:
+        return True
     lightning = Path(str(sys.modules["lightning"].__file__)).parent
-    is_ours = not Path(record.pathname).is_relative_to(lightning)
-    return record.levelno > logging.INFO or (is_ours and not record.getMessage().startswith(_COUNTS))
+    text, printed = record.getMessage(), _PRINTED.get()
+    if Path(record.pathname).is_relative_to(lightning) or text.startswith(_COUNTS):
+        return False
+    return printed is None or printed.setdefault(text, record) is record
 
 
 def _handlers() -> list[logging.Handler]:

@@ -88,10 +88,15 @@ def check_command(args: Sequence[str]) -> None:
 
 
 def print_first_line(args: Sequence[str]) -> None:
-    """Print on rank 0 to stderr that the libraries are loaded now, which takes seconds; not if the help comes."""
+    """Print on rank 0 to stderr that the libraries are loaded now, which takes seconds; not if the help comes.
+
+    The line has the configs, or without one the first argument, such as a run or a folder.
+    """
     quiet = any(argument.partition("=")[0] in ("-h", "--help", "--print_config") for argument in args)
     if rank_of_environment() == "0" and not quiet and not _is_loaded() and sys.stderr is not None:
-        print(f"{' '.join([args[0], *configs_of(args)])}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
+        named = [] if len(args) < 2 or args[1].startswith("-") else [args[1]]  # a run, or a folder of pictures
+        words = [args[0], *([*configs_of(args)] or named)]
+        print(f"{' '.join(words)}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

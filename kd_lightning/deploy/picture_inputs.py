@@ -15,9 +15,8 @@ from torchvision.transforms.v2.functional import to_image
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS
-from kd_lightning.data.sources.image_loader import Loader, load_image
+from kd_lightning.data.sources.image_loader import Loader, load_image, why_unreadable
 from kd_lightning.data.sources.image_table import ListedImages
-from kd_lightning.data.sources.images import printable
 from kd_lightning.data.transforms.base import BatchTransform
 from kd_lightning.data.views.dataset import ViewDataset, shorten_worker_errors
 from kd_lightning.data.views.worker_limits import check_open_files, share
@@ -168,7 +167,7 @@ class _Files(Dataset[Any]):
                 x = self._read([row])
                 groups.setdefault((*x.shape, x.dtype), []).append((row, x))  # type: ignore[arg-type]
             except Exception as error:
-                errors[row] = self._explain(error, self.paths[row])
+                errors[row] = why_unreadable(error, self.paths[row])
         found = [([row for row, _ in group], torch.cat([x for _, x in group])) for group in groups.values()]
         return Loaded(rows, found, errors)
 
@@ -184,14 +183,6 @@ class _Files(Dataset[Any]):
                 "transform does not resize"
             )
         return x
-
-    @staticmethod
-    def _explain(error: Exception, path: str) -> str:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        return " ".join(text.removeprefix(f"image {printable(path)} cannot be read: ").split())
 
 
 def load_grey(path: str) -> Image.Image:

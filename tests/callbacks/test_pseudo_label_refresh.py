@@ -654,6 +654,15 @@ def test_fit_twice(fit):
     assert kinds == [None, None, True, True] * 2
 
 
+def test_nothing_accepted_of_labels_that_do_not_train(fit):
+    """The online pseudo-labels of the module train, and it warns of these itself."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = make(PseudoLabelModule, pseudo_labels="online")
+        fit(module, PseudoLabelRefresh(selection=FixedThreshold(1.0)), max_epochs=2)
+    assert not [str(w.message) for w in caught if "given labels alone" in str(w.message)]
+
+
 def test_nothing_accepted(fit):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -200,6 +200,33 @@ def test_values_that_are_not_allowed(args, message, tmp_path, monkeypatch):
         parse(args[0], args[1:])
 
 
+@pytest.mark.parametrize(
+    ("args", "module", "message"),
+    [
+        (["clean", "a.yaml"], "cleanlab", r"clean needs cleanlab: pip install 'kd-lightning\[weak\]'"),
+        (["duplicates", "run"], "imagehash", r"duplicates needs imagehash: pip install 'kd-lightning\[weak\]'"),
+        (["experiment", "a.yaml", "--tune", "2"], "optuna", r"--tune needs optuna: pip install 'kd-lightning\[tune\]'"),
+        (["predict", "run", "run", "--out", "a.parquet"], "pyarrow", r"Parquet needs pyarrow: .*\[weak\]"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(args, module, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").touch()
+    Path("run").mkdir()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=message):
+        parse(args[0], args[1:])
+
+
+@pytest.mark.parametrize("source", ["-", "run", "*.jpg"])
+def test_predict_refuses_sources_that_are_not_there_before_anything_is_loaded(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    assert parse("predict", ["run", "gone.jpg", source]).sources == ["gone.jpg", source]
+    with pytest.raises(InputError, match=r"source: there is no file at gone.jpg, ~/gone"):
+        parse("predict", ["run", "gone.jpg", "~/gone"])
+
+
 @pytest.mark.parametrize("args", [["compare"], ["compare", "x", "--foo"], ["query", "x"]])
 def test_missing_or_unknown_arguments_print_the_usage(args, capsys):
     with pytest.raises(SystemExit) as end:

@@ -58,6 +58,17 @@ def unranked(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_message_that_comes_again_is_left_out(handlers, verbose):
+    for _ in range(2):  # two commands of one process
+        handlers.clear()
+        with quiet(verbose):
+            silence_lightning()
+            for text in ("one", "two", "one"):
+                rank_zero_info(text)
+        assert handlers == (["one", "two", "one"] if verbose else ["one", "two"])
+
+
 def test_a_run_is_introduced_and_quiet(config, capsys, handlers, unranked):
     Path("config.yaml").write_text(yaml.safe_dump(config))
     before = warnings.formatwarning

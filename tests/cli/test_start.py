@@ -92,6 +92,9 @@ class TestFirstLine:
             (["fit", "--config", "a.yaml", "--print_config"], ""),
             (["fit", "--print_config=skip_default"], ""),
             (["fit", "--help"], ""),
+            (["clean", "photos", "--folds", "2"], "clean photos: loading PyTorch and Lightning\n"),
+            (["doctor", "a.yaml"], "doctor a.yaml: loading PyTorch and Lightning\n"),
+            (["clean", "--config", "a.yaml"], "clean a.yaml: loading PyTorch and Lightning\n"),
         ],
     )
     def test_text(self, unloaded, capsys, args, line):
@@ -167,12 +170,20 @@ def test_one_parser_is_built(monkeypatch):
     assert built == [*LightningCLI.subcommands()]
 
 
-def test_first_line_comes_before_the_libraries(tmp_path):
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["fit", "--config", "config.yaml"], "fit config.yaml"),
+        (["distill", "photos", "--teacher", "resnet14", "--student", "resnet8"], "distill photos"),
+    ],
+)
+def test_first_line_comes_before_the_libraries(tmp_path, args, named):
     """In a process of its own, whose torch cannot be imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
     (tmp_path / "config.yaml").touch()
-    command = [sys.executable, "-m", "kd_lightning", "fit", "--config", "config.yaml"]
+    (tmp_path / "photos").mkdir()
+    command = [sys.executable, "-m", "kd_lightning", *args]
     environment = {key: value for key, value in os.environ.items() if key not in RANKS}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines() == ["fit config.yaml: loading PyTorch and Lightning", "torch is imported"]
+    assert done.stderr.splitlines() == [f"{named}: loading PyTorch and Lightning", "torch is imported"]
     assert not done.stdout

@@ -182,7 +182,7 @@ def test_files_that_cannot_be_read(trained, tmp_path):
     assert found.errors.keys() == {0, 1, 3, 4}
     assert found.errors[0] == "No such file or directory"
     assert "truncated" in found.errors[1]
-    assert "cannot identify" in found.errors[4]
+    assert found.errors[4] == "it has no format of pictures that Pillow reads"
     assert found.values[[0, 1, 3, 4]].isnan().all()
     assert torch.equal(found.values[2], Run(run).predict(good).values[0])
     assert [one.name is None for one in found] == [True, True, False, True, True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -173,6 +174,18 @@ def check_range(options: Namespace, name: str, least: int, most: int | None = No
     if value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"--{name} must be {allowed}, got {value}")
+
+
+def check_package(module: str, what: str, extra: str) -> None:
+    """Raise InputError if a package of an extra is not installed, before anything is loaded or read.
+
+    Args:
+        module: Name by which it is imported.
+        what: The part that needs it, for the message.
+        extra: The extra of this package that installs it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{what} needs {module}: pip install 'kd-lightning[{extra}]'")
 
 
 def command(summary: str) -> Callable[[_Parse], _Parse]:

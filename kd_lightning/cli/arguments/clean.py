@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_lightning.cli.arguments._folder import add_student, folder_of
-from kd_lightning.cli.arguments._parsing import command, with_configs, with_overrides
+from kd_lightning.cli.arguments._parsing import check_package, command, with_configs, with_overrides
 from kd_lightning.errors import InputError
 
 ACTIONS = ("drop", "downweight", "relabel")
@@ -45,4 +45,5 @@ def clean(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     options.weight = 0.1 if options.weight is None else options.weight
     if not 0 <= options.weight < 1:
         raise InputError(f"--weight must lie in [0, 1), got {options.weight}")
+    check_package("cleanlab", "clean", "weak")
     return options

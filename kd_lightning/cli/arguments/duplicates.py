@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd_lightning.cli.arguments._parsing import (
     check_folders,
+    check_package,
     check_range,
     command,
     configs_of,
@@ -58,4 +59,5 @@ def duplicates(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         raise InputError(f"duplicates takes no config or overrides with a run, got {' '.join(options.overrides)}")
     if run is None and not [*configs_of(options.overrides)]:
         raise InputError("duplicates needs a run's folder or a config")
+    check_package("imagehash", "duplicates", "weak")
     return options

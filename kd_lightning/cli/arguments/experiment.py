@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.cli.arguments._parsing import check_range, command, with_configs
+from kd_lightning.cli.arguments._parsing import check_package, check_range, command, with_configs
 from kd_lightning.errors import InputError
 
 
@@ -29,6 +29,7 @@ def experiment(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     check_range(options, "seeds", 1)
     if options.tune is not None:
         check_range(options, "tune", 1)
+        check_package("optuna", "--tune", "tune")
     elif options.space is not None:
         raise InputError(f"--space: {options.space} needs --tune N, the number of trials")
     if options.space is not None and not options.space.is_file():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.cli.arguments._parsing import check_range, command
+from kd_lightning.cli.arguments._parsing import check_package, check_range, command
 from kd_lightning.errors import InputError
 
 FORMATS = (".csv", ".parquet", ".jsonl")
@@ -41,4 +42,14 @@ def predict(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         raise InputError(f"--out must end in {', '.join(FORMATS)}, got {options.out}")
     if options.out is not None and options.out.is_dir():
         raise InputError(f"--out must be a file, but {options.out} is a folder")
+    if options.out is not None and options.out.suffix.lower() == ".parquet":
+        check_package("pyarrow", "--out: Parquet", "weak")
+    if not any(map(_may_exist, options.sources)):
+        raise InputError(f"source: there is no file at {', '.join(options.sources[:3])}")
     return options
+
+
+def _may_exist(source: str) -> bool:
+    """Return whether a source may have pictures, as far as that is known before the libraries are loaded."""
+    has_signs = any(sign in source for sign in "*?[")
+    return source == "-" or has_signs or os.path.lexists(Path(source).expanduser())

@@ -17,7 +17,7 @@ from PIL import Image
 
 from kd_lightning.batch import IGNORE_INDEX
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS, ClassFolders, FlatFolder, is_system_name
-from kd_lightning.data.sources.image_loader import load_image
+from kd_lightning.data.sources.image_loader import load_image, why_unreadable
 from kd_lightning.data.sources.image_table import ImageTable
 from kd_lightning.data.sources.images import path_of, printable
 from kd_lightning.data.sources.source import Parts
@@ -122,7 +122,7 @@ def _read(path: str) -> tuple[str, int, str]:
             return hashlib.sha256(data).hexdigest(), min(image.size), ""
         return hashlib.sha256(data).hexdigest(), min(image.shape[-2:]), ""
     except Exception as error:  # decoders raise errors of any class
-        return "", 0, (str(error).splitlines() or [type(error).__name__])[0]
+        return "", 0, why_unreadable(error, path)
 
 
 def _find(folder: Path) -> tuple[str, list[Picture], str]:

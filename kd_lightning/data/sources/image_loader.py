@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torchvision  # noqa: F401  (it registers torch.ops.image)
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -156,7 +156,24 @@ def _to_picture(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"image {printable(path)} cannot be read: {type(error).__name__}: {error}")
+    reason = "it has no format of pictures that Pillow reads"  # the error itself names a Python object
+    if not isinstance(error, UnidentifiedImageError):
+        reason = f"{type(error).__name__}: {error}"
+    return InputError(f"image {printable(path)} cannot be read: {reason}")
+
+
+def why_unreadable(error: Exception, path: str | Path) -> str:
+    """Return in one line, without the path, why a file of a picture cannot be read.
+
+    Args:
+        error: What :func:`load_image`, a loader of the user's own, or a transform has raised.
+        path: The file.
+    """
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.removeprefix(f"image {printable(path)} cannot be read: ").split())
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -85,8 +85,8 @@ def test_csv_on_standard_output(capsys):
     assert [row["class"].removeprefix("'") for row in rows] == [one.name or "" for one in found]
     assert [row["probability"] for row in rows[:3]] == [f"{one.probability:.6g}" for one in list(found)[:3]]
     assert rows[3]["class"] == rows[3]["probability"] == ""
-    assert "cannot identify image file" in rows[3]["error"]
-    assert err.splitlines()[-2].startswith("cannot be read: photos/broken.jpg: UnidentifiedImageError")
+    assert rows[3]["error"] == "it has no format of pictures that Pillow reads"
+    assert err.splitlines()[-2] == f"cannot be read: photos/broken.jpg: {rows[3]['error']}"
     assert err.splitlines()[-1].startswith("4 pictures in ")
     assert err.splitlines()[-1].endswith("; 1 cannot be read")
     assert "\r" not in err  # progress is for terminals
@@ -217,6 +217,7 @@ def test_an_old_file_stays_if_the_command_fails(monkeypatch):
         (["photos", "photos"], "photos is no run: it has no config.yaml"),
         (["run/config.txt", "photos"], "run/config.txt is no run and no exported file"),
         (["run", "gone/*.png"], "no picture fits gone/*.png"),
+        (["run", "gone.png", "gone.csv"], "source: there is no file at gone.png, gone.csv"),
     ],
 )
 def test_what_is_refused(args, message, capsys):

@@ -87,7 +87,10 @@ def test_unreadable_pictures_are_left_out(class_folders, tmp_path):
     (folder / "dog" / "half.png").write_bytes(whole[: len(whole) // 2])
     found = plan(folder, tmp_path)
     assert [path for path, _ in found.pictures.unreadable] == ["cat/broken.png", "dog/empty.jpg", "dog/half.png"]
-    assert any(line.startswith("cannot be read, and left out: 3 pictures: cat/broken.png (") for line in found.lines)
+    (line,) = (line for line in found.lines if line.startswith("cannot be read, and left out: "))
+    why = "it has no format of pictures that Pillow reads"
+    assert f": 3 pictures: cat/broken.png ({why}), dog/empty.jpg ({why})" in line
+    assert "dog/half.png (OSError: " in line and str(folder) not in line  # each path stands there once
     assert len(found.pictures.pictures) == 10
 
 
