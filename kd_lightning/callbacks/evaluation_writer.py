@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,9 @@ from kd_lightning.callbacks.evaluated_samples import EvaluatedSamples, predictio
 from kd_lightning.callbacks.sample_names import sample_names
 from kd_lightning.ranks import gather
 from kd_lightning.runs.folder import run_folder, writes_files
-from kd_lightning.runs.results import Result, read_result, write_result
+from kd_lightning.runs.results import Result, figures_of, read_result, write_result
 from kd_lightning.runs.run import CONFIG, WEIGHTS, Run, same_weights
 from kd_lightning.runs.student import find_student
-
-# the end of the name of a metric of another data loader than the first
-_OTHER_LOADER = re.compile(r"/(dataloader_idx_)?[1-9]\d*$")
 
 
 class EvaluationWriter(Callback):
@@ -38,7 +34,7 @@ class EvaluationWriter(Callback):
     written. The validations of a fit write none.
 
     Figures are the logged metrics ``test/<name>`` (``transductive/test/<name>``, ``val/<name>``) of the first data
-    loader. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
+    loader; of a module that logs none of these, all metrics, ``test_acc`` as ``acc``. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
     (B, L) as the batch's labels; values of the regression task; or those of dense samples, whose module has
     ``class_dim`` and ``to_rows``. A dense sample is one row, with the share of its right labels. Several processes
     write one file, with each sample once. If batches have no index, samples are numbered in the order of the loader.
@@ -120,12 +116,7 @@ class EvaluationWriter(Callback):
         if size is not None:  # Lightning's sampler repeats samples so that all ranks have as many
             labeled = min(labeled, size)
         folder = run_folder(trainer)
-        prefix = f"{part}/"
-        figures = {
-            name.removeprefix(prefix).removesuffix("/dataloader_idx_0"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(prefix) and not _OTHER_LOADER.search(name)
-        }
+        figures = figures_of(part, trainer.callback_metrics)
         if not writes_files(trainer) or not figures:
             return
         weights = None

@@ -26,11 +26,13 @@ def print_figures(part: str, metrics: Mapping[str, Any], folder: Path | None) ->
 
     Args:
         part: ``"val"`` or ``"test"``.
-        metrics: Values by name, such as ``test/accuracy``, numbers or tensors; those of other parts are left out.
+        metrics: Values by name, such as ``test/accuracy``, numbers or tensors; those of other parts are left out. If
+            none has the part's name, as of a module of another project, all are printed.
         folder: The run's folder, None if there is none.
     """
-    found = {name: float(value) for name, value in metrics.items() if f"{part}/" in name}
-    prefix = next((name.partition(f"{part}/")[0] for name in found), "") + f"{part}/"
+    own = {name: value for name, value in metrics.items() if f"{part}/" in name}
+    found = {name: float(value) for name, value in (own or metrics).items()}
+    prefix = next((name.partition(f"{part}/")[0] for name in own), "") + f"{part}/"
     figures = {name.removeprefix(prefix): value for name, value in found.items()}
     recalls = {match[1]: figures.pop(name) for name in [*figures] if (match := _RECALL.fullmatch(name))}
     rows = [(name, _text(figures[name])) for name in sorted(figures, key=_order)]

@@ -6,7 +6,8 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs.spreadsheet import SafeWriter, unescape_cell
 
 PARTS = ("test", "transductive/test", "val")
+# the end of the name of a metric of another data loader than the first
+_OTHER_LOADER = re.compile(r"/(dataloader_idx_)?[1-9]\d*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,27 @@ def _prediction(row: list[str], is_error: bool = False, labels: int = 1) -> Pred
     correct, error = (math.nan, value) if is_error else (value, math.nan)
     label, prediction, path = map(unescape_cell, (row[3], row[4], row[1]))
     return Prediction(int(row[0]), label, prediction, correct, path, row[2], error, labels)
+
+
+def figures_of(part: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what an evaluation of a part has logged on its first data loader, by name without the part.
+
+    Args:
+        part: One of :data:`PARTS`.
+        metrics: Logged metrics, numbers or tensors: ``test/accuracy``. If none has the part's name, as of a module of
+            another project, all count, such as ``test_acc``, which is ``acc`` then.
+
+    >>> figures_of("test", {"test/accuracy": 0.5, "val/accuracy": 0.1})
+    {'accuracy': 0.5}
+    >>> figures_of("test", {"test_acc/dataloader_idx_0": 0.5, "test_acc/dataloader_idx_1": 0.1})
+    {'acc': 0.5}
+    """
+    first = {name: value for name, value in metrics.items() if not _OTHER_LOADER.search(name)}
+    own = {name: value for name, value in first.items() if name.startswith(f"{part}/")} or first
+    return {
+        name.removeprefix(f"{part}/").removeprefix(f"{part}_").removesuffix("/dataloader_idx_0"): float(value)
+        for name, value in own.items()
+    }
 
 
 def write_result(result: Result, predictions: Iterable[Prediction]) -> None:

@@ -205,6 +205,20 @@ def test_foreign_module(trainer, folder):
     assert result.predictions() == []
 
 
+class OwnNames(LightningModule):
+    """A module of a project whose metrics have names of their own."""
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log_dict({"test_acc": 0.25, "f1": 0.5 + dataloader_idx}, batch_size=4)
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_metrics_of_other_names(trainer, folder, loaders):
+    trainer.test(OwnNames(), [DataLoader(X, 5)] * loaders, verbose=False)
+    result = read_result(folder, "test")
+    assert (result.samples, result.figures) == (12, {"acc": 0.25, "f1": 0.5})
+
+
 def test_another_checkpoint_of_a_foreign_module_does_not_count(trainer, folder, capsys):
     module, loader = Foreign(), DataLoader(X, 5)
     (folder / "config.yaml").write_text("{model: {class_path: Foreign}}")

@@ -234,6 +234,10 @@ class TestFigures:
         print_figures("test", {"transductive/test/accuracy": 0.5, "val/accuracy": 0.1}, None)
         assert capsys.readouterr().out.splitlines() == ["transductive/test", "  accuracy  0.500"]
 
+    def test_names_of_another_project(self, capsys):
+        print_figures("test", {"test_acc": 0.5, "f1": 0.25}, None)
+        assert capsys.readouterr().out.splitlines() == ["test", "  f1        0.250", "  test_acc  0.500"]
+
     def test_numbers(self, capsys):
         print_figures("val", {"val/loss": torch.tensor(123456.0), "val/mse": 1e-5, "val/miou": 0.0}, None)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]

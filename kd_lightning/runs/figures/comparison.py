@@ -173,6 +173,11 @@ class Comparison:
                 if seeds not in group.results:
                     command = _command(run, self.part)
                     lines.append(f"{run.folder} has no {self.part} figures of its deployed weights: {command}")
+                elif not (figures := group.results[seeds].figures).keys() & {*_FIGURES}:
+                    lines.append(
+                        f"{run.folder}: compared is one of {', '.join(_FIGURES)}, and its module logs "
+                        f"{', '.join(sorted(figures))}; log {self.part}/accuracy, a fraction, in its {self.part} step."
+                    )
         lines += self._fitted_on_other_data()
         return lines + [f"left out: {one.folder}: {one.reason}." for one in self.left_out]
 

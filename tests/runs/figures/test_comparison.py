@@ -46,6 +46,16 @@ def make(tmp_path):
     return make
 
 
+def test_a_module_without_a_figure_to_compare_is_told_what_to_log(make):
+    folder = make("own")
+    write_result(Result("test", 12, {"f1": 0.5, "acc": 0.25}, None, folder), [])
+    (note,) = (one for one in compare_runs([folder]).notes() if "logs" in one)
+    assert note == (
+        f"{folder}: compared is one of accuracy, mae, knn_accuracy, and its module logs acc, f1; log test/accuracy, a "
+        "fraction, in its test step."
+    )
+
+
 def rows(share, seed=0, count=200):
     return np.random.default_rng(seed).random(count) < share
 
