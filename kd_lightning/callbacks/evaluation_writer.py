@@ -34,12 +34,12 @@ class EvaluationWriter(Callback):
     written. The validations of a fit write none.
 
     Figures are the logged metrics ``test/<name>`` (``transductive/test/<name>``, ``val/<name>``) of the first data
-    loader; of a module that logs none of these, all metrics, ``test_acc`` as ``acc``. Predictions are written if ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or
-    (B, L) as the batch's labels; values of the regression task; or those of dense samples, whose module has
-    ``class_dim`` and ``to_rows``. A dense sample is one row, with the share of its right labels. Several processes
-    write one file, with each sample once. If batches have no index, samples are numbered in the order of the loader.
-    Path and content of a sample are written where the datamodule knows them. Works on any LightningModule. The command
-    line adds this callback to every run.
+    loader; of a module that logs none of these, all metrics, ``test_acc`` as ``acc``. Predictions are written if
+    ``test_step`` and ``validation_step`` return predicted labels: integers, (B,) or (B, L) as the batch's labels;
+    values of the regression task; or those of dense samples, whose module has ``class_dim`` and ``to_rows``. A dense
+    sample is one row, with the share of its right labels. Several processes write one file, with each sample once. If
+    batches have no index, samples are numbered in the order of the loader. Path and content of a sample are written
+    where the datamodule knows them. Works on any LightningModule. The command line adds this callback to every run.
     """
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import nn
 
+from kd_lightning.errors import InputError
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.quantization.sizes import weight_levels
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
@@ -61,8 +62,19 @@ class QuantizedWeightHistograms(Callback):
 
 
 def plot_levels(network: nn.Module) -> Figure:
-    """Plot one panel for each quantised layer: float weights in units of their channel's scale, and their levels."""
+    """Plot one panel for each quantised layer: float weights in units of their channel's scale, and their levels.
+
+    Args:
+        network: A network that :func:`~kd_lightning.quantization.quantize` has changed.
+
+    Raises:
+        InputError: If it has no quantised layer.
+    """
     layers = quantized_layers(network)
+    if not layers:
+        raise InputError(
+            f"network must have quantised layers, got {type(network).__name__} without; quantize makes them"
+        )
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")

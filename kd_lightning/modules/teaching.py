@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.batch import LABEL_KEYS
+from kd_lightning.batch import LABEL_KEYS, is_labeled, unpack
 from kd_lightning.errors import InputError
 from kd_lightning.losses import ConditionalLoss, KDLoss
 from kd_lightning.losses.rows import to_rows
@@ -171,7 +171,7 @@ class Teaching(nn.Module):
         # in this epoch: training steps, losses with a soft term, and with a hard one
         self._steps = self._soft_losses = self._hard_losses = 0
         self._soft_rows = 0
-        self._warned = False
+        self._warned = self._warned_of_labels = False
         self._finite_check = FiniteCheck("teach/")
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
@@ -275,7 +275,7 @@ class Teaching(nn.Module):
                     "dotted path of what it calls (forward() and reentrant checkpointing hide a call)"
                 )
             with self._calls.pause():
-                return self._add_soft(returned, problem)
+                return self._add_soft(returned, problem, batch)
 
     def _run_own(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
         """Return what the module's step returns; or None and the reason why it has no loss, if that is allowed."""
@@ -288,7 +288,7 @@ class Teaching(nn.Module):
                 raise
             return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
-    def _add_soft(self, returned: Any, problem: str) -> Any:
+    def _add_soft(self, returned: Any, problem: str, batch: Any) -> Any:
         hard = returned.get("loss") if isinstance(returned, Mapping) else returned
         if hard is None and not self.unlabeled:
             self._warn_once("training_step returned no loss, so its batch is left out; unlabeled: true trains on it")
@@ -296,7 +296,9 @@ class Teaching(nn.Module):
         soft, rows = self._soft_term(self._calls.recorded)
         has_hard = hard is not None and (not self.unlabeled or bool(torch.isfinite(hard).all()))
         if not has_hard:
-            self._warn_once(f"a batch has no hard loss ({problem or 'it is missing or not finite'}): soft loss alone")
+            problem = problem or "it is missing or not finite"
+            self._warn_once(f"a batch has no hard loss ({problem}): soft loss alone")
+            self._warn_of_lost_labels(batch, problem)
         loss = self._weighted(hard if has_hard else None, soft, rows)
         return {**returned, "loss": loss} if isinstance(returned, Mapping) else loss
 
@@ -391,6 +393,26 @@ class Teaching(nn.Module):
     def _is_fitting(self) -> bool:
         trainer = getattr(self._owner, "_trainer", None)
         return trainer is not None and trainer.state.fn == "fit"
+
+    def _warn_of_lost_labels(self, batch: Any, problem: str) -> None:
+        """Warn once if a batch that the step has no loss for has labels, which then teach nothing."""
+        if self._warned_of_labels:
+            return
+        try:
+            y = unpack(self._owner, batch).y
+        except InputError:  # its labels are not known
+            return
+        if (
+            y is not None
+            and y.numel()
+            and y.ndim
+            and (labeled := int(is_labeled(y).reshape(len(y), -1).any(dim=1).sum()))
+        ):
+            self._warned_of_labels = True
+            rank_zero_warn(
+                f"teach: a batch of {len(y)} rows has {labeled} labels, but no hard loss ({problem}), so that they are "
+                "lost; let training_step leave out rows whose label is -100, or put these in batches of their own"
+            )
 
     def _warn_once(self, text: str) -> None:
         if not self._warned:

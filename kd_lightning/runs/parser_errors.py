@@ -65,6 +65,8 @@ def explain_parser_error(
         option: The option that the parser was given, such as ``features.hint.weight``. In a dict of objects, it has
             the name of the one that is meant.
     """
+    if text := _no_such_entry(option, config or {}):
+        return ParserError((), lambda keys, config: text, config or {})
     found = re.match(r'Parser key "([^"]+)"', message)
     keys: Keys = (found[1],) if found and found[1] != root else ()
     if keys and option.startswith(f"{keys[0]}.") and "Subtypes: [dict[str, " in message:
@@ -253,6 +255,28 @@ def _unrecognized(argument: str, known: list[str], keys: Keys, config: Config) -
     if meant and "[" in meant:
         return f"{name}: no such option; {meant} can be set in a config file alone"
     return f"{name}: no such option" + (f"; did you mean --{meant}?" if meant else "; 'fit --help' lists them")
+
+
+def _no_such_entry(option: str, config: Config) -> str:
+    """Return what is wrong with an option of an entry that a dict of objects lacks, such as ``features.at.weight``.
+
+    Args:
+        option: The option, empty if there is none. One that gives a whole entry adds it.
+        config: The content of the config files.
+    """
+    parts = _parts(option)
+    for path, _, value, _ in walk_config(config):
+        is_argument = path.rpartition(".")[0].endswith(SPEC_KEYS[1:])
+        if not is_argument or not isinstance(value, Mapping) or not value or "class_path" in value:
+            continue
+        found = [entry[-1] if isinstance(entry, list) and entry else entry for entry in value.values()]
+        if not all(isinstance(entry, Mapping) and "class_path" in entry for entry in found):
+            continue
+        for end in range(1, len(parts) - 1):
+            if _parts(path)[-end:] == parts[:end] and parts[end] not in map(str, value):
+                hint = did_you_mean(parts[end], map(str, value))
+                return f"{path} has no {parts[end]}{hint}; allowed: {', '.join(map(str, value))}"
+    return ""
 
 
 def _missing(names: list[str], keys: Keys, config: Config) -> str:

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_lightning import ActivationCalibration, QuantizedWeightHistograms, SupervisedModule
 from kd_lightning.callbacks.quantized_weight_histograms import plot_levels
+from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize, quantized_layers
@@ -72,6 +73,11 @@ def test_panels_left_over_are_empty():
     layers = [torch.nn.Linear(4, 4) for _ in range(7)]
     panels = plot_levels(quantize(torch.nn.Sequential(*layers), 4)).axes
     assert [panel.axison for panel in panels] == [True] * 5 + [False] * 3
+
+
+def test_a_network_without_quantised_layers_is_refused(student):
+    with pytest.raises(InputError, match="network must have quantised layers, got "):
+        plot_levels(student)
 
 
 def test_channels_without_weights(student):

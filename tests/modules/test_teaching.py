@@ -461,6 +461,20 @@ def test_a_warning_if_no_batch_has_a_hard_loss(quiet_trainer):
     assert trainer.callback_metrics["teach/unlabeled"] == 1.0
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_warning_if_labels_are_lost(mixed, quiet_trainer):
+    """A step that fails on a batch with rows of both kinds loses the labels of the others."""
+    module = Unlabeled()
+    module.how = "raises"
+    samples = [(x, y if n < ROWS or (mixed and n == ROWS) else -100) for n, (x, y) in enumerate(pairs())]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        quiet_trainer().fit(teach(module, network(seed=1), unlabeled=True), DataLoader(samples, ROWS))
+    lost = [str(one.message) for one in found if "labels, but no hard loss" in str(one.message)]
+    assert len(lost) == mixed
+    assert not mixed or f"a batch of {ROWS} rows has 1 labels, but no hard loss (KeyError: 'labels')" in lost[0]
+
+
 def test_an_error_of_the_step_is_no_missing_label_unless_asked(quiet_trainer):
     module = Unlabeled()
     module.how = "raises"

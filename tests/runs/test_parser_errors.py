@@ -22,6 +22,35 @@ MALICIOUS = "malicious.pt"
 SOFT_LOSS = "model.init_args.soft_loss"
 
 
+TERMS = {
+    "at": {"class_path": "kd_lightning.FeatureTerm", "init_args": {"weight": 2.0}},
+    "crd": {"class_path": "kd_lightning.FeatureTerm"},
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("model.init_args.features.att.weight", "features has no att; did you mean at?; allowed: at, crd"),
+        ("features.x.init_args.weight", "features has no x; allowed: at, crd"),
+        ("model.soft_loss.dkd.temperature", "soft_loss has no dkd; did you mean kd?; allowed: kd"),
+    ],
+)
+def test_option_of_an_entry_that_is_not_there(option, text):
+    kd = {"class_path": "kd_lightning.losses.KDLoss"}
+    arguments = {"student": {"class_path": "Net"}, "features": TERMS, "soft_loss": {"kd": [1.0, kd]}}
+    model = {"class_path": "DistillModule", "init_args": arguments}
+    error = explain_parser_error("anything", None, {"model": model}, option=option)
+    assert str(error) == f"model.init_args.{text}"
+
+
+@pytest.mark.parametrize("option", ["model.optimizer.lr", "model.features.x", "features.at.foo", "trainer.profiler.x"])
+def test_other_options_have_their_own_message(option):
+    model = {"class_path": "DistillModule", "init_args": {"student": {"class_path": "Net"}, "features": TERMS}}
+    config = {"model": model, "trainer": {"logger": {"class_path": "CSVLogger"}}}
+    assert " has no " not in str(explain_parser_error("anything", None, config, option=option))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "parts"),
     [

@@ -40,8 +40,8 @@ class CRDLoss(nn.Module):
     ``state_dict``: 2 * samples * dim numbers. The loss has no value in validation, whose samples are in no memory.
 
     Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), https://arxiv.org/abs/1910.10699,
-    section 3. The defaults and the weight of 0.8 are those of the paper. It compares the vectors that are pooled for
-    the classifiers.
+    section 3. The defaults and the weight of 0.8 are those of the authors' code (RepDistiller), for CIFAR-100. It
+    compares the vectors that are pooled for the classifiers.
 
     Args:
         dim: Length of the embeddings, at least 1.
