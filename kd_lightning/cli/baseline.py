@@ -23,7 +23,17 @@ _METHOD_CALLBACKS = ("SoftWeightAnnealing", "PseudoLabelRefresh", "BaselineMonit
 
 
 def with_seed(config: Config, seed: int) -> Config:
-    """Return the config with this seed for weights, split, order and augmentation."""
+    """Return the config with this seed for weights, split, order and augmentation.
+
+    Raises:
+        InputError: If its datamodule is no SemiSupervisedDataModule, whose argument ``seed`` sets the last three.
+    """
+    data = find_class(config["data"].get("class_path"))
+    if isinstance(data, type) and not issubclass(data, SemiSupervisedDataModule):
+        raise InputError(
+            f"experiment needs data: SemiSupervisedDataModule, got {data.__name__}; SemiSupervisedDataModule with the "
+            "source DatasetSource(train, test, unlabeled) has your datasets, and compare takes runs of any data"
+        )
     config = deepcopy(config)
     config["seed_everything"] = seed
     config["data"].setdefault("init_args", {})["seed"] = seed

@@ -20,6 +20,7 @@ from kd_lightning.runs.parser_errors import explain_parser_error
 
 _WRITTEN: ContextVar[str | None] = ContextVar("written", default=None)  # text of the option that is being parsed
 _OPTION: ContextVar[str] = ContextVar("option", default="")  # given to a parser for the arguments of an object
+_GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())  # all options of the command line
 _COMPLETING = (SupervisedModule, FeatureDistillModule)
 _COMPLETED = ("lr_scheduler", "hint_lr_scheduler")  # arguments of this package's modules, see schedules.takes_length
 
@@ -48,6 +49,8 @@ class Parser(ArgumentTypes, LightningArgumentParser):
         token = _WRITTEN.set(None)
         single = str(args[0]) if args is not None and len(args) == 1 else ""
         option = _OPTION.set(single.partition("=")[0].lstrip("-"))
+        names = tuple(str(arg).partition("=")[0][2:] for arg in args or () if str(arg).startswith("--"))
+        given = _GIVEN.set(_GIVEN.get() or names)
         try:
             return super().parse_args(args, *more, **kwargs)
         except RecursionError as error:
@@ -55,6 +58,7 @@ class Parser(ArgumentTypes, LightningArgumentParser):
         finally:
             _WRITTEN.reset(token)
             _OPTION.reset(option)
+            _GIVEN.reset(given)
 
     def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
         """Note the text of a value before the option's action parses it."""
@@ -63,7 +67,8 @@ class Parser(ArgumentTypes, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise instead of printing the usage and exiting."""
-        raise explain_parser_error(message, ex, Parser.config, known_keys(self), option=_OPTION.get()) from ex
+        known, option, given = known_keys(self), _OPTION.get(), _GIVEN.get()
+        raise explain_parser_error(message, ex, Parser.config, known, option=option, given=given) from ex
 
 
 def _as_written(args: Sequence[str] | None, written: Any) -> Sequence[str] | None:

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,7 @@ def explain_parser_error(
     known: Iterable[str] = (),
     root: str | None = None,
     option: str = "",
+    given: Sequence[str] = (),
 ) -> ParserError:
     """Turn what jsonargparse gives to ``ArgumentParser.error`` into an error of one line.
 
@@ -64,8 +65,10 @@ def explain_parser_error(
         root: A key that the user has not given, left out of the message.
         option: The option that the parser was given, such as ``features.hint.weight``. In a dict of objects, it has
             the name of the one that is meant.
+        given: All options of the command line.
     """
-    if text := _no_such_entry(option, config or {}):
+    missing = (_no_such_entry(one, given, config or {}) for one in (option, *given))
+    if text := next(filter(None, missing), ""):
         return ParserError((), lambda keys, config: text, config or {})
     found = re.match(r'Parser key "([^"]+)"', message)
     keys: Keys = (found[1],) if found and found[1] != root else ()
@@ -257,14 +260,15 @@ def _unrecognized(argument: str, known: list[str], keys: Keys, config: Config) -
     return f"{name}: no such option" + (f"; did you mean --{meant}?" if meant else "; 'fit --help' lists them")
 
 
-def _no_such_entry(option: str, config: Config) -> str:
+def _no_such_entry(option: str, given: Sequence[str], config: Config) -> str:
     """Return what is wrong with an option of an entry that a dict of objects lacks, such as ``features.at.weight``.
 
     Args:
-        option: The option, empty if there is none. One that gives a whole entry adds it.
+        option: The option, empty if there is none.
+        given: All options. One that gives a whole entry, or its class path, adds it.
         config: The content of the config files.
     """
-    parts = _parts(option)
+    parts, added = _parts(option), [*map(_parts, given)]
     for path, _, value, _ in walk_config(config):
         is_argument = path.rpartition(".")[0].endswith(SPEC_KEYS[1:])
         if not is_argument or not isinstance(value, Mapping) or not value or "class_path" in value:
@@ -273,7 +277,8 @@ def _no_such_entry(option: str, config: Config) -> str:
         if not all(isinstance(entry, Mapping) and "class_path" in entry for entry in found):
             continue
         for end in range(1, len(parts) - 1):
-            if _parts(path)[-end:] == parts[:end] and parts[end] not in map(str, value):
+            is_new = parts[end] not in map(str, value) and parts[: end + 1] not in added
+            if is_new and _parts(path)[-end:] == parts[:end]:
                 hint = did_you_mean(parts[end], map(str, value))
                 return f"{path} has no {parts[end]}{hint}; allowed: {', '.join(map(str, value))}"
     return ""

@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from kd_lightning import InputError
-from kd_lightning.cli.baseline import _model_alone, baseline_of, describe_baseline, without_teacher
+from kd_lightning.cli.baseline import _model_alone, baseline_of, describe_baseline, with_seed, without_teacher
 from kd_lightning.runs.build import build
 
 
@@ -85,3 +85,8 @@ def test_without_data_it_differs_in_the_length_of_its_epoch_alone(root):
     assert alone["data"]["init_args"].pop("views_per_epoch", 1) < baseline["data"]["init_args"].pop("views_per_epoch")
     assert baseline["trainer"].pop("limit_train_batches") and "limit_train_batches" not in alone["trainer"]
     assert baseline == alone
+
+
+def test_experiment_of_another_datamodule_names_what_it_needs():
+    with pytest.raises(InputError, match=r"experiment needs data: SemiSupervisedDataModule, got StreamDataModule; "):
+        with_seed({"data": {"class_path": "StreamDataModule"}}, 0)

@@ -44,6 +44,15 @@ def test_option_of_an_entry_that_is_not_there(option, text):
     assert str(error) == f"model.init_args.{text}"
 
 
+def test_options_that_add_an_entry():
+    model = {"class_path": "DistillModule", "init_args": {"features": TERMS}}
+    given = ["model.features.x.weight", "trainer.max_epochs"]
+    error = explain_parser_error("anything", None, {"model": model}, given=given)
+    assert str(error) == "model.init_args.features has no x; allowed: at, crd"
+    given.append("model.features.x.class_path")
+    assert " has no " not in str(explain_parser_error("anything", None, {"model": model}, given=given))
+
+
 @pytest.mark.parametrize("option", ["model.optimizer.lr", "model.features.x", "features.at.foo", "trainer.profiler.x"])
 def test_other_options_have_their_own_message(option):
     model = {"class_path": "DistillModule", "init_args": {"student": {"class_path": "Net"}, "features": TERMS}}
@@ -366,7 +375,8 @@ class Refuses(nn.Module):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("features.hint.weight", "x", "features.hint.init_args.weight: Expected a float, got x"),
+        ("features.at.weight", "x", "features.at.init_args.weight: Expected a float, got x"),
+        ("features.hint.weight", "x", "features has no hint; allowed: at"),
         (
             "features.at.wieght",
             "0.5",
