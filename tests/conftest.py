@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.io import write_png
@@ -20,7 +19,10 @@ from kd_lightning.data import Digits
 from kd_lightning.models import DigitsCNN
 
 sys.path.insert(0, str(Path(__file__).parent / "processes"))
+sys.path.insert(0, str(Path(__file__).parent / "parsing"))
+from blank_figures import CONFUSION, SAMPLES, leave_blank
 from forked import Processes
+from parse_once import parse_once
 
 torch.set_num_threads(1)  # the networks are tiny
 gc.disable()  # until all tests are collected
@@ -37,13 +39,24 @@ def pytest_runtestloop():
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def _blank_sample_figures(request, monkeypatch):
-    """Leaves the pictures of samples blank, but where they are tested: drawing takes longer than most fits here."""
-    if "sample_figures" not in request.node.nodeid:
-        blank = lambda *args, **kwargs: Figure(figsize=(1, 1))  # noqa: E731
-        for name in ("draw_views", "draw_outputs"):
-            monkeypatch.setattr(f"kd_lightning.callbacks.sample_figures.{name}", blank)
+DRAWING = {"test_sample_figures", "test_supervised", "test_evaluation", "test_ensemble_evaluation"}
+"""Files that look at pictures of samples or at confusion matrices."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _blank_figures(request):
+    """Leaves pictures of samples and confusion matrices blank, but where they are tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in DRAWING:
+            leave_blank(patch, [*SAMPLES, *CONFUSION])
+        yield
+
+
+@pytest.fixture(scope="module")
+def parsed_once():
+    """Parses the arguments of each object once, in files whose tests start the same config again and again."""
+    with parse_once():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -420,23 +420,22 @@ def test_killed_again_and_again(each_module, kills, averaged, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_killed_for_real(each_module, tmp_path, monkeypatch, contract, processes):
-    """SIGKILL, which no handler sees: at the end of an epoch, then in the middle of the next, with workers."""
-    monkeypatch.chdir(tmp_path)
-    path, changes = each_module
-    config = contract.quick(path, **changes)
+def test_killed_for_real(story, processes):
+    """SIGKILL, which no handler sees: at the end of an epoch, then in the middle of the next.
+
+    The killed run reads its data in workers, the story reads them itself, and they end alike.
+    """
+    config = deepcopy(story.config)
     config["data"]["init_args"]["num_workers"] = 2
-    args = ["fit", *contract.Story.write(config, "config.yaml")]
-    DistillCLI(args)
-    args += STOPPED
+    args = ["fit", *story.write(config, "killed.yaml"), "--name", "killed"]
     for step, ckpt_path in ((4, []), (7, ["--ckpt_path", "last"])):
         codes, outputs = processes.run(([*args, *ckpt_path], {"KILL_AT": str(step)}))
         assert codes == [-signal.SIGKILL], outputs
-        assert saved("runs/stopped/version_0/checkpoints/last.ckpt")["global_step"] == step // 2 * 2
+        assert saved("runs/killed/version_0/checkpoints/last.ckpt")["global_step"] == step // 2 * 2
     main([*args, "--ckpt_path", "last"])
-    assert [path.name for path in Path("runs/stopped").iterdir()] == ["version_0"]
-    assert yaml.safe_load(Path("runs/stopped/version_0/config.yaml").read_text())["name"] == "stopped"
-    assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/stopped/version_0"))
+    assert [path.name for path in Path("runs/killed").iterdir()] == ["version_0"]
+    assert yaml.safe_load(Path("runs/killed/version_0/config.yaml").read_text())["name"] == "killed"
+    assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/killed/version_0"))
 
 
 FAST = ("hint_digits", "cifar100_resnet56_resnet20")

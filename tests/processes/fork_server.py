@@ -21,7 +21,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
-import pytest  # noqa: F401  (scripts import test files)
+import pytest  # scripts import test files, too
+from blank_figures import CONFUSION, OF_METHODS, SAMPLES, leave_blank
 
 import kd_lightning.cli.main
 from kd_lightning.__main__ import main
@@ -83,6 +84,7 @@ def wait(pid, timeout):
 def serve():
     """Serve requests until stdin is closed, then end all processes that still run."""
     assert kd_lightning.cli.main.DistillCLI
+    leave_blank(pytest.MonkeyPatch(), [*SAMPLES, *CONFUSION, *OF_METHODS])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
