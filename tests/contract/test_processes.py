@@ -200,12 +200,12 @@ if __name__ == "__main__":
 """
 
 
-def test_plain_loader_with_labels_on_one_process_alone(tmp_path, monkeypatch, contract):
+def test_plain_loader_with_labels_on_one_process_alone(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(SCRIPT)
     exec(SCRIPT, here := {"__name__": "train"})
     here["run"](1, ROWS)
-    run([sys.executable, "train.py", "2", str(ROWS // 2)], contract)
+    processes.run_ranks(["train.py", "2", str(ROWS // 2)])
     one, two = (json.loads(Path(f"plain_{devices}.json").read_text()) for devices in (1, 2))
     for mine, theirs in zip(one["losses"], two["losses"], strict=True):
         for name in ("train/loss", "train/hard", "train/soft"):
@@ -213,7 +213,7 @@ def test_plain_loader_with_labels_on_one_process_alone(tmp_path, monkeypatch, co
     assert torch.tensor(one["weights"]).sub(torch.tensor(two["weights"])).abs().max() < 1e-5
 
 
-def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypatch, contract):
+def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypatch, contract, processes):
     """Labels are counted over the whole optimiser step."""
     monkeypatch.chdir(tmp_path)
     path = next(path for path in contract.CONFIGS if path.stem == "distill_digits")
@@ -226,8 +226,7 @@ def test_accumulated_batches_of_two_processes_equal_one_batch(tmp_path, monkeypa
         config["name"] = str(batch)
         command = ["fit", *contract.Story.write(config, f"{batch}.yaml")]
         if options:
-            command += ["--trainer.strategy", "ddp", "--trainer.devices", *options]
-            run([sys.executable, "-m", "kd_lightning", *command], contract)
+            processes.run_ranks([*command, "--trainer.strategy", "ddp", "--trainer.devices", *options])
         else:
             main(command)
         last = torch.load(f"runs/{batch}/version_0/checkpoints/last.ckpt", weights_only=True)
