@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ClassSubset,
         CoarseLabels,
         DatasetSource,
+        DigitAngles,
         DigitProperties,
         Digits,
         FakeData,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
         Sharpen,
         SoftMatch,
         TopKPerClass,
+        UncertaintyThreshold,
     )
     from kd_lightning.runs.run import Run
     from kd_lightning.runs.weights import load_weights
@@ -100,6 +102,7 @@ __all__ = [
     "CompileNetworks",
     "CrossFittedTeacher",
     "DatasetSource",
+    "DigitAngles",
     "DigitProperties",
     "Digits",
     "DistillModule",
@@ -151,6 +154,7 @@ __all__ = [
     "TopKPerClass",
     "TorchvisionDataset",
     "TransitionNoise",
+    "UncertaintyThreshold",
     "distill",
     "label",
     "load_weights",
@@ -173,6 +177,7 @@ _HOMES = {
     "CompileNetworks": "callbacks",
     "CrossFittedTeacher": "teachers.cross_fitted",
     "DatasetSource": "data",
+    "DigitAngles": "data",
     "DigitProperties": "data",
     "Digits": "data",
     "DistillModule": "modules",
@@ -224,6 +229,7 @@ _HOMES = {
     "TopKPerClass": "pseudo_labels.selection",
     "TorchvisionDataset": "data",
     "TransitionNoise": "data",
+    "UncertaintyThreshold": "pseudo_labels.selection",
     "distill": "cli.short.distill",
     "label": "cli.short.label",
     "load_weights": "runs.weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,14 +21,13 @@ from kd_lightning.callbacks.label_sources import (
 )
 from kd_lightning.callbacks.pool_predictions import predict_pool, validating
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels import GraphPseudoLabels, PseudoLabels
-from kd_lightning.pseudo_labels.ledger import write_round
+from kd_lightning.pseudo_labels import GraphPseudoLabels
 from kd_lightning.pseudo_labels.pool import unlabeled_samples
-from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics, true_labels
 from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
 from kd_lightning.pseudo_labels.selection.base import check_task, one_line
 from kd_lightning.pseudo_labels.selection.running_mean import RunningMean
 from kd_lightning.pseudo_labels.selection.set_up import set_up
+from kd_lightning.pseudo_labels.table import PoolLabels
 from kd_lightning.pseudo_labels.tasks import MulticlassTask, PseudoLabelTask, pseudo_label_task
 from kd_lightning.ranks import alone
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
@@ -41,15 +41,16 @@ from kd_lightning.teachers.cache_fill import fill_caches
 class PseudoLabelRefresh(Callback):
     """Predict the whole unlabeled pool every few epochs, and pass the accepted labels to the datamodule.
 
-    A refresh runs at the start of an epoch. It predicts in eval mode under evaluation transforms. Each round replaces
+    A refresh runs at the start of an epoch. It predicts in eval mode under evaluation transforms (in the regression
+    task: under training transforms). Each round replaces
     the one before, so no acceptance is permanent. If the superclass of a sample is known, its pseudo-label lies in that
     superclass (except with :class:`GraphPseudoLabels`). Several processes predict a share each and end with the same
     table.
 
     Works on any LightningModule whose ``forward`` returns logits, and on any datamodule with the two methods of
     :class:`~kd_lightning.pseudo_labels.PseudoLabelStore`. The module's ``task`` may be multiclass (as it is without
-    one), binary or multilabel: then each label of a sample that is not given has a pseudo-label 0 or 1. Modules use the
-    accepted labels as follows:
+    one), binary or multilabel: then each label of a sample that is not given has a pseudo-label 0 or 1; or regression,
+    see below. Modules use the accepted labels as follows:
 
     - ``PseudoLabelModule(pseudo_labels="refreshed")`` has a loss term for them.
     - ``PseudoLabelModule(pseudo_labels="online")`` ignores them, so the refresh only measures the student's quality.
@@ -64,17 +65,30 @@ class PseudoLabelRefresh(Callback):
     datamodule has ``hidden_truth(index)``, also ``precision`` (of all) and ``accepted_precision``. Figures: the
     confidences with the threshold, and the classes.
 
+    In the regression task, the pseudo-label is the mean of the predictions for ``num_views`` views under the training
+    transform, each output by itself; the selection is ``UncertaintyThreshold``. What a view shows depends on (seed,
+    sample, number of the view) alone, so the views are the same in each round, on any number of processes. A sample
+    whose views are all equal is never accepted, and a transform that is not random is refused. A spread is measured in
+    standard deviations of the given labels. Logs in place of those above: ``accepted`` (number), ``coverage``,
+    ``spread`` (median), ``accepted_spread``, ``change`` (since the last round), ``std_ratio`` (of accepted to given
+    values; far below 1 if only values near the mean are accepted), and against the hidden truth ``mae``, ``rmse``,
+    ``r2`` and the same with ``accepted_``. Figures: the spreads with the limit, and the values.
+
     Args:
         every_n_epochs: Number of epochs from one refresh to the next, at least 1.
         selection: Which labels count, and how much; a soft target, as that of ``Sharpen``, replaces the class. For it a
             round is one step, and the pool one batch. The callback has a copy of its own. In the binary and multilabel
-            tasks it is ``LabelThresholds``. Default: None, which means that all are accepted.
+            tasks it is ``LabelThresholds``, in the regression task ``UncertaintyThreshold``. Default: None, which
+            means that all are accepted.
         source: The network that labels. ``"student"``; ``"ema"``, its running average (of ``PseudoLabelModule``, or of
             Lightning's weight averaging); ``"teacher"``, the module's teacher or teachers; or
             :class:`GraphPseudoLabels` on the student's features.
         restart_student: Whether each refresh but the first resets the student to its first weights, with a new
             optimiser and schedule.
         warmup_epochs: Number of epochs without pseudo-labels before the first refresh, at least 0.
+        num_views: Number of views of each sample in the regression task, at least 2. A cached teacher stores its
+            outputs for all of them. Default: None, which means 5 in the regression task, and one under the evaluation
+            transform in the others.
 
     Attributes:
         table: The labels in use, or None before the first refresh.
@@ -83,6 +97,7 @@ class PseudoLabelRefresh(Callback):
     Raises:
         InputError: If a value is out of range, the module or the datamodule lacks a needed part, there are no unlabeled
             samples, a class has no labeled sample (unless a teacher labels), or the pool is not that of the checkpoint.
+            In the regression task, if the given labels of an output do not differ, or all views of a sample are equal.
     """
 
     def __init__(
@@ -92,10 +107,12 @@ class PseudoLabelRefresh(Callback):
         source: Source = "student",
         restart_student: bool = False,
         warmup_epochs: int = 1,
+        num_views: int | None = None,
     ) -> None:
         for name, number, least in (
             ("every_n_epochs", every_n_epochs, 1),
             ("warmup_epochs", warmup_epochs, 0),
+            ("num_views", 2 if num_views is None else num_views, 2),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise InputError(f"{name} must be an integer of at least {least}, got {number}")
@@ -107,10 +124,12 @@ class PseudoLabelRefresh(Callback):
         self.source = source
         self.restart_student = restart_student
         self.warmup_epochs = warmup_epochs
-        self.table: PseudoLabels | None = None
+        self.num_views = num_views
+        self.table: PoolLabels | None = None
         self.report: dict[str, float] = {}
         self._first_weights: dict[str, Tensor] | None = None
         self._task: PseudoLabelTask = MulticlassTask()  # until setup
+        self._views: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs at the start of each stage. Before a fit, clears the table and checks module and datamodule."""
@@ -130,6 +149,12 @@ class PseudoLabelRefresh(Callback):
         if self._accepts_all:
             self.selection = self._task.accept_all()
         check_task(self.selection, self._task.name)
+        self._views = self._task.number_of_views(self.num_views)
+        if self._views and "num_views" not in signature(data.pool_dataloader).parameters:
+            raise InputError(
+                f"PseudoLabelRefresh: task: {self._task.name} needs a datamodule whose pool_dataloader(num_views) "
+                f"gives random views, as that of SemiSupervisedDataModule, got {type(data).__name__}"
+            )
         if not isinstance(self.source, str) and self._task.name != "multiclass":
             raise InputError(f"source: GraphPseudoLabels is for the multiclass task, got task: {self._task.name}")
         if (class_dim := getattr(pl_module, "class_dim", None)) is not None:
@@ -140,9 +165,12 @@ class PseudoLabelRefresh(Callback):
         if samples is not None and not samples:
             raise InputError(_EMPTY)
         names = self._class_names(trainer)
+        visible = _optional_method(data, "visible_labels")
+        if visible:
+            self._task.check_given(visible(), data, "PseudoLabelRefresh")
         if self.source == "teacher":
             find_teacher(pl_module)
-        elif names is not None and (visible := _optional_method(data, "visible_labels")):  # fail early
+        elif names is not None and visible:  # fail early
             self._task.check_labels(visible(), len(names), data, "PseudoLabelRefresh")
         set_up(self.selection, data, self._task.num_outputs or getattr(pl_module, "num_classes", None))
         momentum = max((one.momentum for one in self.selection.modules() if isinstance(one, RunningMean)), default=0.0)
@@ -166,7 +194,7 @@ class PseudoLabelRefresh(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the table, the selection's state and the first weights."""
         table = state_dict["table"]
-        self.table = None if table is None else PseudoLabels(**table)
+        self.table = None if table is None else self._task.restore(table)
         self._first_weights = state_dict["first_weights"]
         check_fit(state_dict["selection"], self.selection.state_dict(), "selection: the checkpoint does not fit")
         self.selection.load_state_dict(state_dict["selection"])
@@ -176,7 +204,7 @@ class PseudoLabelRefresh(Callback):
         if self.source == "teacher":
             teacher = find_teacher(pl_module)
             with validating(trainer):
-                fill_caches(teacher, trainer, "pool_views")
+                fill_caches(teacher, trainer, "pool_views", self._views)
         if self.restart_student and self._first_weights is None:
             state = student_of(pl_module).state_dict()
             self._first_weights = {name: value.detach().cpu().clone() for name, value in state.items()}
@@ -229,10 +257,9 @@ class PseudoLabelRefresh(Callback):
         trains_with_these = getattr(module, "pseudo_labels", None) != "online"  # else the module warns of its own ones
         if trains_with_these and not self.table.accepted.any():
             rank_zero_warn(
-                f"epoch {trainer.current_epoch}: none of {len(self.table.label)} pseudo-labels was accepted (the "
-                f"highest probability is {self.table.confidence.max():.3f}, {one_line(self.selection)}); training uses "
-                f"the given labels alone until the next refresh; lower the threshold, take another selection such as "
-                f"TopKPerClass, or raise warmup_epochs"
+                f"epoch {trainer.current_epoch}: none of {len(self.table.label)} pseudo-labels was accepted "
+                f"({self._task.nearest(self.table)}, {one_line(self.selection)}); training uses the given labels alone "
+                f"until the next refresh; {self._task.remedy}, or raise warmup_epochs"
             )
         if self.restart_student and self.table.round > 0:
             self._restart(trainer, module)
@@ -252,9 +279,9 @@ class PseudoLabelRefresh(Callback):
 
     def _label_pool(
         self, trainer: Trainer, module: LightningModule, source: Source, selection: Selection
-    ) -> tuple[Tensor, PseudoLabels]:
+    ) -> tuple[Tensor, PoolLabels]:
         """Return the given labels and a new table, which is the same on all processes."""
-        pool = predict_pool(trainer, module, source, self._task)
+        pool = predict_pool(trainer, module, source, self._task, self._views)
         unlabeled = None if pool is None else self._task.unknown(pool.y).any(dim=1)
         if pool is None or unlabeled is None or not unlabeled.any():
             raise InputError(_EMPTY)
@@ -273,6 +300,9 @@ class PseudoLabelRefresh(Callback):
                 own: Any = selection(*rows) if trainer.is_global_zero else None
             (target, weight), state = trainer.strategy.broadcast((own, selection.state_dict()))
             selection.load_state_dict(state)
+            if pool.varied is not None:  # predictions of equal views agree whatever the sample is
+                varied = pool.varied[torch.searchsorted(pool.index, rows[2])]
+                weight = weight * varied.view(-1, *[1] * (weight.ndim - 1))
             return target, weight
 
         parts = pool.index, pool.y, predictions, select
@@ -296,21 +326,18 @@ class PseudoLabelRefresh(Callback):
 
     # Report.
 
-    def _write_report(self, trainer: Trainer, table: PseudoLabels, labels: Tensor) -> dict[str, float]:
+    def _write_report(self, trainer: Trainer, table: PoolLabels, labels: Tensor) -> dict[str, float]:
         """Write the round's CSV file and figures, and return its metrics by their logged names."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        hidden_truth = _optional_method(data, "hidden_truth")
-        truth = true_labels(table, hidden_truth) if hidden_truth else None
         folder = run_folder(trainer)
-        threshold = getattr(self.selection, "threshold", None) or None  # a line in the figure, if there is one
         if writes_files(trainer):
             path_of = _optional_method(data, "path") or (lambda index: None)
             content_of = _optional_method(data, "content") or (lambda index: "")
             with only_warn(f"pseudo-labels of round {table.round}"):
-                write_round(folder, table, self._class_names(trainer), path_of, content_of)
-            log_figure(trainer, "pseudo_labels/confidence", lambda: confidence_figure(table, threshold))
-            log_figure(trainer, "pseudo_labels/classes", lambda: class_figure(table, labels))
-        self.report = round_metrics(table, labels, truth)
+                self._task.write(folder, table, self._class_names(trainer), path_of, content_of)
+            for name, draw in self._task.figures(table, labels, self.selection).items():
+                log_figure(trainer, f"pseudo_labels/{name}", draw)
+        self.report = self._task.metrics(table, labels, _optional_method(data, "hidden_truth"))
         return {f"pseudo_labels/{name}": value for name, value in self.report.items()}
 
 

@@ -5,6 +5,7 @@ from kd_lightning.data.labels.coarse_labels import CoarseLabels
 from kd_lightning.data.labels.label_noise import LabelNoise, PairNoise, SymmetricNoise, TransitionNoise
 from kd_lightning.data.sources.class_subset import ClassSubset
 from kd_lightning.data.sources.dataset_source import DatasetSource
+from kd_lightning.data.sources.digit_angles import DigitAngles
 from kd_lightning.data.sources.digit_properties import DigitProperties
 from kd_lightning.data.sources.digits import Digits
 from kd_lightning.data.sources.fake_data import FakeData
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "Digits",
     "DigitProperties",
+    "DigitAngles",
     "TorchvisionDataset",
     "HuggingFaceSource",
     "ImageFolder",

@@ -31,7 +31,7 @@ from kd_lightning.data.views.partners import Partners
 from kd_lightning.data.views.samplers import EvenClasses, check_sizes, training_sampler
 from kd_lightning.data.views.table import ViewTable
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.pseudo_labels.table import PoolLabels
 from kd_lightning.runs.folder import run_folder, writes_files
 
 
@@ -317,9 +317,13 @@ class SemiSupervisedDataModule(ViewDataModule):
         _, split = self._parts_and_split()
         return self.samples.unlabeled_indices(split)
 
-    def pool_dataloader(self) -> ViewLoader:
-        """Loader of labeled and unlabeled training images under evaluation transforms, with the visible labels."""
-        return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), self.pool_views())
+    def pool_dataloader(self, num_views: int | None = None) -> ViewLoader:
+        """Loader of labeled and unlabeled training images, with the visible labels, under evaluation transforms.
+
+        With ``num_views``, each image comes in so many views of training, without a mix, one behind another in a batch.
+        """
+        views = self.pool_views(num_views)
+        return self._eval_loader(self.samples.images, self._pool_indices(), self._build_labels(), views, num_views)
 
     def train_views(self) -> ViewTable | None:
         """All views of all training images; None if ``num_views`` is None."""
@@ -327,9 +331,10 @@ class SemiSupervisedDataModule(ViewDataModule):
             return None
         return self._view_table("train", self._train_indices(), self.train_transform, self.num_views)
 
-    def pool_views(self) -> ViewTable:
-        """The images of :meth:`pool_dataloader`, one view each."""
-        return self._view_table("pool", self._pool_indices(), self.eval_transform, 1)
+    def pool_views(self, num_views: int | None = None) -> ViewTable:
+        """The images of :meth:`pool_dataloader`, one view each, or ``num_views`` ones."""
+        transform = self.eval_transform if num_views is None else self.train_transform
+        return self._view_table(f"pool {num_views}", self._pool_indices(), transform, num_views or 1)
 
     def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:
@@ -350,7 +355,7 @@ class SemiSupervisedDataModule(ViewDataModule):
         _, split = self._parts_and_split()
         return torch.tensor(split.labeled + self.unlabeled_indices(), dtype=torch.long)
 
-    def set_pseudo_labels(self, labels: PseudoLabels) -> None:
+    def set_pseudo_labels(self, labels: PoolLabels) -> None:
         """Replace all pseudo-labels; later training batches hold the accepted ones. Labels must not be dense."""
         self._parts_and_split()
         assert self._labels is not None

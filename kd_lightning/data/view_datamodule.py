@@ -32,6 +32,7 @@ class ViewDataModule(LightningDataModule):
         batch_size: Images per batch on each process.
         num_workers: Worker processes of each loader.
         seed: Seed of the augmentation.
+        train_transform: Transform of training.
         eval_transform: Transform of evaluation.
         decoded: Where decoded pictures are stored; None if they are not.
     """
@@ -41,6 +42,7 @@ class ViewDataModule(LightningDataModule):
     batch_size: int
     num_workers: int
     seed: int
+    train_transform: Any
     eval_transform: Any
     decoded: DecodedPictures | None
     _samples: Samples | None
@@ -82,12 +84,21 @@ class ViewDataModule(LightningDataModule):
         return self._samples
 
     def _eval_loader(
-        self, images: list[Any], indices: Tensor, labels: LabelTable, view_table: ViewTable | None = None
+        self,
+        images: list[Any],
+        indices: Tensor,
+        labels: LabelTable,
+        view_table: ViewTable | None = None,
+        num_views: int | None = None,
     ) -> ViewLoader:
+        """Return a loader under the evaluation transform; with ``num_views`` of so many views of training each."""
         world, rank = self._world_size_and_rank()
-        dataset = self._views(images, indices, labels, self.eval_transform)
-        sampler = ShareSampler(len(indices), num_replicas=world, rank=rank)
-        return self._loader(dataset, labels, sampler=sampler, view_table=view_table)
+        dataset = self._views(
+            images, indices, labels, self.eval_transform if num_views is None else self.train_transform
+        )
+        sampler = ShareSampler(len(indices), num_replicas=world, rank=rank, num_views=num_views)
+        size = self.batch_size if num_views is None else max(1, self.batch_size // num_views) * num_views
+        return self._loader(dataset, labels, batch_size=size, sampler=sampler, view_table=view_table)
 
     def _views(
         self,
@@ -110,11 +121,10 @@ class ViewDataModule(LightningDataModule):
         return ViewLoader(
             dataset,
             labels,
-            batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **kwargs,
+            **{"batch_size": self.batch_size} | kwargs,
         )
 
     def _world_size_and_rank(self) -> tuple[int, int]:

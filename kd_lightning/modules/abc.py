@@ -91,11 +91,11 @@ class ABCModule(PseudoLabelModule):
         head: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if (task := kwargs.get("task", "multiclass")) != "multiclass":
+            raise InputError(f"ABCModule: task must be multiclass, got {task!r}")
         super().__init__(
             student, unsupervised_weight, "online", selection=selection, teacher=None, ema_decay=None, **kwargs
         )
-        if self.task != "multiclass":
-            raise InputError(f"ABCModule: task must be multiclass, got {self.task!r}")
         if self.class_dim is not None:
             raise InputError(f"ABCModule is for one label a sample, got class_dim: {self.class_dim}")
         check_weight("balanced_weight", balanced_weight)

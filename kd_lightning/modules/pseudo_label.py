@@ -57,6 +57,10 @@ class PseudoLabelModule(TaughtModule):
     row whose other labels are given. The selection is ``LabelThresholds``, the loss binary cross-entropy, and the
     divisor the number of all these labels. Each label must be known to be 1 in some sample, and 0 in another.
 
+    In the regression task, pseudo-labels are refreshed: they need several views of a sample, of which a batch has one.
+    The unsupervised term is the hard loss (by default the squared error) of each pseudo-label in place of the
+    cross-entropy.
+
     It takes all inputs; outputs (B, C) or (B,); and dense ones of the multiclass task. With ``class_dim`` each position
     of a sample without any label has a pseudo-label of its own (online, with a selection that needs no index), and the
     divisor counts these positions, without masked ones. The strong view must then have the positions of the weak one:
@@ -79,8 +83,8 @@ class PseudoLabelModule(TaughtModule):
             in [0, 1). The first step copies the student; after n steps the decay is ``(1 + n) / (10 + n)``, if that is
             smaller. ``PseudoLabelRefresh(source="ema")`` uses the average, too. It is not deployed. Default: None,
             which means that they come from the student itself.
-        **kwargs: The arguments of :class:`SupervisedModule`. The task is any but ``"regression"``. The hard loss is
-            that of the labeled rows alone.
+        **kwargs: The arguments of :class:`SupervisedModule`. The task ``"regression"`` is for refreshed pseudo-labels
+            alone. The hard loss is that of the labeled rows alone.
 
     Raises:
         InputError: If a value is out of range; if refreshed pseudo-labels have a selection here (it is the callback's);
@@ -108,6 +112,8 @@ class PseudoLabelModule(TaughtModule):
         super().__init__(student, **kwargs)
         self.label_task = pseudo_label_task(self.task, type(self).__name__)
         check_choice("pseudo_labels", pseudo_labels, ("online", "refreshed"))
+        if pseudo_labels == "online":
+            self.label_task.check_online(type(self).__name__)
         _check_unsupervised_weight(unsupervised_weight)
         if pseudo_labels == "refreshed" and selection is not None:
             raise InputError("selection is for online pseudo-labels; for refreshed ones set it in PseudoLabelRefresh")
@@ -179,7 +185,7 @@ class PseudoLabelModule(TaughtModule):
             weight: Weights of these, (U,).
             mean: Mean number of unlabeled rows over the batches of the optimiser step.
         """
-        values, predictions = self.label_task.compare(logits, target)
+        values, predictions = self.label_task.compare(logits, target, self.hard_loss)
         value = (values * weight).sum() / max(mean, 1e-9)
         terms = {"hard": LossTerm(1.0, hard), "unsupervised": LossTerm(self.unsupervised_weight, value)}
         if self.pseudo_labels == "online":

@@ -14,11 +14,20 @@ from kd_lightning.pseudo_labels.selection import (
     Sharpen,
     SoftMatch,
     TopKPerClass,
+    UncertaintyThreshold,
 )
-from kd_lightning.pseudo_labels.table import PseudoLabels, PseudoLabelStore, make_pseudo_labels
+from kd_lightning.pseudo_labels.table import (
+    PoolLabels,
+    PseudoLabels,
+    PseudoLabelStore,
+    PseudoValues,
+    make_pseudo_labels,
+)
 
 __all__ = [
+    "PoolLabels",
     "PseudoLabels",
+    "PseudoValues",
     "PseudoLabelStore",
     "make_pseudo_labels",
     "rounds_figure",
@@ -34,4 +43,5 @@ __all__ = [
     "OpenSetFilter",
     "Sharpen",
     "LabelThresholds",
+    "UncertaintyThreshold",
 ]

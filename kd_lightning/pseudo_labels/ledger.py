@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ class Round:
         """Number of samples, each of which has one row, or one for each of its labels."""
         return len({*self.index.tolist()})
 
+    doubtful: ClassVar[str] = "the least confident labels"
+    """What comes first by ``doubt``."""
+
+    @property
+    def doubt(self) -> Tensor:
+        """Number by which labels are sorted, the most doubtful one first, (N,)."""
+        return -self.confidence
+
+    def caption(self, row: int) -> str:
+        """Return the label of a row, and its confidence, for a picture."""
+        return f"looks like {self.label[row]}\nconfidence {self.confidence[row].item():.1%}"
+
     def by_class(self) -> dict[str, list[float]]:
         """Return the confidences of the accepted labels of each class."""
         found: dict[str, list[float]] = defaultdict(list)
@@ -71,22 +83,37 @@ def write_round(
         path_of: Function from an index to the path of the sample's file, None or empty without one.
         content_of: Function from an index to the hash of the sample's content, empty without one.
     """
-    path = folder / FOLDER / f"round_{labels.round:04d}.csv"
+    names = _names(labels, class_names)
+    columns = (labels.index, labels.confidence, labels.accepted, labels.changed)
+    rows: list[tuple[Any, ...]] = []
+    for name, *cells in zip(names, *(column.tolist() for column in columns), strict=True):
+        index, confidence, accepted, changed = cells
+        place = (labels.round, labels.epoch, index, path_of(index) or "", content_of(index))
+        rows.append((*place, name, f"{confidence:.6f}", int(accepted), int(changed)))
+    return replace_round(folder, labels.round, COLUMNS, rows)
+
+
+def replace_round(folder: Path, number: int, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Write the file of a round, and delete those of later rounds.
+
+    Args:
+        folder: The run's folder.
+        number: Number of the round.
+        columns: Names of the columns.
+        rows: The cells of each row.
+    """
+    path = folder / FOLDER / f"round_{number:04d}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    columns = (labels.index, labels.confidence, labels.accepted, labels.changed)
     with part.open("w", newline="", encoding="utf-8") as file:
         table = SafeWriter(file)
-        table.writerow(COLUMNS)
-        names = _names(labels, class_names)
-        for name, index, confidence, accepted, changed in zip(names, *(c.tolist() for c in columns), strict=True):
-            place = (index, path_of(index) or "", content_of(index))
-            row = (labels.round, labels.epoch, *place, name, f"{confidence:.6f}")
-            table.writerow((*row, int(accepted), int(changed)))
+        table.writerow(columns)
+        for row in rows:
+            table.writerow(row)
     part.replace(path)
-    for number, later in find_rounds(folder).items():  # of a run that was resumed from an earlier round
-        if number > labels.round:
-            later.unlink()
+    for later, file_of in find_rounds(folder).items():  # of a run that was resumed from an earlier round
+        if later > number:
+            file_of.unlink()
     return path
 
 

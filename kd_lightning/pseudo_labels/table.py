@@ -15,9 +15,50 @@ from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 
 
+class PoolLabels:
+    """One round of labels for the pool, ordered by index: what all tasks have.
+
+    Attributes:
+        index: Indices of the samples, (N,) integers, ascending.
+        label: Pseudo-label of each row, (N,), in the type of the given labels.
+        weight: How much the label counts, (N,) float32 from 0 to 1. Training does not use those of weight 0.
+        round: Number of the round, from 0.
+        epoch: Epoch at whose start the round was made; ``max_epochs`` for the round after training.
+        soft: Probabilities to train on instead of the label, (N, C). None for hard labels.
+        output: Which label of the sample a row is, (N,) integers. None for one label a sample.
+    """
+
+    index: Tensor
+    label: Tensor
+    weight: Tensor
+    round: int
+    epoch: int
+    soft: Tensor | None = None
+    output: Tensor | None = None
+
+    @property
+    def accepted(self) -> Tensor:
+        """Whether training may use the label, (N,) booleans."""
+        return self.weight > 0
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all fields, to compare the rounds of two processes."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields by name, for a checkpoint."""
+        own: Any = self
+        return {field.name: getattr(self, field.name) for field in fields(own)}
+
+
 @dataclass
-class PseudoLabels:
-    """One round of labels for the pool, ordered by index.
+class PseudoLabels(PoolLabels):
+    """One round of classes, or of labels 0 and 1, for the pool, ordered by index.
 
     A row is a sample; of the multilabel task it is one label of a sample.
 
@@ -43,37 +84,50 @@ class PseudoLabels:
     soft: Tensor | None = None
     output: Tensor | None = None
 
-    @property
-    def accepted(self) -> Tensor:
-        """Whether training may use the label, (N,) booleans."""
-        return self.weight > 0
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 of all fields, to compare the rounds of two processes."""
-        digest = hashlib.sha256()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            digest.update(field.name.encode())
-            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-        return digest.hexdigest()
+@dataclass
+class PseudoValues(PoolLabels):
+    """One round of values for the pool (the regression task), ordered by index.
 
-    def state_dict(self) -> dict[str, Any]:
-        """All fields by name, for a checkpoint."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    A row is a sample; if samples have several values, it is one value of a sample.
+
+    Attributes:
+        index: Indices of the samples, (N,) integers, ascending.
+        label: Pseudo-label of each row, (N,), in the type and unit of the given labels: the mean over views.
+        spread: Standard deviation of the predictions over views, (N,) float32, in standard deviations of the given
+            labels of this output.
+        weight: How much the value counts, (N,) float32, 0 or 1. Training does not use those of weight 0.
+        change: Distance to the value of the previous round, (N,) float32, in the same unit; 0 in the first round.
+        round: Number of the round, from 0.
+        epoch: Epoch at whose start the round was made; ``max_epochs`` for the round after training.
+        output: Which value of the sample a row is, (N,) integers. None for one value a sample.
+    """
+
+    index: Tensor
+    label: Tensor
+    spread: Tensor
+    weight: Tensor
+    change: Tensor
+    round: int
+    epoch: int
+    output: Tensor | None = None
 
 
 class PseudoLabelStore(Protocol):
     """The methods of a datamodule that :class:`~kd_lightning.PseudoLabelRefresh` needs."""
 
-    def pool_dataloader(self) -> Any:
+    def pool_dataloader(self, num_views: int | None = None) -> Any:
         """Loader of this process's share of labeled and unlabeled training images, under evaluation transforms.
 
         Its ``Batch`` objects have ``index`` and ``y``. Unlabeled images have y = -100; these get pseudo-labels. The
         shares of all processes cover every image; an image that comes twice counts once.
+
+        Args:
+            num_views: For the regression task alone, which others need not have: each image comes in so many views
+                under the training transform, one behind another in the same batch. Default: None, as above.
         """
 
-    def set_pseudo_labels(self, labels: PseudoLabels) -> None:
+    def set_pseudo_labels(self, labels: PoolLabels) -> None:
         """Replace all pseudo-labels; later training batches hold the accepted ones."""
 
 

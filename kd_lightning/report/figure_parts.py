@@ -9,6 +9,7 @@ from typing import Any
 
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import find_rounds, read_round
+from kd_lightning.pseudo_labels.values_ledger import holds_values, read_values
 from kd_lightning.report.calibration import reliability_bins
 from kd_lightning.report.cast import Role
 from kd_lightning.report.charts import Series, curves, dot_plot, reliability, rounds
@@ -265,11 +266,12 @@ def _pool_text(run: Run) -> str:
     """Return the size of the pool and of the accepted part in the last round; empty without a ledger."""
     try:
         files = find_rounds(run.folder)
-        last = read_round(files[max(files)])
+        path = files[max(files)]
+        last = read_values(path) if holds_values(path) else read_round(path)
     except (InputError, ValueError, OSError):
         return ""
     samples, accepted = count_text(last.samples, "unlabeled sample"), int(last.accepted.sum())
-    what = samples if last.samples == len(last.label) else f"{len(last.label):,} labels of {samples}"
+    what = samples if last.samples == len(last.index) else f"{len(last.index):,} labels of {samples}"
     return f"last round: {accepted:,} of {what} accepted"
 
 

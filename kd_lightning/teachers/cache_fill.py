@@ -57,7 +57,9 @@ class Views(Protocol):
         """Complete a batch that was read: run transforms that run on another device."""
 
 
-def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views") -> None:
+def fill_caches(
+    teachers: nn.Module, trainer: Trainer, views: str = "train_views", num_views: int | None = None
+) -> None:
     """Fill the caches of teachers, and hand them to the datamodule, whose batches hold the outputs from now on.
 
     Call it on every process at the start of a fit. All processes fill together. If another run fills the same cache,
@@ -72,6 +74,7 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
             the teacher's name in that module, such as ``teachers.0``; a single teacher's name is ``teacher``.
         trainer: Trainer with a datamodule.
         views: Name of the datamodule's method that returns the table of views, as in ``SemiSupervisedDataModule``.
+        num_views: Number of views that the method gets. Default: None, which means that it has no argument.
 
     Raises:
         InputError: On all processes: if the data have no such views or an unlimited number of them, if the folder
@@ -89,7 +92,7 @@ def fill_caches(teachers: nn.Module, trainer: Trainer, views: str = "train_views
             f"cache needs data whose augmentation can be replayed: a datamodule with {views}(), such as "
             "SemiSupervisedDataModule"
         )
-    table: Views | None = method()
+    table: Views | None = method() if num_views is None else method(num_views)
     if table is None:
         raise InputError(
             "cache needs a fixed number of views of each sample, but every epoch has new ones; set the datamodule's "

@@ -571,7 +571,7 @@ def test_a_report_that_cannot_be_written_does_not_end_a_training(fit, tmp_path, 
     board = TensorBoardLogger(tmp_path, "run", "v")
     (tmp_path / "run" / "v").mkdir(parents=True)
     (tmp_path / "run" / "v" / "pseudo_labels").write_text("in the way")
-    monkeypatch.setattr("kd_lightning.callbacks.pseudo_label_refresh.class_figure", lambda *_: 1 / 0)
+    monkeypatch.setattr("kd_lightning.pseudo_labels.tasks.base.class_figure", lambda *_: 1 / 0)
     refresh = PseudoLabelRefresh(selection=FixedThreshold(0.12))
     with pytest.warns(UserWarning, match="is left out, and the run goes on") as found:
         fit(make(PseudoLabelModule), refresh, datamodule=data(), logger=board)

@@ -28,11 +28,13 @@ from kd_lightning.cli.cross_fitting import (
     whole_groups,
 )
 from kd_lightning.cli.parse import Config
+from kd_lightning.cli.value_rounds import value_tables
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.row_samples import RowName, RowSamples
 from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
+from kd_lightning.pseudo_labels.values_ledger import ValueRound, holds_values, read_values
 from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.weights import check_classes
@@ -75,7 +77,7 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
     Raises:
         InputError: If there is no such round, or if the data of a run with a config cannot be read.
     """
-    rounds = read_ledger(folder)
+    rounds = read_values_or_labels(folder)
     number = max(rounds) if number is None else number
     if number not in rounds:
         raise InputError(f"--round: {folder / FOLDER} has rounds {min(rounds)} ... {max(rounds)}, got {number}")
@@ -84,11 +86,8 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
         data, data_error = Run(folder).datamodule(), None
     except InputError as error:  # the tables do not need the data
         data_error = error
-    names = list(dict.fromkeys(normal_name(str(name)) for name in getattr(data, "class_names", None) or ()))
-    found = {name for one in rounds.values() for name in one.label} - set(names)
-    classes = [*names, *sorted(found, key=lambda name: (not name.isdigit(), name.isdigit() * len(name), name))]
-    _print(round_table([*rounds.values()], classes))
-    _print(class_table(rounds[number], classes, Counter((labeled_classes(data) or {}).values())))
+    for view in _tables(rounds, number, data):
+        _print(view)
     if data_error is not None:
         if out is not None or (folder / CONFIG).exists():
             raise data_error
@@ -96,6 +95,27 @@ def report(folder: Path, number: int | None = None, images: int = 36, out: Path 
         return
     name = f"{folder.parent.name}/{folder.name}"
     write_sheet(data, rounds[number], images, out or folder / FOLDER / "doubtful.png", name)
+
+
+def _tables(rounds: dict[int, Round] | dict[int, ValueRound], number: int, data: Any) -> list[Table]:
+    """Return the tables of all rounds, and of the one with a number."""
+    values = [one for one in rounds.values() if isinstance(one, ValueRound)]
+    if values:
+        return value_tables(values, next(one for one in values if one.number == number))
+    classed = {key: one for key, one in rounds.items() if isinstance(one, Round)}
+    names = list(dict.fromkeys(normal_name(str(name)) for name in getattr(data, "class_names", None) or ()))
+    found = {name for one in classed.values() for name in one.label} - set(names)
+    classes = [*names, *sorted(found, key=lambda name: (not name.isdigit(), name.isdigit() * len(name), name))]
+    labeled = Counter((labeled_classes(data) or {}).values())
+    return [round_table([*classed.values()], classes), class_table(classed[number], classes, labeled)]
+
+
+def read_values_or_labels(folder: Path) -> dict[int, Round] | dict[int, ValueRound]:
+    """Return {number: round} of a run, whose rounds are of values in the regression task; InputError if none."""
+    files = find_rounds(folder)
+    if any(map(holds_values, files.values())):
+        return {number: read_values(path) for number, path in files.items()}
+    return read_ledger(folder)
 
 
 def read_ledger(folder: Path) -> dict[int, Round]:
@@ -172,8 +192,8 @@ def _mean(values: Tensor) -> str:
     return f"{values.mean():.3f}" if len(values) else "-"
 
 
-def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
-    """Write a sheet of the images with the least confident labels, then lowest index.
+def write_sheet(data: Any, one: Round | ValueRound, count: int, out: Path, run: str) -> None:
+    """Write a sheet of the images with the least confident labels, or widest spreads, then lowest index.
 
     Samples that are gone are passed over. If the samples are no pictures, there is no sheet.
 
@@ -183,23 +203,24 @@ def write_sheet(data: Any, one: Round, count: int, out: Path, run: str) -> None:
     if not hasattr(data, "image"):
         raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be shown")
     samples = _find_samples(data, one, run)
-    confidence, index = one.confidence.tolist(), one.index.tolist()
+    doubt, index = one.doubt.tolist(), one.index.tolist()
     rows = [row for row, sample in enumerate(samples) if sample is not None]
-    rows = sorted(rows, key=lambda row: (confidence[row], index[row]))[:count]
+    rows = sorted(rows, key=lambda row: (-doubt[row], index[row]))[:count]
     try:
         images = [data.image(samples[row]) for row in rows]
     except IndexError as error:
         raise InputError(f"the data of {run} has changed: it lacks a sample of round {one.number}") from error
-    captions = [f"looks like {one.label[row]}\nconfidence {confidence[row]:.1%}\n{samples[row]}" for row in rows]
+    captions = [f"{one.caption(row)}\n{samples[row]}" for row in rows]
+    what = f"{one.doubtful} of round {one.number}"
     try:
-        shown = write_contact_sheet(out, images, captions, f"{run}: the least confident labels of round {one.number}")
+        shown = write_contact_sheet(out, images, captions, f"{run}: {what}")
     except ValueError as error:  # a suffix that matplotlib does not know
         raise InputError(f"--out: {error}") from error
     if shown:
-        print(f"the least confident labels of round {one.number}: {out}")
+        print(f"{what}: {out}")
 
 
-def _find_samples(data: Any, one: Round, run: str) -> list[int | None]:
+def _find_samples(data: Any, one: Round | ValueRound, run: str) -> list[int | None]:
     """Return the sample of each row of a round in the data as they are now, and print what has changed."""
     of_rows = [*zip(one.index.tolist(), one.path, one.content, strict=True)]
     rows = [*dict.fromkeys(of_rows)]  # a sample of several labels has several rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
 from kd_lightning.data.sources.source import Part
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.pseudo_labels.table import PoolLabels
 
 
 def true_labels(part: Part) -> LabelTable:
@@ -73,7 +73,7 @@ class LabelTable:
         digest.update(b"none" if self.members is None else self.members.numpy().tobytes())
         return digest.hexdigest()
 
-    def set_pseudo_labels(self, labels: PseudoLabels) -> None:
+    def set_pseudo_labels(self, labels: PoolLabels) -> None:
         """Replace all earlier pseudo-labels by the accepted ones of this round.
 
         Raises:

@@ -302,7 +302,7 @@ def training_sampler(
     return TwoStreamSampler(labeled, unlabeled, **sizes, **kwargs)
 
 
-class ShareSampler(DistributedSampler[int]):
+class ShareSampler(DistributedSampler[Any]):
     """Each rank's share of an evaluation set, in order and without repeats.
 
     If there are more ranks than samples, the ranks without a share get sample 0, which the loader marks as padding.
@@ -311,18 +311,24 @@ class ShareSampler(DistributedSampler[int]):
         size: Number of samples.
         num_replicas: Number of processes.
         rank: Rank of this process.
+        num_views: Number of views of each sample, one behind another. Default: None, which means positions without a
+            view.
 
     Attributes:
         is_padded: Whether this rank has no share.
+        positions: The share: positions, or pairs of a position and a view.
     """
 
-    def __init__(self, size: int, *, num_replicas: int, rank: int) -> None:
+    def __init__(self, size: int, *, num_replicas: int, rank: int, num_views: int | None = None) -> None:
         super().__init__(range(size), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         share = list(range(size))[rank::num_replicas]
         self.is_padded = not share
-        self.positions = share or [0]  # every rank needs a batch: metrics are gathered from all
+        # every rank needs a batch: metrics are gathered from all
+        self.positions: list[int] | list[tuple[int, int]] = share or [0]
+        if num_views is not None:
+            self.positions = [(n, view) for n in share for view in range(num_views)] or [(0, 0)]
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.positions)
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from kd_lightning.pseudo_labels.selection.open_set_filter import OpenSetFilter
 from kd_lightning.pseudo_labels.selection.sharpen import Sharpen
 from kd_lightning.pseudo_labels.selection.softmatch import SoftMatch
 from kd_lightning.pseudo_labels.selection.top_k_per_class import TopKPerClass
+from kd_lightning.pseudo_labels.selection.uncertainty_threshold import UncertaintyThreshold
 
 __all__ = [
     "Selection",
@@ -24,4 +25,5 @@ __all__ = [
     "OpenSetFilter",
     "Sharpen",
     "LabelThresholds",
+    "UncertaintyThreshold",
 ]

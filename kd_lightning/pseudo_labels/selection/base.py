@@ -29,7 +29,8 @@ class Selection(nn.Module):
     Attributes:
         tasks: The tasks that it is for. In the binary and the multilabel task, probabilities are those of a 1, (U, L),
             with targets 0 or 1 and weights in the same shape; nothing sums to 1. Labels of a row that are given have
-            pseudo-labels, too, which do not count.
+            pseudo-labels, too, which do not count. In the regression task they are values of V views, (U, V, D), as
+            differences to the mean of the given labels in their standard deviations; targets and weights are (U, D).
         needs_index: Whether :meth:`forward` needs the index of each row.
         needs_labeled: Whether :meth:`forward` uses the probabilities of labeled rows.
     """
@@ -133,12 +134,26 @@ def check_task(selection: Selection, task: Task) -> None:
     """Raise InputError unless a selection, and those inside it, are for a task."""
     for one in selection.modules():
         if isinstance(one, Selection) and task not in one.tasks:
-            what = "probabilities that sum to 1" if one.tasks == ("multiclass",) else "labels of 0 or 1"
-            other = "LabelThresholds" if one.tasks == ("multiclass",) else "FixedThreshold"
             raise InputError(
-                f"selection: {type(one).__name__} is for {what} (task {' or '.join(one.tasks)}), got task: {task}; use "
-                f"{other}"
+                f"selection: {type(one).__name__} is for {_PREDICTIONS[one.tasks[0]]} (task {' or '.join(one.tasks)}), "
+                f"got task: {task}; use {_SELECTIONS[task]}"
             )
+
+
+_PREDICTIONS: dict[Task, str] = {
+    "multiclass": "probabilities that sum to 1",
+    "binary": "labels of 0 or 1",
+    "multilabel": "labels of 0 or 1",
+    "regression": "values of several views",
+}
+"""What a selection gets in each task."""
+_SELECTIONS: dict[Task, str] = {
+    "multiclass": "FixedThreshold",
+    "binary": "LabelThresholds",
+    "multilabel": "LabelThresholds",
+    "regression": "UncertaintyThreshold",
+}
+"""A selection of each task, for a message."""
 
 
 def one_line(selection: Selection) -> str:

@@ -30,6 +30,8 @@ def set_up(selection: Selection, data: Any, num_classes: int | None, *, dense: b
         known = is_labeled(labels)
         if selection.needs_labeled and not known.any():
             raise InputError(f"{type(selection).__name__} needs labeled samples, but there are none")
-        if num_classes is None and known.any():
-            num_classes = labels.shape[1] if labels.ndim > 1 else int(labels[known].max()) + 1
+        if num_classes is None and labels.ndim > 1:
+            num_classes = labels.shape[1]
+        elif num_classes is None and known.any() and "regression" not in selection.tasks:
+            num_classes = int(labels[known].max()) + 1
     selection.setup(num_samples, num_classes, num_unlabeled)

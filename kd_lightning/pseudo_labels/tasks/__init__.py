@@ -9,8 +9,9 @@ from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask
 from kd_lightning.pseudo_labels.tasks.binary_labels import BinaryLabelsTask
 from kd_lightning.pseudo_labels.tasks.multiclass import MulticlassTask
+from kd_lightning.pseudo_labels.tasks.values import ValuesTask
 
-__all__ = ["BinaryLabelsTask", "MulticlassTask", "PseudoLabelTask", "pseudo_label_task"]
+__all__ = ["BinaryLabelsTask", "MulticlassTask", "PseudoLabelTask", "ValuesTask", "pseudo_label_task"]
 
 
 def pseudo_label_task(name: str, owner: str) -> PseudoLabelTask:
@@ -27,7 +28,8 @@ def pseudo_label_task(name: str, owner: str) -> PseudoLabelTask:
         "multiclass": MulticlassTask,
         "binary": partial(BinaryLabelsTask, "binary"),
         "multilabel": partial(BinaryLabelsTask, "multilabel"),
+        "regression": ValuesTask,
     }
     if name not in tasks:
-        raise InputError(f"{owner}: task must be multiclass, binary or multilabel, got {name!r}")
+        raise InputError(f"{owner}: task must be {', '.join([*tasks][:-1])} or {[*tasks][-1]}, got {name!r}")
     return tasks[name]()

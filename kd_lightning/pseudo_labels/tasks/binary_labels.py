@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kd_lightning.batch import IGNORE_INDEX, Batch, LabelKind, is_labeled
+from kd_lightning.batch import IGNORE_INDEX, Batch, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.selection.label_thresholds import LabelThresholds
-from kd_lightning.pseudo_labels.table import PseudoLabels, check_classes
-from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask, Select, columns, no_pseudo_labels
+from kd_lightning.pseudo_labels.table import PoolLabels, PseudoLabels, check_classes
+from kd_lightning.pseudo_labels.tasks.base import Select, columns
+from kd_lightning.pseudo_labels.tasks.separate_labels import SeparateLabelsTask
 
 
-class BinaryLabelsTask(PseudoLabelTask):
+class BinaryLabelsTask(SeparateLabelsTask):
     """One label 0 or 1 a sample (binary), or L of them (multilabel), each of which is given or not.
 
     Predictions are the probabilities of a 1, (N, L).
@@ -51,38 +51,11 @@ class BinaryLabelsTask(PseudoLabelTask):
         """Return the probability of each label's more probable value, (N, L)."""
         return torch.maximum(predictions, 1 - predictions)
 
-    def compare(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, outputs: Tensor, target: Tensor, hard_loss: nn.Module) -> tuple[Tensor, Tensor]:
         """Return the binary cross-entropy of each label, (N, L), and the probabilities (N, L)."""
         return F.binary_cross_entropy_with_logits(outputs, target, reduction="none"), outputs.sigmoid()
 
-    def given(self, batch: Batch) -> Tensor:
-        """Return which labels are known and no pseudo-labels, (B, L) booleans; (B, 1) if the batch has no labels."""
-        y = self._labels(batch)
-        if y is None:
-            return torch.zeros(len(batch), 1, dtype=torch.bool, device=batch.device)
-        known = is_labeled(y)
-        return known if batch.kind is None else known & (columns(batch.kind) != LabelKind.PSEUDO)
-
-    def without_pseudo_labels(self, batch: Batch, given: Tensor) -> Batch:
-        """Return a batch in which pseudo-labels are missing labels."""
-        y = batch.y
-        if batch.kind is None or y is None:
-            return batch
-        missing = float("nan") if y.is_floating_point() else IGNORE_INDEX
-        return replace(batch, y=torch.where(given[:, 0] if y.ndim == 1 else given, y, missing))
-
-    def refreshed(self, rows: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stored pseudo-labels and their weights, (N, L) both."""
-        y = self._labels(rows)
-        if rows.kind is None or y is None:
-            return no_pseudo_labels(outputs, outputs)
-        accepted = columns(rows.kind) == LabelKind.PSEUDO
-        weight = accepted.to(outputs)
-        if rows.weight is not None:
-            weight = weight * rows.weight.to(outputs).unsqueeze(1)
-        return torch.where(accepted, y, 0).to(outputs), weight
-
-    def _labels(self, batch: Batch) -> Tensor | None:
+    def labels(self, batch: Batch) -> Tensor | None:
         """Return the labels (B, L) of a batch; None if it does not show how many labels a sample has."""
         y = batch.y
         if y is None or (y.ndim == 1 and self.name == "multilabel"):
@@ -119,9 +92,9 @@ class BinaryLabelsTask(PseudoLabelTask):
         y: Tensor,
         predictions: Tensor,
         select: Select,
-        previous: PseudoLabels | None,
+        previous: Any,
         epoch: int,
-    ) -> tuple[PseudoLabels, Tensor]:
+    ) -> tuple[PoolLabels, Tensor]:
         """Return a round, and the given labels: (M,) for one a sample, else (M, L) with -100 where one is missing.
 
         A label whose probability is 0.5 is never accepted: it is neither 0 nor 1.

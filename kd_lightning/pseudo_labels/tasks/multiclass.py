@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.coarse import mask_candidates
 from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
-from kd_lightning.pseudo_labels.table import PseudoLabels, check_classes, make_pseudo_labels
+from kd_lightning.pseudo_labels.table import PoolLabels, check_classes, make_pseudo_labels
 from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask, Select, no_pseudo_labels
 
 
@@ -43,7 +43,7 @@ class MulticlassTask(PseudoLabelTask):
         """Return the highest probability of each row, (N,)."""
         return predictions.amax(dim=-1)
 
-    def compare(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, outputs: Tensor, target: Tensor, hard_loss: nn.Module) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of each row, (N,), and the probabilities (N, C)."""
         log_p = outputs.log_softmax(dim=-1)
         return -(target * log_p).sum(dim=-1), log_p.exp()
@@ -83,9 +83,9 @@ class MulticlassTask(PseudoLabelTask):
         y: Tensor,
         predictions: Tensor,
         select: Select,
-        previous: PseudoLabels | None,
+        previous: Any,
         epoch: int,
-    ) -> tuple[PseudoLabels, Tensor]:
+    ) -> tuple[PoolLabels, Tensor]:
         """Return a round, and the given classes (M,)."""
         unlabeled = self.unknown(y)[:, 0]
         parts = predictions[unlabeled], index[unlabeled], select, predictions[~unlabeled]

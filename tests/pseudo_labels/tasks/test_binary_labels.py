@@ -50,10 +50,9 @@ def test_what_a_selection_may_not_return(target, weight, message):
         TASK.make_round(INDEX, Y, P, lambda *_: (target.float(), weight.float()), None, 0)
 
 
-@pytest.mark.parametrize("name", ["regression", "sorting"])
-def test_other_tasks(name):
-    with pytest.raises(InputError, match=f"Owner: task must be multiclass, binary or multilabel, got '{name}'"):
-        pseudo_label_task(name, "Owner")
+def test_other_tasks():
+    with pytest.raises(InputError, match="task must be multiclass, binary, multilabel or regression, got 'sorting'"):
+        pseudo_label_task("sorting", "Owner")
 
 
 def test_labels_of_another_number():
