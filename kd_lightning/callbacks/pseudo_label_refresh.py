@@ -27,7 +27,7 @@ from kd_lightning.pseudo_labels.selection import FixedThreshold, Selection
 from kd_lightning.pseudo_labels.selection.base import check_task, one_line
 from kd_lightning.pseudo_labels.selection.running_mean import RunningMean
 from kd_lightning.pseudo_labels.selection.set_up import set_up
-from kd_lightning.pseudo_labels.table import PoolLabels
+from kd_lightning.pseudo_labels.table import PoolLabels, restore
 from kd_lightning.pseudo_labels.tasks import MulticlassTask, PseudoLabelTask, pseudo_label_task
 from kd_lightning.ranks import alone
 from kd_lightning.runs.figures.log_figure import log_figure, only_warn
@@ -194,7 +194,7 @@ class PseudoLabelRefresh(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the table, the selection's state and the first weights."""
         table = state_dict["table"]
-        self.table = None if table is None else self._task.restore(table)
+        self.table = None if table is None else restore(table)
         self._first_weights = state_dict["first_weights"]
         check_fit(state_dict["selection"], self.selection.state_dict(), "selection: the checkpoint does not fit")
         self.selection.load_state_dict(state_dict["selection"])

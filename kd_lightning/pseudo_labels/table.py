@@ -113,6 +113,11 @@ class PseudoValues(PoolLabels):
     output: Tensor | None = None
 
 
+def restore(state: dict[str, Any]) -> PoolLabels:
+    """Return the round of a checkpoint: of values, if it has their spread, else of labels."""
+    return PseudoValues(**state) if "spread" in state else PseudoLabels(**state)
+
+
 class PseudoLabelStore(Protocol):
     """The methods of a datamodule that :class:`~kd_lightning.PseudoLabelRefresh` needs."""
 

@@ -64,6 +64,7 @@ def nodes(node):
             yield from nodes(child)
 
 
+NEAR = {"class_path": "UncertaintyThreshold", "init_args": {"limit": 0.1}}
 UNSURE = {"class_path": "LabelThresholds", "init_args": {"positive": 0.52, "negative": 0.48}}
 MIX = {"class_path": "kd_lightning.data.transforms.MixUp", "init_args": {"alpha": 0.4}}
 VARIANTS = {  # arguments of the model, or of the data, by dotted path, under which a config is another story
@@ -201,7 +202,8 @@ def sooner(config):
         if kind == "PseudoLabelRefresh":
             arguments |= {"every_n_epochs": 1, "warmup_epochs": 1}
             threshold = {"class_path": "FixedThreshold", "init_args": {"threshold": 0.12}}
-            arguments["selection"] = deepcopy(UNSURE) if task in ("binary", "multilabel") else threshold
+            of_task = {"binary": UNSURE, "multilabel": UNSURE, "regression": NEAR}
+            arguments["selection"] = deepcopy(of_task.get(task, threshold))
         if kind == "SoftWeightAnnealing":
             arguments.pop("end_epoch", None)
             arguments.pop("begin_epoch", None)
@@ -250,8 +252,7 @@ def without_batch_statistics(config):
     dense = config["model"]["init_args"].get("class_dim") == 1
     channels = 3 if dense else (source.get("image_size") or [1])[0]
     classes = len(source["class_names"]) if dense else source.get("num_classes", 10)
-    if config["data"]["init_args"]["source"]["class_path"] == "DigitProperties":
-        classes = 3
+    classes = {"DigitProperties": 3, "DigitAngles": 1}.get(config["data"]["init_args"]["source"]["class_path"], classes)
     student = float_student(config)
     for node in nodes(config["model"]):
         for role in ("student", "peer", "teacher", "model", "network"):
@@ -380,6 +381,7 @@ REPRESENTATIVES = {  # configs whose checks all run in "make test", and what eac
     "abc_digits": "ABCModule: a classifier that is not deployed, and masks",
     "refresh_digits": "PseudoLabelModule: pseudo-labels of a callback",
     "multilabel_digits": "PseudoLabelModule: pseudo-labels of single labels",
+    "regression_digits": "PseudoLabelModule: pseudo-labels of values, from several views",
     "transductive_digits": "the test part as pool",
     "segmentation_distill": "a label for each pixel, from files",
     "text_distill": "inputs that are a mapping",

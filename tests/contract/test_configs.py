@@ -42,6 +42,9 @@ TAGS["ABCModule"] = TAGS["PseudoLabelModule"] | {
 TAGS["DistillationTokenModule"] = TAGS["DistillModule"]
 TAGS["FeatureDistillModule"] = TAGS["SimKDModule"] = {"train/loss"}
 REFRESHED = {f"pseudo_labels/{name}" for name in ("coverage", "confidence", "flips", "precision", "accepted_precision")}
+VALUES_REFRESHED = {
+    f"pseudo_labels/{name}" for name in ("accepted", "coverage", "spread", "change", "mae", "rmse", "accepted_mae")
+}
 HELPERS = ("features.", "teacher.", "ema.", "peer.", "selection.", "base_classifier.")  # for a resume, not deployed
 FIGURES = {"loss", "accuracy", "f1", "calibration_error"}
 TEACHER_FIGURES = {"agreement", "teacher_accuracy", "teacher_kl"}
@@ -118,7 +121,8 @@ class TestOneRun:
         tags -= rates
         taught = story.teachers or getattr(story.whole.model, "teacher", None) is not None
         figures = FIGURES | (TEACHER_FIGURES if taught else set())
-        figures = VALUE_FIGURES if story.whole.model.task == "regression" else figures
+        if story.whole.model.task == "regression":
+            figures = {name for name in VALUE_FIGURES if taught or not name.startswith("teacher")}
         if story.whole.model.task == "features":  # of as many samples as the digits have in two batches
             figures = FEATURE_FIGURES if story.whole.datamodule.batch_size == 64 else set()
         elif len(story.teachers) > 1:
@@ -133,7 +137,7 @@ class TestOneRun:
         if not story.teachers:  # one that labels has figures of its own
             assert bool(refreshes) == isinstance(story.whole.model, PseudoLabelModule)
         if refreshes:
-            expected |= REFRESHED
+            expected |= VALUES_REFRESHED if story.whole.model.task == "regression" else REFRESHED
             assert [path.name for path in sorted((RUN / "pseudo_labels").iterdir())] == [
                 "round_0000.csv",
                 "round_0001.csv",
@@ -233,7 +237,7 @@ class TestOneRun:
             status = end.code
         output = capsys.readouterr().out
         lines = [line[6:].partition(":")[0] for line in output.splitlines() if line[6:9] != "-> "]
-        expected = ["labels", "gradients"]
+        expected = ["gradients"] if story.whole.model.task == "regression" else ["labels", "gradients"]
         if story.teachers:
             soft = ["soft targets"] if getattr(story.whole.model, "has_soft_term", True) else []
             expected = ["teacher", "normalisation", "class order", "eval mode", *soft, *expected]

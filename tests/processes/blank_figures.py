@@ -9,8 +9,10 @@ SAMPLES = ("callbacks.sample_figures.draw_views", "callbacks.sample_figures.draw
 CONFUSION = ("modules._shared.evaluation.draw_confusion_matrix",)
 OF_METHODS = (
     "modules.hint.hint_figure",
-    "callbacks.pseudo_label_refresh.confidence_figure",
-    "callbacks.pseudo_label_refresh.class_figure",
+    "pseudo_labels.tasks.base.confidence_figure",
+    "pseudo_labels.tasks.base.class_figure",
+    "pseudo_labels.tasks.values.spread_figure",
+    "pseudo_labels.tasks.values.value_figure",
 )
 
 

@@ -17,7 +17,7 @@ from kd_lightning.losses.base import Task
 from kd_lightning.pseudo_labels.ledger import write_round
 from kd_lightning.pseudo_labels.report import class_figure, confidence_figure, round_metrics, true_labels
 from kd_lightning.pseudo_labels.selection.base import Selection
-from kd_lightning.pseudo_labels.table import PoolLabels, PseudoLabels
+from kd_lightning.pseudo_labels.table import PoolLabels
 
 Select = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A :class:`~kd_lightning.pseudo_labels.Selection`, or a function that is called as one."""
@@ -154,10 +154,6 @@ class PseudoLabelTask(ABC):
         """
 
     # The report of a round: here of labels that have a confidence.
-
-    def restore(self, state: dict[str, Any]) -> PoolLabels:
-        """Return the round of a checkpoint."""
-        return PseudoLabels(**state)
 
     def write(
         self,

@@ -143,10 +143,6 @@ class ValuesTask(SeparateLabelsTask):
         )
         return table, y[~unknown.all(dim=1)]
 
-    def restore(self, state: dict[str, Any]) -> PoolLabels:
-        """Return the round of a checkpoint."""
-        return PseudoValues(**state)
-
     def write(
         self,
         folder: Path,

@@ -29,7 +29,8 @@ from kd_lightning.data import Digits, SemiSupervisedDataModule
 from kd_lightning.data.splits import Split, make_split
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import read_round, write_round
-from kd_lightning.pseudo_labels.table import PseudoLabels
+from kd_lightning.pseudo_labels.table import PseudoLabels, PseudoValues
+from kd_lightning.pseudo_labels.values_ledger import write_values
 from kd_lightning.runs.run import Run
 
 TARGETS = Digits().load().train.targets
@@ -526,3 +527,25 @@ def test_several_labels_of_a_sample(run, capsys):
     found = {row[0]: row[1] for row in cells(text, "Accepted labels of round 0")}
     assert found == {"even": "1", "prime": "1", "above 4": "0", "not above 4": "1", "not even": "0"}
     assert (run / "pseudo_labels" / "doubtful.png").is_file()
+
+
+def test_values(run, seen, capsys):
+    """Of the regression task: spreads in place of confidences, and a sheet of the widest ones."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"] |= {"source": {"class_path": "DigitAngles"}, "labeled": 0.1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in [run / "split.json", *(run / "pseudo_labels").iterdir()]:
+        path.unlink()
+    columns = torch.tensor([[0.5, -0.5, 0.1, 0.3], [0.4, 0.1, 0.2, 0.9], [1.0, 1, 1, 0], [3.0, 4, 0, 0]])
+    for number in (0, 1):
+        write_values(run, PseudoValues(torch.tensor([3, 5, 8, 9]), *columns, number, number), None, lambda index: None)
+    main([str(run), "--images", "2"])
+    text = capsys.readouterr().out
+    assert cells(text, "Pseudo-labels") == [
+        ["0", "0", "4", "3 (75.0 %)", "-", "0.200", "0.200"],
+        ["1", "1", "4", "3 (75.0 %)", "2.500", "0.200", "0.200"],
+    ]
+    assert cells(text, "Accepted values of round 1") == [["0", "3 (75.0 %)", "0.200", "-0.5", "0.03333", "0.5"]]
+    assert "the values of the widest spread of round 1: " in text
+    ((_, captions),) = seen
+    assert [caption.splitlines()[:2] for caption in captions] == [["0.3", "spread 0.900"], ["0.5", "spread 0.400"]]
