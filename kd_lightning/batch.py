@@ -202,7 +202,11 @@ class Batch:
         return replace(self, index=index, y=y, labeled=none, kind=None, candidates=None, soft=None, teacher=None)
 
     def split(self, sizes: Sequence[int]) -> Iterator[Batch]:
-        """Yield batches of the first rows, the next rows, and so on, without copying; ``sizes`` add up to B."""
+        """Yield batches of the first rows, the next rows, and so on; ``sizes`` add up to B.
+
+        They share the memory of this batch, but for inputs that would not begin at a multiple of 64 bytes: products of
+        such differ in the last bit with their place in memory, so a resumed run would differ from an unbroken one.
+        """
         count, first, sizes = len(self), 0, [*sizes]
         own = {
             k: part for k, part in vars(self).items() if isinstance(part, Tensor) and part.ndim and len(part) == count
@@ -221,6 +225,7 @@ class Batch:
                 parts["labeled"] = self.labeled[low:high] - first
             if self.teacher is not None:
                 parts["teacher"] = self.teacher.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+            parts |= {name: map_inputs(_align, parts[name]) for name in _INPUTS if parts[name] is not None}
             yield self._with_same_inputs(self._with(parts))
             first += size
 
@@ -277,6 +282,11 @@ class Batch:
         if self.teacher is not None and batch.teacher is not None and self.teacher.are_of(self.teacher_x):
             batch.teacher.note_inputs(batch.teacher_x)
         return batch
+
+
+def _align(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that begins at a multiple of 64 bytes, as torch allocates; a copy if it has to be."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 64 else tensor
 
 
 _INPUTS = ("x", "x_strong", "teacher_inputs")

@@ -251,3 +251,15 @@ def test_some_of_the_rows(rows):
 )
 def test_is_labeled(y, known):
     assert is_labeled(y).tolist() == known
+
+
+def test_inputs_of_a_split_are_aligned():
+    """Products of others differ in the last bit with their place in memory."""
+    x = torch.arange(250.0).view(50, 5)
+    pieces = [*Batch(x, torch.arange(50), x_strong={"a": x}).split([10, 16, 24])]
+    assert torch.equal(torch.cat([piece.x for piece in pieces]), x)
+    assert torch.equal(torch.cat([piece.x_strong["a"] for piece in pieces]), x)
+    assert all(tensor.data_ptr() % 64 == 0 for one in pieces for tensor in (one.x, one.x_strong["a"]))
+    wide = torch.zeros(8, 16)
+    shared = [piece.x.data_ptr() - wide.data_ptr() for piece in Batch(wide).split([3, 5])]
+    assert shared == [0, 3 * 64]  # no copy

@@ -702,7 +702,7 @@ def test_modules_that_cannot_be(fit):
         (Foreign(), {"source": GraphPseudoLabels()}, "GraphPseudoLabels needs a module with a student, Foreign has"),
         (Foreign(), {"restart_student": True}, "restart_student needs a module with a student, Foreign has none"),
         (DistillModule(DigitsCNN(4), None), {"source": "teacher"}, "but DistillModule has no teacher"),
-        (make(DistillModule, task="regression"), {}, "task must be multiclass, binary or multilabel, got 'regression'"),
+        (make(DistillModule, task="regression"), {}, "task: regression are floats, but the labels are"),
         (make(DistillModule, class_dim=1), {}, "gives one pseudo-label a sample, got a module with class_dim: 1"),
     ):
         with pytest.raises(InputError, match=message):

@@ -93,20 +93,15 @@ class ViewLoader(DataLoader[Batch]):
         finish = self.dataset.finish  # type: ignore[attr-defined]
         epoch = sampler.epoch
         assert self._training_batches is not None
-        # whole groups: a batch must lie at the same place in memory as in an unbroken run, since sums depend on it
-        number = start - start % self._training_batches.together
-        self._training_batches.skip = number
+        self._training_batches.skip = start
         keys, dataset = sampler.keys(), self.dataset
         order = dataset.indices[keys[:, 0]]  # type: ignore[attr-defined]
         partners = None if dataset.mix is None else dataset.partners(keys)  # type: ignore[attr-defined]
-        version, counts = -1, [[0]]
+        version, counts, number = -1, [[0]], start
         for group in self._batches():
             filled = self.labels.version
             sizes = self._training_batches.sizes(number)
             for batch in self.labels.fill(group).split(sizes) if len(sizes) > 1 else [self.labels.fill(group)]:
-                if number < start:
-                    number += 1
-                    continue
                 if filled != self.labels.version:  # pseudo-labels may be replaced at any time
                     self.labels.fill(batch)
                 if version != self.labels.version:
