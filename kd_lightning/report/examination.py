@@ -22,7 +22,7 @@ from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
 from kd_lightning.losses.protocols import is_own
 from kd_lightning.modules import FeatureDistillModule, PseudoLabelModule, SupervisedModule
-from kd_lightning.modules.teaching import Teaching
+from kd_lightning.modules.teaching_steps import Teaching
 from kd_lightning.report.feature_examination import examine_features
 from kd_lightning.report.taught_module import TaughtModule
 from kd_lightning.report.teacher_examination import LabeledSamples, check_ensemble, check_teacher

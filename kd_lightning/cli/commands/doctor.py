@@ -19,7 +19,7 @@ from kd_lightning.cli.past_runs import past_runs
 from kd_lightning.cli.record_run import dump_config
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
-from kd_lightning.modules.teaching import Teaching
+from kd_lightning.modules.teaching_steps import Teaching
 from kd_lightning.report.examination import examine
 from kd_lightning.teachers.findings import Finding
 
