@@ -15,8 +15,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 
 from kd_lightning.active.loop_folder import LoopFolder, data_state, training_settings
-from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher, with_unlabeled_pool
-from kd_lightning.active.strategies import check_strategy, select_samples
+from kd_lightning.active.pool import (
+    DROPOUT_PASSES,
+    Seams,
+    check_labels,
+    collect_pool_outputs,
+    find_dropout,
+    find_teacher,
+    with_unlabeled_pool,
+)
+from kd_lightning.active.strategies import check_installed, check_strategy, select_samples
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.several_labels import from_tensor
 from kd_lightning.data.sources.targets import has_label
@@ -132,6 +140,8 @@ class ActiveLearningLoop:
             if student_path(module) is None:
                 raise InputError(f"make_module: {type(module).__name__} has no student")
             check_plain_logits(module, "the scoring of samples")
+            if select:
+                self._check_selection(module, data)
             checkpoint = None if self.folder is None else self.folder.prepare(trainer, self.seed)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             figures = trainer.test(module, datamodule=data, verbose=False)[0]
@@ -151,6 +161,16 @@ class ActiveLearningLoop:
         truth = data.hidden_truth(torch.tensor(queried, dtype=torch.long))
         labels = truth.tolist() if truth.ndim == 1 else [from_tensor(row) for row in truth]
         data.split = data.split.with_label_rows([[i, y, "clean", 1.0] for i, y in zip(queried, labels, strict=True)])
+
+    def _check_selection(self, module: LightningModule, data: SemiSupervisedDataModule) -> None:
+        """Raise InputError before a fit that the strategy could not use."""
+        task = Seams.of(module).task
+        check_labels(data.visible_labels(), task)
+        check_installed(self.strategy, multilabel=task == "multilabel")
+        if self.strategy == "disagreement":
+            find_teacher(module)
+        if self.strategy == "bald":
+            find_dropout(find_network(module, student_path(module) or "", "make_module"))
 
     def _select(self, module: LightningModule, data: SemiSupervisedDataModule, trainer: Trainer) -> list[int]:
         """Return the indices of the samples to label next."""

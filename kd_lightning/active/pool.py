@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from kd_lightning.active.strategies import PoolOutputs
+from kd_lightning.active.strategies import PoolOutputs, check_installed
 from kd_lightning.batch import Batch, unpack
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.several_labels import has_several_labels
@@ -119,9 +119,8 @@ def collect_pool_outputs(
     read, run, task = seams = seams or Seams()
     labels, multilabel = data.visible_labels(), task == "multilabel"
     check_labels(labels, task)
-    dropout = [layer for layer in student.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
-    if passes and not dropout:
-        raise InputError("bald needs several runs, or a student with dropout (p above 0); this student has none")
+    check_installed(strategy, multilabel=multilabel)
+    dropout = find_dropout(student) if passes else []
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     student.to(device)
     with evaluating(student):
@@ -145,7 +144,7 @@ def collect_pool_outputs(
             if teacher is not None:
                 check_outputs(logits, teacher_logits := teacher(batch))
                 outputs["teacher_probabilities"].append(_probabilities(teacher_logits, batch, task))
-            for layer in dropout if passes else ():
+            for layer in dropout:
                 layer.train()
             if passes:
                 outputs["member_probabilities"].append(_dropout_passes(seams, student, batch, passes))
@@ -176,6 +175,14 @@ def check_labels(labels: Tensor, task: str) -> None:
             raise InputError(f"task: multilabel needs labels of zeros and ones (N, L), got labels {kind}")
     elif not has_one_class(labels):
         raise InputError(f"active learning needs one class label for each sample, got labels {kind} and task: {task}")
+
+
+def find_dropout(student: nn.Module) -> list[_DropoutNd]:
+    """Return the dropout layers of a student; InputError if there are none with p above 0."""
+    found = [layer for layer in student.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+    if not found:
+        raise InputError("bald needs several runs, or a student with dropout (p above 0); this student has none")
+    return found
 
 
 def _dropout_passes(seams: Seams, student: nn.Module, batch: Batch, passes: int) -> Tensor:

@@ -16,6 +16,8 @@ from kd_lightning.active import several_labels
 from kd_lightning.errors import InputError
 
 _LARGEST = 2**31  # largest number of elements in BADGE's gradients: 8 GB
+_OF_LIBRARY = {"least-confidence", "margin", "entropy", "bald"}
+"""Strategies that need scikit-activeml, except for several labels a sample."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ def check_strategy(strategy: str, seed: int) -> None:
         raise InputError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
+
+
+def check_installed(strategy: str, *, multilabel: bool = False) -> None:
+    """Raise InputError if the strategy needs a package that is not installed. Call it before what takes long."""
+    if strategy == "k-centre" or (strategy in _OF_LIBRARY and not multilabel):
+        _library()
 
 
 def least_confidence(pool: PoolOutputs, n: int) -> SelectedSamples:

@@ -1,6 +1,7 @@
 """Outputs for the pool, and simulated rounds."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -322,6 +323,30 @@ class TestLoop:
             with pytest.raises(InputError, match=message):
                 loop(**arguments)[0].run()
             assert not Recorder.seen  # before anything was trained
+
+    @pytest.mark.parametrize(
+        ("strategy", "message"),
+        [
+            ("margin", "this strategy needs scikit-activeml"),
+            ("k-centre", "this strategy needs scikit-activeml"),
+            ("bald", "bald needs several runs, or a student with dropout"),
+            ("disagreement", "needs a module with a frozen teacher, Recorder has none"),
+        ],
+    )
+    def test_what_a_strategy_lacks_is_named_before_a_fit(self, loop, monkeypatch, strategy, message):
+        if "activeml" in message:
+            monkeypatch.setitem(sys.modules, "skactiveml.pool", None)
+        with pytest.raises(InputError, match=message):
+            loop(strategy)[0].run()
+        assert not Recorder.seen
+
+    def test_a_pool_is_not_read_without_the_package(self, student, monkeypatch):
+        """By the command query, for example."""
+        data = digits()
+        monkeypatch.setitem(sys.modules, "skactiveml.pool", None)
+        monkeypatch.setattr(data, "pool_dataloader", None)
+        with pytest.raises(InputError, match="this strategy needs scikit-activeml"):
+            collect_pool_outputs(student, data, "margin")
 
 
 def unknown(**kwargs):
