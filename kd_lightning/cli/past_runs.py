@@ -22,7 +22,7 @@ def past_runs(config: Config, data: Any) -> History:
         data: Its datamodule, set up for a fit. Other data than a SemiSupervisedDataModule have no runs to compare.
     """
     if not isinstance(data, SemiSupervisedDataModule):
-        return History(config)
+        return History(config, comparable=False)
     root, name = Path(config["trainer"]["default_root_dir"] or "."), config["name"]
     taught = _newest(config, data)
     alone = None

@@ -44,12 +44,14 @@ class History(NamedTuple):
         alone: A finished run of its baseline, the student without the teacher. Default: None.
         helps: Whether figures of the test part show that the teacher helps. Default: None, which means that validation
             samples decide.
+        comparable: Whether ``experiment`` can compare the config, so that finished runs are looked for.
     """
 
     config: Mapping[str, Any] | None = None
     taught: Run | None = None
     alone: Run | None = None
     helps: bool | None = None
+    comparable: bool = True
 
 
 class Why:
@@ -113,7 +115,8 @@ class Why:
                 reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                 yield Finding(name, f"not checked: {reason.partition(chr(10))[0]}")
         helpful = self._helps if self.history.helps is None else self.history.helps
-        yield verdict(found, helps=helpful, measured=self.history.taught is not None and self.history.alone is not None)
+        measured = self.history.taught is not None and self.history.alone is not None
+        yield verdict(found, helps=helpful, measured=measured if self.history.comparable else None)
 
     # What is measured.
 
@@ -256,7 +259,12 @@ class Why:
     def _balance(self, training: Batch) -> Iterator[Finding]:
         run = self.history.taught
         if run is None:
-            text = "not checked: there is no finished run of this config; the callback GradientBalance logs them"
+            text = (
+                "not checked: there is no finished run of this config"
+                if self.history.comparable
+                else ("not checked: finished runs are known with a SemiSupervisedDataModule alone")
+            )
+            text += "; the callback GradientBalance logs them"
             yield Finding("gradients over training", text)
             return
         rows = [row for row in run.rows() if f"{GRADIENT}hard" in row]

@@ -24,7 +24,7 @@ REASONS = {
 """Reasons by name, in the order of :func:`verdict`."""
 
 
-def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured: bool = True) -> Finding:
+def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured: bool | None = True) -> Finding:
     """Name the most probable reason.
 
     The rule: of the reasons that a finding is evidence of, the first one in the order of :data:`REASONS` counts. A
@@ -44,7 +44,7 @@ def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured:
         helps: Whether finished runs show that the teacher helps; then no reason is named. Default: None, which means
             that it is not known.
         measured: Whether there are finished runs with the teacher and without it; if not, the text says how to make
-            them, since they decide between reasons.
+            them, since they decide between reasons. None if ``experiment`` cannot make them.
     """
     name = "verdict"
     if helps:
@@ -52,13 +52,14 @@ def verdict(findings: Sequence[Finding], *, helps: bool | None = None, measured:
     order = [*REASONS]
     found = sorted((one for one in findings if one.reason is not None), key=lambda one: order.index(str(one.reason)))
     if not found:
-        text = "no reason found why the teacher should not help; `kd-lightning experiment CONFIG --tune 20` tunes the "
-        text += "student with it and without it alike"
+        text = "no reason found why the teacher should not help"
+        if measured is not None:
+            text += "; `kd-lightning experiment CONFIG --tune 20` tunes the student with it and without it alike"
         return Finding(name, text if helps is None else text.replace("should", "does"))
     first = found[0]
     start = "if the teacher does not help, the most probable reason" if helps is None else "the most probable reason"
     text = f"{start}: {REASONS[str(first.reason)]} (see {first.name})"
-    if not measured and helps is None:
+    if measured is False and helps is None:
         text += (
             "; `kd-lightning experiment CONFIG` trains the student with it and without it, and doctor then compares "
         )

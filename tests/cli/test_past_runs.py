@@ -24,7 +24,7 @@ def find(*overrides, seed=0):
 def test_past_runs(config, capsys):
     config["trainer"] |= {"max_epochs": 1, "callbacks": [{"class_path": "GradientBalance"}]}
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    assert find()[1:] == (None, None, None)
+    assert find()[1:] == (None, None, None, True)
     whole = with_seed(parse_config(["--config", "config.yaml"], "experiment"), 0)
     for one in (whole, parse_config(baseline_of(whole), "experiment")):  # as experiment does
         fit_once(one)
@@ -40,7 +40,7 @@ def test_past_runs(config, capsys):
     weights.rename(weights.with_suffix(".away"))
     assert find().taught is None
     weights.with_suffix(".away").rename(weights)
-    assert past_runs(found.config, Forms("tensor"))[1:] == (None, None, None)
+    assert past_runs(found.config, Forms("tensor"))[1:] == (None, None, None, False)
 
     with suppress(SystemExit):  # the teacher is untrained
         main(["doctor", "--config", "config.yaml", "--seed_everything", "0", "--data.seed", "0"])

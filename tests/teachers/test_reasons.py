@@ -43,6 +43,11 @@ def test_how_to_measure():
     assert command not in verdict([finding("wrong")], measured=False, helps=False).text
 
 
+def test_where_experiment_does_not_run():
+    found = [verdict(given, measured=None).text for given in ([], [finding("wrong")])]
+    assert not any("experiment" in text for text in found) and found[0].endswith("why the teacher should not help")
+
+
 def test_a_teacher_that_is_no_better_has_no_other_reason():
     order = [*REASONS]
     assert order.index("no better") < min(map(order.index, ("memory", "poor", "views", "wrong", "one-hot", "gap")))

@@ -549,6 +549,8 @@ class TestTheirData:
         assert status == 0 and all(mark == "ok" for mark, _, _ in found.values())
         assert "of 200 validation labels" in found["teacher"][1]
         assert found["labels"][1] == "50 of 50 samples of a training batch labeled, 10 of 10 classes"
+        assert "with a SemiSupervisedDataModule alone" in found["gradients over training"][1]
+        assert "experiment" not in found["verdict"][1]  # which does not take these data
 
     def test_normalised_by_the_datamodule(self, config, capsys):
         self.teacher(config)
