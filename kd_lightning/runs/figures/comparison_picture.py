@@ -6,39 +6,19 @@ import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from kd_lightning.runs.figures.dots import INK, MUTED, NAME_WIDTH, STYLE, color_of, draw_dots
 from kd_lightning.runs.figures.run_groups import Group
 from kd_lightning.runs.figures.statistics import Difference, Interval
 
-_COLORS = ("#6b7280", "#0b6bcb", "#2f855a", "#b7471d", "#7c3aed", "#b58900", "#0e7490", "#be185d")
-_INK, _MUTED, _RULE = "#1f2933", "#5b6673", "#dfe3e8"
-_STYLE: Any = {
-    "text.parse_math": False,  # names may have a $
-    "text.color": _INK,
-    "font.size": 10,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "grid.color": _RULE,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-}
 _NAMES = {"accuracy": "accuracy", "mae": "mean absolute error", "knn_accuracy": "k-NN accuracy"}
 _PARTS = {"test": "test", "val": "validation"}
 _MOST_NAMES = 6  # of groups in the legend
-_NAME_WIDTH = 24  # letters of a row's name in a line
 
 
 def draw_comparison(
@@ -64,7 +44,7 @@ def draw_comparison(
     message, detail = describe(groups, differences, figure, part)
     if headline is not None:
         message, detail = headline, _all_differences(groups, differences, figure, part)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         picture = Figure(figsize=(9.2, 1.9 + max(2.3, 0.62 * len(groups))), dpi=150, layout="constrained")
         dots, curves = picture.subplots(1, 2)
         _draw_dots(dots, groups, figure, scale)
@@ -75,7 +55,7 @@ def draw_comparison(
         curves.set(xlabel="optimiser step", ylabel=f"validation {unit}", title="Learning curves (bold: mean)")
         evidence = "\n".join(textwrap.wrap(detail, 130))
         inch = 1 / picture.get_figheight()
-        picture.text(0.01, 1 + 0.05 * inch, evidence, va="bottom", fontsize=9.5, color=_MUTED)
+        picture.text(0.01, 1 + 0.05 * inch, evidence, va="bottom", fontsize=9.5, color=MUTED)
         top = 1 + (0.15 + 0.17 * (evidence.count("\n") + 1)) * inch
         picture.text(0.01, top, "\n".join(textwrap.wrap(message, 84)), va="bottom", fontsize=13, fontweight="bold")
     return picture
@@ -139,32 +119,12 @@ def _measured(groups: Sequence[Group], part: str) -> str:
 
 
 def _draw_dots(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
-    labels = []
-    for row, (group, cost) in enumerate(zip(groups, _costs(groups), strict=True)):
-        color = _color(row)
-        labels.append("\n".join([*textwrap.wrap(group.name, _NAME_WIDTH), *([cost] if cost else [])]))
-        values = [scale * value for value in group.values(figure)]
-        if not values:
-            axes.text(0.02, row, "not measured", color=_MUTED, va="center", transform=axes.get_yaxis_transform())
-            continue
-        mean, middle = statistics.mean(values), (len(values) - 1) / 2
-        if len(values) > 1:
-            axes.plot([mean, mean], [row - 0.27, row + 0.27], color=color, linewidth=2.5, solid_capstyle="round")
-        places = [
-            row + 0.3 * (number - middle) / len(values) for number in range(len(values))
-        ]  # equal values, too, show
-        axes.plot(values, places, "o", color=color, markersize=7, alpha=0.6, markeredgewidth=0)
-        text = f"{mean:.1f} %" if figure == "accuracy" else f"{mean:.4g}"
-        axes.annotate(
-            text, (mean, row - 0.27), (0, 3), textcoords="offset points", ha="center", color=color, fontweight="bold"
-        )
-    axes.set_yticks(range(len(groups)), labels, color=_INK)
-    axes.set(ylim=(max(len(groups), 2) - 0.5, -0.72))
-    axes.tick_params(length=0)
-    axes.spines["left"].set_visible(False)
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.grid(axis="x")
+    names = [
+        "\n".join([*textwrap.wrap(group.name, NAME_WIDTH), *([cost] if cost else [])])
+        for group, cost in zip(groups, _costs(groups), strict=True)
+    ]
+    values = [[scale * value for value in group.values(figure)] for group in groups]
+    draw_dots(axes, names, values, "{:.1f} %" if figure == "accuracy" else "{:.4g}")
 
 
 def _draw_curves(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
@@ -176,17 +136,17 @@ def _draw_curves(axes: Axes, groups: Sequence[Group], figure: str, scale: float)
             for step, value in points.items():
                 by_step[step].append(value)
             if len(group.runs) > 1:
-                axes.plot([*points], [*points.values()], color=_color(number), linewidth=0.8, alpha=0.35, zorder=1)
+                axes.plot([*points], [*points.values()], color=color_of(number), linewidth=0.8, alpha=0.35, zorder=1)
         steps = sorted(by_step)
         means = [statistics.mean(by_step[step]) for step in steps]
-        axes.plot(steps, means, color=_color(number), linewidth=2, label=group.name, zorder=2)
+        axes.plot(steps, means, color=color_of(number), linewidth=2, label=group.name, zorder=2)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.tick_params(length=0)
     axes.grid()
     if 1 < len(groups) <= _MOST_NAMES:  # the dots have the colours, too
         names = axes.legend(loc="upper right" if figure == "mae" else "lower right", frameon=False, fontsize=9)
         for text in names.get_texts():
-            text.set_color(_INK)
+            text.set_color(INK)
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:
@@ -204,10 +164,6 @@ def _costs(groups: Sequence[Group]) -> list[str]:
         less = f", {ratio:.1f}× {'smaller' if by_size else 'fewer'}" if ratio >= 1.05 else ""  # noqa: RUF001
         texts.append(text + less)
     return texts
-
-
-def _color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
 
 
 def _value(value: float, figure: str, unit: str = "%", sign: str = "") -> str:
