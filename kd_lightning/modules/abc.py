@@ -91,8 +91,8 @@ class ABCModule(PseudoLabelModule):
         head: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if (task := kwargs.get("task", "multiclass")) != "multiclass":
-            raise InputError(f"ABCModule: task must be multiclass, got {task!r}")
+        if "task" in kwargs and kwargs["task"] != "multiclass":  # kwargs.get would hide its type from config files
+            raise InputError(f"ABCModule: task must be multiclass, got {kwargs['task']!r}")
         super().__init__(
             student, unsupervised_weight, "online", selection=selection, teacher=None, ema_decay=None, **kwargs
         )

@@ -40,7 +40,7 @@ def test_settings_come_from_the_tries_of_the_same_split(gain, monkeypatch):
     fits = gain.Fits()
     best, figures = gain.select(fits, cells, 1)
     assert best["task", "alone", "tuning_1"] == (0.003,) and best["task", "tuned", "tuning_0"] == (0.01, 0.5, 4.0)
-    assert best["task", "defaults", "tuning_0"] == (0.003, 0.9, 4.0)
+    assert best["task", "defaults", "tuning_0"] == (0.003, 0.5, 4.0)
     assert figures["task", "alone", "tuning_0"][0.01,] == 50
     values = gain.measure(fits, cells, best, 1)
     assert values["task", "alone"] == [59.5, 59.5] and values["task", "tuned"] == [64.5, 64.5]

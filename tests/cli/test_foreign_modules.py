@@ -329,7 +329,7 @@ class TestTaught:
         )
         arguments = yaml.safe_load(text)["model"]["init_args"]
         assert arguments["module"]["init_args"] == {"width": 3, "lr": 0.1}
-        assert (arguments["network"], arguments["soft_weight"]) == ("net", 0.9)
+        assert (arguments["network"], arguments["soft_weight"]) == ("net", 0.5)
         config = yaml.safe_load(Path(path).read_text())
         config["model"]["class_path"] = "teach"
         Path("short.yaml").write_text(yaml.safe_dump(config))
@@ -392,7 +392,7 @@ class TestTaught:
         assert "of 24 validation labels right" in text
         assert "6 of 6 samples of a training batch labeled, 3 of 3 classes" in text
         assert "gradients: norms on the student: hard " in text
-        assert "(weight 0.1), soft " in text
+        assert "(weight 0.5), soft " in text
 
     @pytest.mark.parametrize("dicts", [False, True])
     def test_layers(self, capsys, dicts):

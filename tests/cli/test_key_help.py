@@ -42,7 +42,7 @@ def test_needed_arguments_and_defaults():
     }
     assert lines["student"] == "needed"
     assert lines["optimizer"] == "Adam"
-    assert lines["soft_weight"] == "0.9"
+    assert lines["soft_weight"] == "0.5"
 
 
 @pytest.mark.parametrize(

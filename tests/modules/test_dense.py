@@ -643,7 +643,7 @@ class TestPseudoLabels:
                 "pseudo_labels: refreshed is for one pseudo-label a sample, got class_dim: 1",
             ),
             ({"selection": FlexMatch(0.9)}, "FlexMatch is for one pseudo-label a sample, got class_dim: 1"),
-            ({"task": "regression"}, "task must be multiclass, .*, got 'regression'"),
+            ({"task": "regression"}, "online pseudo-labels are for classes"),
         ],
     )
     def test_what_is_refused(self, arguments, message):

@@ -570,7 +570,7 @@ class TestFlexMatch:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "regression"}, "PseudoLabelModule: task must be multiclass, binary or multilabel, got 'regression'"),
+        ({"task": "regression"}, "PseudoLabelModule: online pseudo-labels are for classes"),
         ({"pseudo_labels": "offline"}, "pseudo_labels must be one of online, refreshed, got 'offline'"),
         ({"unsupervised_weight": -0.1}, "unsupervised_weight must be at least 0, got -0.1"),
         ({"unsupervised_weight": float("nan")}, "unsupervised_weight must be at least 0, got nan"),
