@@ -17,7 +17,8 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 _VERBOSE: ContextVar[bool] = ContextVar("verbose", default=False)
 _PRINTED: ContextVar[dict[str, logging.LogRecord] | None] = ContextVar("printed", default=None)
-"""The messages of this command, each with its first record, which several handlers get; None outside of one."""
+"""This package's messages in this command, each with its first record, which several handlers get; None outside."""
+_PACKAGE = Path(__file__).parents[1]
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _OF_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 _OF_LIGHTNING = (  # what the user knows, or what the lines of a run have
@@ -54,8 +55,9 @@ def is_verbose() -> bool:
 def quiet(verbose: bool = False) -> Iterator[None]:
     """Within it, warnings take one line each, and what libraries print about themselves is left out.
 
-    A message that comes again, such as one about the data of each fit of ``experiment``, is left out, too. At the end
-    all is as before. Call :func:`silence_lightning` once Lightning is loaded.
+    A message of this package that comes again, such as one about the data of each fit of ``experiment``, is left out,
+    too; the user's own come each time. At the end all is as before. Call :func:`silence_lightning` once Lightning is
+    loaded.
 
     Args:
         verbose: Leave nothing out.
@@ -107,14 +109,14 @@ def _is_left_out(text: str, category: type[Warning], filename: str) -> bool:
 
 
 def _passes(record: logging.LogRecord) -> bool:
-    """Return whether a message of Lightning's loggers is printed: it is ours or the user's and new, or a warning."""
+    """Return whether a message of Lightning's loggers is printed: it is the user's, ours and new, or a warning."""
     if record.levelno > logging.INFO:
         return True
     lightning = Path(str(sys.modules["lightning"].__file__)).parent
-    text, printed = record.getMessage(), _PRINTED.get()
-    if Path(record.pathname).is_relative_to(lightning) or text.startswith(_COUNTS):
+    text, printed, place = record.getMessage(), _PRINTED.get(), Path(record.pathname)
+    if place.is_relative_to(lightning) or text.startswith(_COUNTS):
         return False
-    return printed is None or printed.setdefault(text, record) is record
+    return printed is None or not place.is_relative_to(_PACKAGE) or printed.setdefault(text, record) is record
 
 
 def _handlers() -> list[logging.Handler]:

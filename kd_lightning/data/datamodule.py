@@ -334,7 +334,8 @@ class SemiSupervisedDataModule(ViewDataModule):
     def pool_views(self, num_views: int | None = None) -> ViewTable:
         """The images of :meth:`pool_dataloader`, one view each, or ``num_views`` ones."""
         transform = self.eval_transform if num_views is None else self.train_transform
-        return self._view_table(f"pool {num_views}", self._pool_indices(), transform, num_views or 1)
+        name = "pool" if num_views is None else f"pool {num_views}"
+        return self._view_table(name, self._pool_indices(), transform, num_views or 1)
 
     def _view_table(self, name: str, indices: Tensor, transform: Any, num_views: int) -> ViewTable:
         if name not in self._view_tables:

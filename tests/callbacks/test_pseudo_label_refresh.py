@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from epoch_probe import Probe
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -73,22 +74,6 @@ def pool(made, network):
     x = torch.stack([made.image(i) for i in index])  # of the digits, evaluation transforms are none
     with torch.no_grad():
         return torch.tensor(index), deepcopy(network).eval()(x)
-
-
-class Probe(Callback):
-    """Calls a function at the start of each epoch, or of each batch."""
-
-    def __init__(self, check, batch=False):
-        self.check = check
-        self.batch = batch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if not self.batch:
-            self.check(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.batch:
-            self.check(trainer, pl_module, batch)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from epoch_probe import Probe
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -57,25 +58,6 @@ def net(task, seed=0):
 
 def learner(task, **kwargs):
     return PseudoLabelModule(net(task), pseudo_labels="refreshed", task=task, optimizer=ADAM, **kwargs)
-
-
-class Probe(Callback):
-    def __init__(self, check):
-        self.check = check
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch:
-            self.check(trainer, pl_module)
-
-
-@pytest.fixture
-def fit(quiet_trainer):
-    def run(module, *callbacks, datamodule, ckpt_path=None, **kwargs):
-        trainer = quiet_trainer(**({"max_epochs": 3, "callbacks": [*callbacks]} | kwargs))
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-        return trainer
-
-    return run
 
 
 def expected_rows(made, networks, task):
@@ -132,7 +114,7 @@ def test_against_a_pass_of_its_own(fit, task, name, tmp_path):
         assert count == int((~visible.isnan() if visible.is_floating_point() else visible != -100).sum())
         seen.append(0 < table.accepted.double().mean() < 1)
 
-    fit(build(task), refresh, Probe(check), datamodule=made)
+    fit(build(task), refresh, Probe(check, first_epoch=1), datamodule=made)
     assert len(seen) == 2
     assert any(seen) or name != "student"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from epoch_probe import Probe
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -69,25 +70,6 @@ def learner(kind="several", **kwargs):
 
 def refresh_of(**kwargs):
     return PseudoLabelRefresh(**({"selection": SOME, "num_views": VIEWS} | kwargs))
-
-
-class Probe(Callback):
-    def __init__(self, check):
-        self.check = check
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch:
-            self.check(trainer, pl_module)
-
-
-@pytest.fixture
-def fit(quiet_trainer):
-    def run(module, *callbacks, datamodule, ckpt_path=None, **kwargs):
-        trainer = quiet_trainer(**({"max_epochs": 3, "callbacks": [*callbacks]} | kwargs))
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-        return trainer
-
-    return run
 
 
 def views_of_training(kind):
@@ -172,7 +154,7 @@ def test_against_views_of_the_training_loader(fit, kind, name, tmp_path, monkeyp
         def on_train_start(self, trainer, module):
             computed.clear()
 
-    fit(module, refresh, Filled(), Probe(check), datamodule=made)
+    fit(module, refresh, Filled(), Probe(check, first_epoch=1), datamodule=made)
     assert len(seen) == 2
     assert any(seen) or source == "teacher"
 
@@ -206,7 +188,7 @@ def test_views_do_not_depend_on_batches_and_rounds(fit):
         tables = []
         module = DistillModule(net(), net(seed=1), task="regression", optimizer=ADAM)
         refresh = refresh_of(source="teacher")
-        probe = Probe(lambda *_, r=refresh, t=tables: t.append(r.table))
+        probe = Probe(lambda *_, r=refresh, t=tables: t.append(r.table), first_epoch=1)
         fit(module, refresh, probe, datamodule=data(batch_size=size))
         assert torch.equal(tables[0].label, tables[1].label)
         assert not tables[1].change.any()

@@ -31,6 +31,7 @@ from kd_lightning.cli.introduction import describe_network, known_accuracy, teac
 from kd_lightning.cli.outcome import print_figures, print_next_steps
 from kd_lightning.cli.progress import OneLineProgress
 from kd_lightning.cli.quiet import RANKS, format_warning, is_verbose, quiet, silence_lightning, take_verbose
+from kd_lightning.data.sources.report_once import report_once
 from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.run import Run
 
@@ -65,8 +66,17 @@ def test_a_message_that_comes_again_is_left_out(handlers, verbose):
         with quiet(verbose):
             silence_lightning()
             for text in ("one", "two", "one"):
-                rank_zero_info(text)
+                report_once.__wrapped__(text)
         assert handlers == (["one", "two", "one"] if verbose else ["one", "two"])
+
+
+def test_messages_of_the_user_come_each_time(handlers):
+    """Such as one of each epoch, of a callback in their project."""
+    with quiet():
+        silence_lightning()
+        for _ in range(2):
+            rank_zero_info("the epoch ends")
+    assert handlers == ["the epoch ends"] * 2
 
 
 def test_a_run_is_introduced_and_quiet(config, capsys, handlers, unranked):

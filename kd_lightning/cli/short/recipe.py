@@ -140,13 +140,13 @@ def distill_yaml(
         f"  kd-lightning experiment {recipe.root / name}.yaml --seeds 3",
     ]
     loaded = {"model": teacher.spec(recipe.classes), "path": str(weights)}
-    weight = 0.9 if recipe.unlabeled == "rest" else 0.5  # benchmarks/gain.py
+    few = recipe.labeled is not None and 2 * recipe.labeled * recipe.classes < recipe.pictures
     model = f"""model:
   class_path: DistillModule  # loss = (1 - soft_weight) * hard + soft_weight * soft
   init_args:
     student: {_flow(student.spec(recipe.classes))}
     teacher: {_flow({"class_path": "kd_lightning.load_weights", "init_args": loaded})}
-    soft_weight: {weight}  # 0.5; 0.9 if most pictures of the same kind have no label
+    soft_weight: {0.9 if few else 0.5}  # 0.9 if few of the pictures have a label, else 0.5
     soft_loss: {{class_path: kd_lightning.losses.KDLoss, init_args: {{temperature: 4.0}}}}
 {_optimizer(recipe, 0.001)}"""
     return _join(recipe, name, head, model, unlabeled=recipe.unlabeled, split=split)

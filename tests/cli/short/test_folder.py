@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from kd_lightning.cli.short.folder import read_folder
 from kd_lightning.cli.short.networks import find_network
 from kd_lightning.cli.short.plan import plan_folder
+from kd_lightning.cli.short.recipe import distill_yaml
 from kd_lightning.cli.short.table import with_parts, write_table
 from kd_lightning.data import ImageTable, SemiSupervisedDataModule
 from kd_lightning.errors import InputError
@@ -190,6 +192,14 @@ def test_options_out_of_range(class_folders, tmp_path, options, text):
     with pytest.raises(InputError) as error:
         plan(class_folders({"cat": 8, "dog": 8}), tmp_path, **options)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(("labels", "weight"), [(None, 0.5), (2, 0.9), (7, 0.5)])
+def test_the_teacher_counts_more_where_few_pictures_have_a_label(class_folders, tmp_path, labels, weight):
+    recipe = plan(class_folders({"cat": 10, "dog": 10}), tmp_path, labels_per_class=labels).recipe
+    networks = [find_network("resnet8", "--student"), find_network("resnet14", "--teacher")]
+    text = distill_yaml(recipe, *networks, "resnet8", tmp_path / "teacher.safetensors", None)
+    assert yaml.safe_load(text)["model"]["init_args"]["soft_weight"] == weight
 
 
 def test_runs_do_not_lie_among_the_pictures(class_folders, tmp_path):
