@@ -49,7 +49,7 @@ def plot_seeds(values: Mapping[str, Sequence[float]], xlabel: str, text: str = "
         The picture.
 
     >>> plot_seeds({"alone": [84.1, 85.0], "distilled": [95.1, 94.9]}, "test accuracy, %").axes[0].get_xlabel()
-    'test accuracy, %'
+    'test accuracy, % (line: mean)'
     """
     with mpl.rc_context(STYLE):
         picture = Figure(figsize=(7, 0.9 + 0.62 * len(values)), dpi=100, layout="constrained")
