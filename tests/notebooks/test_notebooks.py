@@ -10,17 +10,12 @@ from pathlib import Path
 import matplotlib.image
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 
+sys.path.insert(0, str(Path(__file__).parent))
+from forked_kernel import ForkedKernel
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent.parent / "notebooks").glob("*.ipynb"))
-
-
-class ThisPython(AsyncKernelManager):
-    """A kernel of the interpreter that runs the tests, whatever kernels the user has installed."""
-
-    kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
 
 
 def read(path):
@@ -97,15 +92,16 @@ LESSONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, root, tmp_path, monkeypatch):
-    for name, value in {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "IPYTHONDIR": tmp_path / "ipython"}.items():
-        monkeypatch.setenv(name, str(value))
+def test_runs(path, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr(ForkedKernel, "processes", processes)
+    monkeypatch.setattr(ForkedKernel, "output", tmp_path / "kernel.txt")
     (tmp_path / "empty").mkdir()
     notebook = read(path)
     notebook.cells.append(nbformat.v4.new_code_cell("import sys\nprint(sys.executable)"))
     NotebookClient(
         notebook,
-        kernel_manager_class=ThisPython,
+        kernel_manager_class=ForkedKernel,
         timeout=600,
         resources={"metadata": {"path": str(tmp_path / "empty")}},
     ).execute()

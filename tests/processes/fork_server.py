@@ -1,7 +1,8 @@
-"""Starts processes that import nothing: this one imports the package once, and forks.
+"""Starts processes that import nothing: this one imports the package and fits a network once, and forks.
 
-A process that is started afresh spends six seconds on imports. A forked one is a process of its own all the same: it
-can be killed, and several of them can be the ranks of one run.
+A process that is started afresh spends six seconds on imports, and half of its first fit on what later fits find: lazy
+imports, type hints and docstrings that were read. A forked one is a process of its own all the same: it can be killed,
+and several of them can be the ranks of one run.
 
 Requests and replies are JSON objects, one a line:
     {"argv": [...], "env": {...}, "cwd": "...", "output": "..."} -> {"pid": 1}     runs ``python -m kd_lightning *argv``
@@ -10,18 +11,24 @@ Requests and replies are JSON objects, one a line:
 """
 
 import atexit
+import io
 import json
+import logging
 import os
 import random
 import runpy
 import signal
 import sys
+import tempfile
 import time
 import traceback
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest  # scripts import test files, too
+import torch
 from blank_figures import CONFUSION, OF_METHODS, SAMPLES, leave_blank
 
 import kd_lightning.cli.main
@@ -29,6 +36,40 @@ from kd_lightning.__main__ import main
 
 running = set()
 returncodes = {}
+blank = pytest.MonkeyPatch()
+FIT = """
+name: warm
+seed_everything: 1
+trainer:
+  {accelerator: cpu, max_epochs: 1, limit_train_batches: 1, limit_val_batches: 1, enable_progress_bar: false}
+model:
+  class_path: DistillModule
+  init_args:
+    student: {class_path: DigitsCNN, init_args: {width: 4}}
+    teacher: {class_path: DigitsCNN, init_args: {width: 4}}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+data:
+  class_path: SemiSupervisedDataModule
+  init_args: {source: {class_path: Digits}, labeled: 5, batch_size: 32}
+"""
+
+
+def warm_up():
+    """Fit once, in a folder that is removed, and forget what was warned of."""
+    before = Path.cwd()
+    logging.disable()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(),
+    ):
+        os.chdir(folder)
+        warnings.simplefilter("ignore")
+        Path("config.yaml").write_text(FIT)
+        kd_lightning.cli.main.DistillCLI(["fit", "--config", "config.yaml"])
+        os.chdir(before)
+    logging.disable(logging.NOTSET)
 
 
 def start(argv, env, cwd, output):
@@ -46,6 +87,8 @@ def start(argv, env, cwd, output):
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
+        if "DRAW_FIGURES" in env:
+            blank.undo()
         sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
         random.seed()
         np.random.seed()
@@ -62,10 +105,12 @@ def start(argv, env, cwd, output):
     except BaseException:
         traceback.print_exc()
     finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def wait(pid, timeout):
@@ -83,8 +128,8 @@ def wait(pid, timeout):
 
 def serve():
     """Serve requests until stdin is closed, then end all processes that still run."""
-    assert kd_lightning.cli.main.DistillCLI
-    leave_blank(pytest.MonkeyPatch(), [*SAMPLES, *CONFUSION, *OF_METHODS])
+    leave_blank(blank, [*SAMPLES, *CONFUSION, *OF_METHODS])
+    warm_up()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

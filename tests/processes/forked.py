@@ -36,6 +36,31 @@ class Server:
         self.process.wait(timeout=60)
 
 
+class Forked:
+    """A process that a server has forked, as ``subprocess.Popen`` describes one."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, server, argv, env, output):
+        self.server = server
+        self.pid = server.request(argv=argv, env=env, cwd=str(Path.cwd()), output=str(output))["pid"]
+
+    def poll(self):
+        return self.wait(0.02)
+
+    def wait(self, timeout=60):
+        return self.server.request(pid=self.pid, timeout=timeout)["returncode"]
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
 class Processes:
     """Starts processes that import what the calling test can import.
 
@@ -59,20 +84,31 @@ class Processes:
             The exit status of each, None where one ran longer than ``timeout`` seconds, and what each printed.
         """
         outputs = [Path.cwd() / f"output_{number}.txt" for number in range(len(commands))]
-        shared = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        servers = [self.servers[number % 2] for number in range(len(commands))]
-        pids = [
-            server.request(argv=argv, env=shared | extra, cwd=str(Path.cwd()), output=str(output))["pid"]
-            for server, (argv, extra), output in zip(servers, commands, outputs, strict=True)
+        started = [
+            self.start(argv, output, number % 2, **extra)
+            for number, ((argv, extra), output) in enumerate(zip(commands, outputs, strict=True))
         ]
-        codes = [
-            server.request(pid=pid, timeout=timeout)["returncode"] for server, pid in zip(servers, pids, strict=True)
-        ]
-        for server, pid, code in zip(servers, pids, codes, strict=True):
+        codes = [process.wait(timeout) for process in started]
+        for process, code in zip(started, codes, strict=True):
             if code is None:
-                os.kill(pid, signal.SIGKILL)
-                server.request(pid=pid, timeout=30)
+                process.kill()
+                process.wait(30)
         return codes, [output.read_text() for output in outputs]
+
+    def start(self, argv, output, server=0, **environment):
+        """Start a command in the current folder.
+
+        Args:
+            argv: Its arguments, see :meth:`run`.
+            output: File of what it prints.
+            server: Number of the server.
+            environment: Variables of the environment.
+
+        Returns:
+            The process.
+        """
+        shared = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        return Forked(self.servers[server], argv, shared | environment, output)
 
     def run_ranks(self, argv, nodes=1, end=0, world=2, **environment):
         """Run the processes of one fit, which find each other as ``torchrun``'s do.
