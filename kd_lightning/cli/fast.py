@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser
@@ -33,6 +32,7 @@ from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run, find_runs, run_of
 from kd_lightning.runs.student import is_taught
+from kd_lightning.runs.yaml_file import load_dumped
 
 Config = dict[str, Any]
 _CALLBACK = "kd_lightning.CompileNetworks"
@@ -78,7 +78,7 @@ def pick_settings(config: Namespace, parser: LightningArgumentParser, command: s
     """
     if not config.fast:
         return
-    plain: Config = yaml.safe_load(dump_config(parser, config))
+    plain: Config = load_dumped(dump_config(parser, config))
     device = _device_of(plain["trainer"].get("accelerator"))
     run = _run_of_command(plain, command, root)
     picks = _pick(plain, device) if run is None else _picks_of(run, plain)

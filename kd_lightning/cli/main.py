@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -56,6 +55,7 @@ from kd_lightning.runs.metric_direction import check_callbacks
 from kd_lightning.runs.parser_errors import explain_error
 from kd_lightning.runs.student import find_network, student_path
 from kd_lightning.runs.weights import load_weights
+from kd_lightning.runs.yaml_file import load_dumped
 
 # the class that the parser takes for an empty mapping: of a network, a model, a scheduler of either kind
 _BASE_CLASSES = ("torch.nn.Module", "lightning.pytorch.LightningModule", "typing.Union")
@@ -147,7 +147,7 @@ class DistillCLI(LightningCLI):
         if not hasattr(self, "config_dump"):
             parser = self._parser(self.subcommand)
             text = parser.dump(self._own_config, skip_link_targets=False, skip_unset=False, skip_validation=True)
-            self.config_dump = yaml.safe_load(text)
+            self.config_dump = load_dumped(text)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line counts, not the hyperparameters in the checkpoint."""
@@ -161,7 +161,7 @@ class DistillCLI(LightningCLI):
         pick_settings(config, self._parser(self.subcommand), self.subcommand, root)
         if self.subcommand is None:
             return
-        plain = yaml.safe_load(dump_config(self._parser(self.subcommand), config))
+        plain = load_dumped(dump_config(self._parser(self.subcommand), config))
         if self.subcommand == "fit":
             self.selection = select_for_fit(config.get("ckpt_path"), root, plain)
         else:

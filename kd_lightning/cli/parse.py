@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.record_run import dump_config
 from kd_lightning.errors import InputError
+from kd_lightning.runs.yaml_file import load_dumped
 
 Config = dict[str, Any]
 _OF_FIT = ("ckpt_path", "weights_only")
@@ -39,7 +39,7 @@ def parse_config(args: list[str] | Config, command: str) -> Config:
         InputError: If it has no data, or resumes a run.
     """
     cli = _ParsedCLI(args, run=False)
-    config: Config = yaml.safe_load(dump_config(cli.parser, cli.config))
+    config: Config = load_dumped(dump_config(cli.parser, cli.config))
     for name in _OF_FIT:
         if (value := config.pop(name, None)) is not None:
             raise InputError(f"{name}: {value} is for fit; leave it out for {command}")

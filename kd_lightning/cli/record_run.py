@@ -20,7 +20,7 @@ from kd_lightning.runs.folder import run_folder
 from kd_lightning.runs.results import clear_results
 from kd_lightning.runs.run import CONFIG, Run, register_run
 from kd_lightning.runs.saved_values import check_saved
-from kd_lightning.runs.yaml_file import load_yaml
+from kd_lightning.runs.yaml_file import load_dumped
 
 
 class RecordRun(SaveConfigCallback):
@@ -48,7 +48,7 @@ class RecordRun(SaveConfigCallback):
             part = folder / f".{CONFIG}.part"
             part.write_text(text, encoding="utf-8")
             part.replace(folder / CONFIG)
-        Run.write_state(folder, files=hash_files(yaml.safe_load(text)))
+        Run.write_state(folder, files=hash_files(load_dumped(text)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the start of a fit. Stores the folders of checkpoints that lie outside of the run's folder.
@@ -106,5 +106,5 @@ def dump_config(parser: LightningArgumentParser, config: Any) -> str:
         text = str(parser.dump(config, skip_unset=False, skip_validation=True))
     except yaml.representer.RepresenterError as error:
         raise InputError(f"the config of a run cannot hold {' '.join(repr(error.args[-1]).split())}") from error
-    check_saved(config, load_yaml(text))
+    check_saved(config, load_dumped(text))
     return text

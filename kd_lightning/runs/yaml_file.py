@@ -10,6 +10,8 @@ import yaml
 _MOST_REPEATED = 100_000
 """The most values that aliases may add to those that a text spells out."""
 
+_LIBYAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a text such as ``1e3``, too, which is a number for jsonargparse and YAML 1.2."""
@@ -35,6 +37,14 @@ def load_yaml(text: str) -> Any:
         return None if root is None else unshared(yaml.SafeLoader("").construct_document(root))
     except (ValueError, OverflowError) as error:
         raise yaml.YAMLError(str(error)) from error
+
+
+def load_dumped(text: str) -> Any:
+    """Return the content of a text that :func:`dump_yaml` wrote: by libyaml where that is installed, which is faster.
+
+    A text of a user is read by :func:`load_yaml`: libyaml does not bound how deeply it nests.
+    """
+    return unshared(yaml.load(text, Loader=_LIBYAML))
 
 
 def dump_yaml(value: Any, **options: Any) -> str:

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -21,6 +20,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
 from kd_lightning.modules.teaching_steps import Teaching
 from kd_lightning.report.examination import examine
+from kd_lightning.runs.yaml_file import load_dumped
 from kd_lightning.teachers.findings import Finding
 
 _KINDS = (SupervisedModule, FeatureDistillModule)
@@ -63,6 +63,6 @@ class DoctorCLI(InspectCLI):
         if is_overridden("configure_model", model):
             model.configure_model()
         model.to(self.trainer.strategy.root_device)
-        config = yaml.safe_load(dump_config(self._parser(self.subcommand), self._own_config))
+        config = load_dumped(dump_config(self._parser(self.subcommand), self._own_config))
         history = past_runs(config, datamodule)
         self.findings = list(examine(model, model if datamodule is None else datamodule, history))
