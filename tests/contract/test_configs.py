@@ -20,7 +20,6 @@ from kd_lightning.cli.main import DistillCLI
 from kd_lightning.errors import InputError
 from kd_lightning.modules._shared.soft_loss import SoftLosses
 from kd_lightning.quantization.layers import quantized_layers
-from kd_lightning.runs.csv_logger import read_metrics
 from kd_lightning.runs.run import Run
 
 RUN = Path("runs/quick/version_0")
@@ -382,13 +381,6 @@ def test_interrupted_in_either_stage(step, saved_at, workers, tmp_path, monkeypa
     assert_same_end(RUN / "checkpoints/last.ckpt", resume(args, last))
 
 
-def metrics(folder):
-    """What callbacks monitor, by step."""
-    names = ("train/loss", "val/loss", "val/accuracy", "val/hint")
-    rows = read_metrics(Path(folder, "metrics.csv"))
-    return [(row["step"], name, row[name]) for row in rows for name in names if name in row]
-
-
 KILLS = [  # the step before which each attempt ends, of three epochs of four steps: the first is an epoch's boundary
     pytest.param((4, 9), False, id="twice"),
     pytest.param((4, 8, 11), True, id="three times, averaged weights"),
@@ -415,7 +407,7 @@ def test_killed_again_and_again(each_module, kills, averaged, tmp_path, monkeypa
     assert_same_end(RUN / "checkpoints/last.ckpt", resume(args, last))
     student = load_file(RUN / "student.safetensors")
     assert_equal(student, load_file("runs/stopped/version_0/student.safetensors"))
-    assert metrics("runs/stopped/version_0") == metrics(RUN)
+    assert contract.metrics("runs/stopped/version_0") == contract.metrics(RUN)
     end = saved(RUN / "checkpoints/last.ckpt")
     assert ("current_model_state" in end) == averaged
     assert_equal(student, {key: end["state_dict"][f"student.{key}"] for key in student})
@@ -424,7 +416,7 @@ def test_killed_again_and_again(each_module, kills, averaged, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_killed_for_real(story, processes):
+def test_killed_for_real(story, processes, contract):
     """SIGKILL, which no handler sees: at the end of an epoch, then in the middle of the next.
 
     The killed run reads its data in workers, the story reads them itself, and they end alike.
@@ -438,6 +430,8 @@ def test_killed_for_real(story, processes):
         assert saved("runs/killed/version_0/checkpoints/last.ckpt")["global_step"] == step // 2 * 2
     main([*args, "--ckpt_path", "last"])
     assert [path.name for path in Path("runs/killed").iterdir()] == ["version_0"]
+    assert_equal(load_file(RUN / "student.safetensors"), load_file("runs/killed/version_0/student.safetensors"))
+    assert contract.metrics("runs/killed/version_0") == story.metrics
     assert yaml.safe_load(Path("runs/killed/version_0/config.yaml").read_text())["name"] == "killed"
     assert_same_end(RUN / "checkpoints/last.ckpt", newest("runs/killed/version_0"))
 
