@@ -27,6 +27,7 @@ def main(args: list[str] | None = None) -> None:
     stop = StopSignals()
     stop.install()
     try:
+        _find_project(append=args is None)
         _run(command_line)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -47,6 +48,22 @@ def main(args: list[str] | None = None) -> None:
             stop.restore()
 
 
+def _find_project(*, append: bool) -> None:
+    """Let Python find the classes of a project in the working directory, which the path of an installed script lacks.
+
+    The directory comes last, so that it hides no installed package.
+
+    Raises:
+        InputError: If the working directory no longer exists.
+    """
+    try:
+        directory = os.getcwd()  # noqa: PTH109
+    except FileNotFoundError as error:  # torch cannot even be imported
+        raise InputError("the working directory no longer exists; change to another one") from error
+    if append and not sys.flags.safe_path and not {"", directory} & {*sys.path}:
+        sys.path.append(directory)
+
+
 def _run(args: list[str]) -> None:
     # here: the handlers of signals are installed first
     from kd_lightning.cli.quiet import quiet, take_verbose
@@ -55,10 +72,6 @@ def _run(args: list[str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
-    try:
-        os.getcwd()  # noqa: PTH109
-    except FileNotFoundError as error:  # torch cannot even be imported
-        raise InputError("the working directory no longer exists; change to another one") from error
     args, verbose = take_verbose(args)
     if not args or args[0] in ("-h", "--help"):
         print(overview())

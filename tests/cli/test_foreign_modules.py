@@ -16,6 +16,7 @@ from kd_lightning.__main__ import main
 from kd_lightning.cli.baseline import baseline_of
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import parse_config
+from kd_lightning.cli.stop_signals import StopSignals
 from kd_lightning.runs.run import Run
 
 PROJECT = '''
@@ -230,6 +231,14 @@ class TestAsTheyAre:
 
     def test_without_validation(self):
         main(["fit", "--config", write("Silent", taught=False)])
+        assert Run(RUN).finished
+
+    def test_an_installed_command_finds_them_in_the_working_directory(self, tmp_path, monkeypatch):
+        """The path of its modules begins with the folder of its script, and lacks the working directory."""
+        monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+        monkeypatch.setattr(sys, "argv", ["kd-lightning", "fit", write("Silent", taught=False)])
+        monkeypatch.setattr(StopSignals, "install", lambda self: None)
+        main()
         assert Run(RUN).finished
 
     def test_a_module_inside_another_has_its_own_hyperparameters(self):

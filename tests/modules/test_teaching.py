@@ -285,6 +285,43 @@ def test_regression_with_a_dict_of_outputs(quiet_trainer):
     assert_same(module, expected)
 
 
+class Scores(nn.Module):
+    """Returns its logits beside a feature, under a name of its own."""
+
+    def __init__(self, width=5, seed=0):
+        super().__init__()
+        self.layers = network(width=width, seed=seed)
+
+    def forward(self, x):
+        return {"feature": self.layers[0](x), "scores": self.layers(x)}
+
+
+class WithScores(Classifier):
+    def __init__(self):
+        super().__init__(Scores())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x)["scores"], y)
+
+
+def test_a_dict_of_outputs_with_other_names(quiet_trainer):
+    module, teacher = WithScores(), Scores(9, 1)
+    with pytest.raises(InputError, match=r"the teacher must return logits: .*; teach\(output=\.\.\.\) names the part"):
+        fit(teach(WithScores(), teacher), pairs(), quiet_trainer)
+    with pytest.raises(InputError, match=r"the network must return logits: .*; teach\(output=\.\.\.\) names the part"):
+        fit(teach(WithScores(), network(seed=1)), pairs(), quiet_trainer)
+
+    def losses(module, teacher, batch):
+        x, y = batch[0].double(), batch[1]
+        logits = module.net(x)["scores"]
+        return F.cross_entropy(logits, y), kd(logits, teacher(x)["scores"].detach())
+
+    expected = by_hand(module, teacher, DataLoader(pairs(), ROWS), losses)
+    fit(teach(module, teacher, output="scores", soft_weight=W), pairs(), quiet_trainer)
+    assert_same(module, expected)
+
+
 class TwoLoaders(Classifier):
     """Labeled and unlabeled batches in one step, with two calls of the network."""
 

@@ -211,7 +211,10 @@ class NetworkCalls:
         """Pick the logits out of an output."""
         pick = self.output
         if pick is None:
-            return logits_of(output, owner)
+            try:
+                return logits_of(output, owner)
+            except InputError as error:
+                raise InputError(f"{error}; teach(output=...) names the part") from None
         try:
             if callable(pick):
                 found = pick(output)
