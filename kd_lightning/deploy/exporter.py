@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -40,8 +41,11 @@ from kd_lightning.deploy.signature import named_tensors, token_inputs, without_l
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import Inputs, call, rows_of, take_rows
 from kd_lightning.losses.base import Task, predicted_labels
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.quantization.layers import quantized_layers
+from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.student import batch_of_step, build_module, is_taught
 from kd_lightning.runs.weights import load_weights, metadata_texts
 
 FOLDER = "export"
@@ -92,7 +96,7 @@ class Exporter:
 
     Raises:
         InputError: If the folder is not a run with a student and a datamodule, the weights are missing or do not fit,
-            or the data cannot be read.
+            the data cannot be read, or the module is taught on a part of what its student returns.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None = None) -> None:
@@ -100,9 +104,8 @@ class Exporter:
         self.checkpoint = checkpoint
         self.student = _load_student(self.run, checkpoint).eval()
         self.quantized = bool(quantized_layers(self.student))
-        self.data = self.run.datamodule()
-        samples, labels, self.part = _evaluation_samples(self.data, self.run)
         network = partial(call, self.student)
+        self.data, samples, labels, self.part = _read_samples(self.run, network)
         self.batches = _check_batches(network, samples)
         self.expected = collect_logits(network, self.batches)
         self.task = infer_task(self.run, self.expected)
@@ -236,6 +239,34 @@ def _check_batches(network: Callable[[Any], Any], batches: Sequence[Inputs]) -> 
             parts.append(take_rows(x, slice(start, stop), size))
             taken += stop - start
     return [*parts, without_last_token(one)] if token_inputs(one) else parts
+
+
+def _read_samples(run: Run, network: Callable[[Any], Any]) -> tuple[Any, list[Inputs], Tensor | None, str]:
+    """Return the datamodule, and its evaluation samples as the module of the run gives them to its student.
+
+    A module of the user may have its own ``unpack``. If a module is taught, and its student does not take what a batch
+    holds, the inputs are what its step calls its student with.
+    """
+    data, model = copy(run.datamodule()), run.config["model"]
+    if is_taught(model):
+        if run.model_arguments.get("output") is not None:
+            raise InputError(f"{run.folder}: export needs a network that returns logits, but teach has output")
+        samples = _evaluation_samples(data, run)
+        if _takes(network, samples[0][0]):
+            return data, *samples
+        data.unpack = partial(batch_of_step, build_module(model).eval())
+    elif getattr(find_class(model.get("class_path")), "unpack", SupervisedModule.unpack) != SupervisedModule.unpack:
+        data.unpack = build_module(model).unpack
+    return data, *_evaluation_samples(data, run)
+
+
+@torch.no_grad()
+def _takes(network: Callable[[Any], Any], x: Inputs) -> bool:
+    try:
+        network(take_rows(x, slice(0, 1), rows_of(x)))
+    except InputError:
+        return False
+    return True
 
 
 def _evaluation_samples(data: Any, run: Run) -> tuple[list[Inputs], Tensor | None, str]:

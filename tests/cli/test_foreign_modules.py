@@ -28,6 +28,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kd_lightning import Batch, SupervisedModule
+
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 SAMPLES = [(x, n % 3) for n, x in enumerate(X)]
 
@@ -90,6 +92,33 @@ class DictLit(Lit):
 
     def predict_step(self, batch, batch_idx):
         return self.net(batch["image"]).argmax(-1)
+
+
+class Ours(SupervisedModule):
+    """A module of ours, with a batch of theirs."""
+
+    def unpack(self, batch):
+        return Batch(batch["image"], batch["label"])
+
+
+class Scores(nn.Module):
+    def __init__(self, width: int = 9):
+        super().__init__()
+        self.layers = big(width)
+
+    def forward(self, x):
+        return {"feature": x, "scores": self.layers(x)}
+
+
+class Parts(Lit):
+    """Its network returns a feature beside its logits."""
+
+    def __init__(self, width: int = 5, lr: float = 0.1):
+        super().__init__(width, lr)
+        self.net = Scores(width)
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(batch[0])["scores"], batch[1])
 
 
 class Late(Lit):
@@ -417,6 +446,28 @@ class TestTaught:
         program = torch.export.load("student.pt2").module()
         x = torch.randn(3, 4)
         torch.testing.assert_close(program(x), Run(RUN).student().eval()(x))
+
+    @pytest.mark.parametrize("taught", [True, False])
+    def test_export_of_a_network_that_gets_a_part_of_a_batch(self, taught):
+        """What it gets is what its step calls it with, and what the unpack of a module of ours returns."""
+        path = write("DictLit", dicts=True)
+        if not taught:
+            config = yaml.safe_load(Path(path).read_text())
+            config["model"] = {
+                "class_path": "their_project.Ours",
+                "init_args": {"student": {"class_path": "their_project.big"}},
+            }
+            Path(path).write_text(yaml.safe_dump(config))
+        main(["fit", "--config", path])
+        main(["export", str(RUN), "--out", "student.pt2"])
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(torch.export.load("student.pt2").module()(x), Run(RUN).student().eval()(x))
+
+    def test_export_of_a_part_of_the_outputs_is_refused(self, fails):
+        main(["fit", "--config", write("Parts", output="scores")])
+        text = fails("export", str(RUN), "--out", "student.pt2")
+        assert "export needs a network that returns logits, but teach has output" in text
+        assert not Path("student.pt2").exists()
 
     def test_its_baseline_is_the_module_alone(self):
         path = write()
