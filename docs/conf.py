@@ -49,6 +49,7 @@ html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+smartquotes_action = "qe"  # quotes and ellipses; dashes of options stay as they are
 
 
 def shown_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
@@ -56,6 +57,13 @@ def shown_signature(app: Any, what: str, name: str, obj: Any, options: Any, sign
     return ("()", returns) if what == "class" and signature == "(*args, **kwargs)" else None
 
 
+def keep_first_line(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Put an empty comment before the text of an attribute: napoleon takes a first line with a colon for a type."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app: Any) -> None:
-    """Connect the function above."""
+    """Connect the functions above."""
     app.connect("autodoc-process-signature", shown_signature)
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # before napoleon

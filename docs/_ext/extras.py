@@ -40,9 +40,12 @@ class Extras(SphinxDirective):
         self.env.note_dependency(str(PROJECT))
         rows = []
         for name, packages in extras(PROJECT.read_text()).items():
-            names = "<br>".join(f"`{package}`" for package, _ in packages)
-            rows.append(f"| `{name}` | {names} | {'; '.join(reason for _, reason in packages)} |")
-        return self.parse_text_to_nodes("\n".join(["| extra | packages | why |", "|---|---|---|", *rows]))
+            names = [f"`{name}`", *[""] * (len(packages) - 1)]
+            rows += [
+                f"| {extra} | `{package}` | {reason} |"
+                for extra, (package, reason) in zip(names, packages, strict=True)
+            ]
+        return self.parse_text_to_nodes("\n".join(["| extra | package | why |", "|---|---|---|", *rows]))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -12,9 +12,12 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 152, 58, 126, 36
+_LONGEST = 18  # characters that fit into a box
+_SMALLEST = 0.58  # of the size: text of 14 px has 8 px then; a picture that is wider than a phone scrolls
 _ARROW = (
     '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     '<path d="M0 0 8 4 0 8z"/></marker>'
@@ -40,8 +43,14 @@ def place(lines: list[str]) -> tuple[dict[str, tuple[int, int]], list[tuple[str,
 
 
 def draw(lines: list[str]) -> str:
-    """Return the SVG."""
+    """Return the SVG.
+
+    Raises:
+        ExtensionError: If a name does not fit into its box.
+    """
     places, arrows = place(lines)
+    if long := [name for name in places if len(name.rstrip("*")) > _LONGEST]:
+        raise ExtensionError(f"flow: names must have at most {_LONGEST} characters, got {', '.join(long)}")
     width = (max(column for column, _ in places.values()) + 1) * _COLUMN - _COLUMN + _WIDTH + 4
     height = (max(row for _, row in places.values()) + 1) * _ROW - _ROW + _HEIGHT + 4
     parts = []
@@ -64,9 +73,10 @@ def draw(lines: list[str]) -> str:
         parts.append(f'<text x="{x + _WIDTH // 2}" y="{y + _HEIGHT // 2 + 5}">{text}</text>')
     label = escape("; ".join(lines).replace("*", " (trains)"), quote=True)
     head = (
-        f'<svg class="flow" role="img" aria-label="{label}" viewBox="0 0 {width} {height}" style="max-width:{width}px">'
+        f'<svg class="flow" role="img" aria-label="{label}" viewBox="0 0 {width} {height}" '
+        f'style="min-width:{width * _SMALLEST:.0f}px;max-width:{width}px">'
     )
-    return f"{head}<defs>{_ARROW}</defs>{''.join(parts)}</svg>"
+    return f'<div class="flow">{head}<defs>{_ARROW}</defs>{"".join(parts)}</svg></div>'
 
 
 class Flow(SphinxDirective):

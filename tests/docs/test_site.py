@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from sphinx.errors import ExtensionError
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,8 @@ def test_flow(extension):
     assert drawn.count('class="trains"') == 1
     assert "c&lt;" in drawn
     assert "c<<" not in drawn
+    with pytest.raises(ExtensionError, match="at most 18 characters, got balanced_unsupervised"):
+        flow.draw(["a > balanced_unsupervised"])
 
 
 def test_formulas(extension):
@@ -123,6 +126,11 @@ def test_builds_without_a_warning(root, tmp_path):
     pages = [*(tmp_path / "html").rglob("*.html")]
     assert len(pages) > 20
     assert "DefaultValue" not in (tmp_path / "html/reference/settings.html").read_text()  # of autodoc
+    runs = (tmp_path / "html/reference/api/runs.html").read_text()
+    assert (
+        "The name of the run: runs of one name differ in seed" in runs
+    )  # napoleon takes what is before a colon for a type
+    assert "experiment --tune: sampler" in (tmp_path / "html/start/install.html").read_text()
     for page in pages:  # links inside, also to files that Sphinx does not check
         for link in re.findall(r'(?:href|src)="([^"#:?]+)[^":]*"', page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
