@@ -25,6 +25,8 @@ from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.run import Run
 from kd_lightning.runs.teacher_runs import teacher_runs
 
+pytestmark = pytest.mark.usefixtures("parsed_once")
+
 
 @pytest.fixture(scope="module")
 def experiment(root, tmp_path_factory):

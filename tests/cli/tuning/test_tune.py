@@ -21,6 +21,8 @@ from kd_lightning.errors import InputError
 from kd_lightning.models import DigitsCNN
 from kd_lightning.runs.csv_logger import read_metrics
 
+pytestmark = pytest.mark.usefixtures("parsed_once")
+
 LR = "model.init_args.optimizer.init_args.lr"
 
 
