@@ -3,6 +3,8 @@
 import csv
 import gzip
 import shutil
+import subprocess
+import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -474,26 +476,29 @@ class TestDeployedWeights:
 @pytest.mark.slow
 @pytest.mark.dist
 class TestProcesses:
-    @pytest.mark.parametrize(("launcher", "first"), [("lightning", True), ("torchrun", False)])
-    def test_ranks_share_one(self, launcher, first, config):
-        import subprocess
-        import sys
-
+    @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+    def test_ranks_share_one(self, launcher, config, processes):
+        """Those of ``torchrun`` are forked; tests/contract/test_processes.py starts ``torchrun`` itself."""
         names = ["version_0"]
-        if not first:
+        if launcher == "torchrun":
             main(["fit", "--config", write(config)])
             names.append("version_1")
         config["trainer"] |= {"devices": 2, "strategy": "ddp"}
-        module = ["-m", "kd_lightning", "fit", "--config", write(config)]
-        command = [sys.executable, *module]
+        command = ["fit", "--config", write(config)]
         if launcher == "torchrun":
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *module]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+            processes.run_ranks(command)
+        else:
+            command = [sys.executable, "-m", "kd_lightning", *command]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
         folders = sorted(Path("runs/tiny").iterdir())
         assert [path.name for path in folders] == names
         assert Run(folders[-1]).finished
-        assert {path.name for path in Path().iterdir()} == {"config.yaml", "teacher.pt", "runs"}
+        assert {path.name for path in Path().iterdir()} - {"output_0.txt", "output_1.txt"} == {
+            "config.yaml",
+            "teacher.pt",
+            "runs",
+        }
 
 
 class Flat(nn.Sequential):
