@@ -23,7 +23,7 @@ ORDER = [
     {"batch", "ranks"},
     {"teacher_outputs"},
     {"inputs"},
-    {"errors"},
+    {"errors", "packages"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

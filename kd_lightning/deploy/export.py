@@ -27,6 +27,7 @@ from kd_lightning.deploy.signature import call_by_position, named_tensors
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, take_rows
+from kd_lightning.packages import is_installed
 from kd_lightning.quantization.layers import quantized_layers
 from kd_lightning.runs.weights import load_weights, metadata_texts, read_metadata, save_weights
 
@@ -68,6 +69,8 @@ def check_packages(file_format: str, *, quantized: bool) -> None:
     try:
         with quiet_executorch():
             for name in names:
+                if not is_installed(name):
+                    raise ModuleNotFoundError(f"No module named {name!r}")
                 importlib.import_module(name)
     except ImportError as error:
         raise _missing_extra(file_format, file_format, error) from error

@@ -157,7 +157,7 @@ class ParquetFile(PredictionFile):
 def check_parquet() -> None:
     """Raise InputError if Parquet files cannot be written."""
     try:
-        importlib.import_module("pyarrow")
+        importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise InputError(f"--out: Parquet needs pyarrow: pip install 'kd-lightning[weak]' ({error})") from error
 

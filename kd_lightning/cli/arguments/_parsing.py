@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from kd_lightning.errors import InputError
+from kd_lightning.packages import is_installed
 
 _OVERRIDES = "Overrides of the config may follow, such as --trainer.max_epochs 5; 'fit --help' lists them."
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -184,7 +184,7 @@ def check_package(module: str, what: str, extra: str) -> None:
         what: The part that needs it, for the message.
         extra: The extra of this package that installs it.
     """
-    if importlib.util.find_spec(module) is None:
+    if not is_installed(module):
         raise InputError(f"{what} needs {module}: pip install 'kd-lightning[{extra}]'")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config, parse_config
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
+from kd_lightning.packages import is_installed
 from kd_lightning.report.write import write_report
 from kd_lightning.runs.build import build
 from kd_lightning.runs.run import Run
@@ -128,7 +128,7 @@ def report(runs: Sequence[Run], out: Path) -> Path:
 
 def missing_for_onnx() -> str:
     """Return in one line which packages the ONNX file needs; empty if they are there."""
-    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxruntime") if not is_installed(name)]
     return f"no ONNX file: {' and '.join(missing)} not installed: pip install 'kd-lightning[export]'" if missing else ""
 
 
