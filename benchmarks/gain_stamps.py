@@ -230,21 +230,21 @@ class Stamps:
         if found.returncode:
             raise RuntimeError(f"{' '.join(words)} failed: {found.stdout[-2000:]}{found.stderr[-2000:]}")
 
-    def data(self, table, crops=False):
-        """The datamodule of a table, with or without the crops of photographs."""
+    def data(self, table, crops=False, **options):
+        """The datamodule of a table, with or without the crops of photographs, and with other options."""
         pictures = {"unlabeled": str(self.folder / "crops")} if crops else {}
         source = ImageTable(str(self.folder / f"{table}.csv"), str(self.folder), image_size=PIXELS, **pictures)
         made = [Compose([getattr(steps, name)(**kwargs) for name, kwargs in part]) for part in transforms()]
         streams = {"unlabeled": "source", "labeled_batch_size": BATCH} if crops else {"unlabeled": "none"}
+        options = {"num_views": VIEWS} | options
         return SemiSupervisedDataModule(
             source,
             val_size=0,
             batch_size=2 * BATCH if crops else BATCH,
-            num_views=VIEWS,
             seed=0,
             train_transform=made[0],
             eval_transform=made[1],
-            **streams,
+            **streams | options,
         )
 
     def teacher(self, table, crossed):
@@ -254,10 +254,10 @@ class Stamps:
             return CrossFittedTeacher(runs / f"{name}_crossfit/crossfit.json", cache=cache)
         return Teacher(Run(runs / name / "version_0").student(), cache=cache)
 
-    def fit(self, table, seed, way, setting):
-        """Train a student, and return its accuracy in %."""
-        data = self.data(table, crops=way in ("with crops", "all together"))
+    def fit(self, table, seed, way, setting, steps=STEPS, **options):
+        """Train a student, and return its accuracy in %. Options are those of the datamodule."""
+        data = self.data(table, crops=way in ("with crops", "all together"), **options)
         lr, method = method_of(way, setting, self.teacher(table, way in ("cross-fitted", "all together")))
         callbacks = [CompileNetworks(backend=None, channels_last=True)]
-        module = train(STEPS, seed, STUDENTS[self.student], method, data, callbacks, lr)
+        module = train(steps, seed, STUDENTS[self.student], method, data, callbacks, lr)
         return {"accuracy": accuracy(module.student, data.test_dataloader())}
