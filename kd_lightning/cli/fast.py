@@ -6,7 +6,6 @@ a device for which others would be picked. ``benchmarks/fast.py`` measures what 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from kd_lightning.callbacks import CompileNetworks
 from kd_lightning.cli.record_run import dump_config
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
+from kd_lightning.packages import is_installed
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run, find_runs, run_of
 from kd_lightning.runs.student import is_taught
@@ -209,7 +209,7 @@ def _no_compiler(device: str) -> str:
     names += ["g++", "clang++"] if device == "cpu" else ["gcc", "clang"]  # Triton compiles a launcher in C
     if not any(map(shutil.which, filter(None, names))):
         return f"there is no {'C++' if device == 'cpu' else 'C'} compiler"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if device == "cuda" and not is_installed("triton"):
         return "there is no Triton"
     if device == "cuda" and torch.cuda.get_device_capability() < (7, 0):
         return "Triton does not support this GPU"

@@ -62,7 +62,7 @@ def bf16(monkeypatch):
 def cuda(bf16, monkeypatch):
     """A GPU that Triton supports, and a fit that is long enough to compile for."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("kd_lightning.cli.fast.is_installed", lambda name: True)
     monkeypatch.setattr("shutil.which", lambda name: name)
     return {"accelerator": "cuda", "max_epochs": 50}
 
@@ -203,7 +203,7 @@ class TestGPU:
         ("patch", "why"),
         [
             (("shutil.which", lambda name: None), "there is no C compiler"),
-            (("importlib.util.find_spec", lambda name: None), "there is no Triton"),
+            (("kd_lightning.cli.fast.is_installed", lambda name: False), "there is no Triton"),
             (("torch.cuda.get_device_capability", lambda: (6, 1)), "Triton does not support this GPU"),
         ],
     )
