@@ -1,4 +1,4 @@
-"""What a release is made of: the wheel's content and metadata, and what the version and the public names agree with."""
+"""What a release is made of: content and metadata of both distributions; version and public names agree with them."""
 
 import ast
 import importlib
@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -16,7 +17,7 @@ import yaml
 import kd_lightning
 
 MARK = "FILL-IN"
-SOURCES = ("kd_lightning", "pyproject.toml", "README.md", "LICENSE")
+ABOUT = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in"}
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +27,44 @@ def project(root):
 
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
-    """The folder of a wheel of the files as they are, built in a copy: a build writes beside its sources."""
+    """The folder of an archive of the files as they are and of a wheel of this archive, built in a copy."""
     copy, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True)
     names = listed.stdout.splitlines() if not listed.returncode else []
     if not names:
         pytest.skip("not in a clone")
     for name in names:
-        if (root / name).is_file() and name.partition("/")[0] in SOURCES:
+        if (root / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((root / name).read_bytes())
+    for name in ("runs/demo/version_0/student.safetensors", "data/x.png", "split.json"):  # what users leave in a clone
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)],
         cwd=copy,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+def package_files(root):
+    there = {path.relative_to(root).as_posix() for path in (root / "kd_lightning").rglob("*") if path.is_file()}
+    return {name for name in there if "__pycache__" not in name}
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_the_package_and_what_describes_it(built, root, project):
+    (path,) = built.glob("*.tar.gz")
+    top = f"kd_lightning-{project['version']}/"
+    assert path.name == f"{top[:-1]}.tar.gz"
+    with tarfile.open(path) as archive:
+        names = {one.name.removeprefix(top) for one in archive if one.isfile()}
+    made = {name for name in names if name.startswith("kd_lightning.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == package_files(root) | ABOUT
+    assert path.stat().st_size < 1_500_000
 
 
 @pytest.mark.slow
@@ -55,8 +76,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, root, project):
     package = {name for name in contents if name.startswith("kd_lightning/")}
     info = f"kd_lightning-{project['version']}.dist-info/"
     assert all(name.startswith(info) for name in contents.keys() - package)
-    there = {path.relative_to(root).as_posix() for path in (root / "kd_lightning").rglob("*") if path.is_file()}
-    assert package == {name for name in there if "__pycache__" not in name}
+    assert package == package_files(root)
     assert {"kd_lightning/py.typed", "kd_lightning/report/templates/report.html.j2"} <= package
     assert contents[f"{info}licenses/LICENSE"] == (root / "LICENSE").read_bytes()
     for name, content in contents.items():
