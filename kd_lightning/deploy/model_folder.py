@@ -17,7 +17,7 @@ from kd_lightning.deploy.model_card import write_card
 from kd_lightning.deploy.public_text import check_public, public_config, without_paths
 from kd_lightning.errors import InputError
 from kd_lightning.report.cast import Cast, make_cast, method_of
-from kd_lightning.report.write import NAME as REPORT
+from kd_lightning.report.page import NAME as REPORT
 from kd_lightning.runs.run import CONFIG, WEIGHTS, Run
 from kd_lightning.runs.weights import save_weights
 

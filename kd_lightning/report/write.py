@@ -21,11 +21,10 @@ from kd_lightning.report.cast import Cast, make_cast
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.numbers import change_text, interval_text
 from kd_lightning.report.outputs import Unavailable
+from kd_lightning.report.page import NAME
 from kd_lightning.runs.environment import describe_hardware
 from kd_lightning.runs.figures.comparison import Comparison
 from kd_lightning.runs.run import CONFIG, Run
-
-NAME = "report.html"
 
 # name, title, and what makes it; each has a template of its name
 _PARTS: tuple[tuple[str, str, Callable[[Facts], dict[str, Any] | None]], ...] = (

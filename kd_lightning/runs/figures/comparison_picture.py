@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
-from kd_lightning.runs.figures.dots import INK, MUTED, NAME_WIDTH, STYLE, color_of, draw_dots
+from kd_lightning.runs.figures.curves import draw_curves
+from kd_lightning.runs.figures.dots import MUTED, NAME_WIDTH, STYLE, draw_dots
 from kd_lightning.runs.figures.run_groups import Group
 from kd_lightning.runs.figures.statistics import Difference, Interval
 
 _NAMES = {"accuracy": "accuracy", "mae": "mean absolute error", "knn_accuracy": "k-NN accuracy"}
 _PARTS = {"test": "test", "val": "validation"}
-_MOST_NAMES = 6  # of groups in the legend
 
 
 def draw_comparison(
@@ -128,25 +127,13 @@ def _draw_dots(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -
 
 
 def _draw_curves(axes: Axes, groups: Sequence[Group], figure: str, scale: float) -> None:
-    for number, group in enumerate(groups):
-        by_step: dict[int, list[float]] = defaultdict(list)
-        for run in group.runs.values():
-            rows = [row for row in run.validations() if f"val/{figure}" in row]
-            points = {int(row["step"]): scale * row[f"val/{figure}"] for row in rows}
-            for step, value in points.items():
-                by_step[step].append(value)
-            if len(group.runs) > 1:
-                axes.plot([*points], [*points.values()], color=color_of(number), linewidth=0.8, alpha=0.35, zorder=1)
-        steps = sorted(by_step)
-        means = [statistics.mean(by_step[step]) for step in steps]
-        axes.plot(steps, means, color=color_of(number), linewidth=2, label=group.name, zorder=2)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.tick_params(length=0)
-    axes.grid()
-    if 1 < len(groups) <= _MOST_NAMES:  # the dots have the colours, too
-        names = axes.legend(loc="upper right" if figure == "mae" else "lower right", frameon=False, fontsize=9)
-        for text in names.get_texts():
-            text.set_color(INK)
+    key = f"val/{figure}"
+    curves = [
+        [{int(row["step"]): scale * row[key] for row in run.validations() if key in row} for run in group.runs.values()]
+        for group in groups
+    ]
+    names = [group.name for group in groups]
+    draw_curves(axes, names, curves, corner="upper right" if figure == "mae" else "lower right")
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:

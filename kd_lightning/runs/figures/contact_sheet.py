@@ -22,13 +22,16 @@ _PANEL = 1.75  # inches
 _TITLE_WIDTH = 20  # letters of the title above one column
 
 
-def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int = 6, title: str | None = None) -> Figure:
+def contact_sheet(
+    images: Sequence[Any] | torch.Tensor, captions: Sequence[str], columns: int = 6, title: str | None = None
+) -> Figure:
     """Put images on a figure, row by row.
 
     Args:
-        images: PIL images, tensors or arrays, (H, W) or (C, H, W), of any size and number type. Three channels are
-            RGB, four RGBA; of any other number of channels the first is shown. Values of uint8 lie in [0, 255]. If
-            values of another type lie outside [0, 1], the image is scaled to its own range. Arrays may be (H, W, C).
+        images: PIL images, tensors or arrays, (H, W) or (C, H, W), of any size and number type, or a batch of them in
+            one tensor or array. Three channels are RGB, four RGBA; of any other number of channels the first is shown.
+            Values of uint8 lie in [0, 255]. If values of another type lie outside [0, 1], the image is scaled to its
+            own range. Arrays may be (H, W, C).
         captions: One text for each image. Its first line stands above the image in bold, all others below it.
         columns: Images in a row, at least 1.
         title: Text above all images. If None, there is no title.
@@ -40,7 +43,7 @@ def contact_sheet(images: Sequence[Any], captions: Sequence[str], columns: int =
     >>> len(sheet.axes)
     2
     """
-    if not images or len(captions) != len(images):
+    if len(images) == 0 or len(captions) != len(images):
         raise InputError(f"images: at least one, each with a caption; got {len(images)}, and {len(captions)} captions")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")

@@ -115,6 +115,13 @@ def test_sheet(tmp_path):
         assert file.size[0] == pytest.approx(3 * 175, abs=1)
 
 
+@pytest.mark.parametrize("batch", [torch.rand(2, 1, 8, 8), np.random.default_rng(0).random((2, 8, 8, 3))])
+def test_a_batch_in_one_tensor(batch):
+    sheets = [contact_sheet(images, ["a", "b"]) for images in (batch, [*batch])]
+    whole, one_by_one = ([np.asarray(axes.images[0].get_array()) for axes in sheet.axes] for sheet in sheets)
+    assert np.array_equal(whole, one_by_one)
+
+
 def test_captions_lie_within_their_columns():
     """Also those of the longest names, which are cut after four lines."""
     caption = f"given {'a_long_name_of_a_class' * 9}, looks like B\n{'a_' * 40}"
