@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from kd_lightning.active.loop_folder import LoopFolder, data_state, training_settings
 from kd_lightning.active.pool import (
     DROPOUT_PASSES,
-    Seams,
     check_labels,
     collect_pool_outputs,
     find_dropout,
@@ -29,6 +28,7 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.several_labels import from_tensor
 from kd_lightning.data.sources.targets import has_label
 from kd_lightning.errors import InputError
+from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.student import check_plain_logits, find_network, student_path
 
 

@@ -2,84 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from kd_lightning.active.strategies import PoolOutputs, check_installed
-from kd_lightning.batch import Batch, unpack
+from kd_lightning.batch import Batch
 from kd_lightning.data import SemiSupervisedDataModule
+from kd_lightning.data.batch_transfer import transfer
 from kd_lightning.data.labels.several_labels import has_several_labels
 from kd_lightning.data.sources.targets import has_label, has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
-from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.coarse import mask_candidates
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.seams import Seams
 from kd_lightning.pseudo_labels.graph_labels import GraphPseudoLabels
-from kd_lightning.runs.class_paths import find_class
-from kd_lightning.runs.run import Run
-from kd_lightning.runs.student import batch_of_step, build_module, check_plain_logits, is_taught
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher, check_outputs
 
 DROPOUT_PASSES = 20
 """Number of forward passes with dropout for BALD."""
 _NEEDS_FEATURES = ("k-centre", "badge")
-
-
-class Seams(NamedTuple):
-    """How a module reads a batch that is loaded, calls its student with inputs, and what its outputs mean."""
-
-    unpack: Callable[[Any], Batch] = Batch.from_any
-    call: Callable[[nn.Module, Inputs], Any] = call
-    task: str = "multiclass"
-
-    @classmethod
-    def of(cls, module: LightningModule) -> Seams:
-        """Return those of a module.
-
-        A module that is taught gives its student what its validation step calls it with, or without such a step its
-        training step.
-
-        Raises:
-            InputError: If it is taught on a part of what its network returns, see ``check_plain_logits``.
-        """
-        check_plain_logits(module, "the scoring of samples")
-        if isinstance(getattr(module, "teaching", None), nn.Module):
-            return cls(partial(batch_of_step, module), task=_task_of(module))
-        return cls(partial(unpack, module), getattr(module, "call", call), _task_of(module))
-
-    @classmethod
-    def of_run(cls, run: Run, device: torch.device | str) -> Seams:
-        """Return those of a run's module, which is built with new weights unless its class shows that it needs none."""
-        kind, base = find_class(run.config["model"]["class_path"]), SupervisedModule
-        own = [getattr(kind, "unpack", base.unpack), getattr(kind, "call", base.call)]
-        arguments = run.config["model"].get("init_args") or {}
-        if isinstance(kind, type) and own == [base.unpack, base.call] and not is_taught(run.config["model"]):
-            parameter = inspect.signature(kind).parameters.get("task")
-            if "task" in arguments or parameter is not None:
-                return cls(task=arguments.get("task") or str(getattr(parameter, "default", "multiclass")))
-        return cls.of(build_module(run.config["model"]).to(device).eval())
-
-
-def _task_of(module: LightningModule) -> str:
-    """Return the task of a module; of one that is taught and has none that of its soft loss, else multiclass."""
-    for owner in (module, getattr(getattr(module, "teaching", None), "soft_loss", None)):
-        if isinstance(task := getattr(owner, "task", None), str):
-            return task
-    return "multiclass"
 
 
 @torch.no_grad()
@@ -116,7 +65,8 @@ def collect_pool_outputs(
             and ones, the pool is the test images, the student has no dropout for ``passes`` or another number of
             outputs than labels, or an output is not finite.
     """
-    read, run, task = seams = seams or Seams()
+    seams = seams or Seams()
+    task = seams.task
     labels, multilabel = data.visible_labels(), task == "multilabel"
     check_labels(labels, task)
     check_installed(strategy, multilabel=multilabel)
@@ -125,14 +75,15 @@ def collect_pool_outputs(
     student.to(device)
     with evaluating(student):
         torch.manual_seed(seed)
-        for loaded in with_unlabeled_pool(data).pool_dataloader():
-            batch = move_data_to_device(data.on_before_batch_transfer(loaded, 0), torch.device(device))
-            known = Batch.from_any(data.on_after_batch_transfer(batch, 0))
-            assert known.index is not None
-            assert known.y is not None
-            # an unpack need not care for these
-            batch = replace(read(known), y=known.y, index=known.index, candidates=known.candidates)
-            logits = logits_of(run(student, batch.x), "the student")
+        source = seams.read(with_unlabeled_pool(data))
+        for loaded in source.pool_dataloader():
+            known = loaded.to(device)
+            batch = seams.unpack(transfer(source, loaded, torch.device(device)))
+            # hooks and an unpack need not care for these
+            batch = replace(batch, y=known.y, index=known.index, candidates=known.candidates)
+            logits = seams.logits(student, batch.x)
+            if logits.ndim > 2 or not logits.ndim:
+                raise InputError(f"the scoring of samples needs logits (B, C), got {[*logits.shape]}")
             outputs["index"].append(known.index.cpu())
             outputs["unlabeled"].append(~has_label(known.y).cpu())
             if multilabel and logits.shape[1:] != labels.shape[1:]:
@@ -140,7 +91,7 @@ def collect_pool_outputs(
                 raise InputError(f"the student must have {labels.shape[1]} logits, one for each label, got {shape}")
             outputs["probabilities"].append(_probabilities(logits, batch, task))
             if strategy in _NEEDS_FEATURES:
-                outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x, run).cpu().double())
+                outputs["features"].append(GraphPseudoLabels().features_of(student, batch.x, seams.call).cpu().double())
             if teacher is not None:
                 check_outputs(logits, teacher_logits := teacher(batch))
                 outputs["teacher_probabilities"].append(_probabilities(teacher_logits, batch, task))
@@ -190,7 +141,7 @@ def _dropout_passes(seams: Seams, student: nn.Module, batch: Batch, passes: int)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # attention's fused kernels skip dropout
-        logits = (logits_of(seams.call(student, batch.x), "the student") for _ in range(passes))
+        logits = (seams.logits(student, batch.x) for _ in range(passes))
         outputs = [_probabilities(one, batch, seams.task) for one in logits]
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -230,8 +181,10 @@ def find_teacher(module: LightningModule, data: SemiSupervisedDataModule | None 
             means that they know them.
 
     Raises:
-        InputError: If the module has no frozen teacher.
+        InputError: If the module has no frozen teacher, or is taught on a part of what it returns.
     """
+    if getattr(getattr(module, "teaching", None), "output", None) is not None:
+        raise InputError("disagreement needs a teacher that returns logits, but teach has output")
     ensemble = getattr(module, "ensemble", None)
     found = [*ensemble] if isinstance(ensemble, Ensemble) else []
     found = found or [getattr(owner, "teacher", None) for owner in (module, getattr(module, "teaching", None))]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.batch import unpack
+from kd_lightning.data.batch_transfer import own_hooks
 from kd_lightning.data.preprocessing import describe_data
 from kd_lightning.errors import InputError
 from kd_lightning.inputs import tensors_of
@@ -143,7 +144,7 @@ class StudentWriter(Callback):
             "size_bytes": lambda: math.ceil(size_of(student).stored),
             "classes": lambda: None if is_backbone else getattr(data, "class_names", None),
             "transform": lambda: repr(getattr(data, "eval_transform", None)),
-            "preprocessing": lambda: describe_data(data, self.input_shape),
+            "preprocessing": lambda: None if own_hooks(data) else describe_data(data, self.input_shape),
         }
         found: dict[str, str] = {}
         for name, part in parts.items():

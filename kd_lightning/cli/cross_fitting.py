@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
-from kd_lightning.active.pool import Seams
 from kd_lightning.cli.fit_once import fit_once
 from kd_lightning.cli.parse import Config
 from kd_lightning.data import SemiSupervisedDataModule
@@ -26,7 +25,7 @@ from kd_lightning.data.splits import Split
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.build import build
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.run import Run
@@ -202,9 +201,9 @@ def predict_fold(
     options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers}
     labels = data.visible_labels()
     loader = ViewLoader(samples, LabelTable(labels), **options)
-    unpack, call, task = Seams.of_run(run, device)
-    outputs = (call(student, unpack(batch).x) for batch in batches_of(loader, data, device))
-    logits = torch.cat([logits_of(output, "the student").cpu().double() for output in outputs])
+    seams = Seams.of_run(run, device)
+    task, batches = seams.task, batches_of(loader, seams.read(data), device)
+    logits = torch.cat([seams.logits(student, batch.x).cpu().double() for batch in batches])
     several = labels.ndim == 2
     classes = labels.shape[1] if several else len(data.class_names or ()) or int(labels.max()) + 1
     exact = several or data.class_names

@@ -19,6 +19,7 @@ from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.evaluation_batches import batches_of
 from kd_lightning.features.layers import count_macs
 from kd_lightning.inputs import Inputs
+from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.class_paths import walk_config
 from kd_lightning.runs.folder import folder_on_rank_zero
 from kd_lightning.runs.run import run_of
@@ -135,7 +136,7 @@ def _sample(data: Any, module: LightningModule) -> Inputs | None:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     try:
         with isolate_rng():
-            batch = next(iter(batches_of(data.val_dataloader(), data, device)), None)
+            batch = next(iter(batches_of(data.val_dataloader(), Seams.of(module).read(data), device)), None)
     except Exception:  # the fit itself meets what is wrong, and names it
         return None
     return None if batch is None else batch.x

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from kd_lightning.batch import Batch, is_labeled, unpack
+from kd_lightning.data.batch_transfer import transfer
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
@@ -83,13 +83,19 @@ def _first(loader: Any, data: Any, device: torch.device, labeled: bool) -> list[
     return taken
 
 
-def batches_of(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of a loader, or of the first of several loaders, as a training step gets them.
+def batches_of(loader: Any, data: Any, device: torch.device, *, training: bool = False) -> Iterator[Batch]:
+    """Yield the batches of a loader, or of the first of several loaders, as a step gets them.
 
     Args:
         loader: A data loader, or a list or dict of them.
-        data: The datamodule, or the module, whose transfer hooks change the batches.
+        data: The datamodule, or the module, whose transfer hooks change the batches, see
+            :func:`~kd_lightning.data.batch_transfer.read_by`.
         device: Device of the batches.
+        training: Whether they are those of a training step, for hooks that ask their trainer. Default: False, which
+            means those of a validation step.
+
+    Raises:
+        InputError: If a hook fails.
     """
     while isinstance(loader, list | tuple | dict):
         parts = list(loader.values() if isinstance(loader, dict) else loader)
@@ -97,9 +103,7 @@ def batches_of(loader: Any, data: Any, device: torch.device) -> Iterator[Batch]:
             return
         loader = parts[0]
     for batch in loader:
-        batch = data.on_before_batch_transfer(batch, 0)
-        batch = move_data_to_device(batch, device)
-        yield unpack(data, data.on_after_batch_transfer(batch, 0))
+        yield unpack(data, transfer(data, batch, device, training=training))
 
 
 def count_labels(batch: Batch) -> int:

@@ -66,7 +66,7 @@ def labeled_views(data: Any, read: Read, device: torch.device) -> LabeledViews:
         device: Device of the batches.
     """
     if not isinstance(data, SemiSupervisedDataModule):
-        training = _first(data.train_dataloader(), read(True), device)
+        training = _first(data.train_dataloader(), read(True), device, training=True)
         has_validation = is_overridden("val_dataloader", data)
         return LabeledViews(
             training, [], [], _first(data.val_dataloader(), read(False), device) if has_validation else []
@@ -107,13 +107,13 @@ def _both(
         images = dataset.of(indices, transform)
         options: dict[str, Any] = {"batch_size": data.batch_size, "num_workers": data.num_workers, "sampler": keys}
         loader = ViewLoader(images, labels, **options)
-        found = batches_of(loader, read(trains), device) if keys else ()
+        found = batches_of(loader, read(trains), device, training=trains) if keys else ()
         yield [batch for batch in found if count_labels(batch)]
 
 
-def _first(loader: Any, data: Any, device: torch.device) -> list[Batch]:
+def _first(loader: Any, data: Any, device: torch.device, *, training: bool = False) -> list[Batch]:
     taken, count = [], 0
-    for batch in batches_of(loader, data, device):
+    for batch in batches_of(loader, data, device, training=training):
         if count_labels(batch):
             taken.append(batch)
         count += len(batch)

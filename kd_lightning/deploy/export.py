@@ -23,9 +23,8 @@ from kd_lightning.deploy.program_files import (
     write_executorch,
     write_torch_export,
 )
-from kd_lightning.deploy.signature import call_by_position, named_tensors
+from kd_lightning.deploy.signature import Logits, PositionalStudent, named_tensors, plain_logits
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import Inputs, take_rows
 from kd_lightning.packages import is_installed
 from kd_lightning.quantization.layers import quantized_layers
@@ -117,6 +116,7 @@ def export_student(
     file_format: str,
     metadata: Mapping[str, Any],
     calibration: Sequence[Inputs] = (),
+    logits: Logits = plain_logits,
 ) -> None:
     """Write a student to a file. The number of samples, and of tokens of an ``attention_mask``, may vary.
 
@@ -135,6 +135,7 @@ def export_student(
             - ``safetensors``: the weights alone.
         metadata: Strings, or values that JSON can express.
         calibration: Batches of inputs that set the ranges of ``onnx_int8``.
+        logits: From the student and inputs to its logits. Default: a plain call.
 
     Raises:
         InputError: If the format cannot express the student.
@@ -154,7 +155,8 @@ def export_student(
         # a batch of two, since torch.export treats a batch size of one as a constant
         count = len(next(iter(named_tensors(x).values())))
         two = take_rows(x, torch.tensor([0, 0]), count)
-        writers[file_format](student, two, path, metadata_texts(metadata), *further)
+        network = PositionalStudent(student, x, logits).eval()
+        writers[file_format](network, two, path, metadata_texts(metadata), *further)
     except InputError:
         raise
     except Exception as error:  # exporters raise errors of any type
@@ -166,7 +168,12 @@ def export_student(
 
 
 def load_exported(
-    path: Path, file_format: str, build_network: Callable[[], nn.Module], *, as_written: bool = True
+    path: Path,
+    file_format: str,
+    build_network: Callable[[], nn.Module],
+    *,
+    as_written: bool = True,
+    logits: Logits = plain_logits,
 ) -> Callable[[Any], Tensor]:
     """Load an exported file as a function from inputs (B, ...) to logits.
 
@@ -177,13 +184,14 @@ def load_exported(
         as_written: Whether onnxruntime runs the quantised graph of ``onnx`` as it is written. If False, it uses its
             default, which rewrites the graph and rounds the biases of layers with a quantised output to integers (if
             there is no BatchNorm between). It always uses its default for ``onnx_fp16`` and ``onnx_int8``.
+        logits: From the network of ``safetensors`` and inputs to its logits. Default: a plain call.
 
     Raises:
         InputError: If the runtime cannot load the file.
     """
     if file_format == "safetensors":
         network = load_weights(build_network(), path).eval()
-        return lambda x: logits_of(call_by_position(network, x, named_tensors(x).values()), "the student")
+        return lambda x: logits(network, x)
     try:
         if file_format == "torch_export":
             return load_torch_export(path)
@@ -214,5 +222,5 @@ def read_file_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _write_safetensors(student: nn.Module, x: Inputs, path: Path, metadata: dict[str, str]) -> None:
-    save_weights(student.state_dict(), path, metadata)
+def _write_safetensors(network: PositionalStudent, x: Inputs, path: Path, metadata: dict[str, str]) -> None:
+    save_weights(network.student.state_dict(), path, metadata)

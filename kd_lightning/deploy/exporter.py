@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.data.evaluation_batches import calibration_batches, evaluation_batches
+from kd_lightning.data.evaluation_batches import batches_of, calibration_batches, evaluation_batches
 from kd_lightning.data.preprocessing import Description, describe_data, transform_of
 from kd_lightning.data.sources.pixels import read_pixels
 from kd_lightning.data.views.dataset import ViewDataset
+from kd_lightning.data.views.loader import ViewLoader
 from kd_lightning.deploy.comparison import (
     QUANTIZED_TOLERANCE,
     TOLERANCE,
@@ -39,13 +39,11 @@ from kd_lightning.deploy.metadata import describe_accuracy, describe_file
 from kd_lightning.deploy.onnx_files import set_metadata
 from kd_lightning.deploy.signature import named_tensors, token_inputs, without_last_token
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import Inputs, call, rows_of, take_rows
+from kd_lightning.inputs import Inputs, rows_of, take_rows
 from kd_lightning.losses.base import Task, predicted_labels
-from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.seams import Seams
 from kd_lightning.quantization.layers import quantized_layers
-from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.run import Run
-from kd_lightning.runs.student import batch_of_step, build_module, is_taught
 from kd_lightning.runs.weights import load_weights, metadata_texts
 
 FOLDER = "export"
@@ -87,6 +85,7 @@ class Exporter:
     Attributes:
         run: The run.
         student: The student, in eval mode.
+        logits: From the student and inputs to its logits, as the run's module calls it.
         quantized: Whether it has layers of low precision.
         batches: Inputs, the first of one sample.
         part: Where they come from: ``validation`` or ``training``.
@@ -96,7 +95,7 @@ class Exporter:
 
     Raises:
         InputError: If the folder is not a run with a student and a datamodule, the weights are missing or do not fit,
-            the data cannot be read, or the module is taught on a part of what its student returns.
+            the data cannot be read, or no step shows what a taught network is called with.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None = None) -> None:
@@ -104,8 +103,11 @@ class Exporter:
         self.checkpoint = checkpoint
         self.student = _load_student(self.run, checkpoint).eval()
         self.quantized = bool(quantized_layers(self.student))
-        network = partial(call, self.student)
-        self.data, samples, labels, self.part = _read_samples(self.run, network)
+        seams = Seams.of_run(self.run)
+        self.logits = seams.logits
+        network = partial(self.logits, self.student)
+        self.data = seams.read(self.run.datamodule())
+        samples, labels, self.part = _evaluation_samples(self.data, self.run)
         self.batches = _check_batches(network, samples)
         self.expected = collect_logits(network, self.batches)
         self.task = infer_task(self.run, self.expected)
@@ -113,7 +115,7 @@ class Exporter:
         count = sum(map(rows_of, self.batches)) - bool(token_inputs(self.batches[0]))
         self.labels = None if labels is None else labels[:count]
         self.accuracy = measure_accuracy(self.expected, self.labels, self.predict)
-        self.preprocessing = _checked_description(self.data, samples[0])
+        self.preprocessing = _checked_description(self.data, samples[0], is_plain=seams.is_plain)
         self._calibration: list[Inputs] = []
 
     @property
@@ -153,8 +155,8 @@ class Exporter:
         metadata |= {"file": (self.checkpoint or self.run.weights).name, "weights": self.origin}
         metadata["accuracy"] = describe_accuracy(self.accuracy, self.part)
         with temporary_file(out, file_format) as path:
-            export_student(self.student, x, path, file_format, metadata, self._calibration)
-            load = partial(load_exported, path, file_format, self.run.build_student)
+            export_student(self.student, x, path, file_format, metadata, self._calibration, self.logits)
+            load = partial(load_exported, path, file_format, self.run.build_student, logits=self.logits)
             logits = collect_logits(load(), self.batches)
             result = compare_logits(self.expected, logits, self.predict)
             accuracy = measure_accuracy(logits, self.labels, self.predict)
@@ -241,39 +243,13 @@ def _check_batches(network: Callable[[Any], Any], batches: Sequence[Inputs]) -> 
     return [*parts, without_last_token(one)] if token_inputs(one) else parts
 
 
-def _read_samples(run: Run, network: Callable[[Any], Any]) -> tuple[Any, list[Inputs], Tensor | None, str]:
-    """Return the datamodule, and its evaluation samples as the module of the run gives them to its student.
-
-    A module of the user may have its own ``unpack``. If a module is taught, and its student does not take what a batch
-    holds, the inputs are what its step calls its student with.
-    """
-    data, model = copy(run.datamodule()), run.config["model"]
-    if is_taught(model):
-        if run.model_arguments.get("output") is not None:
-            raise InputError(f"{run.folder}: export needs a network that returns logits, but teach has output")
-        samples = _evaluation_samples(data, run)
-        if _takes(network, samples[0][0]):
-            return data, *samples
-        data.unpack = partial(batch_of_step, build_module(model).eval())
-    elif getattr(find_class(model.get("class_path")), "unpack", SupervisedModule.unpack) != SupervisedModule.unpack:
-        data.unpack = build_module(model).unpack
-    return data, *_evaluation_samples(data, run)
-
-
-@torch.no_grad()
-def _takes(network: Callable[[Any], Any], x: Inputs) -> bool:
-    try:
-        network(take_rows(x, slice(0, 1), rows_of(x)))
-    except InputError:
-        return False
-    return True
-
-
 def _evaluation_samples(data: Any, run: Run) -> tuple[list[Inputs], Tensor | None, str]:
     """Return batches of the datamodule's evaluation samples, their labels, and the name of their part."""
     try:
         device = torch.device("cpu")
         sample = evaluation_batches(data, device) or evaluation_batches(data, device, labeled=False)
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"the data of {run.folder} cannot be read: {' '.join(str(error).split())}") from error
     if sample is None:
@@ -282,23 +258,31 @@ def _evaluation_samples(data: Any, run: Run) -> tuple[list[Inputs], Tensor | Non
     return [batch.x for batch in sample[0]], join_labels([batch.y for batch in sample[0]]), part
 
 
-def _checked_description(data: Any, x: Inputs) -> Description | None:
-    """Describe the preprocessing, and compare it with the inputs of some pictures; None if it gives others."""
+def _checked_description(data: Any, x: Inputs, *, is_plain: bool) -> Description | None:
+    """Describe the preprocessing, and compare it with the inputs of some pictures; None if it gives others.
+
+    Args:
+        data: The datamodule, whose batches are read as the module reads them.
+        x: Inputs of the student.
+        is_plain: Whether the student gets what a batch holds, as it is.
+    """
     parts = named_tensors(x)
     found = describe_data(data, [*next(iter(parts.values())).shape[1:]]) if len(parts) == 1 else None
     if found is None:
         return None
     loader = data.val_dataloader()
-    dataset = getattr(loader, "dataset", None) or getattr(data.train_dataloader(), "dataset", None)
-    if not isinstance(dataset, ViewDataset):  # a stream, or a datamodule of the user
-        return found
-    views = dataset.of(dataset.indices[:_PICTURES], data.eval_transform)
+    loader = loader if isinstance(loader, ViewLoader) else data.train_dataloader()
+    if not isinstance(loader, ViewLoader) or not isinstance(loader.dataset, ViewDataset):
+        return found if is_plain else None  # a stream, or a datamodule of the user
+    indices, labels = loader.dataset.indices[:_PICTURES], loader.labels
+    views = ViewLoader(loader.dataset.of(indices, data.eval_transform), labels, batch_size=_PICTURES)
+    expected = next(batches_of(views, data, torch.device("cpu"))).x
     transform = transform_of(found)
-    for number, index in enumerate(views.indices.tolist()):
-        pixels = read_pixels(views.images, index)
+    for row, index in enumerate(indices.tolist()):
+        pixels = read_pixels(loader.dataset.images, index)
         if pixels.is_floating_point() and not bool(((pixels >= 0) & (pixels <= 1)).all()):
             return None  # no picture
-        expected = views[number].x
-        if not isinstance(expected, Tensor) or not torch.allclose(transform(pixels), expected, rtol=1e-5, atol=1e-5):
+        own = next(iter(named_tensors(take_rows(expected, slice(row, row + 1), len(indices))).values()))
+        if not torch.allclose(transform(pixels), own[0], rtol=1e-5, atol=1e-5):
             return None
     return found

@@ -13,6 +13,7 @@ import yaml
 
 from kd_lightning.deploy.card_facts import CardFacts, Licenses, dataset_name, front_matter, read_json
 from kd_lightning.deploy.public_text import without_paths
+from kd_lightning.modules.seams import has_plain_class
 from kd_lightning.report.numbers import MISSING, TITLES, is_percent, si_text
 from kd_lightning.report.verdict import samples_text, verdict_of
 from kd_lightning.runs.results import Result
@@ -179,7 +180,10 @@ def _input(facts: CardFacts) -> list[str]:
     if facts.preprocessing is None:
         return [*lines, "The way from a file to this input is that of the data, which no description covers."]
     lines += ["From a picture to the input, in this order (`resize`, `crop`, `scale`, `mean`, `std`):", ""]
-    return [*lines, "```json", json.dumps(facts.preprocessing, indent=1), "```"]
+    lines += ["```json", json.dumps(facts.preprocessing, indent=1), "```"]
+    if has_plain_class(facts.run.config["model"]):
+        return lines
+    return [*lines, "", "The module of the training may change this input before its network gets it."]
 
 
 def _classes(facts: CardFacts) -> list[str]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_lightning.deploy.signature import OUTPUT, PositionalStudent, axes_of, named_tensors
 from kd_lightning.inputs import Inputs
@@ -21,11 +21,11 @@ from kd_lightning.quantization.layers import quantized_layers
 OPSET = 17
 
 
-def write_onnx(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
+def write_onnx(network: PositionalStudent, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a float student, or one of low precision with QuantizeLinear and DequantizeLinear.
 
     Args:
-        student: The student, in eval mode.
+        network: The student, in eval mode.
         x: Inputs of two samples, to trace the student with.
         path: The file.
         metadata: Texts.
@@ -34,20 +34,20 @@ def write_onnx(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str,
     arguments: dict[str, Any] = {
         "input_names": [*tensors],
         "output_names": [OUTPUT],
-        "dynamic_axes": axes_of(student, x),
+        "dynamic_axes": axes_of(network, x),
         "opset_version": OPSET,
         "dynamo": False,  # the other exporter needs onnxscript, and replaces the integers by floats
         "keep_initializers_as_inputs": False,
     }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a deprecated exporter, and of tracing: the comparison finds its errors
-        if quantized_layers(student):
+        if quantized_layers(network):
             from brevitas.export import export_onnx_qcdq
 
             given = (*tensors.values(),)
-            export_onnx_qcdq(PositionalStudent(student, x).eval(), args=given, export_path=str(path), **arguments)
+            export_onnx_qcdq(network, args=given, export_path=str(path), **arguments)
         else:
-            torch.onnx.export(PositionalStudent(student, x).eval(), (*tensors.values(),), str(path), **arguments)
+            torch.onnx.export(network, (*tensors.values(),), str(path), **arguments)
     set_metadata(path, metadata)
 
 
@@ -60,10 +60,10 @@ def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     onnx.save(model, path)
 
 
-def write_half(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
+def write_half(network: PositionalStudent, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a float student in half precision. Inputs and outputs stay float32."""
     onnx = importlib.import_module("onnx")
-    write_onnx(student, x, path, metadata)
+    write_onnx(network, x, path, metadata)
     model = importlib.import_module("onnxruntime.transformers.onnx_model").OnnxModel(onnx.load(path))
     with warnings.catch_warnings(), _quiet_root_logger():
         warnings.simplefilter("ignore")  # of weights that are too small for half precision
@@ -74,7 +74,7 @@ def write_half(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str,
 
 
 def write_integers(
-    student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str], calibration: Sequence[Inputs]
+    network: PositionalStudent, x: Inputs, path: Path, metadata: Mapping[str, str], calibration: Sequence[Inputs]
 ) -> None:
     """Write a float student with weights and activations of 8 bits (static, QuantizeLinear and DequantizeLinear).
 
@@ -86,7 +86,7 @@ def write_integers(
     (2018), https://arxiv.org/abs/1712.05877.
 
     Args:
-        student: The student, in eval mode.
+        network: The student, in eval mode.
         x: Inputs of two samples, to trace the student with.
         path: The file.
         metadata: Texts.
@@ -102,7 +102,7 @@ def write_integers(
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    write_onnx(student, x, path, metadata)
+    write_onnx(network, x, path, metadata)
     with TemporaryDirectory() as folder, _quiet_root_logger():
         prepared = Path(folder) / "prepared.onnx"
         pre_process(str(path), str(prepared), skip_symbolic_shape=True)

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Subset
 
-from kd_lightning.active.pool import Seams
 from kd_lightning.batch import Batch
+from kd_lightning.data.batch_transfer import transfer
 from kd_lightning.data.preprocessing import transform_of
 from kd_lightning.data.sources.dataset_source import DatasetSource
 from kd_lightning.data.sources.image_files import IMAGE_ENDINGS
@@ -25,12 +25,11 @@ from kd_lightning.deploy.export import FORMATS, format_of, load_exported, read_f
 from kd_lightning.deploy.picture_inputs import PictureInputs, load_grey
 from kd_lightning.deploy.pictures import find_pictures
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
 from kd_lightning.losses.base import Task, to_probabilities
+from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.build import build
 from kd_lightning.runs.predictions import Predictions
 from kd_lightning.runs.run import Run
-from kd_lightning.runs.student import is_taught
 from kd_lightning.runs.weights import load_weights, read_metadata
 
 BATCH_SIZE = 64
@@ -221,29 +220,27 @@ def load_predictor(model: str | Path) -> Predictor:
 
 def _of_run(run: Run, weights: Path | None = None) -> Predictor:
     """Load a run with its deployed weights, or with those of another file."""
-    model, arguments = run.config["model"], run.model_arguments
-    if is_taught(model) and arguments.get("output") is not None:
-        raise InputError(f"{run.folder}: predict needs a network that returns logits, but teach has output")
+    arguments = run.model_arguments
     student = run.student() if weights is None else load_weights(run.build_student(), weights)
     metadata = run.metadata if weights is None else read_metadata(weights)
     class_dim = arguments.get("class_dim")
-    inputs = _inputs_of_run(run, run.metadata or metadata, dense=class_dim is not None)
+    inputs, data = _inputs_of_run(run, run.metadata or metadata, dense=class_dim is not None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student.to(device).eval()
-    plain = is_taught(model) and class_dim is not None  # no step names the inputs of dense logits
-    seams = Seams() if plain else Seams.of_run(run, device)
+    seams = Seams.of_run(run, device)
+    source = seams.read(data)
 
     def network(x: Tensor) -> Tensor:
-        x = x.to(device, non_blocking=True)
-        batch = seams.unpack(Batch(x, torch.zeros(len(x), dtype=torch.long, device=device)))
-        return logits_of(seams.call(student, batch.x), "the student")
+        batch = seams.unpack(transfer(source, Batch(x, torch.zeros(len(x), dtype=torch.long)), device))
+        return seams.logits(student, batch.x)
 
     task = _read_task(arguments.get("task") or metadata.get("task"))
     names = _read_json(metadata, "classes") or run.class_names
     return Predictor(network, inputs, task, class_dim, names, weights or run.folder)
 
 
-def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> PictureInputs:
+def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> tuple[PictureInputs, LightningDataModule]:
+    """Return how files become inputs, and the data, whose hooks change batches; plain data if they cannot be built."""
     shape = _read_shape(run.folder, metadata)
     try:
         data: Any = build(LightningDataModule, run.data_config())
@@ -251,7 +248,7 @@ def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> Pic
         described = _read_json(metadata, "preprocessing")  # without the data, a dataset of the user cannot be built
         if not isinstance(described, dict):
             raise InputError(f"the data of {run.folder}, whose transform pictures need, fail: {error}") from error
-        return PictureInputs(transform_of(described), shape, dense)
+        return PictureInputs(transform_of(described), shape, dense), LightningDataModule()
     transform = getattr(data, "eval_transform", None)
     if transform is None:
         raise InputError(
@@ -263,7 +260,7 @@ def _inputs_of_run(run: Run, metadata: Mapping[str, str], *, dense: bool) -> Pic
     loader, endings = getattr(source, "loader", load_image), getattr(source, "endings", IMAGE_ENDINGS)
     if isinstance(source, DatasetSource):
         loader = _loader_of(source.train, run)
-    return PictureInputs(transform, shape, dense, loader, endings, with_mask=dense)
+    return PictureInputs(transform, shape, dense, loader, endings, with_mask=dense), data
 
 
 def _loader_of(dataset: Any, run: Run) -> Any:

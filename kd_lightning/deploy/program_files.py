@@ -33,9 +33,9 @@ METADATA_METHOD = "metadata"
 """Method of a ``.pte`` that returns the metadata as JSON."""
 
 
-def write_torch_export(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
+def write_torch_export(network: PositionalStudent, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a program for :func:`torch.export.load`."""
-    network, tensors, axes = PositionalStudent(student, x).eval(), named_tensors(x), axes_of(student, x)
+    tensors, axes = named_tensors(x), axes_of(network, x)
     dims = {BATCH: torch.export.Dim(BATCH), LENGTH: torch.export.Dim.AUTO}  # a length may have a largest value
     shapes = (tuple({d: dims[axis] for d, axis in axes[name].items()} for name in tensors),)
     with torch.no_grad(), _as_torch_operations(network, (*tensors.values(),)):
@@ -57,7 +57,7 @@ def read_torch_export_metadata(path: Path) -> dict[str, str]:
         return {} if name is None else dict(json.loads(file.read(name)))
 
 
-def write_executorch(student: nn.Module, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
+def write_executorch(network: PositionalStudent, x: Inputs, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a program for ExecuTorch on CPUs (XNNPACK), for one sample at a time.
 
     Raises:
@@ -71,7 +71,7 @@ def write_executorch(student: nn.Module, x: Inputs, path: Path, metadata: Mappin
         partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         with torch.no_grad():
             tensors = (*named_tensors(one).values(),)
-            program = torch.export.export(PositionalStudent(student, one).eval(), tensors, strict=False)
+            program = torch.export.export(network, tensors, strict=False)
         _remove_paths(program)
         lowered = exir.to_edge_transform_and_lower(
             program,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
-from kd_lightning.inputs import Inputs, describe
+from kd_lightning.inputs import Inputs, call, describe
 
 INPUT, OUTPUT, BATCH, LENGTH = "input", "logits", "batch", "length"
+Logits = Callable[[nn.Module, Inputs], Tensor]
+"""From a student and its inputs to its logits."""
+
+
+def plain_logits(student: nn.Module, x: Inputs) -> Tensor:
+    """Call a student with its inputs, and return its logits."""
+    return logits_of(call(student, x), "the student")
 
 
 def named_tensors(x: Inputs) -> dict[str, Tensor]:
@@ -30,21 +37,25 @@ def named_tensors(x: Inputs) -> dict[str, Tensor]:
 
 
 class PositionalStudent(nn.Module):
-    """A network that takes the student's inputs by position, and returns its logits as a tensor."""
+    """A network that takes the student's inputs by position, and returns its logits as a tensor.
 
-    def __init__(self, student: nn.Module, x: Inputs) -> None:
+    Args:
+        student: The student.
+        x: Inputs of the same kind, a tensor, or a mapping or tuple of tensors.
+        logits: From the student and inputs to its logits. Default: a plain call.
+    """
+
+    def __init__(self, student: nn.Module, x: Inputs, logits: Logits = plain_logits) -> None:
         super().__init__()
         self.student = student
-        self.x = dict.fromkeys(x) if isinstance(x, Mapping) else None
+        self.logits = logits
+        self.names = [*x] if isinstance(x, Mapping) else None
+        self.takes_tuple = isinstance(x, tuple | list)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the logits."""
-        return logits_of(call_by_position(self.student, self.x, tensors), "the student")
-
-
-def call_by_position(network: nn.Module, x: Any, tensors: Iterable[Tensor]) -> Any:
-    """Call a network with the tensors of inputs ``x``: by name if it is a mapping, else by position."""
-    return network(**dict(zip(x, tensors, strict=True))) if isinstance(x, Mapping) else network(*tensors)
+        x: Inputs = tensors if self.takes_tuple else tensors[0]
+        return self.logits(self.student, x if self.names is None else dict(zip(self.names, tensors, strict=True)))
 
 
 def token_inputs(x: Inputs) -> list[str]:
@@ -63,7 +74,7 @@ def without_last_token(x: Inputs) -> Inputs:
     return {name: part[:, :-1] if name in tokens else part for name, part in x.items()}
 
 
-def axes_of(student: nn.Module, x: Inputs) -> dict[str, dict[int, str]]:
+def axes_of(network: PositionalStudent, x: Inputs) -> dict[str, dict[int, str]]:
     """Return the names of the dimensions that vary, by input, and by ``OUTPUT``."""
     tokens = token_inputs(x)
     found = {name: {0: BATCH} if part.ndim else {} for name, part in named_tensors(x).items()} | {OUTPUT: {0: BATCH}}
@@ -72,10 +83,7 @@ def axes_of(student: nn.Module, x: Inputs) -> dict[str, dict[int, str]]:
     if tokens:
         inputs = x, without_last_token(x)
         with torch.no_grad():
-            outputs = [
-                logits_of(call_by_position(student, part, named_tensors(part).values()), "the student")
-                for part in inputs
-            ]
+            outputs = [network(*named_tensors(part).values()) for part in inputs]
         sizes = zip(*(output.shape for output in outputs), strict=True)
         found[OUTPUT] |= {dim: LENGTH for dim, (one, other) in enumerate(sizes) if one != other}
     return found

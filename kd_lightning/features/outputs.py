@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from kd_lightning.errors import InputError
+
+Output = str | int | Callable[[Any], Tensor]
+"""What picks a part out of a network's output: a key or attribute, a number, or a function."""
 
 
 def logits_of(output: Any, owner: str) -> Tensor:
@@ -45,6 +48,39 @@ def logits_of(output: Any, owner: str) -> Tensor:
         f"{owner} must return logits: a tensor, an object with a part named logits or out, a tuple whose first tensor "
         f"they are, or a mapping with one tensor; got {type(output).__name__}{f' with {held}' if held else ''}"
     )
+
+
+def pick_logits(output: Any, pick: Output | None, owner: str) -> Tensor:
+    """Pick the logits out of a network's output.
+
+    Args:
+        output: The output. A tensor is taken as it is, except by a function.
+        pick: What picks them. Default: None, which means what :func:`logits_of` finds.
+        owner: Name of the network in the error message.
+
+    Raises:
+        InputError: If it picks nothing, or no tensor.
+
+    >>> import torch
+    >>> pick_logits({"scores": torch.zeros(2, 3), "features": torch.zeros(2, 8)}, "scores", "the student").shape
+    torch.Size([2, 3])
+    """
+    if pick is None:
+        return logits_of(output, owner)
+    try:
+        if callable(pick):
+            found = pick(output)
+        elif isinstance(output, Tensor):
+            found = output
+        else:
+            found = output[pick] if isinstance(pick, int) or isinstance(output, Mapping) else getattr(output, pick)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"output: {pick!r} picks nothing out of what {owner} returns, {type(output).__name__}"
+        ) from error
+    if not isinstance(found, Tensor):
+        raise InputError(f"output must pick a tensor, got {type(found).__name__} from {owner}")
+    return found
 
 
 def feature_of_output(output: Any, owner: str) -> Tensor:

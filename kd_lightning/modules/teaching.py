@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import Output
 from kd_lightning.modules._shared.checks import check_soft_weight
-from kd_lightning.modules._shared.network_calls import Mask, Output
+from kd_lightning.modules._shared.network_calls import Mask
 from kd_lightning.modules.teaching_steps import Teaching
 from kd_lightning.teachers.teacher import Teacher
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from kd_lightning.batch import LABEL_KEYS, is_labeled, unpack
 from kd_lightning.errors import InputError
+from kd_lightning.features.outputs import Output
 from kd_lightning.losses import ConditionalLoss, KDLoss
 from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
-from kd_lightning.modules._shared.network_calls import Call, Mask, NetworkCalls, Output, nodes_of
+from kd_lightning.modules._shared.network_calls import Call, Mask, NetworkCalls, nodes_of
 from kd_lightning.modules._shared.soft_loss import call_soft_loss, check_takes_logits, check_top_k
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
 from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from kd_lightning.batch import Batch
+from kd_lightning.data.batch_transfer import own_hooks, read_by
 from kd_lightning.data.evaluation_batches import batches_of, count_labels, evaluation_batches
 from kd_lightning.data.transforms.normalize import Normalize
 from kd_lightning.data.views.dataset import ViewDataset
@@ -57,11 +55,11 @@ def examine(owner: Any, data: Any, history: History = NO_HISTORY) -> Iterator[Fi
     if isinstance(owner, PseudoLabelModule):
         owner.set_up_selection(data)
     module: Any = TaughtModule(owner) if isinstance(getattr(owner, "teaching", None), Teaching) else owner
-    loader = data.train_dataloader()
-    training = _training_batch(loader, _read_by(owner, data, module.unpack), owner.device)
+    loader, hooks = data.train_dataloader(), own_hooks(owner)
+    training = _training_batch(loader, read_by(data, hooks, module.unpack), owner.device)
     module.eval()
     if isinstance(module, FeatureDistillModule):
-        found = evaluation_batches(_read_by(owner, data, module.unpack), owner.device)
+        found = evaluation_batches(read_by(data, hooks, module.unpack), owner.device)
         yield from examine_features(module, training, *(found or ([training], "labels of a training batch")))
         return
     findings: list[Finding] = []
@@ -69,15 +67,16 @@ def examine(owner: Any, data: Any, history: History = NO_HISTORY) -> Iterator[Fi
         findings.append(finding)
         yield finding
     if getattr(module, "has_soft_term", True) and (teachers := find_teachers(module)):
-        readers = [_read_by(owner, data, one) for one in (_unpack_evaluation(module), module.unpack)]
+        readers = [read_by(data, hooks, one) for one in (_unpack_evaluation(module), module.unpack)]
         why = Why(module, teachers, data, lambda trains: readers[trains], owner.device, history)
         yield from why.findings(findings, training)
 
 
 def _usual_checks(owner: Any, module: Any, data: Any, loader: Any, training: Batch) -> Iterator[Finding]:
+    hooks = own_hooks(owner)
     task, teacher, ensemble = module.task, getattr(module, "teacher", None), getattr(module, "ensemble", None)
     if isinstance(teacher, Teacher) or isinstance(ensemble, Ensemble):
-        found = evaluation_batches(_read_by(owner, data, _unpack_evaluation(module)), owner.device)
+        found = evaluation_batches(read_by(data, hooks, _unpack_evaluation(module)), owner.device)
         batches, what = found or ([training], "labels of a training batch")
         for one in [teacher] if isinstance(teacher, Teacher) else ensemble or ():
             one.find_samples(data, "train")
@@ -115,19 +114,9 @@ def _unpack_evaluation(module: Any) -> Callable[[Any], Batch]:
     return read
 
 
-def _read_by(module: LightningModule, data: Any, unpack: Callable[[Any], Batch]) -> Any:
-    """Return the data with batches as a module gets them: by its own hooks where the data have none."""
-    data = copy(data)
-    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-        if not is_overridden(hook, data):
-            setattr(data, hook, getattr(module, hook))
-    data.unpack = unpack
-    return data
-
-
 def _training_batch(loader: Any, data: Any, device: torch.device) -> Batch:
     """Return the first training batch with labels among the first 8, else the first batch."""
-    batches = list(islice(batches_of(loader, data, device), 8))
+    batches = list(islice(batches_of(loader, data, device, training=True), 8))
     if not batches:
         raise InputError("data: the training part is empty")
     return next((batch for batch in batches if count_labels(batch)), batches[0])

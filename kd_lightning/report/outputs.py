@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.batch import Batch
+from kd_lightning.data.batch_transfer import own_hooks, read_by, transfer
 from kd_lightning.data.datamodule import SemiSupervisedDataModule
-from kd_lightning.data.evaluation_batches import batches_of
 from kd_lightning.data.labels.table import LabelTable
 from kd_lightning.data.views.dataset import ViewDataset
 from kd_lightning.data.views.loader import ViewLoader
@@ -140,11 +140,13 @@ class Network:
             None.
         """
         data, device = self.data, self.module.device
+        source = read_by(data, own_hooks(self.module), self.module.unpack)
         loader = ViewLoader(dataset, labels, batch_size=data.batch_size, num_workers=data.num_workers)
         known, found = [], [[] for _ in networks]  # type: tuple[list[Tensor], list[list[Tensor]]]
-        for batch in batches_of(loader, data, device):
-            assert batch.y is not None
-            known.append(batch.y.reshape(len(batch), -1)[:, 0].cpu().long())
+        for loaded in loader:
+            assert loaded.y is not None
+            known.append(loaded.y.reshape(len(loaded), -1)[:, 0].long())
+            batch = self.module.unpack(transfer(source, loaded, device))
             for network, parts in zip(networks, found, strict=True):
                 if (logits := network(batch)) is not None:
                     several = [

@@ -30,6 +30,8 @@ class TaughtModule:
     def __init__(self, module: LightningModule) -> None:
         teaching: Any = module.teaching
         check_plain_logits(module, "doctor")
+        if teaching.output is not None:
+            raise InputError("model: doctor needs a teacher that returns logits, but teach has output")
         if teaching.teacher is None or not module.automatic_optimization:
             what = "automatic optimisation" if teaching.teacher is not None else "a teacher"
             raise InputError(f"model: doctor needs a module with {what} to check teach")

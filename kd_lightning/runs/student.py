@@ -79,16 +79,16 @@ def _zeros(shapes: Any, dtypes: Any) -> Any:
 
 
 def check_plain_logits(module: Any, owner: str) -> None:
-    """Raise InputError if a module is taught on a part of what its network returns, so that logits are not (B, C).
+    """Raise InputError if a module is taught on dense logits, so that they are not (B, C).
 
     Args:
         module: The module.
         owner: What needs the logits, for the message.
     """
     teaching = getattr(module, "teaching", None)
-    for name in ("output", "class_dim", "mask") if isinstance(teaching, nn.Module) else ():
+    for name in ("class_dim", "mask") if isinstance(teaching, nn.Module) else ():
         if getattr(teaching, name, None) is not None:
-            raise InputError(f"model: {owner} needs a network whose output is logits (B, C), but teach has {name}")
+            raise InputError(f"model: {owner} needs a network whose logits are (B, C), but teach has {name}")
 
 
 def batch_of_step(module: Any, loaded: Any, step: str | None = None) -> Batch:

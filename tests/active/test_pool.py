@@ -11,10 +11,11 @@ from torch.utils.data import TensorDataset
 
 from kd_lightning import DatasetSource, DistillModule, InputError, SemiSupervisedDataModule, teach
 from kd_lightning.active.loop import ActiveLearningLoop
-from kd_lightning.active.pool import Seams, collect_pool_outputs
+from kd_lightning.active.pool import collect_pool_outputs
 from kd_lightning.batch import Batch
 from kd_lightning.data import CoarseLabels
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.seams import Seams
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long() + (X[:, 1] > 0.5)
@@ -38,6 +39,13 @@ class Reading(DistillModule):
 
     def unpack(self, batch):
         batch = Batch.from_any(batch)
+        return Batch(-3 * batch.x, batch.y)  # without index and all else
+
+
+class Hooked(DistillModule):
+    """Changes the inputs where a batch comes to the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
         return Batch(-3 * batch.x, batch.y)  # without index and all else
 
 
@@ -107,7 +115,8 @@ STRATEGIES = ["entropy", "bald", "badge", "disagreement"]
 def test_a_module_reads_batches_itself(strategy, quiet_trainer):
     expected = run(strategy, quiet_trainer, lambda: DistillModule(Scaled(0, -3.0), Scaled(1, -3.0)))
     assert len({*expected[0]["queried"]}) == 4
-    assert run(strategy, quiet_trainer, lambda: Reading(Scaled(0), Scaled(1))) == expected
+    for kind in (Reading, Hooked):
+        assert run(strategy, quiet_trainer, lambda k=kind: k(Scaled(0), Scaled(1))) == expected
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -117,6 +126,38 @@ def test_a_taught_module_changes_inputs_in_its_step(strategy, quiet_trainer):
     assert len({*expected[0]["queried"]}) == 4
     for module, network in ((Lit, "net"), (Validating, "net"), (Itself, "")):
         assert run(strategy, quiet_trainer, lambda m=module, n=network: teach(m(-3.0), Scaled(1), n)) == expected
+
+
+class Scores(nn.Module):
+    """Returns something else beside its scores."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return {"logits": x, "scores": self.network(x)}
+
+
+class OfScores(Lit):
+    def __init__(self, factor):
+        super().__init__(factor)
+        self.net = Scores(self.net)
+
+    def predict(self, batch):
+        return self.net(batch[0])["scores"]
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "bald", "badge"])
+def test_a_network_taught_on_a_part_of_what_it_returns(strategy, quiet_trainer):
+    expected = run(strategy, quiet_trainer, lambda: teach(Lit(1), Scaled(1, -3.0)))
+    found = run(strategy, quiet_trainer, lambda: teach(OfScores(1), Scores(Scaled(1, -3.0)), output="scores"))
+    assert found == expected
+
+
+def test_disagreement_with_a_part_of_what_a_teacher_returns(quiet_trainer):
+    with pytest.raises(InputError, match="disagreement needs a teacher that returns logits, but teach has output"):
+        run("disagreement", quiet_trainer, lambda: teach(OfScores(1), Scores(Scaled(1)), output="scores"))
 
 
 def test_a_module_of_this_package_may_be_taught(quiet_trainer):
@@ -153,10 +194,6 @@ class Silent(Lit):
     [
         (lambda: Lit(1), "make_module: Lit has no student"),
         (lambda: teach(Silent(1), Scaled(1)), "make_module: its test must log test/accuracy, got test/acc"),
-        (
-            lambda: teach(Lit(1), Scaled(1), output=lambda out: out),
-            r"needs a network .* \(B, C\), but teach has output",
-        ),
         (lambda: teach(Lit(1), Scaled(1), class_dim=-1), r"needs a network .* \(B, C\), but teach has class_dim"),
     ],
 )

@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from kd_lightning import DatasetSource, DistillModule, InputError, SemiSupervisedDataModule
 from kd_lightning.active import several_labels
 from kd_lightning.active.loop import ActiveLearningLoop
-from kd_lightning.active.pool import Seams, collect_pool_outputs
+from kd_lightning.active.pool import collect_pool_outputs
 from kd_lightning.active.strategies import STRATEGIES, PoolOutputs, select_samples
 from kd_lightning.modules import SupervisedModule
+from kd_lightning.modules.seams import Seams
 
 
 def rand(*shape, seed=0):

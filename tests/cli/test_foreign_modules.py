@@ -17,6 +17,7 @@ from kd_lightning.cli.baseline import baseline_of
 from kd_lightning.cli.main import DistillCLI
 from kd_lightning.cli.parse import parse_config
 from kd_lightning.cli.stop_signals import StopSignals
+from kd_lightning.deploy.export import read_file_metadata
 from kd_lightning.runs.run import Run
 
 PROJECT = '''
@@ -108,6 +109,13 @@ class Scores(nn.Module):
 
     def forward(self, x):
         return {"feature": x, "scores": self.layers(x)}
+
+
+class Turned(Lit):
+    """Its steps turn the sign of what a batch holds."""
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(-batch[0]), batch[1])
 
 
 class Parts(Lit):
@@ -463,11 +471,26 @@ class TestTaught:
         x = torch.randn(3, 4)
         torch.testing.assert_close(torch.export.load("student.pt2").module()(x), Run(RUN).student().eval()(x))
 
-    def test_export_of_a_part_of_the_outputs_is_refused(self, fails):
+    def test_export_of_a_part_of_the_outputs(self):
         main(["fit", "--config", write("Parts", output="scores")])
-        text = fails("export", str(RUN), "--out", "student.pt2")
-        assert "export needs a network that returns logits, but teach has output" in text
-        assert not Path("student.pt2").exists()
+        student, x = Run(RUN).student().eval(), torch.randn(3, 4)
+        for name in ("student.pt2", "student.safetensors"):
+            main(["export", str(RUN), "--out", name])
+        torch.testing.assert_close(torch.export.load("student.pt2").module()(x), student(x)["scores"])
+
+    def test_export_is_examined_on_what_the_step_passes_on(self):
+        """The network takes the plain inputs, too. The accuracy in the file is that of the step."""
+        main(["fit", "--config", write("Turned")])
+        main(["export", str(RUN), "--out", "student.pt2"])
+        accuracy = json.loads(read_file_metadata(Path("student.pt2"))["accuracy"])
+        import their_project
+
+        x = torch.stack([x for x, _ in their_project.SAMPLES])
+        y = torch.tensor([y for _, y in their_project.SAMPLES])
+        student = Run(RUN).student().eval()
+        right = [int((student(sign * x).argmax(-1) == y).sum()) for sign in (-1, 1)]
+        assert right[0] != right[1]
+        assert accuracy["correct"] == right[0]
 
     def test_its_baseline_is_the_module_alone(self):
         path = write()

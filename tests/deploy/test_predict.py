@@ -3,6 +3,7 @@
 import csv
 import gzip
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kd_lightning.__main__ import main
+from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.deploy.export import export_student
 from kd_lightning.deploy.predict import load_predictor, predict
 from kd_lightning.errors import InputError
@@ -372,21 +374,55 @@ def test_a_module_that_calls_its_network_in_its_own_way(make_run, tmp_path):
     torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
 
 
+class Named(Net):
+    """Returns other values as its logits."""
+
+    def forward(self, x):
+        return {"logits": x.mean((2, 3)), "scores": super().forward(x)}
+
+
+class HookedModule(SupervisedModule):
+    """Halves its inputs where a batch comes to the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return replace(batch, x=batch.x / 2)
+
+
+class HookedData(SemiSupervisedDataModule):
+    """Halves its inputs in validation, and spoils them in training."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return replace(batch, x=batch.x / (0 if self.trainer.training else 2))
+
+
+def test_hooks_of_batch_transfer(make_run, tmp_path):
+    """Those of the module count, and those of the data."""
+    path = picture(tmp_path / "a.png", (6, 6))
+    run, net = make_run({}, shape=[3, 6, 6], source=FAKE, module=f"{__name__}.HookedModule")
+    expected = net(values_of(path) / 2).softmax(1)
+    torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["class_path"] = "SupervisedModule"
+    config["data"]["class_path"] = f"{__name__}.HookedData"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+
+
 class Foreign(LightningModule):
     """A module of another project, which doubles what its network gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, dense: bool = False, named: bool = False) -> None:
         super().__init__()
-        self.net = Net()
+        self.net = Named() if named else Net(dense=dense)
 
     def validation_step(self, batch, batch_idx):
         x, y = batch.x, batch.y
         return nn.functional.cross_entropy(self.net(2 * x), y)
 
 
-def teach_foreign(run, **arguments):
+def teach_foreign(run, dense=False, named=False, **arguments):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    module = {"class_path": f"{__name__}.Foreign"}
+    module = {"class_path": f"{__name__}.Foreign", "init_args": {"dense": dense, "named": named}}
     config["model"] = {
         "class_path": "kd_lightning.teach",
         "init_args": {"module": module, "teacher": None, **arguments},
@@ -400,9 +436,14 @@ def test_a_module_that_is_taught(make_run, tmp_path):
     path = picture(tmp_path / "a.png", (6, 6))
     expected = net(2 * values_of(path)).softmax(1)
     torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
-    teach_foreign(run, output=0)
-    with pytest.raises(InputError, match="predict needs a network that returns logits, but teach has output"):
-        Run(run).predict(path)
+    teach_foreign(run, named=True, output="scores")
+    torch.testing.assert_close(Run(run).predict(path).values, expected, rtol=0, atol=1e-6)
+    teach_foreign(run, dense=True, class_dim=1)
+    dense = Net(dense=True).eval()
+    save_weights(dense.state_dict(), run / "student.safetensors", {"input_shape": "[3, 6, 6]", "task": "multiclass"})
+    found = Run(run).predict(path).masks[0]
+    assert torch.equal(found, dense(2 * values_of(path))[0].argmax(0))
+    assert not torch.equal(found, dense(values_of(path))[0].argmax(0))
 
 
 def test_an_unknown_task_without_class_names(make_run, tmp_path):

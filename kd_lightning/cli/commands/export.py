@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from kd_lightning.deploy.latency import Latency, measure_latency
 from kd_lightning.deploy.onnx_files import OPSET
 from kd_lightning.deploy.signature import BATCH, INPUT, LENGTH, named_tensors, token_inputs
 from kd_lightning.errors import InputError
-from kd_lightning.inputs import call
 from kd_lightning.quantization.sizes import precision_of, size_of
 
 
@@ -115,7 +115,7 @@ def export_all(
         raise InputError(f"out must be a folder with --all, got the file {out}")
     exporter = Exporter(folder, checkpoint)
     x, agree = exporter.batches[0], True
-    rows = [_row("PyTorch", None, exporter.accuracy, measure_latency(lambda x: call(exporter.student, x), x))]
+    rows = [_row("PyTorch", None, exporter.accuracy, measure_latency(partial(exporter.logits, exporter.student), x))]
     left_out = []
     for name in FORMATS:
         if name in FLOAT_ONLY and exporter.quantized:
@@ -130,7 +130,7 @@ def export_all(
             agree = False
             left_out.append(f"{name}: STOP: it does not agree with PyTorch: {found.problem}")
             continue
-        network = load_exported(found.path, name, exporter.run.build_student, as_written=False)
+        network = load_exported(found.path, name, exporter.run.build_student, as_written=False, logits=exporter.logits)
         rows.append(_row(name, found, found.accuracy, measure_latency(network, x)))
     _print_table(rows, exporter)
     for text in left_out:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from kd_lightning.active.pool import DROPOUT_PASSES, Seams, collect_pool_outputs, find_teacher
+from kd_lightning.active.pool import DROPOUT_PASSES, collect_pool_outputs, find_teacher
 from kd_lightning.active.strategies import (
     PoolOutputs,
     SelectedSamples,
@@ -24,6 +24,7 @@ from kd_lightning.active.strategies import (
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.several_labels import label_columns
 from kd_lightning.errors import InputError
+from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.build import build
 from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run

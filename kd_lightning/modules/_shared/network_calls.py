@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import find_layer
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.outputs import Output, pick_logits
 from kd_lightning.inputs import Inputs, arguments_of, tensors_of
 from kd_lightning.modules._shared.checks import check_two_networks
 from kd_lightning.teachers.teacher import Teacher
 
 Mask = str | Callable[[Any], Tensor]
-Output = str | int | Callable[[Any], Tensor]
 _TEACHER_INPUTS = "teacher_inputs"
 
 
@@ -209,26 +208,12 @@ class NetworkCalls:
 
     def _pick(self, output: Any, owner: str) -> Tensor:
         """Pick the logits out of an output."""
-        pick = self.output
-        if pick is None:
-            try:
-                return logits_of(output, owner)
-            except InputError as error:
-                raise InputError(f"{error}; teach(output=...) names the part") from None
         try:
-            if callable(pick):
-                found = pick(output)
-            elif isinstance(output, Tensor):
-                found = output
-            else:
-                found = output[pick] if isinstance(pick, int) or isinstance(output, Mapping) else getattr(output, pick)
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"output: {pick!r} picks nothing out of what {owner} returns, {type(output).__name__}"
-            ) from error
-        if not isinstance(found, Tensor):
-            raise InputError(f"output must pick a tensor, got {type(found).__name__} from {owner}")
-        return found
+            return pick_logits(output, self.output, owner)
+        except InputError as error:
+            if self.output is not None:
+                raise
+            raise InputError(f"{error}; teach(output=...) names the part") from None
 
 
 def _teacher_inputs_of(batch: Any) -> Any:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from kd_lightning.deploy.signature import without_last_token
 from kd_lightning.errors import InputError
 from kd_lightning.losses.base import predicted_labels
 from kd_lightning.models import DigitsCNN
+from kd_lightning.modules import SupervisedModule
 from kd_lightning.quantization.calibration import calibrate
 from kd_lightning.quantization.layers import quantize
 from kd_lightning.quantization.sizes import weight_levels
@@ -611,6 +613,32 @@ def test_default_path_and_options_that_do_not_fit(run, fails, capsys):
     )
     file = str(run / "config.yaml")
     assert f"out must be a folder with --all, got the file {file}" in fails("export", str(run), "--all", "--out", file)
+
+
+class Reads(SupervisedModule):
+    """Reads a batch, and calls its network, in its own way."""
+
+    def unpack(self, batch):
+        batch = super().unpack(batch)
+        return replace(batch, x=1 - batch.x)
+
+    def call(self, network, x):
+        return 3 * network(x)
+
+
+def test_a_module_that_reads_and_calls_in_its_own_way(run, tmp_path, capsys):
+    """The file does as the module does, and no picture's way to the input is described that is not the module's."""
+    change("model.class_path", f"{__name__}.Reads")(run)
+    out = tmp_path / "x.pt2"
+    main(["export", str(run), "--out", str(out)])
+    data, student = Run(run).datamodule(), Run(run).student().eval()
+    x, y = (torch.cat(parts) for parts in zip(*((batch.x, batch.y) for batch in data.val_dataloader()), strict=True))
+    torch.testing.assert_close(torch.export.load(out).module()(x), 3 * student(x), rtol=1e-4, atol=1e-4)
+    metadata = read_file_metadata(out)
+    correct = json.loads(metadata["accuracy"])["correct"]
+    assert correct == int((student(1 - x).argmax(1) == y).sum()) != int((student(x).argmax(1) == y).sum())
+    assert metadata["preprocessing"] == "null"
+    assert "do not describe the way from a picture to the input" in capsys.readouterr().out
 
 
 def test_preprocessing_that_gives_other_inputs_is_not_described(run, tmp_path, monkeypatch, capsys):

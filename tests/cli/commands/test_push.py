@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch import nn
 from kd_lightning.__main__ import main
 from kd_lightning.deploy.model_card import TODO
 from kd_lightning.deploy.predict import predict
+from kd_lightning.modules import DistillModule
 from kd_lightning.runs.run import Run
 
 LICENSES = ["--license", "apache-2.0", "--data-license", "cc0-1.0", "--teacher-license", "Acme | Terms"]
@@ -31,6 +33,13 @@ class Net(nn.Sequential):
 
     def __init__(self, width=2):
         super().__init__(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 2))
+
+
+class Turned(DistillModule):
+    """Turns pictures where they come to the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return replace(batch, x=batch.x.flip(-1))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +223,17 @@ def test_files_of_other_weights_are_left_out(run, tmp_path, capsys):
     assert "student.onnx: it does not hold the deployed weights" in said
     assert "report.html: it is not about these weights" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.yaml", "student.safetensors"}
+
+
+def test_the_card_warns_of_a_module_that_changes_inputs(run, folder, tmp_path):
+    warning = "may change this input before its network gets it"
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["model"]["class_path"] = f"{__name__}.Turned"
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["push", str(other), "hf://ada/x", *LICENSES, "--out", str(tmp_path / "out")])
+    assert warning in (tmp_path / "out/README.md").read_text()
+    assert warning not in (folder / "README.md").read_text()
 
 
 def test_a_secret_of_the_environment_is_refused(run, tmp_path, monkeypatch, fails):
