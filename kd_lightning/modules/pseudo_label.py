@@ -14,11 +14,12 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
-from kd_lightning.modules._shared.averaged_student import average_of
+from kd_lightning.modules._shared.averaged_student import average_of, check_precision
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules._shared.dense import labeled_samples
 from kd_lightning.modules._shared.dense_checks import check_strong_transform, check_strong_view
 from kd_lightning.modules._shared.loss_terms import LossTerm
+from kd_lightning.modules._shared.refresh_check import check_refresh
 from kd_lightning.modules._shared.taught_module import TaughtModule
 from kd_lightning.pseudo_labels.pool import unlabeled_samples
 from kd_lightning.pseudo_labels.selection import Selection
@@ -81,8 +82,8 @@ class PseudoLabelModule(TaughtModule):
             or those of ``PseudoLabelRefresh(source="teacher")``. It may have a cache. Default: None, for no teacher.
         ema_decay: Online pseudo-labels come from a running average of the student (buffers included) with this decay,
             in [0, 1). The first step copies the student; after n steps the decay is ``(1 + n) / (10 + n)``, if that is
-            smaller. ``PseudoLabelRefresh(source="ema")`` uses the average, too. It is not deployed. Default: None,
-            which means that they come from the student itself.
+            smaller. ``PseudoLabelRefresh(source="ema")`` uses the average, too. It is not deployed. It needs weights of
+            float32: mixed precision, if any. Default: None, which means that they come from the student itself.
         **kwargs: The arguments of :class:`SupervisedModule`. The task ``"regression"`` is for refreshed pseudo-labels
             alone. The hard loss is that of the labeled rows alone.
 
@@ -90,8 +91,9 @@ class PseudoLabelModule(TaughtModule):
         InputError: If a value is out of range; if refreshed pseudo-labels have a selection here (it is the callback's);
             if online ones have a teacher and an average; if the task is another one, or the selection is for another
             one; if there are no unlabeled samples, or a class has no labeled one (unless a teacher labels); if the
-            selection needs what is not there, such as an index; if pseudo-labels are refreshed with ``class_dim``; if
-            the strong view has other positions; if a run is resumed with another teacher.
+            selection needs what is not there, such as an index; if pseudo-labels are refreshed with ``class_dim``, or
+            by another network than the average or the teacher that is given; if an average would be in half precision;
+            if the strong view has other positions; if a run is resumed with another teacher.
     """
 
     trains_auxiliary_heads: ClassVar[bool] = False  # their rows are not those of the batch
@@ -340,11 +342,10 @@ class PseudoLabelModule(TaughtModule):
         # PseudoLabelRefresh checks this itself, since a teacher may know classes without a label
         one_label = self.pseudo_labels == "online" and self.class_dim is None and self.teacher is None
         self._unchecked_labels = data.visible_labels() if one_label and hasattr(data, "visible_labels") else None
-        callbacks = [type(callback).__name__ for callback in getattr(self.trainer, "callbacks", ())]
-        if self.pseudo_labels == "refreshed" and "PseudoLabelRefresh" not in callbacks:
-            raise InputError(
-                "pseudo_labels: refreshed needs the callback PseudoLabelRefresh; add it to trainer.callbacks"
-            )
+        if self.pseudo_labels == "refreshed":
+            check_refresh(getattr(self.trainer, "callbacks", ()), self.ema, self.teacher)
+        if self.ema is not None:
+            check_precision(self.student)
 
     def on_train_epoch_start(self) -> None:
         """Runs at the start of each training epoch. Resets the counts of pseudo-labels."""

@@ -87,9 +87,8 @@ def run(network, x):
 @pytest.mark.parametrize("source", ["student", "ema", "teacher"])
 def test_our_modules(quiet_trainer, form, source):
     change, make = FORMS[form]
-    module = PseudoLabelModule(make(), pseudo_labels="refreshed", optimizer=SGD, ema_decay=0.5)
-    if source == "teacher":
-        module.teacher = Teacher(make(1))
+    options = {"student": {}, "ema": {"ema_decay": 0.5}, "teacher": {"teacher": Teacher(make(1))}}[source]
+    module = PseudoLabelModule(make(), pseudo_labels="refreshed", optimizer=SGD, **options)
     data = Pool(form)
     fit(quiet_trainer, module, data, source=source)
     network = module.teacher.network if source == "teacher" else module.student

@@ -425,7 +425,7 @@ def test_restart(fit):
     module = make(PseudoLabelModule, ema_decay=0.9)
     first.update({name: value.clone() for name, value in module.student.state_dict().items()})
     average = EMAWeightAveraging(decay=0.9)
-    refresh = PseudoLabelRefresh(every_n_epochs=2, restart_student=True)
+    refresh = PseudoLabelRefresh(every_n_epochs=2, restart_student=True, source="ema")
     fit(module, refresh, average, Probe(check, batch=True), max_epochs=5)
     for epoch, (weights, states, rate, averages, count) in starts.items():
         fresh = epoch in (0, 3)  # refreshed at 1 and 3

@@ -21,6 +21,7 @@ from kd_lightning import (
     FixedThreshold,
     FlexMatch,
     FreeMatch,
+    GraphPseudoLabels,
     InputError,
     OpenSetFilter,
     PseudoLabelModule,
@@ -667,6 +668,47 @@ class TestRun:
     def test_nobody_refreshes(self, quiet_trainer, loader, student):
         with pytest.raises(InputError, match="pseudo_labels: refreshed needs the callback PseudoLabelRefresh"):
             quiet_trainer().fit(PseudoLabelModule(student, pseudo_labels="refreshed"), loader())
+
+    @pytest.mark.parametrize(
+        ("options", "source", "message"),
+        [
+            (
+                {"ema_decay": 0.9},
+                "student",
+                "ema_decay makes .* has source: student; set source: ema, or leave out",
+            ),
+            ({"teacher": linear(1).float()}, "student", "teacher makes no pseudo-labels: .*; set source: teacher, or"),
+            (
+                {"ema_decay": 0.9, "teacher": linear(1).float()},
+                "teacher",
+                "ema_decay makes no pseudo-labels: .*teacher",
+            ),
+            ({"ema_decay": 0.9}, GraphPseudoLabels(3), "ema_decay makes .* has source: GraphPseudoLabels; set"),
+        ],
+    )
+    def test_a_network_that_would_label_nothing(self, quiet_trainer, options, source, message):
+        module = PseudoLabelModule(linear().float(), pseudo_labels="refreshed", **options)
+        with pytest.raises(InputError, match=message):
+            quiet_trainer(callbacks=[PseudoLabelRefresh(source=source)]).fit(module, datamodule=two_streams())
+
+    @pytest.mark.parametrize("source", ["ema", "teacher"])
+    def test_a_network_that_labels(self, quiet_trainer, source):
+        class Own(PseudoLabelRefresh):
+            """A project's own."""
+
+        options = {"ema": {"ema_decay": 0.9}, "teacher": {"teacher": linear(1).float()}}[source]
+        module = PseudoLabelModule(linear().float(), pseudo_labels="refreshed", **options)
+        refresh = Own(source=source, warmup_epochs=0)
+        quiet_trainer(callbacks=[refresh]).fit(module, datamodule=two_streams())
+        assert refresh.table is not None
+
+    @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "bfloat16"), ("16-true", "float16")])
+    def test_an_average_that_would_stand_still(self, quiet_trainer, precision, dtype):
+        """A thousandth of a step is below the rounding of half precision: after 5,000 steps the average was at 1/4."""
+        module = PseudoLabelModule(linear().float(), ema_decay=0.999)
+        message = f"ema_decay: an average of {dtype} weights stands still; set precision: {precision[:-4]}mixed, or"
+        with pytest.raises(InputError, match=message):
+            quiet_trainer(precision=precision).fit(module, datamodule=two_streams())
 
     def test_plain_loader(self, quiet_trainer, student, loader):
         trainer = quiet_trainer(max_epochs=2)

@@ -18,6 +18,7 @@ from kd_lightning import (
     FlexMatch,
     FreeMatch,
     InputError,
+    OpenSetFilter,
     PseudoLabelModule,
     SemiSupervisedDataModule,
     Sharpen,
@@ -320,9 +321,25 @@ class TestComplaints:
             (lambda: Sharpen(FixedThreshold(), 0.0), r"temperature must lie in \(0, 1\], got 0.0"),
             (lambda: Sharpen(FixedThreshold(), 1.5), r"temperature must lie in \(0, 1\], got 1.5"),
             (lambda: DistributionAlignment(FixedThreshold(), "given"), "target must be one of uniform, labeled, got"),
-            (lambda: Sharpen(DistributionAlignment(FixedThreshold())), "Sharpen must be inside"),
         ],
     )
     def test_values_out_of_range(self, make, message):
+        with pytest.raises(InputError, match=message):
+            make()
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: Sharpen(DistributionAlignment(FixedThreshold())), "Sharpen must be inside"),
+            (lambda: Sharpen(OpenSetFilter(DistributionAlignment(FixedThreshold()))), "Sharpen must be inside"),
+            (lambda: Sharpen(AdaMatch()), "Sharpen would replace the aligned targets of AdaMatch by"),
+            (lambda: Sharpen(OpenSetFilter(AdaMatch())), "Sharpen would replace the aligned targets of AdaMatch by"),
+            (lambda: Sharpen(Sharpen(FixedThreshold())), "Sharpen in Sharpen: the inner one would have no effect"),
+            (lambda: DistributionAlignment(OpenSetFilter(FixedThreshold())), "OpenSetFilter must be outside"),
+            (lambda: DistributionAlignment(Sharpen(OpenSetFilter(FixedThreshold()))), "OpenSetFilter must be outside"),
+        ],
+    )
+    def test_the_wrong_order(self, make, message):
+        """Probabilities that one selection changes would not reach the other, or would reach it changed."""
         with pytest.raises(InputError, match=message):
             make()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
-from kd_lightning.pseudo_labels.selection.base import Selection, SelectionAround, known_classes
+from kd_lightning.pseudo_labels.selection.base import Selection, SelectionAround, contains, known_classes
+from kd_lightning.pseudo_labels.selection.open_set_filter import OpenSetFilter
 from kd_lightning.pseudo_labels.selection.running_mean import RunningMean, mean_of_rows
 
 Target = Literal["uniform", "labeled"]
@@ -51,9 +52,9 @@ class Alignment(nn.Module):
 class DistributionAlignment(SelectionAround):
     """Align the probabilities, see :class:`Alignment`, before another selection gets them.
 
-    It composes with any selection. ``"uniform"`` is right if the pool has equally many samples of each class,
-    ``"labeled"`` if its classes have the shares that they have among the labels. In ``PseudoLabelRefresh`` a step is a
-    whole round: set ``momentum`` to 0, or near it.
+    It composes with any selection; ``OpenSetFilter`` must be outside. ``"uniform"`` is right if the pool has equally
+    many samples of each class, ``"labeled"`` if its classes have the shares that they have among the labels. In
+    ``PseudoLabelRefresh`` a step is a whole round: set ``momentum`` to 0, or near it.
 
     Berthelot et al., "ReMixMatch: Semi-Supervised Learning with Distribution Alignment and Augmentation Anchoring",
     2020, https://arxiv.org/abs/1911.09785. It takes the shares of the labels themselves, and a mean over the last 128
@@ -63,10 +64,18 @@ class DistributionAlignment(SelectionAround):
         selection: The selection that gets the aligned probabilities.
         target: ``"uniform"`` or ``"labeled"``.
         momentum: Of the running means, in [0, 1).
+
+    Raises:
+        InputError: If an argument is out of range, or ``OpenSetFilter`` is inside.
     """
 
     def __init__(self, selection: Selection, target: Target = "uniform", momentum: float = 0.999) -> None:
         super().__init__(selection)
+        if contains(selection, OpenSetFilter):
+            raise InputError(
+                "OpenSetFilter must be outside: OpenSetFilter(DistributionAlignment(...)) gets the probabilities as "
+                "they are"
+            )
         self.alignment = Alignment(target, momentum)
         self.needs_labeled = selection.needs_labeled or target == "labeled"
 

@@ -130,6 +130,11 @@ def most_probable(probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return confidence, label, F.one_hot(label, probabilities.shape[1]).to(probabilities.dtype)
 
 
+def contains(selection: Selection, kind: type[Selection]) -> bool:
+    """Whether a selection, or one inside it, is of a kind."""
+    return any(isinstance(one, kind) for one in selection.modules())
+
+
 def check_task(selection: Selection, task: Task) -> None:
     """Raise InputError unless a selection, and those inside it, are for a task."""
     for one in selection.modules():

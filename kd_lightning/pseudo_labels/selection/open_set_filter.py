@@ -28,7 +28,7 @@ class OpenSetFilter(SelectionAround):
     several give the largest value.
 
     It is for a pool where a good part of the samples belongs to no class of the labels, and where the network is less
-    sure of these. It splits any pool, so leave it out where there are no such samples. Put it outside of
+    sure of these. It splits any pool, so leave it out where there are no such samples. It must be outside of
     ``DistributionAlignment``, so that it gets the probabilities as they are. In ``PseudoLabelRefresh`` a step is a
     whole round: set ``momentum`` to 0, or near it.
 
