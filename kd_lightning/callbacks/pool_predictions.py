@@ -66,7 +66,7 @@ def predict_pool(
         for loaded in data.pool_dataloader() if num_views is None else data.pool_dataloader(num_views):
             moved = move_batch(trainer, loaded)
             batch = unpack(module, moved)
-            known = moved if isinstance(moved, Batch) else batch  # an unpack need not care for index and labels
+            known = moved if isinstance(moved, Batch) else batch  # an unpack need not return index and labels
             if known.index is None or known.y is None:
                 raise InputError("pool_dataloader must return Batches with index and y (-100: unlabeled)")
             with trainer.precision_plugin.forward_context():
@@ -75,7 +75,7 @@ def predict_pool(
                     logits = found if isinstance(source, str) else run(module, batch.x)  # a graph gives features
                     outputs = task.rows(logits, "a network").shape[1]
             if isinstance(source, str):
-                found = task.predictions(task.rows(found, f"pseudo-labels: the {source}").float(), batch.candidates)
+                found = task.predictions(task.rows(found, f"pseudo-labels: the {source}").float(), known.candidates)
             if not known.is_padding:
                 part = known.index.cpu(), known.y.cpu(), found.float().cpu()
                 parts.append(part if num_views is None else _join_views(*part, batch, num_views))

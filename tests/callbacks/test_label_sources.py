@@ -137,6 +137,21 @@ def test_a_module_with_seams_of_its_own(quiet_trainer, source, drops):
             assert torch.equal(data.labels.label, source(net[:2](2 * A), Y, CLASSES)[9:].argmax(1))
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_coarse_labels_count_where_a_module_reads_batches_itself(quiet_trainer, drops):
+    """The pseudo-label of each unlabeled sample is one of two classes, also if ``unpack`` returns no ``candidates``."""
+    Doubled.drops = drops
+    net = FORMS["tensor"][1]()
+    allowed = F.one_hot((TRUTH + 1) % CLASSES, CLASSES) == 0
+    candidates = allowed & (INDEX >= 9).unsqueeze(1)
+    module = Doubled(net, optimizer=SGD)
+    data = Pool("mapping", lambda x, y, index: Batch(x, y, index, candidates=candidates[index]))
+    data.train_dataloader = lambda: DataLoader([Batch({"a": A, "rest": A}, Y, INDEX)], batch_size=None)
+    module.training_step = lambda batch, batch_idx: net(batch.x["a"]).sum()
+    fit(quiet_trainer, module, data)
+    check(data.labels, run(net, 2 * A).masked_fill(~allowed, -torch.inf))
+
+
 class Theirs(LightningModule):
     """Another project's: ``forward`` takes the tensors by name, and the network has another name."""
 

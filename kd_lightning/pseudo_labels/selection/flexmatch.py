@@ -71,9 +71,9 @@ class FlexMatch(Selection):
 
     def thresholds(self, classes: int) -> Tensor:
         """Return the threshold of each class, (C,) float32, for ``classes`` = C."""
-        ones = torch.ones_like(self.last_class, dtype=torch.float32)
+        ones = torch.ones_like(self.last_class)  # whole numbers: a sum of ones in float32 ends at 2^24
         counts = ones.new_zeros(classes + 1).scatter_add(0, self.last_class + 1, ones)[1:]
-        beta = counts / torch.maximum(counts.max(), self.num_unlabeled - counts.sum()).clamp_min(1.0)
+        beta = counts / torch.maximum(counts.max(), self.num_unlabeled - counts.sum()).clamp_min(1)
         return self.threshold * beta / (2 - beta)
 
     def _store(self, index: Tensor, label: Tensor) -> None:

@@ -61,8 +61,7 @@ class OpenSetFilter(SelectionAround):
         target, weight = self.selection(probabilities, labeled_probabilities, index)
         score = torch.special.entr(probabilities).sum(dim=1) / math.log(max(probabilities.shape[1], 2))
         bins = (score * _BINS).long().clamp(0, _BINS - 1)
-        ones = torch.ones_like(bins, dtype=self.histogram.value.dtype)
-        counts = sum_over_ranks(torch.zeros_like(self.histogram.value).scatter_add(0, bins, ones))
+        counts = sum_over_ranks(count_bins(bins)).to(self.histogram.value)
         total = counts.sum()
         last = otsu_threshold(self.histogram.update(counts / total.clamp_min(1.0), total))
         return target, weight * (bins <= last).to(weight)
@@ -70,6 +69,12 @@ class OpenSetFilter(SelectionAround):
     def extra_repr(self) -> str:
         """Show the arguments in messages."""
         return f"momentum={self.histogram.momentum}"
+
+
+def count_bins(bins: Tensor) -> Tensor:
+    """Return how often each bin comes, (64,) integers, of the numbers of bins (N,)."""
+    # whole numbers: a sum of ones in float32 ends at 2^24, and dense outputs may have more positions
+    return torch.zeros(_BINS, dtype=torch.long, device=bins.device).scatter_add(0, bins, torch.ones_like(bins))
 
 
 def otsu_threshold(histogram: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from kd_lightning import (
     PseudoLabelRefresh,
     SemiSupervisedDataModule,
 )
-from kd_lightning.pseudo_labels.selection.open_set_filter import otsu_threshold
+from kd_lightning.pseudo_labels.selection.open_set_filter import count_bins, otsu_threshold
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,14 @@ from kd_lightning.pseudo_labels.selection.open_set_filter import otsu_threshold
 )
 def test_otsu(shares, last):
     assert int(otsu_threshold(torch.tensor(shares, dtype=torch.float64) / sum(shares))) == last
+
+
+def test_more_rows_than_float32_can_count():
+    """As the positions of large maps. A sum of ones in float32 ends at 2^24."""
+    bins = torch.zeros((), dtype=torch.long).expand(2**24 + 3)
+    counts = count_bins(torch.cat([bins, torch.ones(2, dtype=torch.long)]))
+    assert counts[:3].tolist() == [2**24 + 3, 2, 0]
+    assert len(counts) == 64
 
 
 def rows(count, scale, classes, seed):
