@@ -19,7 +19,7 @@ _SECTION = re.compile(r'<section id="([\w-]+)".*?<h2[^>]*>(.*?)</h2>.*?</section
 
 @dataclass(frozen=True)
 class Frame:
-    """A page of HTML that a notebook shows in a frame, so that neither changes the style of the other.
+    """A page of HTML that a notebook shows in a frame: neither changes the style of the other, and no script runs.
 
     Attributes:
         page: The page.
@@ -29,7 +29,9 @@ class Frame:
 
     def _repr_html_(self) -> str:
         style = f"width: 100%; height: {_HEIGHT}px; border: 0"
-        return f'<iframe srcdoc="{escape(self.page)}" style="{style}" onload="{_FIT}"></iframe>'
+        # no script of the page runs; the notebook, which measures it, may read it
+        sandbox = 'sandbox="allow-same-origin"'
+        return f'<iframe {sandbox} srcdoc="{escape(self.page)}" style="{style}" onload="{_FIT}"></iframe>'
 
 
 class ReportPage:

@@ -20,7 +20,7 @@ def path(make):
 
 def framed(shown):
     """The page in the frame."""
-    (found,) = re.findall(r'^<iframe srcdoc="([^"]*)" style="[^"]*" onload="[^"]*"></iframe>$', shown._repr_html_())
+    (found,) = re.findall(r'^<iframe sandbox="allow-same-origin" srcdoc="([^"]*)" style="[^"]*" onload="[^"]*"></iframe>$', shown._repr_html_())
     return unescape(found)
 
 
