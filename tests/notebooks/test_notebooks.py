@@ -127,7 +127,7 @@ def test_is_stored_as_run(path, root):
 def test_distill_digits_shows_its_figures(root):
     notebook = read(root / "notebooks/01_distill_digits.ipynb")
     shapes = [figure.shape for figure in figures(notebook)]
-    assert len(shapes) == 5  # soft targets, curves, bars, sizes, predictions
+    assert len(shapes) == 5  # soft targets, loss terms, validation, seeds, predictions
     assert all(height > 100 and width > 400 for height, width, _ in shapes)
     assert all(figure[..., :3].std() > 0.05 for figure in figures(notebook))  # not blank
 
