@@ -20,8 +20,8 @@ def path(make):
 
 def framed(shown):
     """The page in the frame."""
-    (found,) = re.findall(r'^<iframe sandbox="allow-same-origin" srcdoc="([^"]*)" style="[^"]*" onload="[^"]*"></iframe>$', shown._repr_html_())
-    return unescape(found)
+    start, attributes = '<iframe sandbox="allow-same-origin" srcdoc="', 'style="[^"]*" onload="[^"]*"'
+    return unescape(re.fullmatch(f'{start}([^"]*)" {attributes}></iframe>', shown._repr_html_())[1])
 
 
 def test_titles_are_the_headings_of_the_page(path):
@@ -61,8 +61,8 @@ def test_text_of_a_part_is_short(path):
 
 
 def test_refuses(path, tmp_path):
-    with pytest.raises(InputError, match=r"name must be a part of .*report.html \(top, accuracy, .*\), got acuracy"):
-        ReportPage(path).part("acuracy")
+    with pytest.raises(InputError, match=r"name must be a part of .*report.html \(top, accuracy, .*\), got speed"):
+        ReportPage(path).part("speed")
     with pytest.raises(InputError, match="path must be a page of `report`, or its folder, got .*missing"):
         ReportPage(tmp_path / "missing")
     (tmp_path / "other.html").write_text("<html></html>")
