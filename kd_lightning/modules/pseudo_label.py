@@ -14,7 +14,7 @@ from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
-from kd_lightning.modules._shared.averaged_student import average_of, check_precision
+from kd_lightning.modules._shared.averaged_student import average_of, start_average
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules._shared.dense import labeled_samples
 from kd_lightning.modules._shared.dense_checks import check_strong_transform, check_strong_view
@@ -309,8 +309,10 @@ class PseudoLabelModule(TaughtModule):
     # The run.
 
     def on_fit_start(self) -> None:
-        """Runs at the start of fit. Fills the cache of a teacher that makes online pseudo-labels."""
+        """Runs at the start of fit. Fills the cache of a teacher that makes online pseudo-labels, starts an average."""
         super().on_fit_start()
+        if self.ema is not None:
+            start_average(self.ema, self.student)
         if self.teacher is not None and self.pseudo_labels == "online":
             fill_caches(self.teacher, self.trainer)
 
@@ -344,8 +346,6 @@ class PseudoLabelModule(TaughtModule):
         self._unchecked_labels = data.visible_labels() if one_label and hasattr(data, "visible_labels") else None
         if self.pseudo_labels == "refreshed":
             check_refresh(getattr(self.trainer, "callbacks", ()), self.ema, self.teacher)
-        if self.ema is not None:
-            check_precision(self.student)
 
     def on_train_epoch_start(self) -> None:
         """Runs at the start of each training epoch. Resets the counts of pseudo-labels."""

@@ -95,6 +95,16 @@ def test_our_modules(quiet_trainer, form, source):
     check(data.labels, run(network, change(A)))
 
 
+def test_weights_that_are_loaded_into_a_module(quiet_trainer):
+    """The average begins with the student's weights at the start of the fit, not with those of the constructor."""
+    net, other = Two(0), Two(1)
+    module, data = PseudoLabelModule(net, pseudo_labels="refreshed", optimizer=SGD, ema_decay=0.5), Pool("mapping")
+    net.load_state_dict(other.state_dict())
+    fit(quiet_trainer, module, data, source="ema")
+    check(data.labels, run(other, FORMS["mapping"][0](A)))
+    assert int(module.ema.n_averaged) == 5
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_graph_of_features(quiet_trainer, form):
     change, make = FORMS[form]

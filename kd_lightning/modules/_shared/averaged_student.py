@@ -27,10 +27,12 @@ def average_of(student: nn.Module, decay: float) -> AveragedModel:
     return averaged
 
 
-def check_precision(student: nn.Module) -> None:
-    """Raise InputError if the weights that an average follows are of half precision: it would stand still.
+def start_average(averaged: AveragedModel, student: nn.Module) -> None:
+    """Runs at the start of a fit. Copies the student, which may have got other weights, into an average without a step.
 
-    The average moves by a thousandth of its distance in a step, which rounding to 8 or 11 bits removes.
+    Raises:
+        InputError: If weights that it follows are of half precision. It moves by a thousandth of its distance in a
+            step, which rounding to 8 or 11 bits removes, so it would stand still.
     """
     half = (torch.bfloat16, torch.float16)
     found = next((p.dtype for p in student.parameters() if p.requires_grad and p.dtype in half), None)
@@ -40,3 +42,6 @@ def check_precision(student: nn.Module) -> None:
         raise InputError(
             f"ema_decay: an average of {name} weights stands still; set precision: {precision}, or leave out ema_decay"
         )
+    if not int(averaged.n_averaged):
+        averaged.update_parameters(student)
+        averaged.n_averaged.zero_()
