@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -181,10 +182,8 @@ def find_teacher(module: LightningModule, data: SemiSupervisedDataModule | None 
             means that they know them.
 
     Raises:
-        InputError: If the module has no frozen teacher, or is taught on a part of what it returns.
+        InputError: If the module has no frozen teacher.
     """
-    if getattr(getattr(module, "teaching", None), "output", None) is not None:
-        raise InputError("disagreement needs a teacher that returns logits, but teach has output")
     ensemble = getattr(module, "ensemble", None)
     found = [*ensemble] if isinstance(ensemble, Ensemble) else []
     found = found or [getattr(owner, "teacher", None) for owner in (module, getattr(module, "teaching", None))]
@@ -193,6 +192,7 @@ def find_teacher(module: LightningModule, data: SemiSupervisedDataModule | None 
         teacher.find_samples(data, "train")
     if isinstance(ensemble, Ensemble):
         return lambda batch: ensemble.pool(ensemble(batch))
+    teaching: Any = getattr(module, "teaching", None)
     if teachers:
-        return teachers[0]
+        return teaching.teacher_logits if teachers[0] is getattr(teaching, "teacher", None) else teachers[0]
     raise InputError(f"disagreement needs a module with a frozen teacher, {type(module).__name__} has none")

@@ -7,31 +7,50 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.outputs import logits_of, pick_logits
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.pseudo_labels import GraphPseudoLabels
-from kd_lightning.runs.student import STUDENT, find_network, student_path
+from kd_lightning.runs.student import STUDENT, batch_of_step, find_network, student_path
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher
 
 Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
 
 
+def read_batch(module: LightningModule, loaded: Any) -> Batch:
+    """Return a batch as the networks of a module get it; those of one that is taught, as its step calls its network.
+
+    Raises:
+        InputError: If the batch is of a kind that is not known, or the step does not lead to the network.
+    """
+    return unpack(module, loaded) if _teaching_of(module) is None else batch_of_step(module, loaded)
+
+
 def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, source: Source) -> Tensor:
     """Return the outputs of the network that labels, (B, C) or (B,), or for a graph features (B, D).
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        batch: The batch, see :func:`read_batch`.
+        source: What labels.
 
     Raises:
         InputError: If the module has no such network.
     """
+    teaching = _teaching_of(module)
     if not isinstance(source, str):
         return source.features_of(student_of(module), batch.x, getattr(module, "call", call))
     if source == "student":
         logits = run(module, batch.x)
     elif source == "ema":
         average = find_average(trainer, module).eval()
+        if teaching is not None:
+            return _run_taught(average.module if isinstance(average, AveragedModel) else average, batch.x, teaching)
         own = average is getattr(module, "ema", None)  # of the student alone; Lightning's is one of the module
         output = getattr(module, "call", call)(average, batch.x) if own else _run(average, batch.x, module)
         logits = logits_of(output, "the averaged student")
@@ -39,6 +58,8 @@ def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, sourc
         teacher = find_teacher(module).eval()
         if isinstance(teacher, Ensemble):
             logits = teacher.pool(teacher(batch))
+        elif teaching is not None and teacher is teaching.teacher:
+            logits = teaching.teacher_logits(batch)
         else:
             output = teacher(batch) if isinstance(teacher, Teacher) else call(teacher, batch.teacher_x)
             logits = logits_of(output, "the teacher")
@@ -46,7 +67,9 @@ def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, sourc
 
 
 def run(module: LightningModule, x: Inputs) -> Tensor:
-    """Return a module's logits for inputs."""
+    """Return a module's logits for inputs; of one that is taught those of its network, for the inputs of its step."""
+    if (teaching := _teaching_of(module)) is not None:
+        return _run_taught(module, x, teaching)
     return logits_of(_run(module, x, module), "the student")
 
 
@@ -87,6 +110,18 @@ def find_average(trainer: Trainer, module: LightningModule) -> nn.Module:
             "source: ema needs PseudoLabelModule(ema_decay=...), or Lightning's EMAWeightAveraging as a callback"
         )
     return averaging._average_model or module  # it has no average before its own setup
+
+
+def _teaching_of(module: LightningModule) -> Any:
+    """Return what a module is taught with, see :class:`~kd_lightning.teach`; None if it is not taught."""
+    found = getattr(module, "teaching", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _run_taught(module: nn.Module, x: Inputs, teaching: Any) -> Tensor:
+    """Return the logits of the network of a module that is taught, or of a copy of it."""
+    network = find_network(module, teaching.network, "PseudoLabelRefresh")
+    return pick_logits(call(network, x), teaching.output, "the student")
 
 
 def weight_averaging(trainer: Trainer) -> WeightAveraging | None:

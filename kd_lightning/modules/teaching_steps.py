@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.batch import LABEL_KEYS, is_labeled, unpack
+from kd_lightning.batch import LABEL_KEYS, Batch, is_labeled, unpack
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import Output
+from kd_lightning.features.outputs import Output, pick_logits
+from kd_lightning.inputs import arguments_of
 from kd_lightning.losses import ConditionalLoss, KDLoss
 from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
@@ -79,6 +80,16 @@ class Teaching(nn.Module):
             "on_save_checkpoint": self._on_save_checkpoint,
             "on_load_checkpoint": self._on_load_checkpoint,
         }
+
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """Return the teacher's logits for a batch outside of a training step, in the student's class order."""
+        if self.output is None:
+            found: Tensor = self.teacher(batch)
+            return found
+        args, kwargs = arguments_of(batch.teacher_x)
+        picked = pick_logits(self.teacher.run(*args, **kwargs), self.output, "the teacher")
+        logits: Tensor = self.teacher.arrange(picked.to(batch.device))
+        return logits
 
     @property
     def _owner(self) -> Any:

@@ -148,16 +148,11 @@ class OfScores(Lit):
         return self.net(batch[0])["scores"]
 
 
-@pytest.mark.parametrize("strategy", ["entropy", "bald", "badge"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_network_taught_on_a_part_of_what_it_returns(strategy, quiet_trainer):
     expected = run(strategy, quiet_trainer, lambda: teach(Lit(1), Scaled(1, -3.0)))
     found = run(strategy, quiet_trainer, lambda: teach(OfScores(1), Scores(Scaled(1, -3.0)), output="scores"))
     assert found == expected
-
-
-def test_disagreement_with_a_part_of_what_a_teacher_returns(quiet_trainer):
-    with pytest.raises(InputError, match="disagreement needs a teacher that returns logits, but teach has output"):
-        run("disagreement", quiet_trainer, lambda: teach(OfScores(1), Scores(Scaled(1)), output="scores"))
 
 
 def test_a_module_of_this_package_may_be_taught(quiet_trainer):

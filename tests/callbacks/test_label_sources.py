@@ -209,6 +209,48 @@ def test_a_taught_module(quiet_trainer, form, source):
         assert torch.equal(data.labels.label, source(features, Y, CLASSES)[9:].argmax(1))
 
 
+class Steps(Theirs):
+    """Its step doubles what the network gets, and the network returns its logits under another name."""
+
+    def __init__(self, net, named):
+        super().__init__(Named(net) if named else net)
+        self.named = named
+
+    def forward(self, x):
+        raise AssertionError("a taught module needs no forward")
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(2 * batch.x)
+        known, logits = batch.y >= 0, logits["scores"] if self.named else logits
+        return F.cross_entropy(logits[known], batch.y[known])
+
+
+class Named(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return {"logits": x, "scores": self.net(x)}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("source", ["student", "ema", "teacher", GraphPseudoLabels(neighbors=3)])
+def test_a_taught_module_changes_inputs_in_its_step(quiet_trainer, source, named):
+    """Each network gets what the step gives the student, and what ``output`` names are the logits."""
+    make, data = FORMS["tensor"][1], Pool("tensor")
+    net, teacher = make(), make(1)
+    known = Teacher(Named(teacher) if named else teacher, classes=[2, 0, 1])  # the order of its outputs
+    module = teach(Steps(net, named), known, output="scores" if named else None)
+    average = [EMAWeightAveraging()] if source == "ema" else []
+    fit(quiet_trainer, module, data, *average, source=source)
+    if isinstance(source, str):
+        check(data.labels, run(teacher, 2 * A)[:, [1, 2, 0]] if source == "teacher" else run(net, 2 * A))
+    else:
+        with torch.no_grad():
+            assert torch.equal(data.labels.label, source(net[:2](2 * A), Y, CLASSES)[9:].argmax(1))
+
+
 def test_a_module_without_a_student(quiet_trainer):
     for options, name in (
         ({"source": GraphPseudoLabels()}, "GraphPseudoLabels"),

@@ -6,12 +6,14 @@ from argparse import Namespace
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kd_lightning.batch import unpack
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.cli.main import InspectCLI
+from kd_lightning.data.batch_transfer import own_hooks, read_by, transfer
 from kd_lightning.errors import InputError
 from kd_lightning.features.layers import Layer, list_layers
 from kd_lightning.inputs import call
@@ -46,7 +48,8 @@ class LayersCLI(InspectCLI):
         data: Any = model if datamodule is None else datamodule
         data.prepare_data()
         data.setup("fit")
-        loaded = next(iter(data.train_dataloader()))
+        source = read_by(data, own_hooks(model), Batch.from_any)
+        loaded = transfer(source, next(iter(data.train_dataloader())), torch.device("cpu"), training=True)
         path = student_path(model)
         if path is None:
             raise InputError(f"model: layers needs a module with a student, {type(model).__name__} has none")

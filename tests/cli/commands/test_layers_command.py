@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 
 from kd_lightning import SupervisedModule
 from kd_lightning.__main__ import main
@@ -53,7 +54,20 @@ def test_a_mapping_and_a_module_that_calls_its_student_in_another_way():
             return network(x["image"] * x["scale"].view(-1, 1, 1, 1))
 
     batch = {"image": torch.zeros(4, 1, 8, 8), "scale": torch.ones(4), "label": torch.arange(4)}
-    data = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, train_dataloader=lambda: [batch])
+    data = LightningDataModule()
+    data.train_dataloader = lambda: [batch]
     found = SimpleNamespace()
     LayersCLI.fit(found, Own(DigitsCNN(4)), data)
     assert found.networks == {"student": list_layers(DigitsCNN(4), batch["image"])}
+
+
+def test_hooks_of_the_module_change_its_inputs():
+    class Hooked(SupervisedModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return torch.zeros(4, 1, 8, 8), batch
+
+    data = LightningDataModule()
+    data.train_dataloader = lambda: [torch.arange(4)]
+    found = SimpleNamespace()
+    LayersCLI.fit(found, Hooked(DigitsCNN(4)), data)
+    assert found.networks == {"student": list_layers(DigitsCNN(4), torch.zeros(4, 1, 8, 8))}
