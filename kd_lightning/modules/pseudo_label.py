@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of
 from kd_lightning.inputs import join_rows, take_rows
+from kd_lightning.modules._shared.accepted_counts import AcceptedCounts
 from kd_lightning.modules._shared.averaged_student import average_of, start_average
 from kd_lightning.modules._shared.checks import check_choice
 from kd_lightning.modules._shared.dense import labeled_samples
@@ -47,7 +47,8 @@ class PseudoLabelModule(TaughtModule):
     - FixMatch (Sohn et al. 2020): ``FixedThreshold``, and a strong view. ``FlexMatch``, ``FreeMatch``, ``SoftMatch``
       and ``AdaMatch`` are other selections.
     - Mean Teacher (Tarvainen and Valpola 2017), with the cross-entropy in place of the squared error: ``ema_decay``,
-      and ``Sharpen(FixedThreshold(0), 1)``.
+      and ``Sharpen(FixedThreshold(0), 1)``. The papers of these methods evaluate the average; here it is the student,
+      unless Lightning's ``EMAWeightAveraging`` averages the module.
 
     The unsupervised term is the cross-entropy with the targets, times their weights, summed over the unlabeled samples
     and divided by the number of *all* of them, so that few accepted ones weigh little. Samples with a coarse label are
@@ -136,7 +137,7 @@ class PseudoLabelModule(TaughtModule):
         self.teacher = self.make_teacher(teacher)
         self.ema = None if ema_decay is None else average_of(student, ema_decay)
         self._unchecked_labels: Tensor | None = None  # until the first logits have the number of classes
-        self._unlabeled_count = self._accepted_count = torch.zeros(())  # of this epoch
+        self._counts = AcceptedCounts()
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
         """Return the hard and the unsupervised term."""
@@ -303,8 +304,7 @@ class PseudoLabelModule(TaughtModule):
             share = weight.float().mean() if unlabeled else 0.0
             # always a float: the weights of all processes must have one type
             self._record_mean("train/coverage", share, max(float(unlabeled), 1e-9))
-            self._unlabeled_count = self._unlabeled_count + unlabeled
-            self._accepted_count = self._accepted_count.to(weight.device) + weight.sum()
+            self._counts.add(weight)
 
     # The run.
 
@@ -349,18 +349,13 @@ class PseudoLabelModule(TaughtModule):
 
     def on_train_epoch_start(self) -> None:
         """Runs at the start of each training epoch. Resets the counts of pseudo-labels."""
-        self._unlabeled_count = self._accepted_count = torch.zeros(())
+        self._counts.reset()
 
     def on_train_epoch_end(self) -> None:
         """Runs at the end of each training epoch. Warns if it had no unlabeled sample, or accepted no pseudo-label."""
         super().on_train_epoch_end()
-        if not int(self._unlabeled_count):
-            rank_zero_warn("no batch of this epoch had an unlabeled sample (y = -100): nothing to pseudo-label")
-        elif self.pseudo_labels == "online" and self.unsupervised_weight > 0 and not float(self._accepted_count):
-            rank_zero_warn(
-                f"no pseudo-label of this epoch was accepted ({one_line(self.selection)}), so the student trained on "
-                "the labels alone; lower the threshold, or train longer on the labels first"
-            )
+        selects = self.pseudo_labels == "online" and self.unsupervised_weight > 0
+        self._counts.warn(self.device, one_line(self.selection) if selects else None)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -373,15 +368,14 @@ class PseudoLabelModule(TaughtModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint is written. Adds the epoch's counts of pseudo-labels."""
         super().on_save_checkpoint(checkpoint)
-        counts = (self._unlabeled_count, self._accepted_count)
-        checkpoint["pseudo_label_counts"] = [count.cpu() for count in counts]
+        checkpoint["pseudo_label_counts"] = [*self._counts.of_all_processes(self.device).cpu()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Restores the counts, and the sizes of the selection."""
         self.selection.take_sizes(checkpoint["state_dict"], "selection.")
         super().on_load_checkpoint(checkpoint)
-        if "pseudo_label_counts" in checkpoint:
-            self._unlabeled_count, self._accepted_count = checkpoint["pseudo_label_counts"]
+        if "pseudo_label_counts" in checkpoint and self.global_rank == 0:  # of all processes
+            self._counts.restore(checkpoint["pseudo_label_counts"])
 
     def _data(self) -> Any:
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)

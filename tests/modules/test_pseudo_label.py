@@ -2,11 +2,12 @@
 
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -619,6 +620,36 @@ def test_weight_that_a_callback_sets():
         module.training_step((random_inputs(), Y), 0)
 
 
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_pseudo_label import fit_share
+fit_share()
+"""
+
+
+class OfTheSecond(FixedThreshold):
+    """Accepts the pseudo-labels of the second process alone."""
+
+    def forward(self, probabilities, labeled_probabilities, index):
+        target, weight = super().forward(probabilities, labeled_probabilities, index)
+        return target, weight * torch.distributed.get_rank()
+
+
+def fit_share():
+    """Fit on two processes; the first one writes its warnings."""
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = PseudoLabelModule(linear().float(), selection=OfTheSecond(0.0), optimizer=SGD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=two_streams(batch_size=6, labeled_batch_size=2))
+    if trainer.is_global_zero:
+        Path("warnings.txt").write_text("\n".join([*(str(one.message) for one in caught), "ends"]))
+
+
 class TestRun:
     def test_no_unlabeled_samples(self, quiet_trainer, student):
         for arguments in ({"labeled": None}, {"labeled": 3, "unlabeled": "none"}):
@@ -664,6 +695,15 @@ class TestRun:
             warnings.simplefilter("always")
             quiet_trainer().fit(PseudoLabelModule(student, **arguments), datamodule=data)
         assert not [str(w.message) for w in caught if "pseudo-label" in str(w.message)]
+
+    @pytest.mark.dist
+    def test_no_warning_where_another_process_accepts(self, tmp_path, monkeypatch, processes):
+        monkeypatch.chdir(tmp_path)
+        Path("run.py").write_text(SCRIPT)
+        processes.run_ranks(["run.py", str(Path(__file__).parent)])
+        text = Path("warnings.txt").read_text()
+        assert "ends" in text
+        assert "pseudo-label" not in text
 
     def test_nobody_refreshes(self, quiet_trainer, loader, student):
         with pytest.raises(InputError, match="pseudo_labels: refreshed needs the callback PseudoLabelRefresh"):

@@ -20,8 +20,8 @@ class AdaMatch(Selection):
     Berthelot et al., "AdaMatch: A Unified Approach to Semi-Supervised Learning and Domain Adaptation", 2022,
     https://arxiv.org/abs/2106.04732. As in the authors' code, the target is the aligned class, and the labeled mean a
     running one; that of unlabeled rows is a running one, too, in place of one over the last 128 steps. The threshold is
-    the paper's 0.9 (USB: 0.95). The paper's random interpolation of logits changes the student, not the selection, and
-    is left out, as in USB.
+    the paper's 0.9 (USB: 0.95). The paper's random interpolation of logits, and its loss on strong views of the labeled
+    rows, change the student, not the selection, and are left out, as in USB.
 
     Args:
         relative_threshold: In [0, 1].
