@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import DatasetSource, InputError, SemiSupervisedDataModule, SoftWeightAnnealing, Teacher, teach
 from kd_lightning.losses import KDLoss
+from kd_lightning.modules import teaching_steps
 
 W, T = 0.7, 4.0  # soft weight and temperature
 ROWS = 6
@@ -496,6 +497,18 @@ def test_a_warning_if_no_batch_has_a_hard_loss(quiet_trainer):
     with pytest.warns(UserWarning, match="no batch of this epoch had a hard loss"):
         trainer.fit(teach(module, network(seed=1), unlabeled=True), DataLoader([(x, -100) for x, _ in pairs()], ROWS))
     assert trainer.callback_metrics["teach/unlabeled"] == 1.0
+
+
+def test_no_warning_if_another_process_has_a_hard_loss(quiet_trainer, monkeypatch):
+    """The counts are those of all processes: steps, soft losses, hard losses, rows."""
+    monkeypatch.setattr(teaching_steps, "sum_over_ranks", lambda counts: counts + torch.tensor([1, 1, 1, 1]))
+    module = Unlabeled()
+    module.how = "raises"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "teach: no batch")
+        quiet_trainer().fit(
+            teach(module, network(seed=1), unlabeled=True), DataLoader([(x, -100) for x, _ in pairs()], ROWS)
+        )
 
 
 @pytest.mark.parametrize("mixed", [True, False])
