@@ -171,7 +171,7 @@ class Fashion:
     def __init__(self, folder, labels):
         self.folder, self.labels = Path(folder), labels
 
-    def fit(self, part, seed, way, setting):
+    def fit(self, part, seed, way, setting, steps=None):
         """Train one way."""
         images = Images(self.folder, part, seed)
         rows, known = draw(images.parts["train"][1], [self.labels] * 10, [POOL // 10] * 10, seed)
@@ -189,7 +189,7 @@ class Fashion:
             made = with_teacher(way, value, expert)
         else:
             made = way_of(way, value)
-        return train_images(images, rows, known, *made, lr, way)
+        return train_images(images, rows, known, *made, lr, way, steps=steps)
 
 
 def small_network(classes=10):
@@ -197,7 +197,7 @@ def small_network(classes=10):
     return nn.Sequential(nn.AvgPool2d(2), STUDENT(num_classes=classes))
 
 
-def train_images(images, rows, known, method, callbacks, lr, way, classes=None):
+def train_images(images, rows, known, method, callbacks, lr, way, classes=None, steps=None):
     """Train on images, and measure.
 
     Args:
@@ -209,6 +209,7 @@ def train_images(images, rows, known, method, callbacks, lr, way, classes=None):
         lr: Learning rate.
         way: Name of the way.
         classes: Those of the labels. Images of others are in the pool alone. Default: None, which means all.
+        steps: Number of steps. Default: None, which means those of all other fits.
     """
     x, truth = (part[rows] for part in images.parts["train"])
     network = small_network
@@ -232,9 +233,10 @@ def train_images(images, rows, known, method, callbacks, lr, way, classes=None):
     transforms = {"train_transform": weak, "eval_transform": plain}
     source = DatasetSource(TensorDataset(x, truth.where(known, -1)), TensorDataset(*images.parts[images.part]))
     data = SemiSupervisedDataModule(source, val_size=0, seed=images.seed, **transforms, **options)
-    watch = Watch(truth, EVERY)
+    steps = steps or STEPS
+    watch = Watch(truth, EVERY * steps // STEPS)
     fast = CompileNetworks(backend=None, channels_last=True)
-    _, found = images.fit(method, data, lr, STEPS, network, [*callbacks, watch, fast])
+    _, found = images.fit(method, data, lr, steps, network, [*callbacks, watch, fast])
     return found | {"records": watch.records}
 
 

@@ -236,6 +236,16 @@ def test_tables(measured, capsys):
     assert "at steps 500, 1000, 2000 | 250 labels |" in out and "| FreeMatch | -, -, 40; 90.0 |" in out
 
 
+def test_longer_fits_have_settings_of_their_own(script, tasks, tmp_path):
+    longer = script("selections_longer")
+    fits, seen = SimpleNamespace(get=lambda settings, fit: (settings, fit())), []
+    task = SimpleNamespace(fit=lambda *arguments: seen.append(arguments))
+    assert longer.get(fits, task, (10_000, 2, "SoftMatch")) == ([10_000, 2, "SoftMatch"], None)
+    assert seen == [("test", 2, "SoftMatch", (0.03, 0.999), 10_000)]
+    found = tasks.Fashion(tmp_path, 4).fit("test", 0, "FixMatch", (0.03, 0.0), 2 * tasks.STEPS)
+    assert found["records"][-1]["step"] == 2 * tasks.STEPS
+
+
 def test_differences_are_corrected_for_the_rows(measured):
     own = {"FixMatch": [1.0, 2.0, 3.0], "a": [2.0, 3.5, 4.0], "b": [1.0, 2.5, 3.0]}
     found = measured.over(own, "FixMatch")
