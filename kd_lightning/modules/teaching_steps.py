@@ -87,10 +87,13 @@ class Teaching(nn.Module):
         if self.output is None:
             found: Tensor = self.teacher(batch)
             return found
-        args, kwargs = arguments_of(batch.teacher_x)
-        picked = pick_logits(self.teacher.run(*args, **kwargs), self.output, "the teacher")
-        logits: Tensor = self.teacher.arrange(picked.to(batch.device))
+        logits: Tensor = self.teacher.arrange(self.pick_teacher_logits(batch))
         return logits
+
+    def pick_teacher_logits(self, batch: Batch) -> Tensor:
+        """Compute the part of the teacher's output that the logits are, (B, M), in its own class order."""
+        args, kwargs = arguments_of(batch.teacher_x)
+        return pick_logits(self.teacher.run(*args, **kwargs), self.output, "the teacher").to(batch.device)
 
     @property
     def _owner(self) -> Any:

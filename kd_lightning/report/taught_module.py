@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
-from kd_lightning.features.outputs import logits_of
+from kd_lightning.features.outputs import pick_logits
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.losses.base import Task
 from kd_lightning.runs.student import batch_of_step, check_plain_logits, find_network
@@ -30,12 +31,12 @@ class TaughtModule:
     def __init__(self, module: LightningModule) -> None:
         teaching: Any = module.teaching
         check_plain_logits(module, "doctor")
-        if teaching.output is not None:
-            raise InputError("model: doctor needs a teacher that returns logits, but teach has output")
         if teaching.teacher is None or not module.automatic_optimization:
             what = "automatic optimisation" if teaching.teacher is not None else "a teacher"
             raise InputError(f"model: doctor needs a module with {what} to check teach")
-        self.teacher, self.soft_loss = teaching.teacher, teaching.soft_loss
+        self.teacher, self.soft_loss = copy(teaching.teacher), teaching.soft_loss
+        if teaching.output is not None:
+            self.teacher.compute = teaching.pick_teacher_logits  # of the copy alone
         self.task: Task = getattr(self.soft_loss, "task", "multiclass")
         self.student = find_network(module, teaching.network, "model")
         self.eval, self.train = module.eval, module.train
@@ -44,7 +45,7 @@ class TaughtModule:
 
     def __call__(self, x: Inputs) -> Tensor:
         """Return the student's logits."""
-        return logits_of(call(self.student, x), "the student")
+        return pick_logits(call(self.student, x), self._module.teaching.output, "the student")
 
     def unpack(self, loaded: Any) -> Batch:
         """Return a loaded batch as the training step gives it to the student."""

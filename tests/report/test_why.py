@@ -295,6 +295,38 @@ def test_a_taught_module(healthy):
     assert names["verdict"].reason == "wrong" and "not checked" not in names["view strength"].text
 
 
+class Scores(nn.Module):
+    """Returns other values as its logits."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return {"logits": x.flatten(1)[:, :10], "scores": self.net(x)}
+
+
+class OfScores(Lit):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch.x)["scores"], batch.y)
+
+
+def test_a_taught_module_whose_networks_name_their_logits(healthy):
+    """All is as if the networks returned these logits, also in another class order."""
+
+    def findings(kind, wrap, **options):
+        torch.manual_seed(0)
+        student, order = wrap(DigitsCNN(4)), [*range(1, 10), 0]
+        teacher = Teacher(wrap(healthy), classes=order)
+        found = [*examine(teach(kind(student), teacher, soft_weight=0.5, **options), digits())]
+        assert teacher.compute.__func__ is Teacher.compute
+        return [(one.name, one.severity, one.text) for one in found]
+
+    found = findings(OfScores, Scores, output="scores")
+    assert found == findings(Lit, lambda net: net)
+    assert any(severity == "error" for _, severity, _ in found)  # the order is a wrong one
+
+
 class Loaders(LightningDataModule):
     """Pairs of another project, in which samples have no index."""
 

@@ -456,7 +456,6 @@ class FloatForms(Forms):
         (lambda s, t: teach(Plain(s), None), Forms, "doctor needs a module with a teacher"),
         (lambda s, t: teach(Plain(s), t, class_dim=1), Forms, r"doctor needs .* \(B, C\), but teach has class_dim"),
         (lambda s, t: teach(Plain(s), t, mask="mask"), Forms, r"doctor needs .* \(B, C\), but teach has mask"),
-        (lambda s, t: teach(Plain(s), t, output=lambda o: o), Forms, r"doctor needs .*, but teach has output"),
         (lambda s, t: teach(NeedsTrainer(s), t), Forms, "cannot run training_step without a trainer: RuntimeError"),
         (lambda s, t: teach(Twice(s), t), Forms, "training_step calls the student with 100 rows for 50 labels"),
         (lambda s, t: teach(Odd(s), t), OddForms, r"the module's unpack\(batch\) can convert it"),
