@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.data.batch_transfer import own_hooks
 from kd_lightning.data.evaluation_batches import batches_of, calibration_batches, evaluation_batches
 from kd_lightning.data.preprocessing import Description, describe_data, transform_of
 from kd_lightning.data.sources.pixels import read_pixels
@@ -273,7 +274,7 @@ def _checked_description(data: Any, x: Inputs, *, is_plain: bool) -> Description
     loader = data.val_dataloader()
     loader = loader if isinstance(loader, ViewLoader) else data.train_dataloader()
     if not isinstance(loader, ViewLoader) or not isinstance(loader.dataset, ViewDataset):
-        return found if is_plain else None  # a stream, or a datamodule of the user
+        return found if is_plain and not own_hooks(data) else None  # a stream, or a datamodule of the user
     indices, labels = loader.dataset.indices[:_PICTURES], loader.labels
     views = ViewLoader(loader.dataset.of(indices, data.eval_transform), labels, batch_size=_PICTURES)
     expected = next(batches_of(views, data, torch.device("cpu"))).x

@@ -18,9 +18,11 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 from onnx import numpy_helper
 from safetensors import safe_open
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning.__main__ import main
 from kd_lightning.data import Digits
@@ -639,6 +641,36 @@ def test_a_module_that_reads_and_calls_in_its_own_way(run, tmp_path, capsys):
     assert correct == int((student(1 - x).argmax(1) == y).sum()) != int((student(x).argmax(1) == y).sum())
     assert metadata["preprocessing"] == "null"
     assert "do not describe the way from a picture to the input" in capsys.readouterr().out
+
+
+class Loaders(LightningDataModule):
+    """Pairs of another project; ``hooked`` turns them where they come to the device."""
+
+    eval_transform = Digits().eval_transform
+
+    def __init__(self, hooked: bool = False) -> None:
+        super().__init__()
+        self.hooked = hooked
+        if hooked:
+            self.on_after_batch_transfer = lambda batch, dataloader_idx: [1 - batch[0], batch[1]]
+
+    def val_dataloader(self):
+        part = Digits().load().train
+        return DataLoader(TensorDataset(part.images.tensors[0][:60], part.targets[:60]), 30)
+
+    train_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_data_of_the_user_are_described_without_hooks_alone(run, tmp_path, hooked):
+    change("data", {"class_path": f"{__name__}.Loaders", "init_args": {"hooked": hooked}})(run)
+    (run / "split.json").unlink()
+    main(["export", str(run), "--out", str(tmp_path / "x.safetensors")])
+    found = read_file_metadata(tmp_path / "x.safetensors")
+    x, y = IMAGES[:60], Digits().load().train.targets[:60]
+    correct = int((Run(run).student().eval()(1 - x if hooked else x).argmax(1) == y).sum())
+    assert json.loads(found["accuracy"])["correct"] == correct
+    assert (found["preprocessing"] == "null") == hooked
 
 
 def test_preprocessing_that_gives_other_inputs_is_not_described(run, tmp_path, monkeypatch, capsys):
