@@ -9,25 +9,16 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from kd_lightning.batch import Batch, unpack
+from kd_lightning.batch import Batch
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import logits_of, pick_logits
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.pseudo_labels import GraphPseudoLabels
-from kd_lightning.runs.student import STUDENT, batch_of_step, find_network, student_path
+from kd_lightning.runs.student import STUDENT, find_network, student_path
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.teacher import Teacher
 
 Source = Literal["student", "ema", "teacher"] | GraphPseudoLabels
-
-
-def read_batch(module: LightningModule, loaded: Any) -> Batch:
-    """Return a batch as the networks of a module get it; those of one that is taught, as its step calls its network.
-
-    Raises:
-        InputError: If the batch is of a kind that is not known, or the step does not lead to the network.
-    """
-    return unpack(module, loaded) if _teaching_of(module) is None else batch_of_step(module, loaded)
 
 
 def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, source: Source) -> Tensor:
@@ -36,7 +27,7 @@ def predict_batch(trainer: Trainer, module: LightningModule, batch: Batch, sourc
     Args:
         trainer: The trainer.
         module: The module.
-        batch: The batch, see :func:`read_batch`.
+        batch: The batch, see :func:`~kd_lightning.runs.student.batch_of_student`.
         source: What labels.
 
     Raises:

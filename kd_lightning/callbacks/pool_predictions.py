@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from kd_lightning.batch import Batch
-from kd_lightning.callbacks.label_sources import Source, predict_batch, read_batch, run
+from kd_lightning.callbacks.label_sources import Source, predict_batch, run
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
 from kd_lightning.inputs import tensors_of
 from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask
 from kd_lightning.ranks import gather
+from kd_lightning.runs.student import batch_of_student
 from kd_lightning.teachers.cache_fill import move_batch
 
 
@@ -65,7 +66,7 @@ def predict_pool(
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for loaded in data.pool_dataloader() if num_views is None else data.pool_dataloader(num_views):
             moved = move_batch(trainer, loaded)
-            batch = read_batch(module, moved)
+            batch = batch_of_student(module, moved)
             known = moved if isinstance(moved, Batch) else batch  # an unpack need not return index and labels
             if known.index is None or known.y is None:
                 raise InputError("pool_dataloader must return Batches with index and y (-100: unlabeled)")

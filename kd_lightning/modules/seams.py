@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch, unpack
+from kd_lightning.batch import Batch
 from kd_lightning.data.batch_transfer import HOOKS, own_hooks, read_by
 from kd_lightning.features.outputs import Output, pick_logits
 from kd_lightning.inputs import Inputs, call
 from kd_lightning.modules.supervised import SupervisedModule
 from kd_lightning.runs.class_paths import find_class
 from kd_lightning.runs.run import Run
-from kd_lightning.runs.student import batch_of_step, build_module, is_taught
+from kd_lightning.runs.student import batch_of_student, build_module, is_taught
 
 _SEAMS = ("unpack", "call", *HOOKS)
 
@@ -50,8 +50,8 @@ class Seams(NamedTuple):
         hooks, teaching = own_hooks(module), getattr(module, "teaching", None)
         if isinstance(teaching, nn.Module):
             output = getattr(teaching, "output", None)
-            return cls(partial(batch_of_step, module), task=_task_of(module), output=output, hooks=hooks)
-        return cls(partial(unpack, module), getattr(module, "call", call), _task_of(module), hooks=hooks)
+            return cls(partial(batch_of_student, module), task=_task_of(module), output=output, hooks=hooks)
+        return cls(partial(batch_of_student, module), getattr(module, "call", call), _task_of(module), hooks=hooks)
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device | str = "cpu") -> Seams:

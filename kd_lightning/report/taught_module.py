@@ -34,8 +34,9 @@ class TaughtModule:
         if teaching.teacher is None or not module.automatic_optimization:
             what = "automatic optimisation" if teaching.teacher is not None else "a teacher"
             raise InputError(f"model: doctor needs a module with {what} to check teach")
-        self.teacher, self.soft_loss = copy(teaching.teacher), teaching.soft_loss
-        if teaching.output is not None:
+        self.teacher, self.soft_loss = teaching.teacher, teaching.soft_loss
+        if teaching.output is not None:  # a teacher without a cache, as teach demands
+            self.teacher = copy(teaching.teacher)
             self.teacher.compute = teaching.pick_teacher_logits  # of the copy alone
         self.task: Task = getattr(self.soft_loss, "task", "multiclass")
         self.student = find_network(module, teaching.network, "model")

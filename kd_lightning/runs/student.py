@@ -113,6 +113,16 @@ def batch_of_step(module: Any, loaded: Any, step: str | None = None) -> Batch:
     return replace(known, x=x, teacher_inputs=own, teacher=known.teacher if same else None)
 
 
+def batch_of_student(module: Any, loaded: Any) -> Batch:
+    """Return a batch as the student of a module gets it: by ``unpack``, or of a taught module as its step gives it.
+
+    Raises:
+        InputError: If the batch is of a kind that is not known, or the step does not lead to the student.
+    """
+    taught = isinstance(getattr(module, "teaching", None), nn.Module)
+    return batch_of_step(module, loaded) if taught else unpack(module, loaded)
+
+
 def inputs_of_step(module: Any, batch: Any, step: str = "training_step") -> Inputs:
     """Return what a step of a module calls its student with. The step ends there.
 
