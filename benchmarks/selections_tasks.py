@@ -326,13 +326,15 @@ class Mails:
 
     Args:
         folder: Folder that text.py has prepared.
+        normalised: Whether the network has a batch norm. Without it, its first outputs are nearly the same for all
+            mails, since entries of the vectors are small.
     """
 
     ways = (*ALONE, *RULES, SPREADING, SELF_TRAINING)
     labels, steps = 5, 300
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, normalised=False):
+        self.folder, self.normalised = folder, normalised
 
     def fit(self, part, seed, way, setting):
         """Train one way."""
@@ -354,7 +356,7 @@ class Mails:
         source = DatasetSource(TensorDataset(x, visible))
         data = SemiSupervisedDataModule(source, val_size=0, seed=seed, **options)
         watch = Watch(truth, EVERY)
-        network = partial(classifier, x.shape[1])
+        network = partial(classifier, x.shape[1], self.normalised)
         module = train(self.steps, seed, network, method, data, [*callbacks, watch], setting[0])
         module.student.eval()
         with torch.no_grad():
@@ -362,9 +364,10 @@ class Mails:
         return found | {"records": watch.records}
 
 
-def classifier(inputs):
+def classifier(inputs, normalised):
     """A network of one hidden layer."""
-    return nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, len(KINDS)))
+    norm = [nn.BatchNorm1d(128)] if normalised else []
+    return nn.Sequential(nn.Linear(inputs, 128), *norm, nn.ReLU(), nn.Linear(128, len(KINDS)))
 
 
 def classical(way, setting, x, y, test):

@@ -134,8 +134,9 @@ def test_scikit_learn_gets_the_labels_alone(script):
         assert predicted.tolist() == (torch.arange(40) % 2).tolist()
 
 
+@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("way", ["SoftMatch", "supervised, strong views", "SelfTrainingClassifier"])
-def test_mails_train(tasks, monkeypatch, way):
+def test_mails_train(tasks, monkeypatch, way, normalised):
     """Three clouds of vectors are told apart."""
 
     def letters(folder, part, features):
@@ -145,7 +146,7 @@ def test_mails_train(tasks, monkeypatch, way):
 
     monkeypatch.setattr(tasks, "Letters", letters)
     monkeypatch.setattr(tasks.Mails, "steps", 20)
-    found = tasks.Mails("folder").fit("test", 0, way, tasks.TRIES[way][2])
+    found = tasks.Mails("folder", normalised).fit("test", 0, way, tasks.TRIES[way][2])
     assert found["macro F1"] > 60
     assert len(found.get("records", [])) == (10 if way == "SoftMatch" else 0)
 
@@ -223,17 +224,25 @@ def test_settings_are_selected_at_250_labels(measured):
 
 
 def test_tables(measured, capsys):
-    cells = ["250 labels", "open set", "mails"]
+    cells = ["250 labels", "open set", "mails", "mails, normalised"]
     best, tried = measured.select(None, cells, 1)
     values = measured.compare(None, cells, best, 3, 1)
-    assert len(values["250 labels"]["FixMatch"]) == 3 and len(values["mails"]["FixMatch"]) == 5
+    assert {cell: len(own["FixMatch"]) for cell, own in values.items()} == dict(zip(cells, (3, 3, 5, 5), strict=True))
     measured.show(values, best, tried)
     out = capsys.readouterr().out
     assert "| FreeMatch | 74.67 ± 2.08 |" in out
     assert "| FreeMatch | +3.0 [+3.0, +3.0], P 0.000 |" in out
     assert "| FixMatch, OpenSetFilter | 71.67 ± 2.08 |" in out and "| 40.0 | 90.0 | 20.0 |" in out
     assert "**0.01, 0.95: 60.0**" in out
+    assert "| mails, normalised | macro F1 % |" in out
     assert "at steps 500, 1000, 2000 | 250 labels |" in out and "| FreeMatch | -, -, 40; 90.0 |" in out
+
+
+def test_one_split_has_no_differences(measured, capsys):
+    best, tried = measured.select(None, ["250 labels"], 1)
+    measured.show(measured.compare(None, ["250 labels"], best, 1, 1), best, tried)
+    out = capsys.readouterr().out
+    assert "| FreeMatch | 73.00 |" in out and "points over" not in out
 
 
 def test_longer_fits_have_settings_of_their_own(script, tasks, tmp_path):
