@@ -261,6 +261,8 @@ class PseudoLabelRefresh(Callback):
                 f"({self._task.nearest(self.table)}, {one_line(self.selection)}); training uses the given labels alone "
                 f"until the next refresh; {self._task.remedy}, or raise warmup_epochs"
             )
+        elif trains_with_these and (text := self._task.collapse(self.table, labels)):
+            rank_zero_warn(f"epoch {trainer.current_epoch}: {text} ({one_line(self.selection)})")
         if self.restart_student and self.table.round > 0:
             self._restart(trainer, module)
 

@@ -71,7 +71,8 @@ class PseudoLabelModule(TaughtModule):
     Logs what :class:`SupervisedModule` does; ``train/unsupervised`` and ``unsupervised_weight``; ``train/coverage``,
     the mean weight of the unlabeled samples, which is the accepted share if weights are 0 or 1; for online
     pseudo-labels ``train/confidence``, the mean probability of their class; and ``train/regularizer`` and
-    ``regularizer_weight``, if the selection has such a term.
+    ``regularizer_weight``, if the selection has such a term. Warns if no online pseudo-label of an epoch counts; and,
+    from the second epoch on, if nearly all that count are of one class, which most labels are not.
 
     Args:
         student: Network that gives logits, see :class:`SupervisedModule`.
@@ -175,7 +176,7 @@ class PseudoLabelModule(TaughtModule):
         mean_rows = len(batch) if batch.mean_rows is None else batch.mean_rows
         if weight.ndim > 1:
             weight = weight * unknown
-        self._record_coverage(_of_unknown(weight, unknown))
+        self._record_coverage(_of_unknown(weight, unknown), target, labeled_batch.y)
         return self._terms(hard, unlabeled_logits, target, weight, mean_rows * labels_of_row - mean_fine)
 
     def _terms(self, hard: Tensor, logits: Tensor, target: Tensor, weight: Tensor, mean: float) -> dict[str, LossTerm]:
@@ -291,20 +292,20 @@ class PseudoLabelModule(TaughtModule):
         own = self.to_rows(rest.select(~labeled), own)[1]
         others = self.to_rows(rest.select(labeled), others)[1] if self.selection.needs_labeled else own[:0]
         target, weight = self._select(rows, own, others, strong)
-        self._record_coverage(weight)
+        self._record_coverage(weight, target, labeled_batch.y)
         means = batch.dense_means
         mean = self._mean_over_processes(len(rows), logits) if means is None else means[1] - means[0]
         every = len(labeled_batch) + len(rows)
         self._rows = self._mean_over_processes(every, logits) if means is None else means[1]
         return self._terms(self.hard_term(labeled_logits, labeled_batch), strong, target, weight, mean)
 
-    def _record_coverage(self, weight: Tensor) -> None:
+    def _record_coverage(self, weight: Tensor, target: Tensor, labels: Tensor | None) -> None:
         if self._trainer is not None:
             unlabeled = len(weight)
             share = weight.float().mean() if unlabeled else 0.0
             # always a float: the weights of all processes must have one type
             self._record_mean("train/coverage", share, max(float(unlabeled), 1e-9))
-            self._counts.add(weight)
+            self._counts.add(weight, *((target, labels) if self.task == "multiclass" else (None, None)))
 
     # The run.
 
@@ -352,10 +353,11 @@ class PseudoLabelModule(TaughtModule):
         self._counts.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Runs at the end of each training epoch. Warns if it had no unlabeled sample, or accepted no pseudo-label."""
+        """Runs at the end of each training epoch. Warns of no unlabeled sample, none accepted, or one class alone."""
         super().on_train_epoch_end()
         selects = self.pseudo_labels == "online" and self.unsupervised_weight > 0
-        self._counts.warn(self.device, one_line(self.selection) if selects else None)
+        early = self.current_epoch == 0 and self.trainer.max_epochs != 1  # predictions of an untrained network
+        self._counts.warn(self.device, one_line(self.selection) if selects else None, early)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -368,14 +370,14 @@ class PseudoLabelModule(TaughtModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint is written. Adds the epoch's counts of pseudo-labels."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pseudo_label_counts"] = [*self._counts.of_all_processes(self.device).cpu()]
+        checkpoint["pseudo_labels_by_class"] = [part.cpu() for part in self._counts.of_all_processes(self.device)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint's weights are loaded. Restores the counts, and the sizes of the selection."""
         self.selection.take_sizes(checkpoint["state_dict"], "selection.")
         super().on_load_checkpoint(checkpoint)
-        if "pseudo_label_counts" in checkpoint and self.global_rank == 0:  # of all processes
-            self._counts.restore(checkpoint["pseudo_label_counts"])
+        if "pseudo_labels_by_class" in checkpoint:
+            self._counts.restore(checkpoint["pseudo_labels_by_class"], first=self.global_rank == 0)
 
     def _data(self) -> Any:
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)

@@ -661,6 +661,14 @@ def test_nothing_accepted(fit):
     assert refresh.report["coverage"] == 0
 
 
+def test_one_class_absorbs_the_others(fit):
+    module = make(PseudoLabelModule)
+    last = next(part for part in reversed([*module.student.modules()]) if isinstance(part, nn.Linear))
+    last.bias.data[7] += 100.0
+    with pytest.warns(UserWarning, match=r"epoch 1: 100% of the accepted .* class 7, which has 10% of the labels; unl"):
+        fit(module, PseudoLabelRefresh(), max_epochs=2)
+
+
 # Bad input.
 
 

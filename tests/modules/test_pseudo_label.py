@@ -688,13 +688,38 @@ class TestRun:
         ):
             quiet_trainer().fit(PseudoLabelModule(student, selection=FixedThreshold(1.0)), datamodule=data)
 
+    @pytest.mark.parametrize("epochs", [1, 3])
+    @pytest.mark.parametrize("selection", [None, FreeMatch()], ids=["all", "FreeMatch"])
+    def test_one_class_absorbs_the_others(self, quiet_trainer, student, selection, epochs):
+        """Its bias is large against small inputs."""
+        last = next(part for part in reversed([*student.modules()]) if isinstance(part, nn.Linear))
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, 0.0)
+        last.bias.data[3] = 5.0
+        data = SemiSupervisedDataModule(Digits(), labeled=2, batch_size=256)
+        module = PseudoLabelModule(student, selection=selection, optimizer=partial(torch.optim.SGD, lr=0.0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(max_epochs=epochs).fit(module, datamodule=data)
+        (text,) = [str(w.message) for w in caught if "absorbed" in str(w.message)]  # not of the first of 3 epochs
+        assert text.startswith("in this epoch, 100% of the accepted pseudo-labels are of class 3, which has 10% of the")
+
+    def test_one_class_may_have_most_labels(self, quiet_trainer):
+        student = linear().float()
+        data = two_streams((6, 1, 1, 1), rest=60)
+        nn.init.zeros_(student.weight)  # all pseudo-labels are of class 0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer().fit(PseudoLabelModule(student, optimizer=partial(SGD, lr=0.0)), datamodule=data)
+        assert not [str(w.message) for w in caught if "absorbed" in str(w.message)]
+
     @pytest.mark.parametrize("arguments", [{}, {"selection": FixedThreshold(1.0), "unsupervised_weight": 0.0}])
     def test_no_warning_where_there_is_nothing_to_warn_of(self, quiet_trainer, student, arguments):
         data = SemiSupervisedDataModule(Digits(), labeled=2, batch_size=256)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             quiet_trainer().fit(PseudoLabelModule(student, **arguments), datamodule=data)
-        assert not [str(w.message) for w in caught if "pseudo-label" in str(w.message)]
+        assert not [str(w.message) for w in caught if "no pseudo-label" in str(w.message)]
 
     @pytest.mark.dist
     def test_no_warning_where_another_process_accepts(self, tmp_path, monkeypatch, processes):
@@ -703,7 +728,7 @@ class TestRun:
         processes.run_ranks(["run.py", str(Path(__file__).parent)])
         text = Path("warnings.txt").read_text()
         assert "ends" in text
-        assert "pseudo-label" not in text
+        assert "no pseudo-label" not in text
 
     def test_nobody_refreshes(self, quiet_trainer, loader, student):
         with pytest.raises(InputError, match="pseudo_labels: refreshed needs the callback PseudoLabelRefresh"):

@@ -184,6 +184,15 @@ class PseudoLabelTask(ABC):
             "classes": lambda: class_figure(table, given),
         }
 
+    def collapse(self, table: Any, given: Tensor) -> str | None:
+        """Return what a warning says if one class absorbs the others in a round. Most tasks cannot tell.
+
+        Args:
+            table: The round.
+            given: The given labels, as :meth:`make_round` returns them.
+        """
+        return None
+
     def nearest(self, table: Any) -> str:
         """Return the pseudo-label that is nearest to being accepted, for a message."""
         return f"the highest probability is {table.confidence.max():.3f}"

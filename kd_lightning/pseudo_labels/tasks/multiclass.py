@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_lightning.batch import Batch, LabelKind, is_labeled
 from kd_lightning.errors import InputError
 from kd_lightning.losses.coarse import mask_candidates
+from kd_lightning.pseudo_labels.collapse import collapse_text
 from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 from kd_lightning.pseudo_labels.table import PoolLabels, check_classes, make_pseudo_labels
 from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask, Select, no_pseudo_labels
@@ -90,3 +91,9 @@ class MulticlassTask(PseudoLabelTask):
         unlabeled = self.unknown(y)[:, 0]
         parts = predictions[unlabeled], index[unlabeled], select, predictions[~unlabeled]
         return make_pseudo_labels(*parts, previous=previous, epoch=epoch), y[~unlabeled].long()
+
+    def collapse(self, table: Any, given: Tensor) -> str | None:
+        """Return what a warning says if one class absorbs the others in a round."""
+        classes = int(torch.cat([table.label, given]).max()) + 1
+        accepted = torch.bincount(table.label, weights=table.weight.double(), minlength=classes)
+        return collapse_text(accepted, torch.bincount(given, minlength=classes), len(table.label))
