@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.resources import files
 
+import jinja2
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -39,25 +41,43 @@ def test_console_is_empty(experiment, tmp_path):
     assert "</footer>" in done.stdout
 
 
-@pytest.mark.parametrize("width", [380, 1400])
-def test_no_overflow(experiment, tmp_path, width):
-    page = (experiment / "report.html").read_text()
+def measure(page, folder, width):
+    """Return what is wider than the page in a frame of a width, and whether images and sections are there."""
     page = re.sub(r"<meta http-equiv=.Content-Security-Policy.*?>", "", page)
     outer = FRAME.format(width=width, page=page.replace("&", "&amp;").replace('"', "&quot;"))
-    (tmp_path / "outer.html").write_text(outer)
+    (folder / "outer.html").write_text(outer)
     done = chromium(
-        tmp_path,
+        folder,
         f"--window-size={width + 100},1000",
         "--virtual-time-budget=10000",
         "--dump-dom",
-        (tmp_path / "outer.html").as_uri(),
+        (folder / "outer.html").as_uri(),
     )
     text = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL).group(1)
-    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&"))
+    return json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&"))
+
+
+@pytest.mark.parametrize("width", [380, 1400])
+def test_no_overflow(experiment, tmp_path, width):
+    found = measure((experiment / "report.html").read_text(), tmp_path, width)
     assert found["width"] <= width
     assert found["scroll"] <= found["width"]
     assert found["wide"] == []
     assert found["images"] and found["sections"] > 8
+
+
+@pytest.mark.parametrize("width", [380, 1400])
+def test_findings_with_long_lines_fit(tmp_path, width):
+    """The lines of a cure scroll within their frame; they do not widen the finding."""
+    folder = files("kd_lightning.report") / "templates"
+    macros = jinja2.Environment(loader=jinja2.FileSystemLoader(str(folder))).get_template("macros.html.j2").module
+    lines = "model: {" + "soft_weight: 0.5, " * 20
+    rows = [("warning", "following", "the student differs " * 9, "train longer", lines)]
+    body = f'<section><div class="body">{macros.findings(rows)}</div></section>'
+    page = f"<!DOCTYPE html><style>{(folder / 'report.css').read_text()}</style><main>{body}</main>"
+    found = measure(page, tmp_path, width)
+    assert found["wide"] == []
+    assert found["scroll"] <= found["width"] <= width
 
 
 def test_a_script_in_the_page_would_not_run(experiment, tmp_path):
