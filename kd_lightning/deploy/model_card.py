@@ -18,8 +18,9 @@ from kd_lightning.report.numbers import MISSING, TITLES, is_percent, si_text
 from kd_lightning.report.verdict import samples_text, verdict_of
 from kd_lightning.runs.results import Result
 from kd_lightning.runs.run import Run
+from kd_lightning.runs.student import is_taught
 
-_KNOWN = ("kd_lightning", "torch", "torchvision", "timm")
+_KNOWN = ("kd_lightning", "torch", "torchvision")
 _VERSIONS = ("kd-lightning", "python", "torch", "torchvision", "lightning", "timm")
 TODO = "**TODO, to be filled in by the author:**"
 """What marks a part of the card that only its author can write."""
@@ -132,9 +133,9 @@ def _usage(facts: CardFacts) -> list[str]:
     if takes_pictures:
         lines += ["On the command line, in the downloaded folder:", "", "```bash"]
         lines += ["kd-lightning predict student.safetensors photo.jpg", "```", ""]
-    if own := _own_packages(facts.config["model"]):
+    if own := student_packages(facts.config["model"]):
         lines += [
-            f"The config names classes of {', '.join(f'`{name}`' for name in own)}, which must be installed, too.",
+            f"The student needs {', '.join(f'`{name}`' for name in own)}, which must be installed, too.",
             "",
         ]
     onnx = sorted((name for name in facts.files if name.endswith(".onnx")), key=lambda n: (n != "student.onnx", n))
@@ -157,9 +158,10 @@ def _version(facts: CardFacts) -> str:
     return f" {version}" if version else ""
 
 
-def _own_packages(model: Any) -> list[str]:
-    """Return the packages of class paths that neither this package nor its own ones have."""
-    found = {path.partition(".")[0] for path in _class_paths(model) if "." in path}
+def student_packages(model: Mapping[str, Any]) -> list[str]:
+    """Return the packages that the student of a module's config needs, beside those that this package installs."""
+    student = model["init_args"]["module" if is_taught(model) else "student"]
+    found = {path.partition(".")[0] for path in _class_paths(student) if "." in path}
     return sorted(found - {*_KNOWN})
 
 

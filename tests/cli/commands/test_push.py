@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from kd_lightning.__main__ import main
-from kd_lightning.deploy.model_card import TODO
+from kd_lightning.deploy.model_card import TODO, student_packages
 from kd_lightning.deploy.predict import predict
 from kd_lightning.modules import DistillModule
 from kd_lightning.runs.run import Run
@@ -194,6 +194,23 @@ def test_the_card_has_what_the_report_has(folder, run):
     blocks = re.findall(r"(?s)```json\n(.*?)```", text)
     assert json.loads(blocks[0]) == json.loads(Run(run).metadata["preprocessing"])
     assert json.loads(blocks[1]) == ["c<b>at", "d|og"]
+
+
+def test_the_card_names_what_the_student_needs(folder, run):
+    """timm is an extra, so it is named; what only the teacher needs is not."""
+    assert (
+        f"The student needs `{__name__.partition('.')[0]}`, which must be installed"
+        in (folder / "README.md").read_text()
+    )
+    student = {"class_path": "timm.create_model", "dict_kwargs": {"model_name": "test_resnet"}}
+    teacher = {"class_path": "transformers.ViTModel", "init_args": {"config": {"class_path": "transformers.ViTConfig"}}}
+    model = {"class_path": "DistillModule", "init_args": {"student": student, "teacher": teacher}}
+    assert student_packages(model) == ["timm"]
+    model["init_args"]["student"] = {"class_path": "torchvision.models.resnet18"}
+    assert student_packages(model) == []
+    module = {"class_path": "mine.Module", "init_args": {"net": student}}
+    taught = {"class_path": "kd_lightning.teach", "init_args": {"module": module, "teacher": teacher}}
+    assert student_packages(taught) == ["mine", "timm"]
 
 
 def test_the_examples_of_the_card_run(folder, photo, tmp_path, monkeypatch, capsys):
