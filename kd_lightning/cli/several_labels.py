@@ -15,7 +15,7 @@ from kd_lightning.batch import is_labeled
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.data.labels.several_labels import from_tensor, label_columns
 from kd_lightning.errors import InputError
-from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import sample_name, write_contact_sheet
 from kd_lightning.runs.spreadsheet import SafeWriter
 
 _LEAST = 2  # samples with and without a label, below which cleanlab finds nothing or fails
@@ -181,8 +181,7 @@ def write_several_review(
         sample, name, given = int(result.index[row]), names[label], bool(result.label[row, label])
         texts = name, f"no {name}"
         head = f"given {texts[not given]}, looks like {texts[given]}"
-        file_name = Path(data.path(sample) or "").name
-        where = f"{sample}{f': {file_name}' if file_name else ''}"
+        where = sample_name(sample, data.path(sample))
         captions.append(f"{head}\nprobability {float(result.probabilities[row, label]):.0%}\n{where}")
     images = [data.image(int(result.index[row])) for row, _ in suspects[:most]]
     title = f"Labels that are probably wrong: the {len(images)} of {len(suspects)} with the lowest quality"

@@ -37,7 +37,7 @@ from kd_lightning.data.labels.several_labels import has_several_labels
 from kd_lightning.data.sources.targets import has_label, has_one_class
 from kd_lightning.errors import InputError
 from kd_lightning.losses.forward_correction import estimate_transition, write_transition
-from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import sample_name, write_contact_sheet
 from kd_lightning.runs.spreadsheet import SafeWriter
 from kd_lightning.runs.student import has_student
 
@@ -272,7 +272,7 @@ def write_review(result: Review, data: SemiSupervisedDataModule, out: Path, acti
     captions = [
         f"given {names[label]}, looks like {names[suggested]}\n"
         f"probabilities {rows[index][label]:.0%}, {rows[index][suggested]:.0%}\n"
-        f"{index}{f': {name}' if (name := Path(data.path(index) or '').name) else ''}"
+        f"{sample_name(index, data.path(index))}"
         for index, label, suggested, _ in shown
     ]
     title = f"Labels that are probably wrong: the {len(images)} of {len(suspects)} with the lowest quality"

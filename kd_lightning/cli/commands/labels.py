@@ -35,7 +35,7 @@ from kd_lightning.data.sources.class_names import normal_name
 from kd_lightning.errors import InputError
 from kd_lightning.pseudo_labels.ledger import FOLDER, Round, find_rounds, read_round
 from kd_lightning.pseudo_labels.values_ledger import ValueRound, holds_values, read_values
-from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import sample_name, write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.weights import check_classes
 
@@ -204,13 +204,14 @@ def write_sheet(data: Any, one: Round | ValueRound, count: int, out: Path, run: 
         raise InputError(f"{type(data).__name__} has no image(index), so the images of {run} cannot be shown")
     samples = _find_samples(data, one, run)
     doubt, index = one.doubt.tolist(), one.index.tolist()
-    rows = [row for row, sample in enumerate(samples) if sample is not None]
-    rows = sorted(rows, key=lambda row: (-doubt[row], index[row]))[:count]
+    found = {row: sample for row, sample in enumerate(samples) if sample is not None}
+    rows = sorted(found, key=lambda row: (-doubt[row], index[row]))[:count]
     try:
-        images = [data.image(samples[row]) for row in rows]
+        images = [data.image(found[row]) for row in rows]
     except IndexError as error:
         raise InputError(f"the data of {run} has changed: it lacks a sample of round {one.number}") from error
-    captions = [f"{one.caption(row)}\n{samples[row]}" for row in rows]
+    path_of = getattr(data, "path", lambda sample: None)
+    captions = [f"{one.caption(row)}\n{sample_name(found[row], path_of(found[row]))}" for row in rows]
     what = f"{one.doubtful} of round {one.number}"
     try:
         shown = write_contact_sheet(out, images, captions, f"{run}: {what}")

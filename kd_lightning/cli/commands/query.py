@@ -26,7 +26,7 @@ from kd_lightning.data.labels.several_labels import label_columns
 from kd_lightning.errors import InputError
 from kd_lightning.modules.seams import Seams
 from kd_lightning.runs.build import build
-from kd_lightning.runs.figures.contact_sheet import write_contact_sheet
+from kd_lightning.runs.figures.contact_sheet import sample_name, write_contact_sheet
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.runs.spreadsheet import SafeWriter, escape_cell
 from kd_lightning.runs.weights import check_classes
@@ -203,6 +203,5 @@ def _captions(
         else:
             likeliest = zip(*map(Tensor.tolist, row.topk(2)), strict=True)
             guess = " or ".join(f"{names.get(number, number)} {value:.0%}" for value, number in likeliest)
-        name = Path(data.path(index) or "").name
-        captions.append(f"{guess}\nscore {score:.3g}\n{index}{f': {name}' if name else ''}")
+        captions.append(f"{guess}\nscore {score:.3g}\n{sample_name(index, data.path(index))}")
     return captions

@@ -103,6 +103,16 @@ def write_contact_sheet(out: Path, images: Sequence[Any], captions: Sequence[str
     return True
 
 
+def sample_name(index: int, path: str | None) -> str:
+    """Return the line of a caption that names a sample: its index, and the name of its file if it has one.
+
+    >>> sample_name(3, "photos/cat/a.jpg"), sample_name(3, None)
+    ('3: a.jpg', '3')
+    """
+    name = Path(path or "").name
+    return f"{index}: {name}" if name else str(index)
+
+
 def _wrap(caption: str) -> tuple[str, str]:
     """Return the first line of a caption, and the others."""
     head, *rest = caption.split("\n")

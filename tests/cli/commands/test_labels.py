@@ -268,13 +268,14 @@ def files(tmp_path, monkeypatch):
     return run
 
 
-def caption(sample, name, percent):
-    return f"looks like {name}\nconfidence {percent}%\n{sample}"
+def caption(sample, file, name, percent):
+    """A person finds the file in the table of pseudo-labels by its name."""
+    return f"looks like {name}\nconfidence {percent}%\n{sample}: {file}.png"
 
 
 def test_files(files, seen, capsys):
     main([str(files)])
-    assert seen[0][1] == [caption(4, "dog", 25.0), caption(2, "cat", 50.0), caption(3, "dog", 75.0)]
+    assert seen[0][1] == [caption(4, "c", "dog", 25.0), caption(2, "a", "cat", 50.0), caption(3, "b", "dog", 75.0)]
     assert all(isinstance(image, Image.Image) and image.size == (7, 9) for image in seen[0][0])
     assert cells(capsys.readouterr().out, "Accepted labels of round 0") == [
         ["cat", "1", "33.3", "0.500", "50.0"],
@@ -303,7 +304,7 @@ def test_files_that_moved_in_order(files, seen, content):
     before = [np.array(Image.open(f"pool/{name}.png")) for name in "cab"]
     Image.new("RGB", (7, 9)).save("pool/aa.png")
     main([str(files)])
-    assert seen[0][1] == [caption(5, "dog", 25.0), caption(2, "cat", 50.0), caption(4, "dog", 75.0)]
+    assert seen[0][1] == [caption(5, "c", "dog", 25.0), caption(2, "a", "cat", 50.0), caption(4, "b", "dog", 75.0)]
     assert all(np.array_equal(image, old) for image, old in zip(seen[0][0], before, strict=True))
 
 
@@ -314,7 +315,7 @@ def test_files_that_were_renamed(files, seen, capsys):
     Path("pool/c.png").unlink()
     Path("pool/b.png").rename("pool/c.png")
     main([str(files)])
-    assert seen[0][1] == [caption(3, "cat", 50.0), caption(2, "dog", 75.0)]
+    assert seen[0][1] == [caption(3, "d", "cat", 50.0), caption(2, "c", "dog", 75.0)]
     assert np.array_equal(seen[0][0][0], before)
     assert "has changed: 1 of its 3 samples are gone (pool/c.png)" in capsys.readouterr().out
 
