@@ -153,6 +153,16 @@ def test_other_things_where_a_run_is_needed(command, a_run, fails):
         assert f"is a file of a run; name the run: {a_run}" in fails(command, str(a_run / name), *rest)
 
 
+def test_a_config_of_the_repository_outside_of_it(tmp_path, monkeypatch, fails):
+    """Pages name configs/...: a user who stands elsewhere reads where they lie."""
+    monkeypatch.chdir(tmp_path)
+    assert "no file at configs/student_digits.yaml; is it a config of the repository?" in fails(
+        "fit", "configs/student_digits.yaml"
+    )
+    Path("configs").mkdir()
+    assert "in the clone" not in fails("fit", "configs/student_digits.yaml")
+
+
 def test_a_similar_config_and_a_folder(tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     Path("photos.yaml").touch()

@@ -125,8 +125,10 @@ def check_config(value: str, *, exists: bool = False) -> None:
     if path.suffix in _BINARY:
         raise InputError(f"config: {value} is a file of weights; a config is a YAML file")
     if (exists or value.endswith(_SUFFIXES)) and not path.exists():
-        near = _nearest_file(path)
-        raise InputError(f"config: no file at {value}" + (f"; did you mean {near}?" if near else ""))
+        hint = f"; did you mean {near}?" if (near := _nearest_file(path)) else ""
+        if not hint and path.parts[:1] == ("configs",) and not Path("configs").is_dir():
+            hint = "; is it a config of the repository? Then run this line in the clone"
+        raise InputError(f"config: no file at {value}{hint}")
 
 
 def _nearest_file(path: Path) -> Path | None:
