@@ -106,7 +106,8 @@ def _usual_checks(owner: Any, module: Any, data: Any, loader: Any, training: Bat
     module.train()
     terms = {name: term for name, term in module.losses(training).items() if not name.startswith("teacher_")}
     terms.pop("regularizer", None)  # small on purpose
-    yield gradients(terms, module.student, labeled=count_labels(training) > 0)
+    accepted = ("unsupervised",) if isinstance(module, PseudoLabelModule) else ()
+    yield gradients(terms, module.student, labeled=count_labels(training) > 0, of_pseudo_labels=accepted)
 
 
 def _unpack_evaluation(module: Any) -> Callable[[Any], Batch]:

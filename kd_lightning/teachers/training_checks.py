@@ -24,13 +24,20 @@ ENOUGH = 100
 """Labels of a class from which on unlabeled samples are not needed."""
 
 
-def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, labeled: bool = True) -> Finding:
+def gradients(
+    terms: Mapping[str, tuple[float, Tensor]],
+    student: nn.Module,
+    *,
+    labeled: bool = True,
+    of_pseudo_labels: Collection[str] = (),
+) -> Finding:
     """Compare the gradient norms of the weighted loss terms on the student.
 
     Args:
         terms: ``{name: (weight, value)}``, as a module's ``losses(batch)`` returns them.
         student: The network that trains.
         labeled: Whether the batch has labels. Without labels, a term may be 0.
+        of_pseudo_labels: Names of terms that are 0 until a pseudo-label is accepted, as with most new students.
     """
     name = "gradients"
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -57,6 +64,8 @@ def gradients(terms: Mapping[str, tuple[float, Tensor]], student: nn.Module, *, 
     if len(counted) < 2:
         return Finding(name, text)
     weak, strong = min(counted, key=counted.__getitem__), max(counted, key=counted.__getitem__)
+    if counted[weak] == 0 and weak in of_pseudo_labels:
+        return Finding(name, f"{text}; no pseudo-label of this batch is accepted yet")
     if counted[weak] == 0:
         hint = f"{weak} has no gradient: does its loss depend on the student? is there something to learn from it?"
         return Finding(name, text, hint if labeled else None)

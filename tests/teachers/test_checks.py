@@ -19,7 +19,8 @@ from kd_lightning.data import Digits
 from kd_lightning.errors import InputError
 from kd_lightning.losses import DISTLoss, HardDistillationLoss, KDLoss, TTMLoss, WTTMLoss
 from kd_lightning.models import DigitsCNN
-from kd_lightning.modules import DistillModule
+from kd_lightning.modules import DistillModule, PseudoLabelModule
+from kd_lightning.pseudo_labels.selection.fixed_threshold import FixedThreshold
 from kd_lightning.teachers.checks import (
     NORMALISATIONS,
     accuracy,
@@ -514,6 +515,17 @@ class TestGradients:
     def test_no_labels_in_the_batch(self, healthy, student):
         terms = DistillModule(student, healthy).losses(Batch(X[:8], torch.full((8,), -100)))
         assert gradients(terms, student, labeled=False).hint is None
+
+    def test_no_pseudo_label_is_accepted_yet(self, student):
+        """A new student is seldom sure: this is no fault. Without the name, a term without gradient stays a warning."""
+        module = PseudoLabelModule(student, selection=FixedThreshold(1.0))
+        y = torch.cat((Y[:4], torch.full((4,), -100)))
+        terms = module.losses(Batch(X[:8], y, x_strong=X[:8]))
+        assert float(terms["unsupervised"].value) == 0
+        finding = gradients(terms, student, of_pseudo_labels=("unsupervised",))
+        assert finding.hint is None and finding.severity == "info"
+        assert finding.text.endswith("; no pseudo-label of this batch is accepted yet")
+        assert gradients(terms, student).hint.startswith("unsupervised has no gradient")
 
     def test_zero(self, healthy, student):
         dead = nn.Sequential(student, nn.Linear(10, 10))
