@@ -10,6 +10,7 @@ from typing import Any
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.numbers import MISSING
 from kd_lightning.report.outputs import Unavailable
+from kd_lightning.report.verdict import lacks_test_part
 from kd_lightning.runs.config_identity import varying_values
 from kd_lightning.runs.run import CONFIG, Run
 from kd_lightning.teachers.findings import Finding
@@ -128,17 +129,24 @@ def commands_part(facts: Facts) -> Context:
     main = facts.cast.main
     roles = sorted(facts.cast.roles, key=lambda role: role.kind != "teacher")  # its weights come first
     again = [
-        (f"{role.label}, seed {_text(run.seed)}", f"{_of_config('fit', run)} && {_of_config('test', run)}")
+        (
+            f"{role.label}, seed {_text(run.seed)}",
+            " && ".join(_of_config(command, run) for command in _commands_of(run)),
+        )
         for role in roles
         for run in role.group.runs.values()
     ]
     best = main.run
     deploy = [
         ("Write an ONNX file, compared with PyTorch", _command("export", str(best.folder), "--out", "student.onnx")),
-        ("Predict the classes of new pictures", _command("predict", str(best.folder), "photos/*.jpg")),
+        ("Predict the classes of new pictures", _command("predict", str(best.folder), "new_photos/")),
     ]
     code = f"from kd_lightning.runs.run import Run\n\nstudent = Run({best.folder.as_posix()!r}).student().eval()"
     return {"again": again, "deploy": deploy if best.has_student else [], "code": code if best.has_student else ""}
+
+
+def _commands_of(run: Run) -> tuple[str, ...]:
+    return ("fit",) if lacks_test_part(run) else ("fit", "test")
 
 
 def _of_config(command: str, run: Run) -> str:
@@ -146,4 +154,4 @@ def _of_config(command: str, run: Run) -> str:
 
 
 def _command(*words: str) -> str:
-    return " ".join(["kd-lightning", *(word if word == "photos/*.jpg" else shlex.quote(word) for word in words)])
+    return " ".join(["kd-lightning", *map(shlex.quote, words)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass
 
 from kd_lightning.report.cast import Cast, Role
 from kd_lightning.report.numbers import TITLES, change_text, count_text, interval_text, is_percent, value_text
 from kd_lightning.runs.figures.several_methods import headline
+from kd_lightning.runs.run import Run
 
 _PARTS = {
     "test": ("test sample", ""),
@@ -38,6 +40,8 @@ def verdict_of(cast: Cast) -> Verdict:
     if cast.comparison.methods and values:
         return _verdict_of_methods(cast)
     if not values:
+        if lacks_test_part(main.run):
+            return Verdict("none", "No test part", f"{main.group.name} is trained; its data have no test part.")
         return Verdict("none", "No test figures yet", f"{main.group.name} is trained and not yet tested.")
     mean = value_text(statistics.mean(values), figure)
     measured = f"on {samples_text(cast)} and {seeds_text(main)}"
@@ -72,6 +76,15 @@ def verdict_of(cast: Cast) -> Verdict:
     }.get(found.verdict, "No clear difference")
     kind = found.verdict if found.verdict in ("better", "worse") else "unclear"
     return Verdict(kind, headline, f"{sentence}.")
+
+
+def lacks_test_part(run: Run) -> bool:
+    """Return whether the data of a run had no test part when it was fitted; False where this is unknown."""
+    try:
+        samples = json.loads((run.folder / "samples.json").read_text(encoding="utf-8"))["samples"]
+        return "test" in samples and samples["test"] is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _verdict_of_methods(cast: Cast) -> Verdict:

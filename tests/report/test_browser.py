@@ -24,7 +24,9 @@ frame.onload = () => {{
     .filter(one => one.getBoundingClientRect().right > root.clientWidth + 1).map(one => one.outerHTML.slice(0, 120));
   const images = [...inner.images].every(one => one.complete && one.naturalWidth > 0);
   const sections = inner.querySelectorAll("section").length;
-  const found = {{width: root.clientWidth, scroll: root.scrollWidth, wide, images, sections}};
+  const tall = [...inner.querySelectorAll("td code")].filter(one => one.getBoundingClientRect().height > 90)
+    .map(one => one.outerHTML.slice(0, 120));
+  const found = {{width: root.clientWidth, scroll: root.scrollWidth, wide, tall, images, sections}};
   document.getElementById("out").textContent = JSON.stringify(found);
 }};
 </script>"""
@@ -78,6 +80,19 @@ def test_findings_with_long_lines_fit(tmp_path, width):
     found = measure(page, tmp_path, width)
     assert found["wide"] == []
     assert found["scroll"] <= found["width"] <= width
+
+
+def test_a_path_in_a_table_is_not_broken_into_letters(tmp_path):
+    folder = files("kd_lightning.report") / "templates"
+    cells = (
+        "<td><code>runs/<wbr>photos/<wbr>label_resnet8/<wbr>version_0</code></td>" + "<td>a name of a network</td>" * 6
+    )
+    table = f'<div class="scroll"><table><tr>{cells}</tr></table></div>'
+    body = f'<section><div class="body">{table}</div></section>'
+    page = f"<!DOCTYPE html><style>{(folder / 'report.css').read_text()}</style><main>{body}</main>"
+    found = measure(page, tmp_path, 380)
+    assert found["tall"] == []
+    assert found["scroll"] <= found["width"] <= 380
 
 
 def test_a_script_in_the_page_would_not_run(experiment, tmp_path):

@@ -177,6 +177,16 @@ def test_not_tested(make):
     assert "No test figures yet" in page.text and "accuracy" not in page.ids
 
 
+def test_without_a_test_part(make):
+    """The page does not name a command that must fail."""
+    folder = make("only", 0, rows(0.5, 0))
+    (folder / "test.json").unlink()
+    (folder / "samples.json").write_text(json.dumps({"classes": [], "samples": {"labeled": 9, "test": None}}))
+    page = check_safe(write_report([folder]).read_text())
+    assert "its data have no test part" in page.text and "not yet tested" not in page.text
+    assert "kd-lightning fit --config" in page.text and "kd-lightning test" not in page.text
+
+
 def test_command(trio, tmp_path, capsys):
     main(["report", *map(str, trio), "--out", str(tmp_path / "deep/page.html")])
     assert f"report: {tmp_path / 'deep/page.html'}" in capsys.readouterr().out
