@@ -286,14 +286,15 @@ def _fits(plan: FolderPlan, network: Network, limits: tuple[float | None, float 
 def _too_large(plan: FolderPlan, networks: Sequence[Network], limits: tuple[float | None, float | None]) -> str:
     texts = [f"{limits[0]:g} MB"] if limits[0] is not None else []
     texts += [f"{limits[1]:g} ms"] if limits[1] is not None else []
+    names = zip(("--max-size", "--max-latency"), limits, strict=True)
+    options = ", ".join(name for name, limit in names if limit is not None)
     if not networks:
-        return "--max-size: no known student is smaller than the teacher; name some by --students"
+        return f"{options}: no known student is smaller than the teacher; name some by --students"
     found = ", ".join(
         f"{each.name} {plan.costs[each.name].megabytes:.2g} MB {plan.costs[each.name].latency:.2g} ms"
         for each in sorted(networks, key=lambda each: plan.costs[each.name].parameters)[:3]
     )
-    option = "--max-size" if limits[0] is not None else "--max-latency"
-    return f"{option}: no student is within {' and '.join(texts)}; the smallest: {found}"
+    return f"{options}: no student is within {' and '.join(texts)}; the smallest: {found}"
 
 
 def _by_run_name(networks: Sequence[Network]) -> dict[str, Network]:

@@ -183,6 +183,11 @@ def test_several_students(done, tmp_path, capsys):
     [
         (["--teacher", "resnet14"], "--student is missing: name one, several by --students, or a limit"),
         (["--teacher", "resnet14", "--student", "resnet8", "--max-size", "0.1"], "no student is within 0.1 MB"),
+        (
+            ["--teacher", "resnet14", "--student", "resnet8", "--max-size", "5", "--max-latency", "1e-6"],
+            "--max-size, --max-latency: no student is within 5 MB and 1e-06 ms",
+        ),
+        (["--teacher", "resnet8", "--max-latency", "9"], "--max-latency: no known student is smaller than the teacher"),
         (["--teacher", "resnet14", "--student", "resnet8", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--teacher", "resnet14", "--student", "a", "--students", "b"], "--student and --students: give one of them"),
         (["--teacher", "resnet14", "--students", "a,,b"], "--students must be names with commas"),
