@@ -17,12 +17,14 @@ class ExactResume(Callback):
     the checkpoint. After a second resume from an epoch's last batch it trains too long. A fit that EarlyStopping has
     stopped stays stopped, unless its patience is raised. Wrong counters in checkpoints of older versions are corrected.
 
-    Works on any LightningModule. The modules of this package need no callback. A loader must resume within an epoch, as
-    those of ``SemiSupervisedDataModule`` do. The command line adds this callback to every fit.
+    Works on any LightningModule. The modules of this package need no callback. PyTorch's own DataLoader resumes between
+    epochs, and with ``SeedEveryStep`` in the same order. Within an epoch, a loader needs ``load_state_dict``, as those
+    of ``SemiSupervisedDataModule`` have. The command line adds this callback to every fit.
 
     Raises:
-        InputError: When a fit resumes with another ``accumulate_grad_batches``, or with Lightning's
-            StochasticWeightAveraging or BackboneFinetuning.
+        InputError: When a fit resumes with another ``accumulate_grad_batches``, with Lightning's
+            StochasticWeightAveraging or BackboneFinetuning, or within an epoch where a loader has no
+            ``load_state_dict``.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

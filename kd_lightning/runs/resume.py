@@ -4,6 +4,8 @@ A checkpoint is written within a step or an epoch: after an optimiser step, at t
 an epoch. An unbroken run then goes on with the rest of that step and epoch: the validation that is due, the hooks at
 the epoch's end, and the step of ReduceLROnPlateau. Lightning 2.6 leaves these out on a resume. After a resume from an
 epoch's last batch its counters are wrong, too, and a second resume trains too long.
+
+Loaders without a state, such as PyTorch's own, begin an epoch anew. They resume between epochs alone.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kd_lightning.errors import InputError
@@ -140,6 +143,7 @@ def _run(loop: _FitLoop, saved: dict[str, Any]) -> None:
     epoch: Any = loop.epoch_progress.current
     if epoch.started > epoch.processed:
         resume_step = _prepare_epoch(loop, saved)
+        _check_loaders(loop)
         loop.on_run_start()
         _finish_epoch(loop, saved, resume_step)
     else:
@@ -150,9 +154,42 @@ def _run(loop: _FitLoop, saved: dict[str, Any]) -> None:
         for counts in (loop.epoch_progress.total, epoch):
             counts.reset_on_restart()
         loop.on_run_start()
+        if plain := _plain_loaders(loop):
+            _warn_of_own_state(plain)
+            loop._resuming_from_checkpoint = False  # their order is drawn anew, after the hooks of the epoch's start
     _train(loop)
     loop._restarting = False
     loop.on_run_end()
+
+
+def _plain_loaders(loop: _FitLoop) -> list[Any]:
+    """Return the training loaders that cannot be set to a place within an epoch."""
+    assert loop._combined_loader is not None
+    loaders: list[Any] = loop._combined_loader.flattened
+    return [loader for loader in loaders if not callable(getattr(loader, "load_state_dict", None))]
+
+
+def _check_loaders(loop: _FitLoop) -> None:
+    """Raise InputError if a loader cannot be set to the place within an epoch, so that it would repeat batches."""
+    progress: Any = loop.epoch_loop.batch_progress
+    done, plain = progress.current.ready, _plain_loaders(loop)
+    if plain and done < loop.max_batches and not progress.is_last_batch:
+        of = "" if loop.max_batches == float("inf") else f" of {loop.max_batches}"
+        raise InputError(
+            f"ckpt_path: the checkpoint was written after {done}{of} batches of an epoch, where a "
+            f"{type(plain[0]).__name__} without load_state_dict cannot resume; resume from one of the end of an epoch "
+            "(checkpoint.every_n_epochs), or use a loader with a state, such as that of SemiSupervisedDataModule"
+        )
+
+
+def _warn_of_own_state(loaders: list[Any]) -> None:
+    """Warn of loaders with random numbers that neither a checkpoint nor a seed repeats."""
+    for name in ("generator", "persistent_workers"):
+        if any(getattr(loader, name, None) for loader in loaders):
+            rank_zero_warn(
+                f"resume: {name} of the DataLoader has a state that no checkpoint holds, so that the order or the "
+                "augmentation may differ from that of an unbroken run; leave it out if runs may be interrupted"
+            )
 
 
 def _prepare_epoch(loop: _FitLoop, saved: dict[str, Any]) -> Callable[[], None] | None:

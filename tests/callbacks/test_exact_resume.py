@@ -1,15 +1,27 @@
 """Fits that are killed two and three times, from the command line and in Python."""
 
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
-from kd_lightning import Digits, ExactResume, SeedEveryStep, SemiSupervisedDataModule, StudentWriter, SupervisedModule
+from kd_lightning import (
+    Batch,
+    Digits,
+    ExactResume,
+    InputError,
+    SeedEveryStep,
+    SemiSupervisedDataModule,
+    StudentWriter,
+    SupervisedModule,
+)
 from kd_lightning.cli.main import DistillCLI
 
 
@@ -80,6 +92,56 @@ def test_with_a_progress_bar(fit, tmp_path, bar, capsys):
     bars = {"callbacks": [ExactResume(), getattr(callbacks, bar)()], "enable_progress_bar": True}
     for step in (3, 5):
         assert fit("1", tmp_path / "0" / f"step={step}.ckpt", **bars).global_step == 20
+
+
+class Plain(Foreign):
+    """Batches of PyTorch's own loader."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(Batch(*batch), batch_idx)
+
+
+class Augmented:
+    """20 samples that change whenever they are read, by each of the global generators."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        noise = torch.rand(1) + np.random.rand() + random.random()
+        return torch.full((1, 8, 8), number / 20.0) + noise.float(), number % 10
+
+
+@pytest.fixture
+def fit_plain(quiet_trainer, tmp_path):
+    """Three epochs of five steps with PyTorch's own loader, with a checkpoint after each step."""
+
+    def run(name, path=None, make=Plain, **kwargs):
+        torch.manual_seed(0)
+        saver = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [SeedEveryStep(1), ExactResume(), saver]
+        trainer = quiet_trainer(max_epochs=3, enable_checkpointing=True, callbacks=callbacks)
+        module = make()
+        torch.manual_seed(0 if path is None else 5)  # a new process has drawn other random numbers before
+        trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True, **kwargs), ckpt_path=path)
+        return trainer.lightning_module.state_dict()
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_plain_loader_resumes_after_an_epoch(fit_plain, tmp_path, step, workers):
+    whole = fit_plain("0", num_workers=workers)
+    again = fit_plain("1", tmp_path / "0" / f"step={step}.ckpt", num_workers=workers)
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("make", [Plain, partial(SupervisedModule, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))])
+def test_a_plain_loader_does_not_resume_within_an_epoch(fit_plain, tmp_path, make):
+    fit_plain("0", make=make)
+    with pytest.raises(InputError, match="^ckpt_path: .* after 2 of 5 batches of an epoch, .* DataLoader .* end of an"):
+        fit_plain("1", tmp_path / "0" / "step=7.ckpt", make=make)
 
 
 def test_warns_at_the_start_of_what_cannot_resume(fit):

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from kd_lightning import DistillModule, InputError, SoftWeightAnnealing
+from kd_lightning import Digits, DistillModule, InputError, SemiSupervisedDataModule, SoftWeightAnnealing
 
 # at a quarter, at half, and at three quarters of the way from 0.8 to 0.2
 SHAPES = {
@@ -127,7 +127,7 @@ def test_is_charted_and_reaches_the_loss(quiet_trainer, loader, tmp_path, studen
     assert module.soft_loss.temperature == 2.0
 
 
-def test_resumed_in_mid_epoch(quiet_trainer, loader, tmp_path, student, teacher):
+def test_resumed_in_mid_epoch(quiet_trainer, tmp_path, student, teacher):
     seen = []
 
     class Recording(DistillModule):
@@ -138,8 +138,9 @@ def test_resumed_in_mid_epoch(quiet_trainer, loader, tmp_path, student, teacher)
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     callbacks = [SoftWeightAnnealing(0.9, 0.1), saves]
     for path in (None, tmp_path / "step=4.ckpt"):
-        trainer = quiet_trainer(max_epochs=3, enable_checkpointing=True, callbacks=callbacks)
-        trainer.fit(Recording(student, teacher), loader(), ckpt_path=path)
+        trainer = quiet_trainer(max_epochs=3, enable_checkpointing=True, callbacks=callbacks, limit_train_batches=3)
+        data = SemiSupervisedDataModule(Digits(), batch_size=8)
+        trainer.fit(Recording(student, teacher), datamodule=data, ckpt_path=path)
     assert len(seen) == 9 + 5
     assert seen[9:] == seen[4:9]  # from the second batch of the second epoch on
 

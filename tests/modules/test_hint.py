@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from small_networks import Resumable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import SGD, Adam
@@ -578,26 +579,12 @@ class TestResume:
             quiet_trainer(max_epochs=3).fit(other, loader(), ckpt_path=tmp_path / "end.ckpt")
 
 
-class Rows(DataLoader):
+class Rows(Resumable):
     """Twelve rows in batches of four that go on where a run stopped in mid-epoch."""
 
     def __init__(self, rows=None):
         x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(5))
         super().__init__(TensorDataset(x, torch.arange(12) % 10) if rows is None else rows, 4)
-        self.done, self.start = 0, 0
-
-    def state_dict(self):
-        return {"done": self.done % 3}
-
-    def load_state_dict(self, state):
-        self.start = state["done"]
-
-    def __iter__(self):
-        start, self.start = self.start, 0
-        for number, batch in enumerate(super().__iter__()):
-            if number >= start:
-                self.done = number + 1
-                yield batch
 
 
 class TestBadInput:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
+from small_networks import Resumable
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -255,7 +256,7 @@ class TestLengthLeftOut:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=r".*lr_scheduler\.step.*|.*milestone")
             resumed = {} if path is None else {"ckpt_path": path, "weights_only": True}
-            trainer.fit(module, loader(count=4 * STEPS), **resumed)
+            trainer.fit(module, Resumable(loader(count=4 * STEPS).dataset, 4), **resumed)
         return recorder.rates
 
     @pytest.mark.parametrize("kind", LEFT_OUT)
