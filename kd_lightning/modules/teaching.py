@@ -42,8 +42,8 @@ class teach(LightningModule):  # noqa: N801  (it is used as a function, and is a
             ``self(...)``.
         soft_loss: Loss called as ``(student_output, teacher_output)``, or with a third argument as
             ``(student_logits, teacher_logits, target)``. The target is the class indices (B,) of the batch if the
-            network is called with the batch's inputs as they are, and None otherwise and for dense outputs. Default:
-            None, which means ``KDLoss`` at temperature 4.
+            network is called with the batch's inputs as they are, and None otherwise and for dense outputs. The
+            module's ``unpack``, if it has one, names both. Default: None, which means ``KDLoss`` at temperature 4.
         soft_weight: Weight of the soft loss, in [0, 1], see :class:`DistillModule`.
         class_dim: The dimension of the outputs that holds classes: -1 for tokens (B, T, C), 1 for maps (B, C, H, W).
             The soft loss gets rows (N, C) then. Default: None, which means that it gets outputs as they are, such as

@@ -13,7 +13,7 @@ from kd_lightning.batch import LABEL_KEYS, Batch, is_labeled, unpack
 from kd_lightning.errors import InputError
 from kd_lightning.features.outputs import Output, pick_logits
 from kd_lightning.inputs import arguments_of
-from kd_lightning.losses import ConditionalLoss, KDLoss
+from kd_lightning.losses import ConditionalLoss, DKDLoss, KDLoss, NKDLoss, RLDLoss
 from kd_lightning.losses.rows import to_rows
 from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_weight
 from kd_lightning.modules._shared.finite_check import FiniteCheck
@@ -23,6 +23,8 @@ from kd_lightning.ranks import sum_over_ranks
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
+
+_NEED_LABELS = (ConditionalLoss, DKDLoss, NKDLoss, RLDLoss)
 
 
 class Teaching(nn.Module):
@@ -130,10 +132,11 @@ class Teaching(nn.Module):
     def _compare(self, rows: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         if self.class_dim is not None or rows.ndim > 2:
             labels = None  # those of positions may be shifted
-        if labels is None and isinstance(self.soft_loss, ConditionalLoss):
+        if labels is None and isinstance(self.soft_loss, _NEED_LABELS):
             raise InputError(
-                f"soft_loss: ConditionalLoss needs labels; teach finds them where {self._calls.name} is called with "
-                "the inputs of the batch as they are, and the batch has one class index (B,) for each row"
+                f"soft_loss: {type(self.soft_loss).__name__} needs labels; teach finds them where {self._calls.name} "
+                "is called with the inputs of the batch as they are, and the batch has one class index (B,) for each "
+                "row; a method unpack(batch) of the module, which returns Batch(inputs, labels), names both"
             )
         loss = call_soft_loss(self.soft_loss, rows, target, labels)
         if loss.ndim:

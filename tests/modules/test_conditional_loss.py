@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import ApprenticeModule, Batch, DistillModule, InputError, SoftWeightAnnealing, teach
-from kd_lightning.losses import ConditionalLoss, KDLoss
+from kd_lightning.losses import ConditionalLoss, DKDLoss, KDLoss, NKDLoss, RLDLoss
 from kd_lightning.models import DigitsCNN
 from kd_lightning.teachers.checks import soft_targets
 
@@ -142,6 +142,24 @@ class TestTeach:
         module = teach(Own(step), fixed(1, 6, 3), soft_loss=conditional())
         with pytest.raises(InputError, match="ConditionalLoss needs labels; teach finds them where net is called"):
             module.training_step((self.x, y), 0)
+
+    def test_labels_under_other_keys_are_those_of_unpack(self):
+        class Keys(Own):
+            def training_step(self, batch, batch_idx):
+                return super().training_step((batch["image"], batch["digit"]), batch_idx)
+
+        class Named(Keys):
+            def unpack(self, batch):
+                return Batch(batch["image"], batch["digit"])
+
+        teacher, batch = fixed(1, 6, 3), {"image": self.x, "digit": self.y, "number": torch.arange(6)}
+        module = teach(Named(), teacher, soft_loss=conditional(), soft_weight=1.0)
+        found = module.training_step(batch, 0)
+        torch.testing.assert_close(found, soft_by_hand(module.net(self.x), teacher.logits, self.y))
+        for loss in (conditional(), DKDLoss(), NKDLoss(), RLDLoss()):
+            teach(Named(), teacher, soft_loss=loss).training_step(batch, 0)
+            with pytest.raises(InputError, match=rf"^soft_loss: {type(loss).__name__} needs labels; .* unpack"):
+                teach(Keys(), teacher, soft_loss=loss).training_step(batch, 0)
 
     def test_labels_of_positions_are_refused(self):
         class Tokens(Own):

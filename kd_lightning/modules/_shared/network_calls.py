@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.batch import Batch
+from kd_lightning.batch import Batch, unpack
 from kd_lightning.errors import InputError
 from kd_lightning.features.capture import find_layer
 from kd_lightning.features.outputs import Output, pick_logits
@@ -182,7 +182,7 @@ class NetworkCalls:
         """Give the teacher what the network is called with: now, since the network may change it in place."""
         if self._is_watching and torch.is_grad_enabled():
             with self.pause():  # the teacher may hold layers of the network
-                self._targets.append((self._teach(args, kwargs), _labels_of(self.batch, args, kwargs)))
+                self._targets.append((self._teach(args, kwargs), self._labels_of(args, kwargs)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_call(self, _network: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -205,6 +205,15 @@ class NetworkCalls:
                 raise InputError("teacher_inputs of a batch are for one call of the network in a step, got several")
             args, kwargs = arguments_of(inputs)
         return self._pick(self.teacher.run(*args, **kwargs), "the teacher")
+
+    def _labels_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the batch's class indices (B,) if the arguments of a call are its very inputs; None otherwise."""
+        try:
+            read = unpack(self.module, self.batch)
+        except InputError:
+            return None
+        known = read.y is not None and read.y.ndim == 1 and not read.y.is_floating_point()
+        return read.y if known and _is_call_of(read.x, args, kwargs) else None
 
     def _pick(self, output: Any, owner: str) -> Tensor:
         """Pick the logits out of an output."""
@@ -232,16 +241,6 @@ def _teacher_inputs_of(batch: Any) -> Any:
             "own, or return a Batch or a mapping that has them"
         )
     return _teacher_inputs_of(parts[0])
-
-
-def _labels_of(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the class indices (B,) of a batch if the arguments of a call are its very inputs; None otherwise."""
-    try:
-        read = Batch.from_any(batch)
-    except InputError:
-        return None
-    known = read.y is not None and read.y.ndim == 1 and not read.y.is_floating_point()
-    return read.y if known and _is_call_of(read.x, args, kwargs) else None
 
 
 def _is_call_of(x: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
