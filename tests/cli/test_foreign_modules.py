@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
 
 from kd_lightning import InputError, load_weights, teach
@@ -413,6 +414,20 @@ class TestTaught:
         assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
         with pytest.raises(InputError, match="by the module's own class"):
             teach.load_from_checkpoint(last)
+
+    def test_their_own_lightning_cli(self):
+        import their_project
+
+        config = yaml.safe_load(Path(write()).read_text())
+        options = {"logger": False, "enable_checkpointing": False}
+        arguments = {
+            "trainer": config["trainer"] | options,
+            "model": config["model"]["init_args"],
+            "data": {"dicts": False},
+        }
+        cli = LightningCLI(teach, their_project.Data, args=["fit", f"--config={yaml.safe_dump(arguments)}"])
+        assert type(cli.model) is their_project.Lit
+        assert {"teach/soft", "teach/hard", "val/loss"} <= cli.trainer.callback_metrics.keys()
 
     def test_a_network_that_is_not_there(self, capsys):
         text = main_fails(capsys, "fit", "--config", write(network="nett"))
