@@ -178,7 +178,7 @@ def _check_loaders(loop: _FitLoop) -> None:
         raise InputError(
             f"ckpt_path: the checkpoint was written after {done}{of} batches of an epoch, where a "
             f"{type(plain[0]).__name__} without load_state_dict cannot resume; resume from one of the end of an epoch "
-            "(checkpoint.every_n_epochs), or use a loader with a state, such as that of SemiSupervisedDataModule"
+            "(checkpoint.every_n_epochs); loaders of SemiSupervisedDataModule and torchdata's StatefulDataLoader can"
         )
 
 
