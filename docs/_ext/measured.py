@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +21,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "RESULTS.md"
+_PICTURE = re.compile(r"(!\[[^\]]*\])\(([^):]+)\)")
 _HEADING = re.compile(r"(?P<marks>#+) (?P<title>.+?)(?: \((?P<date>\d{4}-\d\d-\d\d)\))?$")
 
 
@@ -94,8 +96,10 @@ class _FromResults(SphinxDirective):
     """What the directives share."""
 
     def parse(self, text: str) -> list[nodes.Node]:
-        """Parse Markdown, which may have headings, and note that the page depends on the file."""
+        """Parse Markdown, which may have headings and pictures, and note that the page depends on the file."""
         self.env.note_dependency(str(RESULTS))
+        folder = os.path.relpath(RESULTS.parent, Path(self.env.doc2path(self.env.docname)).parent)
+        text = _PICTURE.sub(lambda found: f"{found[1]}({Path(folder, found[2]).as_posix()})", text)
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
