@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from kd_lightning.runs.resume import cannot_resume, prepare_resume, store_position
+from kd_lightning.runs.resume import cannot_resume, prepare_resume, saves_within_epochs, store_position
 
 
 class ExactResume(Callback):
@@ -31,6 +31,11 @@ class ExactResume(Callback):
         """Runs at the start of a fit. Warns of a callback that cannot resume."""
         if (reason := cannot_resume(trainer)) is not None:
             rank_zero_warn(f"trainer.callbacks: {reason}, if the run may be interrupted")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs before the first epoch. Warns of checkpoints from which the run could not resume."""
+        if (reason := saves_within_epochs(trainer)) is not None:
+            rank_zero_warn(reason)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before a checkpoint is written. Adds the monitored metrics and what else a resume needs."""

@@ -105,6 +105,22 @@ def cannot_resume(trainer: Trainer) -> str | None:
     return None
 
 
+def saves_within_epochs(trainer: Trainer) -> str | None:
+    """Return what is wrong if checkpoints are due within epochs, where a training loader cannot resume; else None."""
+    plain, batches = _plain_loaders(trainer.fit_loop), trainer.num_training_batches
+    for saver in _callbacks(trainer):
+        if not plain or not isinstance(saver, ModelCheckpoint):
+            continue
+        steps = saver._every_n_train_steps * trainer.accumulate_grad_batches
+        if saver._train_time_interval is not None or steps % batches:
+            return (
+                f"checkpoints within epochs: a run cannot resume from them, since a {type(plain[0]).__name__} has no "
+                "load_state_dict; write them at the ends of epochs (every_n_epochs), or use torchdata's "
+                "StatefulDataLoader"
+            )
+    return None
+
+
 def correct_counters(fit_loop: dict[str, Any]) -> None:
     """Correct the epoch counters in a checkpoint that Lightning wrote after a resume from an epoch's last batch.
 

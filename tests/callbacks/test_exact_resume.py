@@ -1,6 +1,7 @@
 """Fits that are killed two and three times, from the command line and in Python."""
 
 import random
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -142,6 +143,33 @@ def test_a_plain_loader_does_not_resume_within_an_epoch(fit_plain, tmp_path, mak
     fit_plain("0", make=make)
     with pytest.raises(InputError, match="^ckpt_path: .* after 2 of 5 batches of an epoch, .* DataLoader .* end of an"):
         fit_plain("1", tmp_path / "0" / "step=7.ckpt", make=make)
+
+
+class Stateful(DataLoader):
+    """A loader with a state."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"every_n_train_steps": 2}, True),
+        ({"train_time_interval": timedelta(hours=1)}, True),
+        ({"every_n_train_steps": 10}, False),  # five batches an epoch
+        ({"every_n_epochs": 1}, False),
+    ],
+)
+def test_warns_at_the_start_of_checkpoints_within_epochs(quiet_trainer, tmp_path, recwarn, options, warns):
+    for loader, expected in ((DataLoader(Augmented(), batch_size=4), warns), (Stateful(Augmented(), 4), False)):
+        recwarn.clear()
+        callbacks = [ExactResume(), ModelCheckpoint(tmp_path, **options)]
+        quiet_trainer(max_epochs=1, enable_checkpointing=True, callbacks=callbacks).fit(Plain(), loader)
+        assert any("checkpoints within epochs: a run can" in str(one.message) for one in recwarn) == expected
 
 
 def test_warns_at_the_start_of_what_cannot_resume(fit):
