@@ -30,14 +30,16 @@ class AcceptedCounts:
         Args:
             weight: Weights of the unlabeled rows, (U,).
             target: Their pseudo-labels, (U, C). None if classes are not to be counted.
-            labels: Classes of the labeled rows, (L,); others than 0 to C - 1 are not counted. None without labels.
+            labels: Classes of the labeled rows, (L,), of which others than 0 to C - 1 are not counted; or labels of
+                mixed rows, (L, C). None without labels.
         """
         self._unlabeled = self._unlabeled + len(weight)
         accepted = weight.sum() if target is None else (weight[:, None] * target).sum(dim=0)
         self._accepted = self._accepted.to(weight.device) + accepted
         if target is not None and labels is not None:
             classes = torch.arange(target.shape[1], device=labels.device)
-            self._labels = self._labels.to(labels.device) + (labels[:, None] == classes).sum(dim=0)
+            known = labels[:, None] == classes if labels.ndim == 1 else labels
+            self._labels = self._labels.to(labels.device) + known.sum(dim=0)
 
     def of_all_processes(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return the numbers: (), () or (C,), and () or (C,). All processes must call this."""

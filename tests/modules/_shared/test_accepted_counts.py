@@ -39,6 +39,12 @@ def test_numbers_of_a_run_that_goes_on():
     assert not any(part.any() for part in counts.of_all_processes(CPU))
 
 
+def test_labels_of_mixed_rows():
+    counts = AcceptedCounts()
+    counts.add(torch.ones(1), torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.0, 0.75], [0.0, 1.0, 0.0]]))
+    assert [part.tolist() for part in counts.of_all_processes(CPU)] == [1, [0.5, 0.5, 0], [0.25, 1.0, 0.75]]
+
+
 def test_without_classes():
     counts = AcceptedCounts()
     counts.add(torch.ones(30), None, None)

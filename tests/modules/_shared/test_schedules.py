@@ -478,7 +478,8 @@ class TestLengthOfStages:
         )
         recorder = Rates()
         trainer = make_trainer(callbacks=[recorder, *options.pop("callbacks", [])], max_epochs=epochs, **options)
-        trainer.fit(module, loader(), loader(), ckpt_path=path, **({} if path is None else {"weights_only": True}))
+        data = Resumable(loader().dataset, 4)
+        trainer.fit(module, data, loader(), ckpt_path=path, **({} if path is None else {"weights_only": True}))
         return recorder.rates
 
     @pytest.mark.parametrize(("interval", "lengths"), [("epoch", (2, 3)), ("step", (6, 9))])
