@@ -303,8 +303,7 @@ class PseudoLabelModule(TaughtModule):
         if self._trainer is not None:
             unlabeled = len(weight)
             share = weight.float().mean() if unlabeled else 0.0
-            # always a float: the weights of all processes must have one type
-            self._record_mean("train/coverage", share, max(float(unlabeled), 1e-9))
+            self._record_mean("train/coverage", share, max(float(unlabeled), 1e-9))  # the same type on all processes
             self._counts.add(weight, *((target, labels) if self.task == "multiclass" else (None, None)))
 
     # The run.
@@ -349,14 +348,15 @@ class PseudoLabelModule(TaughtModule):
             check_refresh(getattr(self.trainer, "callbacks", ()), self.ema, self.teacher)
 
     def on_train_epoch_start(self) -> None:
-        """Runs at the start of each training epoch. Resets the counts of pseudo-labels."""
+        """Runs at the start of each training epoch. Resets the counts."""
         self._counts.reset()
 
     def on_train_epoch_end(self) -> None:
         """Runs at the end of each training epoch. Warns of no unlabeled sample, none accepted, or one class alone."""
         super().on_train_epoch_end()
         selects = self.pseudo_labels == "online" and self.unsupervised_weight > 0
-        early = self.current_epoch == 0 and self.trainer.max_epochs != 1  # predictions of an untrained network
+        ends = self.trainer.max_epochs == 1 or self.trainer.max_steps == self.global_step
+        early = self.current_epoch == 0 and not ends
         self._counts.warn(self.device, one_line(self.selection) if selects else None, early)
 
     def optimizer_step(

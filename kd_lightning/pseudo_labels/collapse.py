@@ -11,7 +11,7 @@ ROWS_OF_A_CLASS = 10
 
 
 def collapse_text(accepted: Tensor, given: Tensor, unlabeled: float) -> str | None:
-    """Return what a warning says if one class absorbs the others.
+    """Return the text of a warning if one class absorbs the others, else None.
 
     That is: most unlabeled samples have an accepted pseudo-label, nearly all of these are of one class, and no more
     than half of the given labels are. Few accepted ones of one class are no sign of it: easy classes come first.

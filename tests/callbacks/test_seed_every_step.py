@@ -1,7 +1,11 @@
 """SeedEveryStep: random numbers depend on step, rank and seed, and on nothing else."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from kd_lightning import InputError, SeedEveryStep, SupervisedModule
 from kd_lightning.models import DigitsCNN
@@ -34,6 +38,24 @@ def test_same_seed_repeats_and_steps_seeds_and_ranks_differ(sample):
     assert sample(burn=2, seed=3) == seen
     others = sample(seed=4) + sample(seed=3, rank=1) + sample(seed=0)
     assert len({*seen, *others}) == 4 * 6
+
+
+def test_the_order_of_an_epoch_is_that_of_all_processes(quiet_trainer, loader):
+    """A sampler that shuffles by a global generator would else give samples to two processes, and others to none."""
+
+    class Order(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+
+    drawn = []
+    for rank in (0, 1):
+        for part in (torch.manual_seed, np.random.seed, random.seed):
+            part(rank)  # what the processes have drawn before need not be the same
+        trainer = quiet_trainer(max_epochs=2, callbacks=[SeedEveryStep(3), Order()])
+        trainer.strategy.global_rank = rank
+        trainer.fit(SupervisedModule(DigitsCNN(4)), loader())
+    assert drawn[:2] == drawn[2:]
+    assert len({*sum(drawn[:2], ())}) == 6  # each epoch has its own
 
 
 def test_seed_of_the_run(sample, monkeypatch):

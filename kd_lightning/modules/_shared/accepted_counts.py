@@ -18,7 +18,7 @@ class AcceptedCounts:
 
     def __init__(self) -> None:
         self.reset()
-        self._collapse_is_told = False
+        self._has_warned_of_collapse = False
 
     def reset(self) -> None:
         """Runs at the start of an epoch."""
@@ -36,7 +36,8 @@ class AcceptedCounts:
         self._unlabeled = self._unlabeled + len(weight)
         accepted = weight.sum() if target is None else (weight[:, None] * target).sum(dim=0)
         self._accepted = self._accepted.to(weight.device) + accepted
-        if target is not None and labels is not None:
+        if target is not None:  # on all processes, also on one without labels
+            labels = target.new_zeros(0) if labels is None else labels
             classes = torch.arange(target.shape[1], device=labels.device)
             known = labels[:, None] == classes if labels.ndim == 1 else labels
             self._labels = self._labels.to(labels.device) + known.sum(dim=0)
@@ -62,7 +63,7 @@ class AcceptedCounts:
             early: Whether pseudo-labels of one class are no surprise yet.
         """
         unlabeled, accepted, labels = (part.cpu() for part in self.of_all_processes(device))
-        by_class = labels.ndim > 0 and not early and not self._collapse_is_told
+        by_class = labels.ndim > 0 and not early and not self._has_warned_of_collapse
         if not unlabeled:
             rank_zero_warn("no batch of this epoch had an unlabeled sample (y = -100): nothing to pseudo-label")
         elif selection is not None and not accepted.any():
@@ -71,5 +72,5 @@ class AcceptedCounts:
                 "alone; lower the threshold, or train longer on the labels first"
             )
         elif selection is not None and by_class and (text := collapse_text(accepted, labels, float(unlabeled))):
-            self._collapse_is_told = True
+            self._has_warned_of_collapse = True
             rank_zero_warn(f"in this epoch, {text} ({selection})")

@@ -185,7 +185,7 @@ class PseudoLabelTask(ABC):
         }
 
     def collapse(self, table: Any, given: Tensor) -> str | None:
-        """Return what a warning says if one class absorbs the others in a round. Most tasks cannot tell.
+        """Return the text of a warning if one class absorbs the others in a round, else None. Multiclass only.
 
         Args:
             table: The round.

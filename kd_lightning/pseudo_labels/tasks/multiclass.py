@@ -93,7 +93,7 @@ class MulticlassTask(PseudoLabelTask):
         return make_pseudo_labels(*parts, previous=previous, epoch=epoch), y[~unlabeled].long()
 
     def collapse(self, table: Any, given: Tensor) -> str | None:
-        """Return what a warning says if one class absorbs the others in a round."""
+        """Return the text of a warning if one class absorbs the others in a round, else None."""
         classes = int(torch.cat([table.label, given]).max()) + 1
         accepted = torch.bincount(table.label, weights=table.weight.double(), minlength=classes)
         return collapse_text(accepted, torch.bincount(given, minlength=classes), len(table.label))

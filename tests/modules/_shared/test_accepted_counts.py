@@ -56,4 +56,5 @@ def test_without_any_label(recwarn):
     counts = AcceptedCounts()
     counts.add(torch.ones(90), one_hot(torch.zeros(90, dtype=torch.long), 3).float(), None)
     counts.warn(CPU, "All", early=False)
+    assert [part.shape for part in counts.of_all_processes(CPU)] == [(), (3,), (3,)]  # as on a process with labels
     assert not recwarn.list
