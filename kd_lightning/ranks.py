@@ -105,6 +105,21 @@ def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: 
         raise InputError(first)
 
 
+def stop_if_recorded(trainer: Trainer | None) -> None:
+    """End a run whose trainer has recorded SIGTERM, in a long pass between two batches, where Lightning does not look.
+
+    Args:
+        trainer: The trainer, None without one.
+
+    Raises:
+        SIGTERMException: If there is a signal. Lightning then ends the run.
+    """
+    if trainer is not None and trainer.received_sigterm:
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        raise SIGTERMException
+
+
 @atexit.register
 def _let_gloo_finish() -> None:
     """Wait until the threads of gloo have dropped their last tensor.

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.io import write_png
@@ -469,6 +470,23 @@ class Terminate(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class TerminateAtLast(Callback):
+    """Sends SIGTERM where Lightning looks for none any more."""
+
+    def on_train_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_at_the_end_begins_no_other_run(config, capsys):
+    config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.TerminateAtLast"}]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as end:
+        main(["experiment", "config.yaml", "--seeds", "2"])
+    assert end.value.code == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: stopped by SIGTERM"
+    assert len([*Path("runs").rglob("student.safetensors")]) == 1
+
+
 def test_sigterm_is_no_success(config, capsys):
     config["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Terminate"}]
     Path("config.yaml").write_text(yaml.safe_dump(config))
@@ -605,6 +623,27 @@ class Mark(Callback):
             Path(f"marked{trainer.global_rank}").touch()
 
 
+class InterruptLogger(Callback):
+    """Sends SIGINT while the logger of step 3 frees a lock, where an exception leaves it taken."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            sys.setprofile(self._interrupt)
+
+    def _interrupt(self, frame, event, _):
+        if event == "call" and frame.f_code is threading.Condition.__exit__.__code__:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+
+class MarkPrediction(Callback):
+    """Writes a file at the first batch of predictions; the others take their time."""
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        Path("marked0").touch()
+        time.sleep(1)
+
+
 def stop(args, number, when, group=False, twice=False):
     """Start a command, send it a signal when a condition holds, and return its exit status and its output."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -675,6 +714,32 @@ class TestStop:
         assert output.strip().splitlines()[-1] == f"error: stopped by {number.name}; --ckpt_path last resumes the run"
         assert "Traceback" not in output
         assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] >= 3
+
+    def test_in_a_lock(self, config):
+        command = [sys.executable, "-m", "kd_lightning", *self.FIT[:-1], "test_faults.InterruptLogger"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert done.returncode == 130
+        assert done.stderr.strip().splitlines()[-1] == "error: stopped by SIGINT; --ckpt_path last resumes the run"
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_in_predictions(self, config, number):
+        Path("a.safetensors").write_bytes(save(DigitsCNN(4).state_dict()))
+        args = ["predict", "--config", "config.yaml", "--ckpt_path", "a.safetensors"]
+        args += ["--data.init_args.batch_size", "4", "--trainer.callbacks+", "test_faults.MarkPrediction"]  # 90 batches
+        status, output = stop(args, number, Path("marked0").exists)
+        assert status == 128 + number
+        assert output.strip().splitlines()[-1] == f"error: stopped by {number.name}"
+        assert "Traceback" not in output
 
     def test_twice(self, config):
         status, output = stop(self.FIT, signal.SIGINT, Path("marked0").exists, twice=True)

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_lightning.errors import InputError
-from kd_lightning.ranks import gather, gather_rows, is_distributed, on_all_ranks
+from kd_lightning.ranks import gather, gather_rows, is_distributed, on_all_ranks, stop_if_recorded
 
 SCRIPT = """
 import torch
@@ -107,3 +110,10 @@ def test_what_is_wrong_with_the_input_is_one_line(error, message):
 def test_a_fault_of_the_program_stays_one():
     with pytest.raises(ZeroDivisionError):
         on_all_ranks(None, lambda: 1 / 0, "cache")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_recorded_signal_ends_a_pass(recorded):
+    with pytest.raises(SIGTERMException) if recorded else nullcontext():
+        stop_if_recorded(SimpleNamespace(received_sigterm=recorded))
+    stop_if_recorded(None)

@@ -18,7 +18,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.features.capture import evaluating
 from kd_lightning.inputs import tensors_of
 from kd_lightning.pseudo_labels.tasks.base import PseudoLabelTask
-from kd_lightning.ranks import gather
+from kd_lightning.ranks import gather, stop_if_recorded
 from kd_lightning.runs.student import batch_of_student
 from kd_lightning.teachers.cache_fill import move_batch
 
@@ -65,6 +65,7 @@ def predict_pool(
     with isolate_rng(include_cuda=False), torch.no_grad(), evaluating(module), validating(trainer):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for loaded in data.pool_dataloader() if num_views is None else data.pool_dataloader(num_views):
+            stop_if_recorded(trainer)
             moved = move_batch(trainer, loaded)
             batch = batch_of_student(module, moved)
             known = moved if isinstance(moved, Batch) else batch  # an unpack need not return index and labels

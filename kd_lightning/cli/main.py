@@ -42,10 +42,12 @@ from kd_lightning.cli.record_run import RecordRun, dump_config
 from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
 from kd_lightning.cli.slurm import refuse_shared_checkpoint, stop_requeueing
-from kd_lightning.cli.stop_signals import record_sigterm
+from kd_lightning.cli.stop_predictions import StopPredictions
+from kd_lightning.cli.stop_signals import record_signals
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
+from kd_lightning.ranks import stop_if_recorded
 from kd_lightning.runs.checkpoints import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, read_checkpoint
 from kd_lightning.runs.class_paths import find_class, walk_config
 from kd_lightning.runs.csv_logger import ResumableCSVLogger
@@ -237,7 +239,8 @@ class DistillCLI(LightningCLI):
         if not is_verbose():
             trainer["enable_model_summary"] = bool(trainer["enable_model_summary"])
         plain = self._own_config.as_dict()
-        callbacks += [Introduction(plain), BoardWriter(plain, resumes=self.selection.run is not None), SampleFigures()]
+        board = BoardWriter(plain, resumes=self.selection.run is not None)
+        callbacks += [Introduction(plain), board, SampleFigures(), StopPredictions()]
         if config["checkpoint"].save_last:
             config["checkpoint"].save_last = None
             settings = self._own_config.checkpoint
@@ -250,7 +253,7 @@ class DistillCLI(LightningCLI):
         built = self._instantiate_trainer(trainer, callbacks)
         guard_loggers(built)
         stop_requeueing(built, trainer["plugins"])
-        record_sigterm(built)
+        record_signals(built)
         check_callbacks(built.callbacks, term_names(plain.get("model")))  # type: ignore[attr-defined]
         if type(built.strategy.checkpoint_io) is TorchCheckpointIO:  # not one from the config
             built.strategy.checkpoint_io = SafeCheckpointIO(resume=self.subcommand in (None, "fit"))
@@ -351,6 +354,7 @@ class DistillCLI(LightningCLI):
         try:
             with lock_folder(folder) if folder is not None and locks else nullcontext():
                 start(model, **arguments)
+                stop_if_recorded(self.trainer)  # a signal of its last moments: no other run begins
         except BaseException as error:
             if self.subcommand == "fit" and self._has_checkpoint():
                 error.add_note("--ckpt_path last resumes the run")

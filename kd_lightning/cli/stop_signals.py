@@ -6,20 +6,25 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from types import FrameType
 from typing import Any
+
+from kd_lightning.cli.quiet import rank_of_environment
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PAUSE = 3.0
 """Seconds after a signal in which others have no effect: the time that a program needs to end."""
 
+_LOADER_MODULE = "torch.utils.data._utils.signal_handling"
+
 
 class StopSignals:
     """Handlers of SIGINT and SIGTERM, which end this program at the first signal.
 
-    SIGINT raises KeyboardInterrupt, SIGTERM raises SystemExit. While a trainer runs, SIGTERM is recorded alone:
-    Lightning ends the run after the batch.
+    SIGINT raises KeyboardInterrupt, SIGTERM raises SystemExit. While a trainer runs, both are recorded alone, and
+    Lightning ends the run after the batch: an exception in the middle of a step could leave a lock of a logger taken,
+    for which the end of the run would then wait forever, or be lost in a destructor. A second SIGINT, after a pause,
+    raises KeyboardInterrupt wherever the program is.
 
     Attributes:
         received: The first signal. None if none has come.
@@ -45,7 +50,7 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked process, such as a loader's worker
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -53,24 +58,54 @@ class StopSignals:
         now = time.monotonic()
         if self.received is not None and now < self._next:
             return
+        is_first = self.received is None
         self.received = self.received or signal.Signals(number)
         self._next = now + _PAUSE
-        if signal.getsignal(number) == self._handle:  # Lightning's handler of SIGTERM calls this one
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self._silence_loaders()
+        recorders = _recorders()
+        if number == signal.SIGINT:
+            if recorders and is_first:
+                for recorder in recorders:
+                    recorder(signal.SIGTERM, frame)
+                if rank_of_environment() == "0":  # not by print, which this may have interrupted
+                    os.write(2, b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n")
+                return
+            raise KeyboardInterrupt
+        if not recorders:
+            raise SystemExit(128 + number)
+
+    def _silence_loaders(self) -> None:
+        """Let PyTorch's data loaders not raise, wherever the program is, that this signal has ended their workers."""
+        number = getattr(signal, "SIGCHLD", None)  # Windows has none
+        handler = None if number is None else signal.getsignal(number)
+        if number is not None and getattr(handler, "__module__", None) == _LOADER_MODULE:
+            self._before[number] = signal.signal(number, signal.SIG_DFL)
 
 
-def record_sigterm(trainer: Any) -> None:
+def record_signals(trainer: Any) -> None:
     """Make a trainer's handler of SIGTERM record the signal and pass it on, and nothing else.
 
     Lightning's handler also calls a collective operation, within whatever step it interrupts. The processes then wait
     for one another without end. Its training loop compares the record of all processes before each step anyway.
     """
     connector = trainer._signal_connector
-    connector._sigterm_notifier_fn = partial(_record, connector)
+    connector._sigterm_notifier_fn = _Recorder(connector)
 
 
-def _record(connector: Any, number: int, _: FrameType | None) -> None:
-    launcher = connector.trainer.strategy.launcher
-    if launcher is not None and not connector.received_sigterm:
-        launcher.kill(number)
-    connector.received_sigterm = True
+class _Recorder:
+    """A trainer's handler of SIGTERM."""
+
+    def __init__(self, connector: Any) -> None:
+        self._connector = connector
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        launcher = self._connector.trainer.strategy.launcher
+        if launcher is not None and not self._connector.received_sigterm:
+            launcher.kill(number)
+        self._connector.received_sigterm = True
+
+
+def _recorders() -> list[_Recorder]:
+    """Return those of the trainer that runs: Lightning's handler calls several one behind another."""
+    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", ())
+    return [handler for handler in handlers if isinstance(handler, _Recorder)]

@@ -19,6 +19,7 @@ from epoch_probe import Probe
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -863,3 +864,26 @@ def test_a_momentum_for_steps_is_named(fit, recwarn):
         fit(make(PseudoLabelModule), refresh, max_epochs=1)
         named = [str(one.message) for one in recwarn if "averages hardly move with a momentum" in str(one.message)]
         assert len(named) == (momentum == 0.999)
+
+
+class Stopped(DigitsCNN):
+    """Stands for a signal that comes at the first batch of a pass in eval mode."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.calls = 0
+
+    def forward(self, x):
+        if not self.training:
+            self.calls += 1
+            self.trainer._signal_connector.received_sigterm = True
+        return super().forward(x)
+
+
+def test_a_signal_ends_the_pass_over_the_pool(quiet_trainer):
+    network = Stopped()
+    trainer = quiet_trainer(callbacks=[PseudoLabelRefresh(source="teacher", selection=SOFT)])
+    network.trainer = trainer
+    with pytest.raises(SIGTERMException):
+        trainer.fit(DistillModule(DigitsCNN(4), network), datamodule=data())
+    assert network.calls == 1

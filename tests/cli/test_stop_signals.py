@@ -1,11 +1,16 @@
-"""The first signal ends a command, later ones have no effect."""
+"""The first signal ends a command, later ones have no effect. A run ends between two batches."""
 
 import os
 import signal
 
 import pytest
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
-from kd_lightning.cli.stop_signals import StopSignals
+from kd_lightning.cli import stop_signals
+from kd_lightning.cli.quiet import RANKS
+from kd_lightning.cli.stop_signals import StopSignals, record_signals
 
 
 @pytest.fixture
@@ -34,11 +39,54 @@ def test_first_and_second(stop, number, error):
     assert stop.received == number
 
 
-def test_sigterm_is_recorded_where_another_handler_calls_this_one(stop):
-    handler = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *arguments: handler(*arguments))  # as Lightning does
+@pytest.fixture
+def trainer(stop):
+    """A trainer whose handler of SIGTERM is there, as in a run."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    record_signals(trainer)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector.register_signal_handlers()
+    yield trainer
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trainer_records_the_first(trainer, stop, number):
+    os.kill(os.getpid(), number)
+    assert trainer.received_sigterm
+    assert stop.received == number
+    for other in (signal.SIGINT, signal.SIGTERM):  # at once
+        os.kill(os.getpid(), other)
+    assert stop.received == number
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_sigint_after_the_pause_ends_a_long_step(trainer, stop, first, monkeypatch):
+    monkeypatch.setattr(stop_signals, "_PAUSE", 0.0)
+    os.kill(os.getpid(), first)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.received == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == first
+
+
+def test_sigint_is_announced_on_one_process(trainer, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not capfd.readouterr().err
+
+
+def test_announcement(trainer, monkeypatch, capfd):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "SIGINT: the run ends after this batch; once more after 3 seconds: at once\n"
+
+
+def test_a_handler_of_another_library_does_not_count(stop):
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_restore(stop):
@@ -60,3 +108,33 @@ def test_a_forked_process_ends_as_usual(stop):
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+def test_no_loader_tells_that_a_signal_has_ended_its_workers(stop, monkeypatch):
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(range(4), num_workers=2)
+    try:
+        signal_handling._SIGCHLD_handler_set = False
+        batches = iter(loader)
+        of_loader = signal.getsignal(signal.SIGCHLD)
+        assert of_loader != before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        for worker in batches._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+        stop.restore()
+        assert signal.getsignal(signal.SIGCHLD) == of_loader  # a later run in this process has it
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_other_handlers_of_ended_children_stay(stop):
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    other = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGCHLD) == other
+    finally:
+        signal.signal(signal.SIGCHLD, before)
