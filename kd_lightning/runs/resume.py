@@ -108,17 +108,24 @@ def cannot_resume(trainer: Trainer) -> str | None:
 def saves_within_epochs(trainer: Trainer) -> str | None:
     """Return what is wrong if checkpoints are due within epochs, where a training loader cannot resume; else None."""
     plain, batches = _plain_loaders(trainer.fit_loop), trainer.num_training_batches
-    for saver in _callbacks(trainer):
-        if not plain or not isinstance(saver, ModelCheckpoint):
-            continue
+    for saver in _savers(trainer) if plain else ():
         steps = saver._every_n_train_steps * trainer.accumulate_grad_batches
-        if saver._train_time_interval is not None or steps % batches:
+        validated = bool(saver._every_n_epochs) and not saver._should_save_on_train_epoch_end(trainer)
+        if saver._train_time_interval is not None or steps % batches or (validated and _validates_within(trainer)):
             return (
                 f"checkpoints within epochs: a run cannot resume from them, since a {type(plain[0]).__name__} has no "
                 "load_state_dict; write them at the ends of epochs (every_n_epochs), or use torchdata's "
                 "StatefulDataLoader"
             )
     return None
+
+
+def _validates_within(trainer: Trainer) -> bool:
+    """Return whether validations are due within epochs."""
+    if not sum(trainer.num_val_batches):
+        return False
+    by_time = getattr(trainer, "_val_check_time_interval", None) is not None
+    return by_time or trainer.val_check_batch % trainer.num_training_batches != 0
 
 
 def correct_counters(fit_loop: dict[str, Any]) -> None:

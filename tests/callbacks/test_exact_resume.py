@@ -102,6 +102,13 @@ class Plain(Foreign):
         return super().training_step(Batch(*batch), batch_idx)
 
 
+class Validated(Plain):
+    """Has a validation."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/size", float(len(batch[0])))
+
+
 class Augmented:
     """20 samples that change whenever they are read, by each of the global generators."""
 
@@ -155,6 +162,47 @@ class Stateful(DataLoader):
         pass
 
 
+WITHIN = "checkpoints within epochs: a run can"
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"val_check_interval": 2}, True),  # five batches an epoch
+        ({"val_check_interval": 0.4}, True),
+        ({"val_check_interval": 2, "limit_val_batches": 0}, False),
+        ({"val_check_interval": "00:01:00:00"}, True),
+        ({"val_check_interval": 7, "check_val_every_n_epoch": None}, True),
+        ({"val_check_interval": 10, "check_val_every_n_epoch": None}, False),
+        ({"val_check_interval": 5}, False),
+        ({"check_val_every_n_epoch": 2}, False),
+        ({}, False),
+    ],
+)
+def test_warns_of_checkpoints_of_validations_within_epochs(quiet_trainer, tmp_path, recwarn, options, warns):
+    loader, validation = DataLoader(Augmented(), batch_size=4), DataLoader(Augmented(), batch_size=10)
+    for saver, expected in ({}, warns), ({"save_on_train_epoch_end": True}, False):
+        recwarn.clear()
+        callbacks = [ExactResume(), ModelCheckpoint(tmp_path, **saver)]
+        options = {"max_epochs": 1, "enable_checkpointing": True, "num_sanity_val_steps": 0} | options
+        quiet_trainer(callbacks=callbacks, **options).fit(Validated(), loader, validation)
+        assert any(WITHIN in str(one.message) for one in recwarn) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"generator": torch.Generator()}, "generator"), ({"num_workers": 1, "persistent_workers": True}, "persistent_w")],
+)
+def test_warns_of_a_loader_with_a_state_of_its_own(quiet_trainer, tmp_path, recwarn, options, name):
+    callbacks = [ExactResume(), ModelCheckpoint(tmp_path, filename="end", enable_version_counter=False)]
+    trainer = partial(quiet_trainer, enable_checkpointing=True, callbacks=callbacks)
+    for loader, expected in ((DataLoader(Augmented(), 4), False), (DataLoader(Augmented(), 4, **options), True)):
+        trainer(max_epochs=1).fit(Plain(), loader)
+        recwarn.clear()
+        trainer(max_epochs=2).fit(Plain(), loader, ckpt_path=tmp_path / "end.ckpt")
+        assert any(f"resume: {name}" in str(one.message) for one in recwarn) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "warns"),
     [
@@ -169,7 +217,7 @@ def test_warns_at_the_start_of_checkpoints_within_epochs(quiet_trainer, tmp_path
         recwarn.clear()
         callbacks = [ExactResume(), ModelCheckpoint(tmp_path, **options)]
         quiet_trainer(max_epochs=1, enable_checkpointing=True, callbacks=callbacks).fit(Plain(), loader)
-        assert any("checkpoints within epochs: a run can" in str(one.message) for one in recwarn) == expected
+        assert any(WITHIN in str(one.message) for one in recwarn) == expected
 
 
 def test_warns_at_the_start_of_what_cannot_resume(fit):
