@@ -202,7 +202,7 @@ class Stored(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"teacher": True}], ids=SOURCES)
-@pytest.mark.parametrize("make", [AdaMatch, FreeMatch, lambda: DistributionAlignment(SoftMatch(), "labeled")])
+@pytest.mark.parametrize("make", [AdaMatch, FreeMatch, lambda: DistributionAlignment(SoftMatch(align=False), "labeled")])
 def test_positions_of_dense_outputs_are_rows(make, options):
     """Of two labeled and two unlabeled maps."""
     maps, other = torch.randn(2, 4, CLASSES, 2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -335,6 +335,10 @@ class TestComplaints:
             (lambda: Sharpen(AdaMatch()), "Sharpen would replace the aligned targets of AdaMatch by"),
             (lambda: Sharpen(OpenSetFilter(AdaMatch())), "Sharpen would replace the aligned targets of AdaMatch by"),
             (lambda: Sharpen(Sharpen(FixedThreshold())), "Sharpen in Sharpen: the inner one would have no effect"),
+            (lambda: DistributionAlignment(AdaMatch()), "AdaMatch inside aligns the probabilities, too"),
+            (lambda: DistributionAlignment(SoftMatch()), "SoftMatch inside aligns"),
+            (lambda: DistributionAlignment(Sharpen(SoftMatch())), "inside aligns"),
+            (lambda: DistributionAlignment(DistributionAlignment(FixedThreshold())), "DistributionAlignment inside al"),
             (lambda: DistributionAlignment(OpenSetFilter(FixedThreshold())), "OpenSetFilter must be outside"),
             (lambda: DistributionAlignment(Sharpen(OpenSetFilter(FixedThreshold()))), "OpenSetFilter must be outside"),
         ],

@@ -66,7 +66,7 @@ class DistributionAlignment(SelectionAround):
         momentum: Of the running means, in [0, 1).
 
     Raises:
-        InputError: If an argument is out of range, or ``OpenSetFilter`` is inside.
+        InputError: If an argument is out of range, ``OpenSetFilter`` is inside, or a selection inside aligns by itself.
     """
 
     def __init__(self, selection: Selection, target: Target = "uniform", momentum: float = 0.999) -> None:
@@ -75,6 +75,12 @@ class DistributionAlignment(SelectionAround):
             raise InputError(
                 "OpenSetFilter must be outside: OpenSetFilter(DistributionAlignment(...)) gets the probabilities as "
                 "they are"
+            )
+        aligns = (one for one in selection.modules() if any(isinstance(part, Alignment) for part in one.children()))
+        if (other := next(aligns, None)) is not None:
+            raise InputError(
+                f"DistributionAlignment: {type(other).__name__} inside aligns the probabilities, too; leave one of them "
+                "out (AdaMatch and SoftMatch align by themselves; SoftMatch(align=False) does not)"
             )
         self.alignment = Alignment(target, momentum)
         self.needs_labeled = selection.needs_labeled or target == "labeled"
