@@ -50,7 +50,7 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked process, such as a loader's worker
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -58,20 +58,17 @@ class StopSignals:
         now = time.monotonic()
         if self.received is not None and now < self._next:
             return
-        is_first = self.received is None
         self.received = self.received or signal.Signals(number)
         self._next = now + _PAUSE
         self._silence_loaders()
-        recorders = _recorders()
+        recorder = _recorder()
         if number == signal.SIGINT:
-            if recorders and is_first:
-                for recorder in recorders:
-                    recorder(signal.SIGTERM, frame)
+            if recorder is not None and recorder.record(signal.SIGTERM):
                 if rank_of_environment() == "0":  # not by print, which this may have interrupted
                     os.write(2, b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n")
                 return
             raise KeyboardInterrupt
-        if not recorders:
+        if recorder is None:
             raise SystemExit(128 + number)
 
     def _silence_loaders(self) -> None:
@@ -99,13 +96,22 @@ class _Recorder:
         self._connector = connector
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        launcher = self._connector.trainer.strategy.launcher
-        if launcher is not None and not self._connector.received_sigterm:
-            launcher.kill(number)
+        self.record(number)
+
+    def record(self, number: int) -> bool:
+        """Record a signal, and pass it on to the processes that the trainer has started.
+
+        Returns:
+            Whether it is the first one of this run.
+        """
+        is_first = not self._connector.received_sigterm
         self._connector.received_sigterm = True
+        if is_first and (launcher := self._connector.trainer.strategy.launcher) is not None:
+            launcher.kill(number)
+        return is_first
 
 
-def _recorders() -> list[_Recorder]:
-    """Return those of the trainer that runs: Lightning's handler calls several one behind another."""
+def _recorder() -> _Recorder | None:
+    """Return that of the trainer that runs; Lightning's handler calls it and others, one behind another."""
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", ())
-    return [handler for handler in handlers if isinstance(handler, _Recorder)]
+    return next((handler for handler in handlers if isinstance(handler, _Recorder)), None)

@@ -10,6 +10,7 @@ Loaders without a state, such as PyTorch's own, begin an epoch anew. They resume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,8 +125,8 @@ def _validates_within(trainer: Trainer) -> bool:
     """Return whether validations are due within epochs."""
     if not sum(trainer.num_val_batches):
         return False
-    by_time = getattr(trainer, "_val_check_time_interval", None) is not None
-    return by_time or trainer.val_check_batch % trainer.num_training_batches != 0
+    batches = trainer.val_check_batch  # None if the interval is a time, infinite at the end of an epoch of no length
+    return batches is None or (batches != math.inf and batches % trainer.num_training_batches != 0)
 
 
 def correct_counters(fit_loop: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning import (
     Batch,
@@ -187,6 +187,21 @@ def test_warns_of_checkpoints_of_validations_within_epochs(quiet_trainer, tmp_pa
         options = {"max_epochs": 1, "enable_checkpointing": True, "num_sanity_val_steps": 0} | options
         quiet_trainer(callbacks=callbacks, **options).fit(Validated(), loader, validation)
         assert any(WITHIN in str(one.message) for one in recwarn) == expected
+
+
+class Endless(IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self):
+        return (Augmented()[number] for number in range(20))
+
+
+@pytest.mark.parametrize(("options", "warns"), [({}, False), ({"val_check_interval": 2}, True)])
+def test_warns_of_validations_within_epochs_of_no_length(quiet_trainer, tmp_path, recwarn, options, warns):
+    callbacks = [ExactResume(), ModelCheckpoint(tmp_path)]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=1, enable_checkpointing=True, **options)
+    trainer.fit(Validated(), DataLoader(Endless(), 4), DataLoader(Augmented(), batch_size=10))
+    assert any(WITHIN in str(one.message) for one in recwarn) == warns
 
 
 @pytest.mark.parametrize(

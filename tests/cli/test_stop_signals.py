@@ -70,6 +70,14 @@ def test_sigint_after_the_pause_ends_a_long_step(trainer, stop, first, monkeypat
     assert stop.received == first
 
 
+def test_a_trainer_records_the_first_in_its_run(trainer, stop, monkeypatch):
+    """An earlier one may have been lost in a destructor, where Python ignores exceptions."""
+    monkeypatch.setattr(stop_signals, "_PAUSE", 0.0)
+    stop.received = signal.SIGINT
+    os.kill(os.getpid(), signal.SIGINT)
+    assert trainer.received_sigterm
+
+
 def test_sigint_is_announced_on_one_process(trainer, monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     os.kill(os.getpid(), signal.SIGINT)

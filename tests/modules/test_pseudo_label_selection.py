@@ -202,7 +202,9 @@ class Stored(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"teacher": True}], ids=SOURCES)
-@pytest.mark.parametrize("make", [AdaMatch, FreeMatch, lambda: DistributionAlignment(SoftMatch(align=False), "labeled")])
+@pytest.mark.parametrize(
+    "make", [AdaMatch, FreeMatch, lambda: DistributionAlignment(SoftMatch(align=False), "labeled")]
+)
 def test_positions_of_dense_outputs_are_rows(make, options):
     """Of two labeled and two unlabeled maps."""
     maps, other = torch.randn(2, 4, CLASSES, 2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

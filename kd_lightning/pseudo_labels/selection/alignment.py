@@ -79,8 +79,8 @@ class DistributionAlignment(SelectionAround):
         aligns = (one for one in selection.modules() if any(isinstance(part, Alignment) for part in one.children()))
         if (other := next(aligns, None)) is not None:
             raise InputError(
-                f"DistributionAlignment: {type(other).__name__} inside aligns the probabilities, too; leave one of them "
-                "out (AdaMatch and SoftMatch align by themselves; SoftMatch(align=False) does not)"
+                f"DistributionAlignment: {type(other).__name__} inside aligns the probabilities, too; leave one of "
+                "them out (AdaMatch and SoftMatch align by themselves; SoftMatch(align=False) does not)"
             )
         self.alignment = Alignment(target, momentum)
         self.needs_labeled = selection.needs_labeled or target == "labeled"
