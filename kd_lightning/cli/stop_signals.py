@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -15,6 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PAUSE = 3.0
 """Seconds after a signal in which others have no effect: the time that a program needs to end."""
 
+_ANNOUNCEMENT = b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n"
 _LOADER_MODULE = "torch.utils.data._utils.signal_handling"
 
 
@@ -64,8 +67,9 @@ class StopSignals:
         recorder = _recorder()
         if number == signal.SIGINT:
             if recorder is not None and recorder.record(signal.SIGTERM):
-                if rank_of_environment() == "0":  # not by print, which this may have interrupted
-                    os.write(2, b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n")
+                if rank_of_environment() == "0" and sys.stderr is not None:  # else 2 may be a file of the run
+                    with contextlib.suppress(OSError):  # the reader has got the signal, too, and is gone
+                        os.write(2, _ANNOUNCEMENT)  # not by print, which this may have interrupted
                 return
             raise KeyboardInterrupt
         if recorder is None:

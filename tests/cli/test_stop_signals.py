@@ -91,6 +91,27 @@ def test_announcement(trainer, monkeypatch, capfd):
     assert capfd.readouterr().err == "SIGINT: the run ends after this batch; once more after 3 seconds: at once\n"
 
 
+def test_announcement_that_nobody_reads(trainer, capfd):
+    """Like ``| tee``, which has got the signal, too."""
+    read, write = os.pipe()
+    os.close(read)
+    before = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(write)
+    assert trainer.received_sigterm
+
+
+def test_no_announcement_without_stderr(trainer, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stderr", None)  # another file may have its number
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not capfd.readouterr().err
+
+
 def test_a_handler_of_another_library_does_not_count(stop):
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     with pytest.raises(KeyboardInterrupt):
