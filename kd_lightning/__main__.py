@@ -44,7 +44,9 @@ def main(args: list[str] | None = None) -> None:
             raise
         _exit(message)
     finally:
-        if args is not None:  # the process goes on
+        if args is None:
+            stop.end()
+        else:  # the process goes on
             stop.restore()
 
 

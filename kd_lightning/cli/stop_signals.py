@@ -53,6 +53,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def end(self) -> None:
+        """Let a signal end the process at once, without an exception in what libraries do at its end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked process, such as a loader's worker
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

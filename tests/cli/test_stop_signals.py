@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from lightning.pytorch import Trainer
@@ -121,6 +123,21 @@ def test_a_handler_of_another_library_does_not_count(stop):
 def test_restore(stop):
     stop.restore()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_the_command_there_is_no_traceback(number):
+    """While Python runs what libraries have registered for the end of the process."""
+    code = f"""
+import atexit, signal, sys
+from kd_lightning.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.raise_signal, {int(number)})
+sys.argv = ["kd-lightning", "--help"]
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert not done.stderr
+    assert done.returncode == -number
 
 
 def test_what_is_ignored_stays_ignored(stop):
