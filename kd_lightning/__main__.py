@@ -44,7 +44,9 @@ def main(args: list[str] | None = None) -> None:
             raise
         _exit(message)
     finally:
-        if args is not None:  # the process goes on
+        if args is None:
+            stop.end()
+        else:  # the process goes on
             stop.restore()
 
 
@@ -158,13 +160,13 @@ def _reader_is_gone(error: BaseException) -> bool:
 
 
 def _exit(message: str | None, status: int = 2) -> NoReturn:
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:  # the reader is gone: Python would write the rest at the end of the process, and fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+    for stream, text in (sys.stdout, ""), (sys.stderr, "" if message is None else f"error: {message}\n"):
+        try:
+            if stream is not None:
+                stream.write(text)
+                stream.flush()
+        except OSError:  # the reader is gone: Python would write the rest at the end of the process, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 

@@ -644,8 +644,11 @@ class MarkPrediction(Callback):
         time.sleep(1)
 
 
-def stop(args, number, when, group=False, twice=False):
-    """Start a command, send it a signal when a condition holds, and return its exit status and its output."""
+def stop(args, number, when, group=False, twice=False, reader=True):
+    """Start a command, send it a signal when a condition holds, and return its exit status and its output.
+
+    Without a reader, nobody reads the output from the signal on.
+    """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     # a group of its own, and SIGINT as a terminal leaves it
     with subprocess.Popen(
@@ -665,6 +668,9 @@ def stop(args, number, when, group=False, twice=False):
                 and time.monotonic() < end
             ):
                 time.sleep(0.05)
+            if not reader:
+                process.stdout.close()
+                process.stdout = None
             for _ in range(1 + twice):
                 (os.killpg if group else os.kill)(process.pid, number)
             output, _ = process.communicate(timeout=60)
@@ -746,6 +752,12 @@ class TestStop:
         assert status == 130
         assert "error: stopped by SIGINT" in output
         assert "Traceback" not in output
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_output_that_nobody_reads(self, config, number):
+        """Like ``2>&1 | tee``, which has got the signal, too."""
+        status, _ = stop(self.FIT, number, Path("marked0").exists, reader=False)
+        assert status == 128 + number
 
     @pytest.mark.dist
     @pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])

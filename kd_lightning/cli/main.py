@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -356,10 +357,13 @@ class DistillCLI(LightningCLI):
                 start(model, **arguments)
                 stop_if_recorded(self.trainer)  # a signal of its last moments: no other run begins
         except BaseException as error:
+            launcher, recorded = self.trainer.strategy.launcher, self.trainer.received_sigterm
+            if isinstance(error, SystemExit) and launcher is not None and not recorded:  # others may still start up
+                launcher.kill(signal.SIGTERM)
             if self.subcommand == "fit" and self._has_checkpoint():
                 error.add_note("--ckpt_path last resumes the run")
-            recorded = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
-            for new in filter(None, (claimed, *recorded)) if self.trainer.global_step <= self._first_step else ():
+            created = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
+            for new in filter(None, (claimed, *created)) if self.trainer.global_step <= self._first_step else ():
                 if not any(new.rglob("*.ckpt")):
                     release_folder(new)
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -15,6 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PAUSE = 3.0
 """Seconds after a signal in which others have no effect: the time that a program needs to end."""
 
+_ANNOUNCEMENT = b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n"
 _LOADER_MODULE = "torch.utils.data._utils.signal_handling"
 
 
@@ -50,6 +53,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def end(self) -> None:
+        """Let a signal end the process at once, without an exception in what libraries do at its end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked process, such as a loader's worker
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -64,8 +72,9 @@ class StopSignals:
         recorder = _recorder()
         if number == signal.SIGINT:
             if recorder is not None and recorder.record(signal.SIGTERM):
-                if rank_of_environment() == "0":  # not by print, which this may have interrupted
-                    os.write(2, b"SIGINT: the run ends after this batch; once more after 3 seconds: at once\n")
+                if rank_of_environment() == "0" and sys.stderr is not None:  # else 2 may be a file of the run
+                    with contextlib.suppress(OSError):  # the reader has got the signal, too, and is gone
+                        os.write(2, _ANNOUNCEMENT)  # not by print, which this may have interrupted
                 return
             raise KeyboardInterrupt
         if recorder is None:

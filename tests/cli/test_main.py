@@ -3,15 +3,17 @@
 import csv
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from safetensors import safe_open
@@ -348,6 +350,19 @@ def test_labels_outside_the_classes(config, fails):
         network["init_args"] = {"width": 4, "num_classes": 7}
     torch.save(DigitsCNN(4, num_classes=7).state_dict(), "teacher.pt")
     assert "at least 10, the classes in the data, got 7" in fails("fit", "--config", write(config))
+
+
+def test_sigterm_also_ends_processes_that_start_up(config, monkeypatch):
+    launcher = Mock()
+
+    def fit(trainer, *args, **kwargs):
+        trainer.strategy._launcher = launcher
+        raise SystemExit(143)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises(SystemExit):
+        DistillCLI(["fit", "--config", write(config)])
+    launcher.kill.assert_called_once_with(signal.SIGTERM)
 
 
 @pytest.mark.slow

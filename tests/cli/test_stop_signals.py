@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from lightning.pytorch import Trainer
@@ -91,6 +93,27 @@ def test_announcement(trainer, monkeypatch, capfd):
     assert capfd.readouterr().err == "SIGINT: the run ends after this batch; once more after 3 seconds: at once\n"
 
 
+def test_announcement_that_nobody_reads(trainer, capfd):
+    """Like ``| tee``, which has got the signal, too."""
+    read, write = os.pipe()
+    os.close(read)
+    before = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(write)
+    assert trainer.received_sigterm
+
+
+def test_no_announcement_without_stderr(trainer, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stderr", None)  # another file may have its number
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not capfd.readouterr().err
+
+
 def test_a_handler_of_another_library_does_not_count(stop):
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     with pytest.raises(KeyboardInterrupt):
@@ -100,6 +123,21 @@ def test_a_handler_of_another_library_does_not_count(stop):
 def test_restore(stop):
     stop.restore()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_the_command_there_is_no_traceback(number):
+    """While Python runs what libraries have registered for the end of the process."""
+    code = f"""
+import atexit, signal, sys
+from kd_lightning.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.raise_signal, {int(number)})
+sys.argv = ["kd-lightning", "--help"]
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert not done.stderr
+    assert done.returncode == -number
 
 
 def test_what_is_ignored_stays_ignored(stop):
