@@ -275,8 +275,10 @@ class TestOneRun:
             cli = DistillCLI(["fit", *args, *gentle, "--trainer.precision", precision])
             losses.append(cli.trainer.callback_metrics)
         # bfloat16's own rounding is up to half a level of an 8-bit activation, so that many fall on the next one
-        near = 0.05 if quantized_layers(story.whole.model.student) else 0.02
+        quantized = bool(quantized_layers(story.whole.model.student))
         for name in tags_of(story.whole.model) - {"soft_weight", "unsupervised_weight"}:
+            # these divide similarities by 0.07, which multiplies their rounding: 2^-9 / 0.07 are 3 %
+            near = 0.05 if quantized or name in ("train/crd", "train/queue") else 0.02
             assert losses[1][name].isfinite()
             assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=near), name
 

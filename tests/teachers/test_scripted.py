@@ -65,7 +65,8 @@ def test_what_has_a_mode_of_its_own_is_allowed(make):
     forms.append(torch.jit.freeze(torch.jit.script(make().eval())))
     for form in forms:
         teacher = Teacher(form)
-        assert torch.equal(teacher(X), teacher(X))
+        # the second call runs the program as optimised for the first one, which may round otherwise
+        torch.testing.assert_close(teacher(X), teacher(X), rtol=1e-5, atol=1e-6)
     Teacher(trace(make(), True)) if make in SAME.values() else None
 
 
