@@ -83,6 +83,16 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def compute_metrics_together(trainer: Trainer) -> None:
+    """Compute the epoch's metrics on all processes. ``on_train_epoch_end`` calls this before other sums over them.
+
+    Lightning's progress bars compute those that are logged with ``sync_dist`` on rank 0 alone. The other processes
+    would be in the next sum meanwhile, and all would wait for one another without end.
+    """
+    if trainer.world_size > 1:
+        trainer.progress_bar_metrics  # noqa: B018
+
+
 def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: str) -> None:
     """Run an action on every process. What is wrong with the input on one of them is raised on all.
 

@@ -117,3 +117,56 @@ def test_a_recorded_signal_ends_a_pass(recorded):
     with pytest.raises(SIGTERMException) if recorded else nullcontext():
         stop_if_recorded(SimpleNamespace(received_sigterm=recorded))
     stop_if_recorded(None)
+
+
+BARS = """
+import sys
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import DataLoader, TensorDataset
+from kd_lightning import CoTeachingModule, PseudoLabelModule, teach
+from kd_lightning.pseudo_labels.selection import FixedThreshold
+
+def net():
+    return torch.nn.Linear(4, 3)
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+makes = {
+    "teach": lambda: teach(Plain(), net(), "net"),
+    "pseudo-labels": lambda: PseudoLabelModule(net(), selection=FixedThreshold(0.0)),
+    "co-teaching": lambda: CoTeachingModule(net(), net(), forget_rate=0.2),
+}
+y = torch.arange(16) % 3
+for name, make in makes.items():
+    for bar in TQDMProgressBar(), RichProgressBar():
+        torch.manual_seed(0)
+        labels = y.where(torch.arange(16) % 2 == 0, -100) if name == "pseudo-labels" else y
+        loader = DataLoader(TensorDataset(torch.randn(16, 4), labels), 4)
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, callbacks=[bar],
+                          enable_checkpointing=False, enable_model_summary=False)
+        trainer.fit(make(), loader)
+        print(name, type(bar).__name__, "ended", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_bars_that_read_metrics_on_one_process(processes, tmp_path, monkeypatch):
+    """They hung a run of several processes, at the end of its first epoch."""
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(BARS)
+    processes.run_ranks(["script.py"])
+    assert Path("output_0.txt").read_text().count(" ended") == 6

@@ -35,14 +35,6 @@ class OneLineProgress(RichProgressBar):
             if self.progress is not None:
                 self.progress.expand = True
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs at the end of each training epoch. Shows its metrics, for which all processes wait for one another.
-
-        Lightning computes them for the bar on rank 0 alone; the others are in the next hook that waits, without end.
-        """
-        trainer.progress_bar_metrics  # noqa: B018
-        super().on_train_epoch_end(trainer, pl_module)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs at the end of training. Ends the bar, so that later lines stand below it."""
         self._stop_progress()

@@ -20,6 +20,7 @@ from kd_lightning.modules._shared.checks import check_trainable, check_two_netwo
 from kd_lightning.modules._shared.loss_terms import LossTerm
 from kd_lightning.modules._shared.loss_weights import without_class_weights
 from kd_lightning.modules.supervised import SupervisedModule
+from kd_lightning.ranks import compute_metrics_together
 
 
 class CoTeachingModule(SupervisedModule):
@@ -180,6 +181,7 @@ class CoTeachingModule(SupervisedModule):
     def on_train_epoch_end(self) -> None:
         """Runs at the end of each training epoch. Warns after the first if no row was noisy."""
         super().on_train_epoch_end()
+        compute_metrics_together(self.trainer)
         first = self.current_epoch == 0 and self.forget_rate > 0
         if first and not self._sum_over_processes(torch.as_tensor(self._sorted_rows, device=self.device))[0]:
             rank_zero_warn(

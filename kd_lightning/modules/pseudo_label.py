@@ -26,6 +26,7 @@ from kd_lightning.pseudo_labels.selection import Selection
 from kd_lightning.pseudo_labels.selection.base import check_task, one_line
 from kd_lightning.pseudo_labels.selection.set_up import set_up
 from kd_lightning.pseudo_labels.tasks import pseudo_label_task
+from kd_lightning.ranks import compute_metrics_together
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import check_outputs
 
@@ -357,6 +358,7 @@ class PseudoLabelModule(TaughtModule):
         selects = self.pseudo_labels == "online" and self.unsupervised_weight > 0
         ends = self.trainer.max_epochs == 1 or self.trainer.max_steps == self.global_step
         early = self.current_epoch == 0 and not ends
+        compute_metrics_together(self.trainer)
         self._counts.warn(self.device, one_line(self.selection) if selects else None, early)
 
     def optimizer_step(

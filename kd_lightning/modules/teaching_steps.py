@@ -19,7 +19,7 @@ from kd_lightning.modules._shared.checks import check_same_teacher, check_soft_w
 from kd_lightning.modules._shared.finite_check import FiniteCheck
 from kd_lightning.modules._shared.network_calls import Call, Mask, NetworkCalls, nodes_of
 from kd_lightning.modules._shared.soft_loss import call_soft_loss, check_takes_logits, check_top_k
-from kd_lightning.ranks import sum_over_ranks
+from kd_lightning.ranks import compute_metrics_together, sum_over_ranks
 from kd_lightning.runs.strategies import require_whole_weights
 from kd_lightning.teachers.cache_fill import fill_caches
 from kd_lightning.teachers.teacher import Teacher
@@ -268,6 +268,7 @@ class Teaching(nn.Module):
     def _on_train_epoch_end(self, own: Callable[..., Any]) -> None:
         self._finite_check.check()
         counts = [self._steps, self._soft_losses, self._hard_losses, self._soft_rows]
+        compute_metrics_together(self._owner.trainer)
         steps, soft, hard, rows = sum_over_ranks(torch.tensor(counts, device=self._owner.device)).tolist()
         self._steps = self._soft_losses = self._hard_losses = self._soft_rows = 0
         if steps and not soft and not self._owner.automatic_optimization:

@@ -303,15 +303,3 @@ class TestNetwork:
 
     def test_weights_outside_of_runs(self, tmp_path):
         assert known_accuracy(str(tmp_path / "net.pt")) == ""
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_process_computes_the_metrics_of_the_bar(rank, monkeypatch):
-    """Lightning's bar computes those of all processes on rank 0 alone."""
-    read = []
-    monkeypatch.setattr(Trainer, "progress_bar_metrics", property(lambda trainer: read.append(True) or {}))
-    bar, trainer = OneLineProgress(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    if rank:
-        bar.disable()
-    bar.on_train_epoch_end(trainer, LightningModule())
-    assert read

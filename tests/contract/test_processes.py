@@ -95,7 +95,8 @@ def test_only_what_is_stored_depends_on_nodes(root):
 
 def test_two_processes_and_two_nodes_equal_one(arguments, half, each_module, processes):
     main(arguments)
-    processes.run_ranks([*arguments, *half, "--trainer.devices", "2"])
+    # a progress bar reads the metrics on one of them
+    processes.run_ranks([*arguments, *half, "--trainer.devices", "2", "--trainer.enable_progress_bar", "true"])
     assert_equal_to_one_process()
     # where every row has its label, or every batch the same number, there is nothing to be uneven
     whole = all(batch["labels"] in (0, ROWS) for batch in recorded(1)[0]["batches"])
