@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
 _alone = False
@@ -83,13 +83,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def compute_metrics_together(trainer: Trainer) -> None:
+def compute_metrics_together(module: LightningModule) -> None:
     """Compute the epoch's metrics on all processes. ``on_train_epoch_end`` calls this before other sums over them.
 
     Lightning's progress bars compute those that are logged with ``sync_dist`` on rank 0 alone. The other processes
     would be in the next sum meanwhile, and all would wait for one another without end.
     """
-    if trainer.world_size > 1:
+    trainer = module._trainer  # None under Fabric, which has no bars
+    if trainer is not None and trainer.world_size > 1:
         trainer.progress_bar_metrics  # noqa: B018
 
 
@@ -115,16 +116,13 @@ def on_all_ranks(trainer: Trainer | None, action: Callable[[], object], option: 
         raise InputError(first)
 
 
-def stop_if_recorded(trainer: Trainer | None) -> None:
+def stop_if_recorded(trainer: Trainer) -> None:
     """End a run whose trainer has recorded SIGTERM, in a long pass between two batches, where Lightning does not look.
-
-    Args:
-        trainer: The trainer, None without one.
 
     Raises:
         SIGTERMException: If there is a signal. Lightning then ends the run.
     """
-    if trainer is not None and trainer.received_sigterm:
+    if trainer.received_sigterm:
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
         raise SIGTERMException

@@ -644,22 +644,23 @@ class MarkPrediction(Callback):
         time.sleep(1)
 
 
+def command(args):
+    """Arguments of subprocess for a command that gets SIGINT as a terminal leaves it."""
+    return {
+        "args": [sys.executable, "-m", "kd_lightning", *args],
+        "env": os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        "text": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+
+
 def stop(args, number, when, group=False, twice=False, reader=True):
     """Start a command, send it a signal when a condition holds, and return its exit status and its output.
 
     Without a reader, nobody reads the output from the signal on.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    # a group of its own, and SIGINT as a terminal leaves it
-    with subprocess.Popen(
-        [sys.executable, "-m", "kd_lightning", *args],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(**command(args), **pipes, start_new_session=True) as process:  # a group of its own
         try:
             end = time.monotonic() + 120
             while (
@@ -722,17 +723,8 @@ class TestStop:
         assert read_checkpoint(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["global_step"] >= 3
 
     def test_in_a_lock(self, config):
-        command = [sys.executable, "-m", "kd_lightning", *self.FIT[:-1], "test_faults.InterruptLogger"]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        args = [*self.FIT[:-1], "test_faults.InterruptLogger"]
+        done = subprocess.run(**command(args), capture_output=True, timeout=60, check=False)
         assert done.returncode == 130
         assert done.stderr.strip().splitlines()[-1] == "error: stopped by SIGINT; --ckpt_path last resumes the run"
         assert "Traceback" not in done.stderr

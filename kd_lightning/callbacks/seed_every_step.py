@@ -19,9 +19,9 @@ class SeedEveryStep(Callback):
     """Seed torch before every training batch from (seed, epoch, batch index, rank).
 
     Before each epoch, torch, numpy and Python are seeded from (seed, epoch): an order that a sampler draws from them is
-    the same on all processes. A checkpoint does not hold the state of
-    the random number generators. With this callback, a resumed run has the same dropout masks as an unbroken one, and a
-    DataLoader of PyTorch has the same order and augmentation. The command line adds this callback to every run.
+    the same on all processes. A checkpoint does not hold the state of the random number generators. With this callback,
+    a resumed run has the same dropout masks as an unbroken one, and a DataLoader of PyTorch has the same order and
+    augmentation. The command line adds this callback to every run.
 
     Args:
         seed: The seed. Default: None, which means the seed of ``seed_everything``; if that is not set either, the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,7 +43,7 @@ from kd_lightning.cli.same_classes import SameClasses
 from kd_lightning.cli.selection import Selection, select_for_evaluation, select_for_fit
 from kd_lightning.cli.slurm import refuse_shared_checkpoint, stop_requeueing
 from kd_lightning.cli.stop_predictions import StopPredictions
-from kd_lightning.cli.stop_signals import record_signals
+from kd_lightning.cli.stop_signals import end_processes, record_signals
 from kd_lightning.data import SemiSupervisedDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.modules import FeatureDistillModule, SupervisedModule
@@ -357,13 +356,12 @@ class DistillCLI(LightningCLI):
                 start(model, **arguments)
                 stop_if_recorded(self.trainer)  # a signal of its last moments: no other run begins
         except BaseException as error:
-            launcher, recorded = self.trainer.strategy.launcher, self.trainer.received_sigterm
-            if isinstance(error, SystemExit) and launcher is not None and not recorded:  # others may still start up
-                launcher.kill(signal.SIGTERM)
+            if isinstance(error, SystemExit):
+                end_processes(self.trainer)
             if self.subcommand == "fit" and self._has_checkpoint():
                 error.add_note("--ckpt_path last resumes the run")
-            created = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
-            for new in filter(None, (claimed, *created)) if self.trainer.global_step <= self._first_step else ():
+            recorded = (c.created for c in self.trainer.callbacks if isinstance(c, RecordRun))  # type: ignore[attr-defined]
+            for new in filter(None, (claimed, *recorded)) if self.trainer.global_step <= self._first_step else ():
                 if not any(new.rglob("*.ckpt")):
                     release_folder(new)
             raise

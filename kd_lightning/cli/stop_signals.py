@@ -98,6 +98,11 @@ def record_signals(trainer: Any) -> None:
     connector._sigterm_notifier_fn = _Recorder(connector)
 
 
+def end_processes(trainer: Any) -> None:
+    """Pass SIGTERM on to the processes that a trainer has started, unless it has done so; they may still start up."""
+    trainer._signal_connector._sigterm_notifier_fn.record(signal.SIGTERM)
+
+
 class _Recorder:
     """A trainer's handler of SIGTERM."""
 

@@ -181,9 +181,10 @@ class CoTeachingModule(SupervisedModule):
     def on_train_epoch_end(self) -> None:
         """Runs at the end of each training epoch. Warns after the first if no row was noisy."""
         super().on_train_epoch_end()
-        compute_metrics_together(self.trainer)
-        first = self.current_epoch == 0 and self.forget_rate > 0
-        if first and not self._sum_over_processes(torch.as_tensor(self._sorted_rows, device=self.device))[0]:
+        if self.current_epoch > 0 or self.forget_rate == 0:
+            return
+        compute_metrics_together(self)
+        if not self._sum_over_processes(torch.as_tensor(self._sorted_rows, device=self.device))[0]:
             rank_zero_warn(
                 "forget_rate: no row was left out, since the kind of every label is clean; mark noisy labels by "
                 "data.noisy: true (those of the source), or by a column kind in a label file"

@@ -358,7 +358,7 @@ class PseudoLabelModule(TaughtModule):
         selects = self.pseudo_labels == "online" and self.unsupervised_weight > 0
         ends = self.trainer.max_epochs == 1 or self.trainer.max_steps == self.global_step
         early = self.current_epoch == 0 and not ends
-        compute_metrics_together(self.trainer)
+        compute_metrics_together(self)
         self._counts.warn(self.device, one_line(self.selection) if selects else None, early)
 
     def optimizer_step(

@@ -268,7 +268,7 @@ class Teaching(nn.Module):
     def _on_train_epoch_end(self, own: Callable[..., Any]) -> None:
         self._finite_check.check()
         counts = [self._steps, self._soft_losses, self._hard_losses, self._soft_rows]
-        compute_metrics_together(self._owner.trainer)
+        compute_metrics_together(self._owner)
         steps, soft, hard, rows = sum_over_ranks(torch.tensor(counts, device=self._owner.device)).tolist()
         self._steps = self._soft_losses = self._hard_losses = self._soft_rows = 0
         if steps and not soft and not self._owner.automatic_optimization:

@@ -115,8 +115,8 @@ def saves_within_epochs(trainer: Trainer) -> str | None:
         if saver._train_time_interval is not None or steps % batches or (validated and _validates_within(trainer)):
             return (
                 f"checkpoints within epochs: a run cannot resume from them, since a {type(plain[0]).__name__} has no "
-                "load_state_dict; write them at the ends of epochs (every_n_epochs), or use torchdata's "
-                "StatefulDataLoader"
+                "load_state_dict; write them at the ends of epochs (every_n_epochs, save_on_train_epoch_end), or use "
+                "torchdata's StatefulDataLoader"
             )
     return None
 

@@ -160,7 +160,7 @@ def test_no_loader_tells_that_a_signal_has_ended_its_workers(stop, monkeypatch):
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(range(4), num_workers=2)
     try:
-        signal_handling._SIGCHLD_handler_set = False
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
         batches = iter(loader)
         of_loader = signal.getsignal(signal.SIGCHLD)
         assert of_loader != before

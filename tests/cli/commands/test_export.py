@@ -535,7 +535,8 @@ def test_all_formats_are_in_the_table(every):
     assert ("left out: executorch needs the extra edge: pip install 'kd-lightning[edge]'" in text) != installed
 
 
-@pytest.mark.parametrize(("name", "limit", "size"), [("fp16", 5e-3, 0.75), ("int8", 0.1, 0.75)])
+# float16 rounds weights and activations of four layers by 2^-11 each, together 4e-3
+@pytest.mark.parametrize(("name", "limit", "size"), [("fp16", 4e-3, 0.75), ("int8", 0.1, 0.75)])
 def test_rounded_files(good, every, name, limit, size):
     path = every[0] / f"student.{name}.onnx"
     data, net = Run(good).datamodule(), load_weights(DigitsCNN(4), good / "student.safetensors").eval()
