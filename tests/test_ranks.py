@@ -1,5 +1,6 @@
 """What processes tell one another, and how they end."""
 
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -158,6 +159,9 @@ for name, make in makes.items():
                           enable_checkpointing=False, enable_model_summary=False)
         trainer.fit(make(), loader)
         print(name, type(bar).__name__, "ended", flush=True)
+        if name == "teach":
+            found = {key: round(float(value), 5) for key, value in trainer.callback_metrics.items()}
+            print("metrics:", sorted(found.items()), flush=True)
 """
 
 
@@ -168,4 +172,7 @@ def test_bars_that_read_metrics_on_one_process(processes, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("script.py").write_text(BARS)
     processes.run_ranks(["script.py"])
-    assert Path("output_0.txt").read_text().count(" ended") == 6
+    outputs = [Path(f"output_{rank}.txt").read_text() for rank in (0, 1)]
+    assert outputs[0].count(" ended") == 6
+    first, second = (re.findall("metrics: .*teach/hard.*teach/soft.*", output) for output in outputs)
+    assert len(first) == 2 and first == second  # means over the samples of both

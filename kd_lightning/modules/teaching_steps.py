@@ -226,7 +226,10 @@ class Teaching(nn.Module):
             values |= {"unlabeled": soft.new_tensor(float(hard is None))} if self.unlabeled else {}
             for name, value in values.items():
                 size = 1 if name == "unlabeled" else max(rows, 1)
-                owner.log(f"teach/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
+                # of all processes, where each step of each of them has the value: else they would wait for one another
+                sync = owner.automatic_optimization and not (name == "hard" and self.unlabeled)
+                options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": size, "sync_dist": sync}
+                owner.log(f"teach/{name}", value.detach(), **options)
         weighted = [factor * value for factor, value in self.terms(hard, soft, weight).values()]
         return weighted[0] if hard is None else weighted[0] + weighted[1]
 

@@ -882,7 +882,8 @@ class Stopped(DigitsCNN):
 
 def test_a_signal_ends_the_pass_over_the_pool(quiet_trainer):
     network = Stopped()
-    trainer = quiet_trainer(callbacks=[PseudoLabelRefresh(source="teacher", selection=SOFT)])
+    refresh = PseudoLabelRefresh(source="teacher", selection=SOFT, warmup_epochs=0)
+    trainer = quiet_trainer(callbacks=[refresh], num_sanity_val_steps=0)
     network.trainer = trainer
     with pytest.raises(SIGTERMException):
         trainer.fit(DistillModule(DigitsCNN(4), network), datamodule=data())
